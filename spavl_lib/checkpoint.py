@@ -1,0 +1,217 @@
+"""One checkpoint writer and one reader for every trainer.
+
+A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. It is written aside,
+flushed, sealed with a manifest of sizes and hashes, and renamed into place; so a folder under that
+name is whole, or its manifest says what is not.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spavl_lib.errors import DiskError, InputError
+
+MANIFEST = "MANIFEST.json"
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hex digest over sorted (name, dtype, shape, bytes); what "equal weights" means here."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, *, keep: int = 2
+) -> Path:
+    """Write `folder/step-N` whole or not at all, then drop all but the newest `keep`.
+
+    Args:
+        folder: The stage's `checkpoints/`.
+        step: Finished optimizer steps.
+        tensors: File stem -> name -> tensor.
+        state: Anything JSON holds.
+        keep: Whole checkpoints to keep.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: Writing failed; earlier checkpoints are untouched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    aside, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        for stem, named in tensors.items():
+            own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
+            save_file(own, aside / f"{stem}.safetensors")
+        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = {
+            p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in sorted(aside.iterdir())
+        }
+        for name in files:
+            _sync(aside / name)
+        manifest = {"step": step, "files": files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(aside / MANIFEST)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.replace(target)
+        _sync(folder)
+    except OSError as error:
+        free = shutil.disk_usage(folder).free
+        shutil.rmtree(aside, ignore_errors=True)
+        raise DiskError(f"cannot write checkpoint {target}: {error} ({free:,} bytes free)") from error
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def problem_with(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, naming the file; None if it is whole."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{checkpoint / MANIFEST} is missing or torn"
+    for name, seal in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != seal["size"] or sha256_file(path) != seal["sha256"]:
+            return f"{path} does not match its hash"
+    return None
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what was wrong with any newer one."""
+    skipped = []
+    for checkpoint in _steps(folder):
+        problem = problem_with(checkpoint)
+        if problem is None:
+            return checkpoint, skipped
+        skipped.append(problem)
+    return None, skipped
+
+
+def load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
+    """One tensor file of a checkpoint."""
+    return load_file(checkpoint / f"{stem}.safetensors")
+
+
+def load_state(checkpoint: Path) -> dict:
+    """The JSON state of a checkpoint."""
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+# --- what goes in -------------------------------------------------------------------------------
+
+
+def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters that train, by name."""
+    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Put back every trainable parameter, strictly.
+
+    Raises:
+        InputError: A name is missing or unexpected, or a shape differs.
+    """
+    own = trainable_tensors(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if missing or extra or shapes:
+        raise InputError(
+            f"{source} does not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(extra)} unexpected {extra[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as named tensors and JSON: no pickle."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, slots in state["state"].items():
+        for key, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain[f"{index}.{key}"] = value
+    return tensors, {"slots": plain, "param_groups": state["param_groups"]}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    slots: dict[int, dict] = {}
+    for name, value in [*tensors.items(), *plain["slots"].items()]:
+        index, key = name.split(".", 1)
+        slots.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": plain["param_groups"]})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict]:
+    """Every generator's state: torch (CPU, and CUDA where there is one), numpy, python."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - global state
+    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    version, internal, gauss = random.getstate()
+    tensors["python"] = torch.tensor(internal, dtype=torch.int64)
+    return tensors, {
+        "numpy": [name, position, has_gauss, cached],
+        "python": [version, gauss],
+    }
+
+
+def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(tensors["torch"])
+    cuda = [v for k, v in sorted(tensors.items()) if k.startswith("cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    name, position, has_gauss, cached = plain["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
+    version, gauss = plain["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+
+

@@ -1,0 +1,65 @@
+"""Errors that are the user's to mend: one clear message, an exit code, no traceback of ours.
+
+Exit codes: 2 bad input or config, 3 non-finite numbers, 73 run folder busy, 74 disk, 75 preempted.
+"""
+
+from collections.abc import Iterable
+
+
+class SpavlError(Exception):
+    """Base of every error with a message written for the person running the command."""
+
+    exit_code = 2
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: the message alone."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class InputError(SpavlError):
+    """Bad input: data, parameter, profile or key."""
+
+
+class NonFiniteError(SpavlError):
+    """A loss, gradient, weight or reward is NaN or infinite."""
+
+    exit_code = 3
+
+
+class BusyError(SpavlError):
+    """Another live run holds the folder, or it holds another run's work."""
+
+    exit_code = 73
+
+
+class DiskError(SpavlError):
+    """Writing failed: no space, no permission."""
+
+    exit_code = 74
+
+
+class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
+    """A stop was asked for; a checkpoint stands and the same command goes on."""
+
+    exit_code = 75
+
+
+ERRORS = {
+    cls.__name__: cls
+    for cls in (SpavlError, InputError, NonFiniteError, BusyError, DiskError, Preempted)
+}
+
+
+def raise_all(problems: Iterable[str], heading: str) -> None:
+    """Raise one `InputError` listing every problem, if there is any.
+
+    Args:
+        problems: One line each, `FILE:ROW field: reason`.
+        heading: What was being read.
+    """
+    lines = list(problems)
+    if lines:
+        shown = lines[:50]
+        more = [f"... and {len(lines) - 50} more"] if len(lines) > 50 else []
+        count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+        raise InputError("\n  ".join([f"{heading}: {count}", *shown, *more]))
