@@ -1,0 +1,348 @@
+"""Frozen configuration: dataclasses with a sentence a field, and strict profiles over them.
+
+Scale (model, rows, steps, batch) has no default: a profile must say it. Method constants (beta,
+loss, learning rate) have the default we found best; `preset: seed` gives the original's.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from spavl_lib.errors import InputError
+
+PROFILES = Path(__file__).parent / "profiles"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which preference rows."""
+
+    source: Literal["mini", "hub_layout", "seed_json"]
+    """mini: built here; hub_layout: a folder of parquet as on the Hub; seed_json: the original's."""
+    train_rows: int
+    """Training pairs, 0 for all. A smaller number is a seeded subset of a larger one."""
+    validation_rows: int
+    """Held-out pairs, 0 for all."""
+    test_rows: int
+    """Prompts per evaluation set, 0 for all."""
+    path: str = ""
+    """Folder of the rows; empty for mini."""
+    keywords: tuple[str, ...] = ()
+    """seed_json: keywords of the keyword map to read, all if empty."""
+    image_root: str = ""
+    """seed_json: folder the records' image paths start from; `path` if empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and what of it trains. The vision tower never does."""
+
+    name: str
+    """`embedded`, a local folder, or a hub id."""
+    adapter: Literal["full", "lora", "qlora"]
+    """full: the whole language model; lora: adapters on its linears; qlora: the same over 4 bit."""
+    revision: str = ""
+    """Hub commit, empty for the newest."""
+    train_projector: bool = True
+    """Train the multimodal projector, as SPA-VL does."""
+    lora_rank: int = 32
+    """Rank of the adapters."""
+    lora_alpha: int = 64
+    """Scale of the adapters; the update is multiplied by alpha / rank."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:
+            raise InputError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig:
+    """Direct preference optimisation (Rafailov et al. 2023)."""
+
+    max_steps: int
+    """Optimizer steps; 0 for `num_epochs` passes."""
+    per_device_batch_size: int
+    """Pairs a device sees at once."""
+    gradient_accumulation_steps: int = 1
+    """Batches summed into one optimizer step."""
+    num_epochs: float = 1.0
+    """Passes over the training pairs, when `max_steps` is 0."""
+    preset: Literal["ours", "seed"] = "ours"
+    """seed: the original's beta, loss, rate and schedule, over whatever the profile says."""
+    beta: float = 0.1
+    """Strength of the pull to the reference, no unit. Higher stays nearer."""
+    loss_type: tuple[str, ...] = ("sigmoid", "sft")
+    """trl's loss names, summed. sft: the chosen answer's cross-entropy, against displacement."""
+    loss_weights: tuple[float, ...] = (1.0, 1.0)
+    """One weight a loss."""
+    learning_rate: float = 5e-5
+    """Peak rate."""
+    lr_scheduler: str = "cosine"
+    """transformers' schedule name."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm."""
+    max_length: int = 0
+    """Longest pair in tokens, image tokens counted; 0 for the model's context."""
+    save_steps: int = 50
+    """Steps between checkpoints."""
+    eval_steps: int = 0
+    """Steps between evaluations on the held-out pairs; 0 for only at the end."""
+
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise InputError(f"dpo.beta must be above 0, got {self.beta}")
+        if len(self.loss_type) != len(self.loss_weights):
+            raise InputError(
+                f"dpo.loss_weights needs one weight a loss: {len(self.loss_type)} losses "
+                f"{list(self.loss_type)}, {len(self.loss_weights)} weights"
+            )
+        if self.max_steps < 0 or self.per_device_batch_size < 1:
+            raise InputError("dpo.max_steps must be at least 0, dpo.per_device_batch_size 1")
+
+    @property
+    def global_batch_size(self) -> int:
+        """Pairs an optimizer step sees on one device."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How answers are sampled."""
+
+    batch_size: int
+    """Prompts at once."""
+    max_new_tokens: int = 64
+    """Longest answer in tokens."""
+    do_sample: bool = False
+    """Sample; greedy if false."""
+    temperature: float = 1.0
+    """Divides the logits when sampling."""
+    top_p: float = 1.0
+    """Smallest set of tokens with this mass, when sampling."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    judge: Literal["exact", "phrases"] = "exact"
+    """exact: knows the truth of every mini row; phrases: refusal phrases, for other data."""
+    held_out_drawings: bool = True
+    """Repeat mini's sets over drawings the model never saw."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig:
+    """Where training runs."""
+
+    num_processes: int = 1
+    """Processes; more than one starts accelerate."""
+
+
+# The original's settings (seed_json's own scripts): method constants only, never scale.
+SEED_PRESET = {
+    "dpo": {
+        "beta": 0.1,
+        "loss_type": ("sigmoid",),
+        "loss_weights": (1.0,),
+        "lr_scheduler": "cosine",
+        "warmup_steps": 10,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    }
+}
+SEED_LEARNING_RATE = {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything a run depends on."""
+
+    profile: str
+    """Profile it came from."""
+    data: DataConfig
+    model: ModelConfig
+    dpo: DPOConfig
+    generation: GenerationConfig
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    seed: int = 0
+    """Of weights, data order and sampling."""
+    run_name: str = ""
+    """Folder under runs/; the profile's name if empty."""
+
+    def to_dict(self) -> dict:
+        """Plain values, as written to config.yaml."""
+        return _plain(dataclasses.asdict(self))
+
+
+def profile_names() -> list[str]:
+    """Names of the shipped profiles."""
+    return sorted(p.stem for p in PROFILES.glob("*.yaml"))
+
+
+def load_config(
+    profile: str,
+    overrides: dict[str, Any] | None = None,
+    *,
+    seed: int | None = None,
+    run_name: str = "",
+) -> Config:
+    """Read a profile and lay overrides over it.
+
+    Args:
+        profile: A shipped profile's name, or the path of a YAML file.
+        overrides: Dotted key -> value, such as `{"dpo.beta": 0.2}`. Text is parsed by the field's
+            type.
+        seed: Replaces the profile's seed.
+        run_name: Folder under runs/.
+
+    Raises:
+        InputError: Unknown profile or key (naming the nearest), wrong type, missing scale.
+    """
+    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        raise InputError(f"unknown profile {profile!r}{_nearest(profile, profile_names())}")
+    page = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    if not isinstance(page, dict):
+        raise InputError(f"{path}: expected a mapping, got {type(page).__name__}")
+    page.setdefault("profile", path.stem)
+    overrides = dict(overrides or {})
+    if seed is not None:
+        overrides["seed"] = seed
+    if run_name:
+        overrides["run_name"] = run_name
+    _apply_preset(page, overrides)
+    for key, value in overrides.items():
+        _set_dotted(page, key, value)
+    config = _build(Config, page, str(path), "")
+    return dataclasses.replace(config, run_name=config.run_name or config.profile)
+
+
+def from_dict(values: dict) -> Config:
+    """A config from its `to_dict` form."""
+    return _build(Config, values, "config.yaml", "")
+
+
+def _apply_preset(page: dict, overrides: dict) -> None:
+    section = page.setdefault("dpo", {})
+    if overrides.get("dpo.preset", section.get("preset")) == "seed":
+        section.update(SEED_PRESET["dpo"])
+        adapter = overrides.get("model.adapter", page.get("model", {}).get("adapter"))
+        section["learning_rate"] = SEED_LEARNING_RATE.get(adapter, 1e-6)
+
+
+def _set_dotted(page: dict, key: str, value: Any) -> None:
+    target, cls = page, Config
+    *parents, last = str(key).split(".")
+    for part in parents:
+        fields = typing.get_type_hints(cls)
+        if part not in fields or not dataclasses.is_dataclass(fields[part]):
+            raise InputError(f"unknown key {key!r}{_nearest(key, _all_keys())}")
+        cls = fields[part]
+        target = target.setdefault(part, {})
+    if last not in typing.get_type_hints(cls):
+        raise InputError(f"unknown key {key!r}{_nearest(key, _all_keys())}")
+    target[last] = value
+
+
+def _all_keys(cls: type = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            keys += _all_keys(hint, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    by_tail = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = by_tail or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{hint} (known: {', '.join(known)})" if len(known) < 12 or not close else hint
+
+
+def _build(cls: type, values: Any, source: str, prefix: str) -> Any:
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: {prefix or 'profile'} must be a mapping, got {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = [k for k in values if k not in hints]
+    if unknown:
+        names = [f"{prefix}{k}" for k in unknown]
+        hint = _nearest(names[0], _all_keys())
+        raise InputError(f"{source}: unknown key {', '.join(map(repr, names))}{hint}")
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [prefix + name for name in required if name not in values]
+    if missing:
+        raise InputError(f"{source}: missing {', '.join(missing)} (scale has no default)")
+    built = {}
+    for name, value in values.items():
+        hint, key = hints[name], prefix + name
+        if dataclasses.is_dataclass(hint):
+            built[name] = _build(hint, value, source, f"{key}.")
+        else:
+            built[name] = _typed(value, hint, key, source)
+    return cls(**built)
+
+
+def _typed(value: Any, hint: Any, key: str, source: str) -> Any:
+    """The value as the field's type: text is parsed, nothing is guessed."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value in allowed:
+            return value
+        raise InputError(f"{source}: {key} = {value!r}{_nearest(str(value), list(allowed))}")
+    if origin is tuple:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
+        if not isinstance(value, list | tuple):
+            raise InputError(f"{source}: {key} must be a list, got {value!r}")
+        return tuple(_typed(v, typing.get_args(hint)[0], key, source) for v in value)
+    if origin is types.UnionType:
+        raise TypeError(f"{key}: unions are not supported in a config")
+    try:
+        if hint is bool:
+            words = {"true": True, "false": False}
+            if isinstance(value, bool):
+                return value
+            return words[value.lower()] if isinstance(value, str) else words[value]
+        if hint is int and not isinstance(value, bool):
+            if isinstance(value, float) and not value.is_integer():
+                raise ValueError
+            return int(value)
+        if hint is float and not isinstance(value, bool):
+            number = float(value)
+            if number != number or number in (float("inf"), float("-inf")):
+                raise ValueError
+            return number
+        if hint is str and isinstance(value, str):
+            return value
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise InputError(f"{source}: {key} must be {hint.__name__}, got {value!r}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
