@@ -47,7 +47,13 @@ def _sync(path: Path) -> None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], state: dict, *, keep: int = 2
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    *,
+    keep: int = 2,
+    texts: dict[str, str] | None = None,
 ) -> Path:
     """Write `folder/step-N` whole or not at all, then drop all but the newest `keep`.
 
@@ -57,6 +63,7 @@ def save_checkpoint(
         tensors: File stem -> name -> tensor.
         state: Anything JSON holds.
         keep: Whole checkpoints to keep.
+        texts: Further files, name -> content.
 
     Returns:
         The checkpoint's folder.
@@ -72,7 +79,8 @@ def save_checkpoint(
         for stem, named in tensors.items():
             own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
             save_file(own, aside / f"{stem}.safetensors")
-        (aside / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        for name, text in {**(texts or {}), "state.json": json.dumps(state)}.items():
+            (aside / name).write_text(text, encoding="utf-8")
         files = {
             p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
             for p in sorted(aside.iterdir())
@@ -88,7 +96,9 @@ def save_checkpoint(
     except OSError as error:
         free = shutil.disk_usage(folder).free
         shutil.rmtree(aside, ignore_errors=True)
-        raise DiskError(f"cannot write checkpoint {target}: {error} ({free:,} bytes free)") from error
+        raise DiskError(
+            f"cannot write checkpoint {target}: {error} ({free:,} bytes free)"
+        ) from error
     for old in _steps(folder)[keep:]:
         shutil.rmtree(old)
     return target
@@ -213,5 +223,3 @@ def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
     np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
     version, gauss = plain["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
-
-

@@ -250,8 +250,6 @@ class Run:
         return [s for s in map(self.stage, STAGES) if s.done]
 
 
-
-
 @contextlib.contextmanager
 def _lock(path: Path, run_name: str) -> Iterator[None]:
     handle = path.open("a+", encoding="utf-8")

@@ -196,7 +196,9 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
         prompt_ids = tokenizer.encode(
             prompt.replace(SPECIAL["image"], image_tokens), add_special_tokens=False
         )
-        answer_ids = tokenizer.encode(f" {text}", add_special_tokens=False) + [tokenizer.eos_token_id]
+        answer_ids = tokenizer.encode(f" {text}", add_special_tokens=False) + [
+            tokenizer.eos_token_id
+        ]
         rows.append((prompt_ids, answer_ids))
         images.append(random_scene(rng, request.concept, composition))
     width = max(len(p) + len(a) for p, a in rows)

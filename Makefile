@@ -1,0 +1,48 @@
+# From nothing but Python 3.11 and make. `make help` lists what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format lab clean
+
+IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c '$(IS_311)' >/dev/null 2>&1 && echo $$p && break; done)
+# Handed to pip, such as an index with CPU builds of torch (see pyproject.toml).
+PIP_FLAGS ?=
+BIN := .venv/bin
+STRIP := --keep-id --drop-tagged-cells injected-parameters \
+	--extra-keys "metadata.papermill metadata.language_info.version cell.metadata.papermill"
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+
+setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.toml changed
+
+.venv/.stamp: pyproject.toml
+	@$(PYTHON) -c '$(IS_311)' 2>/dev/null || { \
+		echo "Python 3.11 is needed: install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+		exit 1; }
+	@$(BIN)/python -c '$(IS_311)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	@touch $@
+
+demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
+	$(BIN)/spavl run all --profile demo
+
+test: check  ## lint, then all tests, with every notebook in the smoke profile
+	$(BIN)/python -m pytest
+
+check: setup  ## lint and format of code and notebooks; notebooks without outputs
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
+
+format: setup  ## mend what `check` finds, as far as tools can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
+
+lab: setup  ## JupyterLab on notebooks/
+	$(BIN)/jupyter lab notebooks
+
+clean:  ## caches; keeps .venv and runs/
+	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find spavl_lib tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,370 @@
+"""`spavl`: every verb is a library call; errors are one message and an exit code."""
+
+import errno
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from spavl_lib.config import Config, load_config, profile_names
+from spavl_lib.errors import DiskError, InputError, SpavlError
+from spavl_lib.run import Run, repo_root, runs_root
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(data_app, name="data", help="Convert preference data, or check your own.")
+
+Profile = Annotated[
+    str,
+    typer.Option(
+        "--profile", "-p", help=f"One of {', '.join(profile_names())}, or the path of a YAML file."
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace one value of the profile, such as dpo.beta=0.2. Repeatable.",
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Of weights, data order and sampling.")]
+RunName = Annotated[
+    str, typer.Option(help="Folder under runs/.", show_default="the profile's name")
+]
+
+
+@app.callback()
+def _spavl() -> None:
+    """Safety preference alignment of vision-language models, by notebook or by command.
+
+    \b
+    Start here:
+      spavl doctor                          what this machine can run
+      spavl run all --profile demo          notebooks 01 to 06, then the report
+      spavl run dpo --profile smoke         one notebook, in seconds
+      spavl train dpo --profile colab --set dpo.beta=0.2
+      spavl report demo                     write a run's report again
+
+    Everything lands in runs/<run name>/ ($SPAVL_RUNS replaces runs/). Repeating a command goes on
+    where it stopped.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 bad input or config, 3 not a number, 73 run folder busy,
+    74 disk, 75 preempted (run it again), 130 interrupted.
+    """
+
+
+@app.command()
+def run(
+    name: Annotated[
+        str, typer.Argument(help="Notebook such as dpo or 04_dpo, or all.", show_default=False)
+    ],
+    profile: Profile,
+    sets: Sets = None,
+    seed: Seed = None,
+    run_name: RunName = "",
+) -> None:
+    """Execute one notebook, or all of 01 to 06 and then the report.
+
+    Done stages are kept; a broken one goes on from its checkpoint. Settings may not change within
+    a run: use another --run-name.
+
+    \b
+    Examples:
+      spavl run all --profile demo
+      spavl run 04_dpo --profile smoke --set dpo.beta=0.5 --run-name beta05
+      spavl run all --profile my.yaml --seed 3 --run-name seed3
+    """
+    from spavl_lib import launch
+
+    notebook = None if name == "all" else launch.find_notebook(name)
+    config, overrides, profile = _config(profile, sets, seed, run_name)
+    if notebook is None:
+        launch.run_all(config, overrides, profile=profile)
+        return
+    where = launch.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
+    typer.echo(f"done: {where}")
+
+
+@app.command()
+def train(
+    kind: Annotated[str, typer.Argument(help="Trainer: dpo.", show_default=False)],
+    profile: Profile,
+    sets: Sets = None,
+    seed: Seed = None,
+    run_name: RunName = "",
+) -> None:
+    """Train without a notebook; goes on from the newest whole checkpoint.
+
+    \b
+    Example:
+      spavl train dpo --profile colab --set dpo.beta=0.2 --run-name beta02
+    """
+    from spavl_lib import launch
+
+    config, _, _ = _config(profile, sets, seed, run_name)
+    if kind not in launch.TRAINERS:
+        launch.train(kind, config, None)  # says which there are
+    stage = Run(config).stage(kind)
+    launch.train(kind, config, stage)
+    typer.echo(f"done: {stage.path}")
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
+) -> None:
+    """Write a run's report.html again, and print its headline table."""
+    from spavl_lib import launch
+
+    path = Path(run) if Path(run).is_dir() else runs_root() / run
+    if not path.is_dir():
+        known = sorted(p.name for p in runs_root().glob("*/") if not p.name.startswith("."))
+        there = f"there are: {', '.join(known)}" if known else "there are none yet"
+        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({there})")
+    from spavl_lib.report import write_report
+
+    write_report(path)
+    launch.print_results(path)
+
+
+@data_app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
+) -> None:
+    """Rewrite data between the Hub's layout and the original's JSON."""
+    from spavl_lib.data.convert import convert
+
+    _show(convert(source, target))
+
+
+@data_app.command()
+def check(path: Annotated[str, typer.Argument(metavar="PATH", show_default=False)]) -> None:
+    """Read data as a training run would; describe it, or list every bad row."""
+    from spavl_lib.data.check import check
+
+    _show(check(path))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine has, what differs from the pins, and which profiles it can run."""
+    machine = describe_machine()
+    for name, value in machine.items():
+        typer.echo(f"{name:<10} {value}")
+    pins = read_pins()
+    differing = differing_pins(pins)
+    if not pins:
+        typer.echo("pins       unknown: no checkout and no installed package")
+    elif differing:
+        typer.echo(f"pins       {len(differing)} of {len(pins)} differ")
+        for line in differing:
+            typer.echo(f"{'':<11}{line}")
+    else:
+        typer.echo(f"pins       all {len(pins)} as pinned")
+    typer.echo("profiles")
+    verdicts = {name: cannot_run(name) for name in profile_names()}
+    for name, reasons in verdicts.items():
+        typer.echo(f"  {name:<9}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
+    if all(verdicts.values()):
+        raise typer.Exit(1)
+
+
+# --- doctor -------------------------------------------------------------------------------------
+
+GIB = 2**30
+# What a shipped profile is made for: memory of the machine, and of one CUDA GPU, in GiB.
+NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
+
+
+def describe_machine() -> dict[str, str]:
+    """Python, torch, devices, memory, cores and disk, a line each."""
+    import torch
+
+    devices = [
+        f"{torch.cuda.get_device_name(i)} ({memory / GIB:.0f} GiB)"
+        for i, memory in enumerate(_gpu_memory())
+    ]
+    free = shutil.disk_usage(_existing(runs_root())).free
+    return {
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "system": f"{platform.system()} {platform.machine()}",
+        "torch": str(torch.__version__),
+        "devices": ", ".join(devices) or "cpu only",
+        "cores": str(_cores()),
+        "memory": f"{_memory() / GIB:.1f} GiB",
+        "disk": f"{free / GIB:.1f} GiB free under {runs_root()}",
+    }
+
+
+def read_pins() -> dict[str, str]:
+    """Package -> pinned version, from the checkout's pyproject.toml or the installed package."""
+    project = repo_root() / "pyproject.toml"
+    if project.is_file():
+        page = tomllib.loads(project.read_text(encoding="utf-8"))
+        lines = page.get("project", {}).get("dependencies", [])
+    else:
+        try:
+            lines = importlib.metadata.requires("spavl-workbook") or []
+        except importlib.metadata.PackageNotFoundError:
+            lines = []
+    lines = [line for line in lines if "extra ==" not in line]
+    return dict(line.split(";")[0].strip().split("==") for line in lines if "==" in line)
+
+
+def differing_pins(pins: dict[str, str]) -> list[str]:
+    """A line for each package that is missing or of another version than its pin.
+
+    Args:
+        pins: Package -> version. A local part, as in 2.13.0+cpu, is no difference.
+    """
+    lines = []
+    for name, wanted in sorted(pins.items()):
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name}: {wanted} pinned, missing")
+            continue
+        if found.split("+")[0] != wanted:
+            lines.append(f"{name}: {wanted} pinned, {found} installed")
+    return lines
+
+
+def cannot_run(profile: str) -> list[str]:
+    """Why this machine cannot run a shipped profile; empty if it can, as far as can be told.
+
+    Args:
+        profile: Its name.
+    """
+    config, (memory, gpu) = load_config(profile), NEEDS[profile]
+    reasons = []
+    # Machines and cards hold a little less than the number they are sold by.
+    if _memory() < 0.9 * memory * GIB:
+        reasons.append(f"needs {memory} GiB of memory, here are {_memory() / GIB:.1f}")
+    largest = max(_gpu_memory(), default=0)
+    if gpu and largest < 0.9 * gpu * GIB:
+        there = f"the largest here has {largest / GIB:.0f}" if largest else "there is none here"
+        reasons.append(f"needs a CUDA GPU of {gpu} GiB, {there}")
+    if shutil.disk_usage(_existing(runs_root())).free < GIB:
+        reasons.append(f"needs 1 GiB of disk under {runs_root()}")
+    if config.model.adapter == "qlora" and not importlib.util.find_spec("bitsandbytes"):
+        reasons.append("needs bitsandbytes")
+    return reasons
+
+
+def _gpu_memory() -> list[int]:
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
+
+
+def _memory() -> int:
+    """Bytes this process may use: the machine's, or its container's if less."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""
+    return min(total, int(text)) if text.isdigit() else total
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+# --- plumbing -----------------------------------------------------------------------------------
+
+
+def parse_sets(sets: Sequence[str]) -> dict[str, str]:
+    """`key=value` texts as a dict; the config parses the values by their field's type.
+
+    Args:
+        sets: Such as `["dpo.beta=0.2"]`.
+
+    Raises:
+        InputError: No `=`, no key, or a key given twice.
+    """
+    parsed: dict[str, str] = {}
+    for text in sets:
+        key, sign, value = text.partition("=")
+        key = key.strip()
+        if not sign or not key:
+            raise InputError(f"--set {text!r}: expected KEY=VALUE, such as --set dpo.beta=0.2")
+        if key in parsed:
+            raise InputError(f"--set {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
+        parsed[key] = value.strip()
+    return parsed
+
+
+def _config(
+    profile: str, sets: list[str] | None, seed: int | None, run_name: str
+) -> tuple[Config, dict[str, str], str]:
+    overrides = parse_sets(sets or [])
+    for option, value, key in (("--seed", seed, "seed"), ("--run-name", run_name, "run_name")):
+        if key in overrides and value not in (None, ""):
+            raise InputError(
+                f"{key} is given twice: {option} {value} and --set {key}={overrides[key]}"
+            )
+    if profile.endswith((".yaml", ".yml")):
+        profile = str(Path(profile).absolute())
+    return load_config(profile, overrides, seed=seed, run_name=run_name), overrides, profile
+
+
+def _show(result: Any) -> None:
+    if result is not None:
+        typer.echo(yaml.safe_dump(result, sort_keys=False, allow_unicode=True).rstrip())
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        args: Words after `spavl`; the process's own if not given.
+    """
+    try:
+        code = app(args=args, prog_name="spavl", standalone_mode=False)
+    except SpavlError as error:
+        code = _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        code = _fail(error.format_message(), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        code = _fail(str(error), DiskError.exit_code)
+    if code == 130:
+        sys.stderr.write("spavl: interrupted\n")
+    sys.exit(code or 0)
+
+
+def _fail(message: str, code: int) -> int:
+    is_help = message.startswith("Usage:")  # what typer raises when a verb is missing
+    sys.stderr.write(f"{message}\n" if is_help else f"spavl: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Rows in, tensors out: one way of writing a prompt, used in training and in generation.
+
+Every sequence starts with one BOS (where the tokenizer has one), holds exactly one image slot per
+image, and every completion ends in EOS, which is scored. trl's own collator leaves BOS and EOS to
+the chat template, and the stock LLaVA-1.5 template has neither.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from spavl_lib.data.images import ImageError, decode
+from spavl_lib.errors import InputError
+
+
+def neutralise(text: str, processor: ProcessorMixin) -> str:
+    """Text in which nothing reads as a control token: `<image>` becomes `< image>`."""
+    for token in sorted(set(special_tokens(processor)), key=len, reverse=True):
+        text = text.replace(token, f"{token[0]} {token[1:]}")
+    return text
+
+
+def special_tokens(processor: ProcessorMixin) -> list[str]:
+    """Control tokens longer than one character, the image token among them."""
+    tokens = [*processor.tokenizer.all_special_tokens, getattr(processor, "image_token", "")]
+    return [t for t in tokens if t and len(t) > 1]
+
+
+def render(
+    processor: ProcessorMixin, prompt: str, completion: str | None = None, *, image: bool = True
+) -> str:
+    """The conversation as the chat template writes it; up to the answer if none is given."""
+    content: list[dict] = [{"type": "image"}] if image else []
+    content.append({"type": "text", "text": neutralise(prompt, processor)})
+    messages: list[dict] = [{"role": "user", "content": content}]
+    if completion is not None:
+        text = neutralise(completion, processor)
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})
+    return processor.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=completion is None
+    )
+
+
+def completion_ids(
+    processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
+) -> list[int]:
+    """Ids of an answer as it stands after its prompt, with one EOS at the end.
+
+    Raises:
+        InputError: The template does not write prompt and answer so that one begins the other.
+    """
+    tokenizer = processor.tokenizer
+    before = render(processor, prompt, image=image).rstrip(" ")
+    whole = render(processor, prompt, completion, image=image)
+    if not whole.startswith(before):
+        raise InputError("the chat template writes a prompt differently once it has an answer")
+    head = tokenizer.encode(before, add_special_tokens=False)
+    ids = tokenizer.encode(whole, add_special_tokens=False)
+    if ids[: len(head)] != head:
+        raise InputError(f"prompt and answer do not tokenise apart: ...{before[-20:]!r}")
+    answer = ids[len(head) :]
+    while answer and (
+        answer[-1] == tokenizer.eos_token_id or not tokenizer.decode(answer[-1:]).strip()
+    ):
+        answer.pop()
+    return [*answer, tokenizer.eos_token_id]
+
+
+def encode_prompts(
+    processor: ProcessorMixin, prompts: list[str], images: list[Any]
+) -> tuple[list[list[int]], dict[str, Tensor]]:
+    """Prompt ids with image tokens expanded and one BOS, and the image tensors.
+
+    Args:
+        processor: Of the model.
+        prompts: Questions.
+        images: A decoded image a question, or None.
+
+    Returns:
+        Ids without padding, and whatever the processor makes of images (`pixel_values`, ...).
+    """
+    tokenizer = processor.tokenizer
+    texts = [
+        render(processor, p, image=i is not None).rstrip(" ")
+        for p, i in zip(prompts, images, strict=True)
+    ]
+    present = [i for i in images if i is not None]
+    encoded = processor(
+        images=present or None, text=texts, add_special_tokens=False, padding=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    mask = encoded.pop("attention_mask").bool()
+    ids = [row[keep].tolist() for row, keep in zip(encoded.pop("input_ids"), mask, strict=True)]
+    bos = tokenizer.bos_token_id
+    if bos is not None:
+        ids = [row if row[:1] == [bos] else [bos, *row] for row in ids]
+    encoded.pop("token_type_ids", None)
+    return ids, dict(encoded)
+
+
+def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
+    """Stack rows of ids (batch, longest), padded on `side`."""
+    width = max(map(len, rows))
+    out = torch.full((len(rows), width), value)
+    for i, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
+        out[i, place] = torch.tensor(row)
+    return out
+
+
+def decode_images(rows: list[dict]) -> list[Any]:
+    """The rows' images, None for a text-only row.
+
+    Raises:
+        InputError: Names each row whose image cannot be used.
+    """
+    images, problems = [], []
+    for row in rows:
+        try:
+            images.append(None if row.get("image") is None else decode(row["image"]))
+        except ImageError as error:
+            problems.append(f"row {row.get('id')} ({row.get('image_name')}): {error}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return images
+
+
+@dataclass
+class PreferenceCollator:
+    """Pairs as trl's vision collator lays them out: chosen rows first, then rejected.
+
+    Gives `input_ids`, `attention_mask` and `completion_mask` of shape (2 * batch, length), where
+    completion_mask is 1 on answer and EOS, and image tensors of 2 * batch images.
+    """
+
+    processor: ProcessorMixin
+    max_length: int = 0
+    padding_side: str = "right"
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """Collate.
+
+        Raises:
+            InputError: A row is longer than `max_length`, or its image cannot be used.
+        """
+        images = decode_images(rows)
+        prompts, vision = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        sequences, masks, too_long = [], [], []
+        for side in ("chosen", "rejected"):
+            for row, head, image in zip(rows, prompts, images, strict=True):
+                tail = completion_ids(
+                    self.processor, row["prompt"], row[side], image=image is not None
+                )
+                sequences.append(head + tail)
+                masks.append([0] * len(head) + [1] * len(tail))
+                if self.max_length and len(sequences[-1]) > self.max_length:
+                    too_long.append(f"{row.get('id')} {side}: {len(sequences[-1])} tokens")
+        if too_long:
+            raise InputError(
+                f"rows longer than {self.max_length} tokens, image included "
+                f"(set dpo.max_length or drop them): {'; '.join(too_long)}"
+            )
+        pad = self.processor.tokenizer.pad_token_id
+        attention = [[1] * len(s) for s in sequences]
+        return {
+            "input_ids": pad_rows(sequences, pad, self.padding_side),
+            "attention_mask": pad_rows(attention, 0, self.padding_side),
+            "completion_mask": pad_rows(masks, 0, self.padding_side),
+        } | {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in vision.items()}
+
+
+@dataclass
+class PromptCollator:
+    """Left-padded prompts for generation."""
+
+    processor: ProcessorMixin
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` (batch, length), and the image tensors."""
+        images = decode_images(rows)
+        prompts, vision = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        pad = self.processor.tokenizer.pad_token_id
+        return {
+            "input_ids": pad_rows(prompts, pad, "left"),
+            "attention_mask": pad_rows([[1] * len(p) for p in prompts], 0, "left"),
+        } | vision

@@ -1,0 +1,93 @@
+"""Opening images from outside: inside the root, of a known kind and size, whole, in RGB."""
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 50_000_000  # larger is refused from the header: a bomb, or a mistake
+
+
+class ImageError(Exception):
+    """Why an image cannot be used; the caller adds file and row."""
+
+
+def resolve_inside(root: Path, relative: str) -> Path:
+    """The path of a file under `root`.
+
+    Raises:
+        ImageError: The path is absolute, leaves the root (also through a link), or is not a file.
+    """
+    if "\0" in relative or "://" in relative or relative.startswith(("~", "/", "\\")):
+        raise ImageError(f"image path {relative!r} must be relative to {root}")
+    real_root = os.path.realpath(root)
+    real = os.path.realpath(os.path.join(real_root, relative))  # noqa: PTH118 - realpath below
+    if os.path.commonpath([real_root, real]) != real_root:
+        raise ImageError(f"image path {relative!r} leaves {root}")
+    path = Path(real)
+    if not path.exists():
+        raise ImageError(f"missing image {relative!r} (looked in {root})")
+    if not path.is_file():
+        raise ImageError(f"image path {relative!r} is not a file")
+    return path
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """Decode an image fully, upright and in RGB.
+
+    Args:
+        source: A path, or the file's bytes.
+
+    Returns:
+        RGB image; the first frame of an animation.
+
+    Raises:
+        ImageError: Unknown kind, too large, truncated or damaged.
+    """
+    try:
+        handle = io.BytesIO(source) if isinstance(source, bytes) else source
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(handle, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(f"image is {width} x {height} px, over {MAX_PIXELS:,}")
+                image.load()
+                upright = ImageOps.exif_transpose(image)
+                if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                    upright = upright.convert("RGBA")
+                    white = Image.new("RGBA", upright.size, "white")
+                    upright = Image.alpha_composite(white, upright)
+                return upright.convert("RGB")
+    except ImageError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
+        raise ImageError(f"unreadable image: {error}") from error
+
+
+def decode(cell: Any) -> Image.Image:
+    """Decode a row's image cell: `{"bytes", "path"}`, a PIL image or a path.
+
+    Raises:
+        ImageError: As `open_image`.
+    """
+    if isinstance(cell, Image.Image):
+        return cell.convert("RGB")
+    if isinstance(cell, dict):
+        if cell.get("bytes"):
+            return open_image(cell["bytes"])
+        cell = cell.get("path")
+    if not cell:
+        raise ImageError("no image")
+    return open_image(Path(cell))
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,0 +1,211 @@
+"""SPA-VL in its Hub layout, from a local folder: parquet with embedded images, and meta files.
+
+The training rows carry neither class nor question type: both are joined from `meta_files/`. Rows
+that find no partner keep empty fields and are counted, never dropped.
+"""
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, load_dataset
+
+from spavl_lib.config import DataConfig
+from spavl_lib.data import seed_json
+from spavl_lib.data.schema import (
+    HUB_RENAMES,
+    HUB_REQUIRED,
+    PREFERENCE_COLUMNS,
+    PROMPT_COLUMNS,
+    check_rows,
+    features,
+)
+from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.embedded.mini import mini_folder
+from spavl_lib.errors import InputError
+
+QUESTION_TYPES = ("easy", "hardq", "hards")
+EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
+
+
+def folder_of(config: DataConfig) -> Path:
+    """The data set's folder.
+
+    Raises:
+        InputError: It does not exist.
+    """
+    if config.source == "mini":
+        return mini_folder()
+    if not config.path:
+        raise InputError(f"data.path is empty, but data.source is {config.source!r}")
+    folder = Path(config.path).expanduser()
+    if not folder.exists():
+        raise InputError(f"data.path {config.path!r} does not exist")
+    return folder
+
+
+def load_preferences(config: DataConfig, split: str) -> Dataset:
+    """Preference rows in the schema of `data.schema`.
+
+    Args:
+        config: Which rows, and how many.
+        split: `train` or `validation`.
+
+    Raises:
+        InputError: Missing files or columns, or bad rows: all of them, by file and row.
+    """
+    if config.source == "seed_json":
+        rows = seed_json.load(
+            folder_of(config), split, config.keywords, Path(config.image_root or config.path)
+        )
+    else:
+        folder = folder_of(config)
+        parts = {"train": ("data/train-*", "train"), "validation": ("validation/validation-*",) * 2}
+        pattern, _ = parts[split]
+        raw, source = _read(folder, pattern, HUB_REQUIRED[split])
+        rows = _to_schema(raw, split, PREFERENCE_COLUMNS)
+        if split == "train":
+            rows = _join(rows, folder / "meta_files")
+        check_rows(rows, source, preference=True)
+    wanted = config.train_rows if split == "train" else config.validation_rows
+    return subset(rows, wanted)
+
+
+def load_prompts(config: DataConfig, name: str) -> Dataset:
+    """Prompts of one evaluation set: harm, help and, on mini, look_alikes, twins and the rest.
+
+    `twins_exchanged` gives each twin the other's image; the suffix `_twemoji` asks for held-out
+    drawings.
+
+    Raises:
+        InputError: The source has no such set.
+    """
+    config = config if config.source != "seed_json" else _mini_like(config)
+    base, _, drawing = name.partition("_twemoji")
+    exchanged = base == "twins_exchanged"
+    base = "twins" if exchanged else base
+    config_name = "test_twemoji" if name.endswith("_twemoji") else "test"
+    folder = folder_of(config)
+    if not list(folder.glob(f"{config_name}/{base}-*.parquet")):
+        known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
+        raise InputError(f"{folder} has no evaluation set {name!r} (it has {', '.join(known)})")
+    raw, source = _read(folder, f"{config_name}/{base}-*", HUB_REQUIRED["test"])
+    rows = _to_schema(raw, base, PROMPT_COLUMNS)
+    check_rows(rows, source, preference=False)
+    if exchanged:
+        cells = list(rows["image"])
+        swapped = [cells[i ^ 1] for i in range(len(cells))]
+        rows = rows.remove_columns("image").add_column("image", swapped)
+        rows = rows.cast(features(rows.column_names))
+    if base == "twins":  # whole pairs only
+        wanted = config.test_rows - config.test_rows % 2
+        return rows.select(range(min(wanted, len(rows)))) if config.test_rows else rows
+    return subset(rows, config.test_rows)
+
+
+def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
+    """Names of the evaluation sets a source has."""
+    if config.source == "hub_layout":
+        return ["harm", "help"]
+    drawings = [f"{n}_twemoji" for n in EVAL_SETS[:4]] if held_out_drawings else []
+    return [*EVAL_SETS, *drawings]
+
+
+def load_truth(config: DataConfig) -> dict[str, dict]:
+    """Row id -> what the builder knows of it. Mini only; others have none."""
+    path = mini_folder() / "meta_files" / "truth.json"
+    if config.source == "hub_layout":
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def subset(rows: Dataset, wanted: int, seed: int = 0) -> Dataset:
+    """The first `wanted` rows of one seeded order, so that small sets lie within large ones."""
+    if wanted <= 0 or wanted >= len(rows):
+        return rows
+    order = list(range(len(rows)))
+    random.Random(f"subset/{seed}").shuffle(order)
+    return rows.select(sorted(order[:wanted]))
+
+
+def unmatched(rows: Dataset) -> dict[str, int]:
+    """How many rows carry no class, and no question type."""
+    return {
+        "no_class": sum(not c for c in rows["class3"]),
+        "no_question_type": sum(not t for t in rows["question_type"]),
+    }
+
+
+def _mini_like(config: DataConfig) -> DataConfig:
+    """The seed's JSON holds training pairs only: evaluate on mini."""
+    import dataclasses
+
+    return dataclasses.replace(config, source="mini", path="")
+
+
+def _read(folder: Path, pattern: str, required: tuple[str, ...]) -> tuple[Dataset, str]:
+    datasets.disable_progress_bars()
+    files = sorted(folder.glob(f"{pattern}.parquet"))
+    if not files:
+        raise InputError(f"no {pattern}.parquet under {folder}: is it in SPA-VL's Hub layout?")
+    try:
+        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        raise InputError(f"cannot read {files[0]} (or its sister shards): {error}") from error
+    missing = [c for c in required if c not in rows.column_names]
+    if missing:
+        raise InputError(
+            f"{files[0]}: missing column {', '.join(missing)} (found {', '.join(rows.column_names)})"
+        )
+    return rows, str(files[0])
+
+
+def _to_schema(raw: Dataset, name: str, columns: tuple[str, ...]) -> Dataset:
+    from datasets import Image
+
+    rows = raw.cast_column("image", Image(decode=False))
+    rows = rows.rename_columns({k: v for k, v in HUB_RENAMES.items() if k in rows.column_names})
+    rows = rows.add_column("id", [f"{name}/{i}" for i in range(len(rows))])
+    for column in columns:
+        if column not in rows.column_names:
+            if column == "image_name":
+                values = [Path(c["path"] or "").name for c in rows["image"]]
+            else:
+                values = [""] * len(rows)
+            rows = rows.add_column(column, values)
+    return rows.select_columns(list(columns)).cast(features(columns))
+
+
+def _join(rows: Dataset, meta: Path) -> Dataset:
+    """Attach classes by image name and question types by (image, question)."""
+    info_path = meta / "image_info" / "meta.json"
+    if not info_path.is_file():
+        return rows
+    info = {
+        r["image"]: r.get("class3", "") for r in json.loads(info_path.read_text(encoding="utf-8"))
+    }
+    kinds: dict[tuple[str, str], str] = {}
+    clashes: Counter = Counter()
+    for question_type in QUESTION_TYPES:
+        path = meta / "split" / f"{question_type}.json"
+        if path.is_file():
+            for r in json.loads(path.read_text(encoding="utf-8")):
+                key = (Path(r["image"]).name, r["question"])
+                clashes[key] += kinds.get(key, question_type) != question_type
+                kinds[key] = question_type
+    names, prompts = rows["image_name"], rows["prompt"]
+    class3 = [info.get(Path(n).name, "") for n in names]
+    joined = {
+        "class1": [PARENTS[c][0] if c in PARENTS else "" for c in class3],
+        "class2": [PARENTS[c][1] if c in PARENTS else "" for c in class3],
+        "class3": class3,
+        "question_type": [
+            kinds.get((Path(n).name, q), "") for n, q in zip(names, prompts, strict=True)
+        ],
+    }
+    rows = rows.remove_columns(list(joined))
+    for name, values in joined.items():
+        rows = rows.add_column(name, values)
+    return rows.select_columns(list(PREFERENCE_COLUMNS))

@@ -1,0 +1,209 @@
+"""Prompts in, JSONL out: batched, sorted by length, resumable, the same file however interrupted."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from spavl_lib.config import Config, GenerationConfig
+from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.spavl import eval_sets, load_prompts
+from spavl_lib.errors import Preempted
+from spavl_lib.modelling.load import load_policy, load_processor
+from spavl_lib.run import Stage, read_jsonl, write_json, write_text
+
+KEPT = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
+TRAINED = ("dpo", "ppo")  # stages whose model/ can answer
+
+
+def settings(config: GenerationConfig, seed: int) -> dict:
+    """What an answer depends on besides model and prompt; recorded with every answer."""
+    chosen = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample}
+    if config.do_sample:
+        chosen |= {"temperature": config.temperature, "top_p": config.top_p, "seed": seed}
+    return chosen
+
+
+def generate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    rows: Dataset | Iterable[dict],
+    config: GenerationConfig,
+    target: Path,
+    *,
+    seed: int = 0,
+    labels: dict[str, str] | None = None,
+    should_stop: object = False,
+    desc: str = "generate",
+) -> list[dict]:
+    """Answer every row, and write one JSON line each in the rows' order.
+
+    Args:
+        model: In evaluation mode.
+        processor: Its processor.
+        rows: Prompt rows of `data.schema`.
+        config: Batch size and sampling.
+        target: The JSONL file; `target` with `.partial` added holds what is done so far, and is
+            taken up again by the same call.
+        seed: Of sampling; each batch derives its own, so interruption changes nothing.
+        labels: Fields added to every record, such as model and set.
+        should_stop: Truthy once asked to stop; polled between batches.
+        desc: Name of the progress bar.
+
+    Returns:
+        The records.
+
+    Raises:
+        Preempted: Asked to stop; finished batches are kept.
+    """
+    rows = list(rows)
+    batches = _batches(rows, config.batch_size)
+    partial = target.with_name(f"{target.name}.partial")
+    header = _header(rows, config, seed, labels)
+    done = _resume(partial, header)
+    collate = PromptCollator(processor)
+    with tqdm(total=len(rows), initial=sum(map(len, done.values())), desc=desc, unit="row") as bar:
+        for number, indices in enumerate(batches):
+            if number in done:
+                continue
+            if should_stop:
+                raise Preempted(
+                    f"stopped with {sum(map(len, done.values()))} of {len(rows)} answers written; "
+                    "run the same command to go on"
+                )
+            batch = collate([rows[i] for i in indices])
+            answers = generate_batch(
+                model, processor, batch, config, seed=_batch_seed(seed, number)
+            )
+            done[number] = [
+                {k: rows[i].get(k, "") for k in KEPT}
+                | (labels or {})
+                | answer
+                | {"generation": settings(config, seed)}
+                for i, answer in zip(indices, answers, strict=True)
+            ]
+            with partial.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"batch": number, "records": done[number]}) + "\n")
+            bar.update(len(indices))
+    place = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
+    records = [done[n][j] for n, j in (place[i] for i in range(len(rows)))]
+    write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    partial.unlink(missing_ok=True)
+    return records
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    batch: dict[str, Tensor],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+) -> list[dict]:
+    """Answers of one left-padded batch: `response`, `num_tokens`, and `finished` (EOS was said)."""
+    tokenizer = processor.tokenizer
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+        if config.do_sample
+        else {"do_sample": False}
+    )
+    if config.do_sample:
+        torch.manual_seed(seed)
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+    width = batch["input_ids"].shape[1]
+    out = model.generate(
+        **batch,
+        **sampling,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )[:, width:]
+    answers = []
+    for row in out.tolist():
+        finished = tokenizer.eos_token_id in row
+        ids = row[: row.index(tokenizer.eos_token_id)] if finished else row
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
+    return answers
+
+
+def make_inference_stage(config: Config, stage: Stage) -> dict:
+    """Answer every evaluation set with the base model and with each trained one.
+
+    Returns:
+        The summary: rows and mean answer length by model and set.
+    """
+    from spavl_lib.trainers.guards import stop_on_signals
+
+    trained = {n: stage.run.stage(n) for n in TRAINED if stage.run.stage(n).done}
+    models = {"base": None} | {n: s.path / "model" for n, s in trained.items()}
+    if stage.done and stage.summary["models"] == list(models):
+        stage.check_config()
+        return stage.summary
+    names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
+    inputs = {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
+    summary: dict = {"models": list(models), "sets": {}}
+    with stage.work(inputs), stop_on_signals() as flag:
+        processor = load_processor(config.model)
+        sets = {name: load_prompts(config.data, name) for name in names}
+        for label, folder in models.items():
+            marker = stage.path / label / "weights.json"
+            weights = {"weights": inputs.get(f"{label}/weights", "base")}
+            if not marker.is_file() or json.loads(marker.read_text()) != weights:
+                for old in (stage.path / label).glob("*.jsonl*"):
+                    old.unlink()
+                write_json(marker, weights)
+            missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
+            model = load_policy(config.model, folder) if missing else None
+            for name in names:
+                target = marker.parent / f"{name}.jsonl"
+                if name in missing:
+                    records = generate(
+                        model, processor, sets[name], config.generation, target,
+                        seed=config.seed, labels={"model": label, "set": name},
+                        should_stop=flag, desc=f"{label} {name}",
+                    )  # fmt: skip
+                else:
+                    records = read_jsonl(target)
+                summary["sets"].setdefault(name, {})[label] = {
+                    "rows": len(records),
+                    "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
+                    "unfinished": sum(not r["finished"] for r in records),
+                }
+    stage.finish(summary)
+    return summary
+
+
+def _batches(rows: list[dict], size: int) -> list[list[int]]:
+    """Indices in batches of like length, longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["prompt"]), i))
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return int(hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:8], 16)
+
+
+def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict | None) -> str:
+    key = [[r["id"], r["prompt"]] for r in rows], settings(config, seed), config.batch_size, labels
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
+    """Finished batches of an interrupted call with the same rows and settings."""
+    lines = read_jsonl(partial)
+    if lines and lines[0].get("header") == header:
+        done = {line["batch"]: line["records"] for line in lines[1:]}
+    else:
+        done = {}
+    # Written anew: a torn last line must not swallow the next one.
+    kept = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
+    write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
+    return done

@@ -1,0 +1,629 @@
+"""Notebooks through papermill, strictly, and the order they run in.
+
+`spavl run dpo --profile smoke` is `run_notebook`, `spavl run all` is `run_all`. A notebook asks
+`ensure` for what an earlier one makes and `train` for its training. A notebook has succeeded when
+every cell ran without an error and its stage's summary.json stands; nothing papermill says counts.
+"""
+
+import contextlib
+import difflib
+import errno
+import importlib
+import json
+import logging
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spavl_lib.config import Config, load_config, profile_names
+from spavl_lib.errors import ERRORS, DiskError, InputError, SpavlError
+from spavl_lib.run import STAGES, Run, Stage, read_json, repo_root
+
+STAGE_OF = {
+    "01_data_exploration": "data",
+    "02_reward_model": "reward",
+    "03_ppo": "ppo",
+    "04_dpo": "dpo",
+    "05_inference": "inference",
+    "06_safety_helpfulness": "evaluation",
+    "07_scaling_and_ablations": "scaling",
+}
+# What every notebook's parameters cell declares, and all that the runner sets.
+PARAMETERS = ("profile", "seed", "run_name", "overrides")
+# Each maker is called with (config, stage), holds `stage.work()` and ends with `stage.finish()`.
+STAGE_MAKERS = {
+    "data": "spavl_lib.data.explore:make_data_stage",
+    "dpo": "spavl_lib.trainers.dpo:train_dpo",
+    "inference": "spavl_lib.generation:make_inference_stage",
+    "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
+}
+TRAINERS = {"dpo": "spavl_lib.trainers.dpo:train_dpo"}
+# Profiles small enough for a notebook to make what it lacks.
+SMALL_PROFILES = ("smoke", "demo")
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class NotebookError(SpavlError):
+    """A notebook failed for a reason that is not one of `spavl_lib.errors`."""
+
+    exit_code = 1
+
+
+class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
+    """A stop was asked for, and no checkpoint was due."""
+
+    exit_code = 130
+
+
+# --- finding notebooks --------------------------------------------------------------------------
+
+
+def notebooks_folder() -> Path:
+    """Where notebooks are: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
+    return Path(os.environ.get("SPAVL_NOTEBOOKS", "") or repo_root() / "notebooks").absolute()
+
+
+def list_notebooks(folder: Path | None = None) -> list[Path]:
+    """The numbered notebooks of a folder, in order."""
+    return sorted((folder or notebooks_folder()).glob("[0-9][0-9]_*.ipynb"))
+
+
+def stage_of(notebook: Path) -> str:
+    """The stage a notebook makes.
+
+    Raises:
+        InputError: It is none of the workbook's notebooks.
+    """
+    if notebook.stem not in STAGE_OF:
+        raise InputError(f"{notebook} makes no known stage; known notebooks: {', '.join(STAGE_OF)}")
+    return STAGE_OF[notebook.stem]
+
+
+def find_notebook(name: str, folder: Path | None = None) -> Path:
+    """The notebook called `dpo`, `04_dpo`, `04_dpo.ipynb` or by its stage.
+
+    Args:
+        name: Any of these; a folder in front is ignored.
+        folder: Where to look, `notebooks_folder()` if not given.
+
+    Raises:
+        InputError: None, naming the nearest.
+    """
+    folder = folder or notebooks_folder()
+    wanted, aliases = Path(name).name.removesuffix(".ipynb"), {}
+    for path in list_notebooks(folder):
+        for alias in (path.stem, path.stem[3:], STAGE_OF.get(path.stem, path.stem)):
+            aliases.setdefault(alias, path)
+    if not aliases:
+        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    if wanted not in aliases:
+        known = ", ".join(path.stem for path in list_notebooks(folder))
+        raise InputError(
+            f"unknown notebook {name!r}{_nearest(wanted, aliases)} (there are: {known})"
+        )
+    return aliases[wanted]
+
+
+def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
+    """Refuse a notebook that would not take these parameters; papermill only warns.
+
+    Raises:
+        InputError: No parameters cell, or a parameter it does not declare.
+    """
+    import nbformat
+    import papermill as pm
+
+    try:
+        known = pm.inspect_notebook(notebook)
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{notebook} is not a notebook with a kernelspec: {why}") from error
+    if not known:
+        raise InputError(f"{notebook.name} has no cell tagged `parameters`")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InputError(
+            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}"
+            f"{_nearest(unknown[0], known)} (its parameters cell declares: {', '.join(known)})"
+        )
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+# --- one notebook -------------------------------------------------------------------------------
+
+
+def run_notebook(
+    name: str,
+    config: Config,
+    overrides: dict[str, Any] | None,
+    run: Run,
+    *,
+    profile: str | None = None,
+    parameters: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    timeout_s: int | None = None,
+) -> Path:
+    """Execute a notebook in a kernel of this Python, from the checkout's root.
+
+    SIGINT and SIGTERM go to the kernel alone, as an interrupt, and the kernel is waited for: a
+    training cell gets to write its checkpoint. The third one kills it.
+
+    Args:
+        name: As `find_notebook` takes it.
+        config: What the notebook will resolve; says seed and run name.
+        overrides: What was laid over the profile; the notebook lays the same.
+        run: Its folder takes the executed notebook.
+        profile: Profile name or path for the notebook, `config.profile` if not given.
+        parameters: Further parameters of this notebook.
+        folder: Where notebooks are, `notebooks_folder()` if not given.
+        timeout_s: Longest time a cell may take, none if not given.
+
+    Returns:
+        The executed notebook, `runs/<run>/<stage>/executed.ipynb`.
+
+    Raises:
+        SpavlError: The error the notebook raised, if it is one of ours.
+        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel, a timeout, no
+            summary. What was executed is kept as `failed.ipynb`.
+        Interrupted: A signal came, and the notebook did not say `Preempted`.
+    """
+    import papermill as pm
+
+    notebook = find_notebook(name, folder)
+    stage = run.stage(stage_of(notebook))
+    values = {
+        "profile": profile or config.profile,
+        "seed": config.seed,
+        "run_name": run.name,
+        "overrides": dict(overrides or {}),
+        **(parameters or {}),
+    }
+    check_parameters(notebook, values)
+    aside = stage.path / f".executed.{os.getpid()}.ipynb"
+    watch = _Watch(notebook, stage)
+    try:
+        stage.path.mkdir(parents=True, exist_ok=True)
+        with _quiet_papermill(), watch:
+            executed = pm.execute_notebook(
+                notebook,
+                aside,
+                values,
+                kernel_name="python3",
+                progress_bar=False,
+                execution_timeout=timeout_s,
+                kernel_manager_class=_kernel_class(watch, run),
+                on_cell_start=watch.cell_start,
+                on_cell_execute=watch.cell_execute,
+            )
+        problem = _verdict(executed, notebook, stage)
+    except Exception as error:
+        problem = _explained(error, watch)
+        if problem is None:
+            raise
+    if problem is None:
+        target = stage.path / "executed.ipynb"
+        aside.replace(target)
+        (stage.path / "failed.ipynb").unlink(missing_ok=True)
+        if watch.stops:
+            raise Interrupted(f"{notebook.name} was at its last cell and is done; stopped after it")
+        return target
+    if aside.is_file():
+        kept = stage.path / "failed.ipynb"
+        aside.replace(kept)
+        if isinstance(problem, NotebookError):
+            problem = NotebookError(f"{problem}\n  as far as it got: {_short(kept)}")
+    raise problem
+
+
+class _Stop(Exception):
+    """Raised between cells once a stop was asked for."""
+
+
+class _Watch:
+    """A notebook in flight: its cell, its kernel's process, its progress bar, our signals."""
+
+    def __init__(self, notebook: Path, stage: Stage):
+        self.notebook, self.stage = notebook, stage
+        self.pid: int | None = None
+        self.cell = 0
+        self.stops = 0
+        self._cell_started = self._began = 0.0
+        self._nudge: tuple[int, float] | None = None
+        self._over = threading.Event()
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def place(self) -> str:
+        """Which cell runs, as the executed notebook numbers it."""
+        return f"{self.notebook.name}, cell [{self.cell}]"
+
+    def __enter__(self) -> "_Watch":
+        from tqdm import tqdm
+
+        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
+        self._began = time.time()
+        # The injected parameters are a cell more. Off where there is no terminal.
+        self._bar = tqdm(
+            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
+        )
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._ticker.join()
+        self._bar.close()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        if self.pid:
+            # The kernel leads its own process group: what it started goes with it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def cell_start(self, cell: Any, cell_index: int) -> None:
+        """Before each cell, prose too: the place where a stop takes hold between cells."""
+        if self.stops:
+            raise _Stop
+        self._bar.update(cell_index - self._bar.n)
+
+    def cell_execute(self, cell: Any, cell_index: int) -> None:
+        """Just before a code cell is sent."""
+        self.cell += 1
+        self._cell_started = time.monotonic()
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        self.stops += 1
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: interrupting {self.place}, and waiting for it\n")
+        if self.stops > 2:
+            self._signal_kernel(signal.SIGKILL)
+        else:
+            self._signal_kernel(signal.SIGINT)
+            # A kernel that has not begun the cell yet is deaf: ask again a little later.
+            if time.monotonic() - self._cell_started < 1:
+                self._nudge = self.cell, time.monotonic() + 1
+
+    def _signal_kernel(self, number: int) -> None:
+        if self.pid and self.cell:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def _tick(self) -> None:
+        while not self._over.wait(1):
+            if self._nudge and time.monotonic() > self._nudge[1]:
+                if self._nudge[0] == self.cell:
+                    self._signal_kernel(signal.SIGINT)
+                self._nudge = None
+            if not self._bar.disable:
+                self._bar.set_postfix(_last_logged(self.stage.metrics_path, self._began))
+
+
+def _kernel_class(watch: _Watch, run: Run) -> type:
+    """A kernel of this very Python, in the checkout's root, whose process id the watch knows."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **kwargs: Any):
+            # No folders searched: a kernel called python3 elsewhere may be another Python.
+            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **kwargs)
+
+        async def start_kernel(self, **kwargs: Any) -> None:
+            own = {
+                "SPAVL_RUNS": str(run.path.parent.absolute()),
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            }
+            await super().start_kernel(env=os.environ | own, cwd=str(repo_root()), **kwargs)
+            watch.pid = self.provisioner.pid
+
+    return Kernel
+
+
+@contextlib.contextmanager
+def _quiet_papermill() -> Iterator[None]:
+    """Its log repeats what we say once."""
+    logger = logging.getLogger("papermill")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
+    """Why a notebook that papermill calls fine is not, or None."""
+    for cell in executed.cells:
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        if any(o.output_type == "error" and o.ename == "SystemExit" for o in cell.outputs):
+            place = f"{notebook.name}, cell [{cell.execution_count}]"
+            return NotebookError(f"{place} called sys.exit, the cells after it never ran")
+        if cell.execution_count is None:
+            line = cell.source.strip().splitlines()[0]
+            return NotebookError(f"{notebook.name} did not run the cell that begins `{line}`")
+    if not stage.done:
+        missing = _short(stage.path / "summary.json")
+        return NotebookError(f"{notebook.name} ran to its end but left no {missing}")
+    return None
+
+
+def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
+    """The one message for a failed execution; None if it is none of the expected ways to fail."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
+        kind = ERRORS.get(error.ename)
+        if kind is not None:
+            return kind(error.evalue)
+        if watch.stops or error.ename == "KeyboardInterrupt":
+            return Interrupted(f"stopped in {watch.place}; the same command goes on")
+        if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
+            return DiskError(f"{watch.place}: {error.evalue}")
+        return NotebookError(
+            f"{watch.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+            f"\n  at: {_failing_line(error)}"
+        )
+    if isinstance(error, _Stop) or watch.stops:
+        return Interrupted(f"stopped after {watch.place}; the same command goes on")
+    if isinstance(error, CellTimeoutError):
+        return NotebookError(f"{watch.place} took longer than it may; the kernel was stopped")
+    if isinstance(error, DeadKernelError):
+        return NotebookError(
+            f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
+        )
+    if isinstance(error, RuntimeError) and watch.cell == 0:
+        return NotebookError(f"{watch.notebook.name}: the kernel did not start: {error}")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return DiskError(f"cannot write {_short(watch.stage.path)}: {error}")
+    return None
+
+
+def _failing_line(error: Any) -> str:
+    """The line of the notebook's own cell where the error passed through."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
+    lines = error.source.splitlines()
+    if numbers and int(numbers[-1]) <= len(lines):
+        return lines[int(numbers[-1]) - 1].strip()
+    return lines[0].strip() if lines else ""
+
+
+def _last_logged(path: Path, since: float) -> dict[str, Any]:
+    """Step and loss of the last line a trainer logged after `since`, for the progress bar."""
+    try:
+        if path.stat().st_mtime < since:
+            return {}
+        with path.open("rb") as handle:
+            handle.seek(max(0, path.stat().st_size - 4096))
+            row = json.loads(handle.read().splitlines()[-1])
+        return {key: row[key] for key in ("step", "loss") if key in row}
+    except (OSError, ValueError, IndexError, TypeError):
+        return {}
+
+
+def _short(path: Path) -> str:
+    """A path as the caller would type it."""
+    try:
+        return str(path.absolute().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+# --- the sequence -------------------------------------------------------------------------------
+
+
+def run_all(
+    config: Config,
+    overrides: dict[str, Any] | None = None,
+    *,
+    profile: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Notebooks 01 to 06 in order, then the report and its headline table.
+
+    Stages that stand, with their executed notebook, are kept; a broken one is run again and takes
+    up its checkpoint. Every notebook and every stage made before is checked before the first runs.
+
+    Args:
+        config: As `run_notebook` takes it.
+        overrides: Likewise.
+        profile: Likewise.
+        folder: Likewise.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        SpavlError: As `run_notebook`; also when a stage was made with other settings.
+    """
+    run = Run(config)
+    folder = folder or notebooks_folder()
+    stages = {path: run.stage(stage_of(path)) for path in list_notebooks(folder)}
+    stages = {path: stage for path, stage in stages.items() if stage.name != "scaling"}
+    if not stages:
+        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    for path, stage in stages.items():
+        check_parameters(path)
+        stage.check_config()
+    for path, stage in stages.items():
+        if stage.done and (stage.path / "executed.ipynb").is_file():
+            _say(f"{stage.name}: done, kept")
+            continue
+        _say(f"{stage.name}: running {path.name}")
+        started = time.perf_counter()
+        run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)
+        _say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
+    write_report = _loaded("spavl_lib.report:write_report")
+    write_report(run.path)
+    print_results(run.path)
+    return run.path
+
+
+def print_results(run_path: Path) -> None:
+    """The headline table of a run, and where its report lies."""
+    from rich.console import Console
+
+    console = Console()
+    metrics_path = run_path / "metrics.json"
+    if metrics_path.is_file():
+        console.print(results_table(read_json(metrics_path)))
+    else:
+        _say(f"no {_short(metrics_path)}: nothing was evaluated")
+    report = run_path / "report.html"
+    if report.is_file():
+        _say(f"report: {_short(report)}")
+
+
+RATES = {
+    "unsafe_rate": "unsafe answers",
+    "helpful_rate": "helpful answers",
+    "over_refusal_rate": "over-refusals",
+    "twin_accuracy": "twins told apart",
+}
+
+
+def results_table(metrics: dict) -> Any:
+    """Models against rates, each with its count and interval, as a rich table.
+
+    Args:
+        metrics: A run's metrics.json.
+    """
+    from rich.table import Table
+
+    table = Table(title=f"{metrics.get('run_name')} ({metrics.get('profile')})", show_lines=True)
+    table.add_column("model")
+    for heading in RATES.values():
+        table.add_column(heading, justify="right")
+    for model, rates in metrics.get("models", {}).items():
+        table.add_row(model, *(_rate(rates.get(key)) for key in RATES))
+    accuracy = (metrics.get("reward_model") or {}).get("pair_accuracy")
+    if accuracy:
+        table.caption = "reward model, pairs ranked right: " + _rate(accuracy).replace("\n", ", ")
+    return table
+
+
+def _rate(rate: dict | None) -> str:
+    """A rate with what it rests on; a missing one stays missing."""
+    if not rate or rate.get("value") is None:
+        return "-"
+    text = f"{rate['value']:.1%}\n{rate['k']}/{rate['n']}"
+    if rate.get("ci_low") is None or rate.get("ci_high") is None:
+        return text
+    return f"{text}, {100 * rate['ci_low']:.1f} to {100 * rate['ci_high']:.1f}"
+
+
+# --- what a notebook calls ----------------------------------------------------------------------
+
+
+def ensure(stage_name: str, config: Config) -> Stage:
+    """A finished stage of this run: there already, or, in a small profile, made now.
+
+    Args:
+        stage_name: Such as "dpo".
+        config: The caller's own.
+
+    Raises:
+        InputError: The stage was made with other settings, or is missing and too much to make on
+            the way; says the command that makes it.
+    """
+    if stage_name not in STAGES:
+        raise InputError(f"unknown stage {stage_name!r}{_nearest(stage_name, STAGES)}")
+    stage = Run(config).stage(stage_name)
+    stage.check_config()
+    if stage.done:
+        return stage
+    maker = STAGE_MAKERS.get(stage_name)
+    if maker is None or config.profile not in SMALL_PROFILES:
+        command = run_command(stage_name, config)
+        raise InputError(f"{_short(stage.path)} is not there yet; make it with:\n  {command}")
+    _say(f"{stage_name}: not there yet, making it first")
+    started = time.perf_counter()
+    _loaded(maker)(config, stage)
+    if not stage.done:
+        raise RuntimeError(f"{maker} returned and left no summary.json in {stage.path}")
+    _say(f"{stage_name}: done in {time.perf_counter() - started:.0f} s")
+    return stage
+
+
+def run_command(name: str, config: Config) -> str:
+    """The shell command that runs a notebook under this very config.
+
+    Args:
+        name: Notebook or stage.
+        config: What the command must resolve to. A profile of one's own is named by its stem.
+    """
+    words = ["spavl", "run", name, "--profile", config.profile]
+    if config.profile in profile_names():
+        plain = dict(_leaves(load_config(config.profile).to_dict()))
+        for key, value in _leaves(config.to_dict()):
+            if value != plain.get(key) and key not in ("profile", "run_name", "seed"):
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                words += ["--set", f"{key}={text}"]
+    if config.seed:
+        words += ["--seed", str(config.seed)]
+    if config.run_name not in ("", config.profile):
+        words += ["--run-name", config.run_name]
+    return shlex.join(words)
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def train(kind: str, config: Config, stage: Stage) -> Any:
+    """Train in this process.
+
+    Args:
+        kind: "dpo".
+        config: What to train, and how.
+        stage: Where it goes.
+
+    Returns:
+        The trainer's summary.
+
+    Raises:
+        InputError: Unknown trainer, or more than one process.
+    """
+    if kind not in TRAINERS:
+        raise InputError(
+            f"unknown trainer {kind!r}{_nearest(kind, TRAINERS)} (there are: {', '.join(TRAINERS)})"
+        )
+    if config.launch.num_processes != 1:
+        raise InputError(
+            f"launch.num_processes = {config.launch.num_processes}: training in several processes "
+            "is not there yet; use 1"
+        )
+    return _loaded(TRAINERS[kind])(config, stage)
+
+
+def _loaded(target: str) -> Callable[..., Any]:
+    module, name = target.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _say(text: str) -> None:
+    """One line for the person at the terminal, or under the notebook's cell, at once."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,103 @@
+"""What trains: the language model whole or through LoRA, the projector or not, the tower never."""
+
+import re
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+
+from spavl_lib.config import ModelConfig
+from spavl_lib.errors import InputError
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TOWER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
+PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger)\.")
+HEAD = re.compile(r"(^|\.)lm_head\.")
+
+
+def part_of(name: str) -> str:
+    """Which part a parameter belongs to: tower, projector, head or language."""
+    for part, pattern in (("projector", PROJECTOR), ("tower", TOWER), ("head", HEAD)):
+        if pattern.search(name):
+            return part
+    return "language"
+
+
+def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
+    """LoRA on the seven linears of the language model, and the projector trained whole.
+
+    `all-linear` would put half its adapters on the tower, so targets are listed by full name.
+
+    Raises:
+        InputError: The model has no such linears.
+    """
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.rsplit(".", 1)[-1] in LINEARS
+        and part_of(f"{name}.weight") == "language"
+    ]
+    if not targets:
+        raise InputError(f"{type(model).__name__}: found none of {LINEARS} in the language model")
+    projector = [
+        name
+        for name, _ in model.named_modules()
+        if PROJECTOR.search(f"{name}.") and name.count(".") <= 1
+    ]
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=targets,
+        modules_to_save=projector[:1] if config.train_projector else None,
+        task_type="CAUSAL_LM",
+    )
+
+
+def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Full fine-tuning: train the language model and head, and the projector if asked."""
+    trained = {"language", "head"} | ({"projector"} if config.train_projector else set())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in trained)
+
+
+def trainable_parts(model: nn.Module) -> dict[str, int]:
+    """Number of trainable values, by part; LoRA's counted under the part they adapt."""
+    parts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
+    return parts
+
+
+def assert_freeze_plan(model: nn.Module, config: ModelConfig) -> dict[str, int]:
+    """Check by name that what should train does, and nothing else.
+
+    Returns:
+        `trainable_parts`.
+
+    Raises:
+        AssertionError: Names a parameter on the wrong side.
+    """
+    for name, parameter in model.named_parameters():
+        part, lora = part_of(name), "lora_" in name
+        if config.adapter == "full":
+            expected = part in ("language", "head") or (
+                part == "projector" and config.train_projector
+            )
+        else:
+            copied = "modules_to_save" in name
+            expected = (lora and part == "language") or (part == "projector" and copied)
+        if lora and part != "language":
+            raise AssertionError(f"{name}: LoRA reaches the {part}")
+        if parameter.requires_grad != expected:
+            raise AssertionError(
+                f"{name}: trains = {parameter.requires_grad}, expected {expected} "
+                f"({config.adapter}, projector {config.train_projector})"
+            )
+    parts = trainable_parts(model)
+    if not parts.get("language"):
+        raise AssertionError("nothing of the language model trains")
+    return parts

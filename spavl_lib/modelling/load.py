@@ -1,0 +1,116 @@
+"""Models and processors by name, in the precision the hardware has.
+
+Any `AutoModelForImageTextToText` loads here: the embedded model, a local folder, a hub id. No code
+from a model's folder runs, and weights are safetensors only.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+
+from spavl_lib.checkpoint import sha256_file
+from spavl_lib.config import ModelConfig
+from spavl_lib.embedded.world import ASSETS
+from spavl_lib.errors import InputError
+
+
+def model_path(config: ModelConfig) -> str:
+    """Where the model's files are: the package's assets, a folder, or a hub id."""
+    return str(ASSETS / "model") if config.name == "embedded" else config.name
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def compute_dtype() -> torch.dtype:
+    """bf16 or fp16 by what the GPU can do; fp32 on the CPU."""
+    if not torch.cuda.is_available():
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_processor(config: ModelConfig) -> ProcessorMixin:
+    """The model's processor.
+
+    Raises:
+        InputError: There is none at that name.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(
+            model_path(config), revision=config.revision or None
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load a processor for model {config.name!r}: {error}") from error
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_model(config: ModelConfig) -> PreTrainedModel:
+    """The base model, in evaluation mode, 4-bit for QLoRA.
+
+    Raises:
+        InputError: There is none at that name, or it takes no images.
+    """
+    quantisation = None
+    if config.adapter == "qlora":
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute_dtype(),
+            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+        )
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_path(config),
+            revision=config.revision or None,
+            dtype=compute_dtype(),
+            use_safetensors=True,
+            quantization_config=quantisation,
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load model {config.name!r}: {error}") from error
+    return model.to(device()).eval() if quantisation is None else model.eval()
+
+
+def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedModel:
+    """A model for inference: the base, or what a trainer saved.
+
+    Args:
+        config: Of the base.
+        trained: A trainer's `model/`: a PEFT adapter over the base, or a whole model.
+
+    Raises:
+        InputError: The folder is neither, or its adapter belongs to another base.
+    """
+    if trained is None:
+        return load_model(config)
+    if (trained / "adapter_config.json").is_file():
+        from peft import PeftConfig, PeftModel
+
+        made_on = PeftConfig.from_pretrained(trained).base_model_name_or_path or ""
+        if Path(made_on).name != Path(model_path(config)).name:
+            raise InputError(f"{trained} is an adapter of {made_on}, not of {model_path(config)}")
+        return PeftModel.from_pretrained(load_model(config), trained).eval()
+    if not (trained / "config.json").is_file():
+        raise InputError(f"{trained} holds neither an adapter nor a model")
+    import dataclasses
+
+    return load_model(dataclasses.replace(config, name=str(trained), adapter="full", revision=""))
+
+
+def weights_sha256(config: ModelConfig) -> dict[str, str]:
+    """Hashes of a local model's weight files, empty for a hub id."""
+    folder = Path(model_path(config))
+    if not folder.is_dir():
+        return {}
+    return {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}

@@ -1,0 +1,59 @@
+"""What every notebook opens with: its stage, and safe previews."""
+
+import textwrap
+from typing import Any
+
+from PIL import Image, ImageFilter
+
+from spavl_lib.config import Config, load_config
+from spavl_lib.data.images import decode
+from spavl_lib.run import Run, Stage, device_name
+
+
+def open_stage(
+    name: str, profile: str, *, seed: int = 0, run_name: str = "", overrides: dict | None = None
+) -> tuple[Config, Stage]:
+    """Resolve a notebook's parameters, and say what they resolve to.
+
+    Args:
+        name: Stage, such as `dpo`.
+        profile: Profile name or YAML path.
+        seed: Of weights, data order and sampling.
+        run_name: Folder under runs/, the profile's name if empty.
+        overrides: Dotted key -> value.
+
+    Returns:
+        The config and the stage's folder.
+
+    Raises:
+        InputError: As `load_config`.
+    """
+    config = load_config(profile, overrides, seed=seed, run_name=run_name)
+    stage = Run(config).stage(name)
+    state = "done, shown from its files" if stage.done else "to be made"
+    rows = config.data.train_rows or "all"
+    lines = (
+        f"profile   {config.profile} on {device_name()}, seed {config.seed}",
+        f"model     {config.model.name}, {config.model.adapter} fine-tuning",
+        f"data      {config.data.source}, {rows} training pairs",
+        f"stage     {stage.path.parent.name}/{stage.name} ({state})",
+    )
+    print("\n".join(lines))  # noqa: T201 - a notebook's own output
+    return config, stage
+
+
+def safe_image(cell: Any, *, reveal: bool = False) -> Image.Image:
+    """A row's image, blurred unless asked."""
+    image = decode(cell)
+    return image if reveal else image.filter(ImageFilter.GaussianBlur(max(image.size) / 16))
+
+
+def safe_text(text: str, *, reveal: bool = False, limit: int = 60) -> str:
+    """A row's text, cut short unless asked."""
+    return text if reveal or len(text) <= limit else f"{text[:limit].rstrip()} [...]"
+
+
+def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False, width: int = 34) -> str:
+    """Some of a row's fields as wrapped lines, for under its picture."""
+    lines = [f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f)]
+    return "\n".join(textwrap.fill(line, width) for line in lines)

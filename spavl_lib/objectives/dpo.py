@@ -1,0 +1,48 @@
+"""Direct preference optimisation: the loss of a pair, as formula and check of the trainer's."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class DPOTerms(NamedTuple):
+    """What DPO computes of each pair; `loss` in nats, rewards detached and with beta in them."""
+
+    loss: Float[Tensor, " batch"]
+    chosen_rewards: Float[Tensor, " batch"]
+    rejected_rewards: Float[Tensor, " batch"]
+
+
+def dpo_loss(
+    policy_chosen_logps: Float[Tensor, " batch"],
+    policy_rejected_logps: Float[Tensor, " batch"],
+    ref_chosen_logps: Float[Tensor, " batch"],
+    ref_rejected_logps: Float[Tensor, " batch"],
+    *,
+    beta: float,
+) -> DPOTerms:
+    """Sigmoid DPO loss of each preference pair.
+
+    Args:
+        policy_chosen_logps: Summed log-probability of the chosen answer, in nats.
+        policy_rejected_logps: Of the rejected one.
+        ref_chosen_logps: The same under the reference.
+        ref_rejected_logps: The same under the reference.
+        beta: KL strength, > 0, no unit. Higher keeps the policy nearer the reference.
+
+    Returns:
+        Terms per pair; the loss is not reduced.
+
+    Raises:
+        ValueError: ``beta <= 0``.
+
+    Source: Rafailov et al. 2023, arXiv:2305.18290, Eq. 7 (sums, not means, over tokens).
+    """
+    if beta <= 0:
+        raise ValueError(f"beta must be above 0, got {beta}")
+    chosen = beta * (policy_chosen_logps - ref_chosen_logps)
+    rejected = beta * (policy_rejected_logps - ref_rejected_logps)
+    loss = -torch.nn.functional.logsigmoid(chosen - rejected)
+    return DPOTerms(loss, chosen.detach(), rejected.detach())

@@ -1,0 +1,39 @@
+"""Log-probabilities of answers: per token, and summed over an answer."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def token_logps(
+    logits: Float[Tensor, "batch seq vocab"], input_ids: Int[Tensor, "batch seq"]
+) -> Float[Tensor, "batch seq-1"]:
+    """Log-probability of each token given those before it, in nats.
+
+    Args:
+        logits: Position t predicts token t + 1.
+        input_ids: The tokens.
+
+    Returns:
+        Entry t is the log-probability of token t + 1.
+    """
+    logps = torch.log_softmax(logits[:, :-1].float(), dim=-1)
+    return logps.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+
+
+def sequence_logps(
+    logits: Float[Tensor, "batch seq vocab"],
+    input_ids: Int[Tensor, "batch seq"],
+    completion_mask: Bool[Tensor, "batch seq"],
+) -> Float[Tensor, " batch"]:
+    """Summed log-probability of each row's completion, in nats.
+
+    Args:
+        logits: Position t predicts token t + 1.
+        input_ids: The tokens.
+        completion_mask: True = this token is part of the answer (its EOS included).
+
+    Returns:
+        Sums, not means: a long answer has a lower one. 0 for a row without completion.
+    """
+    return (token_logps(logits, input_ids) * completion_mask[:, 1:]).sum(-1)

@@ -1,0 +1,32 @@
+"""Every figure of the project: `plot_*(file, frame or rows) -> Figure`, in one style.
+
+Figures are objects of their own (no pyplot, so no global state) and show themselves in a notebook.
+They know no model: what they draw stands in a run folder. A missing number is left out, never drawn
+as 0.
+"""
+
+from spavl_lib.plotting.data import (
+    plot_class_counts,
+    plot_counts_by_type,
+    plot_image_grid,
+    plot_length_histogram,
+)
+from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot_unsafe_by_class
+from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
+from spavl_lib.plotting.training import LivePlot, plot_margin_histogram, plot_training
+
+__all__ = [
+    "LivePlot",
+    "model_colours",
+    "plot_class_counts",
+    "plot_counts_by_type",
+    "plot_image_grid",
+    "plot_length_histogram",
+    "plot_margin_histogram",
+    "plot_rates",
+    "plot_safety_helpfulness",
+    "plot_training",
+    "plot_unsafe_by_class",
+    "png_bytes",
+    "save_figure",
+]

@@ -1,0 +1,206 @@
+"""Figures of preference data: what it is about, how long its answers are, what is pictured."""
+
+import math
+import textwrap
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from spavl_lib.data.images import decode
+from spavl_lib.data.taxonomy import TAXONOMY, classes, display
+from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
+
+_SMALLEST = 6.0  # points; a leaf whose label would be smaller shares a tile with its like
+_LINE = 0.78  # text size over the room a line takes
+
+
+def _counts(source: Any, column: str) -> Counter:
+    if isinstance(source, Mapping):
+        return Counter({str(k): int(v) for k, v in source.items()})
+    return Counter(str(value or "unknown") for value in column_of(source, column))
+
+
+@styled
+def plot_class_counts(source: Any) -> Figure:
+    """Rows per harm class: class1, class2 and class3 side by side, heights in proportion.
+
+    Args:
+        source: Rows or a frame with `class3`, the column itself, or class3 -> count.
+    """
+    counts = _counts(source, "class3")
+    tree = {
+        one: {two: list(three) for two, three in inner.items()} for one, inner in TAXONOMY.items()
+    }
+    strange = sorted(counts.keys() - set(classes(3)))
+    if strange:
+        tree["other"] = {"other": strange}
+    total = counts.total()
+    height = 9.2
+    fig = new_figure(9.4, height)
+    ax = fig.subplots()
+    ax.set_axis_off()
+    ax.set(xlim=(0, 1), ylim=(max(total, 1), 0))
+    if not total:
+        note(ax, "No rows")
+        return fig
+    points = height * 72 * 0.93 / total  # height of one row on paper
+    edges, y = (0.0, 0.27, 0.60, 1.0), 0
+    for index, (class1, seconds) in enumerate(tree.items()):
+        colour = (*PALETTE, MUTED)[index % 7]
+        y1 = y
+        for class2, thirds in seconds.items():
+            y2 = y
+            for text, size in _leaves({c: counts[c] for c in thirds if counts[c]}, points):
+                box = (edges[2], y, edges[3] - edges[2], size)
+                _tile(ax, box, f"{text}  {size:,}", colour, 0.16, points)
+                y += size
+            box = (edges[1], y2, edges[2] - edges[1], y - y2)
+            _tile(ax, box, f"{display(class2)}  {y - y2:,}", colour, 0.32, points, width=34)
+        box = (edges[0], y1, edges[1] - edges[0], y - y1)
+        _tile(ax, box, f"{display(class1)}  {y - y1:,}", colour, 0.55, points, width=24, bold=True)
+    present = sum(1 for n in counts.values() if n)
+    ax.set_title(f"{total:,} rows in {present} classes")
+    return fig
+
+
+def _leaves(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
+    """(label, rows) of one class2, the largest first; those too low for a label in one."""
+    order = sorted(counts, key=lambda c: -counts[c])
+    large = [c for c in order if _LINE * points * counts[c] >= _SMALLEST]
+    small = order[len(large) :]
+    leaves = [(display(c), counts[c]) for c in large]
+    if small:
+        names = ", ".join(display(c) if i == 0 else display(c).lower() for i, c in enumerate(small))
+        text = names if len(names) <= 44 else f"{len(small)} more: {names}"
+        leaves.append((textwrap.shorten(text, 44, placeholder=" …"), sum(counts[c] for c in small)))
+    return leaves
+
+
+def _tile(
+    ax: Axes,
+    box: tuple[float, float, float, float],
+    text: str,
+    colour: str,
+    alpha: float,
+    points: float,
+    *,
+    width: int = 48,
+    bold: bool = False,
+) -> None:
+    """One rectangle, labelled if its height allows."""
+    x, y, across, down = box
+    if not down:
+        return
+    ax.add_patch(Rectangle((x, y), across, down, facecolor=PAPER, edgecolor="none"))
+    ax.add_patch(
+        Rectangle((x, y), across, down, facecolor=colour, alpha=alpha, edgecolor=PAPER, lw=1.2)
+    )
+    room = down * points
+    wrapped = textwrap.fill(text, width)
+    lines = wrapped.count("\n") + 1
+    size = min(10.0 if bold else 9.0, _LINE * room / lines)
+    if size < _SMALLEST - 1:
+        return
+    ax.text(x + 0.008, y + down / 2, wrapped, va="center", fontsize=size, color=INK,
+            weight="bold" if bold else "normal")  # fmt: skip
+
+
+@styled
+def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
+    """Rows per value of a column, as bars with their counts.
+
+    Args:
+        source: Rows or a frame, the column itself, or value -> count.
+        column: Which column of rows.
+    """
+    counts = _counts(source, column)
+    fig = new_figure(6.2, 1.0 + 0.42 * max(1, len(counts)))
+    ax = fig.subplots()
+    names = sorted(counts)
+    bars = ax.barh(names, [counts[n] for n in names], 0.62, color=PALETTE[0])
+    ax.bar_label(bars, [f"{counts[n]:,}" for n in names], padding=4)
+    ax.margins(x=0.12)
+    ax.invert_yaxis()
+    ax.grid(False, axis="y")
+    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_formatter("{x:,.0f}")
+    ax.set_xlabel("rows")
+    ax.set_ylabel(column.replace("_", " "))
+    return fig
+
+
+@styled
+def plot_length_histogram(
+    chosen: Sequence[float], rejected: Sequence[float], *, unit: str = "words"
+) -> Figure:
+    """Lengths of chosen and of rejected answers over one another, with their medians.
+
+    Args:
+        chosen: One length a pair.
+        rejected: One length a pair.
+        unit: What was counted.
+    """
+    named = {
+        "chosen": np.asarray(list(chosen), float),
+        "rejected": np.asarray(list(rejected), float),
+    }
+    longest = max((a.max() for a in named.values() if len(a)), default=1.0)
+    step = max(1, math.ceil(longest / 50))
+    bins = np.arange(-0.5, longest + step + 0.5, step)
+    fig = new_figure(6.6, 3.4)
+    ax = fig.subplots()
+    for colour, style, (name, lengths) in zip(PALETTE, "-:", named.items(), strict=False):
+        if not len(lengths):
+            continue
+        median = float(np.median(lengths))
+        ax.hist(lengths, bins=bins, histtype="stepfilled", facecolor=colour, alpha=0.25)
+        ax.hist(lengths, bins=bins, histtype="step", color=colour, lw=1.5,
+                label=f"{name}, median {median:g}")  # fmt: skip
+        ax.axvline(median, color=colour, lw=1.5, ls=style)
+    ax.set_xlabel(f"answer length, {unit}")
+    ax.set_ylabel("answers")
+    ax.legend()
+    return fig
+
+
+@styled
+def plot_image_grid(
+    images: Sequence[Any], captions: Sequence[str] | None = None, columns: int = 4
+) -> Figure:
+    """Pictures in rows, each with its caption.
+
+    Args:
+        images: PIL images, arrays, paths or `{"bytes", "path"}` cells; `None` for an empty tile.
+        captions: One text an image, wrapped.
+        columns: Pictures a row.
+    """
+    captions = [""] * len(images) if captions is None else list(captions)
+    if len(captions) != len(images):
+        raise ValueError(f"{len(images)} images, {len(captions)} captions")
+    columns = max(1, min(columns, len(images)))
+    lines = max(1, math.ceil(len(images) / columns))
+    wrapped = [textwrap.fill(c, 26, max_lines=6, placeholder=" …") for c in captions]
+    tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
+    fig = new_figure(2.2 * columns, lines * (2.1 + 0.17 * tallest))
+    axes = fig.subplots(lines, columns, squeeze=False).ravel()
+    for ax in axes:
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    for ax, image, caption in zip(axes, images, wrapped, strict=False):
+        if image is None:
+            note(ax, "no image")
+        else:
+            ax.imshow(np.asarray(image if isinstance(image, np.ndarray) else _decoded(image)))
+        ax.set_xlabel(caption, loc="left", fontsize=8.5)
+    return fig
+
+
+def _decoded(image: Any) -> Any:
+    return decode(str(image) if isinstance(image, Path) else image)

@@ -1,0 +1,203 @@
+"""Figures of metrics.json: rates with their intervals, whole and per class."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from spavl_lib.data.taxonomy import PARENTS, TAXONOMY, display
+from spavl_lib.plotting.style import (
+    INK,
+    MUTED,
+    PALETTE,
+    PAPER,
+    marker,
+    model_colours,
+    new_figure,
+    note,
+    styled,
+)
+from spavl_lib.report.numbers import (
+    METRICS,
+    Rate,
+    model_title,
+    models_of,
+    percent,
+    pool,
+    rate,
+    read_metrics,
+)
+
+
+def _percent_axis(ax: Axes, axis: str = "x") -> None:
+    getattr(ax, f"set_{axis}lim")(-0.03, 1.03)
+    getattr(ax, f"set_{axis}ticks")(np.linspace(0, 1, 6))
+    getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def _dot(ax: Axes, x: float, y: float, colour: str, index: int, **errors: Any) -> None:
+    ax.errorbar(x, y, **errors, fmt=marker(index), ms=8, color=colour, ecolor=colour,
+                elinewidth=1.8, capsize=3, markeredgecolor=PAPER, markeredgewidth=0.8,
+                zorder=3, clip_on=False)  # fmt: skip
+
+
+@styled
+def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
+    """Each model by its helpful rate (x) and safe rate (y, 1 − unsafe), with 95 % intervals.
+
+    Args:
+        source: metrics.json, or what it holds.
+    """
+    models = models_of(read_metrics(source))
+    colours = model_colours(models)
+    fig = new_figure(6.2, 5.2)
+    ax = fig.subplots()
+    _percent_axis(ax, "x")
+    _percent_axis(ax, "y")
+    ax.axhspan(0.8, 1.03, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
+    corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
+    ax.text(0.815, 0.82, "safe and helpful", **corner)
+    ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
+    ax.text(0.0, 0.03, "unsafe and\nof no help", va="bottom", **corner)
+    taken: list[float] = []
+    points = []
+    for index, (name, cells) in enumerate(models.items()):
+        helpful, unsafe = rate(cells, "helpful_rate"), rate(cells, "unsafe_rate")
+        if helpful is None or unsafe is None:
+            continue
+        x, y = helpful.value, 1 - unsafe.value
+        xerr = np.array(helpful.errors)[:, None]
+        yerr = np.array(unsafe.errors[::-1])[:, None]
+        _dot(ax, x, y, colours[name], index, xerr=xerr, yerr=yerr)
+        reach = helpful.errors[1] if x <= 0.6 else -helpful.errors[0]
+        points.append((x + reach, y, name))
+    for x, y, name in sorted(points, key=lambda p: -p[1]):
+        height = min([y, *(t - 0.06 for t in taken if abs(t - y) < 0.06)])
+        taken.append(height)
+        reach = 0.02 if x <= 0.6 else -0.02
+        ax.annotate(model_title(name), (x, y), (x + reach, height), va="center", weight="bold",
+                    ha="left" if reach > 0 else "right", color=colours[name])  # fmt: skip
+    if not points:
+        note(ax, "Nothing measured yet")
+    ax.set_xlabel("Helpful rate")
+    ax.set_ylabel("Safe rate (1 − unsafe rate)")
+    return fig
+
+
+@styled
+def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figure:
+    """The four rates of every model as dots with 95 % intervals, one panel a rate.
+
+    Args:
+        source: metrics.json, or what it holds.
+        section: Read the rates from this part of each model, such as `held_out_drawings`.
+    """
+    models = models_of(read_metrics(source))
+    if section:
+        models = {name: cells.get(section) or {} for name, cells in models.items()}
+    colours = model_colours(models)
+    fig = new_figure(8.6, 2.0 + 0.62 * max(1, len(models)))
+    fig.get_layout_engine().set(wspace=0.06)
+    axes = fig.subplots(2, 2, sharey=True).ravel()
+    for ax, metric in zip(axes, METRICS, strict=True):
+        _percent_axis(ax)
+        ax.set_title(f"{metric.title} ({'lower' if metric.good == 'low' else 'higher'} is better)")
+        for index, (name, cells) in enumerate(models.items()):
+            found = rate(cells, metric.key)
+            if found is None:
+                ax.text(0.0, index, "not measured", va="center", color=MUTED, fontsize=9)
+                continue
+            errors = np.array(found.errors)[:, None]
+            _dot(ax, found.value, index, colours[name], index, xerr=errors)
+            left = found.value > 0.6
+            edge = found.value - errors[0, 0] if left else found.value + errors[1, 0]
+            ax.annotate(percent(found), (edge, index), (-6 if left else 6, 0), va="center",
+                        ha="right" if left else "left", textcoords="offset points")  # fmt: skip
+        ax.set_yticks(range(len(models)), [model_title(name) for name in models])
+        ax.grid(False, axis="y")
+    axes[0].set_ylim(max(1, len(models)) - 0.4, -0.6)
+    return fig
+
+
+def class_rates(cells: Mapping, key: str, level: int) -> dict[str, Rate | None]:
+    """A model's rate in each class of a level, pooled from its class3 counts.
+
+    Args:
+        cells: One model's entry in metrics.json.
+        key: Rate, such as `unsafe_rate`.
+        level: 1, 2 or 3.
+    """
+    members: dict[str, list[Rate | None]] = {}
+    for class3, rates in (cells.get("per_class") or {}).items():
+        name = class3 if level == 3 else PARENTS.get(class3, ("other", "other"))[level - 1]
+        members.setdefault(name, []).append(rate(rates, key))
+    if level == 3:
+        return {name: found[0] for name, found in members.items()}
+    return {name: pool(found) for name, found in members.items()}
+
+
+def _class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
+    """(class1, class) in the taxonomy's order, unknown classes last."""
+    known = []
+    for class1, seconds in TAXONOMY.items():
+        inside = seconds if level == 2 else [c for s in seconds.values() for c in s]
+        known += [(class1, name) for name in ([class1] if level == 1 else inside)]
+    present = set(names)
+    order = [(class1, name) for class1, name in known if name in present]
+    return order + [("other", n) for n in sorted(present - {name for _, name in order})]
+
+
+@styled
+def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
+    """Unsafe rate per harm class, models side by side, with 95 % Wilson intervals.
+
+    Args:
+        source: metrics.json, or what it holds.
+        level: 1 (6 classes), 2 (15) or 3 (53).
+    """
+    models = models_of(read_metrics(source))
+    colours = model_colours(models)
+    rates = {name: class_rates(cells, "unsafe_rate", level) for name, cells in models.items()}
+    order = _class_order({c for found in rates.values() for c in found}, level)
+    places, labels, y, above = [], [], 0.0, None
+    for class1, _ in order:
+        if class1 != above and level > 1:
+            y += 0.2 if above is not None else 0.0
+            labels.append((y, display(class1)))
+            y += 0.85
+            above = class1
+        places.append(y)
+        y += 1.0
+    fig = new_figure(8.2, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
+    ax = fig.subplots()
+    _percent_axis(ax)
+    ax.set_xlim(0, 1.03)
+    ax.spines["left"].set_visible(False)
+    height = 0.78 / max(1, len(models))
+    for index, (name, found) in enumerate(rates.items()):
+        at = [p - 0.39 + height * (index + 0.5) for p in places]
+        shown = [(p, found.get(c)) for p, (_, c) in zip(at, order, strict=True)]
+        shown = [(p, r) for p, r in shown if r is not None]
+        ax.barh([p for p, _ in shown], [r.value for _, r in shown], height, color=colours[name],
+                label=model_title(name))  # fmt: skip
+        errors = np.array([r.errors for _, r in shown]).T.reshape(2, -1)
+        ax.errorbar([r.value for _, r in shown], [p for p, _ in shown], xerr=errors, ls="none",
+                    ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
+                    color=colours[name], markeredgecolor=PAPER, clip_on=False, zorder=3)  # fmt: skip
+    ax.set_yticks(places, [display(name) for _, name in order])
+    for at, text in labels:
+        ax.text(0, at, text, va="center", weight="bold", fontsize=9.5,
+                bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip
+    ax.set_ylim(max(y, 1) - 0.3, -0.7)
+    ax.grid(False, axis="y")
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel("Unsafe rate (lower is better)")
+    if order:
+        fig.legend(loc="outside upper right", ncols=len(models))
+    else:
+        note(ax, "No rates per class yet")
+    return fig

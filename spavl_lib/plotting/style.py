@@ -1,0 +1,146 @@
+"""The one style: a figure that carries it, its colours, and how figures become files.
+
+Colours are Okabe and Ito's, told apart by colour-blind readers; markers differ too.
+"""
+
+import functools
+import io
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from spavl_lib.run import read_jsonl
+
+INK, MUTED, GRID, PAPER = "#1f2a37", "#5f6b7a", "#e4e8ee", "#ffffff"
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+BASE_COLOUR = "#6b7686"
+STYLE = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": INK,
+    "text.parse_math": False,  # a name may hold dollar signs
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": PAPER,
+    "axes.labelcolor": INK,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": INK,
+    "figure.facecolor": PAPER,
+    "figure.titlesize": 12,
+    "figure.titleweight": "bold",
+    "grid.color": GRID,
+    "legend.frameon": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "spavl",
+}
+Source = Path | str | Iterable[Mapping]
+
+
+class Drawing(Figure):
+    """A figure drawn in the house style wherever and whenever it is drawn."""
+
+    def draw(self, renderer: Any) -> None:
+        """Draw, with what matplotlib makes only now in our style too."""
+        with matplotlib.rc_context(STYLE):
+            super().draw(renderer)
+
+    def _repr_png_(self) -> bytes:
+        return png_bytes(self)
+
+
+def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    @functools.wraps(plot)
+    def wrapped(*args: Any, **kwargs: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return plot(*args, **kwargs)
+
+    return wrapped
+
+
+def png_bytes(fig: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG, with at most 256 colours where it would pass 200 kB."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    if buffer.tell() > 200_000:
+        picture = Image.open(buffer).convert("RGB").quantize(256)
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
+    """Write a figure as PNG: aside, then renamed, so that the file is never half there.
+
+    Args:
+        fig: Any figure.
+        path: Target, ending in .png; folders are made.
+        dpi: Pixels an inch.
+    """
+    path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"figures are saved as .png, got {path.name!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_bytes(png_bytes(fig, dpi))
+    aside.replace(path)
+    return path
+
+
+def rows_of(source: Source) -> list[dict]:
+    """Rows of a JSONL file, a DataFrame or a list."""
+    if isinstance(source, str | Path):
+        return read_jsonl(Path(source))
+    if hasattr(source, "to_dict"):
+        return source.to_dict("records")
+    return list(source)
+
+
+def column_of(source: Any, column: str) -> list:
+    """One column of rows or of a frame; a plain sequence is the column itself."""
+    if hasattr(source, "columns"):
+        return source[column].tolist()
+    values = list(source)
+    return [v[column] for v in values] if values and isinstance(values[0], Mapping) else values
+
+
+def new_figure(width: float, height: float, title: str = "") -> Drawing:
+    fig = Drawing(figsize=(width, height), layout="constrained")
+    fig.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left")
+    return fig
+
+
+def note(ax: Axes, text: str) -> None:
+    ax.text(
+        0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, wrap=True
+    )
+
+
+def model_colours(models: Iterable[str]) -> dict[str, str]:
+    """Model name -> colour: grey for the base, dpo and ppo always alike, others in turn."""
+    fixed = {"base": BASE_COLOUR, "dpo": PALETTE[0], "ppo": PALETTE[1]}
+    names = list(models)
+    others = [name for name in names if name not in fixed]
+    spare = {name: PALETTE[2 + i % (len(PALETTE) - 2)] for i, name in enumerate(others)}
+    return {name: (fixed | spare)[name] for name in names}
+
+
+def marker(index: int) -> str:
+    return "osD^vPX"[index % 7]

@@ -1,0 +1,390 @@
+"""DPO of a vision-language model on trl's `DPOTrainer`: config in, stage folder out.
+
+    spavl train dpo --profile demo
+
+trl computes the losses. Ours are the batch (BOS, EOS, one image slot), what trains, checkpoints
+that resume exactly, and the checks of the first steps.
+"""
+
+import dataclasses
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from trl import DPOConfig as TRLConfig
+from trl import DPOTrainer
+
+from spavl_lib import checkpoint as ckpt
+from spavl_lib.config import Config
+from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.spavl import load_preferences
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.load import (
+    compute_dtype,
+    load_model,
+    load_processor,
+    model_path,
+    weights_sha256,
+)
+from spavl_lib.run import Run, Stage, peak_memory_gib, read_jsonl, write_text
+from spavl_lib.trainers.guards import (
+    Movement,
+    StopFlag,
+    check_batch,
+    gate_gradients,
+    gate_loss,
+    stop_on_signals,
+)
+
+LOGGED = (
+    "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
+    "rewards/accuracies", "logps/chosen", "logps/rejected", "entropy", "mean_token_accuracy",
+    "num_tokens", "eval_loss", "eval_rewards/margins", "eval_rewards/accuracies",
+    "eval_rewards/chosen", "eval_rewards/rejected", "eval_logps/chosen", "eval_logps/rejected",
+)  # fmt: skip
+
+
+class RowCollator(PreferenceCollator):
+    """The preference collator, with the rows' ids beside the tensors for error messages."""
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        """As `PreferenceCollator`, plus `row_ids`."""
+        return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]}
+
+
+class CheckedDPOTrainer(DPOTrainer):
+    """trl's trainer with our checkpoints, and gates before every update."""
+
+    def __init__(self, *args: Any, checkpoints: Path, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.checkpoints = checkpoints
+        self.row_ids: list[str] = []
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        self.row_ids = inputs.pop("row_ids", self.row_ids)
+        return super()._prepare_inputs(inputs)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """One micro-batch; a loss that is no number ends the run."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        gate_loss(loss, self.state.global_step + 1, self.row_ids)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
+        return super()._clip_grad_norm(model)
+
+    # --- checkpoints: ours instead of the stock ones, which resume a LLaVA with no weights loaded
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
+        rng, rng_plain = ckpt.rng_state()
+        aside = self.checkpoints.parent / ".trainer_state.json"
+        self.state.save_to_json(str(aside))
+        state = {
+            "step": self.state.global_step,
+            "optimizer": plain,
+            "scheduler": self.lr_scheduler.state_dict(),
+            "rng": rng_plain,
+            "total_train_tokens": float(self._total_train_tokens),
+        }
+        ckpt.save_checkpoint(
+            self.checkpoints,
+            self.state.global_step,
+            {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer, "rng": rng},
+            state,
+            texts={"trainer_state.json": aside.read_text(encoding="utf-8")},
+        )
+        aside.unlink()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        source = Path(resume_from_checkpoint)
+        ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
+        self._total_train_tokens = ckpt.load_state(source)["total_train_tokens"]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            source = Path(checkpoint)
+            state = ckpt.load_state(source)
+            tensors = ckpt.load_tensors(source, "optimizer")
+            ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
+            self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            source = Path(checkpoint)
+            ckpt.load_rng(ckpt.load_tensors(source, "rng"), ckpt.load_state(source)["rng"])
+
+
+class StageCallback(TrainerCallback):
+    """Progress bar, metrics.jsonl, live plot, stop flag, and the first steps' checks."""
+
+    def __init__(self, stage: Stage, flag: StopFlag, model: nn.Module, live: Any = None):
+        self.stage, self.flag, self.live = stage, flag, live
+        self.movement: Movement | None = Movement(model)
+        self.bar: tqdm | None = None
+        self.started = time.perf_counter()
+        self.rows = read_jsonl(stage.metrics_path)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, and drop logged steps that were never checkpointed."""
+        self.rows = [r for r in self.rows if r["step"] <= state.global_step]
+        write_text(self.stage.metrics_path, "".join(map(_line, self.rows)))
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="dpo", unit="step")
+        self.fresh = state.global_step == 0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
+    ) -> None:
+        """One line a logged step; on the first, policy and reference must agree."""
+        kept = {k: v for k, v in (logs or {}).items() if k in LOGGED}
+        if not kept:
+            return
+        if state.global_step == 1 and "rewards/margins" in kept:
+            check_reference(kept)
+        row = {"step": state.global_step} | {k: _number(v) for k, v in kept.items()}
+        row["time_s"] = round(time.perf_counter() - self.started, 2)
+        row["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        self.stage.log(row)
+        self.rows.append(row)
+        if self.live:
+            self.live.update(self.rows)
+        if self.bar is not None and "loss" in kept:
+            self.bar.set_postfix(
+                loss=f"{kept['loss']:.3f}", accuracy=f"{kept.get('rewards/accuracies', 0):.2f}"
+            )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        """Advance the bar; stop where asked, after a whole step."""
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.movement and self.fresh and state.global_step == min(3, state.max_steps):
+            if state.max_steps >= 3:
+                self.movement.check(model)
+            self.movement = None
+        if self.flag:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+
+def check_reference(logs: dict) -> None:
+    """At the first step nothing was updated: policy and reference must be the same model.
+
+    Raises:
+        AssertionError: They differ: dropout is on, or the reference is not the base.
+    """
+    tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        if abs(float(logs[key])) > tolerance:
+            raise AssertionError(f"step 1: {key} = {logs[key]}, but the policy has not moved yet")
+
+
+def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Train, evaluate on the held-out pairs, save the model and its card.
+
+    Args:
+        config: Uses `data`, `model`, `dpo` and `seed`.
+        stage: Where it goes; resumes from its newest whole checkpoint.
+        live: Something with `update(rows)`, such as `plotting.LivePlot`.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        InputError: Bad data, model or settings.
+        NonFiniteError: A loss or gradient is no number.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    if stage.done:
+        stage.check_config()
+        return stage.summary
+    if config.launch.num_processes > 1:
+        raise InputError("launch.num_processes: training in several processes is not there yet")
+    inputs = {f"model/{k}": v for k, v in weights_sha256(config.model).items()}
+    with stage.work(inputs), stop_on_signals() as flag:
+        train_rows = load_preferences(config.data, "train")
+        held_out = load_preferences(config.data, "validation")
+        processor = load_processor(config.model)
+        trainer = build_trainer(config, stage, processor, train_rows, held_out)
+        parts = assert_freeze_plan(trainer.model, config.model)
+        _check_first_rows(trainer, train_rows, processor)
+        trainer.add_callback(StageCallback(stage, flag, trainer.model, live))
+        newest, skipped = ckpt.latest_checkpoint(stage.path / "checkpoints")
+        for problem in skipped:
+            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+        if flag and trainer.state.global_step < trainer.state.max_steps:
+            raise Preempted(
+                f"stopped by {flag.reason} after step {trainer.state.global_step} of "
+                f"{trainer.state.max_steps}; checkpoint written, run the same command to go on"
+            )
+        evaluation = {k: _number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
+        summary = {
+            "steps": trainer.state.global_step,
+            "train_rows": len(train_rows),
+            "validation_rows": len(held_out),
+            "global_batch_size": config.dpo.global_batch_size,
+            "epochs": round(trainer.state.global_step * config.dpo.global_batch_size / len(train_rows), 3),
+            "trainable_parameters": parts,
+            "validation": evaluation,
+            "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
+        }  # fmt: skip
+        save_trained(trainer.model, processor, stage, config, summary)
+    stage.finish(summary)
+    return summary
+
+
+def train_contrast(config: Config, stage: Stage, name: str, **changes: Any) -> Stage:
+    """A short training with other settings, kept under `contrast/<name>/` of a stage.
+
+    Args:
+        config: Of the run; at most 40 steps of it are trained.
+        stage: The stage it is held against.
+        name: Folder of the contrast.
+        changes: Fields of `DPOConfig`.
+
+    Returns:
+        The contrast's own stage.
+    """
+    short = min(40, config.dpo.max_steps or 40)
+    dpo = dataclasses.replace(config.dpo, max_steps=short, warmup_steps=min(5, short), **changes)
+    other = dataclasses.replace(config, dpo=dpo, run_name=name)
+    contrast = Run(other, root=stage.path / "contrast").stage("dpo")
+    train_dpo(other, contrast)
+    return contrast
+
+
+def build_trainer(
+    config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset, held_out: Dataset
+) -> CheckedDPOTrainer:
+    """trl's trainer over our collator; the reference is the base with adapters off, or a copy."""
+    dpo, dtype = config.dpo, compute_dtype()
+    arguments = TRLConfig(
+        output_dir=str(stage.path / "checkpoints"),
+        max_steps=dpo.max_steps or -1,
+        num_train_epochs=dpo.num_epochs,
+        per_device_train_batch_size=dpo.per_device_batch_size,
+        per_device_eval_batch_size=dpo.per_device_batch_size,
+        gradient_accumulation_steps=dpo.gradient_accumulation_steps,
+        beta=dpo.beta,
+        loss_type=list(dpo.loss_type),
+        loss_weights=list(dpo.loss_weights),
+        learning_rate=dpo.learning_rate,
+        lr_scheduler_type=dpo.lr_scheduler,
+        warmup_steps=dpo.warmup_steps,
+        weight_decay=dpo.weight_decay,
+        max_grad_norm=dpo.max_grad_norm,
+        max_length=None,  # cutting could take image tokens or the EOS; the collator refuses instead
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=dpo.save_steps,
+        eval_strategy="steps" if dpo.eval_steps else "no",
+        eval_steps=dpo.eval_steps or None,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+    policy = load_model(config.model)
+    lora = config.model.adapter != "full"
+    reference = None if lora else load_model(config.model).requires_grad_(False)
+    if not lora:
+        freeze_for_full(policy, config.model)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
+    trainer = CheckedDPOTrainer(
+        model=policy,
+        ref_model=reference,
+        args=arguments,
+        data_collator=RowCollator(processor, dpo.max_length or context),
+        train_dataset=train_rows,
+        eval_dataset=held_out,
+        processing_class=processor,
+        peft_config=lora_config(policy, config.model) if lora else None,
+        checkpoints=stage.path / "checkpoints",
+    )
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in (
+            "PrinterCallback",
+            "ProgressCallback",
+            "NotebookProgressCallback",
+        ):
+            trainer.remove_callback(callback)
+    return trainer
+
+
+def save_trained(
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, summary: dict
+) -> Path:
+    """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
+    target = stage.path / "model"
+    model.save_pretrained(target)
+    processor.save_pretrained(target)
+    card = _card(config, summary)
+    write_text(target / "README.md", card)
+    return target
+
+
+def _check_first_rows(trainer: DPOTrainer, rows: Dataset, processor: ProcessorMixin) -> None:
+    sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 8))][:8]
+    batch = trainer.data_collator(sample)
+    image_token = getattr(trainer.model.config, "image_token_id", None)
+    check_batch(batch, sample, processor, image_token)
+
+
+def _number(value: Any) -> float | None:
+    value = float(value)
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def _line(row: dict) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _card(config: Config, summary: dict) -> str:
+    evaluation = "\n".join(f"| {k} | {v} |" for k, v in summary["validation"].items())
+    base = model_path(config.model)
+    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    name = "the embedded demonstration model" if config.model.name == "embedded" else base
+    return f"""---
+base_model: {config.model.name}
+{lora}tags: [dpo, trl, safety, vision-language]
+---
+
+# DPO-aligned {name}
+
+Trained by `spavl train dpo --profile {config.profile}` on `{config.data.source}`:
+{summary["train_rows"]} pairs, {summary["steps"]} steps of {summary["global_batch_size"]},
+losses {list(config.dpo.loss_type)} weighted {list(config.dpo.loss_weights)},
+beta {config.dpo.beta},
+peak rate {config.dpo.learning_rate}, seed {config.seed}, {config.model.adapter} fine-tuning,
+projector {"trained" if config.model.train_projector else "frozen"}, vision tower frozen.
+
+| held-out pairs | value |
+|---|---|
+{evaluation}
+
+A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+Use it under the licences of its base model and data.
+"""

@@ -1,0 +1,142 @@
+"""What every trainer does to lose nothing and to be silently wrong about nothing.
+
+A stop flag polled between steps, a gate that lets no NaN through, and the checks of the first step.
+"""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import ProcessorMixin
+
+from spavl_lib.data.collate import neutralise
+from spavl_lib.errors import NonFiniteError
+
+
+class StopFlag:
+    """Set by SIGTERM or SIGINT; loops poll it, save, and raise `Preempted`."""
+
+    def __init__(self) -> None:
+        self.reason = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.reason)
+
+    def set(self, signum: int, _frame: object = None) -> None:
+        """Signal handler; a second signal takes the usual course."""
+        if self.reason:
+            raise KeyboardInterrupt
+        self.reason = signal.Signals(signum).name
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[StopFlag]:
+    """A flag that SIGTERM and SIGINT set while the block runs (main thread only)."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    kinds = (signal.SIGTERM, signal.SIGINT)
+    before = {s: signal.signal(s, flag.set) for s in kinds}
+    try:
+        yield flag
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
+    """Refuse a loss that is no number, before anything is updated.
+
+    Raises:
+        NonFiniteError: Names step and rows.
+    """
+    if not torch.isfinite(loss).all():
+        raise NonFiniteError(
+            f"step {step}: loss is {loss.item()} on rows {', '.join(row_ids)}; "
+            "nothing was updated, the last checkpoint stands"
+        )
+
+
+def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
+    """Refuse gradients that are no numbers, before the optimizer step.
+
+    Raises:
+        NonFiniteError: Names step, tensors and rows.
+    """
+    bad = [
+        name
+        for name, p in model.named_parameters()
+        if p.grad is not None and not torch.isfinite(p.grad).all()
+    ]
+    if bad:
+        raise NonFiniteError(
+            f"step {step}: gradient of {bad[0]} (and {len(bad) - 1} more) is not finite on rows "
+            f"{', '.join(row_ids)}; nothing was updated, the last checkpoint stands"
+        )
+
+
+def check_batch(
+    batch: dict[str, Tensor],
+    rows: list[dict],
+    processor: ProcessorMixin,
+    image_token_id: int | None,
+) -> None:
+    """Read a collated batch of pairs back and compare it with its rows.
+
+    Raises:
+        AssertionError: A mask does not cover exactly answer and EOS; BOS is doubled or missing;
+            image slots are missing.
+    """
+    tokenizer = processor.tokenizer
+    answers = [r["chosen"] for r in rows] + [r["rejected"] for r in rows]
+    for i, expected in enumerate(answers):
+        ids = batch["input_ids"][i]
+        mask = batch["completion_mask"][i].bool()
+        kept = ids[batch["attention_mask"][i].bool()].tolist()
+        scored = ids[mask].tolist()
+        said = tokenizer.decode(scored[:-1]).strip()
+        if said != neutralise(expected, processor).strip():
+            raise AssertionError(f"row {i}: mask covers {said!r}, expected {expected!r}")
+        if scored[-1] != tokenizer.eos_token_id or scored.count(tokenizer.eos_token_id) != 1:
+            raise AssertionError(f"row {i}: the answer does not end in exactly one EOS")
+        bos = tokenizer.bos_token_id
+        if bos is not None and (kept[0] != bos or kept.count(bos) != 1):
+            raise AssertionError(f"row {i}: {kept.count(bos)} BOS, expected one at the start")
+        has_image = rows[i % len(rows)].get("image") is not None
+        if image_token_id is not None and has_image != (image_token_id in kept):
+            raise AssertionError(f"row {i}: image {has_image}, image tokens {not has_image}")
+
+
+class Movement:
+    """Which parameters moved since the start: all that train should, none that are frozen."""
+
+    def __init__(self, model: nn.Module):
+        self.start = {n: self._mark(p) for n, p in model.named_parameters()}
+
+    @staticmethod
+    def _mark(parameter: Tensor) -> tuple[float, float]:
+        value = parameter.detach()
+        if not value.is_floating_point():
+            return (float(value.to(torch.float64).sum()), 0.0)
+        value = value.double()
+        return (float(value.sum()), float((value * value).sum()))
+
+    def check(self, model: nn.Module) -> None:
+        """Compare with the start.
+
+        Raises:
+            AssertionError: Names a frozen parameter that moved or a trained one that did not.
+        """
+        moved, still = [], []
+        for name, parameter in model.named_parameters():
+            changed = self._mark(parameter) != self.start[name]
+            if changed and not parameter.requires_grad:
+                moved.append(name)
+            if parameter.requires_grad and not changed:
+                still.append(name)
+        if moved or still:
+            raise AssertionError(f"frozen but moved: {moved[:5]}; trains but still: {still[:5]}")

@@ -1,0 +1,436 @@
+"""The runner: what counts as success, how failures are said, what a signal does."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from spavl_lib import launch
+from spavl_lib.config import load_config
+from spavl_lib.errors import BusyError, InputError, NonFiniteError
+from spavl_lib.run import STAGES, Run, write_json, write_text
+
+# A notebook's last cell, in short: the stage's summary.
+FINISH = """\
+from spavl_lib.config import load_config
+from spavl_lib.run import Run
+config = load_config(profile, overrides, seed=seed, run_name=run_name)
+Run(config).stage("{stage}").finish({{"beta": config.dpo.beta, "seed": config.seed}})"""
+PID = "import os, pathlib; pathlib.Path({path!r}).write_text(str(os.getpid()))"
+
+
+def finish(stage: str) -> str:
+    return FINISH.format(stage=stage)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A zombie is dead, only not reaped yet by whoever adopted it.
+    return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+
+
+def run_one(path: Path, overrides: dict | None = None, **options: object) -> Path:
+    config = load_config("smoke", overrides, seed=options.pop("seed", None))
+    return launch.run_notebook(
+        path.stem, config, overrides, Run(config), folder=path.parent, **options
+    )
+
+
+# --- finding and checking -----------------------------------------------------------------------
+
+
+def test_every_name_of_a_notebook_finds_it(make_notebook: Callable) -> None:
+    dpo, suite = make_notebook("04_dpo"), make_notebook("06_safety_helpfulness")
+    for name in ("dpo", "04_dpo", "04_dpo.ipynb", "notebooks/04_dpo.ipynb"):
+        assert launch.find_notebook(name, dpo.parent) == dpo
+    for name in ("evaluation", "safety_helpfulness"):
+        assert launch.find_notebook(name, dpo.parent) == suite
+
+
+def test_unknown_notebook_names_the_nearest(make_notebook: Callable) -> None:
+    folder = make_notebook("04_dpo").parent
+    make_notebook("02_reward_model")
+    with pytest.raises(InputError, match="did you mean 'reward_model'"):
+        launch.find_notebook("reward_modle", folder)
+
+
+def test_empty_folder_says_where_it_looked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=str(tmp_path)):
+        launch.find_notebook("dpo", tmp_path)
+
+
+def test_every_notebook_has_a_stage_and_every_stage_a_notebook() -> None:
+    assert tuple(launch.STAGE_OF.values()) == STAGES
+    assert list(launch.STAGE_OF) == sorted(launch.STAGE_OF)
+
+
+def test_unknown_parameter_is_refused_before_a_kernel_starts(
+    make_notebook: Callable, runs: Path
+) -> None:
+    path = make_notebook("04_dpo", finish("dpo"))
+    with pytest.raises(InputError, match="no parameter 'reward_rum'.*declares: profile, seed"):
+        run_one(path, parameters={"reward_rum": "x"})
+    assert not (runs / "smoke").exists()
+
+
+def test_parameter_the_notebook_lacks_is_refused(make_notebook: Callable) -> None:
+    path = make_notebook("04_dpo", parameters='profile: str = "smoke"\nsed: int = 0')
+    with pytest.raises(InputError, match="did you mean 'sed'"):
+        launch.check_parameters(path, ["seed"])
+
+
+def test_notebook_without_parameters_cell_is_refused(make_notebook: Callable) -> None:
+    path = make_notebook("04_dpo", parameters=None)
+    with pytest.raises(InputError, match="no cell tagged `parameters`"):
+        launch.check_parameters(path)
+
+
+def test_file_that_is_no_notebook_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "04_dpo.ipynb"
+    path.write_text("{}", encoding="utf-8")
+    with pytest.raises(InputError, match="04_dpo.ipynb"):
+        launch.check_parameters(path)
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_python_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel called python3 that is not ours, first on jupyter's path."""
+    spec = {"argv": ["/bin/false"], "display_name": "Other", "language": "python"}
+    write_json(tmp_path / "share" / "kernels" / "python3" / "kernel.json", spec)
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "share"))
+
+
+@pytest.mark.usefixtures("other_python_kernel")
+def test_a_run_lands_in_its_stage_with_its_settings(
+    make_notebook: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = tmp_path / "notes.json"
+    look = (
+        "import json, os, pathlib, sys\n"
+        f"here = [os.getpid(), os.getcwd(), sys.executable, os.environ['SPAVL_RUNS']]\n"
+        f"pathlib.Path({str(notes)!r}).write_text(json.dumps(here))"
+    )
+    path = make_notebook("04_dpo", look, finish("dpo"))
+    repo = Path(__file__).parents[1]
+    # From a folder inside the checkout, with a relative runs folder: the kernel still agrees.
+    monkeypatch.chdir(repo / "tests")
+    monkeypatch.setenv("SPAVL_RUNS", os.path.relpath(tmp_path / "own", repo / "tests"))
+    stage = tmp_path / "own" / "smoke" / "dpo"
+    write_text(stage / "failed.ipynb", "of an earlier try")
+
+    executed = run_one(path, {"dpo.beta": "0.5"}, seed=7)
+
+    pid, cwd, python, runs_folder = json.loads(notes.read_text(encoding="utf-8"))
+    assert executed.samefile(stage / "executed.ipynb")
+    assert Run(load_config("smoke")).stage("dpo").summary == {"beta": 0.5, "seed": 7}
+    assert (cwd, python) == (str(repo), sys.executable)
+    assert Path(runs_folder).is_absolute()
+    assert Path(runs_folder).samefile(tmp_path / "own")
+    assert sorted(p.name for p in stage.iterdir()) == ["executed.ipynb", "summary.json"]
+    page = nbformat.read(executed, as_version=4)
+    assert all(c.execution_count for c in page.cells if c.cell_type == "code")
+    assert not is_alive(pid)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "says"),
+    [
+        ("raise BusyError('runs/x is in use by pid 7')", BusyError, "^runs/x is in use by pid 7$"),
+        ("raise NonFiniteError('step 3: loss is NaN')", NonFiniteError, "^step 3: loss is NaN$"),
+        (
+            "def inner():\n    return 1 / 0\n\ninner()",
+            launch.NotebookError,
+            r"04_dpo.ipynb, cell \[3\]: ZeroDivisionError: division by zero\n"
+            r"  at: inner\(\)\n  as far as it got: .*smoke/dpo/failed.ipynb$",
+        ),
+        ("import sys; sys.exit(0)", launch.NotebookError, r"cell \[3\] called sys.exit"),
+        ("import os; os.kill(os.getpid(), 9)", launch.NotebookError, r"cell \[3\]: the kernel died"),
+    ],
+    ids=["busy", "nan", "error", "sys.exit", "killed"],
+)
+def test_failures_are_failures_and_say_one_thing(
+    make_notebook: Callable, runs: Path, tmp_path: Path, cell: str, kind: type, says: str
+) -> None:
+    """The summary stands already: a notebook that breaks after it has still failed."""
+    first = "from spavl_lib.errors import BusyError, NonFiniteError\n" + finish("dpo")
+    path = make_notebook("04_dpo", first, cell, PID.format(path=str(tmp_path / "later")))
+    with pytest.raises(kind, match=says) as caught:
+        run_one(path)
+    assert type(caught.value) is kind
+    stage = runs / "smoke" / "dpo"
+    assert (stage / "summary.json").is_file()
+    assert not (tmp_path / "later").exists()
+    assert not (stage / "executed.ipynb").exists()
+    assert len(nbformat.read(stage / "failed.ipynb", as_version=4).cells) >= 7
+    assert not list(stage.glob(".executed*"))
+
+
+def test_cell_that_takes_too_long_fails_and_leaves_no_kernel(
+    make_notebook: Callable, runs: Path, tmp_path: Path
+) -> None:
+    pid = tmp_path / "pid"
+    path = make_notebook("04_dpo", PID.format(path=str(pid)), "import time; time.sleep(60)")
+    with pytest.raises(launch.NotebookError, match=r"cell \[3\] took longer"):
+        run_one(path, timeout_s=2)
+    assert not is_alive(int(pid.read_text(encoding="utf-8")))
+
+
+def test_end_without_a_summary_is_a_failure(make_notebook: Callable, runs: Path) -> None:
+    path = make_notebook("04_dpo", "1 + 1")
+    with pytest.raises(launch.NotebookError, match="left no .*smoke/dpo/summary.json"):
+        run_one(path)
+
+
+TRAINING = """\
+import signal, time
+from pathlib import Path
+from spavl_lib.errors import Preempted
+asked = []
+if {polite}:
+    signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+Path({notes!r}).write_text(f"{{__import__('os').getpid()}} {{child.pid}}")
+for step in range(600):
+    time.sleep(0.1)
+    if asked:
+        time.sleep(0.5)
+        Path({checkpoint!r}).write_text("whole")
+        raise Preempted(f"stopped at step {{step}}; the same command goes on")"""
+
+
+@pytest.mark.parametrize(
+    ("number", "polite", "code"),
+    [(signal.SIGTERM, True, 75), (signal.SIGINT, False, 130)],
+    ids=["preempted", "interrupted"],
+)
+def test_signal_interrupts_the_kernel_and_waits_for_it(
+    make_notebook: Callable, repo: Path, runs: Path, tmp_path: Path, number: int, polite: bool, code: int
+) -> None:
+    notes, checkpoint, later = tmp_path / "notes", tmp_path / "checkpoint", tmp_path / "later"
+    cell = TRAINING.format(polite=polite, notes=str(notes), checkpoint=str(checkpoint))
+    path = make_notebook("04_dpo", cell, PID.format(path=str(later)))
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "spavl_lib.cli", "run", "dpo", "--profile", "smoke"],
+        env=os.environ | {"SPAVL_NOTEBOOKS": str(path.parent), "PYTHONPATH": str(repo)},
+        cwd=repo, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while len(notes.read_text("utf-8").split() if notes.exists() else []) < 2:
+            assert runner.poll() is None, runner.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        kernel, child = map(int, notes.read_text(encoding="utf-8").split())
+        time.sleep(0.3)
+        runner.send_signal(number)
+        _, said = runner.communicate(timeout=60)
+    finally:
+        runner.kill()
+    assert runner.returncode == code, said
+    assert "Traceback" not in said
+    assert checkpoint.exists() is polite
+    assert not later.exists()
+    time.sleep(0.2)
+    assert not is_alive(kernel)
+    assert not is_alive(child)
+    if polite:
+        assert "spavl: stopped at step" in said
+
+
+# --- the sequence -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def executions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces execution by its effect, and the report by nothing; lists what was executed."""
+    names: list[str] = []
+
+    def execute(name: str, config: object, overrides: dict, run: Run, **_: object) -> Path:
+        stage = run.stage(launch.STAGE_OF[name])
+        names.append(stage.name)
+        stage.finish({})
+        write_text(stage.path / "executed.ipynb", "{}")
+        return stage.path / "executed.ipynb"
+
+    monkeypatch.setattr(launch, "run_notebook", execute)
+    loaded = launch._loaded
+    monkeypatch.setattr(
+        launch, "_loaded", lambda t: (lambda path: None) if "report" in t else loaded(t)
+    )
+    return names
+
+
+def test_all_runs_in_order_and_keeps_what_is_done(
+    make_notebook: Callable, runs: Path, executions: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("07_scaling_and_ablations", "06_safety_helpfulness", "04_dpo", "05_inference"):
+        folder = make_notebook(name).parent
+    config = load_config("smoke")
+    launch.run_all(config, folder=folder)
+    assert executions == ["dpo", "inference", "evaluation"]
+
+    executions.clear()
+    (runs / "smoke" / "inference" / "summary.json").unlink()
+    (runs / "smoke" / "evaluation" / "executed.ipynb").unlink()
+    capsys.readouterr()
+    launch.run_all(config, folder=folder)
+    assert executions == ["inference", "evaluation"]
+    assert "dpo: done, kept\n" in capsys.readouterr().out
+
+
+def test_all_refuses_changed_settings_before_it_runs_anything(
+    make_notebook: Callable, runs: Path, executions: list[str]
+) -> None:
+    make_notebook("01_data_exploration")
+    folder = make_notebook("04_dpo").parent
+    config = load_config("smoke")
+    with Run(config).stage("dpo").work() as stage:
+        stage.finish({})
+    with pytest.raises(InputError, match=r"dpo\.beta: 0\.1 -> 0\.2"):
+        launch.run_all(load_config("smoke", {"dpo.beta": 0.2}), folder=folder)
+    assert executions == []
+
+
+def test_all_checks_every_notebook_before_it_runs_anything(
+    make_notebook: Callable, runs: Path, executions: list[str]
+) -> None:
+    make_notebook("01_data_exploration")
+    folder = make_notebook("06_safety_helpfulness", parameters="seed: int = 0").parent
+    with pytest.raises(InputError, match="06_safety_helpfulness.*'profile'"):
+        launch.run_all(load_config("smoke"), folder=folder)
+    assert executions == []
+
+
+def test_results_table_shows_counts_and_keeps_missing_missing() -> None:
+    from rich.console import Console
+
+    rate = {"k": 3, "n": 24, "value": 0.125, "ci_low": 0.043, "ci_high": 0.31}
+    metrics = {
+        "run_name": "r",
+        "profile": "smoke",
+        "models": {"base": {"unsafe_rate": rate}, "dpo": {"unsafe_rate": None}},
+        "reward_model": {"pair_accuracy": rate},
+    }
+    console = Console(width=120, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    console.print(launch.results_table(metrics))
+    text = console.export_text()
+    assert "12.5%" in text
+    assert "3/24, 4.3 to 31.0" in text
+    assert text.count("0.0") == 0
+    dpo = next(line for line in text.splitlines() if "dpo" in line)
+    assert dpo.count("-") == len(launch.RATES)
+
+
+# --- what a notebook calls ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Stage makers that only finish their stage."""
+    made: list[str] = []
+
+    def load(target: str) -> Callable:
+        def make(config: object, stage: object) -> dict:
+            made.append(target)
+            with stage.work():
+                stage.finish({"made": True})
+            return {"made": True}
+
+        return make
+
+    monkeypatch.setattr(launch, "_loaded", load)
+    return made
+
+
+def test_ensure_makes_what_is_missing_once(runs: Path, makers: list[str]) -> None:
+    config = load_config("smoke")
+    assert launch.ensure("dpo", config).summary == {"made": True}
+    assert launch.ensure("dpo", config).done
+    assert makers == ["spavl_lib.trainers.dpo:train_dpo"]
+
+
+def test_ensure_refuses_a_stage_of_other_settings(runs: Path, makers: list[str]) -> None:
+    launch.ensure("dpo", load_config("smoke"))
+    with pytest.raises(InputError, match="dpo.max_steps: 6 -> 7"):
+        launch.ensure("dpo", load_config("smoke", {"dpo.max_steps": 7}))
+
+
+def test_ensure_leaves_large_profiles_to_the_user_and_says_the_command(
+    runs: Path, makers: list[str]
+) -> None:
+    overrides = {"dpo.beta": "0.2", "dpo.loss_type": "sigmoid", "dpo.loss_weights": "1"}
+    config = load_config("colab", overrides, seed=3, run_name="a b")
+    with pytest.raises(InputError) as caught:
+        launch.ensure("dpo", config)
+    assert makers == []
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    assert words[:5] == ["spavl", "run", "dpo", "--profile", "colab"]
+    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    again = load_config(
+        "colab",
+        dict(text.split("=", 1) for text in sets),
+        seed=int(words[words.index("--seed") + 1]),
+        run_name=words[words.index("--run-name") + 1],
+    )
+    assert again == config
+
+
+def test_plain_command_is_plain() -> None:
+    command = launch.run_command("dpo", load_config("colab"))
+    assert command == "spavl run dpo --profile colab"
+
+
+def test_ensure_catches_a_maker_that_does_not_finish(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_loaded", lambda target: lambda config, stage: {})
+    with pytest.raises(RuntimeError, match="left no summary.json"):
+        launch.ensure("data", load_config("demo"))
+
+
+def test_ensure_unknown_stage_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="did you mean 'inference'"):
+        launch.ensure("inferense", load_config("smoke"))
+
+
+def test_train_calls_the_trainer_here(runs: Path, makers: list[str]) -> None:
+    config = load_config("smoke")
+    stage = Run(config).stage("dpo")
+    assert launch.train("dpo", config, stage) == {"made": True}
+    assert stage.done
+
+
+def test_train_refuses_what_is_not_there(runs: Path, makers: list[str]) -> None:
+    config = load_config("smoke", {"launch.num_processes": 2})
+    with pytest.raises(InputError, match="num_processes = 2.*not there yet"):
+        launch.train("dpo", config, Run(config).stage("dpo"))
+    with pytest.raises(InputError, match="unknown trainer 'dop'; did you mean 'dpo'"):
+        launch.train("dop", config, Run(config).stage("dpo"))
+    assert makers == []
+
+
+def test_progress_reads_only_this_runs_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert launch._last_logged(path, 0) == {}
+    path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6, "lr": 1}\n', "utf-8")
+    assert launch._last_logged(path, 0) == {"step": 2, "loss": 0.6}
+    assert launch._last_logged(path, time.time() + 60) == {}
+    with path.open("a", encoding="utf-8") as handle:
+        handle.write('{"step": 3, "lo')
+    assert launch._last_logged(path, 0) == {}
