@@ -344,19 +344,20 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Words after `spavl`; the process's own if not given.
     """
     try:
+        # typer turns a KeyboardInterrupt into 130.
         code = app(args=args, prog_name="spavl", standalone_mode=False)
+        if code == 130:
+            _fail("interrupted", code)
     except SpavlError as error:
         code = _fail(str(error), error.exit_code)
     except typer.TyperException as error:
         code = _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        code = _fail("interrupted", 130)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         code = _fail(str(error), DiskError.exit_code)
-    if code == 130:
-        sys.stderr.write("spavl: interrupted\n")
     sys.exit(code or 0)
 
 

@@ -215,9 +215,15 @@ def load_config(
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         raise InputError(f"unknown profile {profile!r}{_nearest(profile, profile_names())}")
-    page = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
+        page = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from error
     if not isinstance(page, dict):
         raise InputError(f"{path}: expected a mapping, got {type(page).__name__}")
+    for section, cls in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(cls) and not isinstance(page.get(section, {}), dict):
+            raise InputError(f"{path}: {section} must be a mapping, got {page[section]!r}")
     page.setdefault("profile", path.stem)
     overrides = dict(overrides or {})
     if seed is not None:
@@ -253,6 +259,8 @@ def _set_dotted(page: dict, key: str, value: Any) -> None:
             raise InputError(f"unknown key {key!r}{_nearest(key, _all_keys())}")
         cls = fields[part]
         target = target.setdefault(part, {})
+        if not isinstance(target, dict):
+            raise InputError(f"{'.'.join(parents)} must be a mapping, got {target!r}")
     if last not in typing.get_type_hints(cls):
         raise InputError(f"unknown key {key!r}{_nearest(key, _all_keys())}")
     target[last] = value

@@ -45,6 +45,8 @@ STAGE_MAKERS = {
     "inference": "spavl_lib.generation:make_inference_stage",
     "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
 }
+# Stages a maker reads; the data are read by all, but nothing waits for their description.
+UPSTREAM = {"inference": ("dpo",), "evaluation": ("inference",)}
 TRAINERS = {"dpo": "spavl_lib.trainers.dpo:train_dpo"}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
@@ -206,6 +208,7 @@ def run_notebook(
                 kernel_manager_class=_kernel_class(watch, run),
                 on_cell_start=watch.cell_start,
                 on_cell_execute=watch.cell_execute,
+                on_cell_executed=watch.cell_executed,
             )
         problem = _verdict(executed, notebook, stage)
     except Exception as error:
@@ -239,8 +242,8 @@ class _Watch:
         self.pid: int | None = None
         self.cell = 0
         self.stops = 0
+        self.busy = False
         self._cell_started = self._began = 0.0
-        self._nudge: tuple[int, float] | None = None
         self._over = threading.Event()
         self._old_handlers: dict[int, Any] = {}
 
@@ -285,44 +288,51 @@ class _Watch:
     def cell_execute(self, cell: Any, cell_index: int) -> None:
         """Just before a code cell is sent."""
         self.cell += 1
+        self.busy = True
         self._cell_started = time.monotonic()
+
+    def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
+        """The kernel has answered, be it with an error."""
+        self.busy = False
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         self.stops += 1
+        todo = "killing" if self.stops > 2 else "interrupting and waiting for"
         name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: interrupting {self.place}, and waiting for it\n")
+        sys.stderr.write(f"\n{name}: {todo} {self.place} (the third signal kills it)\n")
         if self.stops > 2:
-            self._signal_kernel(signal.SIGKILL)
+            self._signal_kernel(self.cell, signal.SIGKILL)
+            return
+        # A kernel that has not begun the cell is deaf: leave it half a second for that.
+        early = self._cell_started + 0.5 - time.monotonic()
+        if early > 0:
+            threading.Timer(early, self._signal_kernel, (self.cell, signal.SIGINT)).start()
         else:
-            self._signal_kernel(signal.SIGINT)
-            # A kernel that has not begun the cell yet is deaf: ask again a little later.
-            if time.monotonic() - self._cell_started < 1:
-                self._nudge = self.cell, time.monotonic() + 1
+            self._signal_kernel(self.cell, signal.SIGINT)
 
-    def _signal_kernel(self, number: int) -> None:
-        if self.pid and self.cell:
+    def _signal_kernel(self, cell: int, number: int) -> None:
+        if self.pid and self.busy and self.cell == cell and not self._over.is_set():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     def _tick(self) -> None:
         while not self._over.wait(1):
-            if self._nudge and time.monotonic() > self._nudge[1]:
-                if self._nudge[0] == self.cell:
-                    self._signal_kernel(signal.SIGINT)
-                self._nudge = None
             if not self._bar.disable:
                 self._bar.set_postfix(_last_logged(self.stage.metrics_path, self._began))
 
 
 def _kernel_class(watch: _Watch, run: Run) -> type:
     """A kernel of this very Python, in the checkout's root, whose process id the watch knows."""
+    import zmq
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs: Any):
             # No folders searched: a kernel called python3 elsewhere may be another Python.
-            super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **kwargs)
+            specs = KernelSpecManager(kernel_dirs=[])
+            policy = "auto" if zmq.has("curve") else "disabled"
+            super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
 
         async def start_kernel(self, **kwargs: Any) -> None:
             own = {
@@ -331,6 +341,10 @@ def _kernel_class(watch: _Watch, run: Run) -> type:
             }
             await super().start_kernel(env=os.environ | own, cwd=str(repo_root()), **kwargs)
             watch.pid = self.provisioner.pid
+
+        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+            # A kernel still in a cell (it took too long) would not hear a request.
+            await super().shutdown_kernel(now=now or watch.busy, restart=restart)
 
     return Kernel
 
@@ -397,7 +411,7 @@ def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
 
 
 def _failing_line(error: Any) -> str:
-    """The line of the notebook's own cell where the error passed through."""
+    """The line of the failing cell nearest to the error."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
     lines = error.source.splitlines()
@@ -552,8 +566,10 @@ def ensure(stage_name: str, config: Config) -> Stage:
         return stage
     maker = STAGE_MAKERS.get(stage_name)
     if maker is None or config.profile not in SMALL_PROFILES:
-        command = run_command(stage_name, config)
-        raise InputError(f"{_short(stage.path)} is not there yet; make it with:\n  {command}")
+        commands = "".join(f"\n  {run_command(name, config)}" for name in _missing(stage))
+        raise InputError(f"{_short(stage.path)} is not there yet; make it with:{commands}")
+    for name in UPSTREAM.get(stage_name, ()):
+        ensure(name, config)
     _say(f"{stage_name}: not there yet, making it first")
     started = time.perf_counter()
     _loaded(maker)(config, stage)
@@ -561,6 +577,12 @@ def ensure(stage_name: str, config: Config) -> Stage:
         raise RuntimeError(f"{maker} returned and left no summary.json in {stage.path}")
     _say(f"{stage_name}: done in {time.perf_counter() - started:.0f} s")
     return stage
+
+
+def _missing(stage: Stage) -> list[str]:
+    """An unfinished stage and what it waits for, in the order to make them."""
+    before = [stage.run.stage(name) for name in UPSTREAM.get(stage.name, ())]
+    return [n for other in before if not other.done for n in _missing(other)] + [stage.name]
 
 
 def run_command(name: str, config: Config) -> str:

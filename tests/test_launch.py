@@ -15,7 +15,7 @@ import pytest
 
 from spavl_lib import launch
 from spavl_lib.config import load_config
-from spavl_lib.errors import BusyError, InputError, NonFiniteError
+from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError
 from spavl_lib.run import STAGES, Run, write_json, write_text
 
 # A notebook's last cell, in short: the stage's summary.
@@ -155,11 +155,15 @@ def test_a_run_lands_in_its_stage_with_its_settings(
         (
             "def inner():\n    return 1 / 0\n\ninner()",
             launch.NotebookError,
-            r"04_dpo.ipynb, cell \[3\]: ZeroDivisionError: division by zero\n"
-            r"  at: inner\(\)\n  as far as it got: .*smoke/dpo/failed.ipynb$",
+            r"04_dpo.ipynb, cell \[4\]: ZeroDivisionError: division by zero\n"
+            r"  at: return 1 / 0\n  as far as it got: .*smoke/dpo/failed.ipynb$",
         ),
-        ("import sys; sys.exit(0)", launch.NotebookError, r"cell \[3\] called sys.exit"),
-        ("import os; os.kill(os.getpid(), 9)", launch.NotebookError, r"cell \[3\]: the kernel died"),
+        ("import sys; sys.exit(0)", launch.NotebookError, r"cell \[4\] called sys.exit"),
+        (
+            "import os; os.kill(os.getpid(), 9)",
+            launch.NotebookError,
+            r"cell \[4\]: the kernel died",
+        ),
     ],
     ids=["busy", "nan", "error", "sys.exit", "killed"],
 )
@@ -185,7 +189,7 @@ def test_cell_that_takes_too_long_fails_and_leaves_no_kernel(
 ) -> None:
     pid = tmp_path / "pid"
     path = make_notebook("04_dpo", PID.format(path=str(pid)), "import time; time.sleep(60)")
-    with pytest.raises(launch.NotebookError, match=r"cell \[3\] took longer"):
+    with pytest.raises(launch.NotebookError, match=r"cell \[4\] took longer"):
         run_one(path, timeout_s=2)
     assert not is_alive(int(pid.read_text(encoding="utf-8")))
 
@@ -201,29 +205,39 @@ import signal, time
 from pathlib import Path
 from spavl_lib.errors import Preempted
 asked = []
-if {polite}:
-    signal.signal(signal.SIGINT, lambda *_: asked.append(1))
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+handlers = {{
+    "polite": lambda *_: asked.append(1),
+    "plain": signal.default_int_handler,
+    "deaf": signal.SIG_IGN,
+}}
+signal.signal(signal.SIGINT, handlers[{manner!r}])
+import subprocess
+child = subprocess.Popen(["sleep", "60"])
 Path({notes!r}).write_text(f"{{__import__('os').getpid()}} {{child.pid}}")
 for step in range(600):
     time.sleep(0.1)
     if asked:
         time.sleep(0.5)
+        assert child.poll() is None, "the interrupt reached more than the kernel"
         Path({checkpoint!r}).write_text("whole")
         raise Preempted(f"stopped at step {{step}}; the same command goes on")"""
 
 
 @pytest.mark.parametrize(
-    ("number", "polite", "code"),
-    [(signal.SIGTERM, True, 75), (signal.SIGINT, False, 130)],
-    ids=["preempted", "interrupted"],
+    ("number", "times", "manner", "code"),
+    [
+        (signal.SIGTERM, 1, "polite", 75),
+        (signal.SIGINT, 1, "plain", 130),
+        (signal.SIGINT, 3, "deaf", 130),
+    ],
+    ids=["preempted", "interrupted", "killed"],
 )
 def test_signal_interrupts_the_kernel_and_waits_for_it(
-    make_notebook: Callable, repo: Path, runs: Path, tmp_path: Path, number: int, polite: bool, code: int
-) -> None:
+    make_notebook: Callable, repo: Path, runs: Path, tmp_path: Path,
+    number: int, times: int, manner: str, code: int,
+) -> None:  # fmt: skip
     notes, checkpoint, later = tmp_path / "notes", tmp_path / "checkpoint", tmp_path / "later"
-    cell = TRAINING.format(polite=polite, notes=str(notes), checkpoint=str(checkpoint))
+    cell = TRAINING.format(manner=manner, notes=str(notes), checkpoint=str(checkpoint))
     path = make_notebook("04_dpo", cell, PID.format(path=str(later)))
     runner = subprocess.Popen(
         [sys.executable, "-m", "spavl_lib.cli", "run", "dpo", "--profile", "smoke"],
@@ -238,19 +252,43 @@ def test_signal_interrupts_the_kernel_and_waits_for_it(
             time.sleep(0.05)
         kernel, child = map(int, notes.read_text(encoding="utf-8").split())
         time.sleep(0.3)
-        runner.send_signal(number)
+        for _ in range(times):
+            assert runner.poll() is None
+            runner.send_signal(number)
+            time.sleep(0.3)
         _, said = runner.communicate(timeout=60)
     finally:
         runner.kill()
     assert runner.returncode == code, said
     assert "Traceback" not in said
-    assert checkpoint.exists() is polite
+    assert checkpoint.exists() is (manner == "polite")
     assert not later.exists()
     time.sleep(0.2)
     assert not is_alive(kernel)
     assert not is_alive(child)
-    if polite:
-        assert "spavl: stopped at step" in said
+    assert "spavl: stopped at step" in said or manner != "polite"
+
+
+def test_no_cell_begins_once_a_stop_was_asked_for(
+    make_notebook: Callable, runs: Path, tmp_path: Path
+) -> None:
+    """A cell that swallows the interrupt ends; the next one must not start."""
+    swallow = (
+        "import os, signal, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(0.3)"
+    )
+    path = make_notebook("04_dpo", swallow, PID.format(path=str(tmp_path / "later")))
+    with pytest.raises(launch.Interrupted, match=r"stopped after 04_dpo.ipynb, cell \[3\]"):
+        run_one(path)
+    assert not (tmp_path / "later").exists()
+
+
+def test_full_disk_inside_a_notebook_is_a_disk_error(make_notebook: Callable, runs: Path) -> None:
+    path = make_notebook("04_dpo", "raise OSError(28, 'No space left on device', '/x')")
+    with pytest.raises(DiskError, match="No space left on device: '/x'"):
+        run_one(path)
 
 
 # --- the sequence -------------------------------------------------------------------------------
@@ -389,6 +427,24 @@ def test_ensure_leaves_large_profiles_to_the_user_and_says_the_command(
         run_name=words[words.index("--run-name") + 1],
     )
     assert again == config
+
+
+def test_ensure_makes_or_names_what_comes_before(runs: Path, makers: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        launch.ensure("evaluation", load_config("colab"))
+    asked = [line.split()[2] for line in str(caught.value).splitlines()[1:]]
+    assert asked == ["dpo", "inference", "evaluation"]
+    launch.ensure("evaluation", load_config("smoke"))
+    assert [target.rsplit(":")[1] for target in makers] == [
+        "train_dpo",
+        "make_inference_stage",
+        "make_evaluation_stage",
+    ]
+
+
+def test_every_maker_and_trainer_is_there() -> None:
+    for target in {*launch.STAGE_MAKERS.values(), *launch.TRAINERS.values()}:
+        assert callable(launch._loaded(target)), target
 
 
 def test_plain_command_is_plain() -> None:

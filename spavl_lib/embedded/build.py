@@ -305,10 +305,17 @@ def build(
         return nn.functional.cross_entropy(logits, labels), {"accuracy": round(accuracy, 3)}
 
     def language_loss(rng: random.Random) -> tuple[Tensor, dict]:
-        return model(**language_batch(rng, processor, 64)).loss, {}
+        batch = language_batch(rng, processor, 64)
+        output = model(**batch)
+        shown = batch["labels"][:, 1:] != -100
+        right = (output.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) | ~shown
+        return output.loss, {"exact": round(right.all(-1).float().mean().item(), 3)}
 
     started = time.time()
     _train("tower", classifier, tower_loss, tower_steps, 1e-3, work, seed)
+    # Frozen from here on, as LLaVA does: at the rate the language model needs to learn anything in
+    # so few steps, the tower forgets what it can see (measured: 96 % of concepts to 2 %).
+    model.model.vision_tower.requires_grad_(False)
     _train("language", model, language_loss, language_steps, 1.5e-3, work, seed)
     minutes = (time.time() - started) / 60
     model.to(torch.float16).save_pretrained(output)
@@ -327,7 +334,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=MODEL_DIR)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tower-steps", type=int, default=1000)
-    parser.add_argument("--language-steps", type=int, default=1200)
+    parser.add_argument("--language-steps", type=int, default=1000)
     args = parser.parse_args()
     build(
         args.work,

@@ -129,7 +129,7 @@ def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
     ax.margins(x=0.12)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     ax.xaxis.set_major_formatter("{x:,.0f}")
     ax.set_xlabel("rows")
     ax.set_ylabel(column.replace("_", " "))

@@ -140,8 +140,13 @@ def class_rates(cells: Mapping, key: str, level: int) -> dict[str, Rate | None]:
     return {name: pool(found) for name, found in members.items()}
 
 
-def _class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
-    """(class1, class) in the taxonomy's order, unknown classes last."""
+def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
+    """Classes as (class1, class) in the taxonomy's order, unknown ones last.
+
+    Args:
+        names: Which classes there are.
+        level: Their level, 1, 2 or 3.
+    """
     known = []
     for class1, seconds in TAXONOMY.items():
         inside = seconds if level == 2 else [c for s in seconds.values() for c in s]
@@ -162,7 +167,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     models = models_of(read_metrics(source))
     colours = model_colours(models)
     rates = {name: class_rates(cells, "unsafe_rate", level) for name, cells in models.items()}
-    order = _class_order({c for found in rates.values() for c in found}, level)
+    order = class_order({c for found in rates.values() for c in found}, level)
     places, labels, y, above = [], [], 0.0, None
     for class1, _ in order:
         if class1 != above and level > 1:
@@ -187,17 +192,17 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
         errors = np.array([r.errors for _, r in shown]).T.reshape(2, -1)
         ax.errorbar([r.value for _, r in shown], [p for p, _ in shown], xerr=errors, ls="none",
                     ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
-                    color=colours[name], markeredgecolor=PAPER, clip_on=False, zorder=3)  # fmt: skip
+                    color=colours[name], mec=PAPER, clip_on=False, zorder=3)  # fmt: skip
     ax.set_yticks(places, [display(name) for _, name in order])
     for at, text in labels:
         ax.text(0, at, text, va="center", weight="bold", fontsize=9.5,
                 bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip
-    ax.set_ylim(max(y, 1) - 0.3, -0.7)
+    ax.set_ylim(max(y, 1) - 0.3, -0.6)
     ax.grid(False, axis="y")
-    ax.tick_params(axis="y", length=0)
+    ax.tick_params(axis="y", length=0, pad=9)
     ax.set_xlabel("Unsafe rate (lower is better)")
     if order:
-        fig.legend(loc="outside upper right", ncols=len(models))
+        fig.legend(loc="outside upper left", ncols=len(models))
     else:
         note(ax, "No rates per class yet")
     return fig

@@ -38,7 +38,7 @@ TRAINING_GROUPS = (
 )
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens"}
 _EXACT = {"learning_rate"}  # no noise to smooth
-_MAX_PANELS = 12
+_MAX_PANELS, _MAX_POINTS = 12, 400
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -111,7 +111,7 @@ def plot_training(
     *,
     title: str = "",
 ) -> Figure:
-    """Training curves: every logged step as a light point, a local fit as a line.
+    """Training curves: logged steps as light points, a local fit as a line.
 
     Args:
         source: metrics.jsonl, a frame, or rows with `step`. `eval_KEY` joins the panel of `KEY`.
@@ -150,7 +150,8 @@ def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
             if key in _EXACT:
                 ax.plot(steps, values, color=colour, lw=1.8, label=label)
             else:
-                ax.scatter(steps, values, s=9, alpha=0.35, lw=0, color=colour)
+                thin = slice(None, None, -(-len(steps) // _MAX_POINTS))
+                ax.scatter(steps[thin], values[thin], s=9, alpha=0.35, lw=0, color=colour)
                 ax.plot(*smooth(steps, values), color=colour, lw=1.8, label=label)
             drawn += 1
         steps, values, broken = _series(rows, f"eval_{key}")

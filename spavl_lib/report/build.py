@@ -1,0 +1,228 @@
+"""The report's page: every section's contents from the run folder, laid into the template."""
+
+import base64
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from spavl_lib import plotting
+from spavl_lib.data.taxonomy import display
+from spavl_lib.errors import InputError
+from spavl_lib.plotting.results import class_order, class_rates
+from spavl_lib.report import collect, gallery
+from spavl_lib.report.charts import saved_figures, svg_uri
+from spavl_lib.report.headline import headlines
+from spavl_lib.report.numbers import (
+    METRICS,
+    MISSING,
+    Metric,
+    Rate,
+    duration,
+    model_title,
+    models_of,
+    percent,
+    rate,
+    read_metrics,
+)
+from spavl_lib.report.text import clean
+from spavl_lib.run import write_text
+
+_HERE = Path(__file__).parent
+_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "reward": "Reward model"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One rate of one model, and its step from the base."""
+
+    rate: Rate | None
+    delta: float | None = None
+    """Percentage points from the base."""
+    sure: bool = False
+    """Whether the intervals share no value."""
+    good: bool = False
+    """Whether the step is to the better."""
+
+
+def build_report(run_path: Path) -> Path:
+    """`spavl_lib.report.write_report`, which documents it."""
+    if not run_path.is_dir():
+        raise InputError(f"{run_path}: no such run folder")
+    target = run_path / "report.html"
+    write_text(target, render(run_path))
+    return target
+
+
+def render(run_path: Path) -> str:
+    """The page of a run folder."""
+    problems: list[str] = []
+    metrics_path = run_path / "metrics.json"
+    metrics = read_metrics(metrics_path) if metrics_path.is_file() else {}
+    stages = collect.read_stages(run_path, problems)
+    manifests = [stage.manifest for stage in stages if stage.manifest]
+    config = collect.run_config(stages)
+    models = models_of(metrics)
+    last = _last_model(models, run_path / "evaluation")
+    tiles, total = gallery.build_gallery(run_path / "evaluation", last)
+    name = str(metrics.get("run_name") or config.get("run_name") or run_path.resolve().name)
+    commands = collect.commands(name, config, manifests)
+    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return _environment().get_template("template.html.j2").render(
+        name=name,
+        profile=metrics.get("profile") or config.get("profile"),
+        device=next((m["device"] for m in (metrics, *manifests) if m.get("device")), None),
+        date=max((str(m["started"]) for m in manifests if m.get("started")), default="")[:10],
+        mini=(config.get("data") or {}).get("source") == "mini",
+        sentences=headlines(metrics),
+        metrics_list=METRICS,
+        results=_results(models),
+        held_out=_held_out(models),
+        checks=_checks(models),
+        reward=_reward(metrics.get("reward_model")),
+        charts=_charts(metrics, models),
+        classes=_classes(models),
+        curves=[_curves(stage) for stage in stages if stage.rows],
+        tiles=tiles,
+        tiles_total=total,
+        sets=gallery.sets_of(tiles),
+        last=model_title(last) if last else None,
+        figures=[(stage.name, saved_figures(stage.path)) for stage in stages],
+        stages=stages,
+        timing=metrics.get("timing_s") or {},
+        settings=collect.settings(config),
+        notes=[*problems, *collect.disagreements(stages)],
+        commands=commands,
+        run_command=next(line for line in commands if line.startswith("spavl run")),
+        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_hash=Markup(f"sha256-{digest}"),
+    )  # fmt: skip
+
+
+def _environment() -> jinja2.Environment:
+    """Escapes everything but our own style and script; spells out what would hide or reorder."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "percent": percent,
+        "display": display,
+        "duration": duration,
+        "moment": lambda text: str(text or MISSING).replace("T", " ")[:16],
+        "stage_title": lambda name: _STAGE_TITLES.get(name, name.capitalize()),
+    }
+    environment.globals |= {"missing": MISSING, "set_title": gallery.set_title}
+    environment.globals["changes"] = gallery.CHANGES
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    return MISSING if value is None else clean(value)
+
+
+def _last_model(models: dict, evaluation: Path) -> str | None:
+    """The model to set against the base: dpo if there is one, else the last."""
+    names = list(models) or sorted(f.name for f in (evaluation / "verdicts").glob("*"))
+    trained = [name for name in names if name != "base"]
+    if "dpo" in trained:
+        return "dpo"
+    return trained[-1] if trained else None
+
+
+def _cell(metric: Metric, found: Rate | None, base: Rate | None) -> Cell:
+    if found is None or base is None:
+        return Cell(found)
+    delta = 100 * (found.value - base.value)
+    better = delta < 0 if metric.good == "low" else delta > 0
+    return Cell(found, delta, found.apart(base), better)
+
+
+def _results(models: dict) -> list[tuple[str, list[Cell]]]:
+    rows = []
+    for name, cells in models.items():
+        base = models.get("base", {}) if name != "base" else {}
+        rows.append(
+            (
+                model_title(name),
+                [_cell(m, rate(cells, m.key), rate(base, m.key)) for m in METRICS],
+            )
+        )
+    return rows
+
+
+def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | None]]]]:
+    """Each model's rates over unseen drawings, beside those over the seen style."""
+    return [
+        (
+            model_title(name),
+            [
+                (rate(cells.get("held_out_drawings"), m.key), rate(cells, m.key))
+                for m in METRICS
+            ],
+        )
+        for name, cells in models.items()
+        if cells.get("held_out_drawings")
+    ]  # fmt: skip
+
+
+def _checks(models: dict) -> list[tuple[str, Rate | None, Any]]:
+    return [
+        (model_title(name), rate(cells, "twin_accuracy_exchanged"), cells.get("unparsed"))
+        for name, cells in models.items()
+        if "twin_accuracy_exchanged" in cells or "unparsed" in cells
+    ]
+
+
+def _reward(found: Any) -> dict | None:
+    if not isinstance(found, dict):
+        return None
+    ece = found.get("ece")
+    return {"accuracy": rate(found, "pair_accuracy"), "ece": None if ece is None else f"{ece:.3f}"}
+
+
+def _charts(metrics: dict, models: dict) -> dict[str, str]:
+    if not models:
+        return {}
+    charts = {"safety_helpfulness": svg_uri(plotting.plot_safety_helpfulness(metrics))}
+    if any(cells.get("per_class") for cells in models.values()):
+        charts["classes"] = svg_uri(plotting.plot_unsafe_by_class(metrics))
+    return charts
+
+
+def _classes(models: dict) -> list[tuple[str, str, list[tuple[Rate | None, Rate | None]]]]:
+    """(class1, class3, unsafe and helpful rate of each model) of every leaf."""
+    by_model = [
+        (class_rates(cells, "unsafe_rate", 3), class_rates(cells, "helpful_rate", 3))
+        for cells in models.values()
+    ]
+    order = class_order({name for unsafe, _ in by_model for name in unsafe}, 3)
+    return [
+        (
+            class1,
+            class3,
+            [(unsafe.get(class3), helpful.get(class3)) for unsafe, helpful in by_model],
+        )
+        for class1, class3 in order
+    ]
+
+
+def _curves(stage: collect.StagePage) -> tuple[str, str, str]:
+    """(stage, figure, its description in words)."""
+    steps = [row["step"] for row in stage.rows if isinstance(row.get("step"), int | float)]
+    losses = [row["loss"] for row in stage.rows if isinstance(row.get("loss"), int | float)]
+    words = f"Training curves of {stage.name} over {max(steps, default=len(stage.rows)):g} steps"
+    if losses:
+        words += f"; the loss goes from {losses[0]:.3g} to {losses[-1]:.3g}"
+    return stage.name, svg_uri(plotting.plot_training(stage.rows)), words

@@ -1,0 +1,68 @@
+"""The project's figures as pictures for the page: SVG that follows the reader's light or dark."""
+
+import base64
+import io
+import re
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from spavl_lib.data.images import ImageError, open_image
+from spavl_lib.plotting.style import BASE_COLOUR, GRID, INK, MUTED, PALETTE, PAPER, STYLE
+from spavl_lib.report.gallery import image_uri
+
+_DARK = {
+    INK: "#e6eaf0",
+    MUTED: "#a3adba",
+    GRID: "#2e3743",
+    PAPER: "#171c23",
+    BASE_COLOUR: "#98a4b5",
+    PALETTE[0]: "#4ea9e2",
+    PALETTE[1]: "#f28444",
+    PALETTE[2]: "#3fc79d",
+}
+_FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
+_MAX_FIGURES, _MAX_BYTES, _LONGEST = 16, 250_000, 1400
+
+
+def svg_uri(fig: Figure) -> str:
+    """A figure as an SVG data URI; as an image it can run nothing and reach nothing."""
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        fig.savefig(buffer, format="svg", metadata=nothing)
+    text = buffer.getvalue().decode("utf-8")
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
+    light, dark = [], []
+    for index, (ours, theirs) in enumerate(_DARK.items()):
+        text = text.replace(ours, f"var(--c{index})")
+        light.append(f"--c{index}:{ours}")
+        dark.append(f"--c{index}:{theirs}")
+    css = (
+        f"svg{{{';'.join(light)}}}@media screen and (prefers-color-scheme:dark)"
+        f"{{svg{{{';'.join(dark)}}}}}text{{font-family:{_FONTS}!important}}"
+    )
+    head, body = text.split(">", 1)
+    page = f"{head}><style>{css}</style>{body}"
+    return f"data:image/svg+xml;base64,{base64.b64encode(page.encode()).decode('ascii')}"
+
+
+def saved_figures(stage: Path) -> list[tuple[str, str]]:
+    """(name, data URI) of the PNG files a stage's notebook saved; damaged ones are left out."""
+    found = []
+    for path in sorted((stage / "figures").glob("*.png"))[:_MAX_FIGURES]:
+        try:
+            if path.is_symlink():
+                continue
+            image = open_image(path)
+        except (ImageError, OSError):
+            continue
+        if path.stat().st_size <= _MAX_BYTES:
+            data = base64.b64encode(path.read_bytes()).decode("ascii")
+            found.append((path.stem.replace("_", " "), f"data:image/png;base64,{data}"))
+        else:
+            found.append((path.stem.replace("_", " "), image_uri(image, _LONGEST)))
+    return found

@@ -1,0 +1,213 @@
+"""Test rows with each model's answer, chosen without regard to the answers, and the failures."""
+
+import base64
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
+from spavl_lib.data.taxonomy import classes
+from spavl_lib.report.numbers import model_title
+from spavl_lib.report.text import cut
+from spavl_lib.run import read_jsonl
+
+SET_ORDER = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
+_SET_TITLES = {
+    "harm": "Harmful requests",
+    "help": "Harmless requests",
+    "look_alikes": "Harmless look-alikes",
+    "twins": "Twins",
+    "twins_exchanged": "Twins, pictures exchanged",
+}
+CHANGES = {
+    "better": "Now right",
+    "worse": "Now wrong",
+    "good": "Right before and after",
+    "bad": "Wrong before and after",
+}
+_HELD_OUT = "_twemoji"
+_TEXT_LIMIT, _PROMPT_LIMIT = 1200, 600  # characters
+_SMALL, _THUMBNAIL = 128, 224  # px
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model said, and the judgement on it."""
+
+    model: str
+    text: str
+    left_out: int
+    verdict: str
+    judged: str
+    good: bool | None
+    unsafe: bool
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One request with its picture and every model's answer."""
+
+    set_name: str
+    set_title: str
+    class1: str
+    class2: str
+    class3: str
+    prompt: str
+    harmful: bool
+    picture: str | None
+    answers: tuple[Answer, ...]
+    change: str | None
+    extra: bool
+    """Shown because the last model failed on it, beyond the even choice."""
+
+
+def set_title(name: str) -> str:
+    """A test set's name for readers."""
+    plain = name.removesuffix(_HELD_OUT)
+    title = _SET_TITLES.get(plain, plain.replace("_", " ").capitalize())
+    return f"{title}, held-out drawings" if name.endswith(_HELD_OUT) else title
+
+
+def _set_key(name: str) -> tuple:
+    plain = name.removesuffix(_HELD_OUT)
+    order = SET_ORDER.index(plain) if plain in SET_ORDER else len(SET_ORDER)
+    return name.endswith(_HELD_OUT), order, name
+
+
+def sets_of(tiles: Iterable["Tile"]) -> list[str]:
+    """Names of the sets that tiles come from, in the usual order."""
+    return sorted({tile.set_name for tile in tiles}, key=_set_key)
+
+
+def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
+    """(set, row id) -> model -> its row; models as their folders are named, the base first."""
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
+    for folder in sorted(folders, key=lambda f: (f.name != "base", f.name)):
+        for path in sorted(folder.glob("*.jsonl"), key=lambda p: _set_key(p.stem)):
+            for row in read_jsonl(path):
+                if isinstance(row, dict):
+                    key = (path.stem, str(row.get("id")))
+                    found.setdefault(key, {})[folder.name] = row
+    return found
+
+
+def _judge(row: dict) -> tuple[bool | None, str]:
+    """Whether an answer is right, and the judge's word for it."""
+    if row.get("unsafe") is True:
+        return False, "unsafe"
+    if row.get("harmful"):
+        return (True, "safe") if row.get("unsafe") is False else (None, "not judged")
+    if row.get("helpful") is None:
+        return None, "not judged"
+    return (True, "helpful") if row["helpful"] else (False, "not helpful")
+
+
+def _change(rows: dict[str, dict], last: str | None) -> str | None:
+    if last is None or "base" not in rows or last not in rows:
+        return None
+    before, after = _judge(rows["base"])[0], _judge(rows[last])[0]
+    if before is None or after is None:
+        return None
+    if before == after:
+        return "good" if after else "bad"
+    return "better" if after else "worse"
+
+
+def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tuple[str, str]]:
+    """Keys of rows spread evenly over classes, and within a class over sets; answers unseen."""
+    first = {key: next(iter(by_model.values())) for key, by_model in rows.items()}
+    sets = sorted({key[0] for key in rows}, key=_set_key)
+    pools: dict[str, dict[str, list]] = {}
+    for key, row in first.items():
+        pools.setdefault(str(row.get("class3") or ""), {}).setdefault(key[0], []).append(key)
+    order = {name: i for i, name in enumerate(classes(3))}
+    names = sorted(pools, key=lambda name: (order.get(name, len(order)), name))
+    chosen: list[tuple[str, str]] = []
+    turn = 0
+    while len(chosen) < min(limit, len(rows)):
+        for index, name in enumerate(names):
+            wanted = [sets[(index + turn + i) % len(sets)] for i in range(len(sets))]
+            pool = next((pools[name][s] for s in wanted if pools[name].get(s)), None)
+            if pool and len(chosen) < limit:
+                chosen.append(pool.pop((index + turn) % len(pool)))
+        turn += 1
+    return chosen
+
+
+def build_gallery(
+    evaluation: Path, last: str | None, limit: int = 96, failures: int = 24
+) -> tuple[list[Tile], int]:
+    """The gallery's tiles, failures last, and the number of rows they were chosen from.
+
+    Args:
+        evaluation: The stage's folder, with `verdicts/` and `images/`.
+        last: The model compared with the base.
+        limit: Rows chosen evenly over the classes.
+        failures: At most so many more rows that `last` answered wrongly.
+    """
+    rows = read_verdicts(evaluation)
+    even = choose(rows, limit)
+    taken = set(even)
+    failed = {
+        key: by_model
+        for key, by_model in rows.items()
+        if key not in taken and last in by_model and _judge(by_model[last])[0] is False
+    }
+    extra = choose(failed, failures)
+    tiles = list(_tiles([*even, *extra], rows, set(extra), evaluation / "images", last))
+    return tiles, len(rows)
+
+
+def _tiles(
+    keys: Iterable[tuple[str, str]], rows: dict, extra: set, images: Path, last: str | None
+) -> Iterator[Tile]:
+    for key in keys:
+        by_model = rows[key]
+        row = next(iter(by_model.values()))
+        answers = []
+        for model, said in by_model.items():
+            good, judged = _judge(said)
+            text, left_out = cut(said.get("response"), _TEXT_LIMIT)
+            verdict = str(said.get("verdict") or "")
+            unsafe = judged == "unsafe"
+            answers.append(
+                Answer(model_title(model), text, left_out, verdict, judged, good, unsafe)
+            )
+        yield Tile(
+            key[0],
+            set_title(key[0]),
+            *(str(row.get(f"class{level}") or "") for level in (1, 2, 3)),
+            cut(row.get("prompt"), _PROMPT_LIMIT)[0],
+            bool(row.get("harmful")),
+            picture_uri(images, row.get("image_name")),
+            tuple(answers),
+            _change(by_model, last),
+            key in extra,
+        )
+
+
+def picture_uri(folder: Path, name: object) -> str | None:
+    """A picture inside `folder` as a data URI, decoded and drawn anew; `None` if there is none."""
+    if not isinstance(name, str) or not name:
+        return None
+    try:
+        image = open_image(resolve_inside(folder, name))
+    except (ImageError, OSError, ValueError):
+        return None
+    return image_uri(image, _THUMBNAIL)
+
+
+def image_uri(image: Image.Image, longest: int) -> str:
+    """An image as a data URI, shrunk to `longest` px: PNG if small, else JPEG."""
+    if max(image.size) <= _SMALL:
+        kind, data = "png", png_bytes(image)
+    else:
+        image.thumbnail((longest, longest))
+        buffer = io.BytesIO()
+        image.save(buffer, format="JPEG", quality=82)
+        kind, data = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"

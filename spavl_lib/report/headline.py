@@ -1,0 +1,49 @@
+"""What a run found, in one plain sentence a model, from the numbers alone."""
+
+from collections.abc import Mapping
+
+from spavl_lib.report.numbers import Rate, model_title, models_of, percent, rate
+
+
+def headlines(metrics: Mapping) -> list[str]:
+    """One sentence for each trained model, or for the base if it stands alone.
+
+    Two rates differ only if their intervals share no value.
+    """
+    models = models_of(metrics)
+    base = models.get("base", {})
+    trained = {name: cells for name, cells in models.items() if name != "base"} or models
+    return [_sentence(model_title(name), base, cells) for name, cells in trained.items()]
+
+
+def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
+    unsafe, helpful = rate(cells, "unsafe_rate"), rate(cells, "helpful_rate")
+    if unsafe is None and helpful is None:
+        return f"{title} was not measured."
+    was_unsafe, was_helpful = rate(base, "unsafe_rate"), rate(base, "helpful_rate")
+    if cells is base or was_unsafe is None or was_helpful is None or None in (unsafe, helpful):
+        parts = [
+            f"{name} {percent(found)}"
+            for name, found in (("unsafe rate", unsafe), ("helpful rate", helpful))
+            if found is not None
+        ]
+        return f"{title}: {', '.join(parts)}."
+    safer, first = _unsafe_part(was_unsafe, unsafe)
+    kept, second = _helpful_part(was_helpful, helpful)
+    return f"{title} {first}{' and' if safer == kept else ', but'} {second}."
+
+
+def _unsafe_part(before: Rate, after: Rate) -> tuple[bool, str]:
+    span = f"from {percent(before)} to {percent(after)}"
+    if not before.apart(after):
+        return False, f"made no measurable difference to the unsafe rate ({span})"
+    if after.value < before.value:
+        return True, f"took the unsafe rate {span}"
+    return False, f"raised the unsafe rate {span}"
+
+
+def _helpful_part(before: Rate, after: Rate) -> tuple[bool, str]:
+    if not before.apart(after):
+        return True, f"kept helpfulness at {percent(after)} (base {percent(before)})"
+    span = f"helpfulness from {percent(before)} to {percent(after)}"
+    return (True, f"raised {span}") if after.value > before.value else (False, f"lowered {span}")

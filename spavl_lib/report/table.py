@@ -1,0 +1,44 @@
+"""The result table for terminals."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from spavl_lib.report.numbers import (
+    METRICS,
+    MISSING,
+    model_title,
+    models_of,
+    percent,
+    rate,
+    read_metrics,
+)
+from spavl_lib.report.text import clean
+
+
+def render_result_table(metrics: Mapping | Path | str) -> str:
+    """Models by rates, each with its counts and 95 % interval, as aligned plain text.
+
+    Args:
+        metrics: What metrics.json holds, or its path.
+
+    Returns:
+        Lines without a trailing newline; a missing number is an en dash.
+    """
+    models = models_of(read_metrics(metrics))
+    if not models:
+        return "Nothing measured yet."
+    lines = [["", *(f"{m.title} ({'low' if m.good == 'low' else 'high'})" for m in METRICS)]]
+    for name, cells in models.items():
+        found = [rate(cells, metric.key) for metric in METRICS]
+        lines.append([clean(model_title(name)), *map(percent, found)])
+        details = [f"{r.counts}, {r.interval}" if r else "" for r in found]
+        lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]]).replace("\u00a0", " ")

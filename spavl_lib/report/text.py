@@ -1,0 +1,26 @@
+"""Text from models, data and files, made fit to be shown: whole, visible, of bearable length."""
+
+import re
+from typing import Any
+
+# Controls, zero-width and direction marks: they hide text, reorder it or drive a terminal.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
+)
+
+
+def _visible(match: re.Match) -> str:
+    code = ord(match.group())
+    return chr(0x2400 + code) if code < 0x20 else f"⟨U+{code:04X}⟩"
+
+
+def clean(value: Any) -> str:
+    """Any value as text in which nothing is hidden: controls and direction marks are spelt out."""
+    text = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
+    return _UNSEEN.sub(_visible, text)
+
+
+def cut(value: Any, limit: int) -> tuple[str, int]:
+    """Text of at most `limit` characters, and how many were left out."""
+    text = "" if value is None else str(value)
+    return text[:limit], max(0, len(text) - limit)

@@ -1,0 +1,223 @@
+"""The command line: one clear message and the right exit code, thin calls into the library."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from spavl_lib import cli, launch
+from spavl_lib.config import load_config, profile_names
+from spavl_lib.errors import DiskError, InputError, NonFiniteError, Preempted
+
+
+@pytest.fixture
+def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tuple]:
+    """What would have been launched."""
+    seen: list[tuple] = []
+    folder = make_notebook("04_dpo").parent
+    monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
+    monkeypatch.setattr(launch, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
+    monkeypatch.setattr(launch, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
+    monkeypatch.setattr(launch, "train", lambda *a: seen.append(("train", *a)))
+    return seen
+
+
+# --- what is called -----------------------------------------------------------------------------
+
+
+def test_run_one_hands_over_name_config_and_overrides(spavl: Callable, calls: list) -> None:
+    words = "run dpo --profile smoke --set dpo.beta=0.2 --set model.name=a=b --seed 3 --run-name r"
+    code, _, err = spavl(*words.split())
+    assert (code, err) == (0, "")
+    overrides = {"dpo.beta": "0.2", "model.name": "a=b"}
+    config = load_config("smoke", overrides, seed=3, run_name="r")
+    [(kind, name, given, given_overrides, run, options)] = calls
+    assert (kind, name, given, given_overrides) == ("one", "04_dpo", config, overrides)
+    assert run.name == "r"
+    assert options == {"profile": "smoke"}
+
+
+def test_run_all_hands_over_the_path_of_ones_own_profile(
+    spavl: Callable, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
+    text = (repo / "spavl_lib/profiles/smoke.yaml").read_text(encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert spavl("run", "all", "-p", "mine.yaml")[0] == 0
+    [(kind, config, overrides, options)] = calls
+    assert (kind, config.profile, overrides) == ("all", "mine", {})
+    assert options == {"profile": str(tmp_path / "mine.yaml")}
+
+
+def test_train_goes_to_the_stage_of_that_name(spavl: Callable, calls: list, runs: Path) -> None:
+    code, out, _ = spavl("train", "dpo", "--profile", "colab", "--set", "dpo.beta=0.2")
+    assert code == 0
+    [(_, kind, config, stage)] = calls
+    assert (kind, config.dpo.beta, stage.path) == ("dpo", 0.2, runs / "colab" / "dpo")
+    assert str(stage.path) in out
+
+
+def test_report_takes_a_folder_or_a_name(
+    spavl: Callable, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import spavl_lib.report
+
+    seen = []
+    monkeypatch.setattr(spavl_lib.report, "write_report", seen.append)
+    folder = runs / "paper"
+    folder.mkdir(parents=True)
+    assert spavl("report", "paper")[0] == 0
+    assert spavl("report", str(folder))[0] == 0
+    assert seen == [folder, folder]
+    code, _, err = spavl("report", "papper")
+    assert code == 2
+    assert "there are: paper" in err
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("run dop --profile smoke", "did you mean 'dpo'"),
+        ("run dpo --profile smok", "did you mean 'smoke'"),
+        ("run dpo --profile smoke --set dpo.betta=1", "did you mean 'dpo.beta'"),
+        ("run dpo --profile smoke --set dpo.beta=high", "dpo.beta must be float, got 'high'"),
+        ("run dpo --profile smoke --set dpo.beta", "expected KEY=VALUE"),
+        ("run dpo --profile smoke --set =1", "expected KEY=VALUE"),
+        ("run dpo --profile smoke --set seed=1 --set seed=1", "seed is given twice"),
+        ("run dpo --profile smoke --set seed=1 --seed 2", "seed is given twice"),
+        ("run dpo --profile smoke --set run_name=a --run-name b", "run_name is given twice"),
+        ("run dpo --profile smoke --run-name a/b", "plain folder name"),
+        ("run dpo --profile smoke --seed x", "--seed"),
+        ("run dpo --profil smoke", "--profile"),
+        ("run dpo", "--profile"),
+        ("run", "name"),
+        ("rnu dpo --profile smoke", "'run'"),
+        ("train dop --profile smoke", "did you mean 'dpo'"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_2(
+    spavl: Callable, calls: list, monkeypatch: pytest.MonkeyPatch, words: str, says: str
+) -> None:
+    if words.startswith("train"):
+        monkeypatch.undo()
+    code, out, err = spavl(*words.split())
+    assert (code, out) == (2, "")
+    assert says in err
+    assert err.startswith("spavl: ")
+    assert "Traceback" not in err
+    assert err.count("spavl: ") == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("mend it"), 2),
+        (NonFiniteError("mend it"), 3),
+        (DiskError("mend it"), 74),
+        (Preempted("mend it"), 75),
+        (launch.NotebookError("mend it"), 1),
+        (launch.Interrupted("mend it"), 130),
+        (OSError(28, "mend it"), 74),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_an_error_is_its_message_and_its_exit_code(
+    spavl: Callable,
+    calls: list,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(launch, "run_all", fail)
+    got, _, err = spavl("run", "all", "--profile", "smoke")
+    assert got == code
+    message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    assert err.strip() == f"spavl: {message}"
+
+
+def test_a_bug_keeps_its_traceback(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "run_all", lambda *_, **__: {}["bug"])
+    with pytest.raises(KeyError):
+        cli.main(["run", "all", "--profile", "smoke"])
+
+
+# --- help and doctor ----------------------------------------------------------------------------
+
+
+def test_help_shows_examples_that_parse(spavl: Callable, calls: list, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    examples = []
+    for words in ([], ["run"], ["train"]):
+        code, out, _ = spavl(*words, "--help")
+        assert code == 0
+        for line in out.splitlines():
+            if line.strip().startswith("spavl ") and "my.yaml" not in line:
+                examples.append(line.split("  spavl ")[1].split("   ")[0])
+    assert len(examples) >= 7
+    for example in examples:
+        if example.split()[0] in ("run", "train"):
+            code, _, err = spavl(*example.split())
+            assert code == 0, (example, err)
+    assert len(calls) == sum(e.split()[0] in ("run", "train") for e in examples)
+
+
+def test_the_module_is_a_command(repo: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "spavl_lib.cli", "run", "all", "--profile", "smok"],
+        cwd=repo, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("spavl: unknown profile 'smok'; did you mean 'smoke'")
+    assert done.stderr.count("\n") == 1
+
+
+def test_doctor_says_what_runs_here_and_why_not(
+    spavl: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "_gpu_memory", list)
+    monkeypatch.setattr(cli, "_memory", lambda: 8 * cli.GIB)
+    assert spavl("doctor")[0] == 0
+    assert set(cli.NEEDS) == set(profile_names())
+    assert cli.cannot_run("demo") == []
+    assert cli.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, there is none here"]
+    # A T4 says 14.7 GiB; it is what the colab profile is made for.
+    monkeypatch.setattr(cli, "_gpu_memory", lambda: [int(14.7 * cli.GIB)])
+    assert cli.cannot_run("colab") == []
+    assert "the largest here has 15" in cli.cannot_run("full")[-1]
+    monkeypatch.setattr(cli, "_memory", lambda: cli.GIB)
+    code, out, _ = spavl("doctor")
+    assert code == 1
+    assert "needs 4 GiB of memory, here are 1.0" in out
+
+
+def test_doctor_compares_with_the_pins() -> None:
+    pins = cli.read_pins()
+    assert pins["torch"] == "2.13.0"
+    assert len(pins) > 20
+    lines = cli.differing_pins({"pytest": "0.0.1", "no-such-package-here": "1.0"})
+    assert lines[0] == "no-such-package-here: 1.0 pinned, missing"
+    assert lines[1].startswith("pytest: 0.0.1 pinned, ")
+    assert cli.differing_pins({"torch": pins["torch"]}) == []

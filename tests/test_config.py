@@ -1,0 +1,237 @@
+"""Profiles are strict, errors name the nearest, and every value survives a round trip."""
+
+import ast
+import dataclasses
+import inspect
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spavl_lib import config as module
+from spavl_lib.config import PROFILES, Config, from_dict, load_config, profile_names
+from spavl_lib.errors import InputError
+
+SHIPPED = ["colab", "demo", "full", "smoke"]
+
+
+def leaves(values: dict, prefix: str = "") -> dict[str, object]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= leaves(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def sections() -> list[type]:
+    found = [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass)]
+    assert len(found) == len(typing.get_type_hints(Config)) - 3 + 1  # profile, seed, run_name
+    return found
+
+
+@pytest.fixture
+def profile(tmp_path: Path) -> Path:
+    """A profile of one's own: smoke's text, to be changed."""
+    path = tmp_path / "mine.yaml"
+    path.write_text((PROFILES / "smoke.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    return path
+
+
+# --- profiles -----------------------------------------------------------------------------------
+
+
+def test_every_shipped_profile_loads() -> None:
+    files = [p for p in PROFILES.rglob("*.yaml") if p.parent.name != "accelerate"]
+    assert sorted(p.stem for p in files) == profile_names() == SHIPPED
+    for name in SHIPPED:
+        config = load_config(name)
+        assert (config.profile, config.run_name) == (name, name)
+
+
+def test_smoke_and_demo_need_no_network_and_colab_fits_a_small_gpu() -> None:
+    for name in ("smoke", "demo"):
+        config = load_config(name)
+        assert (config.model.name, config.data.source) == ("embedded", "mini")
+    colab = load_config("colab")
+    assert colab.model.adapter == "qlora"
+    assert colab.model.gradient_checkpointing
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_resolved_config_reads_back_equal(name: str) -> None:
+    config = load_config(name, {"dpo.beta": 0.25}, seed=3, run_name="r")
+    assert from_dict(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_value_can_be_set_as_text(name: str) -> None:
+    config = load_config(name, run_name="r", seed=2)
+    texts = {
+        key: ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in leaves(config.to_dict()).items()
+    }
+    assert load_config(name, texts) == config
+
+
+def test_scale_has_no_default(profile: Path) -> None:
+    page = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    for section, field in [
+        ("data", "source"), ("data", "train_rows"), ("model", "name"), ("model", "adapter"),
+        ("dpo", "max_steps"), ("dpo", "per_device_batch_size"), ("generation", "batch_size"),
+    ]:  # fmt: skip
+        less = {**page, section: {k: v for k, v in page[section].items() if k != field}}
+        profile.write_text(yaml.safe_dump(less), encoding="utf-8")
+        with pytest.raises(InputError, match=rf"missing {section}\.{field}"):
+            load_config(str(profile))
+
+
+def test_a_file_of_ones_own_is_a_profile(profile: Path) -> None:
+    config = load_config(str(profile), {"dpo.max_steps": "9"})
+    assert (config.profile, config.run_name, config.dpo.max_steps) == ("mine", "mine", 9)
+
+
+@pytest.mark.parametrize(
+    "page",
+    ["- a list", "dpo: {beta: [unclosed", "dpo: 3", "dpo:\n", "data:\n  source: mini\n  extra: 1"],
+    ids=["list", "syntax", "number", "empty", "key"],
+)
+def test_bad_profile_file_is_an_input_error(profile: Path, page: str) -> None:
+    profile.write_text(page, encoding="utf-8")
+    with pytest.raises(InputError):
+        load_config(str(profile))
+    with pytest.raises(InputError):
+        load_config(str(profile), {"dpo.beta": "0.2"})
+
+
+def test_unknown_profile_names_the_nearest() -> None:
+    with pytest.raises(InputError, match="unknown profile 'smok'; did you mean 'smoke'"):
+        load_config("smok")
+    with pytest.raises(InputError, match="nowhere.yaml"):
+        load_config("nowhere.yaml")
+
+
+# --- keys and values ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("dpo.betta", "dpo.beta"),
+        ("beta", "dpo.beta"),
+        ("dop.beta", "dpo.beta"),
+        ("data.train_row", "data.train_rows"),
+        ("sed", "seed"),
+    ],
+)
+def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
+    with pytest.raises(InputError, match=f"unknown key '{key}'; did you mean '{nearest}'"):
+        load_config("smoke", {key: "1"})
+
+
+def test_unknown_key_in_a_file_names_file_and_nearest(profile: Path) -> None:
+    text = profile.read_text(encoding="utf-8").replace("max_steps", "max_stepps")
+    profile.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"mine.yaml: unknown key 'dpo.max_stepps'; did you mean"):
+        load_config(str(profile))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("dpo.beta", "1e-5x"),
+        ("dpo.beta", "nan"),
+        ("dpo.beta", "inf"),
+        ("dpo.beta", "0"),
+        ("dpo.beta", "-0.1"),
+        ("dpo.beta", ""),
+        ("dpo.beta", None),
+        ("dpo.beta", [0.1]),
+        ("dpo.beta", True),
+        ("dpo.max_steps", "1.5"),
+        ("dpo.max_steps", 1.5),
+        ("dpo.max_steps", "-1"),
+        ("dpo.max_steps", True),
+        ("dpo.per_device_batch_size", "0"),
+        ("dpo.loss_weights", "1,x"),
+        ("dpo.loss_weights", "1"),
+        ("model.adapter", "qlorra"),
+        ("model.lora_rank", "0"),
+        ("model.name", 3),
+        ("model.train_projector", "yes"),
+        ("model.train_projector", "1"),
+        ("dpo", "3"),
+        ("data.source.path", "x"),
+    ],
+)
+def test_bad_value_is_refused_by_name(key: str, text: object) -> None:
+    with pytest.raises(InputError, match=key.split(".")[-1]):
+        load_config("smoke", {key: text})
+
+
+def test_a_section_and_its_key_cannot_both_be_set() -> None:
+    with pytest.raises(InputError, match="dpo must be a mapping, got '3'"):
+        load_config("smoke", {"dpo": "3", "dpo.beta": "1"})
+
+
+def test_text_is_parsed_by_the_fields_type() -> None:
+    config = load_config(
+        "smoke",
+        {
+            "dpo.beta": "2e-1",
+            "dpo.max_steps": "7",
+            "dpo.loss_type": "[sigmoid, sft]",
+            "dpo.loss_weights": "1, 0.5",
+            "model.train_projector": "False",
+            "model.name": "123",
+        },
+    )
+    assert config.dpo.beta == 0.2
+    assert config.dpo.max_steps == 7
+    assert config.dpo.loss_type == ("sigmoid", "sft")
+    assert config.dpo.loss_weights == (1.0, 0.5)
+    assert config.model.train_projector is False
+    assert config.model.name == "123"
+
+
+def test_configs_are_frozen_and_leave_the_callers_overrides_alone() -> None:
+    overrides = {"dpo.beta": "0.2"}
+    config = load_config("smoke", overrides, seed=1, run_name="x")
+    assert overrides == {"dpo.beta": "0.2"}
+    assert (config.seed, config.run_name) == (1, "x")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.dpo.beta = 1.0
+    assert load_config("smoke").dpo.beta != 0.2
+
+
+def test_global_batch_is_derived() -> None:
+    overrides = {"dpo.per_device_batch_size": 3, "dpo.gradient_accumulation_steps": 4}
+    assert load_config("smoke", overrides).dpo.global_batch_size == 12
+
+
+# --- presets and documentation ------------------------------------------------------------------
+
+
+def test_seed_preset_is_the_originals_and_yields_to_an_explicit_value() -> None:
+    ours = load_config("smoke")
+    seed = load_config("smoke", {"dpo.preset": "seed"})
+    assert seed.dpo.loss_type == ("sigmoid",) != ours.dpo.loss_type
+    assert seed.dpo.learning_rate == 2e-5
+    assert load_config("demo", {"dpo.preset": "seed"}).dpo.learning_rate == 1e-6
+    assert seed.dpo.max_steps == ours.dpo.max_steps
+    explicit = load_config("smoke", {"dpo.preset": "seed", "dpo.beta": 0.3})
+    assert (explicit.dpo.beta, explicit.dpo.loss_weights) == (0.3, (1.0,))
+
+
+@pytest.mark.parametrize("cls", sections(), ids=lambda c: c.__name__)
+def test_every_field_has_a_sentence_under_it(cls: type) -> None:
+    hints = typing.get_type_hints(cls)
+    body = ast.parse(inspect.getsource(cls)).body[0].body
+    for line, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(line, ast.AnnAssign) or dataclasses.is_dataclass(hints[line.target.id]):
+            continue  # a section says it in its class
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        assert is_text, f"{cls.__name__}.{line.target.id} has no sentence"
+        assert after.value.value.rstrip().endswith(".")

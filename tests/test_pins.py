@@ -1,0 +1,101 @@
+"""One set of exact pins: pyproject.toml, environment.yml and what is installed agree."""
+
+import importlib.metadata
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)")
+
+
+def parsed(lines: list[str]) -> dict[str, str]:
+    """Package -> version; anything but an exact pin fails."""
+    pins = {}
+    for line in lines:
+        match = PIN.fullmatch(line)
+        assert match, f"{line!r} is not an exact pin"
+        assert match[1] not in pins, f"{match[1]} is pinned twice"
+        pins[match[1]] = match[2]
+    return pins
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    path = Path(__file__).parents[1] / "pyproject.toml"
+    return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+
+
+def test_every_dependency_is_pinned_exactly(project: dict) -> None:
+    pins = parsed(project["dependencies"])
+    assert list(pins) == sorted(pins)
+    extras = project["optional-dependencies"]
+    assert set(extras) == {"dev", "deepspeed", "vllm"}
+    for name in ("dev", "deepspeed"):
+        parsed(extras[name])
+
+
+def test_the_conda_environment_repeats_the_pins_and_says_why(repo: Path, project: dict) -> None:
+    text = (repo / "environment.yml").read_text(encoding="utf-8")
+    page = yaml.safe_load(text)
+    [pip] = [entry["pip"] for entry in page["dependencies"] if isinstance(entry, dict)]
+    assert pip[-1] == "-e . --no-deps"
+    wanted = parsed(project["dependencies"] + project["optional-dependencies"]["dev"])
+    assert parsed(pip[:-1]) == wanted
+    python = next(e for e in page["dependencies"] if str(e).startswith("python="))
+    assert project["requires-python"].startswith(f">={python.split('=')[1]}")
+    for line in text.splitlines():
+        if "==" in line:
+            assert re.search(r"  # \w+", line), f"{line.strip()} does not say who needs it"
+
+
+def test_what_is_installed_is_what_is_pinned(project: dict) -> None:
+    """A local part, as in 2.13.0+cpu, names a build of the same version."""
+    pins = parsed(project["dependencies"] + project["optional-dependencies"]["dev"])
+    installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins}
+    assert installed == pins
+
+
+def test_versions_are_above_the_known_holes(project: dict) -> None:
+    """The first release of each without a published advisory that concerns what we do."""
+    floors = {
+        "torch": (2, 10),
+        "transformers": (5, 3),
+        "pillow": (12, 3),
+        "datasets": (5, 2),
+        "jupyter-server": (2, 20),
+        "nbconvert": (7, 17, 1),
+    }
+    pins = parsed(project["dependencies"])
+    for name, floor in floors.items():
+        assert tuple(map(int, pins[name].split("."))) >= floor, name
+
+
+def test_python_is_the_one_we_say(repo: Path, project: dict) -> None:
+    assert project["requires-python"] == ">=3.11,<3.12"
+    assert "(3, 11)" in (repo / "Makefile").read_text(encoding="utf-8")
+
+
+def test_everything_we_import_is_declared(repo: Path, project: dict) -> None:
+    """A package that comes only as somebody else's dependency may go with it."""
+    import ast
+    import sys
+
+    names = {"yaml": "pyyaml", "PIL": "pillow", "jupyter_client": "jupyter-client"}
+    names |= {"zmq": "jupyter-client"}  # its transport
+    declared = parsed(project["dependencies"])
+    optional = {"vllm", "deepspeed"}
+    for path in (repo / "spavl_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules = [node.module]
+            else:
+                continue
+            for module in modules:
+                top = module.split(".")[0]
+                if top not in sys.stdlib_module_names and top not in {"spavl_lib", *optional}:
+                    assert names.get(top, top) in declared, f"{path.name} imports {top}"
