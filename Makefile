@@ -17,9 +17,9 @@ help:  ## this list
 setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.toml changed
 
 .venv/.stamp: pyproject.toml
-	@$(PYTHON) -c '$(IS_311)' 2>/dev/null || { \
+	@if ! $(PYTHON) -c '$(IS_311)' 2>/dev/null; then \
 		echo "Python 3.11 is needed: install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
-		exit 1; }
+		exit 1; fi
 	@$(BIN)/python -c '$(IS_311)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@

@@ -198,10 +198,7 @@ def describe_machine() -> dict[str, str]:
     """Python, torch, devices, memory, cores and disk, a line each."""
     import torch
 
-    devices = [
-        f"{torch.cuda.get_device_name(i)} ({memory / GIB:.0f} GiB)"
-        for i, memory in enumerate(_gpu_memory())
-    ]
+    devices = [f"{name} ({memory / GIB:.0f} GiB)" for name, memory in _gpus()]
     free = shutil.disk_usage(_existing(runs_root())).free
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
@@ -258,7 +255,7 @@ def cannot_run(profile: str) -> list[str]:
     # Machines and cards hold a little less than the number they are sold by.
     if _memory() < 0.9 * memory * GIB:
         reasons.append(f"needs {memory} GiB of memory, here are {_memory() / GIB:.1f}")
-    largest = max(_gpu_memory(), default=0)
+    largest = max((size for _, size in _gpus()), default=0)
     if gpu and largest < 0.9 * gpu * GIB:
         there = f"the largest here has {largest / GIB:.0f}" if largest else "there is none here"
         reasons.append(f"needs a CUDA GPU of {gpu} GiB, {there}")
@@ -269,11 +266,13 @@ def cannot_run(profile: str) -> list[str]:
     return reasons
 
 
-def _gpu_memory() -> list[int]:
+def _gpus() -> list[tuple[str, int]]:
+    """Name and bytes of each CUDA GPU."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return [torch.cuda.get_device_properties(i).total_memory for i in range(count)]
+    found = [torch.cuda.get_device_properties(i) for i in range(count)]
+    return [(gpu.name, gpu.total_memory) for gpu in found]
 
 
 def _memory() -> int:

@@ -24,7 +24,7 @@ class DataConfig:
     """Which preference rows."""
 
     source: Literal["mini", "hub_layout", "seed_json"]
-    """mini: built here; hub_layout: a folder of parquet as on the Hub; seed_json: the original's."""
+    """mini: built here; hub_layout: parquet as on the Hub; seed_json: the original code's lists."""
     train_rows: int
     """Training pairs, 0 for all. A smaller number is a seeded subset of a larger one."""
     validation_rows: int

@@ -1,4 +1,4 @@
-"""Prompts in, JSONL out: batched, sorted by length, resumable, the same file however interrupted."""
+"""Prompts in, JSONL out: batched, sorted by length, and the same file however interrupted."""
 
 import hashlib
 import json
@@ -182,7 +182,7 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
 
 
 def _batches(rows: list[dict], size: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first, so that memory runs out at once or never."""
+    """Indices in batches of like length, longest first: memory runs out at once or never."""
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["prompt"]), i))
     return [order[i : i + size] for i in range(0, len(order), size)]
 

@@ -564,18 +564,33 @@ def ensure(stage_name: str, config: Config) -> Stage:
     stage.check_config()
     if stage.done:
         return stage
-    maker = STAGE_MAKERS.get(stage_name)
-    if maker is None or config.profile not in SMALL_PROFILES:
+    if stage_name not in STAGE_MAKERS or config.profile not in SMALL_PROFILES:
         commands = "".join(f"\n  {run_command(name, config)}" for name in _missing(stage))
         raise InputError(f"{_short(stage.path)} is not there yet; make it with:{commands}")
-    for name in UPSTREAM.get(stage_name, ()):
-        ensure(name, config)
     _say(f"{stage_name}: not there yet, making it first")
     started = time.perf_counter()
+    make(stage_name, config)
+    _say(f"{stage_name}: done in {time.perf_counter() - started:.0f} s")
+    return stage
+
+
+def make(stage_name: str, config: Config) -> Stage:
+    """A notebook's own stage, made in any profile; what it builds on must be there, or be small.
+
+    Args:
+        stage_name: Such as "inference".
+        config: The notebook's.
+
+    Raises:
+        InputError: As `ensure`, of an earlier stage.
+    """
+    stage = Run(config).stage(stage_name)
+    for name in UPSTREAM.get(stage_name, ()):
+        ensure(name, config)
+    maker = STAGE_MAKERS[stage_name]
     _loaded(maker)(config, stage)
     if not stage.done:
         raise RuntimeError(f"{maker} returned and left no summary.json in {stage.path}")
-    _say(f"{stage_name}: done in {time.perf_counter() - started:.0f} s")
     return stage
 
 
@@ -637,7 +652,8 @@ def train(kind: str, config: Config, stage: Stage) -> Any:
             f"launch.num_processes = {config.launch.num_processes}: training in several processes "
             "is not there yet; use 1"
         )
-    return _loaded(TRAINERS[kind])(config, stage)
+    live = _loaded("spavl_lib.plotting:LivePlot")()
+    return _loaded(TRAINERS[kind])(config, stage, live=live)
 
 
 def _loaded(target: str) -> Callable[..., Any]:

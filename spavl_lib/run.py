@@ -25,7 +25,8 @@ from spavl_lib.errors import BusyError, InputError
 
 STAGES = ("data", "reward", "ppo", "dpo", "inference", "evaluation", "scaling")
 PACKAGES = (
-    "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow safetensors"
+    "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow "
+    "safetensors"
 ).split()
 # Settings that may differ between the making of a stage and its use.
 FREE_KEYS = ("profile", "run_name", "launch.num_processes", "dpo.save_steps")

@@ -104,9 +104,7 @@ def hub_rows(split: str, count: int) -> list[dict]:
     return spread(raw, count)
 
 
-def write_hub_folder(
-    folder: Path, train: list[dict], validation: list[dict] | None = None
-) -> Path:
+def write_hub_folder(folder: Path, train: list[dict], validation: list[dict] | None = None) -> Path:
     """A data set in the Hub's layout, without meta files."""
     write_parquet(folder / "data/train-00000-of-00001.parquet", train)
     if validation:

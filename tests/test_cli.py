@@ -197,20 +197,21 @@ def test_the_module_is_a_command(repo: Path) -> None:
 def test_doctor_says_what_runs_here_and_why_not(
     spavl: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_gpu_memory", list)
+    monkeypatch.setattr(cli, "_gpus", list)
     monkeypatch.setattr(cli, "_memory", lambda: 8 * cli.GIB)
     assert spavl("doctor")[0] == 0
     assert set(cli.NEEDS) == set(profile_names())
     assert cli.cannot_run("demo") == []
     assert cli.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, there is none here"]
     # A T4 says 14.7 GiB; it is what the colab profile is made for.
-    monkeypatch.setattr(cli, "_gpu_memory", lambda: [int(14.7 * cli.GIB)])
+    monkeypatch.setattr(cli, "_gpus", lambda: [("Tesla T4", int(14.7 * cli.GIB))])
     assert cli.cannot_run("colab") == []
     assert "the largest here has 15" in cli.cannot_run("full")[-1]
     monkeypatch.setattr(cli, "_memory", lambda: cli.GIB)
     code, out, _ = spavl("doctor")
     assert code == 1
     assert "needs 4 GiB of memory, here are 1.0" in out
+    assert "Tesla T4 (15 GiB)" in out
 
 
 def test_doctor_compares_with_the_pins() -> None:

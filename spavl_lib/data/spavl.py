@@ -157,7 +157,8 @@ def _read(folder: Path, pattern: str, required: tuple[str, ...]) -> tuple[Datase
     missing = [c for c in required if c not in rows.column_names]
     if missing:
         raise InputError(
-            f"{files[0]}: missing column {', '.join(missing)} (found {', '.join(rows.column_names)})"
+            f"{files[0]}: missing column {', '.join(missing)} "
+            f"(found {', '.join(rows.column_names)})"
         )
     return rows, str(files[0])
 

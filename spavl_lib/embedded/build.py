@@ -189,10 +189,15 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
         composition = rng.choice(pool)
         request, text = language.sample_pretraining(rng, composition.colour)
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": request.question}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": request.question}],
+                }
+            ],
             add_generation_prompt=True,
             tokenize=False,
-        )  # fmt: skip
+        )
         prompt_ids = tokenizer.encode(
             prompt.replace(SPECIAL["image"], image_tokens), add_special_tokens=False
         )
@@ -229,7 +234,7 @@ class TowerClassifier(nn.Module):
 
 
 def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: Path, seed: int):
-    """AdamW with warm-up and cosine decay; a checkpoint every 100 steps, resumed if there is one."""
+    """AdamW, warm-up and cosine decay; a checkpoint every 100 steps, resumed if there is one."""
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]

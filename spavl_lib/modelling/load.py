@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.utils import logging as transformers_logging
 
 from spavl_lib.checkpoint import sha256_file
 from spavl_lib.config import ModelConfig
@@ -60,6 +61,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     Raises:
         InputError: There is none at that name, or it takes no images.
     """
+    transformers_logging.disable_progress_bar()
     quantisation = None
     if config.adapter == "qlora":
         quantisation = BitsAndBytesConfig(

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from spavl_lib.data.images import decode
 from spavl_lib.data.taxonomy import TAXONOMY, classes, display
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
+from spavl_lib.report.text import short
 
 _SMALLEST = 6.0  # points; a leaf whose label would be smaller shares a tile with its like
 _LINE = 0.78  # text size over the room a line takes
@@ -23,8 +24,8 @@ _LINE = 0.78  # text size over the room a line takes
 
 def _counts(source: Any, column: str) -> Counter:
     if isinstance(source, Mapping):
-        return Counter({str(k): int(v) for k, v in source.items()})
-    return Counter(str(value or "unknown") for value in column_of(source, column))
+        return Counter({short(k): int(v) for k, v in source.items()})
+    return Counter(short(value or "unknown") for value in column_of(source, column))
 
 
 @styled

@@ -31,6 +31,7 @@ from spavl_lib.report.numbers import (
     rate,
     read_metrics,
 )
+from spavl_lib.report.text import short
 
 
 def _percent_axis(ax: Axes, axis: str = "x") -> None:
@@ -172,7 +173,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     for class1, _ in order:
         if class1 != above and level > 1:
             y += 0.2 if above is not None else 0.0
-            labels.append((y, display(class1)))
+            labels.append((y, short(display(class1))))
             y += 0.85
             above = class1
         places.append(y)
@@ -193,7 +194,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
         ax.errorbar([r.value for _, r in shown], [p for p, _ in shown], xerr=errors, ls="none",
                     ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
                     color=colours[name], mec=PAPER, clip_on=False, zorder=3)  # fmt: skip
-    ax.set_yticks(places, [display(name) for _, name in order])
+    ax.set_yticks(places, [short(display(name), 44) for _, name in order])
     for at, text in labels:
         ax.text(0, at, text, va="center", weight="bold", fontsize=9.5,
                 bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip

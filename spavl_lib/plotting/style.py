@@ -6,6 +6,7 @@ Colours are Okabe and Ito's, told apart by colour-blind readers; markers differ 
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ class Drawing(Figure):
 
     def draw(self, renderer: Any) -> None:
         """Draw, with what matplotlib makes only now in our style too."""
-        with matplotlib.rc_context(STYLE):
+        with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a name in a script we lack
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
@@ -103,11 +105,11 @@ def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
 
 
 def rows_of(source: Source) -> list[dict]:
-    """Rows of a JSONL file, a DataFrame or a list."""
+    """Rows of a JSONL file, a DataFrame (its NaN are gaps, not values) or a list."""
     if isinstance(source, str | Path):
         return read_jsonl(Path(source))
     if hasattr(source, "to_dict"):
-        return source.to_dict("records")
+        return [{k: v for k, v in row.items() if v == v} for row in source.to_dict("records")]
     return list(source)
 
 

@@ -36,7 +36,7 @@ TRAINING_GROUPS = (
     ("Gradient norm", ("grad_norm",), ""),
     ("Learning rate", ("learning_rate",), ""),
 )
-_NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens"}
+_NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
 _EXACT = {"learning_rate"}  # no noise to smooth
 _MAX_PANELS, _MAX_POINTS = 12, 400
 

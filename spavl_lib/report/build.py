@@ -28,7 +28,7 @@ from spavl_lib.report.numbers import (
     rate,
     read_metrics,
 )
-from spavl_lib.report.text import clean
+from spavl_lib.report.text import clean, short
 from spavl_lib.run import write_text
 
 _HERE = Path(__file__).parent
@@ -68,7 +68,7 @@ def render(run_path: Path) -> str:
     models = models_of(metrics)
     last = _last_model(models, run_path / "evaluation")
     tiles, total = gallery.build_gallery(run_path / "evaluation", last)
-    name = str(metrics.get("run_name") or config.get("run_name") or run_path.resolve().name)
+    name = run_path.resolve().name
     commands = collect.commands(name, config, manifests)
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
@@ -78,6 +78,7 @@ def render(run_path: Path) -> str:
         device=next((m["device"] for m in (metrics, *manifests) if m.get("device")), None),
         date=max((str(m["started"]) for m in manifests if m.get("started")), default="")[:10],
         mini=(config.get("data") or {}).get("source") == "mini",
+        judge=str(metrics.get("judge") or ""),
         sentences=headlines(metrics),
         metrics_list=METRICS,
         results=_results(models),
@@ -116,7 +117,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters |= {
         "percent": percent,
-        "display": display,
+        "display": lambda name: short(display(name)),
         "duration": duration,
         "moment": lambda text: str(text or MISSING).replace("T", " ")[:16],
         "stage_title": lambda name: _STAGE_TITLES.get(name, name.capitalize()),
@@ -201,21 +202,18 @@ def _charts(metrics: dict, models: dict) -> dict[str, str]:
     return charts
 
 
-def _classes(models: dict) -> list[tuple[str, str, list[tuple[Rate | None, Rate | None]]]]:
-    """(class1, class3, unsafe and helpful rate of each model) of every leaf."""
+def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, Rate | None]]]]]:
+    """class1 -> (class3, unsafe and helpful rate of each model) of its leaves."""
     by_model = [
         (class_rates(cells, "unsafe_rate", 3), class_rates(cells, "helpful_rate", 3))
         for cells in models.values()
     ]
     order = class_order({name for unsafe, _ in by_model for name in unsafe}, 3)
-    return [
-        (
-            class1,
-            class3,
-            [(unsafe.get(class3), helpful.get(class3)) for unsafe, helpful in by_model],
-        )
-        for class1, class3 in order
-    ]
+    found: dict[str, list] = {}
+    for class1, class3 in order:
+        rates = [(unsafe.get(class3), helpful.get(class3)) for unsafe, helpful in by_model]
+        found.setdefault(class1, []).append((class3, rates))
+    return found
 
 
 def _curves(stage: collect.StagePage) -> tuple[str, str, str]:

@@ -11,16 +11,17 @@ from PIL import Image
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.report.numbers import model_title
-from spavl_lib.report.text import cut
+from spavl_lib.report.text import cut, short
 from spavl_lib.run import read_jsonl
 
-SET_ORDER = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
+SET_ORDER = ("harm", "help", "look_alikes", "twins")
+# Judged by what the row's own picture would deserve, so its verdicts mislead beside the picture.
+_CONTROLS = ("twins_exchanged",)
 _SET_TITLES = {
     "harm": "Harmful requests",
     "help": "Harmless requests",
     "look_alikes": "Harmless look-alikes",
     "twins": "Twins",
-    "twins_exchanged": "Twins, pictures exchanged",
 }
 CHANGES = {
     "better": "Now right",
@@ -66,15 +67,11 @@ class Tile:
 
 def set_title(name: str) -> str:
     """A test set's name for readers."""
-    plain = name.removesuffix(_HELD_OUT)
-    title = _SET_TITLES.get(plain, plain.replace("_", " ").capitalize())
-    return f"{title}, held-out drawings" if name.endswith(_HELD_OUT) else title
+    return _SET_TITLES.get(name) or short(name.replace("_", " ").capitalize())
 
 
 def _set_key(name: str) -> tuple:
-    plain = name.removesuffix(_HELD_OUT)
-    order = SET_ORDER.index(plain) if plain in SET_ORDER else len(SET_ORDER)
-    return name.endswith(_HELD_OUT), order, name
+    return SET_ORDER.index(name) if name in SET_ORDER else len(SET_ORDER), name
 
 
 def sets_of(tiles: Iterable["Tile"]) -> list[str]:
@@ -83,11 +80,16 @@ def sets_of(tiles: Iterable["Tile"]) -> list[str]:
 
 
 def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
-    """(set, row id) -> model -> its row; models as their folders are named, the base first."""
+    """(set, row id) -> model -> its row; models as their folders are named, the base first.
+
+    Sets over held-out drawings stay out: their pictures bear the names of the familiar ones.
+    """
     found: dict[tuple[str, str], dict[str, dict]] = {}
     folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
     for folder in sorted(folders, key=lambda f: (f.name != "base", f.name)):
         for path in sorted(folder.glob("*.jsonl"), key=lambda p: _set_key(p.stem)):
+            if path.stem.endswith(_HELD_OUT) or path.stem in _CONTROLS:
+                continue
             for row in read_jsonl(path):
                 if isinstance(row, dict):
                     key = (path.stem, str(row.get("id")))
@@ -172,7 +174,7 @@ def _tiles(
         for model, said in by_model.items():
             good, judged = _judge(said)
             text, left_out = cut(said.get("response"), _TEXT_LIMIT)
-            verdict = str(said.get("verdict") or "")
+            verdict = short(said.get("verdict") or "", 24)
             unsafe = judged == "unsafe"
             answers.append(
                 Answer(model_title(model), text, left_out, verdict, judged, good, unsafe)
@@ -180,7 +182,7 @@ def _tiles(
         yield Tile(
             key[0],
             set_title(key[0]),
-            *(str(row.get(f"class{level}") or "") for level in (1, 2, 3)),
+            *(short(row.get(f"class{level}") or "") for level in (1, 2, 3)),
             cut(row.get("prompt"), _PROMPT_LIMIT)[0],
             bool(row.get("harmful")),
             picture_uri(images, row.get("image_name")),

@@ -12,7 +12,6 @@ from spavl_lib.report.numbers import (
     rate,
     read_metrics,
 )
-from spavl_lib.report.text import clean
 
 
 def render_result_table(metrics: Mapping | Path | str) -> str:
@@ -30,7 +29,7 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
     lines = [["", *(f"{m.title} ({'low' if m.good == 'low' else 'high'})" for m in METRICS)]]
     for name, cells in models.items():
         found = [rate(cells, metric.key) for metric in METRICS]
-        lines.append([clean(model_title(name)), *map(percent, found)])
+        lines.append([model_title(name), *map(percent, found)])
         details = [f"{r.counts}, {r.interval}" if r else "" for r in found]
         lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]

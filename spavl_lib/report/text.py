@@ -20,6 +20,12 @@ def clean(value: Any) -> str:
     return _UNSEEN.sub(_visible, text)
 
 
+def short(value: Any, limit: int = 60) -> str:
+    """A name that must fit beside others: clean, on one line, at most `limit` characters."""
+    text = " ".join(clean(str(value)[: 4 * limit]).split())
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
 def cut(value: Any, limit: int) -> tuple[str, int]:
     """Text of at most `limit` characters, and how many were left out."""
     text = "" if value is None else str(value)

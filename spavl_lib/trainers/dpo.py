@@ -217,7 +217,9 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
     if config.launch.num_processes > 1:
         raise InputError("launch.num_processes: training in several processes is not there yet")
     inputs = {f"model/{k}": v for k, v in weights_sha256(config.model).items()}
-    with stage.work(inputs), stop_on_signals() as flag:
+    with stage.work(inputs), stop_on_signals() as flag, warnings.catch_warnings():
+        # transformers' own renaming, which trl has yet to follow
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
         train_rows = load_preferences(config.data, "train")
         held_out = load_preferences(config.data, "validation")
         processor = load_processor(config.model)
@@ -240,7 +242,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "train_rows": len(train_rows),
             "validation_rows": len(held_out),
             "global_batch_size": config.dpo.global_batch_size,
-            "epochs": round(trainer.state.global_step * config.dpo.global_batch_size / len(train_rows), 3),
+            "epochs": round(trainer.state.epoch or 0.0, 3),
             "trainable_parameters": parts,
             "validation": evaluation,
             "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),

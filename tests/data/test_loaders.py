@@ -1,0 +1,539 @@
+"""Both doors, the Hub's layout and the original's, into the one schema; and what neither lets in."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from spavl_lib.data import check, explore, schema
+from spavl_lib.data.convert import convert
+from spavl_lib.data.spavl import (
+    eval_sets,
+    load_preferences,
+    load_prompts,
+    load_truth,
+    subset,
+    unmatched,
+)
+from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.embedded.mini import mini_folder
+from spavl_lib.errors import InputError
+from tests.helpers import (
+    MINI,
+    hub_config,
+    hub_rows,
+    mini_rows,
+    png,
+    problems_of,
+    seed_config,
+    seed_record,
+    write_hub_folder,
+    write_parquet,
+    write_seed_folder,
+)
+
+HUB_ROW = {"image": png(), "question": "Q?", "chosen": "Yes.", "rejected": "No.", "image_name": "a"}
+
+
+def key(row: dict) -> tuple:
+    """What makes a row the same row behind another door; its id is the door's own."""
+    cell = row["image"]
+    content = cell["bytes"] or Path(cell["path"]).read_bytes()
+    texts = ("prompt", "chosen", "rejected", "image_name", "class1", "class2", "class3")
+    return (*(row[name] for name in texts), row["question_type"], content)
+
+
+# --- the Hub's layout ---------------------------------------------------------------------------
+
+
+def test_mini_and_its_folder_give_equal_rows() -> None:
+    for split in ("train", "validation"):
+        own = mini_rows(split)
+        by_path = load_preferences(hub_config(mini_folder()), split)
+        assert own.column_names == list(schema.PREFERENCE_COLUMNS) == by_path.column_names
+        assert own.to_list() == by_path.to_list()
+
+
+def test_rows_are_of_the_schema() -> None:
+    row = mini_rows()[0]
+    assert row["id"] == "train/0" and row["image_name"] == "bully_00.png"
+    assert (row["class1"], row["class2"]) == PARENTS[row["class3"]] and row["class3"] == "bully"
+    assert row["question_type"] == "easy"
+    assert row["image"]["bytes"].startswith(b"\x89PNG")
+    types = Counter(mini_rows()["question_type"])
+    assert types == {"easy": 1060, "hardq": 1060, "hards": 1060}
+    assert unmatched(mini_rows()) == {"no_class": 0, "no_question_type": 0}
+
+
+def test_validation_has_classes_but_no_question_type() -> None:
+    rows = mini_rows("validation")
+    assert unmatched(rows) == {"no_class": 0, "no_question_type": 318}
+    assert all(rows["image_name"])
+
+
+def test_rows_without_a_partner_are_counted_not_dropped(tmp_path: Path) -> None:
+    rows = [dict(r) for r in hub_rows("train", 12)]
+    folder = write_hub_folder(tmp_path, rows)
+    assert unmatched(load_preferences(hub_config(folder), "train")) == {
+        "no_class": 12, "no_question_type": 12,
+    }  # fmt: skip
+    # The meta files as the real set has them, but for two images and one question.
+    meta = mini_folder() / "meta_files"
+    info = json.loads((meta / "image_info/meta.json").read_text(encoding="utf-8"))
+    gone = {rows[0]["image_name"], rows[5]["image_name"]}
+    rows[3]["question"] = "A question no list holds?"
+    write_hub_folder(tmp_path, rows)
+    (tmp_path / "meta_files/image_info").mkdir(parents=True)
+    (tmp_path / "meta_files/image_info/meta.json").write_text(
+        json.dumps([r for r in info if r["image"] not in gone]), encoding="utf-8"
+    )
+    (tmp_path / "meta_files/split").symlink_to(meta / "split")
+    joined = load_preferences(hub_config(folder), "train")
+    assert unmatched(joined) == {"no_class": 2, "no_question_type": 1}
+    assert len(joined) == 12
+    assert [i for i, c in enumerate(joined["class3"]) if not c] == [0, 5]
+    assert [i for i, t in enumerate(joined["question_type"]) if not t] == [3]
+
+
+@pytest.mark.parametrize(
+    ("column", "split"),
+    [("chosen", "train"), ("question", "train"), ("image_name", "train"), ("image", "train"),
+     ("class2", "validation")],
+)  # fmt: skip
+def test_a_missing_column_is_named(tmp_path: Path, column: str, split: str) -> None:
+    row = HUB_ROW | {"class1": "", "class2": "", "class3": ""}
+    path = {"train": "data/train-0.parquet", "validation": "validation/validation-0.parquet"}[split]
+    table = {k: ["x"] for k in row if k not in (column, "image")}
+    if column != "image":
+        write_parquet(tmp_path / path, [{k: v for k, v in row.items() if k != column}])
+    else:
+        (tmp_path / path).parent.mkdir(parents=True)
+        Dataset.from_dict(table).to_parquet(tmp_path / path)
+    with pytest.raises(InputError, match=f"0.parquet: missing column {column}"):
+        load_preferences(hub_config(tmp_path), split)
+
+
+def test_every_bad_row_of_a_parquet_file_is_listed_at_once(tmp_path: Path) -> None:
+    bad = [
+        HUB_ROW,
+        HUB_ROW | {"chosen": "  "},
+        HUB_ROW | {"question": None},
+        HUB_ROW | {"image": png()[:60]},
+        HUB_ROW | {"rejected": "Yes. "},
+        HUB_ROW | {"image": b"no picture"},
+        HUB_ROW | {"image": {"bytes": None, "path": "gone.png"}},
+        HUB_ROW,
+        HUB_ROW | {"rejected": "a\0b"},
+    ]
+    folder = write_hub_folder(tmp_path, bad)
+    with pytest.raises(InputError) as caught:
+        load_preferences(hub_config(folder), "train")
+    found = [line.split("parquet:")[1] for line in problems_of(caught.value)]
+    assert [line.split(":")[0] for line in found] == [
+        "1 chosen", "2 prompt", "4 rejected", "8 rejected", "3 image", "5 image", "6 image",
+    ]  # fmt: skip
+    assert "7 problems" in str(caught.value)
+
+
+def test_a_parquet_path_reads_no_file_outside_the_folder(tmp_path: Path) -> None:
+    """A cell may name a path instead of carrying bytes; it is not a door to the whole disk."""
+    outside = tmp_path / "private.png"
+    outside.write_bytes(png((9, 9, 9)))
+    rows = [HUB_ROW | {"image": {"bytes": None, "path": str(outside)}}]
+    folder = write_hub_folder(tmp_path / "set", rows)
+    with pytest.raises(InputError, match="0.*image"):
+        load_preferences(hub_config(folder), "train")
+
+
+def test_wrong_classes_are_listed(tmp_path: Path) -> None:
+    good = HUB_ROW | {"class1": "Malicious Use", "class2": "Illegal activities", "class3": "theft"}
+    rows = [
+        good,
+        good | {"class3": "thievery"},
+        good | {"class1": "Misinformation Harms"},
+        good | {"class2": "Fraud or deceptive action", "class3": "scams"},  # mended is unknown
+    ]
+    folder = write_hub_folder(tmp_path, [HUB_ROW], rows)
+    with pytest.raises(InputError) as caught:
+        load_preferences(hub_config(folder), "validation")
+    found = [line.split("parquet:")[1] for line in problems_of(caught.value)]
+    assert found == [
+        "1 class3: unknown class 'thievery'",
+        "2 class1: 'Misinformation Harms' is not the parent of 'theft'",
+        "3 class3: unknown class 'scams'",
+    ]
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet at all"])
+def test_a_file_that_is_no_parquet_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "data/train-0.parquet"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="cannot read .*train-0.parquet"):
+        load_preferences(hub_config(tmp_path), "train")
+
+
+def test_an_image_column_of_another_type_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    rows = {k: [v] for k, v in (HUB_ROW | {"image": 7}).items()}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data/train-0.parquet")
+    with pytest.raises(InputError, match="image"):
+        load_preferences(hub_config(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("", "data.path is empty"), ("/no/such/folder", "does not exist")]
+)
+def test_the_folder_is_checked_first(path: str, message: str) -> None:
+    config = hub_config(Path("x"))
+    with pytest.raises(InputError, match=message):
+        load_preferences(type(config)(**vars(config) | {"path": path}), "train")
+
+
+def test_another_layout_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data/train-.*Hub layout"):
+        load_preferences(hub_config(tmp_path), "train")
+
+
+def test_text_only_rows_are_kept(tmp_path: Path) -> None:
+    rows = [HUB_ROW, HUB_ROW | {"image": None, "question": "No picture?"}]
+    loaded = load_preferences(hub_config(write_hub_folder(tmp_path, rows)), "train")
+    assert [r["image"] is None for r in loaded] == [False, True]
+
+
+# --- evaluation sets ----------------------------------------------------------------------------
+
+
+def test_every_evaluation_set_loads_and_knows_its_truth() -> None:
+    sizes = {"harm": 265, "help": 265, "look_alikes": 159, "twins": 212, "twins_exchanged": 212}
+    names = eval_sets(MINI, held_out_drawings=True)
+    assert names == [*sizes, *(f"{n}_twemoji" for n in list(sizes)[:4])]
+    assert eval_sets(MINI, held_out_drawings=False) == list(sizes)
+    assert eval_sets(hub_config(mini_folder()), held_out_drawings=True) == ["harm", "help"]
+    truth = load_truth(MINI)
+    for name in names:
+        rows = load_prompts(MINI, name)
+        assert rows.column_names == list(schema.PROMPT_COLUMNS)
+        assert len(rows) == sizes[name.removesuffix("_twemoji")]
+        for row in rows.remove_columns("image"):
+            assert truth[row["id"]]["question"] == row["prompt"]
+            assert truth[row["id"]]["class3"] == row["class3"]
+
+
+def test_exchanged_twins_have_each_others_picture_and_nothing_else() -> None:
+    plain, exchanged = load_prompts(MINI, "twins"), load_prompts(MINI, "twins_exchanged")
+    assert plain.remove_columns("image").to_list() == exchanged.remove_columns("image").to_list()
+    before = [c["bytes"] for c in plain["image"]]
+    after = [c["bytes"] for c in exchanged["image"]]
+    assert after[::2] == before[1::2] and after[1::2] == before[::2]
+    assert before[0] != before[1]
+
+
+def test_held_out_drawings_show_the_same_questions_in_other_pictures() -> None:
+    plain, held_out = load_prompts(MINI, "harm"), load_prompts(MINI, "harm_twemoji")
+    assert plain.remove_columns("image").to_list() == held_out.remove_columns("image").to_list()
+    pairs = zip(plain["image"], held_out["image"], strict=True)
+    assert all(a["bytes"] != b["bytes"] for a, b in pairs)
+
+
+@pytest.mark.parametrize("wanted", [1, 3, 24, 25])
+def test_twins_are_cut_by_whole_pairs(wanted: int) -> None:
+    config = type(MINI)(**vars(MINI) | {"test_rows": wanted})
+    for name in ("twins", "twins_exchanged"):
+        rows = load_prompts(config, name)
+        assert len(rows) == wanted - wanted % 2
+        questions = rows["prompt"]
+        assert list(questions[::2]) == list(questions[1::2])
+
+
+def test_an_unknown_evaluation_set_names_those_there_are() -> None:
+    for name in ("harmful", "twins_noto", "nothing_twemoji"):
+        with pytest.raises(InputError, match=r"no evaluation set .*harm, help, look_alikes, twins"):
+            load_prompts(MINI, name)
+
+
+# --- subsets ------------------------------------------------------------------------------------
+
+
+def test_small_subsets_lie_within_large_ones() -> None:
+    rows = mini_rows()
+    sizes = (1, 64, 100, 1000, 3179)
+    parts = [subset(rows.remove_columns("image"), n)["id"] for n in sizes]
+    assert [len(set(p)) for p in parts] == list(sizes)
+    for small, large in zip(parts, parts[1:], strict=False):
+        assert set(small) < set(large)
+        order = {name: i for i, name in enumerate(rows["id"])}
+        assert [order[n] for n in large] == sorted(order[n] for n in large)
+    assert subset(rows, 0) is rows and subset(rows, 10_000) is rows
+    assert list(parts[1]) == list(subset(rows, 64)["id"])
+    assert set(parts[1]) != set(subset(rows, 64, seed=1)["id"])
+    assert len({n.rsplit("_", 1)[0] for n in subset(rows, 1000)["image_name"]}) == 53
+
+
+def test_the_config_asks_for_a_subset() -> None:
+    config = type(MINI)(**vars(MINI) | {"train_rows": 5, "validation_rows": 4, "test_rows": 3})
+    assert len(load_preferences(config, "train")) == 5
+    assert len(load_preferences(config, "validation")) == 4
+    assert len(load_prompts(config, "harm")) == 3
+
+
+# --- the original's layout ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mini in the original's layout."""
+    folder = tmp_path_factory.mktemp("converted")
+    assert convert("mini", folder) == {"train": 3180, "validation": 318}
+    return folder
+
+
+def converted_config(folder: Path, **changes: object) -> object:
+    return seed_config(folder, image_root=str(folder / "images"), **changes)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_mini_comes_back_whole_from_the_originals_layout(converted: Path, split: str) -> None:
+    """Prompts, answers, classes, types and image bytes; only order and ids are the layout's own."""
+    back = load_preferences(converted_config(converted), split)
+    assert Counter(map(key, back)) == Counter(map(key, mini_rows(split)))
+
+
+def test_the_originals_layout_is_as_published(converted: Path) -> None:
+    keyword_map = json.loads((converted / "config_train.json").read_text(encoding="utf-8"))
+    assert list(keyword_map) == ["easy", "hardq", "hardd"]
+    ids = []
+    for name in keyword_map.values():
+        records = json.loads((converted / name).read_text(encoding="utf-8"))
+        assert len(records) == 1060
+        for record in records:
+            assert set(record) == {"id", "image", "question", "chosen", "rejected"}
+            class1, class2, class3, _ = record["image"].split("/")
+            assert PARENTS[class3] == (class1, class2)
+            ids.append(record["id"])
+    assert sorted(ids) == list(range(3180))
+    first = json.loads((converted / "train_easy.json").read_text(encoding="utf-8"))[0]
+    assert first["image"] == "Representation & ToxicityHarms/Toxic/bully/bully_00.png"
+
+
+def test_keywords_choose_the_lists(converted: Path) -> None:
+    rows = load_preferences(converted_config(converted, keywords=("hardd", "easy")), "train")
+    assert Counter(rows["question_type"]) == {"hards": 1060, "easy": 1060}
+    assert rows["question_type"][0] == "hards"  # in the order asked for
+
+
+def test_an_unknown_keyword_is_an_error_that_names_the_known(converted: Path) -> None:
+    config = converted_config(converted, keywords=("easy", "hards", "medium"))
+    with pytest.raises(InputError, match=r"unknown keyword \['hards', 'medium'\].*easy, hardq, hardd"):
+        load_preferences(config, "train")
+
+
+def test_a_conversion_never_writes_over_files(tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("mine")
+    with pytest.raises(InputError, match="not empty"):
+        convert("mini", tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+@pytest.mark.parametrize("name", ["../../evil.png", "/tmp/evil.png", "a/../../../evil.png"])
+def test_a_conversion_writes_nothing_outside_its_target(tmp_path: Path, name: str) -> None:
+    source = write_hub_folder(tmp_path / "in", [HUB_ROW | {"image_name": name}], [
+        HUB_ROW | {"class1": "", "class2": "", "class3": ""}
+    ])  # fmt: skip
+    target = tmp_path / "deep/er/out"
+    try:
+        convert(str(source), target)
+    except InputError:
+        pass
+    outside = [p for p in tmp_path.rglob("*") if p.is_file() and source not in p.parents]
+    assert all(target in p.parents for p in outside), outside
+    assert not Path("/tmp/evil.png").exists()
+
+
+def test_text_only_rows_survive_a_conversion(tmp_path: Path) -> None:
+    rows = [HUB_ROW, HUB_ROW | {"image": None, "question": "No picture?"}]
+    validation = [HUB_ROW | {"class1": "", "class2": "", "class3": ""}]
+    source = write_hub_folder(tmp_path / "in", rows, validation)
+    convert(str(source), tmp_path / "out")
+    back = load_preferences(converted_config(tmp_path / "out"), "train")
+    assert [(r["prompt"], r["image"] is None) for r in back] == [
+        ("Q?", False), ("No picture?", True),
+    ]  # fmt: skip
+
+
+def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
+    turns = [
+        {"from": "Human", "value": "First?"},
+        {"from": "Assistant", "value": "An answer."},
+        {"from": "Human", "value": "And then?"},
+    ]
+    folder = write_seed_folder(
+        tmp_path, {"easy": [seed_record(0, image=...), seed_record(1, question=turns)]}
+    )
+    rows = load_preferences(seed_config(folder), "train")
+    assert rows[0]["image"] is None and rows[0]["image_name"] == ""
+    assert rows[1]["prompt"] == "First? ASSISTANT: An answer. USER: And then?"
+    assert rows[1]["image"]["path"].endswith("theft/1.png")
+    assert (rows[1]["class1"], rows[1]["class3"]) == ("Malicious Use", "theft")
+
+
+BAD_RECORDS = {
+    "missing field": (seed_record(chosen=...), "chosen: missing"),
+    "empty answer": (seed_record(rejected=" \n"), "rejected: empty"),
+    "answer of another type": (seed_record(chosen=["Yes"]), "chosen: expected text, got list"),
+    "null question": (seed_record(question=None), "prompt: expected text, got NoneType"),
+    "turn without text": (
+        seed_record(question=[{"from": "Human", "value": None}]), "prompt: expected text"),
+    "turn of another type": (seed_record(question=["Q?"]), "prompt: "),
+    "equal answers": (seed_record(chosen="Same.", rejected=" Same."), "rejected: equal to chosen"),
+    "NUL": (seed_record(question="a\0b"), "prompt: holds a NUL character"),
+    "lone surrogate": (seed_record(question="\ud800"), "prompt: "),
+    "missing image": (seed_record(image="gone.png"), "image: missing image 'gone.png'"),
+    "image of another type": (seed_record(image=["a.png"]), "image: expected a path, got list"),
+    "path traversal": (seed_record(image="../../x.png"), "image: image path '../../x.png' leaves"),
+    "absolute path": (seed_record(image="/etc/passwd"), "image: image path '/etc/passwd' must be"),
+    "web address": (seed_record(image="http://h/x.png"), "image: image path 'http://h/x.png' must"),
+    "unreadable image": (seed_record(image="text.png"), "image: unreadable image"),
+    "truncated image": (seed_record(image="cut.png"), "image: unreadable image"),
+    "empty image": (seed_record(image="zero.png"), "image: unreadable image"),
+    "folder as image": (seed_record(image="folder"), "image: image path 'folder' is not a file"),
+    "no object": ("record", "record: expected an object, got str"),
+}  # fmt: skip
+
+
+def write_bad_images(folder: Path) -> None:
+    (folder / "text.png").write_bytes(b"no picture")
+    (folder / "cut.png").write_bytes(png()[:50])
+    (folder / "zero.png").write_bytes(b"")
+    (folder / "folder").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_bad_record_is_named_by_file_and_row(tmp_path: Path, name: str) -> None:
+    record, message = BAD_RECORDS[name]
+    good = seed_record(7)
+    folder = write_seed_folder(tmp_path, {"easy": [good]})
+    (folder / "easy.json").write_text(json.dumps([good, record]), encoding="utf-8")
+    write_bad_images(folder)
+    with pytest.raises(InputError) as caught:
+        load_preferences(seed_config(folder), "train")
+    (line,) = problems_of(caught.value)
+    assert line.startswith(f"{folder / 'easy.json'}:1 {message}")
+
+
+def test_all_bad_records_are_listed_in_one_error(tmp_path: Path) -> None:
+    kept = [n for n in BAD_RECORDS if n not in ("no object", "lone surrogate", "turn without text")]
+    records = [BAD_RECORDS[n][0] | {"id": i} for i, n in enumerate(kept)]
+    repeated = seed_record(0, image=...)
+    folder = write_seed_folder(tmp_path, {"easy": [seed_record(99)], "hardq": [seed_record(98)]})
+    (folder / "easy.json").write_text(json.dumps(records), encoding="utf-8")
+    (folder / "hardq.json").write_text(json.dumps([repeated]), encoding="utf-8")
+    write_bad_images(folder)
+    with pytest.raises(InputError) as caught:
+        load_preferences(seed_config(folder), "train")
+    lines = problems_of(caught.value)
+    expected = {f"{folder / 'easy.json'}:{i} {BAD_RECORDS[n][1]}" for i, n in enumerate(kept)}
+    expected.add(f"{folder / 'hardq.json'}:0 id: 0 repeats {folder / 'easy.json'}:0")
+    assert len(lines) == len(expected)
+    for beginning in expected:
+        assert sum(line.startswith(beginning) for line in lines) == 1, beginning
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[{]", b"{'id': 1}", b"\xff\xfe[\x00", b"[1, 2", b"{}", b"null"],
+    ids=["empty", "torn", "quotes", "utf-16", "half", "object", "null"],
+)
+def test_a_list_that_is_no_list_is_an_input_error(tmp_path: Path, content: bytes) -> None:
+    folder = write_seed_folder(tmp_path, {"easy": [seed_record()]})
+    (folder / "easy.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"easy.json: (not JSON|expected a list)"):
+        load_preferences(seed_config(folder), "train")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"easy": 5}', '{"easy": "gone.json"}', '{"easy": "../easy.json"}',
+     '{"easy": "/etc/passwd"}'],
+)  # fmt: skip
+def test_a_bad_keyword_map_is_an_input_error(tmp_path: Path, content: str) -> None:
+    folder = write_seed_folder(tmp_path / "set", {"easy": [seed_record()]})
+    (tmp_path / "easy.json").write_text("[]", encoding="utf-8")
+    (folder / "config_train.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match="config_train.json: "):
+        load_preferences(seed_config(folder), "train")
+
+
+def test_missing_map_and_empty_lists_are_input_errors(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing keyword map"):
+        load_preferences(seed_config(tmp_path), "train")
+    folder = write_seed_folder(tmp_path / "set", {"easy": []})
+    with pytest.raises(InputError, match="no records"):
+        load_preferences(seed_config(folder), "train")
+
+
+def test_a_long_list_of_problems_is_cut_but_counted(tmp_path: Path) -> None:
+    records = [seed_record(i, chosen="", image=...) for i in range(70)]
+    folder = write_seed_folder(tmp_path, {"easy": records})
+    with pytest.raises(InputError, match="70 problems") as caught:
+        load_preferences(seed_config(folder), "train")
+    lines = problems_of(caught.value)
+    assert len(lines) == 51 and lines[-1] == "... and 20 more"
+
+
+# --- looking at a set ---------------------------------------------------------------------------
+
+
+def test_check_describes_each_layout(converted: Path) -> None:
+    mini = check.check("mini")
+    assert mini["source"] == "mini"
+    assert (mini["shared_images"], mini["shared_prompts"]) == (0, 0)
+    train = mini["splits"]["train"]
+    assert (train["rows"], train["images"], train["duplicates"]) == (3180, 1060, 0)
+    assert sum(train["class1"].values()) == 3180
+    seed = check.check(str(converted))
+    assert seed["source"] == "seed_json"
+    assert seed["splits"]["train"] == train | {
+        "class1": seed["splits"]["train"]["class1"],
+        "question_type": seed["splits"]["train"]["question_type"],
+    }
+
+
+def test_check_sees_shared_pictures_and_duplicates(tmp_path: Path) -> None:
+    classes = {"class1": "", "class2": "", "class3": ""}
+    rows = [HUB_ROW, HUB_ROW, HUB_ROW | {"image": png((1, 1, 1)), "question": "Other?"}]
+    folder = write_hub_folder(tmp_path, rows, [HUB_ROW | classes])
+    report = check.check(str(folder))
+    assert report["splits"]["train"]["duplicates"] == 1
+    assert (report["shared_images"], report["shared_prompts"]) == (1, 1)
+
+
+def test_the_data_hash_sees_every_change() -> None:
+    rows = [r for r in mini_rows().select(range(6))]
+    changes = [
+        lambda r: r[2].update(prompt=r[2]["prompt"] + " "),
+        lambda r: r[2].update(chosen=r[2]["rejected"], rejected=r[2]["chosen"]),
+        lambda r: r[0]["image"].update(bytes=r[0]["image"]["bytes"][:-1] + b"\0"),
+        lambda r: r.reverse(),
+        lambda r: r.pop(),
+        lambda r: r[1].update(class3="hate"),
+    ]
+    digests = [explore.data_sha256(Dataset.from_list(rows))]
+    assert explore.data_sha256(mini_rows().select(range(6))) == digests[0]
+    for change in changes:
+        copy = [r | {"image": dict(r["image"])} for r in rows]
+        change(copy)
+        digests.append(explore.data_sha256(Dataset.from_list(copy)))
+    assert len(set(digests)) == 7
+
+
+def test_leakage_counts_what_is_shared() -> None:
+    train, held_out = mini_rows().select(range(30)), mini_rows("validation").select(range(6))
+    clean = explore.leakage({"train": train, "held_out": held_out})
+    assert clean == {"held_out": {"images": 0, "prompts": 0}}
+    leaked = mini_rows().select(range(27, 33))  # 3 rows of one image inside, 3 outside
+    assert explore.leakage({"train": train, "leaked": leaked}) == {
+        "leaked": {"images": 1, "prompts": len(set(train["prompt"]) & set(leaked["prompt"]))}
+    }

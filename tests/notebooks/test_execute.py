@@ -1,0 +1,173 @@
+"""Every notebook, executed in the smoke profile: the whole sequence, and the last one alone."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from spavl_lib.launch import STAGE_OF, list_notebooks
+
+REPO = Path(__file__).parents[2]
+NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if STAGE_OF[p.stem] != "scaling"]
+RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
+KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
+
+pytestmark = [
+    pytest.mark.notebooks,
+    pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks/ in this checkout yet"),
+]
+
+
+def execute(*words: str, runs: Path) -> subprocess.CompletedProcess:
+    """A Python module as a command, in the checkout, with its own runs folder."""
+    env = os.environ | {"SPAVL_RUNS": str(runs), "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", *words], cwd=REPO, env=env, capture_output=True, text=True
+    )
+
+
+ALL = ("spavl_lib.cli", "run", "all", "--profile", "smoke", "--seed", "1", "--run-name", "chain")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chain")
+
+
+@pytest.fixture(scope="module")
+def chain(runs: Path) -> tuple[Path, str]:
+    """The sequence's run folder, and what it printed."""
+    done = execute(*ALL, runs=runs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return runs / "chain", done.stdout
+
+
+def numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from numbers(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from numbers(inner)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value
+
+
+def strict_json(path: Path) -> Any:
+    def refuse(text: str) -> None:
+        raise AssertionError(f"{path} holds {text}")
+
+    return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def check_rate(rate: dict | None, name: str) -> None:
+    if rate is None:  # missing is missing, never 0
+        return
+    assert set(rate) == {"k", "n", "value", "ci_low", "ci_high"}, name
+    assert 0 <= rate["k"] <= rate["n"] > 0, name
+    assert rate["value"] == pytest.approx(rate["k"] / rate["n"], abs=1e-3), name
+    assert 0 <= rate["ci_low"] <= rate["value"] <= rate["ci_high"] <= 1, name
+    assert rate["ci_low"] < rate["ci_high"], name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_each_notebook_ran_whole_and_left_its_stage(path: Path, chain: tuple[Path, str]) -> None:
+    stage = chain[0] / STAGE_OF[path.stem]
+    assert all(map(math.isfinite, numbers(strict_json(stage / "summary.json"))))
+    manifest = strict_json(stage / "manifest.json")
+    assert manifest["wall_time_s"] > 0
+    assert manifest["seed"] == 1
+    executed = nbformat.read(stage / "executed.ipynb", as_version=4)
+    cells = [c for c in executed.cells if c.cell_type == "code" and c.source.strip()]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1))
+    assert not [o for c in cells for o in c.outputs if o.output_type == "error"]
+    source = nbformat.read(path, as_version=4)
+    ours = [c.source for c in source.cells if c.cell_type == "code" and c.source.strip()]
+    injected = [c for c in cells if "injected-parameters" in c.metadata.get("tags", [])]
+    assert [c.source for c in cells if c not in injected] == ours
+    assert len(injected) == 1
+
+
+def test_figures_are_pictures(chain: tuple[Path, str]) -> None:
+    from PIL import Image
+
+    figures = sorted(chain[0].glob("*/figures/*.png"))
+    assert figures
+    for path in figures:
+        with Image.open(path) as picture:
+            lowest, highest = picture.convert("L").getextrema()
+        assert highest - lowest > 50, f"{path} is blank"
+
+
+def test_metrics_are_whole_and_finite(chain: tuple[Path, str]) -> None:
+    metrics = strict_json(chain[0] / "metrics.json")
+    assert set(metrics) >= KEYS
+    assert (metrics["profile"], metrics["run_name"]) == ("smoke", "chain")
+    assert all(map(math.isfinite, numbers(metrics)))
+    trained = {STAGE_OF[p.stem] for p in NOTEBOOKS} & {"dpo", "ppo"}
+    assert set(metrics["models"]) >= {"base"} | trained
+    for model, rates in metrics["models"].items():
+        for name in RATES:
+            check_rate(rates[name], f"{model}.{name}")
+        assert rates["unsafe_rate"] is not None, model
+        assert rates["per_class"], model
+    if (chain[0] / "reward").is_dir():
+        check_rate(metrics["reward_model"]["pair_accuracy"], "pair_accuracy")
+        assert 0 <= metrics["reward_model"]["ece"] <= 1
+    stages = {STAGE_OF[p.stem] for p in NOTEBOOKS}
+    assert set(metrics["timing_s"]) >= stages | {"total"}
+    times = [value for name, value in metrics["timing_s"].items() if name != "total"]
+    assert metrics["timing_s"]["total"] == pytest.approx(sum(times), abs=0.1)
+    assert set(metrics["peak_memory_gib"]) >= stages
+
+
+def test_the_report_stands_alone(chain: tuple[Path, str]) -> None:
+    run, printed = chain
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert len(page) > 10_000
+    for attribute in ('src="http', "src='http", '<link rel="stylesheet"', "@import"):
+        assert attribute not in page
+    assert "report.html" in printed
+    assert "base" in printed
+
+
+def test_a_second_run_keeps_every_stage(chain: tuple[Path, str], runs: Path) -> None:
+    run, _ = chain
+    before = {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")}
+    done = execute(*ALL, runs=runs)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for path in NOTEBOOKS:
+        assert f"{STAGE_OF[path.stem]}: done, kept" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")} == before
+
+
+def test_changed_settings_are_refused(chain: tuple[Path, str], runs: Path) -> None:
+    done = execute(*ALL, "--set", "dpo.beta=0.7", runs=runs)
+    assert done.returncode == 2
+    assert "dpo.beta: 0.1 -> 0.7" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(
+    "06_safety_helpfulness" not in [p.stem for p in NOTEBOOKS], reason="no notebook 06 yet"
+)
+def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
+    """Bare papermill, nothing made before."""
+    out = tmp_path / "out.ipynb"
+    done = execute(
+        "papermill", "notebooks/06_safety_helpfulness.ipynb", str(out), "-p", "profile", "smoke",
+        runs=tmp_path / "runs",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    run = tmp_path / "runs" / "smoke"
+    for stage in ("dpo", "inference", "evaluation"):
+        assert (run / stage / "summary.json").is_file(), stage
+    assert {"base", "dpo"} <= set(strict_json(run / "metrics.json")["models"])
+    assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None

@@ -1,0 +1,250 @@
+"""The page: self-contained, complete, honest about what is missing."""
+
+import base64
+import hashlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from spavl_lib.config import load_config
+from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.errors import InputError
+from spavl_lib.report import collect, write_report
+from spavl_lib.report.headline import headlines
+from tests.report.conftest import Page
+from tests.report.synthetic import rate, training_rows, write_json, write_jsonl, write_stage
+
+
+def report(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def with_metrics(folder: Path, models: dict, **more: object) -> Path:
+    run = folder / "small"
+    write_json(run / "metrics.json", {"profile": "demo", "models": models} | more)
+    return run
+
+
+def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+    assert not re.search(r"https?:|//[a-z]", page.source)
+    assert "@import" not in page.source and "url(" not in page.source
+    for tag, attributes in page.elements:
+        assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in {"src", "href"}:
+                assert value.startswith(("data:image/", "#")), (tag, value[:60])
+
+
+def test_policy_allows_our_script_alone(page: Page) -> None:
+    (policy,) = [a["content"] for a in page.all("meta") if a.get("http-equiv")]
+    assert "default-src 'none'" in policy and "img-src data:" in policy
+    (script,) = [t for path, t in page.texts if path[-1:] == ("script",)]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy
+    assert len(page.all("script")) == 1
+
+
+def test_sections_links_and_labels_hold_together(page: Page) -> None:
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    for _, attributes in page.elements:
+        for name in ("for", "aria-labelledby"):
+            if name in attributes:
+                assert attributes[name] in ids
+        if (attributes.get("href") or "").startswith("#"):
+            assert attributes["href"][1:] in ids
+    assert all(a.get("alt") for a in page.all("img"))
+    assert len(page.all("h1")) == 1
+
+
+def test_headline_and_table_say_the_numbers(page: Page, run_path: Path) -> None:
+    metrics = json.loads((run_path / "metrics.json").read_text())
+    for model in metrics["models"].values():
+        for key in ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy"):
+            cell = model[key]
+            assert f"{100 * cell['value']:.1f}\u00a0%".replace("\u00a0", " ") in page.text
+            assert f"{cell['k']}/{cell['n']}" in page.text
+    assert headlines(metrics)[0].replace("\u00a0", " ") in page.text
+    assert page.text.index("DPO took the unsafe rate from") < page.text.index("Results")
+
+
+def test_every_leaf_has_a_row(page: Page) -> None:
+    assert "All 53 third-level classes" in page.text
+    assert len(page.all("th", scope="row")) > len(PARENTS)
+    assert "Predatory lending" in page.text  # shown mended: the data's own string is another
+
+
+def test_charts_are_inert_and_follow_the_theme(page: Page) -> None:
+    charts = [a for a in page.all("img") if a["src"].startswith("data:image/svg+xml;base64,")]
+    assert len(charts) == 3
+    for chart in charts:
+        text = base64.b64decode(chart["src"].split(",", 1)[1]).decode()
+        root = ElementTree.fromstring(text)
+        tags = {e.tag.rsplit("}", 1)[-1] for e in root.iter()}
+        assert not tags & {"script", "foreignObject", "image", "a", "animate", "metadata"}
+        assert "prefers-color-scheme:dark" in text and "var(--c0)" in text
+        assert not any(k.startswith("on") for e in root.iter() for k in e.attrib)
+    words = [a["alt"] for a in charts]
+    assert any("Training curves of dpo over 160 steps" in w for w in words)
+
+
+def test_unsafe_answers_are_veiled_and_others_are_not(page: Page, run_path: Path) -> None:
+    peeks = page.all("input", class_="peek")
+    unsafe_chips = [t for path, t in page.texts if t == "unsafe" and path[-1] == "span"]
+    assert len(peeks) == len(unsafe_chips) > 40
+    assert all("checked" not in a for a in peeks)
+    assert "Content warning." in page.text
+
+
+def test_page_is_light(run_path: Path, page: Page) -> None:
+    assert (run_path / "report.html").stat().st_size < 2_000_000
+    assert len(page.all("li", class_="tile")) <= 120
+
+
+def test_the_command_gives_the_same_config(run_path: Path, page: Page) -> None:
+    (line,) = [c for c in page.text.split("git checkout")[1].split("spavl ") if c.startswith("run")]
+    words = shlex.split(line)
+    overrides = dict(w.split("=", 1) for w, before in zip(words[1:], words, strict=False)
+                     if before == "--set")  # fmt: skip
+    assert overrides == {"dpo.beta": "0.2", "seed": "3"}
+    again = load_config("demo", overrides, run_name="made-up")
+    stages = collect.read_stages(run_path, [])
+    assert collect.run_config(stages) == json.loads(json.dumps(again.to_dict()))
+
+
+def test_sequences_and_strange_names_survive_the_command() -> None:
+    config = load_config("demo", {"dpo.loss_type": "sigmoid", "dpo.loss_weights": "2"}).to_dict()
+    config["data"]["path"] = "a b; rm -rf 'x'"
+    (line, _) = collect.commands("my run", config, [])
+    words = shlex.split(line)
+    assert "data.path=a b; rm -rf 'x'" in words and "my run" in words
+    overrides = dict(w.split("=", 1) for w in words if "=" in w)
+    assert load_config("demo", overrides).to_dict()["dpo"] == config["dpo"]
+
+
+def test_provenance_tells_settings_and_state(page: Page) -> None:
+    assert "dpo.beta 0.2 0.1" in page.text
+    assert "e4e029d3e4" in page.text and "uncommitted changes" in page.text
+    assert "Not run: reward, ppo, scaling." in page.text
+    assert "4 min 31 s" in page.text and "1.53 GiB" in page.text
+
+
+def test_empty_run_says_what_to_run(tmp_path: Path) -> None:
+    (tmp_path / "fresh").mkdir()
+    page = report(tmp_path / "fresh")
+    assert "Nothing measured yet." in page.text
+    assert page.text.count("spavl run all --run-name fresh") >= 5
+    assert "0.0 %" not in page.text
+
+
+def test_half_a_run_shows_its_half(tmp_path: Path, run_path: Path) -> None:
+    run = tmp_path / "half"
+    shutil.copytree(run_path / "dpo", run / "dpo")
+    (run / "dpo" / "summary.json").unlink()
+    page = report(run)
+    assert "unfinished" in page.text and "Nothing measured yet." in page.text
+    assert "Training curves of dpo" in page.text
+    assert "spavl run all --profile demo --run-name half --set dpo.beta=0.2" in page.text
+
+
+def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
+    rates = {"unsafe_rate": rate(5, 50), "helpful_rate": rate(45, 50)}
+    run = with_metrics(
+        tmp_path,
+        {"tuned": rates, "base": {"unsafe_rate": rate(49, 50), "helpful_rate": rate(46, 50)}},
+        reward_model={"pair_accuracy": rate(90, 100), "per_class": {}, "ece": 0.0314},
+    )
+    rows = [{"step": s, "objective/kl": s / 10, "scores": s} for s in range(20)]
+    write_jsonl(run / "ppo" / "metrics.jsonl", rows)
+    write_jsonl(run / "warmup" / "metrics.jsonl", training_rows(20))
+    page = report(run)
+    assert "tuned took the unsafe rate from 98.0 % to 10.0 %" in page.text
+    assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
+    assert "Ranks 90.0 % of held-out pairs rightly (90/100" in page.text and "0.031" in page.text
+
+
+def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:
+    nothing = {"k": 0, "n": 0, "value": None, "ci_low": None, "ci_high": None}
+    run = with_metrics(
+        tmp_path,
+        {
+            "base": {"unsafe_rate": None, "helpful_rate": nothing, "held_out_drawings": None},
+            "dpo": {"unsafe_rate": rate(0, 50), "per_class": {"theft": {"unsafe_rate": nothing}}},
+        },
+    )
+    page = report(run)
+    cells = [t.strip() for path, t in page.texts if path[-1] == "span" and "td" in path]
+    assert cells.count("–") == 4 + 3
+    assert cells.count("0.0\u00a0%") == 1
+    assert "DPO: unsafe rate 0.0 %." in page.text
+    assert "NaN" not in page.text and "None" not in page.text.replace("None.", "")
+
+
+@pytest.mark.parametrize(
+    ("cell", "word"),
+    [
+        ({"k": 1, "n": 2, "value": float("nan"), "ci_low": 0, "ci_high": 1}, "nan"),
+        ({"k": 1, "n": 2, "value": 0.5, "ci_low": float("-inf"), "ci_high": 1}, "inf"),
+        ({"k": 3, "n": 2, "value": 1.5, "ci_low": 0, "ci_high": 1}, "between 0 and 1"),
+        ({"k": 1, "n": 2, "value": "0.5", "ci_low": 0, "ci_high": 1}, "expected a number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(tmp_path: Path, cell: dict, word: str) -> None:
+    run = with_metrics(tmp_path, {"dpo": {"per_class": {"theft": {"unsafe_rate": cell}}}})
+    with pytest.raises(InputError, match=r"models\.dpo\.per_class\.theft\.unsafe_rate") as caught:
+        write_report(run)
+    assert word in str(caught.value)
+    assert not (run / "report.html").exists()
+
+
+def test_a_broken_file_is_named_and_the_rest_shown(tmp_path: Path) -> None:
+    run = with_metrics(tmp_path, {"base": {"unsafe_rate": rate(1, 2)}})
+    folder = write_stage(run, "dpo")
+    (folder / "manifest.json").write_text("{half")
+    write_jsonl(folder / "metrics.jsonl", [{"step": 1, "loss": float("nan")}, {"step": 2}])
+    page = report(run)
+    assert "dpo/manifest.json cannot be read" in page.text
+    (run / "metrics.json").write_text("[]")
+    with pytest.raises(InputError, match="models"):
+        write_report(run)
+
+
+def test_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such run folder"):
+        write_report(tmp_path / "nowhere")
+
+
+def test_disagreeing_stages_are_pointed_out(tmp_path: Path) -> None:
+    write_stage(tmp_path, "data", git_dirty=False)
+    write_stage(tmp_path, "dpo", git_commit="f" * 40, git_dirty=False, seed=9)
+    notes = " ".join(collect.disagreements(collect.read_stages(tmp_path, [])))
+    assert "different commits" in notes and "different seeds" in notes
+    assert "versions" not in notes and "uncommitted" not in notes
+
+
+def _model(unsafe: int, helpful: int, n: int = 200) -> dict:
+    return {"unsafe_rate": rate(unsafe, n), "helpful_rate": rate(helpful, n)}
+
+
+@pytest.mark.parametrize(
+    ("after", "sentence"),
+    [
+        (_model(2, 194), "DPO took the unsafe rate from 98.0 % to 1.0 % and kept helpfulness at "
+         "97.0 % (base 98.0 %)."),
+        (_model(2, 100), "DPO took the unsafe rate from 98.0 % to 1.0 %, but lowered helpfulness "
+         "from 98.0 % to 50.0 %."),
+        (_model(195, 194), "DPO made no measurable difference to the unsafe rate (from 98.0 % to "
+         "97.5 %), but kept helpfulness at 97.0 % (base 98.0 %)."),
+        ({"unsafe_rate": rate(2, 200)}, "DPO: unsafe rate 1.0 %."),
+        ({}, "DPO was not measured."),
+    ],
+)  # fmt: skip
+def test_headline_in_words(after: dict, sentence: str) -> None:
+    found = headlines({"models": {"dpo": after, "base": _model(196, 196)}})
+    assert [s.replace("\u00a0", " ") for s in found] == [sentence]
