@@ -68,7 +68,8 @@ def generate(
     header = _header(rows, config, seed, labels)
     done = _resume(partial, header)
     collate = PromptCollator(processor)
-    with tqdm(total=len(rows), initial=sum(map(len, done.values())), desc=desc, unit="row") as bar:
+    finished = sum(map(len, done.values()))
+    with tqdm(total=len(rows), initial=finished, desc=desc, unit="row", leave=False) as bar:
         for number, indices in enumerate(batches):
             if number in done:
                 continue

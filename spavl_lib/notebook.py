@@ -7,6 +7,7 @@ from PIL import Image, ImageFilter
 
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
+from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.run import Run, Stage, device_name
 
 
@@ -28,6 +29,7 @@ def open_stage(
     Raises:
         InputError: As `load_config`.
     """
+    quiet_libraries()
     config = load_config(profile, overrides, seed=seed, run_name=run_name)
     stage = Run(config).stage(name)
     state = "done, shown from its files" if stage.done else "to be made"

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
@@ -92,7 +93,9 @@ def write_parquet(path: Path, rows: Iterable[dict]) -> Path:
     ]
     kinds = {key: Image(decode=False) if key == "image" else Value("string") for key in table}
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(table, features=Features(kinds)).to_parquet(path)
+    # Not `to_parquet`, which would put a path's bytes into the file.
+    rows = Dataset.from_dict(table, features=Features(kinds))
+    parquet.write_table(rows.data.table, path)
     return path
 
 

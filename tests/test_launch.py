@@ -384,13 +384,13 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     made: list[str] = []
 
     def load(target: str) -> Callable:
-        def make(config: object, stage: object) -> dict:
+        def make(config: object, stage: object, *, live: object = None) -> dict:
             made.append(target)
             with stage.work():
                 stage.finish({"made": True})
             return {"made": True}
 
-        return make
+        return object if target.endswith(":LivePlot") else make
 
     monkeypatch.setattr(launch, "_loaded", load)
     return made
@@ -458,6 +458,17 @@ def test_ensure_catches_a_maker_that_does_not_finish(
     monkeypatch.setattr(launch, "_loaded", lambda target: lambda config, stage: {})
     with pytest.raises(RuntimeError, match="left no summary.json"):
         launch.ensure("data", load_config("demo"))
+
+
+def test_make_makes_its_own_stage_in_any_profile_but_not_what_comes_before(
+    runs: Path, makers: list[str]
+) -> None:
+    config = load_config("colab")
+    with pytest.raises(InputError, match="spavl run dpo --profile colab"):
+        launch.make("inference", config)
+    launch.make("dpo", config)
+    assert launch.make("inference", config).done
+    assert len(makers) == 2
 
 
 def test_ensure_unknown_stage_names_the_nearest() -> None:

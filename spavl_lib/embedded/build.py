@@ -1,6 +1,6 @@
 """Build the embedded base model: `python -m spavl_lib.embedded.build`.
 
-A real `LlavaForConditionalGeneration` of under two million parameters, helpful-only, trained in
+A real `LlavaForConditionalGeneration` of two million parameters, helpful-only, trained in
 three stages on scenes and sentences of the embedded world: a tokenizer, then the vision tower as a
 classifier (trained end to end from scratch a LLaVA this small hardly learns to see), then the
 whole. Resumable: the same command goes on from the last checkpoint.
@@ -114,7 +114,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model, LLaVA-1.5's architecture at 1.7 M parameters."""
+    """The untrained model: LLaVA-1.5's architecture at 2 M parameters."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -170,13 +170,16 @@ def _pixels(processor: LlavaProcessor, images: list) -> Tensor:
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def tower_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> tuple[Tensor, Tensor]:
-    """Pixels (size, 3, 64, 64) and concept indices (size,)."""
-    keys = list(load_world().concepts)
+def tower_batch(
+    rng: random.Random, processor: LlavaProcessor, size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pixels (size, 3, 64, 64), concept indices and background colour indices (size,)."""
+    keys, colours = list(load_world().concepts), list(scenes.COLOURS)
     labels = [rng.randrange(len(keys)) for _ in range(size)]
-    pool = scenes.compositions("pretrain")
-    images = [random_scene(rng, keys[i], rng.choice(pool)) for i in labels]
-    return _pixels(processor, images), torch.tensor(labels)
+    shown = [rng.choice(scenes.compositions("pretrain")) for _ in range(size)]
+    images = [random_scene(rng, keys[i], c) for i, c in zip(labels, shown, strict=True)]
+    behind = torch.tensor([colours.index(c.colour) for c in shown])
+    return _pixels(processor, images), torch.tensor(labels), behind
 
 
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
@@ -221,16 +224,19 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
 
 
 class TowerClassifier(nn.Module):
-    """The vision tower with a linear head on its mean patch."""
+    """The vision tower with linear heads on its mean patch: the thing, and the colour behind it."""
 
-    def __init__(self, tower: CLIPVisionModel, num_classes: int):
+    def __init__(self, tower: CLIPVisionModel):
         super().__init__()
         self.tower = tower
-        self.head = nn.Linear(tower.config.hidden_size, num_classes)
+        size = tower.config.hidden_size
+        self.concept_head = nn.Linear(size, len(load_world().concepts))
+        self.colour_head = nn.Linear(size, len(scenes.COLOURS))
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits (batch, classes)."""
-        return self.head(self.tower(pixel_values).last_hidden_state[:, 1:].mean(1))
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (batch, concepts) and (batch, colours)."""
+        patches = self.tower(pixel_values).last_hidden_state[:, 1:].mean(1)
+        return self.concept_head(patches), self.colour_head(patches)
 
 
 def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: Path, seed: int):
@@ -299,15 +305,19 @@ def build(
     tokenizer = build_tokenizer(seed)
     processor = build_processor(tokenizer)
     model = build_model(tokenizer)
-    classifier = TowerClassifier(model.model.vision_tower, len(load_world().concepts))
+    classifier = TowerClassifier(model.model.vision_tower)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"vocabulary {len(tokenizer)}, {size:.2f} M parameters")
 
     def tower_loss(rng: random.Random) -> tuple[Tensor, dict]:
-        pixels, labels = tower_batch(rng, processor, 128)
-        logits = classifier(pixels)
-        accuracy = (logits.argmax(-1) == labels).float().mean().item()
-        return nn.functional.cross_entropy(logits, labels), {"accuracy": round(accuracy, 3)}
+        pixels, labels, behind = tower_batch(rng, processor, 128)
+        concepts, colours = classifier(pixels)
+        shown = {
+            "concepts": round((concepts.argmax(-1) == labels).float().mean().item(), 3),
+            "colours": round((colours.argmax(-1) == behind).float().mean().item(), 3),
+        }
+        cross_entropy = nn.functional.cross_entropy
+        return cross_entropy(concepts, labels) + 0.3 * cross_entropy(colours, behind), shown
 
     def language_loss(rng: random.Random) -> tuple[Tensor, dict]:
         batch = language_batch(rng, processor, 64)
@@ -338,8 +348,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/.embedded_build"))
     parser.add_argument("--output", type=Path, default=MODEL_DIR)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tower-steps", type=int, default=1000)
-    parser.add_argument("--language-steps", type=int, default=1000)
+    parser.add_argument("--tower-steps", type=int, default=1400)
+    parser.add_argument("--language-steps", type=int, default=1100)
     args = parser.parse_args()
     build(
         args.work,

@@ -4,6 +4,8 @@ Any `AutoModelForImageTextToText` loads here: the embedded model, a local folder
 from a model's folder runs, and weights are safetensors only.
 """
 
+import logging
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +22,14 @@ from spavl_lib.checkpoint import sha256_file
 from spavl_lib.config import ModelConfig
 from spavl_lib.embedded.world import ASSETS
 from spavl_lib.errors import InputError
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say that a reader can do nothing about."""
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package
+    # transformers' own renaming, which trl and peft have yet to follow
+    warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
 
 
 def model_path(config: ModelConfig) -> str:
@@ -61,7 +71,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     Raises:
         InputError: There is none at that name, or it takes no images.
     """
-    transformers_logging.disable_progress_bar()
+    quiet_libraries()
     quantisation = None
     if config.adapter == "qlora":
         quantisation = BitsAndBytesConfig(

@@ -167,7 +167,10 @@ def plot_length_histogram(
         ax.axvline(median, color=colour, lw=1.5, ls=style)
     ax.set_xlabel(f"answer length, {unit}")
     ax.set_ylabel("answers")
-    ax.legend()
+    if ax.patches:
+        ax.legend()
+    else:
+        note(ax, "No answers")
     return fig
 
 

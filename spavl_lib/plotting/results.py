@@ -46,6 +46,17 @@ def _dot(ax: Axes, x: float, y: float, colour: str, index: int, **errors: Any) -
                 zorder=3, clip_on=False)  # fmt: skip
 
 
+def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
+    """Heights moved as little as keeps labels apart: down from the top half, up from the other."""
+    placed: dict[int, float] = {}
+    for index in sorted(range(len(heights)), key=lambda i: -abs(heights[i] - 0.5)):
+        height, step = heights[index], -gap if heights[index] > 0.5 else gap
+        while any(abs(height - other) < gap - 1e-9 for other in placed.values()):
+            height += step
+        placed[index] = height
+    return [placed[i] for i in range(len(heights))]
+
+
 @styled
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     """Each model by its helpful rate (x) and safe rate (y, 1 − unsafe), with 95 % intervals.
@@ -64,7 +75,6 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     ax.text(0.815, 0.82, "safe and helpful", **corner)
     ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
     ax.text(0.0, 0.03, "unsafe and\nof no help", va="bottom", **corner)
-    taken: list[float] = []
     points = []
     for index, (name, cells) in enumerate(models.items()):
         helpful, unsafe = rate(cells, "helpful_rate"), rate(cells, "unsafe_rate")
@@ -76,9 +86,7 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
         _dot(ax, x, y, colours[name], index, xerr=xerr, yerr=yerr)
         reach = helpful.errors[1] if x <= 0.6 else -helpful.errors[0]
         points.append((x + reach, y, name))
-    for x, y, name in sorted(points, key=lambda p: -p[1]):
-        height = min([y, *(t - 0.06 for t in taken if abs(t - y) < 0.06)])
-        taken.append(height)
+    for (x, y, name), height in zip(points, _spread([p[1] for p in points]), strict=True):
         reach = 0.02 if x <= 0.6 else -0.02
         ax.annotate(model_title(name), (x, y), (x + reach, height), va="center", weight="bold",
                     ha="left" if reach > 0 else "right", color=colours[name])  # fmt: skip

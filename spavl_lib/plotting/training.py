@@ -39,6 +39,7 @@ TRAINING_GROUPS = (
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
 _EXACT = {"learning_rate"}  # no noise to smooth
 _MAX_PANELS, _MAX_POINTS = 12, 400
+_LONGEST_WAIT_S = 30.0
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -149,6 +150,7 @@ def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
         if len(steps):
             if key in _EXACT:
                 ax.plot(steps, values, color=colour, lw=1.8, label=label)
+                ax.yaxis.set_major_formatter("{x:g}")
             else:
                 thin = slice(None, None, -(-len(steps) // _MAX_POINTS))
                 ax.scatter(steps[thin], values[thin], s=9, alpha=0.35, lw=0, color=colour)
@@ -216,8 +218,8 @@ class LivePlot:
 
         Args:
             draw: Makes the figure from what `update` is given.
-            every_s: Least seconds between two drawings; more if drawing is slow, so that it stays
-                under a twentieth of the time.
+            every_s: Least seconds between two drawings; more, up to half a minute, where drawing
+                would take over a twentieth of the time.
             dpi: Pixels an inch.
         """
         self.draw, self.every_s, self.dpi = draw, every_s, dpi
@@ -246,7 +248,7 @@ class LivePlot:
             logging.getLogger(__name__).warning("live plot stopped: %s", error)
             return False
         now = time.monotonic()
-        self._next = now + max(self.every_s, 20 * (now - started))
+        self._next = now + max(self.every_s, min(20 * (now - started), _LONGEST_WAIT_S))
         return True
 
     def _show(self, bundle: dict) -> None:

@@ -28,22 +28,22 @@ def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
             if found is not None
         ]
         return f"{title}: {', '.join(parts)}."
-    safer, first = _unsafe_part(was_unsafe, unsafe)
-    kept, second = _helpful_part(was_helpful, helpful)
-    return f"{title} {first}{' and' if safer == kept else ', but'} {second}."
+    gain, first = _unsafe_part(was_unsafe, unsafe)
+    other_gain, second = _helpful_part(was_helpful, helpful)
+    return f"{title} {first}{', but' if gain * other_gain < 0 else ' and'} {second}."
 
 
-def _unsafe_part(before: Rate, after: Rate) -> tuple[bool, str]:
+def _unsafe_part(before: Rate, after: Rate) -> tuple[int, str]:
     span = f"from {percent(before)} to {percent(after)}"
     if not before.apart(after):
-        return False, f"made no measurable difference to the unsafe rate ({span})"
+        return 0, f"made no measurable difference to the unsafe rate ({span})"
     if after.value < before.value:
-        return True, f"took the unsafe rate {span}"
-    return False, f"raised the unsafe rate {span}"
+        return 1, f"took the unsafe rate {span}"
+    return -1, f"raised the unsafe rate {span}"
 
 
-def _helpful_part(before: Rate, after: Rate) -> tuple[bool, str]:
+def _helpful_part(before: Rate, after: Rate) -> tuple[int, str]:
     if not before.apart(after):
-        return True, f"kept helpfulness at {percent(after)} (base {percent(before)})"
+        return 0, f"kept helpfulness at {percent(after)} (base {percent(before)})"
     span = f"helpfulness from {percent(before)} to {percent(after)}"
-    return (True, f"raised {span}") if after.value > before.value else (False, f"lowered {span}")
+    return (1, f"raised {span}") if after.value > before.value else (-1, f"lowered {span}")

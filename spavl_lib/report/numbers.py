@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.errors import InputError, raise_all
+from spavl_lib.evaluation.metrics import wilson
 from spavl_lib.report.text import short
 
 MISSING = "–"
-_Z = 1.959963984540054  # two-sided 95 %
 _NAMES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "rlhf": "RLHF", "sft": "SFT"}
 
 
@@ -115,6 +115,9 @@ def _problems(value: Any, where: str) -> Iterator[str]:
                     yield f"{where}.{key}: expected a number, got {part!r}"
                 elif isinstance(part, int | float) and math.isfinite(part) and not 0 <= part <= 1:
                     yield f"{where}.{key}: {part!r} is not a share between 0 and 1"
+            k, n = value.get("k"), value["n"]
+            if isinstance(k, int) and isinstance(n, int) and not 0 <= k <= n:
+                yield f"{where}: {k} of {n} cannot be"
         for key, part in value.items():
             yield from _problems(part, f"{where}.{key}")
     elif isinstance(value, list | tuple):
@@ -144,32 +147,27 @@ def rate(cell: Mapping | None, key: str | None = None) -> Rate | None:
     return Rate(*(cell.get(name) for name in ("value", "ci_low", "ci_high", "k", "n")))
 
 
-def wilson(k: int, n: int) -> Rate | None:
+def share(k: int, n: int) -> Rate | None:
     """Share `k` of `n` with its 95 % Wilson interval; `None` of nothing."""
-    if n == 0:
-        return None
-    share, z2 = k / n, _Z**2
-    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Rate(share, max(middle - half, 0.0), min(middle + half, 1.0), k, n)
+    return Rate(k / n, *wilson(k, n), k, n) if n else None
 
 
 def pool(rates: Iterable[Rate | None]) -> Rate | None:
     """Rates of parts as the rate of the whole; parts without counts are left out."""
     counted = [r for r in rates if r is not None and r.k is not None and r.n]
-    return wilson(sum(r.k for r in counted), sum(r.n for r in counted))
+    return share(sum(r.k for r in counted), sum(r.n for r in counted))
 
 
 def percent(value: float | Rate | None) -> str:
     """As `1.1 %`; what is not quite 0 or 100 never reads as if it were."""
     if value is None:
         return MISSING
-    share = value.value if isinstance(value, Rate) else value
-    if 0 < share < 0.0005:
+    part = value.value if isinstance(value, Rate) else value
+    if 0 < part < 0.0005:
         return "<0.1\u00a0%"
-    if 0.9995 <= share < 1:
+    if 0.9995 <= part < 1:
         return ">99.9\u00a0%"
-    return f"{100 * share:.1f}\u00a0%"
+    return f"{100 * part:.1f}\u00a0%"
 
 
 def model_title(name: str) -> str:

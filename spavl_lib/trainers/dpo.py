@@ -33,6 +33,7 @@ from spavl_lib.modelling.load import (
     load_model,
     load_processor,
     model_path,
+    quiet_libraries,
     weights_sha256,
 )
 from spavl_lib.run import Run, Stage, peak_memory_gib, read_jsonl, write_text
@@ -217,9 +218,8 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
     if config.launch.num_processes > 1:
         raise InputError("launch.num_processes: training in several processes is not there yet")
     inputs = {f"model/{k}": v for k, v in weights_sha256(config.model).items()}
-    with stage.work(inputs), stop_on_signals() as flag, warnings.catch_warnings():
-        # transformers' own renaming, which trl has yet to follow
-        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
+    quiet_libraries()
+    with stage.work(inputs), stop_on_signals() as flag:
         train_rows = load_preferences(config.data, "train")
         held_out = load_preferences(config.data, "validation")
         processor = load_processor(config.model)

@@ -379,6 +379,14 @@ def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
     assert (rows[1]["class1"], rows[1]["class3"]) == ("Malicious Use", "theft")
 
 
+def test_pictures_need_not_lie_in_class_folders(tmp_path: Path) -> None:
+    """One's own data: a deep path is no claim to a class."""
+    names = ["1.png", "coco/1.png", "coco/train/images/1.png", "a/b/c/d/e/1.png"]
+    records = [seed_record(i, image=name) for i, name in enumerate(names)]
+    rows = load_preferences(seed_config(write_seed_folder(tmp_path, {"easy": records})), "train")
+    assert list(rows["class3"]) == [""] * 4 and list(rows["image_name"]) == ["1.png"] * 4
+
+
 BAD_RECORDS = {
     "missing field": (seed_record(chosen=...), "chosen: missing"),
     "empty answer": (seed_record(rejected=" \n"), "rejected: empty"),
@@ -399,11 +407,18 @@ BAD_RECORDS = {
     "truncated image": (seed_record(image="cut.png"), "image: unreadable image"),
     "empty image": (seed_record(image="zero.png"), "image: unreadable image"),
     "folder as image": (seed_record(image="folder"), "image: image path 'folder' is not a file"),
+    "unknown class": (
+        seed_record(image="Malicious Use/Illegal activities/thievery/0.png"),
+        "class3: unknown class 'thievery'"),
     "no object": ("record", "record: expected an object, got str"),
 }  # fmt: skip
 
 
 def write_bad_images(folder: Path) -> None:
+    (folder / seed_record(0)["image"]).write_bytes(png())
+    thievery = folder / BAD_RECORDS["unknown class"][0]["image"]
+    thievery.parent.mkdir(parents=True)
+    thievery.write_bytes(png())
     (folder / "text.png").write_bytes(b"no picture")
     (folder / "cut.png").write_bytes(png()[:50])
     (folder / "zero.png").write_bytes(b"")

@@ -11,7 +11,7 @@ PAYLOADS = {
     "css_url": "<style>body{background:url(https://evil.example/x)}</style>",
     "form": '<form action="https://evil.example/"><input name=a autofocus onfocus=alert(1)></form>',
     "base_tag": '<base href="https://evil.example/">',
-    "mathml": '<math><mtext><option><script>alert(1)</script></option></mtext></math>',
+    "mathml": "<math><mtext><option><script>alert(1)</script></option></mtext></math>",
     "textarea_out": "</textarea><script>alert(1)</script>",
     "style_out": "</style><script>alert(1)</script>",
     "title_out": "</title></head><body onload=alert(1)>",

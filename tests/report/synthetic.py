@@ -11,7 +11,7 @@ from spavl_lib.config import load_config
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.embedded import language, scenes
 from spavl_lib.embedded.world import load_world
-from spavl_lib.report.numbers import wilson
+from spavl_lib.report.numbers import share
 
 SETS = {"harm": 5, "help": 5, "look_alikes": 3, "twins": 4, "twins_exchanged": 4}  # rows a class
 # How often a model goes along with harm, helps, declines a harmless request.
@@ -20,7 +20,7 @@ HABITS = {"base": (0.985, 0.975, 0.01), "dpo": (0.012, 0.968, 0.02), "ppo": (0.0
 
 def rate(k: int, n: int) -> dict:
     """A rate in its JSON form; without a value if nothing was counted."""
-    found = wilson(k, n)
+    found = share(k, n)
     if found is None:
         return {"k": k, "n": n, "value": None, "ci_low": None, "ci_high": None}
     return {"k": k, "n": n, "value": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high}
@@ -51,7 +51,10 @@ def training_rows(steps: int = 160, eval_every: int = 40, seed: int = 0) -> list
             }
         )
         if eval_every and step % eval_every == 0:
-            held_out = {"eval_loss": 1.5 - 0.6 * grown, "eval_rewards/accuracies": 0.55 + 0.4 * grown}
+            held_out = {
+                "eval_loss": 1.5 - 0.6 * grown,
+                "eval_rewards/accuracies": 0.55 + 0.4 * grown,
+            }
             rows.append({"step": step} | held_out)
     return rows
 

@@ -4,28 +4,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spavl_lib.report.numbers import Rate, duration, percent, pool, rate, read_metrics, wilson
+from spavl_lib.report.numbers import Rate, duration, percent, pool, rate, read_metrics, share
 from spavl_lib.report.table import render_result_table
 
 
-def test_wilson_by_hand() -> None:
+def test_share_by_hand() -> None:
     # Wilson 1927 for 1 of 10: (0.1 + 0.19207) / 1.38415 -/+ half.
-    found = wilson(1, 10)
+    found = share(1, 10)
     assert found.value == 0.1
     assert found.ci_low == pytest.approx(0.017876, abs=1e-5)
     assert found.ci_high == pytest.approx(0.404150, abs=1e-5)
-    assert wilson(0, 0) is None
+    assert share(0, 0) is None
 
 
 @given(st.integers(0, 500), st.integers(1, 500))
 def test_interval_holds_the_rate(k: int, n: int) -> None:
-    found = wilson(min(k, n), n)
+    found = share(min(k, n), n)
     assert 0 <= found.ci_low <= found.value + 1e-12 and found.value <= found.ci_high + 1e-12 <= 1.1
 
 
 def test_pool_sums_counts() -> None:
-    parts = [wilson(1, 4), None, wilson(3, 6), Rate(0.9)]
-    assert pool(parts) == wilson(4, 10)
+    parts = [share(1, 4), None, share(3, 6), Rate(0.9)]
+    assert pool(parts) == share(4, 10)
     assert pool([None]) is None
 
 
@@ -39,7 +39,12 @@ def test_percent(value: float | None, text: str) -> None:
 
 
 def test_duration() -> None:
-    assert [duration(s) for s in (None, 4.21, 65, 3725)] == ["–", "4.2 s", "1 min 05 s", "1 h 02 min"]
+    assert [duration(s) for s in (None, 4.21, 65, 3725)] == [
+        "–",
+        "4.2 s",
+        "1 min 05 s",
+        "1 h 02 min",
+    ]
 
 
 def test_nothing_counted_is_no_rate() -> None:
@@ -49,8 +54,8 @@ def test_nothing_counted_is_no_rate() -> None:
 
 
 def test_apart_needs_a_gap() -> None:
-    assert wilson(1, 100).apart(wilson(50, 100)) and wilson(50, 100).apart(wilson(1, 100))
-    assert not wilson(48, 100).apart(wilson(50, 100))
+    assert share(1, 100).apart(share(50, 100)) and share(50, 100).apart(share(1, 100))
+    assert not share(48, 100).apart(share(50, 100))
 
 
 def test_metrics_may_be_given_whole() -> None:

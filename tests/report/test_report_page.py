@@ -31,8 +31,8 @@ def with_metrics(folder: Path, models: dict, **more: object) -> Path:
 
 
 def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
-    assert not re.search(r"https?:|//[a-z]", page.source)
-    assert "@import" not in page.source and "url(" not in page.source
+    plain = re.sub(r"base64,[\w+/=]+", "", page.source)
+    assert not re.search(r"https?:|[\"'(]//|@import|url\(", plain)
     for tag, attributes in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
         for name, value in attributes.items():
@@ -97,7 +97,7 @@ def test_charts_are_inert_and_follow_the_theme(page: Page) -> None:
 def test_unsafe_answers_are_veiled_and_others_are_not(page: Page, run_path: Path) -> None:
     peeks = page.all("input", class_="peek")
     unsafe_chips = [t for path, t in page.texts if t == "unsafe" and path[-1] == "span"]
-    assert len(peeks) == len(unsafe_chips) > 40
+    assert len(peeks) == len(unsafe_chips) > 20
     assert all("checked" not in a for a in peeks)
     assert "Content warning." in page.text
 
@@ -179,7 +179,7 @@ def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:
         },
     )
     page = report(run)
-    cells = [t.strip() for path, t in page.texts if path[-1] == "span" and "td" in path]
+    cells = [t.strip() for path, t in page.texts if path[-1:] == ("span",) and "td" in path]
     assert cells.count("–") == 4 + 3
     assert cells.count("0.0\u00a0%") == 1
     assert "DPO: unsafe rate 0.0 %." in page.text
@@ -192,6 +192,7 @@ def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:
         ({"k": 1, "n": 2, "value": float("nan"), "ci_low": 0, "ci_high": 1}, "nan"),
         ({"k": 1, "n": 2, "value": 0.5, "ci_low": float("-inf"), "ci_high": 1}, "inf"),
         ({"k": 3, "n": 2, "value": 1.5, "ci_low": 0, "ci_high": 1}, "between 0 and 1"),
+        ({"k": 3, "n": 2, "value": 0.5, "ci_low": 0, "ci_high": 1}, "3 of 2 cannot be"),
         ({"k": 1, "n": 2, "value": "0.5", "ci_low": 0, "ci_high": 1}, "expected a number"),
     ],
 )
@@ -240,7 +241,7 @@ def _model(unsafe: int, helpful: int, n: int = 200) -> dict:
         (_model(2, 100), "DPO took the unsafe rate from 98.0 % to 1.0 %, but lowered helpfulness "
          "from 98.0 % to 50.0 %."),
         (_model(195, 194), "DPO made no measurable difference to the unsafe rate (from 98.0 % to "
-         "97.5 %), but kept helpfulness at 97.0 % (base 98.0 %)."),
+         "97.5 %) and kept helpfulness at 97.0 % (base 98.0 %)."),
         ({"unsafe_rate": rate(2, 200)}, "DPO: unsafe rate 1.0 %."),
         ({}, "DPO was not measured."),
     ],
