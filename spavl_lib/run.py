@@ -137,6 +137,14 @@ class Stage:
         return (self.path / "summary.json").is_file()
 
     @property
+    def begun(self) -> bool:
+        """Whether the folder holds work: anything beyond what opening a stage writes."""
+        paper = {"config.yaml", "manifest.json", "figures", "executed.ipynb", "contrast"}
+        return self.path.is_dir() and any(
+            p.name not in paper and not p.name.startswith(".") for p in self.path.iterdir()
+        )
+
+    @property
     def summary(self) -> dict:
         """The stage's summary."""
         return read_json(self.path / "summary.json")
@@ -160,7 +168,7 @@ class Stage:
             InputError: Names each changed key, its old and its new value.
         """
         saved = self.path / "config.yaml"
-        if not saved.is_file():
+        if not saved.is_file() or not self.begun:
             return
         old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
         new = _flat(self.config.to_dict())
@@ -215,9 +223,16 @@ class Stage:
             try:
                 yield self
             finally:
-                manifest["wall_time_s"] = round(time.perf_counter() - started, 2)
-                manifest["peak_memory_gib"] = round(peak_memory_gib(), 3)
-                write_json(self.path / "manifest.json", manifest)
+                if self.begun:
+                    manifest["wall_time_s"] = round(time.perf_counter() - started, 2)
+                    manifest["peak_memory_gib"] = round(peak_memory_gib(), 3)
+                    write_json(self.path / "manifest.json", manifest)
+                else:  # nothing came of it: leave nothing behind
+                    for name in ("config.yaml", "manifest.json", ".lock"):
+                        (self.path / name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()
+                        self.run.path.rmdir()
 
     def _has_manifest(self) -> bool:
         return (self.path / "manifest.json").is_file()

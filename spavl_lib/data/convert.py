@@ -39,9 +39,9 @@ def convert(source: str, target: Path) -> dict[str, int]:
     counts, number = {}, 0
     for split, map_name in MAPS.items():
         rows = load_preferences(config, split)
-        lists: dict[str, list] = {KEYWORDS[t]: [] for t in QUESTION_TYPES}
+        lists: dict[str, list] = {k: [] for k in (*map(KEYWORDS.get, QUESTION_TYPES), "untyped")}
         for row in tqdm(rows, desc=split):
-            keyword = KEYWORDS.get(row["question_type"], "easy")
+            keyword = KEYWORDS.get(row["question_type"], "untyped")
             folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
             relative = "/".join([*folders, row["image_name"] or f"{number}.png"])
             image = target / "images" / relative

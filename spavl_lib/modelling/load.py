@@ -4,7 +4,6 @@ Any `AutoModelForImageTextToText` loads here: the embedded model, a local folder
 from a model's folder runs, and weights are safetensors only.
 """
 
-import logging
 import warnings
 from pathlib import Path
 
@@ -27,7 +26,6 @@ from spavl_lib.errors import InputError
 def quiet_libraries() -> None:
     """Silence what libraries say that a reader can do nothing about."""
     transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # an optional kernel package
     # transformers' own renaming, which trl and peft have yet to follow
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
 

@@ -1,0 +1,65 @@
+"""Rates and intervals, against numbers worked out by hand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spavl_lib.evaluation.metrics import rate, wilson
+
+Z = 1.959964
+
+
+# k = 0: upper = z^2 / (n + z^2); k = n: lower = n / (n + z^2); k = n / 2: 1/2 -+ z / 2 sqrt(n + z^2).
+@pytest.mark.parametrize(
+    ("k", "n", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (5, 10, 0.2366, 0.7634),
+        (1, 1, 0.2065, 1.0),
+        (0, 265, 0.0, 0.0143),
+        (117, 265, 0.3829, 0.5017),
+    ],
+)
+def test_wilson_against_known_values(k: int, n: int, low: float, high: float) -> None:
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_wilson_in_closed_form() -> None:
+    z2 = Z * Z
+    assert wilson(0, 10)[1] == pytest.approx(z2 / (10 + z2), abs=1e-12)
+    assert wilson(10, 10)[0] == pytest.approx(10 / (10 + z2), abs=1e-12)
+    half = Z / (2 * (10 + z2) ** 0.5)
+    assert wilson(5, 10) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_holds_the_rate_and_mirrors(pair: tuple[int, int]) -> None:
+    k, n = pair
+    low, high = wilson(k, n)
+    assert 0.0 <= low <= k / n <= high <= 1.0 and high - low > 0
+    mirrored = wilson(n - k, n)
+    assert (low, high) == pytest.approx((1 - mirrored[1], 1 - mirrored[0]), abs=1e-9)
+
+
+def test_more_rows_narrow_the_interval() -> None:
+    widths = [wilson(n // 2, n)[1] - wilson(n // 2, n)[0] for n in (10, 100, 1000)]
+    assert widths[0] > 2.5 * widths[1] > 6 * widths[2]
+
+
+@pytest.mark.parametrize(("k", "n"), [(-1, 5), (6, 5), (0, 0), (1, 0)])
+def test_impossible_counts_are_refused(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="need 0 <= k <= n"):
+        wilson(k, n)
+
+
+def test_a_rate_has_counts_and_interval() -> None:
+    assert rate(5, 10) == {
+        "k": 5, "n": 10, "value": 0.5,
+        "ci_low": pytest.approx(0.236593, abs=1e-6), "ci_high": pytest.approx(0.763407, abs=1e-6),
+    }  # fmt: skip
+
+
+def test_nothing_to_count_is_missing_and_not_zero() -> None:
+    assert rate(0, 0) is None
+    assert rate(0, 3)["value"] == 0.0

@@ -1,0 +1,276 @@
+"""Answers: the same however batched, interrupted or resumed; every field kept, every line whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spavl_lib import generation
+from spavl_lib.config import GenerationConfig
+from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.spavl import load_prompts
+from spavl_lib.errors import Preempted
+from spavl_lib.generation import generate, generate_batch
+from spavl_lib.run import read_jsonl
+from tests.helpers import MINI, embedded_model, embedded_processor, spread
+
+GREEDY = GenerationConfig(batch_size=8, max_new_tokens=24)
+SAMPLED = replace(GREEDY, do_sample=True, temperature=0.9, top_p=0.95)
+LABELS = {"model": "base", "set": "harm"}
+
+
+class StopAfter:
+    """Truthy from the given poll on."""
+
+    def __init__(self, polls: int):
+        self.left = polls
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    """Prompts of all sets and lengths, in no order of length."""
+    names = ("harm", "help", "look_alikes")
+    return [r for name in names for r in spread(load_prompts(MINI, name), 6)]
+
+
+def run(rows: list[dict], target: Path, config: GenerationConfig = GREEDY, **options) -> list[dict]:
+    options = {"labels": LABELS} | options
+    return generate(embedded_model(), embedded_processor(), rows, config, target, **options)
+
+
+@pytest.fixture(scope="module")
+def whole(rows: list[dict], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted file."""
+    target = tmp_path_factory.mktemp("whole") / "harm.jsonl"
+    run(rows, target)
+    return target
+
+
+def test_every_row_is_answered_in_order_with_every_field(rows: list[dict], whole: Path) -> None:
+    records = read_jsonl(whole)
+    assert [r["id"] for r in records] == [r["id"] for r in rows]
+    for row, record in zip(rows, records, strict=True):
+        assert list(record) == [
+            *generation.KEPT, "model", "set", "response", "num_tokens", "finished", "generation",
+        ]  # fmt: skip
+        for name in generation.KEPT:
+            assert record[name] == row[name], name
+        assert (record["model"], record["set"]) == ("base", "harm")
+        assert record["generation"] == {"max_new_tokens": 24, "do_sample": False}
+        assert 0 < record["num_tokens"] <= 24
+        assert record["finished"] or record["num_tokens"] == 24
+        assert "<" not in record["response"] and "ASSISTANT" not in record["response"]
+    assert len({r["response"] for r in records}) > len(rows) / 2
+    assert any(r["finished"] for r in records)
+    assert not list(whole.parent.glob("*.partial"))
+
+
+def test_a_batch_of_eight_says_what_one_by_one_says(rows: list[dict], whole: Path,
+                                                    tmp_path: Path) -> None:  # fmt: skip
+    run(rows, tmp_path / "one.jsonl", replace(GREEDY, batch_size=1))
+    assert (tmp_path / "one.jsonl").read_bytes() == whole.read_bytes()
+
+
+def test_the_ids_are_exactly_the_new_ones(rows: list[dict]) -> None:
+    """Against decoding by hand, one token at a time and without a cache."""
+    model, processor = embedded_model(), embedded_processor()
+    batch = PromptCollator(processor)(rows[:1])
+    ids = batch["input_ids"]
+    for _ in range(6):
+        with torch.no_grad():
+            logits = model(input_ids=ids, pixel_values=batch["pixel_values"]).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+    expected = ids[0, batch["input_ids"].shape[1] :]
+    config = replace(GREEDY, max_new_tokens=6)
+    (answer,) = generate_batch(model, processor, batch, config)
+    assert answer["response"] == processor.tokenizer.decode(
+        expected, skip_special_tokens=True
+    ).strip()
+
+
+class Scripted:
+    """A model that says given ids after whatever it is asked."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, *answers: list[int]):
+        self.answers = answers
+
+    def generate(self, *, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return torch.cat([input_ids, torch.tensor(self.answers)], 1)
+
+
+def test_an_answer_ends_at_its_first_eos() -> None:
+    processor = embedded_processor()
+    ids = processor.tokenizer.encode(" A cat.", add_special_tokens=False)
+    pad, eos = 3, 1
+    width = len(ids) + 3
+    answers = [
+        [*ids, eos, pad, pad],
+        [*ids, eos, *ids][:width],  # whatever follows EOS is no answer
+        [*ids, *ids, *ids][:width],
+        [eos, *[pad] * (width - 1)],
+    ]
+    batch = {"input_ids": torch.zeros(4, 5, dtype=torch.long)}
+    found = generate_batch(Scripted(*answers), processor, batch, GREEDY)
+    assert [f["response"] for f in found[:2]] == ["A cat.", "A cat."]
+    assert [f["num_tokens"] for f in found] == [len(ids), len(ids), width, 0]
+    assert [f["finished"] for f in found] == [True, True, False, True]
+    assert found[3]["response"] == ""
+
+
+# --- interruption -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("polls", [0, 1, 2])
+@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(
+    rows: list[dict], whole: Path, tmp_path: Path, polls: int, config: GenerationConfig,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    if config is SAMPLED:
+        straight = tmp_path / "straight.jsonl"
+        run(rows, straight, SAMPLED, seed=3)
+    else:
+        straight = whole
+    target = tmp_path / "harm.jsonl"
+    options = {"seed": 3} if config is SAMPLED else {}
+    with pytest.raises(Preempted, match=f"{8 * polls} of {len(rows)} answers") as caught:
+        run(rows, target, config, should_stop=StopAfter(polls), **options)
+    assert caught.value.exit_code == 75
+    assert not target.exists() and target.with_name("harm.jsonl.partial").is_file()
+    torch.manual_seed(polls)  # wherever the generator stands
+    asked = Counting()
+    with asked:
+        run(rows, target, config, **options)
+    assert target.read_bytes() == straight.read_bytes()
+    assert asked.batches == 3 - polls  # what was done is not done again
+    assert not target.with_name("harm.jsonl.partial").exists()
+
+
+class Counting:
+    """Counts the batches that were really generated."""
+
+    def __enter__(self) -> "Counting":
+        self.batches, self.inner = 0, generation.generate_batch
+
+        def counted(*args: object, **options: object) -> list[dict]:
+            self.batches += 1
+            return self.inner(*args, **options)
+
+        generation.generate_batch = counted
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        generation.generate_batch = self.inner
+
+
+@pytest.mark.parametrize("damage", ["half line", "no newline", "garbage line", "empty", "no header"])
+def test_a_torn_partial_file_is_mended(
+    rows: list[dict], whole: Path, tmp_path: Path, damage: str
+) -> None:
+    target = tmp_path / "harm.jsonl"
+    with pytest.raises(Preempted):
+        run(rows, target, should_stop=StopAfter(2))
+    partial = target.with_name("harm.jsonl.partial")
+    content = partial.read_bytes()
+    lines = content.splitlines(keepends=True)
+    assert len(lines) == 3  # a header and two batches
+    changed, again = {
+        "half line": (content[: -len(lines[2]) // 2], 2),
+        "no newline": (content[:-1], 1),
+        "garbage line": (content + b"\xc3\xa9 {torn\n", 1),
+        "empty": (b"", 3),
+        "no header": (b"".join(lines[1:]), 3),
+    }[damage]
+    partial.write_bytes(changed)
+    with Counting() as asked:
+        run(rows, target)
+    assert asked.batches == again
+    assert target.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": replace(GREEDY, max_new_tokens=25)},
+        {"config": replace(GREEDY, batch_size=6)},
+        {"config": replace(GREEDY, do_sample=True)},
+        {"labels": LABELS | {"model": "dpo"}},
+        {"rows": "reworded"},
+        {"rows": "other order"},
+    ],
+    ids=str,
+)
+def test_other_settings_start_anew(rows: list[dict], tmp_path: Path, change: dict) -> None:
+    rows = rows[:12]
+    target = tmp_path / "harm.jsonl"
+    small = replace(GREEDY, batch_size=8, max_new_tokens=4)
+    with pytest.raises(Preempted):
+        run(rows, target, small, should_stop=StopAfter(1))
+    config = change.get("config", small)
+    config = replace(config, max_new_tokens=5 if config.max_new_tokens == 25 else 4)
+    if change.get("rows") == "reworded":
+        rows = [rows[0] | {"prompt": "Another question?"}, *rows[1:]]
+    elif change.get("rows") == "other order":
+        rows = rows[::-1]
+    with Counting() as asked:
+        run(rows, target, config, labels=change.get("labels", LABELS))
+    assert asked.batches == 2
+
+
+def test_sampling_follows_its_seed(rows: list[dict], tmp_path: Path) -> None:
+    said = []
+    for n, seed in enumerate((0, 0, 1)):
+        run(rows[:8], tmp_path / f"{n}.jsonl", SAMPLED, seed=seed)
+        said.append([r["response"] for r in read_jsonl(tmp_path / f"{n}.jsonl")])
+    assert said[0] == said[1] != said[2]
+    settings = read_jsonl(tmp_path / "2.jsonl")[0]["generation"]
+    assert settings == {
+        "max_new_tokens": 24, "do_sample": True, "temperature": 0.9, "top_p": 0.95, "seed": 1,
+    }  # fmt: skip
+
+
+def test_generation_leaves_the_model_as_it_was(rows: list[dict], tmp_path: Path) -> None:
+    from spavl_lib.checkpoint import tensors_sha256
+
+    model = embedded_model()
+    before = tensors_sha256(dict(model.named_parameters()))
+    run(rows[:4], tmp_path / "a.jsonl")
+    assert not model.training
+    assert tensors_sha256(dict(model.named_parameters())) == before
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\u00a0"])
+def test_no_character_of_a_text_tears_its_line(tmp_path: Path, mark: str) -> None:
+    """Python's `splitlines` breaks at more than a newline; a row lost so is lost in silence."""
+    processor = embedded_processor()
+    rows = [
+        {"id": f"harm/{n}", "prompt": f"One{mark}two {n}?", "image": None} for n in range(3)
+    ]
+    config = replace(GREEDY, batch_size=2, max_new_tokens=3)
+    target = tmp_path / "a.jsonl"
+    with pytest.raises(Preempted):
+        generate(embedded_model(), processor, rows, config, target, should_stop=StopAfter(1))
+    with Counting() as asked:
+        records = generate(embedded_model(), processor, rows, config, target)
+    assert asked.batches == 1
+    assert read_jsonl(target) == records and len(records) == 3
+    assert records[1]["prompt"] == f"One{mark}two 1?"
+
+
+def test_a_torn_line_within_a_finished_file_is_not_passed_over(tmp_path: Path) -> None:
+    """Only the last line of a file can be half written; any other loss is damage, and is said."""
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"id": n}) for n in range(4)]
+    path.write_text("\n".join(lines[:3]) + '\n{"id": ', encoding="utf-8")
+    assert read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2}]
+    path.write_text("\n".join([lines[0], '{"id": ', *lines[2:]]) + "\n", encoding="utf-8")
+    with pytest.raises(Exception, match="a.jsonl"):
+        read_jsonl(path)
