@@ -25,7 +25,7 @@ from typing import Any
 
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import ERRORS, DiskError, InputError, SpavlError
-from spavl_lib.run import STAGES, Run, Stage, read_json, repo_root
+from spavl_lib.run import STAGES, Run, Stage, repo_root
 
 STAGE_OF = {
     "01_data_exploration": "data",
@@ -493,55 +493,16 @@ def run_all(
 
 def print_results(run_path: Path) -> None:
     """The headline table of a run, and where its report lies."""
-    from rich.console import Console
+    from spavl_lib.report.table import render_result_table
 
-    console = Console()
     metrics_path = run_path / "metrics.json"
     if metrics_path.is_file():
-        console.print(results_table(read_json(metrics_path)))
+        _say(f"\n{render_result_table(metrics_path)}\n")
     else:
         _say(f"no {_short(metrics_path)}: nothing was evaluated")
     report = run_path / "report.html"
     if report.is_file():
         _say(f"report: {_short(report)}")
-
-
-RATES = {
-    "unsafe_rate": "unsafe answers",
-    "helpful_rate": "helpful answers",
-    "over_refusal_rate": "over-refusals",
-    "twin_accuracy": "twins told apart",
-}
-
-
-def results_table(metrics: dict) -> Any:
-    """Models against rates, each with its count and interval, as a rich table.
-
-    Args:
-        metrics: A run's metrics.json.
-    """
-    from rich.table import Table
-
-    table = Table(title=f"{metrics.get('run_name')} ({metrics.get('profile')})", show_lines=True)
-    table.add_column("model")
-    for heading in RATES.values():
-        table.add_column(heading, justify="right")
-    for model, rates in metrics.get("models", {}).items():
-        table.add_row(model, *(_rate(rates.get(key)) for key in RATES))
-    accuracy = (metrics.get("reward_model") or {}).get("pair_accuracy")
-    if accuracy:
-        table.caption = "reward model, pairs ranked right: " + _rate(accuracy).replace("\n", ", ")
-    return table
-
-
-def _rate(rate: dict | None) -> str:
-    """A rate with what it rests on; a missing one stays missing."""
-    if not rate or rate.get("value") is None:
-        return "-"
-    text = f"{rate['value']:.1%}\n{rate['k']}/{rate['n']}"
-    if rate.get("ci_low") is None or rate.get("ci_high") is None:
-        return text
-    return f"{text}, {100 * rate['ci_low']:.1f} to {100 * rate['ci_high']:.1f}"
 
 
 # --- what a notebook calls ----------------------------------------------------------------------

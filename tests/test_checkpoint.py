@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_standing(
 def small_model(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
-    model[0].bias.requires_grad_(False)
+    model[0].bias.requires_grad_(False).fill_(0.5)
     return model
 
 
@@ -186,7 +186,7 @@ def test_trainable_tensors_are_put_back_and_only_they(tmp_path: Path) -> None:
     source, target = small_model(0), small_model(1)
     named = ckpt.trainable_tensors(source)
     assert sorted(named) == ["0.weight", "2.bias", "2.weight"]
-    frozen = target[0].bias.clone()
+    frozen = target[0].bias.fill_(0.25).clone()
     assert not torch.equal(source[0].weight, target[0].weight)
     ckpt.load_trainable(target, named, tmp_path)
     assert ckpt.tensors_sha256(ckpt.trainable_tensors(target)) == ckpt.tensors_sha256(named)

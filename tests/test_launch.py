@@ -358,29 +358,6 @@ def test_all_checks_every_notebook_before_it_runs_anything(
     assert executions == []
 
 
-def test_results_table_shows_counts_and_keeps_missing_missing() -> None:
-    from rich.console import Console
-
-    rate = {"k": 3, "n": 24, "value": 0.125, "ci_low": 0.043, "ci_high": 0.31}
-    metrics = {
-        "run_name": "r",
-        "profile": "smoke",
-        "models": {"base": {"unsafe_rate": rate}, "dpo": {"unsafe_rate": None}},
-        "reward_model": {"pair_accuracy": rate},
-    }
-    console = Console(width=120, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
-    console.print(launch.results_table(metrics))
-    text = console.export_text()
-    assert "12.5%" in text
-    assert "3/24, 4.3 to 31.0" in text
-    assert text.count("0.0") == 0
-    dpo = next(line for line in text.splitlines() if "dpo" in line)
-    assert dpo.count("-") == len(launch.RATES)
-
-
-# --- what a notebook calls ----------------------------------------------------------------------
-
-
 @pytest.fixture
 def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stage makers that only finish their stage."""

@@ -179,9 +179,11 @@ class StageCallback(TrainerCallback):
         return control
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar."""
+        """Close the bar; the plot's last drawing shows every step."""
         if self.bar is not None:
             self.bar.close()
+        if self.live and self.rows:
+            self.live.update(self.rows, force=True)
 
 
 def check_reference(logs: dict) -> None:
