@@ -219,6 +219,7 @@ def run_notebook(
         target = stage.path / "executed.ipynb"
         aside.replace(target)
         (stage.path / "failed.ipynb").unlink(missing_ok=True)
+        watch.words.unlink(missing_ok=True)
         if watch.stops:
             raise Interrupted(f"{notebook.name} was at its last cell and is done; stopped after it")
         return target
@@ -239,6 +240,7 @@ class _Watch:
 
     def __init__(self, notebook: Path, stage: Stage):
         self.notebook, self.stage = notebook, stage
+        self.words = stage.path / ".kernel.log"
         self.pid: int | None = None
         self.cell = 0
         self.stops = 0
@@ -339,7 +341,12 @@ def _kernel_class(watch: _Watch, run: Run) -> type:
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             }
-            await super().start_kernel(env=os.environ | own, cwd=str(repo_root()), **kwargs)
+            # What the process says beside its cells: a shutdown's farewell, a crash's last words.
+            watch.words.parent.mkdir(parents=True, exist_ok=True)
+            with watch.words.open("w", encoding="utf-8") as said:
+                await super().start_kernel(
+                    env=os.environ | own, cwd=str(repo_root()), stderr=said, **kwargs
+                )
             watch.pid = self.provisioner.pid
 
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
@@ -402,6 +409,7 @@ def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
     if isinstance(error, DeadKernelError):
         return NotebookError(
             f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
+            f"\n  its last words: {_short(watch.words)}"
         )
     if isinstance(error, RuntimeError) and watch.cell == 0:
         return NotebookError(f"{watch.notebook.name}: the kernel did not start: {error}")

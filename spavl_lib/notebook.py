@@ -1,6 +1,5 @@
 """What every notebook opens with: its stage, and safe previews."""
 
-import textwrap
 from typing import Any
 
 from PIL import Image, ImageFilter
@@ -55,7 +54,6 @@ def safe_text(text: str, *, reveal: bool = False, limit: int = 60) -> str:
     return text if reveal or len(text) <= limit else f"{text[:limit].rstrip()} [...]"
 
 
-def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False, width: int = 34) -> str:
-    """Some of a row's fields as wrapped lines, for under its picture."""
-    lines = [f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f)]
-    return "\n".join(textwrap.fill(line, width) for line in lines)
+def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False) -> str:
+    """Some of a row's fields, a line each, for under its picture."""
+    return "\n".join(f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f))

@@ -222,17 +222,25 @@ class Stage:
             started = time.perf_counter()
             try:
                 yield self
-            finally:
-                if self.begun:
-                    manifest["wall_time_s"] = round(time.perf_counter() - started, 2)
-                    manifest["peak_memory_gib"] = round(peak_memory_gib(), 3)
-                    write_json(self.path / "manifest.json", manifest)
-                else:  # nothing came of it: leave nothing behind
-                    for name in ("config.yaml", "manifest.json", ".lock"):
-                        (self.path / name).unlink(missing_ok=True)
-                    with contextlib.suppress(OSError):
-                        self.path.rmdir()
-                        self.run.path.rmdir()
+            except BaseException:
+                if not self.begun:  # nothing came of it: leave nothing behind
+                    self._remove_traces()
+                    raise
+                self._seal(manifest, started)
+                raise
+            self._seal(manifest, started)
+
+    def _seal(self, manifest: dict, started: float) -> None:
+        manifest["wall_time_s"] = round(time.perf_counter() - started, 2)
+        manifest["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        write_json(self.path / "manifest.json", manifest)
+
+    def _remove_traces(self) -> None:
+        for name in ("config.yaml", "manifest.json", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+            self.run.path.rmdir()
 
     def _has_manifest(self) -> bool:
         return (self.path / "manifest.json").is_file()

@@ -182,7 +182,7 @@ def plot_image_grid(
 
     Args:
         images: PIL images, arrays, paths or `{"bytes", "path"}` cells; `None` for an empty tile.
-        captions: One text an image, wrapped.
+        captions: One text an image; each of its lines is wrapped, to six lines at most.
         columns: Pictures a row.
     """
     captions = [""] * len(images) if captions is None else list(captions)
@@ -190,9 +190,16 @@ def plot_image_grid(
         raise ValueError(f"{len(images)} images, {len(captions)} captions")
     columns = max(1, min(columns, len(images)))
     lines = max(1, math.ceil(len(images) / columns))
-    wrapped = [textwrap.fill(c, 26, max_lines=6, placeholder=" …") for c in captions]
+    width = 28 if columns > 3 else 38
+    wrapped = [
+        "\n".join(
+            textwrap.fill(line, width, max_lines=6, placeholder=" …") for line in c.split("\n")
+        )
+        for c in captions
+    ]
     tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
-    fig = new_figure(2.2 * columns, lines * (2.1 + 0.17 * tallest))
+    across = 2.2 if columns > 3 else 3.0
+    fig = new_figure(across * columns, lines * (2.1 + 0.17 * tallest))
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set(xticks=[], yticks=[])
