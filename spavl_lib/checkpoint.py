@@ -111,16 +111,19 @@ def _steps(folder: Path) -> list[Path]:
 
 def problem_with(checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be trusted, naming the file; None if it is whole."""
+    torn = f"{checkpoint / MANIFEST} is missing or torn"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{checkpoint / MANIFEST} is missing or torn"
-    for name, seal in files.items():
+        files = {n: (seal["size"], seal["sha256"]) for n, seal in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return torn
+    if manifest.get("step") != int(checkpoint.name[5:]) or "state.json" not in files:
+        return torn
+    for name, (size, digest) in files.items():
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"
-        if path.stat().st_size != seal["size"] or sha256_file(path) != seal["sha256"]:
+        if path.stat().st_size != size or sha256_file(path) != digest:
             return f"{path} does not match its hash"
     return None
 

@@ -199,11 +199,16 @@ def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict 
 
 def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
     """Finished batches of an interrupted call with the same rows and settings."""
-    lines = read_jsonl(partial)
+    lines = []
+    if partial.is_file():
+        for line in partial.read_text(encoding="utf-8").split("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # torn here: what follows is not to be trusted
+                break
+    done = {}
     if lines and lines[0].get("header") == header:
         done = {line["batch"]: line["records"] for line in lines[1:]}
-    else:
-        done = {}
     # Written anew: a torn last line must not swallow the next one.
     kept = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
     write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))

@@ -75,12 +75,23 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file; a torn last line (an interrupted write) is dropped."""
+    """Rows of a JSONL file, none if it is not there; a torn last line is dropped.
+
+    Raises:
+        InputError: Another line is no JSON: the file is damaged.
+    """
+    if not path.is_file():
+        return []
+    # Not splitlines(): text may hold line separators of its own.
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
     rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):
-                rows.append(json.loads(line))
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON: {error}") from error
+    with contextlib.suppress(ValueError):
+        rows += [json.loads(last)] if last else []
     return rows
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pictures
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from spavl_lib.config import Config, DataConfig, load_config
@@ -285,6 +285,7 @@ def tiny_qwen() -> tuple[PreTrainedModel, ProcessorMixin]:
             "turn_token": "<|im_start|>",
         },
     )
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()  # as the real one
     slot = "<|vision_start|><|image_pad|><|vision_end|>"
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
 

@@ -11,7 +11,7 @@ from spavl_lib import generation
 from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.spavl import load_prompts
-from spavl_lib.errors import Preempted
+from spavl_lib.errors import InputError, Preempted
 from spavl_lib.generation import generate, generate_batch
 from spavl_lib.run import read_jsonl
 from tests.helpers import MINI, embedded_model, embedded_processor, spread
@@ -89,9 +89,9 @@ def test_the_ids_are_exactly_the_new_ones(rows: list[dict]) -> None:
     expected = ids[0, batch["input_ids"].shape[1] :]
     config = replace(GREEDY, max_new_tokens=6)
     (answer,) = generate_batch(model, processor, batch, config)
-    assert answer["response"] == processor.tokenizer.decode(
-        expected, skip_special_tokens=True
-    ).strip()
+    assert (
+        answer["response"] == processor.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    )
 
 
 class Scripted:
@@ -171,7 +171,7 @@ class Counting:
         generation.generate_batch = self.inner
 
 
-@pytest.mark.parametrize("damage", ["half line", "no newline", "garbage line", "empty", "no header"])
+@pytest.mark.parametrize("damage", ["half line", "no newline", "garbage", "empty", "no header"])
 def test_a_torn_partial_file_is_mended(
     rows: list[dict], whole: Path, tmp_path: Path, damage: str
 ) -> None:
@@ -185,7 +185,7 @@ def test_a_torn_partial_file_is_mended(
     changed, again = {
         "half line": (content[: -len(lines[2]) // 2], 2),
         "no newline": (content[:-1], 1),
-        "garbage line": (content + b"\xc3\xa9 {torn\n", 1),
+        "garbage": (content + b"\xc3\xa9 {torn", 1),
         "empty": (b"", 3),
         "no header": (b"".join(lines[1:]), 3),
     }[damage]
@@ -251,9 +251,7 @@ def test_generation_leaves_the_model_as_it_was(rows: list[dict], tmp_path: Path)
 def test_no_character_of_a_text_tears_its_line(tmp_path: Path, mark: str) -> None:
     """Python's `splitlines` breaks at more than a newline; a row lost so is lost in silence."""
     processor = embedded_processor()
-    rows = [
-        {"id": f"harm/{n}", "prompt": f"One{mark}two {n}?", "image": None} for n in range(3)
-    ]
+    rows = [{"id": f"harm/{n}", "prompt": f"One{mark}two {n}?", "image": None} for n in range(3)]
     config = replace(GREEDY, batch_size=2, max_new_tokens=3)
     target = tmp_path / "a.jsonl"
     with pytest.raises(Preempted):
@@ -272,5 +270,5 @@ def test_a_torn_line_within_a_finished_file_is_not_passed_over(tmp_path: Path) -
     path.write_text("\n".join(lines[:3]) + '\n{"id": ', encoding="utf-8")
     assert read_jsonl(path) == [{"id": 0}, {"id": 1}, {"id": 2}]
     path.write_text("\n".join([lines[0], '{"id": ', *lines[2:]]) + "\n", encoding="utf-8")
-    with pytest.raises(Exception, match="a.jsonl"):
+    with pytest.raises(InputError, match="a.jsonl:1"):
         read_jsonl(path)

@@ -93,6 +93,7 @@ def test_a_stage_is_done_when_its_summary_stands(runs: Path) -> None:
 def test_the_manifest_says_what_made_it_and_sums_the_time(runs: Path) -> None:
     stage = Run(load_config("smoke", seed=4)).stage("data")
     with pytest.raises(RuntimeError, match="cut"), stage.work({"rows": "abc"}):
+        stage.log({"step": 1})
         raise RuntimeError("cut")
     first = read_json(stage.path / "manifest.json")
     assert first["inputs"] == {"rows": "abc"}
@@ -108,9 +109,19 @@ def test_the_manifest_says_what_made_it_and_sums_the_time(runs: Path) -> None:
     assert second["wall_time_s"] < 100
 
 
+def test_work_that_came_to_nothing_leaves_nothing_and_binds_nobody(runs: Path) -> None:
+    with pytest.raises(RuntimeError), Run(load_config("smoke")).stage("dpo").work():
+        raise RuntimeError("before the first step")
+    assert not (runs / "smoke").exists()
+    with Run(load_config("smoke", {"dpo.beta": 0.2})).stage("dpo").work() as stage:
+        stage.log({"step": 1})
+    with pytest.raises(InputError, match="dpo.beta: 0.2 -> 0.1"):
+        Run(load_config("smoke")).stage("dpo").check_config()
+
+
 def test_changed_settings_are_refused_with_old_and_new(runs: Path) -> None:
-    with Run(load_config("smoke")).stage("dpo").work():
-        pass
+    with Run(load_config("smoke")).stage("dpo").work() as stage:
+        stage.log({"step": 1})
     changed = load_config("smoke", {"dpo.beta": 0.2, "model.lora_rank": 16}, seed=1)
     with pytest.raises(InputError) as caught:
         Run(changed).stage("dpo").check_config()
@@ -124,8 +135,8 @@ def test_changed_settings_are_refused_with_old_and_new(runs: Path) -> None:
 
 def test_settings_that_leave_a_stage_as_it_is_may_change(runs: Path) -> None:
     for name in ("data", "dpo"):
-        with Run(load_config("smoke")).stage(name).work():
-            pass
+        with Run(load_config("smoke")).stage(name).work() as stage:
+            stage.finish({})
     free = load_config("smoke", {"dpo.save_steps": 1, "launch.num_processes": 2})
     Run(free).stage("dpo").check_config()
     Run(load_config("smoke", {"generation.batch_size": 1})).stage("dpo").check_config()

@@ -69,18 +69,27 @@ def completion_ids(
     return [*answer, tokenizer.eos_token_id]
 
 
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as rows of ids without padding, and what the processor makes of the images.
+
+    `token_types` marks, for families that want it (Qwen-VL), which ids stand for image patches.
+    """
+
+    ids: list[list[int]]
+    token_types: list[list[int]] | None
+    vision: dict[str, Tensor]
+
+
 def encode_prompts(
     processor: ProcessorMixin, prompts: list[str], images: list[Any]
-) -> tuple[list[list[int]], dict[str, Tensor]]:
-    """Prompt ids with image tokens expanded and one BOS, and the image tensors.
+) -> EncodedPrompts:
+    """Prompts with image tokens expanded and one BOS.
 
     Args:
         processor: Of the model.
         prompts: Questions.
         images: A decoded image a question, or None.
-
-    Returns:
-        Ids without padding, and whatever the processor makes of images (`pixel_values`, ...).
     """
     tokenizer = processor.tokenizer
     texts = [
@@ -93,12 +102,20 @@ def encode_prompts(
         return_tensors="pt",
     )  # fmt: skip
     mask = encoded.pop("attention_mask").bool()
-    ids = [row[keep].tolist() for row, keep in zip(encoded.pop("input_ids"), mask, strict=True)]
-    bos = tokenizer.bos_token_id
-    if bos is not None:
-        ids = [row if row[:1] == [bos] else [bos, *row] for row in ids]
+
+    def rows(name: str) -> list[list[int]]:
+        return [row[keep].tolist() for row, keep in zip(encoded.pop(name), mask, strict=True)]
+
+    ids = rows("input_ids")
+    types = rows("mm_token_type_ids") if "mm_token_type_ids" in encoded else None
     encoded.pop("token_type_ids", None)
-    return ids, dict(encoded)
+    bos = tokenizer.bos_token_id
+    for i, row in enumerate(ids):
+        if bos is not None and row[:1] != [bos]:
+            ids[i] = [bos, *row]
+            if types is not None:
+                types[i] = [0, *types[i]]
+    return EncodedPrompts(ids, types, dict(encoded))
 
 
 def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
@@ -147,10 +164,10 @@ class PreferenceCollator:
             InputError: A row is longer than `max_length`, or its image cannot be used.
         """
         images = decode_images(rows)
-        prompts, vision = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
         sequences, masks, too_long = [], [], []
         for side in ("chosen", "rejected"):
-            for row, head, image in zip(rows, prompts, images, strict=True):
+            for row, head, image in zip(rows, prompts.ids, images, strict=True):
                 tail = completion_ids(
                     self.processor, row["prompt"], row[side], image=image is not None
                 )
@@ -165,11 +182,18 @@ class PreferenceCollator:
             )
         pad = self.processor.tokenizer.pad_token_id
         attention = [[1] * len(s) for s in sequences]
-        return {
+        batch = {
             "input_ids": pad_rows(sequences, pad, self.padding_side),
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
-        } | {k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in vision.items()}
+        }
+        if prompts.token_types is not None:  # answers are text
+            doubled = [*prompts.token_types, *prompts.token_types]
+            types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
+            batch["mm_token_type_ids"] = pad_rows(types, 0, self.padding_side)
+        return batch | {
+            k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in prompts.vision.items()
+        }
 
 
 @dataclass
@@ -181,9 +205,11 @@ class PromptCollator:
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` (batch, length), and the image tensors."""
         images = decode_images(rows)
-        prompts, vision = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
-        pad = self.processor.tokenizer.pad_token_id
-        return {
-            "input_ids": pad_rows(prompts, pad, "left"),
-            "attention_mask": pad_rows([[1] * len(p) for p in prompts], 0, "left"),
-        } | vision
+        prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        batch = {
+            "input_ids": pad_rows(prompts.ids, self.processor.tokenizer.pad_token_id, "left"),
+            "attention_mask": pad_rows([[1] * len(p) for p in prompts.ids], 0, "left"),
+        }
+        if prompts.token_types is not None:
+            batch["mm_token_type_ids"] = pad_rows(prompts.token_types, 0, "left")
+        return batch | prompts.vision

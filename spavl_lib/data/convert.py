@@ -42,16 +42,12 @@ def convert(source: str, target: Path) -> dict[str, int]:
         lists: dict[str, list] = {k: [] for k in (*map(KEYWORDS.get, QUESTION_TYPES), "untyped")}
         for row in tqdm(rows, desc=split):
             keyword = KEYWORDS.get(row["question_type"], "untyped")
-            folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
-            relative = "/".join([*folders, row["image_name"] or f"{number}.png"])
-            image = target / "images" / relative
-            if not image.exists():
-                image.parent.mkdir(parents=True, exist_ok=True)
-                image.write_bytes(row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes())
+            record = {"id": number}
+            if row["image"] is not None:
+                record["image"] = _write_image(row, target / "images", number)
             lists[keyword].append(
-                {
-                    "id": number,
-                    "image": relative,
+                record
+                | {
                     "question": row["prompt"],
                     "chosen": row["chosen"],
                     "rejected": row["rejected"],
@@ -66,6 +62,21 @@ def convert(source: str, target: Path) -> dict[str, int]:
         _write(target / map_name, keyword_map)
         counts[split] = len(rows)
     return counts
+
+
+def _write_image(row: dict, root: Path, number: int) -> str:
+    """Write a row's picture by its class, and give its path; names that clash are told apart."""
+    folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
+    name = row["image_name"] or f"{number}.png"
+    if Path(name).name != name:
+        raise InputError(f"row {row['id']}: image_name {name!r} must be a plain file name")
+    content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
+    image = root.joinpath(*folders, name)
+    if image.exists() and image.read_bytes() != content:
+        image = image.with_name(f"{number}_{name}")
+    image.parent.mkdir(parents=True, exist_ok=True)
+    image.write_bytes(content)
+    return image.relative_to(root).as_posix()
 
 
 def _write(path: Path, value: object) -> None:

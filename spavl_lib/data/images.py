@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -24,15 +25,19 @@ def resolve_inside(root: Path, relative: str) -> Path:
     """
     if "\0" in relative or "://" in relative or relative.startswith(("~", "/", "\\")):
         raise ImageError(f"image path {relative!r} must be relative to {root}")
+    shown = relative if len(relative) < 200 else f"{relative[:200]}..."
     real_root = os.path.realpath(root)
-    real = os.path.realpath(os.path.join(real_root, relative))  # noqa: PTH118 - realpath below
-    if os.path.commonpath([real_root, real]) != real_root:
-        raise ImageError(f"image path {relative!r} leaves {root}")
-    path = Path(real)
-    if not path.exists():
-        raise ImageError(f"missing image {relative!r} (looked in {root})")
-    if not path.is_file():
-        raise ImageError(f"image path {relative!r} is not a file")
+    try:
+        real = os.path.realpath(os.path.join(real_root, relative))  # noqa: PTH118 - realpath below
+        if os.path.commonpath([real_root, real]) != real_root:
+            raise ImageError(f"image path {shown!r} leaves {root}")
+        path = Path(real)
+        if not path.exists():
+            raise ImageError(f"missing image {shown!r} (looked in {root})")
+        if not path.is_file():
+            raise ImageError(f"image path {shown!r} is not a file")
+    except (OSError, ValueError) as error:  # a name too long, or no text at all
+        raise ImageError(f"image path {shown!r} cannot be used: {type(error).__name__}") from error
     return path
 
 
@@ -58,6 +63,9 @@ def open_image(source: Path | bytes) -> Image.Image:
                     raise ImageError(f"image is {width} x {height} px, over {MAX_PIXELS:,}")
                 image.load()
                 upright = ImageOps.exif_transpose(image)
+                if upright.mode.startswith("I"):  # 16 bit: convert() would clip, not scale
+                    values = np.asarray(upright).astype(np.float32)
+                    upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
                 if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
                     upright = upright.convert("RGBA")
                     white = Image.new("RGBA", upright.size, "white")

@@ -51,6 +51,8 @@ def text_problems(row: dict, where: str, *, preference: bool) -> Iterator[str]:
             yield f"{where} {name}: empty"
         elif "\0" in value:
             yield f"{where} {name}: holds a NUL character"
+        elif not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            yield f"{where} {name}: holds half a surrogate pair, which is no text"
     if preference and isinstance(row.get("chosen"), str) and row.get("chosen"):
         if row["chosen"].strip() == str(row.get("rejected")).strip():
             yield f"{where} rejected: equal to chosen, so nothing is preferred"
@@ -63,8 +65,16 @@ def text_problems(row: dict, where: str, *, preference: bool) -> Iterator[str]:
                 yield f"{where} {level}: {row[level]!r} is not the parent of {class3!r}"
 
 
-def check_rows(rows: Dataset, source: str, *, preference: bool) -> None:
+def check_rows(
+    rows: Dataset, source: str, *, preference: bool, without_bytes: Iterable[int] = ()
+) -> None:
     """Check every row's text, and decode every image of a set small enough.
+
+    Args:
+        rows: In this schema.
+        source: File they came from.
+        preference: Whether answers are expected.
+        without_bytes: Rows whose image should be embedded and is not.
 
     Raises:
         InputError: Lists all offenders by file and row.
@@ -77,12 +87,13 @@ def check_rows(rows: Dataset, source: str, *, preference: bool) -> None:
         if row["id"] in seen:
             problems.append(f"{where} id: {row['id']!r} repeats row {seen[row['id']]}")
         seen.setdefault(row["id"], index)
+    bad = {index: "a path without the file's bytes" for index in without_bytes}
     if "image" in rows.column_names and len(rows) <= DECODE_ALL_UP_TO:
         for index, cell in enumerate(rows["image"]):
-            if cell is None:  # a text-only record
-                continue
             try:
-                decode(cell)
+                if cell is not None and index not in bad:  # None: a text-only record
+                    decode(cell)
             except ImageError as error:
-                problems.append(f"{source}:{index} image: {error}")
+                bad[index] = str(error)
+    problems += [f"{source}:{index} image: {bad[index]}" for index in sorted(bad)]
     raise_all(problems, source)

@@ -19,10 +19,11 @@ from spavl_lib.data.schema import (
     features,
     text_problems,
 )
-from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError, raise_all
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
+HUMAN, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
 # The original calls the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
 
@@ -104,7 +105,9 @@ def _row(record: object, where: str, root: Path, question_type: str) -> tuple[di
     problems = [f"{where} {k}: missing" for k in SEED_REQUIRED if k not in record]
     relative = record.get("image") or ""
     parts = relative.split("/") if isinstance(relative, str) else []
-    class3 = parts[-2] if len(parts) >= 4 else ""
+    # A path says a class only if it lies in the original's folders: class1/class2/class3/name.
+    in_classes = len(parts) >= 4 and (parts[-4] in classes(1) or parts[-3] in classes(2))
+    class3 = parts[-2] if in_classes else ""
     row = empty | {
         "id": str(record.get("id", "")),
         "prompt": _question(record.get("question")),
@@ -130,16 +133,17 @@ def _row(record: object, where: str, root: Path, question_type: str) -> tuple[di
 
 
 def _question(question: object) -> object:
-    """A question, or a conversation's turns as one text."""
-    if isinstance(question, list):
-        turns = [t.get("value", "") for t in question if isinstance(t, dict)]
-        speakers = [t.get("from", "Human") for t in question if isinstance(t, dict)]
-        lines = [
-            value if who == "Human" else f"ASSISTANT: {value}</turn>USER:"
-            for who, value in zip(speakers, turns, strict=True)
-        ]
-        return " ".join(lines).replace("</turn>", " ")
-    return question
+    """A question, or a conversation's turns as one text; None if a turn is not understood."""
+    if not isinstance(question, list):
+        return question
+    said = []
+    for turn in question:
+        speaker = str(turn.get("from")).lower() if isinstance(turn, dict) else ""
+        if speaker not in HUMAN | ASSISTANT or not isinstance(turn.get("value"), str):
+            return None
+        answer = f"ASSISTANT: {turn['value']} USER:"
+        said.append(turn["value"] if speaker in HUMAN else answer)
+    return " ".join(said)
 
 
 def _image_problems(rows: Iterable[dict], *, decode: bool) -> list[str]:

@@ -6,11 +6,13 @@ that find no partner keep empty fields and are counted, never dropped.
 
 import json
 import random
-from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
-from datasets import Dataset, load_dataset
+import pyarrow.compute as pc
+from datasets import Dataset, Image, load_dataset
 
 from spavl_lib.config import DataConfig
 from spavl_lib.data import seed_json
@@ -65,10 +67,10 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
         parts = {"train": ("data/train-*", "train"), "validation": ("validation/validation-*",) * 2}
         pattern, _ = parts[split]
         raw, source = _read(folder, pattern, HUB_REQUIRED[split])
-        rows = _to_schema(raw, split, PREFERENCE_COLUMNS)
+        rows = _to_schema(raw, split, PREFERENCE_COLUMNS, source)
         if split == "train":
             rows = _join(rows, folder / "meta_files")
-        check_rows(rows, source, preference=True)
+        check_rows(rows, source, preference=True, without_bytes=_without_bytes(rows))
     wanted = config.train_rows if split == "train" else config.validation_rows
     return subset(rows, wanted)
 
@@ -92,8 +94,8 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
         known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
         raise InputError(f"{folder} has no evaluation set {name!r} (it has {', '.join(known)})")
     raw, source = _read(folder, f"{config_name}/{base}-*", HUB_REQUIRED["test"])
-    rows = _to_schema(raw, base, PROMPT_COLUMNS)
-    check_rows(rows, source, preference=False)
+    rows = _to_schema(raw, base, PROMPT_COLUMNS, source)
+    check_rows(rows, source, preference=False, without_bytes=_without_bytes(rows))
     if exchanged:
         cells = list(rows["image"])
         swapped = [cells[i ^ 1] for i in range(len(cells))]
@@ -163,39 +165,69 @@ def _read(folder: Path, pattern: str, required: tuple[str, ...]) -> tuple[Datase
     return rows, str(files[0])
 
 
-def _to_schema(raw: Dataset, name: str, columns: tuple[str, ...]) -> Dataset:
-    from datasets import Image
-
-    rows = raw.cast_column("image", Image(decode=False))
+def _to_schema(raw: Dataset, name: str, columns: tuple[str, ...], source: str) -> Dataset:
+    try:
+        rows = raw.cast_column("image", Image(decode=False))
+    except Exception as error:  # pyarrow raises many kinds
+        kind = raw.features["image"]
+        raise InputError(f"{source}: column image is {kind}, not images: {error}") from error
     rows = rows.rename_columns({k: v for k, v in HUB_RENAMES.items() if k in rows.column_names})
     rows = rows.add_column("id", [f"{name}/{i}" for i in range(len(rows))])
     for column in columns:
         if column not in rows.column_names:
             if column == "image_name":
-                values = [Path(c["path"] or "").name for c in rows["image"]]
+                values = [Path((c or {}).get("path") or "").name for c in rows["image"]]
             else:
                 values = [""] * len(rows)
             rows = rows.add_column(column, values)
     return rows.select_columns(list(columns)).cast(features(columns))
 
 
+def _without_bytes(rows: Dataset) -> list[int]:
+    """Rows whose image names a file instead of carrying it: it could name any file on the disk."""
+    column = rows.data.column("image").combine_chunks()
+    lost = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
+    return pc.indices_nonzero(lost).to_pylist()
+
+
+def _read_meta(path: Path) -> list[dict]:
+    """A meta file: a list of objects that name an image.
+
+    Raises:
+        InputError: It is something else.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list, got {type(records).__name__}")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+            raise InputError(f"{path}:{index} image: missing")
+    return records
+
+
+def _unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
+    """Key -> value, without the keys that stand for two: a wrong partner is worse than none."""
+    values: dict[Any, set[str]] = {}
+    for key, value in pairs:
+        values.setdefault(key, set()).add(value)
+    return {key: next(iter(found)) for key, found in values.items() if len(found) == 1}
+
+
 def _join(rows: Dataset, meta: Path) -> Dataset:
     """Attach classes by image name and question types by (image, question)."""
     info_path = meta / "image_info" / "meta.json"
-    if not info_path.is_file():
-        return rows
-    info = {
-        r["image"]: r.get("class3", "") for r in json.loads(info_path.read_text(encoding="utf-8"))
-    }
-    kinds: dict[tuple[str, str], str] = {}
-    clashes: Counter = Counter()
-    for question_type in QUESTION_TYPES:
-        path = meta / "split" / f"{question_type}.json"
-        if path.is_file():
-            for r in json.loads(path.read_text(encoding="utf-8")):
-                key = (Path(r["image"]).name, r["question"])
-                clashes[key] += kinds.get(key, question_type) != question_type
-                kinds[key] = question_type
+    infos = _read_meta(info_path) if info_path.is_file() else []
+    info = _unambiguous((Path(r["image"]).name, str(r.get("class3", ""))) for r in infos)
+    splits = {t: meta / "split" / f"{t}.json" for t in QUESTION_TYPES}
+    kinds = _unambiguous(
+        ((Path(r["image"]).name, r.get("question")), question_type)
+        for question_type, path in splits.items()
+        if path.is_file()
+        for r in _read_meta(path)
+    )
     names, prompts = rows["image_name"], rows["prompt"]
     class3 = [info.get(Path(n).name, "") for n in names]
     joined = {

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -70,7 +70,6 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     for splits in (*load_world().facts.values(), *load_world().wordings.values()):
         corpus += [w.format(vp="make this") for wordings in splits.values() for w in wordings] * 20
     raw = Tokenizer(models.BPE())
-    raw.normalizer = normalizers.NFC()
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.train_from_iterator(

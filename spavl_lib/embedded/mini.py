@@ -274,7 +274,7 @@ def mini_rows() -> dict[str, list[Row]]:
 
 
 def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
-    """Rows in the columns the real set has on the Hub (twins also tell their pair)."""
+    """Rows in the columns the real set has on the Hub."""
     pictures: dict[str, bytes] = {}
     for row in rows:
         if row.scene.image_name not in pictures:
@@ -296,8 +296,6 @@ def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
                 r.request.class3 if level == 3 else PARENTS[r.request.class3][level - 1]
                 for r in rows
             ]
-    if kind == "twins":
-        table["pair"] = [r.pair for r in rows]
     kinds = {k: Image() if k == "image" else Value("string") for k in table}
     return Dataset.from_dict(table, features=Features(kinds))
 
@@ -337,9 +335,8 @@ def write_mini(folder: Path) -> None:
         "validation/validation": ("validation", rows["validation"], "noto"),
     }
     for name in TEST_SETS:
-        kind = "twins" if name == "twins" else "test"
-        files[f"test/{name}"] = (kind, rows[name], "noto")
-        files[f"test_twemoji/{name}"] = (kind, rows[name], "twemoji")
+        files[f"test/{name}"] = ("test", rows[name], "noto")
+        files[f"test_twemoji/{name}"] = ("test", rows[name], "twemoji")
     for stem, (kind, part, drawing) in files.items():
         path = folder / f"{stem}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,18 +40,18 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
     ]
     if not targets:
         raise InputError(f"{type(model).__name__}: found none of {LINEARS} in the language model")
-    projector = [
-        name
+    projectors = {
+        name.rsplit(".", 1)[-1]
         for name, _ in model.named_modules()
-        if PROJECTOR.search(f"{name}.") and name.count(".") <= 1
-    ]
+        if PROJECTOR.search(f"{name}.") and not PROJECTOR.search(f"{name.rpartition('.')[0]}.")
+    }
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
         bias="none",
         target_modules=targets,
-        modules_to_save=projector[:1] if config.train_projector else None,
+        modules_to_save=sorted(projectors) if config.train_projector else None,
         task_type="CAUSAL_LM",
     )
 
@@ -89,7 +89,9 @@ def assert_freeze_plan(model: nn.Module, config: ModelConfig) -> dict[str, int]:
             )
         else:
             copied = "modules_to_save" in name
-            expected = (lora and part == "language") or (part == "projector" and copied)
+            expected = (lora and part == "language") or (
+                part == "projector" and copied and config.train_projector
+            )
         if lora and part != "language":
             raise AssertionError(f"{name}: LoRA reaches the {part}")
         if parameter.requires_grad != expected:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -21,6 +22,12 @@ from spavl_lib.checkpoint import sha256_file
 from spavl_lib.config import ModelConfig
 from spavl_lib.embedded.world import ASSETS
 from spavl_lib.errors import InputError
+
+# Tower and projector by any family's name. transformers matches from the start of a module's full
+# name: a bare "vision_tower" matches nothing, and the tower would be quantised without a word.
+NOT_QUANTISED = (
+    r"(?:.*\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|connector|merger)"
+)
 
 
 def quiet_libraries() -> None:
@@ -77,7 +84,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=compute_dtype(),
-            llm_int8_skip_modules=["vision_tower", "multi_modal_projector", "lm_head"],
+            llm_int8_skip_modules=[NOT_QUANTISED, "lm_head"],
         )
     try:
         model = AutoModelForImageTextToText.from_pretrained(
@@ -87,7 +94,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             use_safetensors=True,
             quantization_config=quantisation,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load model {config.name!r}: {error}") from error
     return model.to(device()).eval() if quantisation is None else model.eval()
 

@@ -1,5 +1,8 @@
 """Rows to tensors: BOS, EOS, image slots, masks and padding, on the embedded processor and others."""
 
+import copy
+import unicodedata
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +29,9 @@ SYSTEM = (
 )
 
 
-def row(prompt: str = "What is this?", chosen: str = "A cat.", rejected: str = "No.", **more) -> dict:
+def row(
+    prompt: str = "What is this?", chosen: str = "A cat.", rejected: str = "No.", **more
+) -> dict:
     """A preference row over a red picture."""
     base = {"id": "r/0", "image_name": "a.png", "image": {"bytes": png(), "path": None}}
     return base | {"prompt": prompt, "chosen": chosen, "rejected": rejected} | more
@@ -265,20 +270,19 @@ def test_an_answer_that_only_looks_like_the_template_stays_one_answer() -> None:
     assert processor.tokenizer.decode(scored(batch, 0)) == f" {text}</s>"
 
 
+@pytest.mark.parametrize("family", ["embedded", "qwen2_5_vl"])
 @pytest.mark.parametrize(
     "text", ["naïve café", "日本語のテキスト", "emoji 🔥🔥", "tab\tand\nlines\n\nmore", "a" * 200,
              "trailing space  ", " leading", "é" + "e\u0301"],
 )  # fmt: skip
-def test_any_text_comes_back(text: str) -> None:
-    """Byte-level, so none is unknown; the normaliser may compose letters, not lose them."""
-    import unicodedata
-
-    processor = embedded_processor()
+def test_any_text_comes_back(text: str, family: str) -> None:
+    """Byte-level, so none is unknown; a family may compose letters (Qwen does), not lose them."""
+    _, processor = tiny(family)
     rows = [row(chosen=text, rejected=f"{text} no")]
     batch = PreferenceCollator(processor)(rows)
-    said = processor.tokenizer.decode(scored(batch, 0)[:-1])
-    assert said.strip() == unicodedata.normalize("NFC", text).strip()
-    check_batch(batch, rows, processor, 4)
+    said = processor.tokenizer.decode(scored(batch, 0)[:-1]).strip()
+    assert unicodedata.normalize("NFC", said) == unicodedata.normalize("NFC", text).strip()
+    check_batch(batch, rows, processor, _image_token_id(processor))
 
 
 # --- refusals -----------------------------------------------------------------------------------
@@ -311,8 +315,6 @@ def test_bad_images_are_named_by_row() -> None:
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused() -> None:
-    import copy
-
     processor = copy.deepcopy(embedded_processor())
     processor.chat_template = (
         "{% if add_generation_prompt %}Q{% else %}R{% endif %}"
@@ -360,8 +362,9 @@ def test_collating_leaves_the_rows_as_they_were() -> None:
 
 def test_prompts_without_any_image() -> None:
     processor = embedded_processor()
-    ids, vision = encode_prompts(processor, ["Why?", "And so?"], [None, None])
-    assert vision == {} and all(4 not in i and i[0] == 0 and i.count(0) == 1 for i in ids)
+    encoded = encode_prompts(processor, ["Why?", "And so?"], [None, None])
+    assert encoded.vision == {} and encoded.token_types is None
+    assert all(4 not in i and i[0] == 0 and i.count(0) == 1 for i in encoded.ids)
 
 
 def test_a_broken_batch_is_caught_by_the_first_check() -> None:

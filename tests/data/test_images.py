@@ -172,6 +172,7 @@ def test_damaged_bytes_raise_nothing_but_image_errors() -> None:
 
 def big_png(width: int, height: int) -> bytes:
     """A PNG whose header promises a large picture."""
+
     def chunk(kind: bytes, body: bytes) -> bytes:
         check = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + check

@@ -97,6 +97,38 @@ def test_rows_without_a_partner_are_counted_not_dropped(tmp_path: Path) -> None:
     assert [i for i, t in enumerate(joined["question_type"]) if not t] == [3]
 
 
+def test_a_name_that_stands_for_two_pictures_joins_neither(tmp_path: Path) -> None:
+    """Names may repeat over classes; a class taken from the wrong one would be a silent lie."""
+    rows = [HUB_ROW | {"image_name": n, "question": f"Q {n}?"} for n in ("a.png", "b.png")]
+    folder = write_hub_folder(tmp_path, rows)
+    meta = folder / "meta_files"
+    (meta / "image_info").mkdir(parents=True)
+    info = [{"image": n, "class3": c} for n, c in
+            (("a.png", "theft"), ("b.png", "hate"), ("a.png", "cyber"))]  # fmt: skip
+    (meta / "image_info/meta.json").write_text(json.dumps(info), encoding="utf-8")
+    (meta / "split").mkdir()
+    for question_type, names in {"easy": ("a.png", "b.png"), "hardq": ("b.png",)}.items():
+        part = [{"image": n, "question": f"Q {n}?"} for n in names]
+        (meta / f"split/{question_type}.json").write_text(json.dumps(part), encoding="utf-8")
+    joined = load_preferences(hub_config(folder), "train")
+    assert list(joined["class3"]) == ["", "hate"]
+    assert list(joined["question_type"]) == ["easy", ""]
+    assert unmatched(joined) == {"no_class": 1, "no_question_type": 1}
+
+
+@pytest.mark.parametrize("content", ["", "[1, 2]", '[{"class3": "theft"}]', '{"image": "a"}'])
+def test_meta_files_of_another_shape_are_input_errors(tmp_path: Path, content: str) -> None:
+    folder = write_hub_folder(tmp_path, [HUB_ROW])
+    for name in ("image_info/meta.json", "split/easy.json"):
+        path = folder / "meta_files" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("[]", encoding="utf-8")
+    for name in ("split/easy.json", "image_info/meta.json"):
+        (folder / "meta_files" / name).write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=name):
+            load_preferences(hub_config(folder), "train")
+
+
 @pytest.mark.parametrize(
     ("column", "split"),
     [("chosen", "train"), ("question", "train"), ("image_name", "train"), ("image", "train"),
@@ -326,7 +358,9 @@ def test_keywords_choose_the_lists(converted: Path) -> None:
 
 def test_an_unknown_keyword_is_an_error_that_names_the_known(converted: Path) -> None:
     config = converted_config(converted, keywords=("easy", "hards", "medium"))
-    with pytest.raises(InputError, match=r"unknown keyword \['hards', 'medium'\].*easy, hardq, hardd"):
+    with pytest.raises(
+        InputError, match=r"unknown keyword \['hards', 'medium'\].*easy, hardq, hardd"
+    ):
         load_preferences(config, "train")
 
 
@@ -363,16 +397,32 @@ def test_text_only_rows_survive_a_conversion(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_pictures_of_one_name_stay_apart(tmp_path: Path) -> None:
+    """Two rows without a class, whose pictures have one name, keep each its own."""
+    rows = [HUB_ROW | {"image": png((n, 0, 0)), "question": f"Q {n}?"} for n in (1, 2, 2)]
+    validation = [HUB_ROW | {"class1": "", "class2": "", "class3": "", "image": png((3, 0, 0))}]
+    source = write_hub_folder(tmp_path / "in", rows, validation)
+    convert(str(source), tmp_path / "out")
+    for split, expected in {"train": [1, 2, 2], "validation": [3]}.items():
+        back = load_preferences(converted_config(tmp_path / "out"), split)
+        found = [Path(c["path"]).read_bytes() for c in back["image"]]
+        assert found == [png((n, 0, 0)) for n in expected]
+
+
 def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
     turns = [
         {"from": "Human", "value": "First?"},
         {"from": "Assistant", "value": "An answer."},
         {"from": "Human", "value": "And then?"},
     ]
+    small = [t | {"from": t["from"].lower()} for t in turns]
     folder = write_seed_folder(
-        tmp_path, {"easy": [seed_record(0, image=...), seed_record(1, question=turns)]}
-    )
+        tmp_path,
+        {"easy": [seed_record(0, image=...), *(seed_record(n + 1, question=t)
+                  for n, t in enumerate((turns, small)))]},
+    )  # fmt: skip
     rows = load_preferences(seed_config(folder), "train")
+    assert rows[2]["prompt"] == rows[1]["prompt"]
     assert rows[0]["image"] is None and rows[0]["image_name"] == ""
     assert rows[1]["prompt"] == "First? ASSISTANT: An answer. USER: And then?"
     assert rows[1]["image"]["path"].endswith("theft/1.png")
@@ -394,6 +444,8 @@ BAD_RECORDS = {
     "null question": (seed_record(question=None), "prompt: expected text, got NoneType"),
     "turn without text": (
         seed_record(question=[{"from": "Human", "value": None}]), "prompt: expected text"),
+    "unknown speaker": (
+        seed_record(question=[{"from": "Narrator", "value": "Q?"}]), "prompt: "),
     "turn of another type": (seed_record(question=["Q?"]), "prompt: "),
     "equal answers": (seed_record(chosen="Same.", rejected=" Same."), "rejected: equal to chosen"),
     "NUL": (seed_record(question="a\0b"), "prompt: holds a NUL character"),

@@ -133,9 +133,7 @@ def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     assert again == here == files_of(mini.mini_folder())
 
 
-def test_the_cache_is_built_once_and_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_is_built_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPAVL_CACHE", str(tmp_path))
     calls = []
     monkeypatch.setattr(mini, "write_mini", lambda folder: (calls.append(folder), folder.mkdir()))

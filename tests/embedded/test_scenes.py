@@ -71,6 +71,7 @@ def test_mirror_drawing_and_concept_each_change_the_picture() -> None:
 @pytest.mark.parametrize("placement", [(0.0, 0.0), (1.0, 1.0), (0.0, 1.0)])
 def test_the_thing_is_never_cut_off(placement: tuple[float, float]) -> None:
     """Moved to a corner, and pushed further by a jitter, it covers as much as in the middle."""
+
     def covered(composition: Composition, **options: object) -> int:
         pixels = np.asarray(render("drum", composition, (76, 64), **options)).astype(int)
         return int((np.abs(pixels - scenes.COLOURS["blue"]).sum(-1) > 12).sum())

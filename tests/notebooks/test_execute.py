@@ -135,7 +135,9 @@ def test_the_report_stands_alone(chain: tuple[Path, str]) -> None:
     for attribute in ('src="http', "src='http", '<link rel="stylesheet"', "@import"):
         assert attribute not in page
     assert "report.html" in printed
-    assert "base" in printed
+    for rates in strict_json(run / "metrics.json")["models"].values():
+        for name in RATES:
+            assert not rates[name] or f"{rates[name]['k']}/{rates[name]['n']}" in printed
 
 
 def test_a_second_run_keeps_every_stage(chain: tuple[Path, str], runs: Path) -> None:

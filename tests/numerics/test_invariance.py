@@ -119,7 +119,9 @@ def test_cached_decoding_says_what_teacher_forcing_says() -> None:
     extra = torch.ones(len(ids), ids.shape[1] - width, dtype=torch.long)
     mask = torch.cat([batch["attention_mask"], extra], 1)
     with torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, pixel_values=batch["pixel_values"]).logits
+        logits = model(
+            input_ids=ids, attention_mask=mask, pixel_values=batch["pixel_values"]
+        ).logits
     reported = torch.stack(out.logits, 1).log_softmax(-1)
     forced = logits[:, width - 1 : -1].log_softmax(-1)
     picked = ids[:, width:].unsqueeze(-1)

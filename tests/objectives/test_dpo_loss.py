@@ -43,7 +43,9 @@ def test_swapping_a_pair_mirrors_it() -> None:
     assert margin.abs().max() > 1
 
 
-@pytest.mark.parametrize(("margin", "slope"), [(0.0, 0.5), (2.0, 0.1192), (-2.0, 0.8808), (-40.0, 1.0)])
+@pytest.mark.parametrize(
+    ("margin", "slope"), [(0.0, 0.5), (2.0, 0.1192), (-2.0, 0.8808), (-40.0, 1.0)]
+)
 def test_the_gradient_lifts_chosen_and_lowers_rejected(margin: float, slope: float) -> None:
     """d loss = -beta * sigmoid(-margin) for chosen and its opposite for rejected, never vanishing."""
     beta = 0.2

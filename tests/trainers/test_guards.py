@@ -94,9 +94,13 @@ def test_movement_wants_every_trained_tensor_moved_and_no_frozen_one() -> None:
         model[1].weight.add_(1e-5)
 
     moved(right)
-    with pytest.raises(AssertionError, match=r"frozen but moved: \['0.weight'\]; trains but still: \[\]"):
+    with pytest.raises(
+        AssertionError, match=r"frozen but moved: \['0.weight'\]; trains but still: \[\]"
+    ):
         moved(frozen_moved)
-    with pytest.raises(AssertionError, match=r"frozen but moved: \[\]; trains but still: \['1.bias'\]"):
+    with pytest.raises(
+        AssertionError, match=r"frozen but moved: \[\]; trains but still: \['1.bias'\]"
+    ):
         moved(one_still)
 
 
