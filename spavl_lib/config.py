@@ -17,6 +17,25 @@ import yaml
 from spavl_lib.errors import InputError
 
 PROFILES = Path(__file__).parent / "profiles"
+DPO_LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
+SCHEDULERS = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+)  # fmt: skip
+
+
+def _at_least(section: str, config: Any, **lowest: float) -> None:
+    for name, low in lowest.items():
+        value = getattr(config, name)
+        if value < low:
+            raise InputError(f"{section}.{name} must be at least {low}, got {value}")
+
+
+def _known(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(f"{key} = {value!r}{_nearest(value, list(known))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +56,9 @@ class DataConfig:
     """seed_json: keywords of the keyword map to read, all if empty."""
     image_root: str = ""
     """seed_json: folder the records' image paths start from; `path` if empty."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, train_rows=0, validation_rows=0, test_rows=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +81,7 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
 
     def __post_init__(self) -> None:
-        if self.lora_rank < 1:
-            raise InputError(f"model.lora_rank must be at least 1, got {self.lora_rank}")
+        _at_least("model", self, lora_rank=1, lora_alpha=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +129,14 @@ class DPOConfig:
                 f"dpo.loss_weights needs one weight a loss: {len(self.loss_type)} losses "
                 f"{list(self.loss_type)}, {len(self.loss_weights)} weights"
             )
-        if self.max_steps < 0 or self.per_device_batch_size < 1:
-            raise InputError("dpo.max_steps must be at least 0, dpo.per_device_batch_size 1")
+        _at_least(
+            "dpo", self, max_steps=0, per_device_batch_size=1, gradient_accumulation_steps=1,
+            num_epochs=0, learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0,
+            max_length=0, save_steps=1, eval_steps=0,
+        )  # fmt: skip
+        for name in self.loss_type:
+            _known("dpo.loss_type", name, DPO_LOSSES)
+        _known("dpo.lr_scheduler", self.lr_scheduler, SCHEDULERS)
 
     @property
     def global_batch_size(self) -> int:
@@ -132,6 +159,14 @@ class GenerationConfig:
     top_p: float = 1.0
     """Smallest set of tokens with this mass, when sampling."""
 
+    def __post_init__(self) -> None:
+        _at_least("generation", self, batch_size=1, max_new_tokens=1)
+        if self.temperature <= 0 or not 0 < self.top_p <= 1:
+            raise InputError(
+                "generation.temperature must be above 0 and generation.top_p in (0, 1], got "
+                f"{self.temperature} and {self.top_p}"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
@@ -149,6 +184,9 @@ class LaunchConfig:
 
     num_processes: int = 1
     """Processes; more than one starts accelerate."""
+
+    def __post_init__(self) -> None:
+        _at_least("launch", self, num_processes=1)
 
 
 # The original's settings (seed_json's own scripts): method constants only, never scale.
@@ -182,6 +220,10 @@ class Config:
     """Of weights, data order and sampling."""
     run_name: str = ""
     """Folder under runs/; the profile's name if empty."""
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}")
 
     def to_dict(self) -> dict:
         """Plain values, as written to config.yaml."""

@@ -145,12 +145,13 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
 
     trained = {n: stage.run.stage(n) for n in TRAINED if stage.run.stage(n).done}
     models = {"base": None} | {n: s.path / "model" for n, s in trained.items()}
-    if stage.done and stage.summary["models"] == list(models):
+    inputs = {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
+    # Done only for these very weights: a model trained anew wants new answers.
+    if stage.done and stage.summary["models"] == list(models) and stage.summary["inputs"] == inputs:
         stage.check_config()
         return stage.summary
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
-    inputs = {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
-    summary: dict = {"models": list(models), "sets": {}}
+    summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
     with stage.work(inputs), stop_on_signals() as flag:
         processor = load_processor(config.model)
         sets = {name: load_prompts(config.data, name) for name in names}

@@ -485,10 +485,13 @@ def run_all(
     for path, stage in stages.items():
         check_parameters(path)
         stage.check_config()
+    remade: set[str] = set()
     for path, stage in stages.items():
-        if stage.done and (stage.path / "executed.ipynb").is_file():
+        stale = remade & set(UPSTREAM.get(stage.name, ()))  # it looks for itself what to redo
+        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
             _say(f"{stage.name}: done, kept")
             continue
+        remade.add(stage.name)
         _say(f"{stage.name}: running {path.name}")
         started = time.perf_counter()
         run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)

@@ -150,9 +150,12 @@ class Stage:
     @property
     def begun(self) -> bool:
         """Whether the folder holds work: anything beyond what opening a stage writes."""
-        paper = {"config.yaml", "manifest.json", "figures", "executed.ipynb", "contrast"}
-        return self.path.is_dir() and any(
-            p.name not in paper and not p.name.startswith(".") for p in self.path.iterdir()
+        paper = {"config.yaml", "manifest.json", "figures", "contrast"}
+        notebooks = {"executed.ipynb", "failed.ipynb"}
+        return any(
+            path.is_file() and not any(part.startswith(".") for part in parts)
+            for path in self.path.rglob("*")
+            if (parts := path.relative_to(self.path).parts)[0] not in paper | notebooks
         )
 
     @property

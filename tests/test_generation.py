@@ -12,9 +12,9 @@ from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.spavl import load_prompts
 from spavl_lib.errors import InputError, Preempted
-from spavl_lib.generation import generate, generate_batch
-from spavl_lib.run import read_jsonl
-from tests.helpers import MINI, embedded_model, embedded_processor, spread
+from spavl_lib.generation import generate, generate_batch, make_inference_stage
+from spavl_lib.run import Run, read_jsonl
+from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread
 
 GREEDY = GenerationConfig(batch_size=8, max_new_tokens=24)
 SAMPLED = replace(GREEDY, do_sample=True, temperature=0.9, top_p=0.95)
@@ -272,3 +272,45 @@ def test_a_torn_line_within_a_finished_file_is_not_passed_over(tmp_path: Path) -
     path.write_text("\n".join([lines[0], '{"id": ', *lines[2:]]) + "\n", encoding="utf-8")
     with pytest.raises(InputError, match="a.jsonl:1"):
         read_jsonl(path)
+
+
+# --- the stage ----------------------------------------------------------------------------------
+
+
+def test_the_inference_stage_asks_every_model_once(tmp_path: Path) -> None:
+    """Base first; a model trained later is asked alone; one trained anew is asked again."""
+    changes = {
+        "data.test_rows": 2, "generation.max_new_tokens": 3, "evaluation.held_out_drawings": False,
+        "model.adapter": "full",
+    }  # fmt: skip
+    config = smoke(changes, run_name="r")
+    run = Run(config, root=tmp_path)
+    stage = run.stage("inference")
+
+    def asked() -> int:
+        with Counting() as counted:
+            make_inference_stage(config, stage)
+        return counted.batches
+
+    sets = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
+    assert asked() == 5 and asked() == 0
+    assert stage.summary["models"] == ["base"] and set(stage.summary["sets"]) == set(sets)
+    for name in sets:
+        records = read_jsonl(stage.path / "base" / f"{name}.jsonl")
+        assert [r["id"] for r in records] == list(load_prompts(config.data, name)["id"])
+        assert {(r["model"], r["set"]) for r in records} == {("base", name)}
+        assert stage.summary["sets"][name]["base"]["rows"] == len(records) == 2
+    before = files_of(stage.path / "base")
+    embedded_model().save_pretrained(run.path / "dpo/model")
+    run.stage("dpo").finish({"weights_sha256": "a" * 64})
+    assert asked() == 5 and asked() == 0
+    assert stage.summary["models"] == ["base", "dpo"]
+    first = read_jsonl(stage.path / "dpo/harm.jsonl")
+    base = read_jsonl(stage.path / "base/harm.jsonl")
+    assert [r["response"] for r in first] == [r["response"] for r in base]  # the same weights
+    run.stage("dpo").finish({"weights_sha256": "b" * 64})
+    assert asked() == 5
+    assert files_of(stage.path / "base") == before
+    other = smoke(changes | {"generation.max_new_tokens": 4}, run_name="r")
+    with pytest.raises(InputError, match="generation.max_new_tokens: 3 -> 4"):
+        make_inference_stage(other, Run(other, root=tmp_path).stage("inference"))

@@ -145,6 +145,43 @@ def decode_images(rows: list[dict]) -> list[Any]:
     return images
 
 
+def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
+    """Find rows too long for the model before anything trains on them.
+
+    Image tokens are taken from the first picture; where their number varies by picture the
+    collator still refuses a row, only later.
+
+    Args:
+        processor: Of the model.
+        rows: Preference rows.
+        longest: Tokens a sequence may have, image tokens counted.
+
+    Raises:
+        InputError: Lists every row that is longer.
+    """
+    first = next((r for r in rows if r["image"] is not None), None)
+    extra = 0
+    if first is not None:
+        [ids] = encode_prompts(processor, [first["prompt"]], decode_images([first])).ids
+        text = render(processor, first["prompt"]).rstrip(" ")
+        extra = len(ids) - len(processor.tokenizer.encode(text, add_special_tokens=False))
+    too_long = []
+    columns = zip(*(rows[c] for c in ("id", "prompt", "chosen", "rejected")), strict=True)
+    has_image = [cell is not None for cell in rows["image"]]
+    for (row_id, prompt, *answers), image in zip(columns, has_image, strict=True):
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            text = render(processor, prompt, answer, image=image)
+            size = len(processor.tokenizer.encode(text, add_special_tokens=False))
+            if size + extra * image > longest:
+                too_long.append(f"{row_id} {side}: {size + extra * image} tokens")
+    if too_long:
+        shown = "; ".join(too_long[:20]) + ("; ..." if len(too_long) > 20 else "")
+        raise InputError(
+            f"{len(too_long)} answers are longer than {longest} tokens with prompt and image "
+            f"(raise dpo.max_length, or drop them): {shown}"
+        )
+
+
 @dataclass
 class PreferenceCollator:
     """Pairs as trl's vision collator lays them out: chosen rows first, then rejected.

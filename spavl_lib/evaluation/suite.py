@@ -30,12 +30,12 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
     inference = stage.run.stage("inference")
     if not inference.done:
         raise InputError(f"{inference.path} is not finished: run 05_inference first")
-    models = inference.summary["models"]
-    if stage.done and list(stage.summary["models"]) == models:
+    models, inputs = inference.summary["models"], inference.summary.get("inputs", {})
+    if stage.done and stage.summary.get("inputs", {}) == inputs:
         stage.check_config()
         write_metrics(stage.run)
         return stage.summary
-    with stage.work():
+    with stage.work(inputs):
         judge = make_judge(config.evaluation.judge, load_truth(config.data))
         by_model = {}
         for model in models:
@@ -49,7 +49,7 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
                 verdicts[path.stem] = rows
             by_model[model] = model_metrics(verdicts)
         _write_images(config, stage)
-        summary = {"judge": judge.name, "models": by_model}
+        summary = {"judge": judge.name, "inputs": inputs, "models": by_model}
     stage.finish(summary)
     write_metrics(stage.run)
     return summary

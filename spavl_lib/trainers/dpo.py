@@ -24,7 +24,7 @@ from trl import DPOTrainer
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
-from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.collate import PreferenceCollator, check_lengths
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
@@ -352,6 +352,7 @@ def save_trained(
 
 def _check_first_rows(trainer: DPOTrainer, rows: Dataset, processor: ProcessorMixin) -> None:
     sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 8))][:8]
+    check_lengths(processor, rows, trainer.data_collator.max_length)
     batch = trainer.data_collator(sample)
     image_token = getattr(trainer.model.config, "image_token_id", None)
     check_batch(batch, sample, processor, image_token)

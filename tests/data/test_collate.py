@@ -1,4 +1,4 @@
-"""Rows to tensors: BOS, EOS, image slots, masks and padding, on the embedded processor and others."""
+"""Rows to tensors: BOS, EOS, image slots, masks, padding, on the embedded and other processors."""
 
 import copy
 import unicodedata

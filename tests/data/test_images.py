@@ -199,7 +199,8 @@ def test_just_below_the_limit_the_header_passes() -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4", b"\0" * 99],
+    [b"", b"\x89PNG\r\n\x1a\n", b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"%PDF-1.4",
+     b"\0" * 99],
     ids=["empty", "signature", "svg", "pdf", "zeros"],
 )  # fmt: skip
 def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:

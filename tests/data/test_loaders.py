@@ -1,4 +1,4 @@
-"""Both doors, the Hub's layout and the original's, into the one schema; and what neither lets in."""
+"""Both doors, the Hub's layout and the original's, into one schema; and what neither lets in."""
 
 import json
 from collections import Counter
@@ -20,8 +20,10 @@ from spavl_lib.data.spavl import (
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.embedded.mini import mini_folder
 from spavl_lib.errors import InputError
+from spavl_lib.run import Run
 from tests.helpers import (
     MINI,
+    files_of,
     hub_config,
     hub_rows,
     mini_rows,
@@ -29,6 +31,7 @@ from tests.helpers import (
     problems_of,
     seed_config,
     seed_record,
+    smoke,
     write_hub_folder,
     write_parquet,
     write_seed_folder,
@@ -163,8 +166,8 @@ def test_every_bad_row_of_a_parquet_file_is_listed_at_once(tmp_path: Path) -> No
     with pytest.raises(InputError) as caught:
         load_preferences(hub_config(folder), "train")
     found = [line.split("parquet:")[1] for line in problems_of(caught.value)]
-    assert [line.split(":")[0] for line in found] == [
-        "1 chosen", "2 prompt", "4 rejected", "8 rejected", "3 image", "5 image", "6 image",
+    assert sorted(line.split(":")[0] for line in found) == [
+        "1 chosen", "2 prompt", "3 image", "4 rejected", "5 image", "6 image", "8 rejected",
     ]  # fmt: skip
     assert "7 problems" in str(caught.value)
 
@@ -604,3 +607,27 @@ def test_leakage_counts_what_is_shared() -> None:
     assert explore.leakage({"train": train, "leaked": leaked}) == {
         "leaked": {"images": 1, "prompts": len(set(train["prompt"]) & set(leaked["prompt"]))}
     }
+
+
+def test_the_data_stage_counts_and_finds_no_leak(tmp_path: Path) -> None:
+    config = smoke(run_name="r")
+    stage = Run(config, root=tmp_path).stage("data")
+    summary = explore.make_data_stage(config, stage)
+    assert (summary["train"]["rows"], summary["validation"]["rows"]) == (64, 32)
+    assert summary["evaluation_sets"] == {"harm": 24, "help": 24, "look_alikes": 24, "twins": 24}
+    assert summary["shared_with_train"] == {
+        name: {"images": 0, "prompts": 0}
+        for name in ("validation", "harm", "help", "look_alikes", "twins")
+    }
+    train = load_preferences(config.data, "train")
+    assert summary["train"]["sha256"] == explore.data_sha256(train)
+    assert sum(summary["train"]["class1"].values()) == 64
+    words = [len(c.split()) for c in train["chosen"]]
+    assert summary["train"]["chosen_words"]["max"] == max(words)
+    assert summary["train"]["chosen_words"]["mean"] == pytest.approx(sum(words) / 64, abs=0.01)
+    before = files_of(stage.path)
+    assert explore.make_data_stage(config, stage) == summary == stage.summary
+    assert files_of(stage.path) == before
+    with pytest.raises(InputError, match="data.train_rows: 64 -> 65"):
+        other = smoke({"data.train_rows": 65}, run_name="r")
+        explore.make_data_stage(other, Run(other, root=tmp_path).stage("data"))

@@ -9,7 +9,8 @@ from spavl_lib.evaluation.metrics import rate, wilson
 Z = 1.959964
 
 
-# k = 0: upper = z^2 / (n + z^2); k = n: lower = n / (n + z^2); k = n / 2: 1/2 -+ z / 2 sqrt(n + z^2).
+# k = 0: upper = z^2 / (n + z^2); k = n: lower = n / (n + z^2);
+# k = n / 2: 1/2 -+ z / (2 sqrt(n + z^2)).
 @pytest.mark.parametrize(
     ("k", "n", "low", "high"),
     [

@@ -47,7 +47,7 @@ def test_swapping_a_pair_mirrors_it() -> None:
     ("margin", "slope"), [(0.0, 0.5), (2.0, 0.1192), (-2.0, 0.8808), (-40.0, 1.0)]
 )
 def test_the_gradient_lifts_chosen_and_lowers_rejected(margin: float, slope: float) -> None:
-    """d loss = -beta * sigmoid(-margin) for chosen and its opposite for rejected, never vanishing."""
+    """d loss = -beta * sigmoid(-margin) for chosen, its opposite for rejected, never vanishing."""
     beta = 0.2
     chosen = torch.tensor([margin / beta], requires_grad=True)
     rejected = torch.zeros(1, requires_grad=True)

@@ -24,6 +24,7 @@ from spavl_lib.run import Run, Stage, read_jsonl
 from spavl_lib.trainers import dpo
 from spavl_lib.trainers.dpo import build_trainer, train_dpo
 from tests.helpers import (
+    embedded_model,
     embedded_processor,
     files_of,
     hub_rows,
@@ -217,6 +218,31 @@ def test_trl_computes_our_loss(rows: Path, tmp_path: Path) -> None:
     assert logged["rewards/chosen"][0] == pytest.approx(chosen, abs=1e-4)
     assert logged["rewards/rejected"][0] == pytest.approx(rejected, abs=1e-4)
     assert logged["logps/chosen"][0] == pytest.approx(policy[:4].mean().item(), abs=1e-3)
+
+
+def test_the_reference_is_the_base_and_stays_it(
+    straight: dict[str, Stage], rows: Path, tmp_path: Path
+) -> None:
+    """A frozen copy in full fine-tuning, the base under its adapters in LoRA; neither moves."""
+    config = smoke(settings(rows, "full", dpo__max_steps=3), run_name="r")
+    stage = Run(config, root=tmp_path).stage("dpo")
+    train = load_preferences(config.data, "train")
+    trainer = build_trainer(config, stage, embedded_processor(), train, train.select(range(4)))
+    reference = trainer.ref_model
+    assert not reference.training and not any(p.requires_grad for p in reference.parameters())
+    before = ckpt.tensors_sha256(dict(reference.named_parameters()))
+    assert before == ckpt.tensors_sha256(dict(trainer.model.named_parameters()))
+    trainer.train()
+    assert not reference.training
+    assert ckpt.tensors_sha256(dict(reference.named_parameters())) == before
+    assert ckpt.tensors_sha256(dict(trainer.model.named_parameters())) != before
+    batch = trainer.data_collator([train[i] for i in range(2)])
+    base = logps_of(embedded_model(), batch)
+    assert torch.equal(logps_of(reference, batch), base)
+    lora = load_policy(straight["lora"].config.model, straight["lora"].path / "model")
+    assert (logps_of(lora, batch) - base).abs().min() > 1e-3
+    with lora.disable_adapter():
+        assert torch.equal(logps_of(lora, batch), base)
 
 
 # --- the same again -----------------------------------------------------------------------------
