@@ -149,7 +149,7 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
 ) -> None:
-    """Rewrite data between the Hub's layout and the original's JSON."""
+    """Rewrite data in the Hub's layout (or `mini`) as the original code's JSON lists and images."""
     from spavl_lib.data.convert import convert
 
     _show(convert(source, target))

@@ -45,7 +45,7 @@ class DataConfig:
     source: Literal["mini", "hub_layout", "seed_json"]
     """mini: built here; hub_layout: parquet as on the Hub; seed_json: the original code's lists."""
     train_rows: int
-    """Training pairs, 0 for all. A smaller number is a seeded subset of a larger one."""
+    """Training pairs, 0 for all. A smaller number is always a subset of a larger one."""
     validation_rows: int
     """Held-out pairs, 0 for all."""
     test_rows: int
@@ -105,7 +105,7 @@ class DPOConfig:
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight a loss."""
     learning_rate: float = 2e-5
-    """Peak rate. A small model wants more: the embedded one is trained at five times this."""
+    """Peak rate. A small model wants more than a large one."""
     lr_scheduler: str = "cosine"
     """transformers' schedule name."""
     warmup_steps: int = 10
@@ -131,9 +131,13 @@ class DPOConfig:
             )
         _at_least(
             "dpo", self, max_steps=0, per_device_batch_size=1, gradient_accumulation_steps=1,
-            num_epochs=0, learning_rate=0, warmup_steps=0, weight_decay=0, max_grad_norm=0,
-            max_length=0, save_steps=1, eval_steps=0,
+            num_epochs=0, learning_rate=0, warmup_steps=0, weight_decay=0, max_length=0,
+            save_steps=1, eval_steps=0,
         )  # fmt: skip
+        if self.max_grad_norm <= 0:
+            raise InputError(f"dpo.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if not self.max_steps and not self.num_epochs:
+            raise InputError("dpo.max_steps and dpo.num_epochs are both 0: nothing to train")
         for name in self.loss_type:
             _known("dpo.loss_type", name, DPO_LOSSES)
         _known("dpo.lr_scheduler", self.lr_scheduler, SCHEDULERS)

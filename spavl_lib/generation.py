@@ -15,8 +15,9 @@ from spavl_lib.config import Config, GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.spavl import eval_sets, load_prompts
 from spavl_lib.errors import Preempted
-from spavl_lib.modelling.load import load_policy, load_processor
+from spavl_lib.modelling.load import load_policy, load_processor, weights_sha256
 from spavl_lib.run import Stage, read_jsonl, write_json, write_text
+from spavl_lib.stop import stop_on_signals
 
 KEPT = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
 TRAINED = ("dpo", "ppo")  # stages whose model/ can answer
@@ -141,8 +142,6 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
     Returns:
         The summary: rows and mean answer length by model and set.
     """
-    from spavl_lib.trainers.guards import stop_on_signals
-
     trained = {n: stage.run.stage(n) for n in TRAINED if stage.run.stage(n).done}
     models = {"base": None} | {n: s.path / "model" for n, s in trained.items()}
     inputs = {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
@@ -157,7 +156,7 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
         sets = {name: load_prompts(config.data, name) for name in names}
         for label, folder in models.items():
             marker = stage.path / label / "weights.json"
-            weights = {"weights": inputs.get(f"{label}/weights", "base")}
+            weights = {"weights": inputs.get(f"{label}/weights", weights_sha256(config.model))}
             if not marker.is_file() or json.loads(marker.read_text()) != weights:
                 for old in (stage.path / label).glob("*.jsonl*"):
                     old.unlink()

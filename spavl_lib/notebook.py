@@ -11,14 +11,14 @@ from spavl_lib.run import Run, Stage, device_name
 
 
 def open_stage(
-    name: str, profile: str, *, seed: int = 0, run_name: str = "", overrides: dict | None = None
+    name: str, profile: str, *, seed: int = -1, run_name: str = "", overrides: dict | None = None
 ) -> tuple[Config, Stage]:
     """Resolve a notebook's parameters, and say what they resolve to.
 
     Args:
         name: Stage, such as `dpo`.
         profile: Profile name or YAML path.
-        seed: Of weights, data order and sampling.
+        seed: Of weights, data order and sampling; below 0 for the profile's own.
         run_name: Folder under runs/, the profile's name if empty.
         overrides: Dotted key -> value.
 
@@ -29,7 +29,7 @@ def open_stage(
         InputError: As `load_config`.
     """
     quiet_libraries()
-    config = load_config(profile, overrides, seed=seed, run_name=run_name)
+    config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
     stage = Run(config).stage(name)
     state = "done, shown from its files" if stage.done else "to be made"
     rows = config.data.train_rows or "all"

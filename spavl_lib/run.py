@@ -127,7 +127,7 @@ def environment() -> dict:
             versions[name] = importlib.metadata.version(name)
     return {
         "git_commit": _git("rev-parse", "HEAD") or None,
-        "git_dirty": bool(_git("status", "--porcelain")),
+        "git_dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
         "versions": versions,
         "device": device_name(),
     }

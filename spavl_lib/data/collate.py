@@ -154,11 +154,13 @@ def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
     Args:
         processor: Of the model.
         rows: Preference rows.
-        longest: Tokens a sequence may have, image tokens counted.
+        longest: Tokens a sequence may have, image tokens counted; 0 for no limit.
 
     Raises:
         InputError: Lists every row that is longer.
     """
+    if not longest:
+        return
     first = next((r for r in rows if r["image"] is not None), None)
     extra = 0
     if first is not None:
@@ -171,9 +173,11 @@ def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
     for (row_id, prompt, *answers), image in zip(columns, has_image, strict=True):
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
             text = render(processor, prompt, answer, image=image)
-            size = len(processor.tokenizer.encode(text, add_special_tokens=False))
-            if size + extra * image > longest:
-                too_long.append(f"{row_id} {side}: {size + extra * image} tokens")
+            ids = processor.tokenizer.encode(text, add_special_tokens=False)
+            closing = processor.tokenizer.eos_token_id not in ids[-2:]  # the collator adds it
+            size = len(ids) + closing + extra * image
+            if size > longest:
+                too_long.append(f"{row_id} {side}: {size} tokens")
     if too_long:
         shown = "; ".join(too_long[:20]) + ("; ..." if len(too_long) > 20 else "")
         raise InputError(

@@ -4,8 +4,10 @@ The training rows carry neither class nor question type: both are joined from `m
 that find no partner keep empty fields and are counted, never dropped.
 """
 
+import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,14 @@ def folder_of(config: DataConfig) -> Path:
         raise InputError(f"data.path is empty, but data.source is {config.source!r}")
     folder = Path(config.path).expanduser()
     if not folder.exists():
-        raise InputError(f"data.path {config.path!r} does not exist")
+        hint = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", config.path):
+            hint = (
+                "; a data set on the Hub is downloaded first:\n"
+                f"  hf download {config.path} --repo-type dataset --local-dir data/spa-vl\n"
+                "  and then --set data.path=data/spa-vl"
+            )
+        raise InputError(f"data.path {config.path!r} does not exist{hint}")
     return folder
 
 
@@ -60,7 +69,10 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
     """
     if config.source == "seed_json":
         rows = seed_json.load(
-            folder_of(config), split, config.keywords, Path(config.image_root or config.path)
+            folder_of(config),
+            split,
+            config.keywords,
+            Path(config.image_root or config.path).expanduser(),
         )
     else:
         folder = folder_of(config)
@@ -141,9 +153,7 @@ def unmatched(rows: Dataset) -> dict[str, int]:
 
 
 def _mini_like(config: DataConfig) -> DataConfig:
-    """The seed's JSON holds training pairs only: evaluate on mini."""
-    import dataclasses
-
+    """The original's layout has no evaluation prompts: those of mini stand in."""
     return dataclasses.replace(config, source="mini", path="")
 
 

@@ -51,7 +51,9 @@ def compute_dtype() -> torch.dtype:
     """bf16 or fp16 by what the GPU can do; fp32 on the CPU."""
     if not torch.cuda.is_available():
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return (
+        torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    )
 
 
 def load_processor(config: ModelConfig) -> ProcessorMixin:

@@ -37,13 +37,12 @@ from spavl_lib.modelling.load import (
     weights_sha256,
 )
 from spavl_lib.run import Run, Stage, peak_memory_gib, read_jsonl, write_text
+from spavl_lib.stop import StopFlag, stop_on_signals
 from spavl_lib.trainers.guards import (
     Movement,
-    StopFlag,
     check_batch,
     gate_gradients,
     gate_loss,
-    stop_on_signals,
 )
 
 LOGGED = (
@@ -315,6 +314,8 @@ def build_trainer(
     lora = config.model.adapter != "full"
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
+        # fp32 masters: in half precision small updates round to nothing. Autocast does the rest.
+        policy = policy.float()
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
     trainer = CheckedDPOTrainer(

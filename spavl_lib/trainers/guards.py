@@ -1,13 +1,9 @@
 """What every trainer does to lose nothing and to be silently wrong about nothing.
 
-A stop flag polled between steps, a gate that lets no NaN through, and the checks of the first step.
+A gate that lets no NaN through, and the checks of the first steps.
 """
 
-import contextlib
-import signal
-import threading
 import unicodedata
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -15,38 +11,6 @@ from transformers import ProcessorMixin
 
 from spavl_lib.data.collate import neutralise
 from spavl_lib.errors import NonFiniteError
-
-
-class StopFlag:
-    """Set by SIGTERM or SIGINT; loops poll it, save, and raise `Preempted`."""
-
-    def __init__(self) -> None:
-        self.reason = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.reason)
-
-    def set(self, signum: int, _frame: object = None) -> None:
-        """Signal handler; a second signal takes the usual course."""
-        if self.reason:
-            raise KeyboardInterrupt
-        self.reason = signal.Signals(signum).name
-
-
-@contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and SIGINT set while the block runs (main thread only)."""
-    flag = StopFlag()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag
-        return
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, flag.set) for s in kinds}
-    try:
-        yield flag
-    finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
 
 
 def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 
 from spavl_lib.errors import NonFiniteError
+from spavl_lib.stop import StopFlag, stop_on_signals
 from spavl_lib.trainers.guards import (
     Movement,
-    StopFlag,
     gate_gradients,
     gate_loss,
-    stop_on_signals,
 )
 
 
