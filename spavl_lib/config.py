@@ -85,6 +85,50 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """Bradley-Terry reward model."""
+
+    max_steps: int
+    """Optimizer steps; 0 for `num_epochs` passes."""
+    per_device_batch_size: int
+    """Pairs a device sees at once."""
+    gradient_accumulation_steps: int = 1
+    """Batches summed into one optimizer step."""
+    num_epochs: float = 1.0
+    """Passes over the training pairs, when `max_steps` is 0."""
+    center_coef: float = 0.0
+    """Weight of the squared mean score, which pins the scale's zero."""
+    seed_form: bool = False
+    """The original's loss with an epsilon inside the logarithm; its gradient dies on bad pairs."""
+    learning_rate: float = 3e-5
+    """Peak rate, the original's."""
+    lr_scheduler: str = "constant_with_warmup"
+    """transformers' schedule name, the original's."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm."""
+    max_length: int = 0
+    """Longest answer in tokens with prompt and image; 0 for the model's context."""
+    save_steps: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "reward", self, max_steps=0, per_device_batch_size=1, gradient_accumulation_steps=1,
+            num_epochs=0, center_coef=0, learning_rate=0, warmup_steps=0, weight_decay=0,
+            max_length=0, save_steps=1,
+        )  # fmt: skip
+        if self.max_grad_norm <= 0:
+            raise InputError(f"reward.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if not self.max_steps and not self.num_epochs:
+            raise InputError("reward.max_steps and reward.num_epochs are both 0: nothing to train")
+        _known("reward.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DPOConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
@@ -216,6 +260,7 @@ class Config:
     """Profile it came from."""
     data: DataConfig
     model: ModelConfig
+    reward: RewardConfig
     dpo: DPOConfig
     generation: GenerationConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

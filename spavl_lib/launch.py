@@ -41,13 +41,14 @@ PARAMETERS = ("profile", "seed", "run_name", "overrides")
 # Each maker is called with (config, stage), holds `stage.work()` and ends with `stage.finish()`.
 STAGE_MAKERS = {
     "data": "spavl_lib.data.explore:make_data_stage",
+    "reward": "spavl_lib.trainers.reward:train_reward",
     "dpo": "spavl_lib.trainers.dpo:train_dpo",
     "inference": "spavl_lib.generation:make_inference_stage",
     "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
 }
 # Stages a maker reads; the data are read by all, but nothing waits for their description.
 UPSTREAM = {"inference": ("dpo",), "evaluation": ("inference",)}
-TRAINERS = {"dpo": "spavl_lib.trainers.dpo:train_dpo"}
+TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "dpo")}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

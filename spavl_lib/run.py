@@ -29,10 +29,11 @@ PACKAGES = (
     "safetensors"
 ).split()
 # Settings that may differ between the making of a stage and its use.
-FREE_KEYS = ("profile", "run_name", "launch.num_processes", "dpo.save_steps")
+FREE_KEYS = ("profile", "run_name", "launch.num_processes", "dpo.save_steps", "reward.save_steps")
 # What of the config a stage's result depends on; a change elsewhere leaves it done.
 STAGE_KEYS = {
     "data": ("data",),
+    "reward": ("data", "model", "reward", "seed"),
     "dpo": ("data", "model", "dpo", "seed"),
     "inference": ("data", "model", "dpo", "generation", "evaluation", "seed"),
     "evaluation": ("data", "model", "dpo", "generation", "evaluation", "seed"),

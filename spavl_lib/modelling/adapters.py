@@ -72,8 +72,15 @@ def trainable_parts(model: nn.Module) -> dict[str, int]:
     return parts
 
 
-def assert_freeze_plan(model: nn.Module, config: ModelConfig) -> dict[str, int]:
+def assert_freeze_plan(
+    model: nn.Module, config: ModelConfig, *, head: bool = True
+) -> dict[str, int]:
     """Check by name that what should train does, and nothing else.
+
+    Args:
+        model: With its parameters set to train or not.
+        config: The plan.
+        head: Whether full fine-tuning trains the language-model head; a reward model has none.
 
     Returns:
         `trainable_parts`.
@@ -84,7 +91,7 @@ def assert_freeze_plan(model: nn.Module, config: ModelConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         part, lora = part_of(name), "lora_" in name
         if config.adapter == "full":
-            expected = part in ("language", "head") or (
+            expected = part in (("language", "head") if head else ("language",)) or (
                 part == "projector" and config.train_projector
             )
         else:

@@ -7,24 +7,18 @@ that resume exactly, and the checks of the first steps.
 """
 
 import dataclasses
-import json
-import math
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
-from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
-from spavl_lib.data.collate import PreferenceCollator, check_lengths
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
@@ -36,13 +30,15 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
     weights_sha256,
 )
-from spavl_lib.run import Run, Stage, peak_memory_gib, read_jsonl, write_text
-from spavl_lib.stop import StopFlag, stop_on_signals
-from spavl_lib.trainers.guards import (
-    Movement,
-    check_batch,
-    gate_gradients,
-    gate_loss,
+from spavl_lib.run import Run, Stage, write_text
+from spavl_lib.stop import stop_on_signals
+from spavl_lib.trainers.checkpointed import (
+    CheckedMixin,
+    RowCollator,
+    StageCallback,
+    check_rows_fit,
+    drop_stock_callbacks,
+    number,
 )
 
 LOGGED = (
@@ -53,136 +49,8 @@ LOGGED = (
 )  # fmt: skip
 
 
-class RowCollator(PreferenceCollator):
-    """The preference collator, with the rows' ids beside the tensors for error messages."""
-
-    def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """As `PreferenceCollator`, plus `row_ids`."""
-        return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]}
-
-
-class CheckedDPOTrainer(DPOTrainer):
+class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
     """trl's trainer with our checkpoints, and gates before every update."""
-
-    def __init__(self, *args: Any, checkpoints: Path, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.checkpoints = checkpoints
-        self.row_ids: list[str] = []
-
-    def _prepare_inputs(self, inputs: dict) -> dict:
-        self.row_ids = inputs.pop("row_ids", self.row_ids)
-        return super()._prepare_inputs(inputs)
-
-    def training_step(
-        self, model: nn.Module, inputs: dict, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """One micro-batch; a loss that is no number ends the run."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        gate_loss(loss, self.state.global_step + 1, self.row_ids)
-        return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
-        return super()._clip_grad_norm(model)
-
-    # --- checkpoints: ours instead of the stock ones, which resume a LLaVA with no weights loaded
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
-        rng, rng_plain = ckpt.rng_state()
-        aside = self.checkpoints.parent / ".trainer_state.json"
-        self.state.save_to_json(str(aside))
-        state = {
-            "step": self.state.global_step,
-            "optimizer": plain,
-            "scheduler": self.lr_scheduler.state_dict(),
-            "rng": rng_plain,
-            "total_train_tokens": float(self._total_train_tokens),
-        }
-        ckpt.save_checkpoint(
-            self.checkpoints,
-            self.state.global_step,
-            {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer, "rng": rng},
-            state,
-            texts={"trainer_state.json": aside.read_text(encoding="utf-8")},
-        )
-        aside.unlink()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        source = Path(resume_from_checkpoint)
-        ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
-        self._total_train_tokens = ckpt.load_state(source)["total_train_tokens"]
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            source = Path(checkpoint)
-            state = ckpt.load_state(source)
-            tensors = ckpt.load_tensors(source, "optimizer")
-            ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            source = Path(checkpoint)
-            ckpt.load_rng(ckpt.load_tensors(source, "rng"), ckpt.load_state(source)["rng"])
-
-
-class StageCallback(TrainerCallback):
-    """Progress bar, metrics.jsonl, live plot, stop flag, and the first steps' checks."""
-
-    def __init__(self, stage: Stage, flag: StopFlag, model: nn.Module, live: Any = None):
-        self.stage, self.flag, self.live = stage, flag, live
-        self.movement: Movement | None = Movement(model)
-        self.bar: tqdm | None = None
-        self.started = time.perf_counter()
-        self.rows = read_jsonl(stage.metrics_path)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar, and drop logged steps that were never checkpointed."""
-        self.rows = [r for r in self.rows if r["step"] <= state.global_step]
-        write_text(self.stage.metrics_path, "".join(map(_line, self.rows)))
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="dpo", unit="step")
-        self.fresh = state.global_step == 0
-
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
-    ) -> None:
-        """One line a logged step; on the first, policy and reference must agree."""
-        kept = {k: v for k, v in (logs or {}).items() if k in LOGGED}
-        if not kept:
-            return
-        if state.global_step == 1 and "rewards/margins" in kept:
-            check_reference(kept)
-        row = {"step": state.global_step} | {k: _number(v) for k, v in kept.items()}
-        row["time_s"] = round(time.perf_counter() - self.started, 2)
-        row["peak_memory_gib"] = round(peak_memory_gib(), 3)
-        self.stage.log(row)
-        self.rows.append(row)
-        if self.live:
-            self.live.update(self.rows)
-        if self.bar is not None and "loss" in kept:
-            self.bar.set_postfix(
-                loss=f"{kept['loss']:.3f}", accuracy=f"{kept.get('rewards/accuracies', 0):.2f}"
-            )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
-        """Advance the bar; stop where asked, after a whole step."""
-        if self.bar is not None:
-            self.bar.update(1)
-        if self.movement and self.fresh and state.global_step == min(3, state.max_steps):
-            if state.max_steps >= 3:
-                self.movement.check(model)
-            self.movement = None
-        if self.flag:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar; the plot's last drawing shows every step."""
-        if self.bar is not None:
-            self.bar.close()
-        if self.live and self.rows:
-            self.live.update(self.rows, force=True)
 
 
 def check_reference(logs: dict) -> None:
@@ -226,8 +94,12 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         processor = load_processor(config.model)
         trainer = build_trainer(config, stage, processor, train_rows, held_out)
         parts = assert_freeze_plan(trainer.model, config.model)
-        _check_first_rows(trainer, train_rows, processor)
-        trainer.add_callback(StageCallback(stage, flag, trainer.model, live))
+        check_rows_fit(trainer, train_rows, processor)
+        trainer.add_callback(
+            StageCallback(
+                stage, flag, trainer.model, LOGGED, live=live, check_first=check_reference
+            )
+        )
         newest, skipped = ckpt.latest_checkpoint(stage.path / "checkpoints")
         for problem in skipped:
             warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
@@ -237,7 +109,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
                 f"stopped by {flag.reason} after step {trainer.state.global_step} of "
                 f"{trainer.state.max_steps}; checkpoint written, run the same command to go on"
             )
-        evaluation = {k: _number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
+        evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
         summary = {
             "steps": trainer.state.global_step,
             "train_rows": len(train_rows),
@@ -327,15 +199,9 @@ def build_trainer(
         eval_dataset=held_out,
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
-        checkpoints=stage.path / "checkpoints",
     )
-    for callback in list(trainer.callback_handler.callbacks):
-        if type(callback).__name__ in (
-            "PrinterCallback",
-            "ProgressCallback",
-            "NotebookProgressCallback",
-        ):
-            trainer.remove_callback(callback)
+    trainer.checkpoints = stage.path / "checkpoints"
+    drop_stock_callbacks(trainer)
     return trainer
 
 
@@ -349,23 +215,6 @@ def save_trained(
     card = _card(config, summary)
     write_text(target / "README.md", card)
     return target
-
-
-def _check_first_rows(trainer: DPOTrainer, rows: Dataset, processor: ProcessorMixin) -> None:
-    sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 8))][:8]
-    check_lengths(processor, rows, trainer.data_collator.max_length)
-    batch = trainer.data_collator(sample)
-    image_token = getattr(trainer.model.config, "image_token_id", None)
-    check_batch(batch, sample, processor, image_token)
-
-
-def _number(value: Any) -> float | None:
-    value = float(value)
-    return round(value, 6) if math.isfinite(value) else None
-
-
-def _line(row: dict) -> str:
-    return json.dumps(row) + "\n"
 
 
 def _card(config: Config, summary: dict) -> str:

@@ -1,0 +1,104 @@
+"""A scalar head on a vision-language model: reward of an answer, or value of every state in it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spavl_lib.config import ModelConfig
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.load import load_policy, weights_sha256
+
+HEAD_FILE, HEAD_CONFIG = "score_head.safetensors", "reward_config.json"
+
+
+def last_token_index(attention_mask: Tensor) -> Tensor:
+    """Position of each row's last real token (batch,), whatever the padding side."""
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return torch.where(attention_mask.bool(), positions, -1).amax(dim=1)
+
+
+class ScalarHeadModel(nn.Module):
+    """Any image-text-to-text model's backbone, and a linear head without bias, in fp32."""
+
+    def __init__(self, vlm: nn.Module):
+        super().__init__()
+        self.vlm = vlm
+        size = vlm.config.get_text_config().hidden_size
+        self.score = nn.Linear(size, 1, bias=False, dtype=torch.float32)
+        nn.init.normal_(self.score.weight, std=1 / (size + 1) ** 0.5)
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The model below the language-model head."""
+        base = self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
+        return base.model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the head is."""
+        return self.score.weight.device
+
+    def hidden_states(self, **batch: Tensor) -> Tensor:
+        """Last hidden states (batch, seq, hidden)."""
+        return self.backbone(**batch, use_cache=False).last_hidden_state
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Score of each row (batch,), read at its last real token.
+
+        Args:
+            batch: `input_ids` and `attention_mask` (batch, seq), and image tensors.
+        """
+        hidden = self.hidden_states(**batch)
+        last = last_token_index(batch["attention_mask"])
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return self.score(hidden[rows, last].float()).squeeze(-1)
+
+    def values(self, **batch: Tensor) -> Tensor:
+        """The head at every position (batch, seq): value of the state after that token."""
+        return self.score(self.hidden_states(**batch).float()).squeeze(-1)
+
+
+def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
+    """Write adapter or weights, projector and head together, as safetensors."""
+    model.vlm.save_pretrained(folder)
+    save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, folder / HEAD_FILE)
+    description = {
+        "base_model": config.name,
+        "base_weights": weights_sha256(config),
+        "hidden_size": model.score.in_features,
+    }
+    (folder / HEAD_CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
+    """Read back what `save_reward_model` wrote: equal scores, in one call.
+
+    Args:
+        config: Of the base the policy uses.
+        folder: A reward trainer's `model/`.
+
+    Raises:
+        InputError: The head is missing, or the model was trained on another base.
+    """
+    for name in (HEAD_CONFIG, HEAD_FILE):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is no reward model: {name} is missing")
+    description = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
+    if description["base_model"] != config.name or (
+        description["base_weights"] != weights_sha256(config)
+    ):
+        raise InputError(
+            f"{folder} was trained on {description['base_model']!r} (or other weights of it), "
+            f"the policy is {config.name!r}: train the reward model on the same base"
+        )
+    model = ScalarHeadModel(load_policy(config, folder))
+    weight = load_file(folder / HEAD_FILE)["score.weight"]
+    if weight.shape != model.score.weight.shape:
+        raise InputError(f"{folder / HEAD_FILE}: head of {tuple(weight.shape)} on another backbone")
+    with torch.no_grad():
+        model.score.weight.copy_(weight)
+    return model.to(next(model.vlm.parameters()).device).eval()

@@ -1,0 +1,259 @@
+"""Reward model of a vision-language model: config in, stage folder out.
+
+    spavl train reward --profile demo
+
+A linear head on the backbone's last hidden state at the last real token, trained so that the chosen
+answer of each pair scores higher (Bradley-Terry). trl's RewardTrainer never sees an image; this one
+is transformers' `Trainer` with a loss.
+"""
+
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
+
+from spavl_lib import checkpoint as ckpt
+from spavl_lib.config import Config
+from spavl_lib.data.spavl import load_preferences, load_truth
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.evaluation.metrics import reward_metrics
+from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
+from spavl_lib.modelling.load import (
+    compute_dtype,
+    load_model,
+    load_processor,
+    quiet_libraries,
+    weights_sha256,
+)
+from spavl_lib.objectives.reward import bradley_terry_loss
+from spavl_lib.run import Stage, write_text
+from spavl_lib.stop import stop_on_signals
+from spavl_lib.trainers.checkpointed import (
+    CheckedMixin,
+    RowCollator,
+    StageCallback,
+    check_rows_fit,
+    drop_stock_callbacks,
+    number,
+)
+
+LOGGED = (
+    "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
+    "rewards/chosen", "rewards/rejected", "eval_loss",
+)  # fmt: skip
+
+
+class VLMRewardTrainer(CheckedMixin, Trainer):
+    """transformers' trainer with the Bradley-Terry loss over collated pairs."""
+
+    def __init__(self, *args: Any, config: Config, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.settings = config.reward
+        self.sums: dict[str, list[float]] = {}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean loss of the pairs; chosen rows come first, as the collator lays them."""
+        batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
+        chosen, rejected = model(**batch).chunk(2)
+        loss = bradley_terry_loss(
+            chosen,
+            rejected,
+            center_coef=self.settings.center_coef,
+            seed_form=self.settings.seed_form,
+        ).mean()
+        if model.training:
+            margins = (chosen - rejected).detach()
+            for key, value in (
+                ("rewards/accuracies", (margins > 0).float().mean()),
+                ("rewards/margins", margins.mean()),
+                ("rewards/chosen", chosen.detach().mean()),
+                ("rewards/rejected", rejected.detach().mean()),
+            ):
+                self.sums.setdefault(key, []).append(float(value))
+        return (loss, {"scores": chosen}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None, None]:
+        """Loss alone: the scores are gathered apart."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
+        """Add the means since the last line."""
+        if "loss" in logs:
+            logs |= {k: sum(v) / len(v) for k, v in self.sums.items()}
+            self.sums = {}
+        super().log(logs, *args, **kwargs)
+
+
+def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Train, score the held-out pairs, save head, adapter and projector together.
+
+    Args:
+        config: Uses `data`, `model`, `reward` and `seed`.
+        stage: Where it goes; resumes from its newest whole checkpoint.
+        live: Something with `update(rows)`.
+
+    Returns:
+        The stage's summary; `metrics` holds pair accuracy, calibration and controls.
+
+    Raises:
+        InputError: Bad data, model or settings.
+        NonFiniteError: A loss or gradient is no number.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    if stage.done:
+        stage.check_config()
+        return stage.summary
+    if config.launch.num_processes > 1:
+        raise InputError("launch.num_processes: training in several processes is not there yet")
+    quiet_libraries()
+    with stage.work({f"model/{k}": v for k, v in weights_sha256(config.model).items()}):
+        with stop_on_signals() as flag:
+            train_rows = load_preferences(config.data, "train")
+            held_out = load_preferences(config.data, "validation")
+            processor = load_processor(config.model)
+            trainer = build_trainer(config, stage, processor, train_rows)
+            parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
+            check_rows_fit(trainer, train_rows, processor)
+            trainer.add_callback(StageCallback(stage, flag, trainer.model, LOGGED, live=live))
+            newest, skipped = ckpt.latest_checkpoint(stage.path / "checkpoints")
+            for problem in skipped:
+                warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
+            if flag and trainer.state.global_step < trainer.state.max_steps:
+                raise Preempted(
+                    f"stopped by {flag.reason} after step {trainer.state.global_step} of "
+                    f"{trainer.state.max_steps}; checkpoint written, run the same command to go on"
+                )
+        model = trainer.model.eval()
+        scored = score_pairs(model, processor, held_out, config.reward.per_device_batch_size)
+        exchanged = score_pairs(
+            model, processor, exchange_images(held_out), config.reward.per_device_batch_size
+        )
+        write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
+        summary = {
+            "steps": trainer.state.global_step,
+            "train_rows": len(train_rows),
+            "validation_rows": len(held_out),
+            "trainable_parameters": parts | {"score": model.score.weight.numel()},
+            "metrics": reward_metrics(scored, exchanged, load_truth(config.data)),
+            "final_loss": number(trainer.state.log_history[-2].get("loss", float("nan"))),
+            "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(model)),
+        }
+        target = stage.path / "model"
+        save_reward_model(model, target, config.model)
+        processor.save_pretrained(target)
+    stage.finish(summary)
+    return summary
+
+
+def build_model(config: Config) -> ScalarHeadModel:
+    """The base with a fresh head, and what trains set to train."""
+    vlm = load_model(config.model)
+    if config.model.adapter == "full":
+        vlm = vlm.float()  # fp32 masters, as in DPO
+        freeze_for_full(vlm, config.model)
+        vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
+    else:
+        vlm = get_peft_model(vlm, lora_config(vlm, config.model))
+    return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
+
+
+def build_trainer(
+    config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset
+) -> VLMRewardTrainer:
+    """transformers' trainer over our collator and model."""
+    reward, dtype = config.reward, compute_dtype()
+    set_seed(config.seed)
+    model = build_model(config)
+    arguments = TrainingArguments(
+        output_dir=str(stage.path / "checkpoints"),
+        max_steps=reward.max_steps or -1,
+        num_train_epochs=reward.num_epochs,
+        per_device_train_batch_size=reward.per_device_batch_size,
+        gradient_accumulation_steps=reward.gradient_accumulation_steps,
+        learning_rate=reward.learning_rate,
+        lr_scheduler_type=reward.lr_scheduler,
+        warmup_steps=reward.warmup_steps,
+        weight_decay=reward.weight_decay,
+        max_grad_norm=reward.max_grad_norm,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=reward.save_steps,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+    context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
+    trainer = VLMRewardTrainer(
+        model=model,
+        args=arguments,
+        data_collator=RowCollator(processor, reward.max_length or context),
+        train_dataset=train_rows,
+        config=config,
+    )
+    trainer.checkpoints = stage.path / "checkpoints"
+    drop_stock_callbacks(trainer)
+    return trainer
+
+
+@torch.no_grad()
+def score_pairs(
+    model: ScalarHeadModel, processor: ProcessorMixin, rows: Dataset, batch_size: int
+) -> list[dict]:
+    """Both scores of every pair, with the row's ids, classes and answer lengths in words."""
+    collate, scored = RowCollator(processor), []
+    for start in tqdm(range(0, len(rows), batch_size), desc="score", leave=False):
+        part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        batch = collate(part)
+        batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
+        batch.pop("completion_mask")
+        chosen, rejected = model(**batch).chunk(2)
+        for row, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
+            kept = {k: row[k] for k in ("id", "prompt", "class1", "class2", "class3")}
+            scored.append(
+                kept
+                | {
+                    "question_type": row["question_type"],
+                    "chosen_score": c,
+                    "rejected_score": r,
+                    "chosen_words": len(row["chosen"].split()),
+                    "rejected_words": len(row["rejected"].split()),
+                }
+            )
+    return scored
+
+
+def exchange_images(rows: Dataset) -> Dataset:
+    """Rows with their pictures moved on by half the set: what is left without the right one?"""
+    cells = list(rows["image"])
+    half = len(cells) // 2
+    moved = cells[half:] + cells[:half]
+    return rows.remove_columns("image").add_column("image", moved).cast(rows.features)
+
+
+def _line(row: dict) -> str:
+    import json
+
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,123 @@
+"""The reward trainer: it learns, it resumes exactly, it refuses what it must."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from spavl_lib.config import Config
+from spavl_lib.data.spavl import load_preferences
+from spavl_lib.errors import NonFiniteError, Preempted
+from spavl_lib.evaluation.metrics import (
+    calibration,
+    expected_calibration_error,
+    reward_metrics,
+    spearman,
+)
+from spavl_lib.modelling.heads import load_reward_model
+from spavl_lib.run import Run, Stage, read_jsonl
+from spavl_lib.trainers import reward
+from tests.helpers import smoke
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+CLOCK = ("time_s", "peak_memory_gib")
+
+
+def settings(adapter: str, **changes: object) -> Config:
+    overrides = {"model.adapter": adapter, "data.train_rows": 32, "data.validation_rows": 16}
+    overrides |= {"reward.max_steps": 6, "reward.save_steps": 2}
+    return smoke(overrides | {k.replace("__", "."): v for k, v in changes.items()}, run_name="r")
+
+
+def train(config: Config, root: Path) -> tuple[Stage, dict]:
+    stage = Run(config, root=root).stage("reward")
+    return stage, reward.train_reward(config, stage)
+
+
+def rows_of(stage: Stage) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_jsonl(stage.metrics_path)]
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_stopped_run_goes_on_to_the_same_end(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(adapter)
+    straight, expected = train(config, tmp_path / "straight")
+    assert expected["steps"] == 6
+    assert "tower" not in expected["trainable_parameters"]
+    again, repeated = train(config, tmp_path / "again")
+    assert rows_of(again) == rows_of(straight)
+    assert repeated["weights_sha256"] == expected["weights_sha256"]
+
+    old = reward.StageCallback.on_step_end
+
+    def stop_at_three(self: object, args: object, state: object, *rest: object, **more: object):  # noqa: ANN202
+        if state.global_step == 3:
+            self.flag.reason = "SIGTERM"
+        return old(self, args, state, *rest, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reward.StageCallback, "on_step_end", stop_at_three)
+        with pytest.raises(Preempted, match="after step 3 of 6"):
+            train(config, tmp_path / "cut")
+    cut, resumed = train(config, tmp_path / "cut")
+    assert rows_of(cut) == rows_of(straight)
+    assert resumed["weights_sha256"] == expected["weights_sha256"]
+
+
+def test_it_learns_the_pairs_it_sees_and_prefers_the_right_side(tmp_path: Path) -> None:
+    config = settings("full", reward__max_steps=40, reward__learning_rate=1e-3)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_rows=16))
+    stage, _ = train(config, tmp_path)
+    model = load_reward_model(config.model, stage.path / "model")
+    rows = load_preferences(config.data, "train")
+    scored = reward.score_pairs(model, reward.load_processor(config.model), rows, 8)
+    assert sum(r["chosen_score"] > r["rejected_score"] for r in scored) >= 0.95 * len(scored)
+
+
+def test_a_weight_that_is_no_number_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = reward.build_model
+
+    def spoilt(config: Config):  # noqa: ANN202
+        model = build(config)
+        with torch.no_grad():
+            model.score.weight[0, 0] = float("nan")
+        return model
+
+    monkeypatch.setattr(reward, "build_model", spoilt)
+    with pytest.raises(NonFiniteError, match="step 1"):
+        train(settings("lora"), tmp_path)
+
+
+def test_measures_by_hand() -> None:
+    margins = [10.0, 10.0, -10.0, 0.0]  # sure and right, twice; sure and wrong; undecided
+    table = calibration(margins)
+    assert [row["n"] for row in table] == [1, 3]
+    assert table[1]["right"] == pytest.approx(2 / 3)
+    expected = (1 * 0.5 + 3 * (1 / (1 + 2.718281828**-10) - 2 / 3)) / 4
+    assert expected_calibration_error(margins) == pytest.approx(expected, abs=1e-6)
+    assert spearman([1, 2, 3, 4], [10, 20, 30, 25]) == pytest.approx(0.8)
+    assert spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
+    assert spearman([1, 2], [3, 3]) is None
+
+
+def test_metrics_count_what_they_say() -> None:
+    def row(number: int, chosen: float, rejected: float, words: int) -> dict:
+        return {
+            "id": f"v/{number}", "class1": "A", "class3": "a" if number % 2 else "b",
+            "question_type": "", "chosen_score": chosen, "rejected_score": rejected,
+            "chosen_words": words, "rejected_words": 10,
+        }  # fmt: skip
+
+    scored = [row(0, 2, 1, 12), row(1, 0, 1, 12), row(2, 3, 1, 8), row(3, 1, 0, 12)]
+    truth = {"v/0": {"question_type": "easy"}, "v/1": {"question_type": "hards"}}
+    found = reward_metrics(scored, [row(0, 0, 1, 1), row(1, 1, 0, 1)], truth)
+    assert (found["pair_accuracy"]["k"], found["pair_accuracy"]["n"]) == (3, 4)
+    assert found["swapped"]["k"] == 1 and found["exchanged"]["k"] == 1
+    assert found["longer_is_better"]["k"] == 3
+    assert {k: v["n"] for k, v in found["per_question_type"].items()} == {"easy": 1, "hards": 1}
+    assert {k: v["k"] for k, v in found["per_class"].items()} == {"a": 1, "b": 2}
