@@ -134,7 +134,8 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 def test_unknown_key_in_a_file_names_file_and_nearest(profile: Path) -> None:
     text = profile.read_text(encoding="utf-8").replace("max_steps", "max_stepps")
     profile.write_text(text, encoding="utf-8")
-    with pytest.raises(InputError, match=r"mine.yaml: unknown key 'reward.max_stepps'; did you mean"):
+    told = r"mine.yaml: unknown key 'reward.max_stepps'; did you mean"
+    with pytest.raises(InputError, match=told):
         load_config(str(profile))
 
 
