@@ -17,7 +17,8 @@ from spavl_lib.run import Run, read_jsonl
 from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread
 
 GREEDY = GenerationConfig(batch_size=8, max_new_tokens=24)
-SAMPLED = replace(GREEDY, do_sample=True, temperature=0.9, top_p=0.95)
+SMALL = GenerationConfig(batch_size=4, max_new_tokens=6)
+SAMPLED = replace(SMALL, do_sample=True, temperature=0.9, top_p=0.95)
 LABELS = {"model": "base", "set": "harm"}
 
 
@@ -128,28 +129,35 @@ def test_an_answer_ends_at_its_first_eos() -> None:
 # --- interruption -------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def ten(rows: list[dict]) -> list[dict]:
+    """Three batches of `SMALL`."""
+    return rows[::2] + rows[1:2]
+
+
+@pytest.fixture(scope="module")
+def straight(ten: list[dict], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted files, greedy and sampled."""
+    root = tmp_path_factory.mktemp("straight")
+    for name, config in {"greedy": SMALL, "sampled": SAMPLED}.items():
+        run(ten, root / name, config, seed=3)
+    return {name: root / name for name in ("greedy", "sampled")}
+
+
 @pytest.mark.parametrize("polls", [0, 1, 2])
-@pytest.mark.parametrize("config", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["greedy", "sampled"])
 def test_interrupted_and_resumed_is_uninterrupted_byte_for_byte(
-    rows: list[dict], whole: Path, tmp_path: Path, polls: int, config: GenerationConfig,
-    request: pytest.FixtureRequest,
-) -> None:  # fmt: skip
-    if config is SAMPLED:
-        straight = tmp_path / "straight.jsonl"
-        run(rows, straight, SAMPLED, seed=3)
-    else:
-        straight = whole
-    target = tmp_path / "harm.jsonl"
-    options = {"seed": 3} if config is SAMPLED else {}
-    with pytest.raises(Preempted, match=f"{8 * polls} of {len(rows)} answers") as caught:
-        run(rows, target, config, should_stop=StopAfter(polls), **options)
+    ten: list[dict], straight: dict[str, Path], tmp_path: Path, polls: int, name: str
+) -> None:
+    target, config = tmp_path / "harm.jsonl", {"greedy": SMALL, "sampled": SAMPLED}[name]
+    with pytest.raises(Preempted, match=f"{4 * polls} of 10 answers") as caught:
+        run(ten, target, config, seed=3, should_stop=StopAfter(polls))
     assert caught.value.exit_code == 75
     assert not target.exists() and target.with_name("harm.jsonl.partial").is_file()
     torch.manual_seed(polls)  # wherever the generator stands
-    asked = Counting()
-    with asked:
-        run(rows, target, config, **options)
-    assert target.read_bytes() == straight.read_bytes()
+    with Counting() as asked:
+        run(ten, target, config, seed=3)
+    assert target.read_bytes() == straight[name].read_bytes()
     assert asked.batches == 3 - polls  # what was done is not done again
     assert not target.with_name("harm.jsonl.partial").exists()
 
@@ -173,11 +181,11 @@ class Counting:
 
 @pytest.mark.parametrize("damage", ["half line", "no newline", "garbage", "empty", "no header"])
 def test_a_torn_partial_file_is_mended(
-    rows: list[dict], whole: Path, tmp_path: Path, damage: str
+    ten: list[dict], straight: dict[str, Path], tmp_path: Path, damage: str
 ) -> None:
     target = tmp_path / "harm.jsonl"
     with pytest.raises(Preempted):
-        run(rows, target, should_stop=StopAfter(2))
+        run(ten, target, SMALL, seed=3, should_stop=StopAfter(2))
     partial = target.with_name("harm.jsonl.partial")
     content = partial.read_bytes()
     lines = content.splitlines(keepends=True)
@@ -191,9 +199,9 @@ def test_a_torn_partial_file_is_mended(
     }[damage]
     partial.write_bytes(changed)
     with Counting() as asked:
-        run(rows, target)
+        run(ten, target, SMALL, seed=3)
     assert asked.batches == again
-    assert target.read_bytes() == whole.read_bytes()
+    assert target.read_bytes() == straight["greedy"].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -228,12 +236,12 @@ def test_other_settings_start_anew(rows: list[dict], tmp_path: Path, change: dic
 def test_sampling_follows_its_seed(rows: list[dict], tmp_path: Path) -> None:
     said = []
     for n, seed in enumerate((0, 0, 1)):
-        run(rows[:8], tmp_path / f"{n}.jsonl", SAMPLED, seed=seed)
+        run(rows[:4], tmp_path / f"{n}.jsonl", SAMPLED, seed=seed)
         said.append([r["response"] for r in read_jsonl(tmp_path / f"{n}.jsonl")])
     assert said[0] == said[1] != said[2]
     settings = read_jsonl(tmp_path / "2.jsonl")[0]["generation"]
     assert settings == {
-        "max_new_tokens": 24, "do_sample": True, "temperature": 0.9, "top_p": 0.95, "seed": 1,
+        "max_new_tokens": 6, "do_sample": True, "temperature": 0.9, "top_p": 0.95, "seed": 1,
     }  # fmt: skip
 
 

@@ -394,7 +394,7 @@ def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "StageCallback", Poisoned)
-        with pytest.raises(NonFiniteError, match=r"step 4: .* on rows train/\d+") as caught:
+        with pytest.raises(NonFiniteError, match=r"step 4: loss is nan on rows train") as caught:
             make(settings(rows, adapter), tmp_path)
     assert caught.value.exit_code == 3
     folder = tmp_path / "r/dpo"
