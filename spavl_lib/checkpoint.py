@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from spavl_lib.errors import DiskError, InputError
+from spavl_lib.files import existing_parent, writing
 
 MANIFEST = "MANIFEST.json"
 
@@ -71,15 +72,31 @@ def save_checkpoint(
     Raises:
         DiskError: Writing failed; earlier checkpoints are untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     aside, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    with writing(target, needed):
+        _write_whole(aside, target, step, tensors, state, texts or {})
+    for old in _steps(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def _write_whole(
+    aside: Path,
+    target: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    texts: dict[str, str],
+) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(aside, ignore_errors=True)
     try:
         aside.mkdir()
         for stem, named in tensors.items():
             own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
             save_file(own, aside / f"{stem}.safetensors")
-        for name, text in {**(texts or {}), "state.json": json.dumps(state)}.items():
+        for name, text in {**texts, "state.json": json.dumps(state)}.items():
             (aside / name).write_text(text, encoding="utf-8")
         files = {
             p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
@@ -90,18 +107,36 @@ def save_checkpoint(
         manifest = {"step": step, "files": files}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(aside / MANIFEST)
+        _sync(aside)
         shutil.rmtree(target, ignore_errors=True)
         aside.replace(target)
-        _sync(folder)
-    except OSError as error:
-        free = shutil.disk_usage(folder).free
+        _sync(target.parent)
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
+    """Before the first step: do the checkpoints that will be kept, and the one aside, fit?
+
+    Args:
+        folder: The stage's `checkpoints/`; what lies there counts as room.
+        model: Its trainable values are written with two moments each in fp32.
+        keep: Whole checkpoints kept.
+
+    Raises:
+        DiskError: Says how many bytes are needed and free.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = sum(p.numel() * (p.element_size() + 8) for p in trained) + 2**16
+    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    needed = max(0, (keep + 1) * one - there)
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed:
         raise DiskError(
-            f"cannot write checkpoint {target}: {error} ({free:,} bytes free)"
-        ) from error
-    for old in _steps(folder)[keep:]:
-        shutil.rmtree(old)
-    return target
+            f"{folder}: {needed:,} bytes needed for {keep} checkpoints and one being written, "
+            f"{free:,} bytes free; make room, or set SPAVL_RUNS to a larger disk"
+        )
 
 
 def _steps(folder: Path) -> list[Path]:

@@ -6,28 +6,27 @@ all, summary.json: a stage is done when that stands.
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import platform
 import resource
+import secrets
 import socket
-import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from spavl_lib.config import Config
+from spavl_lib import provenance
+from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import BusyError, InputError
+from spavl_lib.files import read_json, write_json, write_text, writing
+from spavl_lib.files import read_jsonl as read_jsonl  # for those who read a stage's files
 
 STAGES = ("data", "reward", "ppo", "dpo", "inference", "evaluation", "scaling")
-PACKAGES = (
-    "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow "
-    "safetensors"
-).split()
 # Settings that may differ between the making of a stage and its use.
 FREE_KEYS = ("profile", "run_name", "launch.num_processes", "dpo.save_steps", "reward.save_steps")
 # What of the config a stage's result depends on; a change elsewhere leaves it done.
@@ -54,51 +53,19 @@ def runs_root() -> Path:
     return Path(os.environ.get("SPAVL_RUNS", "") or repo_root() / "runs")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    aside.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file, none if it is not there; a torn last line is dropped.
-
-    Raises:
-        InputError: Another line is no JSON: the file is damaged.
-    """
-    if not path.is_file():
-        return []
-    # Not splitlines(): text may hold line separators of its own.
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
-    rows = []
-    for number, line in enumerate(lines):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON: {error}") from error
-    with contextlib.suppress(ValueError):
-        rows += [json.loads(last)] if last else []
-    return rows
+def reset_peak_memory() -> None:
+    """Begin the peak anew, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_gib() -> float:
-    """Peak resident memory of this process, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process since the last reset, in GiB."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
 def device_name() -> str:
@@ -110,28 +77,9 @@ def device_name() -> str:
     return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def _git(*args: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", *args], cwd=repo_root(), capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()
-
-
-def environment() -> dict:
-    """What this process runs on: commit, versions, device."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        "git_commit": _git("rev-parse", "HEAD") or None,
-        "git_dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
-        "versions": versions,
-        "device": device_name(),
-    }
+def allowed_changes() -> tuple[str, ...]:
+    """Fields that a stage may be taken up with in spite of a change: $SPAVL_ALLOW_CHANGE."""
+    return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
 class Stage:
@@ -142,6 +90,7 @@ class Stage:
             raise ValueError(f"unknown stage {name!r}, known: {STAGES}")
         self.run, self.name, self.path = run, name, run.path / name
         self.config = run.config
+        self.allowed: list[str] = []
 
     @property
     def done(self) -> bool:
@@ -151,7 +100,14 @@ class Stage:
     @property
     def begun(self) -> bool:
         """Whether the folder holds work: anything beyond what opening a stage writes."""
-        paper = {"config.yaml", "manifest.json", "figures", "contrast"}
+        paper = {
+            "config.yaml",
+            "manifest.json",
+            "source.diff",
+            "status.json",
+            "figures",
+            "contrast",
+        }
         notebooks = {"executed.ipynb", "failed.ipynb"}
         return any(
             path.is_file() and not any(part.startswith(".") for part in parts)
@@ -188,70 +144,158 @@ class Stage:
         old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
         new = _flat(self.config.to_dict())
         keys = STAGE_KEYS.get(self.name, ())
-        changed = [
-            f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key)
-            and key not in FREE_KEYS
-            and (not keys or key.split(".")[0] in keys)
-        ]
-        if changed:
+        self._refuse(
+            {
+                key: (old.get(key), new.get(key))
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+                and key not in FREE_KEYS
+                and (not keys or key.split(".")[0] in keys)
+            }
+        )
+
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """Refuse to go on from work made of other data, another model, or other major versions.
+
+        Args:
+            inputs: Name -> value of what the stage reads, as `work` takes it.
+
+        Raises:
+            InputError: Names each, its old and its new value.
+        """
+        if not self.begun or not self._has_manifest():
+            return
+        manifest = read_json(self.path / "manifest.json")
+        old, new = dict(manifest.get("inputs", {})), dict(inputs)
+        if not self.done:
+            old |= provenance.majors(manifest.get("versions", {}))
+            new |= provenance.majors(provenance.versions())
+        self._refuse(
+            {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        )
+
+    def _refuse(self, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Raise, but for what may change; a finished stage is what it is, nothing may."""
+        waived = () if self.done else allowed_changes()
+        self.allowed += [k for k in changed if k in waived and k not in self.allowed]
+        lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in waived]
+        if lines:
+            names = ",".join(line.partition(":")[0] for line in lines)
+            way = "" if self.done else f", or go on all the same with --allow-change {names}"
             raise InputError(
                 f"{self.path} was made with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\n  use another run_name, or delete that folder"
+                + "\n  ".join(lines)
+                + f"\n  use another run_name, or delete that folder{way}"
             )
 
     @contextlib.contextmanager
-    def work(self, inputs: dict[str, str] | None = None) -> Iterator["Stage"]:
+    def work(
+        self, inputs: dict[str, str] | Callable[[], dict[str, str]] | None = None
+    ) -> Iterator["Stage"]:
         """Hold the stage for this process; time it, and seal its manifest when the work ends.
 
         Args:
-            inputs: Name -> sha256 of what the stage reads.
+            inputs: Name -> sha256 of what the stage reads. Given as a function, it is asked again
+                at the end: what changed meanwhile was not what the result rests on.
 
         Raises:
             BusyError: A live process holds it.
-            InputError: The folder was made with other settings.
+            InputError: The folder was made with other settings, or an input changed on the way.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         with _lock(self.path / ".lock", self.run.name):
-            self.check_config()
-            write_text(
-                self.path / "config.yaml",
-                yaml.safe_dump(self.config.to_dict(), sort_keys=False, allow_unicode=True),
-            )
-            manifest = {
-                "stage": self.name,
-                "run_name": self.run.name,
-                "profile": self.config.profile,
-                "seed": self.config.seed,
-                "inputs": inputs or {},
-                **environment(),
-                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            }
-            before = read_json(self.path / "manifest.json") if self._has_manifest() else {}
-            manifest["wall_time_before_s"] = round(
-                before.get("wall_time_before_s", 0.0) + before.get("wall_time_s", 0.0), 2
-            )
-            write_json(self.path / "manifest.json", manifest)
+            reset_peak_memory()
+            try:
+                named = inputs() if callable(inputs) else dict(inputs or {})
+                self.check_config()
+                self.check_inputs(named)
+                self._open_manifest(named)
+            except BaseException:
+                if not self.begun:
+                    self._remove_traces()
+                raise
             started = time.perf_counter()
             try:
                 yield self
+                after = inputs() if callable(inputs) else named
+                changed = [k for k in named if after.get(k) != named[k]]
+                if changed:
+                    raise InputError(
+                        f"{', '.join(changed)} changed while {self.path} was being made: its "
+                        "result would rest on neither; delete the folder and run again"
+                    )
             except BaseException:
                 if not self.begun:  # nothing came of it: leave nothing behind
                     self._remove_traces()
                     raise
-                self._seal(manifest, started)
+                self._seal(started)
                 raise
-            self._seal(manifest, started)
+            self._seal(started)
 
-    def _seal(self, manifest: dict, started: float) -> None:
-        manifest["wall_time_s"] = round(time.perf_counter() - started, 2)
-        manifest["peak_memory_gib"] = round(peak_memory_gib(), 3)
-        write_json(self.path / "manifest.json", manifest)
+    def _open_manifest(self, inputs: dict[str, str]) -> None:
+        """Write config and manifest before anything is done; a resumed stage keeps its id."""
+        before = read_json(self.path / "manifest.json") if self._has_manifest() else {}
+        resumed = before.get("resumed", [])
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if before and self.begun:
+            resumed = [*resumed, {"at": now, "allowed_changes": self.allowed}]
+        values = self.config.to_dict()
+        plain = self.config.profile in profile_names() and load_config(self.config.profile)
+        usual = _flat(plain.to_dict()) if plain else {}
+        write_text(
+            self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        )
+        wall = before.get("wall_time_before_s", 0.0) + before.get("wall_time_s", 0.0)
+        root = repo_root()
+        self.manifest = {
+            "stage": self.name,
+            "run_name": self.run.name,
+            "run_id": (before.get("run_id") if resumed else None) or secrets.token_hex(8),
+            "profile": self.config.profile,
+            "seed": self.config.seed,
+            "seeds": dict.fromkeys(
+                ("python", "numpy", "torch", "data", "generation"), self.config.seed
+            ),
+            "config": values,
+            "overridden": sorted(k for k, v in _flat(values).items() if usual and v != usual[k]),
+            "inputs": inputs,
+            "data": {},
+            **provenance.environment(root),
+            "device": device_name(),
+            "upstream": {
+                s.name: read_json(s.path / "manifest.json").get("run_id")
+                for s in self.run.done_stages()
+                if s.name != self.name and s._has_manifest()
+            },
+            "resumed": resumed,
+            "notebook": before.get("notebook") if resumed else None,
+            "started": now,
+            "wall_time_before_s": round(wall, 2),
+            "results": None,
+        }
+        if self.manifest["git_diff_sha256"]:
+            write_text(self.path / "source.diff", provenance.git_diff(root) + "\n")
+        self._write_manifest()
+
+    def note(self, **facts: Any) -> None:
+        """Add to the manifest of the work in hand, such as `data=...`."""
+        self.manifest |= facts
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        page = {k: v for k, v in self.manifest.items() if k != "sealed"}
+        self.manifest = page | {"sealed": provenance.canonical_sha256(page)}
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def _seal(self, started: float) -> None:
+        self.note(
+            wall_time_s=round(time.perf_counter() - started, 2),
+            peak_memory_gib=round(peak_memory_gib(), 3),
+        )
 
     def _remove_traces(self) -> None:
-        for name in ("config.yaml", "manifest.json", ".lock"):
+        for name in ("config.yaml", "manifest.json", "source.diff", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
@@ -262,11 +306,22 @@ class Stage:
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl."""
-        with self.metrics_path.open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(row) + "\n")
+        line = json.dumps(row) + "\n"
+        with writing(self.metrics_path, len(line)):
+            with self.metrics_path.open("a", encoding="utf-8") as handle:
+                handle.write(line)
 
     def finish(self, summary: dict) -> None:
-        """Write the summary: the stage is done."""
+        """Write the summary: the stage is done. The manifest takes its hash first."""
+        if self._has_manifest():
+            self.manifest = read_json(self.path / "manifest.json")
+            weights = summary.get("weights_sha256")
+            self.note(
+                results={
+                    "summary_sha256": provenance.canonical_sha256(summary),
+                    "weights_sha256": weights,
+                }
+            )
         write_json(self.path / "summary.json", summary)
 
 

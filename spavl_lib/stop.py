@@ -1,6 +1,7 @@
 """A stop flag: set by a signal, polled between steps and batches."""
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ class StopFlag:
         if self.reason:
             raise KeyboardInterrupt
         self.reason = signal.Signals(signum).name
+        # A plain write: a signal may come in the middle of anything else that prints.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{self.reason}: stopping when this step is done and saved\n".encode())
 
 
 @contextlib.contextmanager

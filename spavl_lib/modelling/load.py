@@ -4,6 +4,7 @@ Any `AutoModelForImageTextToText` loads here: the embedded model, a local folder
 from a model's folder runs, and weights are safetensors only.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -28,6 +29,10 @@ from spavl_lib.errors import InputError
 NOT_QUANTISED = (
     r"(?:.*\.)?(?:vision_tower|vision_model|visual|multi_modal_projector|connector|merger)"
 )
+
+# What of a model's folder decides its numbers: weights, sizes, words, template, pictures' sizes.
+MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+BASE_FILE = "base.json"  # beside a trained adapter: which base it belongs to
 
 
 def quiet_libraries() -> None:
@@ -119,6 +124,7 @@ def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedM
         made_on = PeftConfig.from_pretrained(trained).base_model_name_or_path or ""
         if Path(made_on).name != Path(model_path(config)).name:
             raise InputError(f"{trained} is an adapter of {made_on}, not of {model_path(config)}")
+        _check_base(trained / BASE_FILE, config)
         return PeftModel.from_pretrained(load_model(config), trained).eval()
     if not (trained / "config.json").is_file():
         raise InputError(f"{trained} holds neither an adapter nor a model")
@@ -127,9 +133,36 @@ def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedM
     return load_model(dataclasses.replace(config, name=str(trained), adapter="full", revision=""))
 
 
+def _check_base(description: Path, config: ModelConfig) -> None:
+    """An adapter over other weights of the same name gives other answers, and no error."""
+    if not description.is_file():
+        return
+    made_on = json.loads(description.read_text(encoding="utf-8"))["files"]
+    here = model_hashes(config)
+    changed = [k for k in sorted(made_on.keys() & here.keys()) if made_on[k] != here[k]]
+    if changed:
+        raise InputError(
+            f"{description.parent} is an adapter over another state of {config.name!r}: "
+            f"{', '.join(changed)} changed since; use the base it was trained on, or train it anew"
+        )
+
+
 def weights_sha256(config: ModelConfig) -> dict[str, str]:
     """Hashes of a local model's weight files, empty for a hub id."""
     folder = Path(model_path(config))
     if not folder.is_dir():
         return {}
     return {p.name: sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def model_hashes(config: ModelConfig) -> dict[str, str]:
+    """Hash of every file of a local model that decides its numbers; of a hub id, its commit."""
+    folder = Path(model_path(config))
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(config.name, "config.json", revision=config.revision or None)
+        commit = Path(found).parent.name if isinstance(found, str) else config.revision
+        return {"commit": commit} if commit else {}
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES and p.is_file()]
+    return {p.name: sha256_file(p) for p in files}

@@ -10,10 +10,14 @@ from typing import Any
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import ProcessorMixin, Trainer, TrainerCallback
+from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerState
 
 from spavl_lib import checkpoint as ckpt
+from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator, check_lengths
+from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.errors import NonFiniteError, Preempted
+from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.run import Stage, peak_memory_gib, read_jsonl, write_text
 from spavl_lib.stop import StopFlag
 from spavl_lib.trainers.guards import (
@@ -21,7 +25,11 @@ from spavl_lib.trainers.guards import (
     check_batch,
     gate_gradients,
     gate_loss,
+    gate_weights,
 )
+from spavl_lib.trainers.probe import check_reference_unmoved
+
+LONGEST_UNSAVED_S = 600.0  # a runtime may vanish: whatever save_steps says, no more is lost
 
 
 class RowCollator(PreferenceCollator):
@@ -40,6 +48,41 @@ class CheckedMixin:
 
     checkpoints: Path
     row_ids: list[str] = []
+    reporter: "StageCallback | None" = None
+    reference: dict | None = None
+
+    def report_to_stage(self: Trainer, stage: Stage, flag: StopFlag, **options: Any) -> None:
+        """Log, check and stop through a `StageCallback`, which may ask for a checkpoint."""
+        self.reporter = StageCallback(stage, flag, self.model, trainer=self, **options)
+        self.add_callback(self.reporter)
+
+    def train_from(self: Trainer, newest: Path | None) -> None:
+        """`train`, taken up at a checkpoint; one of the last step is loaded and no more.
+
+        Raises:
+            InputError: The checkpoint does not fit, or its reference is another.
+            NonFiniteError: A loss, gradient or weight is no number.
+            Preempted: Stopped after a whole step; the checkpoint stands.
+        """
+        state = ckpt.load_state(newest) if newest else {}
+        if newest and self.reference is not None:
+            changed = [k for k in self.reporter.stage.allowed if k.startswith(("data/", "model/"))]
+            check_reference_unmoved(state.get("reference"), self.reference, waived=bool(changed))
+        if newest and state.get("finished") == self._length():
+            self._load_from_checkpoint(str(newest))
+            self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            self.reporter.take_up(self.state.global_step)
+            return
+        self.train(resume_from_checkpoint=str(newest) if newest else None)
+        flag = self.reporter.flag
+        if flag and self.state.global_step < self.state.max_steps:
+            raise Preempted(
+                f"stopped by {flag.reason} after step {self.state.global_step} of "
+                f"{self.state.max_steps}; checkpoint written, run the same command to go on"
+            )
+
+    def _length(self: Trainer) -> list:
+        return [self.args.max_steps, self.args.num_train_epochs]
 
     def _prepare_inputs(self: Trainer, inputs: dict) -> dict:
         self.row_ids = inputs.pop("row_ids", self.row_ids)
@@ -51,6 +94,8 @@ class CheckedMixin:
         """One micro-batch; a loss that is no number ends the run."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         gate_loss(loss, self.state.global_step + 1, self.row_ids)
+        if self.reporter:
+            self.reporter.step_rows += self.row_ids
         return loss
 
     def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
@@ -58,6 +103,8 @@ class CheckedMixin:
         return super()._clip_grad_norm(model)
 
     def _save_checkpoint(self: Trainer, model: nn.Module, trial: Any = None) -> None:
+        trained = ckpt.trainable_tensors(self.model)
+        gate_weights(trained, self.state.global_step, self.row_ids)
         optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
         rng, rng_plain = ckpt.rng_state()
         aside = self.checkpoints.parent / ".trainer_state.json"
@@ -67,31 +114,48 @@ class CheckedMixin:
             "optimizer": plain,
             "scheduler": self.lr_scheduler.state_dict(),
             "rng": rng_plain,
+            "reference": self.reference,
+            "logged_rows": len(self.reporter.rows) if self.reporter else 0,
+            "finished": self._length() if self.state.global_step >= self.state.max_steps else None,
             "total_train_tokens": float(getattr(self, "_total_train_tokens", 0)),
         }
         ckpt.save_checkpoint(
             self.checkpoints,
             self.state.global_step,
-            {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer, "rng": rng},
+            {"trainable": trained, "optimizer": optimizer, "rng": rng},
             state,
             texts={"trainer_state.json": aside.read_text(encoding="utf-8")},
         )
         aside.unlink()
+        if self.reporter:
+            self.reporter.saved = time.monotonic()
 
     def _load_from_checkpoint(
         self: Trainer, resume_from_checkpoint: str, model: Any = None
     ) -> None:
         source = Path(resume_from_checkpoint)
         ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
-        self._total_train_tokens = ckpt.load_state(source)["total_train_tokens"]
+        state = ckpt.load_state(source)
+        self._total_train_tokens = state["total_train_tokens"]
+        if self.reporter:
+            self.reporter.keep = state["logged_rows"]
 
     def _load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:
             source = Path(checkpoint)
             state = ckpt.load_state(source)
             tensors = ckpt.load_tensors(source, "optimizer")
+            rates = list(self.lr_scheduler.base_lrs)
+            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
             ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
+            if rates != self.lr_scheduler.base_lrs:  # allowed to change: then it must take effect
+                self.lr_scheduler.base_lrs = rates
+                groups = self.optimizer.param_groups
+                for group, rate, new in zip(groups, rates, self.lr_scheduler.get_lr(), strict=True):
+                    group["initial_lr"], group["lr"] = rate, new
+            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
     def _load_rng_state(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -107,26 +171,37 @@ class StageCallback(TrainerCallback):
         stage: Stage,
         flag: StopFlag,
         model: nn.Module,
-        logged: tuple[str, ...],
         *,
+        logged: tuple[str, ...],
+        trainer: Trainer,
         live: Any = None,
         accuracy: str = "rewards/accuracies",
         check_first: Callable[[dict], None] | None = None,
     ):
-        self.stage, self.flag, self.live = stage, flag, live
+        self.stage, self.flag, self.live, self.trainer = stage, flag, live, trainer
         self.logged, self.accuracy, self.check_first = logged, accuracy, check_first
         self.movement: Movement | None = Movement(model)
         self.bar: tqdm | None = None
-        self.started = time.perf_counter()
+        self.started = self.saved = time.monotonic()
         self.rows = read_jsonl(stage.metrics_path)
+        self.keep = 0
+        self.step_rows: list[str] = []
+        self.training = False
+
+    def take_up(self, step: int) -> None:
+        """Keep the log up to the checkpoint; its clock goes on where it stood."""
+        self.rows = self.rows[: self.keep] if step else []
+        write_text(self.stage.metrics_path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.saved = time.monotonic()
+        self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and drop logged steps that were never checkpointed."""
-        self.rows = [r for r in self.rows if r["step"] <= state.global_step]
-        write_text(self.stage.metrics_path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.take_up(state.global_step)
         name, total = self.stage.name, state.max_steps
         self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
         self.fresh = state.global_step == 0
+        self.training = True
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
@@ -135,10 +210,18 @@ class StageCallback(TrainerCallback):
         kept = {k: v for k, v in (logs or {}).items() if k in self.logged}
         if not kept:
             return
-        if self.check_first and state.global_step == 1 and "loss" in kept:
-            self.check_first(kept)
+        if state.global_step == 1 and "loss" in kept:
+            if self.check_first:
+                self.check_first(kept)
+            if not float(kept.get("grad_norm", 1.0)) > 0:
+                raise NonFiniteError(
+                    "step 1: the gradient is 0: nothing would be learnt; does the mask leave any "
+                    "answer token, does anything train?"
+                )
         row = {"step": state.global_step} | {k: number(v) for k, v in kept.items()}
-        row["time_s"] = round(time.perf_counter() - self.started, 2)
+        if "loss" in kept:
+            row["row_ids"], self.step_rows = self.step_rows, []
+        row["time_s"] = round(time.monotonic() - self.started, 2)
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
         self.rows.append(row)
@@ -158,10 +241,26 @@ class StageCallback(TrainerCallback):
             self.movement = None
         if self.flag:
             control.should_save = control.should_training_stop = True
+        if time.monotonic() - self.saved > LONGEST_UNSAVED_S:
+            control.should_save = True
         return control
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Between batches of an evaluation: stop where asked, the last step saved."""
+        if not self.flag:
+            return
+        if self.training:
+            self.trainer._save_checkpoint(model)
+        raise Preempted(
+            f"stopped by {self.flag.reason} while evaluating after step {state.global_step}; "
+            "checkpoint written, run the same command to go on"
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the bar; the plot's last drawing shows every step."""
+        self.training = False
         if self.bar is not None:
             self.bar.close()
         if self.live and self.rows:
@@ -198,3 +297,20 @@ def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -
     check_batch(
         trainer.data_collator(sample), sample, processor, getattr(config, "image_token_id", None)
     )
+
+
+def training_inputs(config: Config) -> dict[str, str]:
+    """Name -> hash or value of what a training rests on besides its settings.
+
+    A run goes on, and a finished one is taken for this one, only if all are the same.
+    """
+    return {
+        **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
+        **source_hashes(config.data, ("train", "validation")),
+        "dtype": str(compute_dtype()).removeprefix("torch."),
+    }
+
+
+def note_rows(stage: Stage, **splits: Dataset) -> None:
+    """Write down in the manifest what rows a training sees."""
+    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})

@@ -20,26 +20,30 @@ from trl import DPOTrainer
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences
-from spavl_lib.errors import InputError, Preempted
+from spavl_lib.errors import InputError
+from spavl_lib.files import write_json, writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
 from spavl_lib.modelling.load import (
+    BASE_FILE,
     compute_dtype,
     load_model,
     load_processor,
+    model_hashes,
     model_path,
     quiet_libraries,
-    weights_sha256,
 )
 from spavl_lib.run import Run, Stage, write_text
 from spavl_lib.stop import stop_on_signals
 from spavl_lib.trainers.checkpointed import (
     CheckedMixin,
     RowCollator,
-    StageCallback,
     check_rows_fit,
     drop_stock_callbacks,
+    note_rows,
     number,
+    training_inputs,
 )
+from spavl_lib.trainers.probe import reference_probe
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -83,32 +87,29 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
     """
     if stage.done:
         stage.check_config()
+        stage.check_inputs(training_inputs(config))
         return stage.summary
     if config.launch.num_processes > 1:
         raise InputError("launch.num_processes: training in several processes is not there yet")
-    inputs = {f"model/{k}": v for k, v in weights_sha256(config.model).items()}
     quiet_libraries()
-    with stage.work(inputs), stop_on_signals() as flag:
+    with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
         train_rows = load_preferences(config.data, "train")
         held_out = load_preferences(config.data, "validation")
+        note_rows(stage, train=train_rows, validation=held_out)
         processor = load_processor(config.model)
         trainer = build_trainer(config, stage, processor, train_rows, held_out)
         parts = assert_freeze_plan(trainer.model, config.model)
         check_rows_fit(trainer, train_rows, processor)
-        trainer.add_callback(
-            StageCallback(
-                stage, flag, trainer.model, LOGGED, live=live, check_first=check_reference
-            )
-        )
-        newest, skipped = ckpt.latest_checkpoint(stage.path / "checkpoints")
+        ckpt.check_room(trainer.checkpoints, trainer.model)
+        trainer.reference = reference_probe(
+            trainer.ref_model or trainer.model, processor, train_rows,
+            adapters=trainer.ref_model is None,
+        )  # fmt: skip
+        trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
+        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
         for problem in skipped:
             warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-        trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-        if flag and trainer.state.global_step < trainer.state.max_steps:
-            raise Preempted(
-                f"stopped by {flag.reason} after step {trainer.state.global_step} of "
-                f"{trainer.state.max_steps}; checkpoint written, run the same command to go on"
-            )
+        trainer.train_from(newest)
         evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
         summary = {
             "steps": trainer.state.global_step,
@@ -210,8 +211,10 @@ def save_trained(
 ) -> Path:
     """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
     target = stage.path / "model"
-    model.save_pretrained(target)
-    processor.save_pretrained(target)
+    with writing(target):
+        model.save_pretrained(target)
+        processor.save_pretrained(target)
+    write_json(target / BASE_FILE, {"name": config.model.name, "files": model_hashes(config.model)})
     card = _card(config, summary)
     write_text(target / "README.md", card)
     return target

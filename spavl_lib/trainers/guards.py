@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from spavl_lib.data.collate import neutralise
+from spavl_lib.data.collate import PromptCollator, neutralise
 from spavl_lib.errors import NonFiniteError
 
 
@@ -44,6 +44,20 @@ def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
         )
 
 
+def gate_weights(named: dict[str, Tensor], step: int, row_ids: list[str]) -> None:
+    """Refuse to save weights that are no numbers: the last update may have made them so.
+
+    Raises:
+        NonFiniteError: Names step, tensors and rows.
+    """
+    bad = [name for name, value in named.items() if not torch.isfinite(value).all()]
+    if bad:
+        raise NonFiniteError(
+            f"step {step}: weight {bad[0]} (and {len(bad) - 1} more) is not finite after rows "
+            f"{', '.join(row_ids)}; nothing was saved, the last checkpoint stands"
+        )
+
+
 def check_batch(
     batch: dict[str, Tensor],
     rows: list[dict],
@@ -58,6 +72,8 @@ def check_batch(
     """
     tokenizer = processor.tokenizer
     answers = [r["chosen"] for r in rows] + [r["rejected"] for r in rows]
+    prompts = [PromptCollator(processor)([row])["input_ids"][0].tolist() for row in rows]
+    expected_slots = [ids.count(image_token_id) for ids in prompts]
     for i, expected in enumerate(answers):
         ids = batch["input_ids"][i]
         mask = batch["completion_mask"][i].bool()
@@ -73,8 +89,14 @@ def check_batch(
         if bos is not None and (kept[0] != bos or kept.count(bos) != 1):
             raise AssertionError(f"row {i}: {kept.count(bos)} BOS, expected one at the start")
         has_image = rows[i % len(rows)].get("image") is not None
-        if image_token_id is not None and has_image != (image_token_id in kept):
+        slots = kept.count(image_token_id)
+        if image_token_id is not None and has_image != (slots > 0):
             raise AssertionError(f"row {i}: image {has_image}, image tokens {not has_image}")
+        if image_token_id is not None and slots != expected_slots[i % len(rows)]:
+            raise AssertionError(
+                f"row {i}: {slots} image tokens, its prompt alone has "
+                f"{expected_slots[i % len(rows)]}"
+            )
 
 
 class Movement:

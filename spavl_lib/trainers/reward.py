@@ -22,6 +22,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences, load_truth
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.metrics import reward_metrics
+from spavl_lib.files import writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import (
@@ -29,7 +30,6 @@ from spavl_lib.modelling.load import (
     load_model,
     load_processor,
     quiet_libraries,
-    weights_sha256,
 )
 from spavl_lib.objectives.reward import bradley_terry_loss
 from spavl_lib.run import Stage, write_text
@@ -37,10 +37,11 @@ from spavl_lib.stop import stop_on_signals
 from spavl_lib.trainers.checkpointed import (
     CheckedMixin,
     RowCollator,
-    StageCallback,
     check_rows_fit,
     drop_stock_callbacks,
+    note_rows,
     number,
+    training_inputs,
 )
 
 LOGGED = (
@@ -118,33 +119,29 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
     """
     if stage.done:
         stage.check_config()
+        stage.check_inputs(training_inputs(config))
         return stage.summary
     if config.launch.num_processes > 1:
         raise InputError("launch.num_processes: training in several processes is not there yet")
     quiet_libraries()
-    with stage.work({f"model/{k}": v for k, v in weights_sha256(config.model).items()}):
-        with stop_on_signals() as flag:
-            train_rows = load_preferences(config.data, "train")
-            held_out = load_preferences(config.data, "validation")
-            processor = load_processor(config.model)
-            trainer = build_trainer(config, stage, processor, train_rows)
-            parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
-            check_rows_fit(trainer, train_rows, processor)
-            trainer.add_callback(StageCallback(stage, flag, trainer.model, LOGGED, live=live))
-            newest, skipped = ckpt.latest_checkpoint(stage.path / "checkpoints")
-            for problem in skipped:
-                warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-            trainer.train(resume_from_checkpoint=str(newest) if newest else None)
-            if flag and trainer.state.global_step < trainer.state.max_steps:
-                raise Preempted(
-                    f"stopped by {flag.reason} after step {trainer.state.global_step} of "
-                    f"{trainer.state.max_steps}; checkpoint written, run the same command to go on"
-                )
-        model = trainer.model.eval()
-        scored = score_pairs(model, processor, held_out, config.reward.per_device_batch_size)
-        exchanged = score_pairs(
-            model, processor, exchange_images(held_out), config.reward.per_device_batch_size
-        )
+    with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
+        train_rows = load_preferences(config.data, "train")
+        held_out = load_preferences(config.data, "validation")
+        note_rows(stage, train=train_rows, validation=held_out)
+        processor = load_processor(config.model)
+        trainer = build_trainer(config, stage, processor, train_rows)
+        parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
+        check_rows_fit(trainer, train_rows, processor)
+        ckpt.check_room(trainer.checkpoints, trainer.model)
+        trainer.report_to_stage(stage, flag, logged=LOGGED, live=live)
+        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
+        for problem in skipped:
+            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+        trainer.train_from(newest)
+        model, size = trainer.model.eval(), config.reward.per_device_batch_size
+        scored = score_pairs(model, processor, held_out, size, should_stop=flag)
+        moved = exchange_images(held_out)
+        exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
         write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
         summary = {
             "steps": trainer.state.global_step,
@@ -152,12 +149,15 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "validation_rows": len(held_out),
             "trainable_parameters": parts | {"score": model.score.weight.numel()},
             "metrics": reward_metrics(scored, exchanged, load_truth(config.data)),
-            "final_loss": number(trainer.state.log_history[-2].get("loss", float("nan"))),
+            "final_loss": number(
+                next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
+            ),
             "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(model)),
         }
         target = stage.path / "model"
-        save_reward_model(model, target, config.model)
-        processor.save_pretrained(target)
+        with writing(target):
+            save_reward_model(model, target, config.model)
+            processor.save_pretrained(target)
     stage.finish(summary)
     return summary
 
@@ -220,11 +220,22 @@ def build_trainer(
 
 @torch.no_grad()
 def score_pairs(
-    model: ScalarHeadModel, processor: ProcessorMixin, rows: Dataset, batch_size: int
+    model: ScalarHeadModel,
+    processor: ProcessorMixin,
+    rows: Dataset,
+    batch_size: int,
+    *,
+    should_stop: object = False,
 ) -> list[dict]:
-    """Both scores of every pair, with the row's ids, classes and answer lengths in words."""
+    """Both scores of every pair, with the row's ids, classes and answer lengths in words.
+
+    Raises:
+        Preempted: `should_stop` became true; polled between batches.
+    """
     collate, scored = RowCollator(processor), []
     for start in tqdm(range(0, len(rows), batch_size), desc="score", leave=False):
+        if should_stop:
+            raise Preempted("stopped while scoring held-out pairs; run the same command to go on")
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}

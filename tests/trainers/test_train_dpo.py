@@ -21,7 +21,7 @@ from spavl_lib.modelling.adapters import freeze_for_full, trainable_parts
 from spavl_lib.modelling.load import load_model, load_policy
 from spavl_lib.objectives.dpo import dpo_loss
 from spavl_lib.run import Run, Stage, read_jsonl
-from spavl_lib.trainers import dpo
+from spavl_lib.trainers import checkpointed
 from spavl_lib.trainers.dpo import build_trainer, train_dpo
 from tests.helpers import (
     embedded_model,
@@ -151,7 +151,8 @@ def test_every_step_is_logged_and_the_folder_is_whole(
     }  # fmt: skip
     for row in trained:
         assert wanted <= set(row)
-        assert all(math.isfinite(v) for v in row.values())
+        assert all(math.isfinite(v) for k, v in row.items() if k != "row_ids")
+        assert len(set(row["row_ids"])) == 4
         margin = row["rewards/chosen"] - row["rewards/rejected"]
         assert row["rewards/margins"] == pytest.approx(margin, abs=1e-5)
     assert trained[0]["learning_rate"] < trained[1]["learning_rate"] == pytest.approx(1e-3)
@@ -384,7 +385,7 @@ def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    class Poisoned(dpo.StageCallback):
+    class Poisoned(checkpointed.StageCallback):
         def on_step_end(self, args, state, control, model=None, **more):
             control = super().on_step_end(args, state, control, model=model, **more)
             if state.global_step == 3:
@@ -393,7 +394,7 @@ def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
             return control
 
     with monkeypatch.context() as patch:
-        patch.setattr(dpo, "StageCallback", Poisoned)
+        patch.setattr(checkpointed, "StageCallback", Poisoned)
         with pytest.raises(NonFiniteError, match=r"step 4: loss is nan on rows train") as caught:
             make(settings(rows, adapter), tmp_path)
     assert caught.value.exit_code == 3
