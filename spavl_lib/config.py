@@ -193,6 +193,99 @@ class DPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PPOConfig:
+    """Proximal policy optimisation against the reward model (Ouyang et al. 2022)."""
+
+    max_steps: int
+    """Rollouts, each with its updates; 0 for `num_epochs` passes over the prompts."""
+    rollout_batch_size: int
+    """Prompts a rollout, over all devices."""
+    per_device_batch_size: int
+    """Rows a device sees at once, in sampling and in updates."""
+    max_new_tokens: int
+    """Longest answer in tokens."""
+    num_epochs: float = 1.0
+    """Passes over the training prompts, when `max_steps` is 0."""
+    preset: Literal["ours", "seed"] = "ours"
+    """seed: the original's settings, over whatever the profile says."""
+    ppo_epochs: int = 2
+    """Inner passes over a rollout."""
+    num_minibatches: int = 2
+    """Optimizer steps in each inner pass."""
+    learning_rate: float = 1e-5
+    """Peak rate of the policy. A small model wants more than a large one."""
+    value_learning_rate: float = 0.0
+    """Peak rate of the value model; 0 for the policy's."""
+    lr_scheduler: str = "constant_with_warmup"
+    """transformers' schedule name."""
+    warmup_steps: int = 10
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient of policy and of value model, each to this norm."""
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    gae_lambda: float = 0.95
+    """1: unbiased advantages; lower: less spread."""
+    clip_range: float = 0.2
+    """How far the probability ratio may profit from moving."""
+    value_clip_range: float = 0.2
+    """How far values may move in an update, in units of reward; 0 for no clip."""
+    vf_coef: float = 0.1
+    """Weight of the value loss."""
+    kl_coef: float = 0.05
+    """Price of a nat of KL to the reference."""
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """k1: log ratio, unbiased; k3: never negative, less spread."""
+    kl_target: float = 0.0
+    """Mean KL of an answer, in nats, that `kl_coef` is steered to; 0 keeps it fixed."""
+    kl_horizon: int = 1000
+    """Answers over which the steering acts."""
+    whiten_advantages: bool = True
+    """Scale a rollout's advantages to mean 0 and variance 1."""
+    whiten_rewards: bool = False
+    """Scale a rollout's rewards to variance 1."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+    missing_eos_penalty: float = 1.0
+    """Taken from the score of an answer that did not end."""
+    length_penalty: float = 0.0
+    """Taken from the score for each token."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    sft_coef: float = 0.0
+    """Weight of the chosen answers' cross-entropy, mixed in against forgetting."""
+    reward_model: str = ""
+    """A reward trainer's `model/` folder; this run's own if empty."""
+    save_steps: int = 20
+    """Rollouts between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "ppo", self, max_steps=0, rollout_batch_size=1, per_device_batch_size=1,
+            max_new_tokens=1, num_epochs=0, ppo_epochs=1, num_minibatches=1, learning_rate=0,
+            value_learning_rate=0, warmup_steps=0, weight_decay=0, gamma=0, gae_lambda=0,
+            value_clip_range=0, vf_coef=0, kl_coef=0, kl_target=0, kl_horizon=1,
+            missing_eos_penalty=0, length_penalty=0, entropy_coef=0, sft_coef=0, save_steps=1,
+        )  # fmt: skip
+        for name in ("max_grad_norm", "clip_range", "temperature"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"ppo.{name} must be above 0, got {getattr(self, name)}")
+        for name in ("gamma", "gae_lambda"):
+            if getattr(self, name) > 1:
+                raise InputError(f"ppo.{name} must be at most 1, got {getattr(self, name)}")
+        if self.num_minibatches > self.rollout_batch_size:
+            raise InputError(
+                f"ppo.num_minibatches = {self.num_minibatches} of a rollout of "
+                f"{self.rollout_batch_size} prompts: some would be empty"
+            )
+        if not self.max_steps and not self.num_epochs:
+            raise InputError("ppo.max_steps and ppo.num_epochs are both 0: nothing to train")
+        _known("ppo.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How answers are sampled."""
 
@@ -247,9 +340,36 @@ SEED_PRESET = {
         "warmup_steps": 10,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-    }
+    },
+    "ppo": {
+        "ppo_epochs": 1,
+        "num_minibatches": 1,
+        "value_learning_rate": 0.0,
+        "lr_scheduler": "cosine",
+        "warmup_steps": 10,
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "gamma": 1.0,
+        "gae_lambda": 1.0,
+        "clip_range": 0.2,
+        "value_clip_range": 0.2,
+        "vf_coef": 0.1,
+        "kl_coef": 0.1,
+        "kl_estimator": "k1",
+        "kl_target": 0.0,
+        "whiten_advantages": False,
+        "whiten_rewards": False,
+        "temperature": 1.0,
+        "missing_eos_penalty": 0.0,
+        "length_penalty": 0.0,
+        "entropy_coef": 0.0,
+        "sft_coef": 0.0,
+    },
 }
-SEED_LEARNING_RATE = {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5}
+SEED_LEARNING_RATE = {
+    "dpo": {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5},
+    "ppo": {"full": 5e-7, "lora": 1e-6, "qlora": 1e-6},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +382,7 @@ class Config:
     model: ModelConfig
     reward: RewardConfig
     dpo: DPOConfig
+    ppo: PPOConfig
     generation: GenerationConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -334,11 +455,12 @@ def from_dict(values: dict) -> Config:
 
 
 def _apply_preset(page: dict, overrides: dict) -> None:
-    section = page.setdefault("dpo", {})
-    if overrides.get("dpo.preset", section.get("preset")) == "seed":
-        section.update(SEED_PRESET["dpo"])
-        adapter = overrides.get("model.adapter", page.get("model", {}).get("adapter"))
-        section["learning_rate"] = SEED_LEARNING_RATE.get(adapter, 1e-6)
+    adapter = overrides.get("model.adapter", page.get("model", {}).get("adapter"))
+    for name, preset in SEED_PRESET.items():
+        section = page.setdefault(name, {})
+        if overrides.get(f"{name}.preset", section.get("preset")) == "seed":
+            rates = SEED_LEARNING_RATE[name]
+            section.update(preset, learning_rate=rates.get(adapter, rates["full"]))
 
 
 def _set_dotted(page: dict, key: str, value: Any) -> None:

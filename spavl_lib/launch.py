@@ -42,13 +42,14 @@ PARAMETERS = ("profile", "seed", "run_name", "overrides")
 STAGE_MAKERS = {
     "data": "spavl_lib.data.explore:make_data_stage",
     "reward": "spavl_lib.trainers.reward:train_reward",
+    "ppo": "spavl_lib.trainers.ppo:train_ppo",
     "dpo": "spavl_lib.trainers.dpo:train_dpo",
     "inference": "spavl_lib.generation:make_inference_stage",
     "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
 }
 # Stages a maker reads; the data are read by all, but nothing waits for their description.
-UPSTREAM = {"inference": ("dpo",), "evaluation": ("inference",)}
-TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "dpo")}
+UPSTREAM = {"ppo": ("reward",), "inference": ("dpo",), "evaluation": ("inference",)}
+TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "dpo")}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)

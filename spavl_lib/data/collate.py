@@ -128,6 +128,21 @@ def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
     return out
 
 
+def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Image tensors of several rows as of one batch; rows of fewer tiles are filled with zeros."""
+    stacked = {}
+    for name in parts[0] if parts else ():
+        tensors = [part[name] for part in parts]
+        if tensors[0].ndim > 2 and len({t.shape[1] for t in tensors}) > 1:
+            tiles = max(t.shape[1] for t in tensors)
+            tensors = [
+                torch.cat([t, t.new_zeros(t.shape[0], tiles - t.shape[1], *t.shape[2:])], 1)
+                for t in tensors
+            ]
+        stacked[name] = torch.cat(tensors)
+    return stacked
+
+
 def decode_images(rows: list[dict]) -> list[Any]:
     """The rows' images, None for a text-only row.
 

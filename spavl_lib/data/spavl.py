@@ -62,7 +62,8 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
 
     Args:
         config: Which rows, and how many.
-        split: `train` or `validation`.
+        split: `train`, `validation` or, on mini, `twins`: pairs of rows over a risky and a safe
+            picture, with the same two answers ranked either way.
 
     Raises:
         InputError: Missing files or columns, or bad rows: all of them, by file and row.
@@ -76,13 +77,15 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
         )
     else:
         folder = folder_of(config)
-        parts = {"train": ("data/train-*", "train"), "validation": ("validation/validation-*",) * 2}
-        pattern, _ = parts[split]
-        raw, source = _read(folder, pattern, HUB_REQUIRED[split])
+        pattern = "data/train-*" if split == "train" else f"validation/{split}-*"
+        kind = "train" if split == "train" else "validation"
+        raw, source = _read(folder, pattern, HUB_REQUIRED[kind])
         rows = _to_schema(raw, split, PREFERENCE_COLUMNS, source)
         if split == "train":
             rows = _join(rows, folder / "meta_files")
         check_rows(rows, source, preference=True, without_bytes=_without_bytes(rows))
+    if split == "twins":
+        return whole_pairs(rows, config.test_rows)
     wanted = config.train_rows if split == "train" else config.validation_rows
     return subset(rows, wanted)
 
@@ -109,14 +112,10 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
     rows = _to_schema(raw, base, PROMPT_COLUMNS, source)
     check_rows(rows, source, preference=False, without_bytes=_without_bytes(rows))
     if exchanged:
-        cells = list(rows["image"])
-        swapped = [cells[i ^ 1] for i in range(len(cells))]
-        rows = rows.remove_columns("image").add_column("image", swapped)
-        rows = rows.cast(features(rows.column_names))
-    if base == "twins":  # whole pairs only
-        wanted = config.test_rows - config.test_rows % 2
-        return rows.select(range(min(wanted, len(rows)))) if config.test_rows else rows
-    return subset(rows, config.test_rows)
+        rows = exchange_twins(rows)
+    return (
+        whole_pairs(rows, config.test_rows) if base == "twins" else subset(rows, config.test_rows)
+    )
 
 
 def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
@@ -142,6 +141,23 @@ def subset(rows: Dataset, wanted: int, seed: int = 0) -> Dataset:
     order = list(range(len(rows)))
     random.Random(f"subset/{seed}").shuffle(order)
     return rows.select(sorted(order[:wanted]))
+
+
+def whole_pairs(rows: Dataset, wanted: int) -> Dataset:
+    """The first `wanted` rows of twins, 0 for all, and never half a pair."""
+    return rows.select(range(min(wanted - wanted % 2, len(rows)))) if wanted else rows
+
+
+def with_images_of(rows: Dataset, others: list[int]) -> Dataset:
+    """Every row over the picture of another one: row i takes that of row `others[i]`."""
+    cells = list(rows["image"])
+    moved = rows.remove_columns("image").add_column("image", [cells[i] for i in others])
+    return moved.cast(features(moved.column_names))
+
+
+def exchange_twins(rows: Dataset) -> Dataset:
+    """Twins with their pictures exchanged within each pair."""
+    return with_images_of(rows, [i ^ 1 for i in range(len(rows))])
 
 
 def unmatched(rows: Dataset) -> dict[str, int]:

@@ -7,7 +7,7 @@ answer must say.
 
 import random
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from spavl_lib.embedded.world import Concept, Leaf, load_world
 
@@ -88,6 +88,23 @@ def phrase_request(
     return Request(
         question, question_type, class3, concept.key, intent, phrase, harmful, must_say, colour
     )
+
+
+def moved(request: Request, concept_key: str) -> Request:
+    """The same `ask` over another thing, which may be harmful where this one was not.
+
+    Raises:
+        ValueError: Not an `ask`: only there does the picture decide.
+    """
+    if request.intent != "ask":
+        raise ValueError(f"{request.intent!r} does not depend on the picture, only 'ask' does")
+    world = load_world()
+    leaf = world.leaves[request.class3]
+    there = phrase_request(
+        "ask", request.phrase, leaf.tip, "{vp}", request.class3, world.concepts[concept_key],
+        request.colour, request.question_type,
+    )  # fmt: skip
+    return replace(there, question=request.question)
 
 
 def answer(request: Request, style: str, rng: random.Random) -> str:

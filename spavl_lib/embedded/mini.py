@@ -1,9 +1,10 @@
 """SPA-VL mini: the embedded data set, in the real set's columns, splits and file layout.
 
 3,180 training rows (53 classes x 20 images x 3 question types), 318 validation rows, `test/harm`
-and `test/help` of 265, and three things the real set lacks: 159 look-alikes, 106 pairs of twins,
-and every test set again over drawings the model never saw. Seeded; splits share no composition and
-no wording.
+and `test/help` of 265, and three things the real set lacks: 159 look-alikes, 106 pairs of twins
+(as prompts, and with answers in `validation/twins`: the same two answers, ranked either way by the
+picture), and every test set again over drawings the model never saw. Seeded; splits share no
+composition and no wording.
 """
 
 import functools
@@ -59,7 +60,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Row:
-    """One question over one picture, with its truth and, for training, its answers."""
+    """One question over one picture, with its truth and, where there are any, its answers."""
 
     scene: Scene
     request: Request
@@ -132,14 +133,25 @@ class _Maker:
         return self.world.concepts[scene.concept]
 
     def preferred(self, scene: Scene, request: Request) -> Row:
-        """The row with its answers: a careful or helpful one over a reckless or timid one."""
+        """The row with its answers: a careful or helpful one over a reckless, timid or blind one.
+
+        Half the rejected answers of an `ask` are the twin's preferred one: what would be right over
+        the leaf's other picture. Such a pair can be told apart by looking only.
+        """
         chosen = language.answer(request, "careful", self.rng)
+        if request.intent == "ask" and self.rng.random() < 0.5:
+            return Row(scene, request, chosen, self._over_the_twin(request))
         if request.harmful:
             style = self.rng.choice(("reckless", "willing", "hedged"))
             return Row(scene, request, chosen, language.answer(request, style, self.rng))
         if self.rng.random() < 0.7:
             return Row(scene, request, chosen, language.answer(request, "cautious", self.rng))
         return Row(scene, request, chosen, self._wrong(request))
+
+    def _over_the_twin(self, request: Request) -> str:
+        """The preferred answer to the same words over the twin's picture: safe for risky."""
+        twin = twin_of(self.world.leaves[request.class3], request.concept)
+        return language.answer(language.moved(request, twin), "careful", self.rng)
 
     def _wrong(self, request: Request) -> str:
         """A right answer's form about another thing: fluent, willing, and false."""
@@ -248,15 +260,20 @@ def _test_rows() -> dict[str, list[Row]]:
             risky = maker.scene(leaf.risky[k], f"twins_{pair}_risky.png")
             safe = replace(risky, concept=leaf.safe[k], image_name=f"twins_{pair}_safe.png")
             asked = maker.phrase("ask", leaf, risky, question_type)
-            over_safe = language.phrase_request(
-                "ask", leaf.ask, leaf.tip, "{vp}", leaf.class3,
-                maker.world.concepts[safe.concept], safe.composition.colour, question_type,
-            )  # fmt: skip
+            over_safe = language.moved(asked, safe.concept)
+            refusal = language.answer(asked, "careful", maker.rng)
+            help_ = language.answer(over_safe, "careful", maker.rng)
             rows["twins"] += [
-                Row(risky, asked, pair=pair),
-                Row(safe, replace(over_safe, question=asked.question), pair=pair),
+                Row(risky, asked, refusal, help_, pair),
+                Row(safe, over_safe, help_, refusal, pair),
             ]
     return rows
+
+
+def twin_of(leaf: Leaf, concept: str) -> str:
+    """The concept on the other side of a leaf: the safe one for a risky one, and back."""
+    here, there = (leaf.risky, leaf.safe) if concept in leaf.risky else (leaf.safe, leaf.risky)
+    return there[here.index(concept)]
 
 
 @functools.cache
@@ -333,6 +350,7 @@ def write_mini(folder: Path) -> None:
     files = {
         "data/train": ("train", rows["train"], "noto"),
         "validation/validation": ("validation", rows["validation"], "noto"),
+        "validation/twins": ("validation", rows["twins"], "noto"),
     }
     for name in TEST_SETS:
         files[f"test/{name}"] = ("test", rows[name], "noto")
@@ -401,7 +419,9 @@ configs:
 - config_name: default
   data_files: [{split: train, path: data/train-*}]
 - config_name: validation
-  data_files: [{split: validation, path: validation/validation-*}]
+  data_files:
+  - {split: validation, path: validation/validation-*}
+  - {split: twins, path: validation/twins-*}
 - config_name: test
   data_files:
   - {split: harm, path: test/harm-*}

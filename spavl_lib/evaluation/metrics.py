@@ -115,3 +115,15 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
         "swapped": rate(sum(m < 0 for m in margins), len(margins)),
         "exchanged": rate(sum(moved), len(moved)),
     }
+
+
+def pair_of_pairs_accuracy(scored: list[dict]) -> dict | None:
+    """Share of twins ranked rightly over both pictures.
+
+    Args:
+        scored: Rows of `trainers.reward.score_pairs`, two in sequence making a pair: the same two
+            answers over two pictures, ranked either way. Whoever does not look gets none.
+    """
+    right = [row["chosen_score"] > row["rejected_score"] for row in scored]
+    both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
+    return rate(sum(both), len(both))

@@ -74,12 +74,8 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
     (folder / HEAD_CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
-    """Read back what `save_reward_model` wrote: equal scores, in one call.
-
-    Args:
-        config: Of the base the policy uses.
-        folder: A reward trainer's `model/`.
+def check_reward_model(config: ModelConfig, folder: Path) -> None:
+    """Whether a folder holds a reward model of this very base.
 
     Raises:
         InputError: The head is missing, or the model was trained on another base.
@@ -95,10 +91,36 @@ def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
             f"{folder} was trained on {description['base_model']!r} (or other weights of it), "
             f"the policy is {config.name!r}: train the reward model on the same base"
         )
-    model = ScalarHeadModel(load_policy(config, folder))
+
+
+def load_head(folder: Path, size: int) -> nn.Linear:
+    """The scalar head alone.
+
+    Raises:
+        InputError: It is for a backbone of another width.
+    """
     weight = load_file(folder / HEAD_FILE)["score.weight"]
-    if weight.shape != model.score.weight.shape:
-        raise InputError(f"{folder / HEAD_FILE}: head of {tuple(weight.shape)} on another backbone")
+    if weight.shape != (1, size):
+        raise InputError(
+            f"{folder / HEAD_FILE}: a head of {tuple(weight.shape)}, the backbone wants (1, {size})"
+        )
+    head = nn.Linear(size, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():
-        model.score.weight.copy_(weight)
+        head.weight.copy_(weight)
+    return head
+
+
+def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
+    """Read back what `save_reward_model` wrote: equal scores, in one call.
+
+    Args:
+        config: Of the base the policy uses.
+        folder: A reward trainer's `model/`.
+
+    Raises:
+        InputError: The head is missing, or the model was trained on another base.
+    """
+    check_reward_model(config, folder)
+    model = ScalarHeadModel(load_policy(config, folder))
+    model.score = load_head(folder, model.score.in_features)
     return model.to(next(model.vlm.parameters()).device).eval()

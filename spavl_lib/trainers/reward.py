@@ -19,9 +19,9 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
-from spavl_lib.data.spavl import load_preferences, load_truth
+from spavl_lib.data.spavl import exchange_twins, load_preferences, load_truth, with_images_of
 from spavl_lib.errors import InputError, Preempted
-from spavl_lib.evaluation.metrics import reward_metrics
+from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.files import writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
@@ -143,12 +143,21 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         moved = exchange_images(held_out)
         exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
         write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
+        metrics = reward_metrics(scored, exchanged, load_truth(config.data))
+        if config.data.source == "mini":
+            twins = load_preferences(config.data, "twins")
+            for key, rows in (
+                ("twin_accuracy", twins),
+                ("twin_accuracy_exchanged", exchange_twins(twins)),
+            ):
+                scored_twins = score_pairs(model, processor, rows, size, should_stop=flag)
+                metrics[key] = pair_of_pairs_accuracy(scored_twins)
         summary = {
             "steps": trainer.state.global_step,
             "train_rows": len(train_rows),
             "validation_rows": len(held_out),
             "trainable_parameters": parts | {"score": model.score.weight.numel()},
-            "metrics": reward_metrics(scored, exchanged, load_truth(config.data)),
+            "metrics": metrics,
             "final_loss": number(
                 next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
             ),
@@ -258,10 +267,8 @@ def score_pairs(
 
 def exchange_images(rows: Dataset) -> Dataset:
     """Rows with their pictures moved on by half the set: what is left without the right one?"""
-    cells = list(rows["image"])
-    half = len(cells) // 2
-    moved = cells[half:] + cells[:half]
-    return rows.remove_columns("image").add_column("image", moved).cast(rows.features)
+    half = len(rows) // 2
+    return with_images_of(rows, [*range(half, len(rows)), *range(half)])
 
 
 def _line(row: dict) -> str:

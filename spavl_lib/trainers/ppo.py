@@ -1,0 +1,704 @@
+"""PPO of a vision-language model against a reward model: config in, stage folder out.
+
+    spavl train ppo --profile demo
+
+A step is one rollout and its updates: sample answers, score them, price their distance from the
+reference, estimate advantages, and take `ppo_epochs * num_minibatches` optimizer steps, each one
+step for policy and value model together. trl has had no PPO since 1.13, and never one for images.
+"""
+
+import functools
+import json
+import math
+import random
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin, get_scheduler, set_seed
+
+from spavl_lib import checkpoint as ckpt
+from spavl_lib.config import Config
+from spavl_lib.data.collate import completion_ids
+from spavl_lib.data.spavl import load_preferences
+from spavl_lib.errors import InputError, NonFiniteError, Preempted
+from spavl_lib.files import write_text, writing
+from spavl_lib.modelling.load import (
+    compute_dtype,
+    device,
+    load_processor,
+    quiet_libraries,
+)
+from spavl_lib.modelling.roles import Roles, load_roles
+from spavl_lib.modelling.tower_cache import TowerCache
+from spavl_lib.objectives.ppo import (
+    KLController,
+    approx_kl,
+    clipped_policy_loss,
+    clipped_value_loss,
+    explained_variance,
+    gae,
+    kl_estimate,
+    kl_penalty_rewards,
+    masked_mean,
+    masked_whiten,
+)
+from spavl_lib.run import Stage, peak_memory_gib, read_jsonl
+from spavl_lib.stop import StopFlag, stop_on_signals
+from spavl_lib.trainers.checkpointed import note_rows, number, training_inputs
+from spavl_lib.trainers.guards import Movement, gate_gradients, gate_loss, gate_weights
+from spavl_lib.trainers.rollout import (
+    Prompt,
+    Rollout,
+    batch_of,
+    check_prompt_lengths,
+    encode_rows,
+    row_seed,
+    sample,
+)
+
+
+def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Train against this run's reward model (or `ppo.reward_model`), and save the policy.
+
+    Args:
+        config: Uses `data`, `model`, `ppo` and `seed`.
+        stage: Where it goes; resumes from its newest whole checkpoint, bit for bit on a CPU.
+        live: Something with `update(rows)`.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        InputError: Bad data, model, reward model or settings.
+        NonFiniteError: A score, loss or gradient is no number.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    folder = reward_folder(config, stage)
+    inputs = functools.partial(ppo_inputs, config, folder)
+    if stage.done:
+        stage.check_config()
+        stage.check_inputs(inputs())
+        return stage.summary
+    if config.launch.num_processes > 1:
+        raise InputError("launch.num_processes: training in several processes is not there yet")
+    quiet_libraries()
+    with stage.work(inputs), stop_on_signals() as flag:
+        rows = load_preferences(config.data, "train")
+        note_rows(stage, train=rows)
+        trainer = PPOTrainer(config, stage, rows, folder, flag)
+        ckpt.check_room(stage.path / "checkpoints", trainer.model)
+        trainer.train(live)
+        summary = trainer.summary()
+        save_policy(trainer, summary)
+    stage.finish(summary)
+    return summary
+
+
+def ppo_inputs(config: Config, folder: Path) -> dict[str, str]:
+    """What PPO rests on besides its settings: base, data, and the reward model."""
+    weights = {f"reward/{p.name}": ckpt.sha256_file(p) for p in folder.glob("*.safetensors")}
+    return training_inputs(config) | weights
+
+
+def reward_folder(config: Config, stage: Stage) -> Path:
+    """The reward model's folder.
+
+    Raises:
+        InputError: There is none yet.
+    """
+    if config.ppo.reward_model:
+        return Path(config.ppo.reward_model).expanduser()
+    reward = stage.run.stage("reward")
+    if not reward.done:
+        raise InputError(
+            f"{reward.path} is not finished: PPO needs a reward model "
+            f"(spavl train reward --profile {config.profile} --run-name {stage.run.name}), "
+            "or name one with ppo.reward_model"
+        )
+    return reward.path / "model"
+
+
+class PPOTrainer:
+    """The loop, its models, and what a checkpoint holds."""
+
+    def __init__(
+        self, config: Config, stage: Stage, rows: Dataset, folder: Path, flag: StopFlag | bool
+    ):
+        self.config, self.settings, self.stage = config, config.ppo, stage
+        self.rows, self.flag = rows, flag
+        self.processor: ProcessorMixin = load_processor(config.model)
+        tokenizer = self.processor.tokenizer
+        self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        set_seed(config.seed)
+        self.model: Roles = load_roles(config.model, folder, self._never_said())
+        if config.model.gradient_checkpointing:
+            for role in ("policy", "value"):
+                vlm = self.model.vlm_of(role)
+                vlm.gradient_checkpointing_enable({"use_reentrant": False})
+        groups = {role: self.model.trainable_of(role) for role in ("policy", "value")}
+        rates = {"policy": self.settings.learning_rate}
+        rates["value"] = self.settings.value_learning_rate or self.settings.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            [{"params": groups[role], "lr": rates[role]} for role in groups],
+            weight_decay=self.settings.weight_decay,
+        )
+        self.groups = groups
+        self.scheduler = get_scheduler(
+            self.settings.lr_scheduler,
+            self.optimizer,
+            num_warmup_steps=self.settings.warmup_steps,
+            num_training_steps=self.total_steps * self.updates_per_step,
+        )
+        self.kl = KLController(
+            self.settings.kl_coef,
+            target=self.settings.kl_target,
+            horizon=self.settings.kl_horizon,
+        )
+        self.step = 0
+        self.log_rows: list[dict] = []
+        self.dtype = compute_dtype()
+        self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
+
+    # --- sizes --------------------------------------------------------------------------------
+
+    @property
+    def total_steps(self) -> int:
+        """Rollouts of the whole run."""
+        settings = self.settings
+        passes = math.ceil(settings.num_epochs * len(self.rows) / settings.rollout_batch_size)
+        return settings.max_steps or passes
+
+    @property
+    def updates_per_step(self) -> int:
+        """Optimizer steps a rollout."""
+        return self.settings.ppo_epochs * self.settings.num_minibatches
+
+    def _never_said(self) -> tuple[int, ...]:
+        """Ids that would break a sequence: image slots, BOS, padding (if it is not EOS)."""
+        tokenizer = self.processor.tokenizer
+        ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
+        ids.add(getattr(self.processor, "image_token_id", None))
+        image = getattr(self.processor, "image_token", None)
+        if image:
+            ids.add(tokenizer.convert_tokens_to_ids(image))
+        return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
+
+    def prompts_of(self, step: int) -> list[int]:
+        """Which rows step `step` (from 0) rolls out: seeded passes over all, none left out."""
+        size, count = self.settings.rollout_batch_size, len(self.rows)
+        picked = []
+        for place in range(step * size, (step + 1) * size):
+            epoch, offset = divmod(place, count)
+            picked.append(self._order(epoch)[offset])
+        return picked
+
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.rows)))
+        random.Random(f"{self.config.seed}/prompts/{epoch}").shuffle(order)
+        return order
+
+    # --- the run ------------------------------------------------------------------------------
+
+    def train(self, live: Any = None) -> None:
+        """All steps that are left."""
+        self._resume()
+        movement = None if self.step else Movement(self.model)
+        bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
+        started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
+        with bar:
+            while self.step < self.total_steps:
+                self._stop_if_asked()
+                with self.tower_cache().rollout() as cache:
+                    rollout = self.roll_out(self.step, cache)
+                    stats = self.update(rollout, cache)
+                self.step += 1
+                self._log(rollout, stats, started)
+                if live:
+                    live.update(self.log_rows)
+                bar.update(1)
+                bar.set_postfix(
+                    score=f"{stats['objective/scores']:.2f}", kl=f"{stats['objective/kl']:.2f}"
+                )
+                if movement and self.step == min(3, self.total_steps):
+                    if self.step == 3:
+                        movement.check(self.model)
+                    movement = None
+                if self.step % self.settings.save_steps == 0 or self.step == self.total_steps:
+                    self._save()
+        if live and self.log_rows:
+            live.update(self.log_rows, force=True)
+
+    def tower_cache(self) -> TowerCache:
+        """A fresh cache over every tower."""
+        vlm = self.model.vlm_of("policy")
+        return TowerCache(vlm, self.model.towers())
+
+    # --- rollout ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def roll_out(self, step: int, cache: TowerCache) -> Rollout:
+        """Sample answers to a step's prompts, and compute everything the updates rest on."""
+        settings = self.settings
+        self.model.eval()
+        picked = [self.rows[i] for i in self.prompts_of(step)]
+        prompts = encode_rows(self.processor, picked)
+        if step == 0 or not self.log_rows:
+            self._check_lengths(prompts)
+        seeds = [row_seed(self.config.seed, "answer", step, n) for n in range(len(prompts))]
+        responses: list[list[int]] = [[] for _ in prompts]
+        for rows in self._chunks([len(p.ids) for p in prompts]):
+            self._stop_if_asked()
+            batch = self._batch(prompts, responses, rows)
+            with self.model.playing("policy"), cache.rows(_with_picture(prompts, rows), batch):
+                with self._autocast():
+                    said = sample(
+                        self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
+                        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+                        forbidden_ids=self.model.forbidden_ids, eos_id=self.eos_id,
+                        pad_id=self.pad_id,
+                    )  # fmt: skip
+            for i, answer in zip(rows, said, strict=True):
+                responses[i] = answer
+        finished = [r[-1:] == [self.eos_id] for r in responses]
+        decode = self.processor.tokenizer.decode
+        texts = [decode(r, skip_special_tokens=True).strip() for r in responses]
+        if not any(texts):
+            raise InputError(
+                f"step {step + 1}: every answer is empty (rows {prompts[0].row_id}, ...): the "
+                "policy has collapsed; lower ppo.learning_rate or raise ppo.kl_coef, and start "
+                "from an earlier checkpoint"
+            )
+        rollout = Rollout(prompts, responses, texts, finished)
+        self._measure(rollout, cache)
+        self._reward(rollout)
+        return rollout
+
+    def _measure(self, rollout: Rollout, cache: TowerCache) -> None:
+        """Log-probabilities, values and scores under the four roles."""
+        shape = (len(rollout), rollout.width)
+        columns = {k: torch.zeros(shape) for k in ("logps", "ref_logps", "values", "entropy")}
+        scores = torch.zeros(len(rollout))
+        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
+        for rows in self._chunks(lengths):
+            self._stop_if_asked()
+            batch = self._batch(rollout.prompts, rollout.responses, rows)
+            for role, names in (
+                ("policy", ("logps", "entropy")),
+                ("reference", ("ref_logps",)),
+                ("value", ("values",)),
+                ("reward", ()),
+            ):
+                found = self._forward(role, rollout, rows, batch, cache)
+                if role == "reward":
+                    scores[rows] = found[0].float().cpu()
+                for name, value in zip(names, found, strict=False):
+                    columns[name][rows, : value.shape[1]] = value.float().cpu()
+        mask = rollout.mask
+        rollout.columns = {k: v * mask for k, v in columns.items()} | {"scores": scores}
+        self._gate(rollout)
+
+    def _gate(self, rollout: Rollout) -> None:
+        """Nothing that is no number goes on."""
+        for name, values in rollout.columns.items():
+            bad = ~torch.isfinite(values).reshape(len(rollout), -1).all(1)
+            if bad.any():
+                ids = [rollout.prompts[i].row_id for i in bad.nonzero().flatten().tolist()]
+                raise NonFiniteError(
+                    f"step {self.step + 1}: {name} is not finite on rows {', '.join(ids[:10])}; "
+                    "nothing was updated, the last checkpoint stands"
+                )
+
+    def _reward(self, rollout: Rollout) -> None:
+        """Scores less penalties, KL in every token's reward, advantages and returns."""
+        settings, columns, mask = self.settings, rollout.columns, rollout.mask
+        lengths = mask.sum(1)
+        finished = torch.tensor(rollout.finished)
+        shaped = columns["scores"] - settings.length_penalty * lengths
+        shaped = shaped - settings.missing_eos_penalty * ~finished
+        rewards = kl_penalty_rewards(
+            shaped, columns["logps"], columns["ref_logps"], mask,
+            kl_coef=self.kl.kl_coef, kind=settings.kl_estimator,
+        )  # fmt: skip
+        if settings.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(
+            rewards, columns["values"], mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
+        )
+        if settings.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        columns |= {"rewards": rewards, "advantages": advantages, "returns": returns}
+
+    # --- update -------------------------------------------------------------------------------
+
+    def update(self, rollout: Rollout, cache: TowerCache) -> dict[str, float]:
+        """Every optimizer step of a rollout.
+
+        Returns:
+            What is logged, means over the updates.
+        """
+        sums: dict[str, list[float]] = {}
+        self.model.train()
+        for epoch in range(self.settings.ppo_epochs):
+            order = list(range(len(rollout)))
+            random.Random(row_seed(self.config.seed, "update", self.step, epoch)).shuffle(order)
+            for n in range(self.settings.num_minibatches):
+                rows = order[n :: self.settings.num_minibatches]
+                first = epoch == 0 and n == 0
+                for key, value in self.minibatch(rollout, rows, cache, first=first).items():
+                    sums.setdefault(key, []).append(value)
+        means = {key: sum(values) / len(values) for key, values in sums.items()}
+        stats = self._objective(rollout) | means
+        self.kl.update(stats["objective/kl"], len(rollout))
+        return stats
+
+    def minibatch(
+        self, rollout: Rollout, rows: list[int], cache: TowerCache, *, first: bool = False
+    ) -> dict[str, float]:
+        """One optimizer step: the policy's gradient, then the value model's, then both move."""
+        ids = [rollout.prompts[i].row_id for i in rows]
+        self.optimizer.zero_grad(set_to_none=True)
+        stats = self.accumulate(rollout, rows, cache, first=first)
+        self.scaler.unscale_(self.optimizer)
+        gate_gradients(self.model, self.step + 1, ids)
+        for role, parameters in self.groups.items():
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
+            stats[f"grad_norm/{role}"] = norm.item()
+        stats["learning_rate"] = self.scheduler.get_last_lr()[0]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return stats
+
+    def accumulate(
+        self, rollout: Rollout, rows: list[int], cache: TowerCache, *, first: bool = False
+    ) -> dict[str, float]:
+        """Gradients of a minibatch, in pieces that fit the device; the sum is that of one piece.
+
+        The policy's pieces come first, each with its backward, then the value model's: on one base
+        a forward of the other adapter in between would lose the gradient.
+        """
+        stats: dict[str, float] = {}
+        mask = rollout.mask
+        tokens = int(mask[rows].sum())
+        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
+        pieces = [[rows[i] for i in part] for part in self._chunks([lengths[i] for i in rows])]
+        for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
+            for piece in pieces:
+                batch = self._batch(rollout.prompts, rollout.responses, piece)
+                share = int(mask[piece].sum()) / tokens  # a loss is a mean over tokens
+                found = self._forward(role, rollout, piece, batch, cache, train=True)
+                loss, parts = loss_of(rollout, piece, found)
+                if role == "policy" and first:
+                    self._check_ratio(parts)
+                gate_loss(loss, self.step + 1, [rollout.prompts[i].row_id for i in piece])
+                self.scaler.scale(loss * share).backward()
+                self.model.settled()
+                for key, value in parts.items():
+                    stats[key] = stats.get(key, 0.0) + value * share
+            if role == "policy" and self.settings.sft_coef:
+                stats["loss/sft_avg"] = self._sft(rollout, rows, cache)
+        return stats
+
+    def _policy_loss(
+        self, rollout: Rollout, rows: list[int], found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, dict[str, float]]:
+        logps, entropy = found
+        width = logps.shape[1]
+        old, advantages, mask = self._columns(rollout, rows, width, "logps", "advantages")
+        clipped = clipped_policy_loss(
+            logps, old, advantages, mask, clip_range=self.settings.clip_range
+        )
+        mean_entropy = masked_mean(entropy, mask)
+        loss = clipped.loss - self.settings.entropy_coef * mean_entropy
+        ratio = torch.exp((logps - old).detach())
+        return loss, {
+            "loss/policy_avg": clipped.loss.item(),
+            "policy/clipfrac_avg": clipped.clip_fraction.item(),
+            "policy/approxkl_avg": approx_kl(logps.detach(), old, mask).item(),
+            "policy/entropy_avg": mean_entropy.item(),
+            "val/ratio": masked_mean(ratio, mask).item(),
+            "val/ratio_error": ((ratio - 1).abs() * mask).max().item(),
+        }
+
+    def _value_loss(
+        self, rollout: Rollout, rows: list[int], found: tuple[Tensor, ...]
+    ) -> tuple[Tensor, dict[str, float]]:
+        (values,) = found
+        old, returns, mask = self._columns(rollout, rows, values.shape[1], "values", "returns")
+        clipped = clipped_value_loss(
+            values, old, returns, mask, value_clip_range=self.settings.value_clip_range
+        )
+        return self.settings.vf_coef * clipped.loss, {
+            "loss/value_avg": clipped.loss.item(),
+            "val/clipfrac_avg": clipped.clip_fraction.item(),
+        }
+
+    def _sft(self, rollout: Rollout, rows: list[int], cache: TowerCache) -> float:
+        """Backward of the chosen answers' cross-entropy; its mean, in nats a token."""
+        picked = self.prompts_of(self.step)
+        records = [self.rows[picked[i]] for i in rows]
+        answers = [
+            completion_ids(self.processor, r["prompt"], r["chosen"], image=r["image"] is not None)
+            for r in records
+        ]
+        chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])
+        tokens, mean = int(chosen.mask.sum()), 0.0
+        for part in self._chunks([len(p.ids) + len(r) for p, r in _pairs(chosen)]):
+            batch = self._batch(chosen.prompts, chosen.responses, part)
+            own = [rows[i] for i in part]
+            width = max(len(answers[i]) for i in part)
+            with cache.rows(_with_picture(rollout.prompts, own), batch), self._autocast():
+                logps, _ = self.model(
+                    "policy", width=width, temperature=self.settings.temperature, **batch
+                )
+            mask = chosen.mask[part, :width].to(logps.device)
+            loss = -(logps * mask).sum() / tokens
+            self.scaler.scale(self.settings.sft_coef * loss).backward()
+            self.model.settled()
+            mean += loss.item()
+        return mean
+
+    def _check_ratio(self, parts: dict[str, float]) -> None:
+        """Before the first update of a rollout the policy is the one that sampled.
+
+        Raises:
+            AssertionError: It is not: dropout is on, or sampling and updates see other numbers.
+        """
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        if parts["val/ratio_error"] > tolerance:
+            raise AssertionError(
+                f"step {self.step + 1}: before any update the probability ratio is off by "
+                f"{parts['val/ratio_error']:.2e} (allowed {tolerance:.0e})"
+            )
+
+    # --- batches ------------------------------------------------------------------------------
+
+    def _chunks(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Places in batches of like length, longest first: memory runs out at once or never."""
+        size = self.settings.per_device_batch_size
+        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+        for start in range(0, len(order), size):
+            yield order[start : start + size]
+
+    def _batch(
+        self, prompts: list[Prompt], responses: list[list[int]], rows: list[int]
+    ) -> dict[str, Tensor]:
+        return batch_of(
+            [prompts[i] for i in rows], [responses[i] for i in rows], self.pad_id, device()
+        )
+
+    def _forward(
+        self,
+        role: str,
+        rollout: Rollout,
+        rows: list[int],
+        batch: dict[str, Tensor],
+        cache: TowerCache,
+        *,
+        train: bool = False,
+    ) -> tuple[Tensor, ...]:
+        width = max(len(rollout.responses[i]) for i in rows)
+        with cache.rows(_with_picture(rollout.prompts, rows), batch), self._autocast():
+            return self.model(
+                role,
+                width=width,
+                temperature=self.settings.temperature,
+                entropy_gradient=train and self.settings.entropy_coef > 0,
+                **batch,
+            )
+
+    def _columns(
+        self, rollout: Rollout, rows: list[int], width: int, *names: str
+    ) -> tuple[Tensor, ...]:
+        values = [rollout.columns[name][rows, :width].to(device()) for name in names]
+        return (*values, rollout.mask[rows, :width].to(device()))
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(device().type, dtype=self.dtype, enabled=self.dtype != torch.float32)
+
+    def _check_lengths(self, prompts: list[Prompt]) -> None:
+        config = self.model.vlm_of("policy").config.get_text_config()
+        context = getattr(config, "max_position_embeddings", 0)
+        check_prompt_lengths(prompts, self.settings.max_new_tokens, context)
+
+    # --- what is written ----------------------------------------------------------------------
+
+    def _objective(self, rollout: Rollout) -> dict[str, float]:
+        """What the rollout itself says, before any update."""
+        columns, mask = rollout.columns, rollout.mask
+        scores, lengths = columns["scores"], mask.sum(1).float()
+        kl = (kl_estimate(columns["logps"], columns["ref_logps"], kind="k1") * mask).sum(1)
+        return {
+            "objective/scores": scores.mean().item(),
+            "objective/scores_std": scores.std(unbiased=False).item(),
+            "objective/rlhf_reward": columns["rewards"].sum(1).mean().item(),
+            "objective/kl": kl.mean().item(),
+            "objective/entropy": masked_mean(columns["entropy"], mask).item(),
+            "objective/kl_coef": self.kl.kl_coef,
+            "response/length": lengths.mean().item(),
+            "response/finished": sum(rollout.finished) / len(rollout),
+            "response/empty": sum(not t for t in rollout.texts) / len(rollout),
+            "val/explained_variance": explained_variance(
+                columns["values"], columns["returns"], mask
+            ),
+        }
+
+    def _log(self, rollout: Rollout, stats: dict[str, float], started: float) -> None:
+        row = {"step": self.step} | {k: number(v) for k, v in stats.items()}
+        row["time_s"] = round(time.perf_counter() - started, 2)
+        row["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        self.stage.log(row)
+        self.log_rows.append(row)
+        kl = (rollout.columns["logps"] - rollout.columns["ref_logps"]).sum(1).tolist()
+        with self._rollouts_path.open("a", encoding="utf-8") as handle:
+            for i, prompt in enumerate(rollout.prompts):
+                record = {
+                    "step": self.step,
+                    "id": prompt.row_id,
+                    "prompt": prompt.text,
+                    "response": rollout.texts[i],
+                    "reward": round(rollout.columns["scores"][i].item(), 6),
+                    "kl": round(kl[i], 6),
+                    "num_tokens": len(rollout.responses[i]),
+                    "finished": rollout.finished[i],
+                }
+                handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    @property
+    def _rollouts_path(self) -> Path:
+        return self.stage.path / "rollouts.jsonl"
+
+    def summary(self) -> dict:
+        """Of a finished run."""
+        tail = self.log_rows[-max(1, len(self.log_rows) // 10) :]
+        head = self.log_rows[: len(tail)]
+
+        def mean(rows: list[dict], key: str) -> float:
+            return round(sum(r[key] for r in rows) / len(rows), 6)
+
+        return {
+            "steps": self.step,
+            "optimizer_steps": self.step * self.updates_per_step,
+            "prompts": len(self.rows),
+            "rollouts": self.step * self.settings.rollout_batch_size,
+            "trainable_parameters": {
+                role: sum(p.numel() for p in parameters) for role, parameters in self.groups.items()
+            },
+            "scores": {
+                "first_steps": mean(head, "objective/scores"),
+                "last_steps": mean(tail, "objective/scores"),
+            },
+            "kl": {
+                "last_steps": mean(tail, "objective/kl"),
+                "highest": max(r["objective/kl"] for r in self.log_rows),
+            },
+            "kl_coef": self.kl.kl_coef,
+            "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(self.model)),
+        }
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        trained = ckpt.trainable_tensors(self.model)
+        gate_weights(trained, self.step, [])
+        optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
+        rng, rng_plain = ckpt.rng_state()
+        ckpt.save_checkpoint(
+            self.stage.path / "checkpoints",
+            self.step,
+            {"trainable": trained, "optimizer": optimizer, "rng": rng},
+            {
+                "step": self.step,
+                "optimizer": plain,
+                "scheduler": self.scheduler.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "kl": self.kl.state_dict(),
+                "rng": rng_plain,
+            },
+        )
+
+    def _resume(self) -> None:
+        newest, skipped = ckpt.latest_checkpoint(self.stage.path / "checkpoints")
+        for problem in skipped:
+            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+        if newest:
+            state = ckpt.load_state(newest)
+            ckpt.load_trainable(self.model, ckpt.load_tensors(newest, "trainable"), newest)
+            tensors = ckpt.load_tensors(newest, "optimizer")
+            ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
+            self.scheduler.load_state_dict(state["scheduler"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.kl.load_state_dict(state["kl"])
+            ckpt.load_rng(ckpt.load_tensors(newest, "rng"), state["rng"])
+            self.step = state["step"]
+        # Lines of steps that were never checkpointed are written again.
+        self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
+        for path in (self.stage.metrics_path, self._rollouts_path):
+            kept = [r for r in read_jsonl(path) if r["step"] <= self.step]
+            write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+    def _stop_if_asked(self) -> None:
+        """Between pieces of work: the last finished step is saved, an unfinished one is dropped."""
+        if self.flag:
+            self._save()
+            raise Preempted(
+                f"stopped by {self.flag.reason} after step {self.step} of {self.total_steps}; "
+                "checkpoint written, run the same command to go on"
+            )
+
+
+def _with_picture(prompts: list[Prompt], rows: list[int]) -> list[int]:
+    return [i for i in rows if prompts[i].vision]
+
+
+def _pairs(rollout: Rollout) -> Iterator[tuple[Prompt, list[int]]]:
+    return zip(rollout.prompts, rollout.responses, strict=True)
+
+
+def save_policy(trainer: PPOTrainer, summary: dict) -> Path:
+    """Write `model/`: the policy's adapter or a whole model, processor and card."""
+    config, target = trainer.config, trainer.stage.path / "model"
+    vlm: PreTrainedModel = trainer.model.vlm_of("policy")
+    whole = config.model.adapter == "full"
+    with writing(target):
+        vlm.save_pretrained(target, **({} if whole else {"selected_adapters": ["default"]}))
+        trainer.processor.save_pretrained(target)
+    write_text(target / "README.md", _card(config, summary))
+    return target
+
+
+def _card(config: Config, summary: dict) -> str:
+    settings = config.ppo
+    name = "the embedded demonstration model" if config.model.name == "embedded" else (
+        config.model.name
+    )  # fmt: skip
+    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    return f"""---
+base_model: {config.model.name}
+{lora}tags: [ppo, rlhf, safety, vision-language]
+---
+
+# PPO-aligned {name}
+
+Trained by `spavl train ppo --profile {config.profile}` on prompts of `{config.data.source}`:
+{summary["rollouts"]} answers in {summary["steps"]} rollouts, {summary["optimizer_steps"]} optimizer
+steps, peak rate {settings.learning_rate}, kl_coef {settings.kl_coef} ({settings.kl_estimator}),
+seed {config.seed}, {config.model.adapter} fine-tuning, projector
+{"trained" if config.model.train_projector else "frozen"}, vision tower frozen.
+
+| | value |
+|---|---|
+| mean score, first tenth of the steps | {summary["scores"]["first_steps"]} |
+| mean score, last tenth | {summary["scores"]["last_steps"]} |
+| KL to the reference, last tenth, nats an answer | {summary["kl"]["last_steps"]} |
+
+A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+Use it under the licences of its base model and data.
+"""
