@@ -19,6 +19,7 @@ from torch import Tensor
 
 from spavl_lib.errors import DiskError, InputError
 from spavl_lib.files import existing_parent, writing
+from spavl_lib.provenance import canonical_sha256
 
 MANIFEST = "MANIFEST.json"
 
@@ -104,7 +105,7 @@ def _write_whole(
         }
         for name in files:
             _sync(aside / name)
-        manifest = {"step": step, "files": files}
+        manifest = {"step": step, "files": files, "sealed": canonical_sha256([step, files])}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(aside / MANIFEST)
         _sync(aside)
@@ -150,9 +151,10 @@ def problem_with(checkpoint: Path) -> str | None:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         files = {n: (seal["size"], seal["sha256"]) for n, seal in manifest["files"].items()}
+        whole = manifest["sealed"] == canonical_sha256([manifest["step"], manifest["files"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return torn
-    if manifest.get("step") != int(checkpoint.name[5:]) or "state.json" not in files:
+    if not whole or manifest["step"] != int(checkpoint.name[5:]) or "state.json" not in files:
         return torn
     for name, (size, digest) in files.items():
         path = checkpoint / name

@@ -1,14 +1,16 @@
 """`spavl`: every verb is a library call; errors are one message and an exit code."""
 
-import errno
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import shutil
+import signal
 import sys
+import threading
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +18,8 @@ import typer
 import yaml
 
 from spavl_lib.config import Config, load_config, profile_names
-from spavl_lib.errors import DiskError, InputError, SpavlError
+from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
+from spavl_lib.files import DISK_ERRORS
 from spavl_lib.run import Run, repo_root, runs_root
 
 app = typer.Typer(
@@ -44,6 +47,15 @@ Sets = Annotated[
     ),
 ]
 Seed = Annotated[int | None, typer.Option(help="Of weights, data order and sampling.")]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="FIELD",
+        help="Take up a broken run in spite of this changed setting or input. Repeatable; recorded "
+        "in the manifest.",
+    ),
+]
 RunName = Annotated[
     str, typer.Option(help="Folder under runs/.", show_default="the profile's name")
 ]
@@ -66,7 +78,8 @@ def _spavl() -> None:
 
     \b
     Exit codes: 0 done, 1 failed, 2 bad input or config, 3 not a number, 73 run folder busy,
-    74 disk, 75 preempted (run it again), 130 interrupted.
+    74 disk, 75 stopped by a signal and run again to go on (a training has saved its last step),
+    130 interrupted where nothing was there to save, 138 the notebook's kernel died.
     """
 
 
@@ -79,6 +92,7 @@ def run(
     sets: Sets = None,
     seed: Seed = None,
     run_name: RunName = "",
+    allow_change: AllowChange = None,
 ) -> None:
     """Execute one notebook, or all of 01 to 06 and then the report.
 
@@ -93,6 +107,7 @@ def run(
     """
     from spavl_lib import launch
 
+    _allow(allow_change)
     notebook = None if name == "all" else launch.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
@@ -109,6 +124,7 @@ def train(
     sets: Sets = None,
     seed: Seed = None,
     run_name: RunName = "",
+    allow_change: AllowChange = None,
 ) -> None:
     """Train without a notebook; goes on from the newest whole checkpoint.
 
@@ -118,6 +134,7 @@ def train(
     """
     from spavl_lib import launch
 
+    _allow(allow_change)
     config, _, _ = _config(profile, sets, seed, run_name)
     if kind not in launch.TRAINERS:
         launch.train(kind, config, None)  # says which there are
@@ -317,6 +334,12 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
     return parsed
 
 
+def _allow(fields: list[str] | None) -> None:
+    """For this process and the kernels it starts."""
+    if fields:
+        os.environ["SPAVL_ALLOW_CHANGE"] = ",".join(fields)
+
+
 def _config(
     profile: str, sets: list[str] | None, seed: int | None, run_name: str
 ) -> tuple[Config, dict[str, str], str]:
@@ -342,22 +365,52 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Words after `spavl`; the process's own if not given.
     """
+    # Waiting threads that spin take the cores from those that work, where others work too.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    with _sigterm_interrupts() as terminated:
+        code = _code_of(args, terminated)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[list]:
+    """Outside of what polls a stop flag, SIGTERM unwinds as SIGINT does: no half-made folder."""
+    terminated: list[bool] = []
+
+    def terminate(*_: object) -> None:
+        terminated.append(True)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield terminated
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield terminated
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _code_of(args: Sequence[str] | None, terminated: list) -> int:
+    def interrupted() -> int:
+        if terminated:
+            return _fail("stopped by SIGTERM; the same command goes on", Preempted.exit_code)
+        return _fail("interrupted", 130)
+
     try:
         # typer turns a KeyboardInterrupt into 130.
-        code = app(args=args, prog_name="spavl", standalone_mode=False)
-        if code == 130:
-            _fail("interrupted", code)
+        code = app(args=args, prog_name="spavl", standalone_mode=False) or 0
+        return interrupted() if code == 130 else code
     except SpavlError as error:
-        code = _fail(str(error), error.exit_code)
+        return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        code = _fail(error.format_message(), error.exit_code)
+        return _fail(error.format_message(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted", 130)
+        return interrupted()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
-        code = _fail(str(error), DiskError.exit_code)
-    sys.exit(code or 0)
+        return _fail(str(error), DiskError.exit_code)
 
 
 def _fail(message: str, code: int) -> int:

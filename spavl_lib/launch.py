@@ -24,7 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.config import Config, load_config, profile_names
-from spavl_lib.errors import ERRORS, DiskError, InputError, SpavlError
+from spavl_lib.errors import ERRORS, DiskError, InputError, Preempted, SpavlError
+from spavl_lib.files import DISK_ERRORS
+from spavl_lib.notebook_status import (
+    keep_failed,
+    note_notebook,
+    remove_leftovers,
+    write_status,
+)
 from spavl_lib.run import STAGES, Run, Stage, repo_root
 
 STAGE_OF = {
@@ -52,13 +59,19 @@ UPSTREAM = {"ppo": ("reward",), "inference": ("dpo",), "evaluation": ("inference
 TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "dpo")}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is
 
 
 class NotebookError(SpavlError):
     """A notebook failed for a reason that is not one of `spavl_lib.errors`."""
 
     exit_code = 1
+
+
+class KernelDied(NotebookError):
+    """The kernel is gone: killed, often for memory, or crashed in native code."""
+
+    exit_code = 138
 
 
 class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
@@ -179,9 +192,10 @@ def run_notebook(
 
     Raises:
         SpavlError: The error the notebook raised, if it is one of ours.
-        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel, a timeout, no
-            summary. What was executed is kept as `failed.ipynb`.
-        Interrupted: A signal came, and the notebook did not say `Preempted`.
+        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel (`KernelDied`), a
+            timeout, no summary. What was executed is kept as `failed.ipynb`.
+        Preempted: SIGTERM came; the same command goes on.
+        Interrupted: SIGINT came, and the notebook did not say `Preempted`.
     """
     import papermill as pm
 
@@ -199,6 +213,8 @@ def run_notebook(
     watch = _Watch(notebook, stage)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(stage)
+        write_status(stage, "running", notebook, 0)
         with _quiet_papermill(), watch:
             executed = pm.execute_notebook(
                 notebook,
@@ -222,14 +238,21 @@ def run_notebook(
         aside.replace(target)
         (stage.path / "failed.ipynb").unlink(missing_ok=True)
         watch.words.unlink(missing_ok=True)
+        note_notebook(stage, executed, notebook, values)
+        write_status(stage, "done", notebook, watch.cell, exit_code=0)
         if watch.stops:
-            raise Interrupted(f"{notebook.name} was at its last cell and is done; stopped after it")
+            raise watch.stopped(f"{notebook.name} was at its last cell and is done; stopped after")
         return target
-    if aside.is_file():
+    stopped = isinstance(problem, Preempted | Interrupted)
+    with contextlib.suppress(OSError, DiskError):  # the first error is the one to tell
         kept = stage.path / "failed.ipynb"
-        aside.replace(kept)
+        keep_failed(aside, kept, notebook, str(problem))
+        write_status(
+            stage, "stopped" if stopped else "failed", notebook, watch.cell,
+            cause=str(problem), exit_code=problem.exit_code,
+        )  # fmt: skip
         if isinstance(problem, NotebookError):
-            problem = NotebookError(f"{problem}\n  as far as it got: {_short(kept)}")
+            problem = type(problem)(f"{problem}\n  as far as it got: {_short(kept)}")
     raise problem
 
 
@@ -246,6 +269,7 @@ class _Watch:
         self.pid: int | None = None
         self.cell = 0
         self.stops = 0
+        self.signal = signal.SIGINT
         self.busy = False
         self._cell_started = self._began = 0.0
         self._over = threading.Event()
@@ -256,11 +280,16 @@ class _Watch:
         """Which cell runs, as the executed notebook numbers it."""
         return f"{self.notebook.name}, cell [{self.cell}]"
 
+    def stopped(self, text: str) -> SpavlError:
+        """The error of a stop: a batch system's SIGTERM means run it again."""
+        return (Preempted if self.signal == signal.SIGTERM else Interrupted)(text)
+
     def __enter__(self) -> "_Watch":
         from tqdm import tqdm
 
         cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
         self._began = time.time()
+        self._code_cells = 1 + sum(c["cell_type"] == "code" for c in cells)
         # The injected parameters are a cell more. Off where there is no terminal.
         self._bar = tqdm(
             total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
@@ -294,6 +323,7 @@ class _Watch:
         self.cell += 1
         self.busy = True
         self._cell_started = time.monotonic()
+        write_status(self.stage, "running", self.notebook, self.cell)
 
     def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
         """The kernel has answered, be it with an error."""
@@ -301,6 +331,7 @@ class _Watch:
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         self.stops += 1
+        self.signal = number
         todo = "killing" if self.stops > 2 else "interrupting and waiting for"
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: {todo} {self.place} (the third signal kills it)\n")
@@ -320,9 +351,15 @@ class _Watch:
                 os.kill(self.pid, number)
 
     def _tick(self) -> None:
+        said = time.time()
         while not self._over.wait(1):
+            logged = _last_logged(self.stage.metrics_path, self._began)
             if not self._bar.disable:
-                self._bar.set_postfix(_last_logged(self.stage.metrics_path, self._began))
+                self._bar.set_postfix(logged)
+            elif time.time() - said >= SAID_EVERY_S:
+                said = time.time()
+                shown = "".join(f", {key} {value:.6g}" for key, value in logged.items())
+                _say(f"{self.place} of {self._code_cells}, {said - self._began:.0f} s{shown}")
 
 
 def _kernel_class(watch: _Watch, run: Run) -> type:
@@ -340,6 +377,7 @@ def _kernel_class(watch: _Watch, run: Run) -> type:
 
         async def start_kernel(self, **kwargs: Any) -> None:
             own = {
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             }
@@ -397,7 +435,7 @@ def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
         if kind is not None:
             return kind(error.evalue)
         if watch.stops or error.ename == "KeyboardInterrupt":
-            return Interrupted(f"stopped in {watch.place}; the same command goes on")
+            return watch.stopped(f"stopped in {watch.place}; the same command goes on")
         if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
             return DiskError(f"{watch.place}: {error.evalue}")
         return NotebookError(
@@ -405,11 +443,11 @@ def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
             f"\n  at: {_failing_line(error)}"
         )
     if isinstance(error, _Stop) or watch.stops:
-        return Interrupted(f"stopped after {watch.place}; the same command goes on")
+        return watch.stopped(f"stopped after {watch.place}; the same command goes on")
     if isinstance(error, CellTimeoutError):
         return NotebookError(f"{watch.place} took longer than it may; the kernel was stopped")
     if isinstance(error, DeadKernelError):
-        return NotebookError(
+        return KernelDied(
             f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
             f"\n  its last words: {_short(watch.words)}"
         )

@@ -1,5 +1,6 @@
 """What a result rests on besides its inputs: code, versions, machine, and how exact it computes."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -37,7 +38,7 @@ def environment(root: Path) -> dict:
         "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "code_sha256": code_sha256(),
         "versions": versions(),
-        "packages_sha256": canonical_sha256(installed()),
+        "packages": installed(),
         "machine": machine(),
         "determinism": determinism(),
     }
@@ -69,19 +70,21 @@ def code_sha256() -> str:
 
 def versions() -> dict[str, str]:
     """Version of Python and of each package numbers depend on."""
-    everything = installed()
-    return {"python": platform.python_version()} | {
-        name: everything[name] for name in PACKAGES if name in everything
-    }
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def installed() -> dict[str, str]:
-    """Every installed package and its version."""
+    """Every installed package and its version, read off the names of its folder of metadata."""
     found = {}
     for package in importlib.metadata.distributions():
-        name = package.metadata["Name"]
-        if name:
-            found.setdefault(name.lower().replace("_", "-"), importlib.metadata.version(name))
+        # Reading each one's metadata would take a second.
+        name, _, version = Path(str(package._path)).stem.partition("-")
+        if name and version:
+            found.setdefault(name.lower().replace("_", "-"), version.removesuffix(".dist"))
     return dict(sorted(found.items()))
 
 

@@ -301,9 +301,10 @@ class Stage:
     def _remove_traces(self) -> None:
         for name in ("config.yaml", "manifest.json", "source.diff", ".lock"):
             (self.path / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.path.rmdir()
-            self.run.path.rmdir()
+        folders = [p for p in self.path.rglob("*") if p.is_dir()]
+        for folder in (*sorted(folders, reverse=True), self.path, self.run.path):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
     def _has_manifest(self) -> bool:
         return (self.path / "manifest.json").is_file()

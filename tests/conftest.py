@@ -18,6 +18,12 @@ run_name: str = ""
 overrides: dict = {}"""
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of `make soak`."""
+    parser.addoption("--soak", action="store_true", help="tests/reliability in its long form")
+    parser.addoption("--figures", default="", help="file that takes what tests/reliability measure")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_test_writes_into_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SPAVL_RUNS"] = str(tmp_path_factory.mktemp("runs"))

@@ -15,7 +15,7 @@ import pytest
 
 from spavl_lib import launch
 from spavl_lib.config import load_config
-from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError
+from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError, Preempted
 from spavl_lib.run import STAGES, Run, write_json, write_text
 
 # A notebook's last cell, in short: the stage's summary.
@@ -140,7 +140,9 @@ def test_a_run_lands_in_its_stage_with_its_settings(
     assert (cwd, python) == (str(repo), sys.executable)
     assert Path(runs_folder).is_absolute()
     assert Path(runs_folder).samefile(tmp_path / "own")
-    assert sorted(p.name for p in stage.iterdir()) == ["executed.ipynb", "summary.json"]
+    assert sorted(p.name for p in stage.iterdir()) == [
+        "executed.ipynb", "status.json", "summary.json"
+    ]  # fmt: skip
     page = nbformat.read(executed, as_version=4)
     assert all(c.execution_count for c in page.cells if c.cell_type == "code")
     assert not is_alive(pid)
@@ -161,7 +163,7 @@ def test_a_run_lands_in_its_stage_with_its_settings(
         ("import sys; sys.exit(0)", launch.NotebookError, r"cell \[4\] called sys.exit"),
         (
             "import os; os.kill(os.getpid(), 9)",
-            launch.NotebookError,
+            launch.KernelDied,
             r"cell \[4\]: the kernel died",
         ),
     ],
@@ -283,7 +285,7 @@ def test_no_cell_begins_once_a_stop_was_asked_for(
         "time.sleep(0.3)"
     )
     path = make_notebook("04_dpo", swallow, PID.format(path=str(tmp_path / "later")))
-    with pytest.raises(launch.Interrupted, match=r"stopped after 04_dpo.ipynb, cell \[3\]"):
+    with pytest.raises(Preempted, match=r"stopped after 04_dpo.ipynb, cell \[3\]"):
         run_one(path)
     assert not (tmp_path / "later").exists()
 

@@ -73,7 +73,10 @@ class CheckedMixin:
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
             self.reporter.take_up(self.state.global_step)
             return
-        self.train(resume_from_checkpoint=str(newest) if newest else None)
+        try:
+            self.train(resume_from_checkpoint=str(newest) if newest else None)
+        finally:
+            self.reporter.close()
         flag = self.reporter.flag
         if flag and self.state.global_step < self.state.max_steps:
             raise Preempted(
@@ -152,7 +155,9 @@ class CheckedMixin:
             if rates != self.lr_scheduler.base_lrs:  # allowed to change: then it must take effect
                 self.lr_scheduler.base_lrs = rates
                 groups = self.optimizer.param_groups
-                for group, rate, new in zip(groups, rates, self.lr_scheduler.get_lr(), strict=True):
+                self.lr_scheduler._last_lr = self.lr_scheduler.get_lr()
+                now = self.lr_scheduler.get_last_lr()
+                for group, rate, new in zip(groups, rates, now, strict=True):
                     group["initial_lr"], group["lr"] = rate, new
             for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
@@ -194,6 +199,11 @@ class StageCallback(TrainerCallback):
         write_text(self.stage.metrics_path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.saved = time.monotonic()
         self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
+
+    def close(self) -> None:
+        """End the bar's line, so that what is said next has its own."""
+        if self.bar is not None:
+            self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and drop logged steps that were never checkpointed."""
@@ -261,8 +271,7 @@ class StageCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Close the bar; the plot's last drawing shows every step."""
         self.training = False
-        if self.bar is not None:
-            self.bar.close()
+        self.close()
         if self.live and self.rows:
             self.live.update(self.rows, force=True)
 

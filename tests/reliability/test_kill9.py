@@ -1,0 +1,87 @@
+"""SIGKILL anywhere: the same command goes on, and ends in the same bits."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from spavl_lib import checkpoint as ckpt
+from tests.reliability.conftest import ALGORITHMS, SAVE_STEPS, STEPS, Case
+
+# Moments that chance would rarely hit; @ says which call of it.
+PHASES = {
+    "reward": ("data", "backward@4", "save@4", "seal@6", "score@2"),
+    "dpo": ("build", "forward@3", "optimizer@3", "save@5", "logging@7", "evaluate", "summary"),
+}
+SHORT_PHASES = {
+    "reward": ("seal@6",),
+    "dpo_lora": ("optimizer@3", "summary"),
+    "dpo_full": ("save@5",),
+}
+
+
+def resume(case: Case, name: str) -> None:
+    """The same command, until it is done; at most three times."""
+    child = case.start(name)
+    assert child.wait() == 0, child.said[-3000:]
+
+
+def compare(case: Case, name: str) -> None:
+    assert case.ended(name) == case.straight, name
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_killed_at_any_time_it_ends_in_the_same_bits(
+    cases: Callable[[str], Case], algorithm: str, soak: bool, dice: random.Random, record: Callable
+) -> None:
+    case, kills = cases(algorithm), 20 if soak else 2
+    inside = 0
+    for n in range(kills):
+        name = f"kill{n}"
+        # Evenly over the run, so that few fall before the first step.
+        moment = case.took_s * (n + dice.random()) / kills
+        child = case.start(name)
+        child.kill_after(moment)
+        logged, saved = case.logged(name), case.newest(name)
+        inside += 0 < logged < STEPS
+        assert logged - saved <= SAVE_STEPS, f"{logged - saved} steps lost"
+        resume(case, name)
+        compare(case, name)
+    record("R1", kills, kills, algorithm, inside_training=inside)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_killed_in_a_phase_it_ends_in_the_same_bits(
+    cases: Callable[[str], Case], algorithm: str, soak: bool, record: Callable
+) -> None:
+    case = cases(algorithm)
+    phases = PHASES[case.kind] if soak else SHORT_PHASES[algorithm]
+    for phase in phases:
+        name = f"phase-{phase}"
+        child = case.start(name, fault=f"kill_in:{phase}")
+        assert child.wait() == -9, f"{phase}: was never reached\n{child.said[-2000:]}"
+        resume(case, name)
+        compare(case, name)
+    record("R1", len(phases), len(phases), f"{algorithm}, in {', '.join(phases)}")
+
+
+def test_dead_at_any_write_it_goes_on_from_the_last_whole_checkpoint(
+    cases: Callable[[str], Case], soak: bool, dice: random.Random, record: Callable
+) -> None:
+    """Before, after and in the middle of every file, the seal, the rename and the clearing away."""
+    case = cases("dpo_lora")
+    count = case.root / "count"
+    child = case.start("counted", fault="die_at_write:0", SPAVL_COUNT=str(count))
+    assert child.wait() == 0, child.said[-2000:]
+    points = int(count.read_text())
+    assert points >= 3 * 12
+    wanted = 25 if soak else 3
+    for number in (1 + (k * points + dice.randrange(points)) // wanted for k in range(wanted)):
+        name = f"torn{number}"
+        assert case.start(name, fault=f"die_at_write:{number}").wait() == 9
+        folder = case.stage(name) / "checkpoints"
+        whole = [p for p in folder.glob("step-*") if ckpt.problem_with(p) is None]
+        assert case.logged(name) - case.newest(name) <= SAVE_STEPS and len(whole) <= 3
+        resume(case, name)
+        compare(case, name)
+    record("R2", wanted, wanted, f"of {points} points in three saves")
