@@ -119,7 +119,9 @@ def run(
 
 @app.command()
 def train(
-    kind: Annotated[str, typer.Argument(help="Trainer: dpo.", show_default=False)],
+    kind: Annotated[
+        str, typer.Argument(help="Trainer: reward, ppo, rloo or dpo.", show_default=False)
+    ],
     profile: Profile,
     sets: Sets = None,
     seed: Seed = None,

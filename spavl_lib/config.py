@@ -286,6 +286,80 @@ class PPOConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RLOOConfig:
+    """REINFORCE leave-one-out against the reward model (Ahmadian et al. 2024): PPO's critic-free
+    sibling. Every optimizer step samples anew."""
+
+    max_steps: int
+    """Optimizer steps; 0 for `num_epochs` passes over the prompts."""
+    per_device_batch_size: int
+    """Answers a device sees at once."""
+    max_new_tokens: int
+    """Longest answer in tokens."""
+    gradient_accumulation_steps: int = 1
+    """Batches of answers in one optimizer step."""
+    num_generations: int = 4
+    """Answers to a prompt; each is held against the mean score of the others."""
+    num_epochs: float = 1.0
+    """Passes over the training prompts, when `max_steps` is 0."""
+    learning_rate: float = 1e-5
+    """Peak rate. A small model wants more than a large one."""
+    lr_scheduler: str = "constant_with_warmup"
+    """transformers' schedule name."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decay."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient to this norm."""
+    beta: float = 0.05
+    """Price of a nat of KL to the reference, taken from an answer's score."""
+    normalize_advantages: bool = True
+    """Scale the advantages of a step's answers to mean 0 and variance 1."""
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-probability."""
+    missing_eos_penalty: float = 1.0
+    """Taken from the score of an answer that did not end."""
+    reward_model: str = ""
+    """A reward trainer's `model/` folder; this run's own if empty."""
+    use_vllm: bool = False
+    """Sample with vLLM; wants a CUDA GPU and the vllm package. A resumed run is then not exact."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """colocate: on the training GPU; server: one that `trl vllm-serve` started."""
+    vllm_server_base_url: str = ""
+    """Where that server listens, such as http://localhost:8000."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Part of the GPU that a colocated vLLM may take."""
+    save_steps: int = 20
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "rloo", self, max_steps=0, per_device_batch_size=1, max_new_tokens=1,
+            gradient_accumulation_steps=1, num_generations=2, num_epochs=0, learning_rate=0,
+            warmup_steps=0, weight_decay=0, beta=0, missing_eos_penalty=0, save_steps=1,
+        )  # fmt: skip
+        for name in ("max_grad_norm", "temperature", "vllm_gpu_memory_utilization"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"rloo.{name} must be above 0, got {getattr(self, name)}")
+        if self.global_batch_size % self.num_generations:
+            raise InputError(
+                f"rloo: {self.per_device_batch_size} answers x {self.gradient_accumulation_steps} "
+                f"batches are not whole groups of rloo.num_generations = {self.num_generations}"
+            )
+        if not self.max_steps and not self.num_epochs:
+            raise InputError("rloo.max_steps and rloo.num_epochs are both 0: nothing to train")
+        if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:
+            raise InputError("rloo.vllm_mode = 'server' wants rloo.vllm_server_base_url")
+        _known("rloo.lr_scheduler", self.lr_scheduler, SCHEDULERS)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Answers an optimizer step sees on one device."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How answers are sampled."""
 
@@ -383,6 +457,7 @@ class Config:
     reward: RewardConfig
     dpo: DPOConfig
     ppo: PPOConfig
+    rloo: RLOOConfig
     generation: GenerationConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

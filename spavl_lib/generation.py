@@ -20,7 +20,7 @@ from spavl_lib.run import Stage, read_jsonl, write_json, write_text
 from spavl_lib.stop import stop_on_signals
 
 KEPT = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
-TRAINED = ("dpo", "ppo")  # stages whose model/ can answer
+TRAINED = ("dpo", "ppo", "rloo")  # stages whose model/ can answer
 
 
 def settings(config: GenerationConfig, seed: int) -> dict:

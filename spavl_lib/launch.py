@@ -50,13 +50,16 @@ STAGE_MAKERS = {
     "data": "spavl_lib.data.explore:make_data_stage",
     "reward": "spavl_lib.trainers.reward:train_reward",
     "ppo": "spavl_lib.trainers.ppo:train_ppo",
+    "rloo": "spavl_lib.trainers.rloo:train_rloo",
     "dpo": "spavl_lib.trainers.dpo:train_dpo",
     "inference": "spavl_lib.generation:make_inference_stage",
     "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
 }
 # Stages a maker reads; the data are read by all, but nothing waits for their description.
-UPSTREAM = {"ppo": ("reward",), "inference": ("dpo",), "evaluation": ("inference",)}
-TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "dpo")}
+UPSTREAM = {
+    "ppo": ("reward",), "rloo": ("reward",), "inference": ("dpo",), "evaluation": ("inference",),
+}  # fmt: skip
+TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "rloo", "dpo")}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
 SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is

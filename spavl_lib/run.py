@@ -26,17 +26,18 @@ from spavl_lib.errors import BusyError, InputError
 from spavl_lib.files import read_json, write_json, write_text, writing
 from spavl_lib.files import read_jsonl as read_jsonl  # for those who read a stage's files
 
-STAGES = ("data", "reward", "ppo", "dpo", "inference", "evaluation", "scaling")
+STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "scaling")
 # Settings that may differ between the making of a stage and its use.
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
-    "reward.save_steps", "ppo.save_steps", "dpo.save_steps",
+    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
 )  # fmt: skip
 # What of the config a stage's result depends on; a change elsewhere leaves it done.
 STAGE_KEYS = {
     "data": ("data",),
     "reward": ("data", "model", "reward", "seed"),
     "ppo": ("data", "model", "reward", "ppo", "seed"),
+    "rloo": ("data", "model", "reward", "rloo", "seed"),
     "dpo": ("data", "model", "dpo", "seed"),
     "inference": ("data", "model", "generation", "evaluation", "seed"),
     "evaluation": ("data", "model", "generation", "evaluation", "seed"),

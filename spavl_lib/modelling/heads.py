@@ -75,10 +75,10 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
 
 
 def check_reward_model(config: ModelConfig, folder: Path) -> None:
-    """Whether a folder holds a reward model of this very base.
+    """Whether a folder holds a reward model of this very base, trained the same way.
 
     Raises:
-        InputError: The head is missing, or the model was trained on another base.
+        InputError: The head is missing, the base is another, or only one of the two is an adapter.
     """
     for name in (HEAD_CONFIG, HEAD_FILE):
         if not (folder / name).is_file():
@@ -90,6 +90,13 @@ def check_reward_model(config: ModelConfig, folder: Path) -> None:
         raise InputError(
             f"{folder} was trained on {description['base_model']!r} (or other weights of it), "
             f"the policy is {config.name!r}: train the reward model on the same base"
+        )
+    adapter = (folder / "adapter_config.json").is_file()
+    if adapter == (config.adapter == "full"):
+        kind = "an adapter" if adapter else "a whole model"
+        raise InputError(
+            f"{folder} is {kind}, but model.adapter is {config.adapter!r}: train the reward "
+            "model with the same model.adapter"
         )
 
 

@@ -222,13 +222,6 @@ def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[in
         InputError: No reward model there, of another base, or trained in another way.
     """
     check_reward_model(config, reward_folder)
-    adapter = (reward_folder / "adapter_config.json").is_file()
-    if adapter == (config.adapter == "full"):
-        kind = "an adapter" if adapter else "a whole model"
-        raise InputError(
-            f"{reward_folder} is {kind}, but model.adapter is {config.adapter!r}: train the reward "
-            "model with the same model.adapter"
-        )
     if config.adapter == "full":
         policy, value = load_model(config).float(), load_reward_model(config, reward_folder)
         freeze_for_full(policy, config)
@@ -239,18 +232,28 @@ def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[in
     base = load_model(config)
     vlm = get_peft_model(base, lora_config(base, config))
     for role in ("value", "reward"):
-        result = vlm.load_adapter(
-            reward_folder, ADAPTERS[role], is_trainable=role == "value", low_cpu_mem_usage=False
-        )
-        lost = [k for k in result.missing_keys if f".{ADAPTERS[role]}." in k]
-        if lost or result.unexpected_keys:
-            raise InputError(
-                f"{reward_folder} does not fit the base: {len(lost)} missing {lost[:3]}, "
-                f"{len(result.unexpected_keys)} unexpected {result.unexpected_keys[:3]}"
-            )
+        load_reward_adapter(vlm, reward_folder, role, trainable=role == "value")
     size = base.config.get_text_config().hidden_size
     heads = [load_head(reward_folder, size).to(base.device) for _ in range(2)]
     return OneBase(vlm, *heads, forbidden_ids)
+
+
+def load_reward_adapter(
+    vlm: PeftModel, folder: Path, role: str, *, trainable: bool = False
+) -> None:
+    """Add a reward model's adapter and projector to a base, under the name of a role.
+
+    Raises:
+        InputError: They do not fit the base.
+    """
+    name = ADAPTERS[role]
+    result = vlm.load_adapter(folder, name, is_trainable=trainable, low_cpu_mem_usage=False)
+    lost = [k for k in result.missing_keys if f".{name}." in k]
+    if lost or result.unexpected_keys:
+        raise InputError(
+            f"{folder} does not fit the base: {len(lost)} missing {lost[:3]}, "
+            f"{len(result.unexpected_keys)} unexpected {result.unexpected_keys[:3]}"
+        )
 
 
 def tower_of(vlm: nn.Module) -> nn.Module:

@@ -32,7 +32,7 @@ from spavl_lib.report.text import clean, short
 from spavl_lib.run import write_text
 
 _HERE = Path(__file__).parent
-_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "reward": "Reward model"}
+_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}
 
 
 @dataclass(frozen=True)

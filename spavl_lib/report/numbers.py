@@ -15,7 +15,7 @@ from spavl_lib.evaluation.metrics import wilson
 from spavl_lib.report.text import short
 
 MISSING = "–"
-_NAMES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "rlhf": "RLHF", "sft": "SFT"}
+_NAMES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rlhf": "RLHF", "sft": "SFT"}
 
 
 @dataclass(frozen=True)

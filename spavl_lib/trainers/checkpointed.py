@@ -16,7 +16,7 @@ from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator, check_lengths
 from spavl_lib.data.fingerprint import row_digests, source_hashes
-from spavl_lib.errors import NonFiniteError, Preempted
+from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.run import Stage, peak_memory_gib, read_jsonl, write_text
 from spavl_lib.stop import StopFlag
@@ -230,7 +230,7 @@ class StageCallback(TrainerCallback):
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in kept.items()}
         if "loss" in kept:
-            row["row_ids"], self.step_rows = self.step_rows, []
+            row["row_ids"], self.step_rows = list(dict.fromkeys(self.step_rows)), []
         row["time_s"] = round(time.monotonic() - self.started, 2)
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
@@ -239,7 +239,8 @@ class StageCallback(TrainerCallback):
             self.live.update(self.rows)
         if self.bar is not None and "loss" in kept:
             shown = f"{kept.get(self.accuracy, 0):.2f}"
-            self.bar.set_postfix(loss=f"{kept['loss']:.3f}", accuracy=shown)
+            name = self.accuracy.rsplit("/", 1)[-1]
+            self.bar.set_postfix({"loss": f"{kept['loss']:.3f}", name: shown})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
         """Advance the bar; stop where asked, after a whole step."""
@@ -318,6 +319,34 @@ def training_inputs(config: Config) -> dict[str, str]:
         **source_hashes(config.data, ("train", "validation")),
         "dtype": str(compute_dtype()).removeprefix("torch."),
     }
+
+
+def inputs_with_reward(config: Config, folder: Path) -> dict[str, str]:
+    """`training_inputs`, and the reward model trained against."""
+    weights = {f"reward/{p.name}": ckpt.sha256_file(p) for p in folder.glob("*.safetensors")}
+    return training_inputs(config) | weights
+
+
+def reward_folder(named: str, stage: Stage) -> Path:
+    """The reward model a stage trains against.
+
+    Args:
+        named: The setting `reward_model`; this run's own if empty.
+        stage: Whose.
+
+    Raises:
+        InputError: There is none yet.
+    """
+    if named:
+        return Path(named).expanduser()
+    reward, run = stage.run.stage("reward"), stage.run
+    if not reward.done:
+        raise InputError(
+            f"{reward.path} is not finished: {stage.name} needs a reward model "
+            f"(spavl train reward --profile {run.config.profile} --run-name {run.name}), "
+            f"or name one with {stage.name}.reward_model"
+        )
+    return reward.path / "model"
 
 
 def note_rows(stage: Stage, **splits: Dataset) -> None:

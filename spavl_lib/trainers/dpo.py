@@ -121,7 +121,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "validation": evaluation,
             "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
         }  # fmt: skip
-        save_trained(trainer.model, processor, stage, config, summary)
+        save_trained(trainer.model, processor, stage, config, _card(config, summary))
     stage.finish(summary)
     return summary
 
@@ -207,15 +207,15 @@ def build_trainer(
 
 
 def save_trained(
-    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, summary: dict
+    model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
     """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
     target = stage.path / "model"
     with writing(target):
-        model.save_pretrained(target)
+        lora = config.model.adapter != "full"
+        model.save_pretrained(target, **({"selected_adapters": ["default"]} if lora else {}))
         processor.save_pretrained(target)
     write_json(target / BASE_FILE, {"name": config.model.name, "files": model_hashes(config.model)})
-    card = _card(config, summary)
     write_text(target / "README.md", card)
     return target
 

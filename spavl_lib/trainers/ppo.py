@@ -21,14 +21,14 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, ProcessorMixin, get_scheduler, set_seed
+from transformers import ProcessorMixin, get_scheduler, set_seed
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.collate import completion_ids
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
-from spavl_lib.files import write_text, writing
+from spavl_lib.files import write_text
 from spavl_lib.modelling.load import (
     compute_dtype,
     device,
@@ -51,7 +51,13 @@ from spavl_lib.objectives.ppo import (
 )
 from spavl_lib.run import Stage, peak_memory_gib, read_jsonl
 from spavl_lib.stop import StopFlag, stop_on_signals
-from spavl_lib.trainers.checkpointed import note_rows, number, training_inputs
+from spavl_lib.trainers.checkpointed import (
+    inputs_with_reward,
+    note_rows,
+    number,
+    reward_folder,
+)
+from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.guards import Movement, gate_gradients, gate_loss, gate_weights
 from spavl_lib.trainers.rollout import (
     Prompt,
@@ -59,6 +65,7 @@ from spavl_lib.trainers.rollout import (
     batch_of,
     check_prompt_lengths,
     encode_rows,
+    never_said,
     row_seed,
     sample,
 )
@@ -80,8 +87,8 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         NonFiniteError: A score, loss or gradient is no number.
         Preempted: Asked to stop; the same call goes on.
     """
-    folder = reward_folder(config, stage)
-    inputs = functools.partial(ppo_inputs, config, folder)
+    folder = reward_folder(config.ppo.reward_model, stage)
+    inputs = functools.partial(inputs_with_reward, config, folder)
     if stage.done:
         stage.check_config()
         stage.check_inputs(inputs())
@@ -96,33 +103,10 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         ckpt.check_room(stage.path / "checkpoints", trainer.model)
         trainer.train(live)
         summary = trainer.summary()
-        save_policy(trainer, summary)
+        policy = trainer.model.vlm_of("policy")
+        save_trained(policy, trainer.processor, stage, config, _card(config, summary))
     stage.finish(summary)
     return summary
-
-
-def ppo_inputs(config: Config, folder: Path) -> dict[str, str]:
-    """What PPO rests on besides its settings: base, data, and the reward model."""
-    weights = {f"reward/{p.name}": ckpt.sha256_file(p) for p in folder.glob("*.safetensors")}
-    return training_inputs(config) | weights
-
-
-def reward_folder(config: Config, stage: Stage) -> Path:
-    """The reward model's folder.
-
-    Raises:
-        InputError: There is none yet.
-    """
-    if config.ppo.reward_model:
-        return Path(config.ppo.reward_model).expanduser()
-    reward = stage.run.stage("reward")
-    if not reward.done:
-        raise InputError(
-            f"{reward.path} is not finished: PPO needs a reward model "
-            f"(spavl train reward --profile {config.profile} --run-name {stage.run.name}), "
-            "or name one with ppo.reward_model"
-        )
-    return reward.path / "model"
 
 
 class PPOTrainer:
@@ -137,7 +121,7 @@ class PPOTrainer:
         tokenizer = self.processor.tokenizer
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         set_seed(config.seed)
-        self.model: Roles = load_roles(config.model, folder, self._never_said())
+        self.model: Roles = load_roles(config.model, folder, never_said(self.processor))
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):
                 vlm = self.model.vlm_of(role)
@@ -179,16 +163,6 @@ class PPOTrainer:
     def updates_per_step(self) -> int:
         """Optimizer steps a rollout."""
         return self.settings.ppo_epochs * self.settings.num_minibatches
-
-    def _never_said(self) -> tuple[int, ...]:
-        """Ids that would break a sequence: image slots, BOS, padding (if it is not EOS)."""
-        tokenizer = self.processor.tokenizer
-        ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-        ids.add(getattr(self.processor, "image_token_id", None))
-        image = getattr(self.processor, "image_token", None)
-        if image:
-            ids.add(tokenizer.convert_tokens_to_ids(image))
-        return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
 
     def prompts_of(self, step: int) -> list[int]:
         """Which rows step `step` (from 0) rolls out: seeded passes over all, none left out."""
@@ -660,18 +634,6 @@ def _with_picture(prompts: list[Prompt], rows: list[int]) -> list[int]:
 
 def _pairs(rollout: Rollout) -> Iterator[tuple[Prompt, list[int]]]:
     return zip(rollout.prompts, rollout.responses, strict=True)
-
-
-def save_policy(trainer: PPOTrainer, summary: dict) -> Path:
-    """Write `model/`: the policy's adapter or a whole model, processor and card."""
-    config, target = trainer.config, trainer.stage.path / "model"
-    vlm: PreTrainedModel = trainer.model.vlm_of("policy")
-    whole = config.model.adapter == "full"
-    with writing(target):
-        vlm.save_pretrained(target, **({} if whole else {"selected_adapters": ["default"]}))
-        trainer.processor.save_pretrained(target)
-    write_text(target / "README.md", _card(config, summary))
-    return target
 
 
 def _card(config: Config, summary: dict) -> str:

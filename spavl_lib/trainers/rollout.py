@@ -67,8 +67,27 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
     return prompts
 
 
-def check_prompt_lengths(prompts: list[Prompt], max_new_tokens: int, context: int) -> None:
+def never_said(processor: ProcessorMixin) -> tuple[int, ...]:
+    """Ids that would break a sequence: image slots, BOS, padding (if it is not EOS)."""
+    tokenizer = processor.tokenizer
+    ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
+    ids.add(getattr(processor, "image_token_id", None))
+    image = getattr(processor, "image_token", None)
+    if image:
+        ids.add(tokenizer.convert_tokens_to_ids(image))
+    return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
+
+
+def check_prompt_lengths(
+    prompts: list[Prompt], max_new_tokens: int, context: int, *, stage: str = "ppo"
+) -> None:
     """Refuse prompts that leave no room for an answer.
+
+    Args:
+        prompts: Encoded.
+        max_new_tokens: Longest answer.
+        context: Tokens the model takes, 0 if unknown.
+        stage: Whose setting the error names.
 
     Raises:
         InputError: Lists every such row.
@@ -79,7 +98,7 @@ def check_prompt_lengths(prompts: list[Prompt], max_new_tokens: int, context: in
     if context and long:
         raise InputError(
             f"{len(long)} prompts leave no room for {max_new_tokens} new tokens in a context of "
-            f"{context} (lower ppo.max_new_tokens, or drop them): {'; '.join(long[:20])}"
+            f"{context} (lower {stage}.max_new_tokens, or drop them): {'; '.join(long[:20])}"
         )
 
 

@@ -1,0 +1,357 @@
+"""RLOO on trl's `RLOOTrainer`, driven by our reward model: PPO's goal without a critic.
+
+    spavl train rloo --profile demo
+
+trl samples, holds each answer against the mean score of its prompt's others, and updates. Ours are
+the prompt's ids, the score, checkpoints and the checks. Every optimizer step samples anew, so a
+checkpoint never falls between an answer and its update: on a CPU a resumed run ends bit-equal. With
+vLLM it does not: its sampler keeps its own random state.
+"""
+
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import ProcessorMixin
+from trl import RLOOConfig as TRLConfig
+from trl import RLOOTrainer
+from trl.trainer.utils import RepeatSampler
+
+from spavl_lib import checkpoint as ckpt
+from spavl_lib.config import Config, RLOOConfig
+from spavl_lib.data.collate import decode_images, encode_prompts, neutralise
+from spavl_lib.data.spavl import load_preferences
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.heads import check_reward_model
+from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
+from spavl_lib.run import Stage, read_jsonl, write_text
+from spavl_lib.stop import stop_on_signals
+from spavl_lib.trainers.checkpointed import (
+    CheckedMixin,
+    drop_stock_callbacks,
+    inputs_with_reward,
+    note_rows,
+    reward_folder,
+)
+from spavl_lib.trainers.dpo import save_trained
+from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
+from spavl_lib.trainers.rollout import Prompt, check_prompt_lengths, never_said
+
+LOGGED = (
+    "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl",
+    "entropy", "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
+    "num_tokens",
+)  # fmt: skip
+
+
+class _EpochSampler(RepeatSampler):
+    """trl's order, from seed and epoch alone: a resumed run is in the right epoch's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + 1_000_003 * epoch)
+
+
+class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
+    """trl's trainer with our prompts, our checkpoints, and gates before every update."""
+
+    context = 0
+    compared = False
+    parts: dict[str, int]
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochSampler(
+            sampler.data_source, sampler.mini_repeat_count, sampler.batch_size,
+            sampler.repeat_count, sampler.shuffle, sampler.seed,
+        )  # fmt: skip
+
+    def _prepare_inputs(self, inputs: list[dict]) -> dict:
+        self.row_ids = list(dict.fromkeys(row["id"] for row in inputs))
+        return RLOOTrainer._prepare_inputs(self, inputs)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
+        """Our ids, whatever the template leaves out; trl would write what it is given."""
+        questions = [p[-1]["content"][-1]["text"] for p in prompts]
+        images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
+        encoded = encode_prompts(self.processing_class, questions, images)
+        rows = [
+            Prompt(i, "", ids, None, {})
+            for i, ids in zip([*self.row_ids, *[""] * len(prompts)], encoded.ids, strict=False)
+        ]
+        check_prompt_lengths(rows, self.max_completion_length, self.context, stage="rloo")
+        fields: dict[str, Any] = dict(encoded.vision)
+        if encoded.token_types is not None:
+            fields["mm_token_type_ids"] = encoded.token_types
+        if not self.compared:
+            self.compared = True
+            theirs = super()._tokenize_prompts(prompts)[0]
+            compare_prompts(encoded.ids, theirs, typed=encoded.token_types is not None)
+        return encoded.ids, [[image] for image in images], fields
+
+
+def compare_prompts(ours: list[list[int]], theirs: list[list[int]], *, typed: bool) -> None:
+    """At the first step: does the chat template write prompts as the reward model knows them?
+
+    Args:
+        ours: Ids that are used.
+        theirs: Ids that trl would use.
+        typed: Whether trl's own token types go into the update.
+
+    Raises:
+        InputError: They differ where trl's would be used in part.
+    """
+    differing = sum(list(a) != list(b) for a, b in zip(ours, theirs, strict=True))
+    if not differing:
+        return
+    what = (
+        f"{differing} of {len(ours)} prompts come out of trl's own tokenisation differently "
+        f"(begins {list(theirs[0])[:4]}, ends {list(theirs[0])[-4:]}; ours {ours[0][:4]}, "
+        f"{ours[0][-4:]})"
+    )
+    if typed:
+        raise InputError(f"{what}, and this family's token types come with it: use spavl train ppo")
+    warnings.warn(f"{what}: ours are used, as in training the reward model", stacklevel=2)
+
+
+def check_first(logs: dict) -> None:
+    """At the first step nothing was updated: policy and reference must be the same model.
+
+    Raises:
+        AssertionError: They differ.
+        InputError: Every prompt's answers scored alike: there is nothing to learn from.
+    """
+    tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
+    if abs(float(logs.get("kl", 0.0))) > tolerance:
+        raise AssertionError(f"step 1: kl = {logs['kl']}, but the policy has not moved yet")
+    if float(logs["frac_reward_zero_std"]) == 1.0:
+        raise InputError(
+            "step 1: every prompt's answers scored alike, so none is better than another: raise "
+            "rloo.temperature or rloo.num_generations, or look at the reward model"
+        )
+
+
+def train_rloo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Train against this run's reward model (or `rloo.reward_model`), and save the policy.
+
+    Args:
+        config: Uses `data`, `model`, `rloo` and `seed`.
+        stage: Where it goes; resumes from its newest whole checkpoint.
+        live: Something with `update(rows)`.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        InputError: Bad data, model, reward model or settings.
+        NonFiniteError: A score, loss or gradient is no number.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    folder = reward_folder(config.rloo.reward_model, stage)
+    if stage.done:
+        stage.check_config()
+        stage.check_inputs(inputs_with_reward(config, folder))
+        return stage.summary
+    if config.launch.num_processes > 1:
+        raise InputError("launch.num_processes: training in several processes is not there yet")
+    check_vllm(config.rloo)
+    check_reward_model(config.model, folder)
+    quiet_libraries()
+    with stage.work(lambda: inputs_with_reward(config, folder)), stop_on_signals() as flag:
+        rows = load_preferences(config.data, "train")
+        note_rows(stage, train=rows)
+        processor = load_processor(config.model)
+        trainer = build_trainer(config, stage, processor, rows, folder)
+        ckpt.check_room(trainer.checkpoints, trainer.model)
+        trainer.report_to_stage(
+            stage, flag, logged=LOGGED, live=live, accuracy="reward", check_first=check_first
+        )
+        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
+        for problem in skipped:
+            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+        _take_up_rollouts(stage, ckpt.load_state(newest)["step"] if newest else 0)
+        trainer.train_from(newest)
+        summary = _summary(config, stage, trainer, rows)
+        save_trained(trainer.model, processor, stage, config, _card(config, summary))
+    stage.finish(summary)
+    return summary
+
+
+def check_vllm(rloo: RLOOConfig) -> None:
+    """Whether vLLM can sample here.
+
+    Raises:
+        InputError: It was asked for and cannot.
+    """
+    if not rloo.use_vllm:
+        return
+    if not torch.cuda.is_available():
+        raise InputError("rloo.use_vllm wants a CUDA GPU, and there is none here; set it to false")
+    if not importlib.util.find_spec("vllm"):
+        raise InputError("rloo.use_vllm wants the vllm package: pip install vllm, or set it false")
+
+
+def build_trainer(
+    config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset, folder: Path
+) -> CheckedRLOOTrainer:
+    """trl's trainer over our prompts; with LoRA the reward model lives on the policy's base."""
+    rloo, lora = config.rloo, config.model.adapter != "full"
+    prompts_a_step = rloo.global_batch_size // rloo.num_generations
+    if len(rows) < prompts_a_step:
+        raise InputError(f"{len(rows)} training rows, but a step takes {prompts_a_step} prompts")
+    without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
+    if without:
+        raise InputError(
+            f"trl's RLOO wants a picture with every prompt; {len(without)} rows have none: "
+            f"{', '.join(without[:20])} (spavl train ppo takes them)"
+        )
+    reward = RewardFunction(
+        _not_yet, processor, batch_size=rloo.per_device_batch_size,
+        missing_eos_penalty=rloo.missing_eos_penalty, log=stage.path / "rollouts.jsonl",
+    )  # fmt: skip
+    policy = load_model(config.model)
+    if not lora:
+        policy = policy.float()  # fp32 masters, as in DPO
+        freeze_for_full(policy, config.model)
+    trainer = CheckedRLOOTrainer(
+        model=policy,
+        reward_funcs=reward,
+        args=_arguments(config, stage, processor),
+        train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
+            lambda batch: _as_trl_wants(processor, batch)
+        ),
+        processing_class=processor,
+        peft_config=lora_config(policy, config.model) if lora else None,
+    )
+    trainer.parts = assert_freeze_plan(trainer.model, config.model)
+    reward.score = build_scorer(trainer.model, config, folder)
+    trainer.context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
+    trainer.checkpoints = stage.path / "checkpoints"
+    drop_stock_callbacks(trainer)
+    return trainer
+
+
+def _not_yet(batch: dict[str, Tensor]) -> Tensor:
+    raise RuntimeError("the reward model is loaded once the trainer has made the policy")
+
+
+def _as_trl_wants(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, list]:
+    """Rows as conversations with a decoded picture; the question beside it as it was."""
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    words = [[{"role": "user", "content": neutralise(q, processor)}] for q in batch["prompt"]]
+    return {
+        "id": batch["id"],
+        "question": batch["prompt"],
+        "prompt": words,
+        "image": decode_images(rows),
+    }
+
+
+def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLConfig:
+    rloo, dtype, never = config.rloo, compute_dtype(), never_said(processor)
+    if rloo.use_vllm:
+        sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(never, -100.0)}
+    else:
+        sampling = {"suppress_tokens": list(never)}
+    # Only the full fine-tuning's reference is loaded by trl, from the base's own path.
+    revision = {"revision": config.model.revision} if config.model.revision else None
+    return TRLConfig(
+        output_dir=str(stage.path / "checkpoints"),
+        max_steps=rloo.max_steps or -1,
+        num_train_epochs=rloo.num_epochs,
+        per_device_train_batch_size=rloo.per_device_batch_size,
+        gradient_accumulation_steps=rloo.gradient_accumulation_steps,
+        num_generations=rloo.num_generations,
+        max_completion_length=rloo.max_new_tokens,
+        generation_kwargs=sampling,
+        temperature=rloo.temperature,
+        beta=rloo.beta,
+        normalize_advantages=rloo.normalize_advantages,
+        learning_rate=rloo.learning_rate,
+        lr_scheduler_type=rloo.lr_scheduler,
+        warmup_steps=rloo.warmup_steps,
+        weight_decay=rloo.weight_decay,
+        max_grad_norm=rloo.max_grad_norm,
+        model_init_kwargs=revision if config.model.adapter == "full" else None,
+        use_vllm=rloo.use_vllm,
+        vllm_mode=rloo.vllm_mode,
+        vllm_server_base_url=rloo.vllm_server_base_url or None,
+        vllm_gpu_memory_utilization=rloo.vllm_gpu_memory_utilization,
+        disable_dropout=True,
+        gradient_checkpointing=config.model.gradient_checkpointing,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=not torch.cuda.is_available(),
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=rloo.save_steps,
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+def _take_up_rollouts(stage: Stage, step: int) -> None:
+    """Drop answers of steps that were never checkpointed; they are sampled again."""
+    path = stage.path / "rollouts.jsonl"
+    kept = [r for r in read_jsonl(path) if r["step"] <= step]
+    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+
+def _summary(config: Config, stage: Stage, trainer: CheckedRLOOTrainer, rows: Dataset) -> dict:
+    logged = [r for r in read_jsonl(stage.metrics_path) if "reward" in r]
+    tail = logged[-max(1, len(logged) // 10) :]
+
+    def mean(lines: list[dict], key: str) -> float | None:
+        values = [r[key] for r in lines if r.get(key) is not None]
+        return round(sum(values) / len(values), 6) if values else None
+
+    return {
+        "steps": trainer.state.global_step,
+        "prompts": len(rows),
+        "answers": trainer.state.global_step * config.rloo.global_batch_size,
+        "trainable_parameters": trainer.parts,
+        "reward": {
+            "first_steps": mean(logged[: len(tail)], "reward"),
+            "last_steps": mean(tail, "reward"),
+        },
+        "kl_a_token": {"last_steps": mean(tail, "kl")},
+        "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
+    }
+
+
+def _card(config: Config, summary: dict) -> str:
+    rloo = config.rloo
+    name = "the embedded demonstration model" if config.model.name == "embedded" else (
+        config.model.name
+    )  # fmt: skip
+    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    return f"""---
+base_model: {config.model.name}
+{lora}tags: [rloo, trl, rlhf, safety, vision-language]
+---
+
+# RLOO-aligned {name}
+
+Trained by `spavl train rloo --profile {config.profile}` on prompts of `{config.data.source}`:
+{summary["answers"]} answers, {rloo.num_generations} to a prompt, in {summary["steps"]} steps, peak
+rate {rloo.learning_rate}, beta {rloo.beta}, seed {config.seed}, {config.model.adapter} fine-tuning,
+projector {"trained" if config.model.train_projector else "frozen"}, vision tower frozen.
+
+| | value |
+|---|---|
+| mean reward, first tenth of the steps | {summary["reward"]["first_steps"]} |
+| mean reward, last tenth | {summary["reward"]["last_steps"]} |
+| KL to the reference, last tenth, nats a token | {summary["kl_a_token"]["last_steps"]} |
+
+A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+Use it under the licences of its base model and data.
+"""
