@@ -616,13 +616,14 @@ def _missing(stage: Stage) -> list[str]:
 
 
 def run_command(name: str, config: Config) -> str:
-    """The shell command that runs a notebook under this very config.
+    """The shell command that makes a stage under this very config: its notebook's, or a trainer's.
 
     Args:
         name: Notebook or stage.
         config: What the command must resolve to. A profile of one's own is named by its stem.
     """
-    words = ["spavl", "run", name, "--profile", config.profile]
+    verb = "train" if name in TRAINERS and name not in STAGE_OF.values() else "run"
+    words = ["spavl", verb, name, "--profile", config.profile]
     if config.profile in profile_names():
         plain = dict(_leaves(load_config(config.profile).to_dict()))
         for key, value in _leaves(config.to_dict()):
