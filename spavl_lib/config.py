@@ -39,11 +39,34 @@ def _known(key: str, value: str, known: tuple[str, ...]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ColumnsConfig:
+    """datasets: names of the columns in one's own data; empty for the names known layouts use."""
+
+    prompt: str = ""
+    """The question, or its turns."""
+    chosen: str = ""
+    """The preferred answer."""
+    rejected: str = ""
+    """The other answer."""
+    image: str = ""
+    """A picture, or its path under `image_root`."""
+    image_name: str = ""
+    """The picture's name."""
+    id: str = ""
+    """A name of the row's own."""
+    class3: str = ""
+    """The tertiary harm class."""
+    question_type: str = ""
+    """easy, hardq or hards."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Which preference rows."""
 
-    source: Literal["mini", "hub_layout", "seed_json"]
-    """mini: built here; hub_layout: parquet as on the Hub; seed_json: the original code's lists."""
+    source: Literal["mini", "hub_layout", "seed_json", "datasets"]
+    """mini: built here; hub_layout: parquet as on the Hub; seed_json: the original code's lists;
+    datasets: one's own, anything the `datasets` library opens."""
     train_rows: int
     """Training pairs, 0 for all. A smaller number is always a subset of a larger one."""
     validation_rows: int
@@ -51,14 +74,37 @@ class DataConfig:
     test_rows: int
     """Prompts per evaluation set, 0 for all."""
     path: str = ""
-    """Folder of the rows; empty for mini."""
+    """Folder or file of the rows, or a data set's name on the Hub; empty for mini."""
+    revision: str = ""
+    """Commit, tag or branch on the Hub, empty for the newest. A commit makes a run repeatable."""
+    subset: str = ""
+    """datasets: the configuration, where a data set has several."""
+    train_split: str = "train"
+    """datasets: split to train on; slices such as train[:90%] are understood."""
+    validation_split: str = "validation"
+    """datasets: split held out."""
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """seed_json: keywords of the keyword map to read, all if empty."""
     image_root: str = ""
-    """seed_json: folder the records' image paths start from; `path` if empty."""
+    """seed_json, datasets: folder image paths start from; that of `path` if empty."""
+    question_types: tuple[str, ...] = ()
+    """Train on these types of question alone (easy, hardq, hards), on all if empty."""
+    answer_sources: tuple[str, ...] = ()
+    """Train only on pairs both of whose answers these models gave, on all if empty."""
+    sampling: Literal["stratified", "random"] = "stratified"
+    """How a smaller number is drawn: evenly over classes and question types, or not."""
+    sampling_seed: int = 0
+    """Of the order rows are drawn in. The same seed nests small sets in large ones."""
+    on_bad_rows: Literal["error", "skip"] = "error"
+    """error: list every bad row and stop; skip: leave them out, counted and listed."""
 
     def __post_init__(self) -> None:
-        _at_least("data", self, train_rows=0, validation_rows=0, test_rows=0)
+        _at_least(
+            "data", self, train_rows=0, validation_rows=0, test_rows=0, sampling_seed=0
+        )  # fmt: skip
+        for name in self.question_types:
+            _known("data.question_types", name, ("easy", "hardq", "hards"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,11 @@ def leaves(values: dict, prefix: str = "") -> dict[str, object]:
 
 def sections() -> list[type]:
     found = [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass)]
-    assert len(found) == len(typing.get_type_hints(Config)) - 3 + 1  # profile, seed, run_name
+    reached, todo = set(), [Config]
+    while todo:
+        reached.add(cls := todo.pop())
+        todo += [c for c in typing.get_type_hints(cls).values() if dataclasses.is_dataclass(c)]
+    assert set(found) == reached
     return found
 
 

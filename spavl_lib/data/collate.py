@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import ImageError, decode
+from spavl_lib.data.schema import TURN
 from spavl_lib.errors import InputError
 
 
@@ -33,9 +34,11 @@ def render(
     processor: ProcessorMixin, prompt: str, completion: str | None = None, *, image: bool = True
 ) -> str:
     """The conversation as the chat template writes it; up to the answer if none is given."""
-    content: list[dict] = [{"type": "image"}] if image else []
-    content.append({"type": "text", "text": neutralise(prompt, processor)})
-    messages: list[dict] = [{"role": "user", "content": content}]
+    messages: list[dict] = []
+    for number, turn in enumerate(prompt.split(TURN)):  # the picture goes with the first
+        content: list[dict] = [{"type": "image"}] if image and not number else []
+        content.append({"type": "text", "text": neutralise(turn, processor)})
+        messages.append({"role": ("user", "assistant")[number % 2], "content": content})
     if completion is not None:
         text = neutralise(completion, processor)
         messages.append({"role": "assistant", "content": [{"type": "text", "text": text}]})

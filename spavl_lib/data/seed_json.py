@@ -6,29 +6,41 @@ taken.
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from datasets import Dataset
 
-from spavl_lib.data.images import ImageError, open_image, resolve_inside
+from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.data.records import RecordError, conversation, turns_of
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
     SEED_REQUIRED,
+    TURN,
+    Loaded,
+    Problems,
     features,
-    text_problems,
+    find_problems,
+    merged,
+    settle,
+    storable,
 )
 from spavl_lib.data.taxonomy import PARENTS, classes
-from spavl_lib.errors import InputError, raise_all
+from spavl_lib.errors import InputError
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
-HUMAN, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
 # The original calls the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
 
 
-def load(folder: Path, split: str, keywords: tuple[str, ...], image_root: Path) -> Dataset:
+def load(
+    folder: Path,
+    split: str,
+    keywords: tuple[str, ...],
+    image_root: Path,
+    *,
+    on_bad_rows: str = "error",
+) -> Loaded:
     """Read a folder in the original's layout.
 
     Args:
@@ -36,6 +48,7 @@ def load(folder: Path, split: str, keywords: tuple[str, ...], image_root: Path) 
         split: `train` or `validation`.
         keywords: Which lists; all of the map if empty.
         image_root: Folder image paths start from.
+        on_bad_rows: `error` or `skip`.
 
     Raises:
         InputError: Missing or unknown keyword, unreadable list, and every bad record by file and
@@ -46,24 +59,28 @@ def load(folder: Path, split: str, keywords: tuple[str, ...], image_root: Path) 
     unknown = [k for k in keywords if k not in lists]
     if unknown:
         raise InputError(f"{map_path}: unknown keyword {unknown} (known: {', '.join(lists)})")
-    problems: list[str] = []
-    rows, seen = [], {}
+    problems: Problems = {}
+    made, places = [], []
     for keyword in keywords or tuple(lists):
         path = folder / lists[keyword]
         for index, record in enumerate(_read_list(path)):
             where = f"{path}:{index}"
             row, found = _row(record, where, image_root, TYPE_OF_KEYWORD.get(keyword, ""))
-            problems += found
-            if row["id"] in seen:
-                problems.append(f"{where} id: {row['id']} repeats {seen[row['id']]}")
-            seen.setdefault(row["id"], where)
-            rows.append(row)
-    problems += _image_problems(rows, decode=len(rows) <= DECODE_ALL_UP_TO)
-    raise_all(problems, str(map_path))
-    if not rows:
+            if found:
+                problems[len(made)] = found
+            made.append(row)
+            places.append(where)
+    if not made:
         raise InputError(f"{map_path}: no records")
-    table = {c: [r[c] for r in rows] for c in PREFERENCE_COLUMNS}
-    return Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
+    table = {c: [_text(r[c]) for r in made] for c in PREFERENCE_COLUMNS}
+    rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
+    decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
+    found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
+    return settle(rows, merged(problems, found, places), str(map_path), on_bad_rows)
+
+
+def _text(value: object) -> object:
+    return value if isinstance(value, str | dict) else None
 
 
 def read_keyword_map(path: Path) -> dict[str, str]:
@@ -110,50 +127,42 @@ def _row(record: object, where: str, root: Path, question_type: str) -> tuple[di
     class3 = parts[-2] if in_classes else ""
     row = empty | {
         "id": str(record.get("id", "")),
-        "prompt": _question(record.get("question")),
-        "chosen": record.get("chosen"),
-        "rejected": record.get("rejected"),
         "image_name": parts[-1] if parts else "",
         "question_type": question_type,
         "class3": class3,
     }
     if class3 in PARENTS:
         row["class1"], row["class2"] = PARENTS[class3]
-    if not problems:
-        problems += text_problems(row, where, preference=True)
+    for name in ("chosen", "rejected"):
+        row[name] = record.get(name)
+        if name in record and not isinstance(row[name], str):
+            problems.append(f"{where} {name}: expected text, got {type(row[name]).__name__}")
+    if "question" in record:
+        try:
+            row["prompt"] = _question(record["question"])
+        except RecordError as error:
+            problems.append(f"{where} {error}")
     if relative:
         try:
             path = resolve_inside(root, relative) if isinstance(relative, str) else None
             if path is None:
                 raise ImageError(f"expected a path, got {type(relative).__name__}")
-            row["image"] = {"bytes": None, "path": str(path), "_where": where}
+            row["image"] = {"bytes": None, "path": str(path)}
         except ImageError as error:
             problems.append(f"{where} image: {error}")
-    return row, problems
+    return row, [*problems, *storable(row, where)]
 
 
-def _question(question: object) -> object:
-    """A question, or a conversation's turns as one text; None if a turn is not understood."""
-    if not isinstance(question, list):
+def _question(question: object) -> str:
+    """A question, or a conversation's turns.
+
+    Raises:
+        RecordError: It is neither, or holds what separates turns.
+    """
+    if isinstance(question, str):
+        if TURN in question:
+            raise RecordError("prompt: holds a record separator (U+001E)")
         return question
-    said = []
-    for turn in question:
-        speaker = str(turn.get("from")).lower() if isinstance(turn, dict) else ""
-        if speaker not in HUMAN | ASSISTANT or not isinstance(turn.get("value"), str):
-            return None
-        answer = f"ASSISTANT: {turn['value']} USER:"
-        said.append(turn["value"] if speaker in HUMAN else answer)
-    return " ".join(said)
-
-
-def _image_problems(rows: Iterable[dict], *, decode: bool) -> list[str]:
-    problems = []
-    for row in rows:
-        if row["image"]:
-            where = row["image"].pop("_where")
-            try:
-                if decode:
-                    open_image(Path(row["image"]["path"]))
-            except ImageError as error:
-                problems.append(f"{where} image: {error}")
-    return problems
+    if question is None:
+        raise RecordError("prompt: expected text, got NoneType")
+    return conversation(turns_of(question))

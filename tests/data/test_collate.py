@@ -18,6 +18,7 @@ from spavl_lib.data.collate import (
     render,
 )
 from spavl_lib.data.images import png_bytes
+from spavl_lib.data.schema import TURN
 from spavl_lib.errors import InputError
 from spavl_lib.trainers.guards import check_batch
 from tests.helpers import embedded_processor, mini_rows, png, spread, tiny
@@ -397,3 +398,22 @@ def test_a_broken_batch_is_caught_by_the_first_check() -> None:
     for change in (shift, drop_eos, double_bos, no_image, swap):
         with pytest.raises(AssertionError):
             check_batch(broken(change), rows, processor, 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_are_written_as_turns_with_one_picture_before_the_first(family: str) -> None:
+    _, processor = tiny(family)
+    talk = TURN.join(["What is this?", "A cat.", "And its colour?"])
+    text = render(processor, talk, "Red.")
+    places = [text.index(part) for part in ("What is this?", "A cat.", "And its colour?", "Red.")]
+    assert places == sorted(places) and TURN not in text
+    batch = PreferenceCollator(processor)([row(talk), row("What is this?")])
+    token = _image_token_id(processor)
+    assert kept(batch, 0).count(token) == kept(batch, 1).count(token) > 0
+    assert text.index(getattr(processor, "image_token", "<image>")) < places[0]
+
+
+def test_a_conversation_is_vicunas_letter_by_letter() -> None:
+    text = render(embedded_processor(), TURN.join(["First?", "One.", "Then?"]), "Two.")
+    head = f"<s>{SYSTEM} USER: <image>\nFirst? ASSISTANT: One.</s>"
+    assert text == f"{head} USER: Then? ASSISTANT: Two.</s>"

@@ -9,7 +9,7 @@ import pyarrow
 import pytest
 from datasets import Dataset
 
-from spavl_lib.data import check, explore, schema, spavl
+from spavl_lib.data import check, explore, hub, schema
 from spavl_lib.data.convert import convert
 from spavl_lib.data.spavl import (
     eval_sets,
@@ -57,7 +57,7 @@ def test_mini_and_its_folder_give_equal_rows() -> None:
     for split in ("train", "validation"):
         own = mini_rows(split)
         by_path = load_preferences(hub_config(mini_folder()), split)
-        assert own.column_names == list(schema.PREFERENCE_COLUMNS) == by_path.column_names
+        assert set(own.column_names) == set(schema.PREFERENCE_COLUMNS)
         assert own.to_list() == by_path.to_list()
 
 
@@ -190,7 +190,7 @@ def test_a_set_larger_than_arrow_can_join_is_looked_through(tmp_path: Path) -> N
     chunk = pyarrow.array([{"bytes": bytes(64 << 20), "path": None}], kind)
     lost = pyarrow.array([None, {"bytes": None, "path": "a.png"}], kind)
     table = pyarrow.table({"image": pyarrow.chunked_array([*[chunk] * 40, lost])})
-    assert spavl._without_bytes(SimpleNamespace(data=table)) == [41]
+    assert hub._without_bytes(SimpleNamespace(data=table)) == [41]
 
 
 def test_wrong_classes_are_listed(tmp_path: Path) -> None:
@@ -261,7 +261,7 @@ def test_every_evaluation_set_loads_and_knows_its_truth() -> None:
     truth = load_truth(MINI)
     for name in names:
         rows = load_prompts(MINI, name)
-        assert rows.column_names == list(schema.PROMPT_COLUMNS)
+        assert set(rows.column_names) == set(schema.PROMPT_COLUMNS)
         assert len(rows) == sizes[name.removesuffix("_twemoji")]
         for row in rows.remove_columns("image"):
             assert truth[row["id"]]["question"] == row["prompt"]
@@ -438,7 +438,7 @@ def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
     rows = load_preferences(seed_config(folder), "train")
     assert rows[2]["prompt"] == rows[1]["prompt"]
     assert rows[0]["image"] is None and rows[0]["image_name"] == ""
-    assert rows[1]["prompt"] == "First? ASSISTANT: An answer. USER: And then?"
+    assert rows[1]["prompt"].split(schema.TURN) == ["First?", "An answer.", "And then?"]
     assert rows[1]["image"]["path"].endswith("theft/1.png")
     assert (rows[1]["class1"], rows[1]["class3"]) == ("Malicious Use", "theft")
 

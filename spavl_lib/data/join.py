@@ -1,0 +1,192 @@
+"""What the training rows lack, joined from `meta_files/`: classes, question types, answer sources.
+
+A row that finds no partner, or two that disagree, keeps empty fields: counted and listed, never
+dropped, and never given a wrong class.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from spavl_lib.data.schema import QUESTION_TYPES, column, text_columns
+from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.errors import InputError
+
+JOINED = ("class1", "class2", "class3", "question_type")
+
+
+def join_meta(rows: Dataset, meta: Path) -> Dataset:
+    """Attach classes by image name, and question types by (image name, question).
+
+    A name may stand for pictures of several classes (the original's files lie in class folders);
+    then the picture's md5, or the path beside its question, tells them apart.
+
+    Args:
+        rows: Training rows in the schema.
+        meta: The `meta_files` folder, which need not be whole.
+
+    Raises:
+        InputError: A meta file of another shape.
+    """
+    info_path = meta / "image_info" / "meta.json"
+    info = read_meta(info_path) if info_path.is_file() else []
+    classes = _Classes(info)
+    del info
+    kinds, folders = _question_types(meta)
+    names = [str(n or "") for n in column(rows, "image_name")]
+    prompts = [str(p or "").strip() for p in column(rows, "prompt")]
+    class3, unsure = [], []
+    for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
+        found = classes.by_name(name) or folders.get((_base(name), prompt), "")
+        class3.append(found)
+        if not found and classes.is_ambiguous(name):
+            unsure.append(index)
+    for index in unsure:
+        cell = rows[index]["image"]
+        class3[index] = classes.by_md5(names[index], (cell or {}).get("bytes") or b"")
+    joined = {
+        "class1": [PARENTS[c][0] if c in PARENTS else "" for c in class3],
+        "class2": [PARENTS[c][1] if c in PARENTS else "" for c in class3],
+        "class3": class3,
+        "question_type": [
+            kinds.get((_base(n), p), "") for n, p in zip(names, prompts, strict=True)
+        ],
+    }
+    order = rows.column_names
+    rest = rows.remove_columns(list(joined))
+    return concatenate_datasets([rest, text_columns(joined)], axis=1).select_columns(order)
+
+
+def unmatched(rows: Dataset) -> dict[str, int]:
+    """How many rows carry no class, and no question type."""
+    return {name: len(found) for name, found in unmatched_rows(rows).items()}
+
+
+def unmatched_rows(rows: Dataset) -> dict[str, list[str]]:
+    """Which rows carry no class, and no question type: id and image name of each."""
+    columns = ("id", "image_name", "class3", "question_type")
+    cells = list(zip(*(column(rows, c) for c in columns), strict=True))
+    return {
+        "no_class": [f"{i} ({n})" for i, n, c, _ in cells if not c],
+        "no_question_type": [f"{i} ({n})" for i, n, _, t in cells if not t],
+    }
+
+
+def answer_sources(rows: Dataset, meta: Path) -> tuple[list[str], list[str]]:
+    """Who gave each row's chosen and rejected answer, from `model_answer/<model>.json`.
+
+    Args:
+        rows: Training rows in the schema.
+        meta: The `meta_files` folder.
+
+    Returns:
+        A model's name a row, for chosen and for rejected; empty where none or several said that.
+
+    Raises:
+        InputError: No such files, or one of another shape.
+    """
+    files = sorted((meta / "model_answer").glob("*.json"))
+    if not files:
+        raise InputError(f"no {meta / 'model_answer'}/*.json: nobody knows who gave which answer")
+    said = unambiguous(
+        (_key(record, text), path.stem)
+        for path in files
+        for record in read_meta(path)
+        for text in _answers(record)
+    )
+    cells = [column(rows, c) for c in ("image_name", "prompt", "chosen", "rejected")]
+    found: tuple[list[str], list[str]] = ([], [])
+    for name, prompt, *answers in zip(*cells, strict=True):
+        for side, answer in zip(found, answers, strict=True):
+            key = (_base(str(name)), str(prompt).strip(), str(answer).strip())
+            side.append(said.get(key, ""))
+    return found
+
+
+def read_meta(path: Path) -> list[dict]:
+    """A meta file: a list of objects that name an image.
+
+    Raises:
+        InputError: It is something else.
+    """
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list, got {type(records).__name__}")
+    for index, record in enumerate(records):
+        if not isinstance(record, dict) or not isinstance(record.get("image"), str):
+            raise InputError(f"{path}:{index} image: missing")
+    return records
+
+
+def unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
+    """Key -> value, without the keys that stand for two: a wrong partner is worse than none."""
+    values: dict[Any, str] = {}
+    twice = set()
+    for key, value in pairs:
+        if values.setdefault(key, value) != value:
+            twice.add(key)
+    return {key: value for key, value in values.items() if key not in twice}
+
+
+class _Classes:
+    """Tertiary class by image name, told apart by md5 where a name is not enough."""
+
+    def __init__(self, info: list[dict]):
+        self.paths = unambiguous((r["image"], str(r.get("class3") or "")) for r in info)
+        self.names: dict[str, set[tuple[str, str]]] = defaultdict(set)
+        for record in info:
+            pair = (str(record.get("md5") or ""), str(record.get("class3") or ""))
+            self.names[_base(record["image"])].add(pair)
+
+    def by_name(self, name: str) -> str:
+        if "/" in name and name in self.paths:
+            return self.paths[name]
+        classes = {class3 for _, class3 in self.names.get(_base(name), ())}
+        return next(iter(classes)) if len(classes) == 1 else ""
+
+    def is_ambiguous(self, name: str) -> bool:
+        return len({class3 for _, class3 in self.names.get(_base(name), ())}) > 1
+
+    def by_md5(self, name: str, content: bytes) -> str:
+        md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        classes = {class3 for known, class3 in self.names[_base(name)] if known == md5}
+        return next(iter(classes)) if len(classes) == 1 else ""
+
+
+def _question_types(meta: Path) -> tuple[dict, dict]:
+    """(image name, question) -> question type, and -> class, where the image's path says it."""
+    seen: list[tuple[Any, str]] = []
+    folders: list[tuple[Any, str]] = []
+    for question_type in QUESTION_TYPES:
+        path = meta / "split" / f"{question_type}.json"
+        for record in read_meta(path) if path.is_file() else ():
+            key = (_base(record["image"]), str(record.get("question") or "").strip())
+            seen.append((key, question_type))
+            parts = record["image"].split("/")
+            if len(parts) >= 4 and PARENTS.get(parts[-2]) == tuple(parts[-4:-2]):
+                folders.append((key, parts[-2]))
+    return unambiguous(seen), unambiguous(folders)
+
+
+def _answers(record: dict) -> Iterator[str]:
+    """The texts of a model's answer: whatever the record says beside image and question."""
+    for name, value in record.items():
+        if name not in ("image", "question", "id") and isinstance(value, str):
+            yield value
+
+
+def _key(record: dict, text: str) -> tuple[str, str, str]:
+    question = str(record.get("question") or "").strip()
+    return _base(record["image"]), question, text.strip()
+
+
+def _base(name: str) -> str:
+    return name.rpartition("/")[2]

@@ -1,0 +1,187 @@
+"""Preference records of other people's layouts, read as one: turns, two answers, a picture.
+
+| layout | prompt | answers |
+|---|---|---|
+| TRL | `prompt`: text or `[{"role", "content"}]`, or only inside the answers | text or messages |
+| LLaMA-Factory, ShareGPT form | `conversations`: `[{"from", "value"}]` | one such message |
+| LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
+| the original's | `question`: text or `[{"from", "value"}]` | text |
+
+Pictures are `image` or `images` (one at most). An `<image>` in the text of the first three marks
+their place and is taken out; the collator puts one slot before the first question.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from spavl_lib.config import ColumnsConfig
+from spavl_lib.data.schema import TURN
+
+USER, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
+MARK = "<image>"
+Turns = list[tuple[str, str]]  # (role, text)
+
+
+class RecordError(Exception):
+    """Why a record cannot be read: `field: reason`; the caller adds file and row."""
+
+
+def read_pair(record: dict, columns: ColumnsConfig) -> dict[str, str]:
+    """Prompt, chosen and rejected of a record in any of the layouts.
+
+    Args:
+        record: Column name -> value.
+        columns: One's own names; empty ones are recognised.
+
+    Raises:
+        RecordError: The record is of none of the layouts, or a turn is not understood.
+    """
+    names = {n: getattr(columns, n) or n for n in ("chosen", "rejected")}
+    for field, name in names.items():
+        if record.get(name) is None:
+            raise RecordError(f"{field}: missing{'' if name == field else f' (column {name!r})'}")
+    answers = [record[names["chosen"]], record[names["rejected"]]]
+    head = _prompt(record, columns)
+    if head is None:
+        head, answers = _shared_beginning(*answers)
+    texts = [_answer(a, head, f) for a, f in zip(answers, names, strict=True)]
+    return {"prompt": conversation(head), "chosen": texts[0], "rejected": texts[1]}
+
+
+def marks(record: dict) -> int:
+    """How many pictures the record's text says it has, 0 where it says nothing."""
+    count = 0
+    for value in record.values():
+        for text in _texts(value):
+            count += text.count(MARK)
+    return count
+
+
+def conversation(turns: Turns) -> str:
+    """Turns as a prompt of the schema.
+
+    Raises:
+        RecordError: They do not take turns, the user first and last.
+    """
+    if not turns:
+        raise RecordError("prompt: empty")
+    for number, (role, text) in enumerate(turns):
+        expected = ("user", "assistant")[number % 2]
+        if role == "system":
+            if text.strip():
+                raise RecordError("prompt: a system turn; put it into the model's chat template")
+        elif role != expected:
+            raise RecordError(f"prompt: turn {number + 1} is the {role}'s, not the {expected}'s")
+        if TURN in text:
+            raise RecordError("prompt: holds a record separator (U+001E)")
+    if turns[-1][0] != "user":
+        raise RecordError("prompt: the last turn is not the user's")
+    return TURN.join(text for _, text in turns)
+
+
+def turns_of(value: Any, field: str = "prompt") -> Turns:
+    """Text, or messages of either spelling, as turns; an empty system turn is dropped.
+
+    Raises:
+        RecordError: A turn is not understood.
+    """
+    if isinstance(value, str):
+        return [("user", value)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        raise RecordError(f"{field}: expected text, got {type(value).__name__}")
+    turns = []
+    for turn in value:
+        role, text = _message(turn, field)
+        if role != "system" or text.strip():
+            turns.append((role, text))
+    return turns
+
+
+def _message(turn: Any, field: str) -> tuple[str, str]:
+    if not isinstance(turn, dict):
+        raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
+    speaker = str(turn.get("role", turn.get("from"))).lower()
+    content = turn.get("content", turn.get("value"))
+    if isinstance(content, list):  # TRL: parts, of which pictures are told by type
+        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        content = "\n".join(p for p in parts if isinstance(p, str)) if parts else None
+    if not isinstance(content, str):
+        raise RecordError(f"{field}: expected text in a turn, got {type(content).__name__}")
+    for role, names in (("user", USER), ("assistant", ASSISTANT), ("system", {"system"})):
+        if speaker in names:
+            return role, content
+    raise RecordError(f"{field}: unknown speaker {speaker!r}")
+
+
+def _prompt(record: dict, columns: ColumnsConfig) -> Turns | None:
+    """The turns before the answer; None if they stand only inside the answers."""
+    if columns.prompt:
+        if record.get(columns.prompt) is None:
+            raise RecordError(f"prompt: missing (column {columns.prompt!r})")
+        return unmarked(turns_of(record[columns.prompt]))
+    if record.get("conversations") is not None:
+        return unmarked(turns_of(record["conversations"]))
+    if record.get("instruction") is not None:
+        return unmarked(_alpaca(record))
+    for name in ("prompt", "question"):
+        if record.get(name) is not None:
+            return unmarked(turns_of(record[name]))
+    return None
+
+
+def _alpaca(record: dict) -> Turns:
+    turns: Turns = []
+    if str(record.get("system") or "").strip():
+        turns.append(("system", str(record["system"])))
+    for pair in record.get("history") or ():
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise RecordError("prompt: history is no list of question and answer")
+        turns += [("user", str(pair[0])), ("assistant", str(pair[1]))]
+    parts = [str(record.get(n) or "") for n in ("instruction", "input")]
+    return [*turns, ("user", "\n".join(p for p in parts if p))]
+
+
+def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
+    """TRL's implicit prompt: what both answers begin with.
+
+    Raises:
+        RecordError: They share nothing.
+    """
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        shared = 0
+        for a, b in zip(chosen, rejected, strict=False):
+            if a != b:
+                break
+            shared += 1
+        if 0 < shared < min(len(chosen), len(rejected)):
+            return unmarked(turns_of(chosen[:shared])), [chosen[shared:], rejected[shared:]]
+    raise RecordError("prompt: missing, and the answers are no messages that begin alike")
+
+
+def _answer(value: Any, head: Turns, field: str) -> str:
+    if isinstance(value, str):
+        return value
+    turns = turns_of(value, field)
+    if len(turns) > 1 and turns[: len(head)] == head:  # the whole conversation again
+        turns = turns[len(head) :]
+    if len(turns) != 1 or turns[0][0] != "assistant":
+        raise RecordError(f"{field}: expected one turn of the assistant, got {len(turns)} turns")
+    return turns[0][1]
+
+
+def unmarked(turns: Turns) -> Turns:
+    """Turns without the marks that say where a picture stands."""
+    return [(r, t.replace(MARK, "").strip() if MARK in t else t) for r, t in turns]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _texts(inner)
