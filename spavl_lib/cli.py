@@ -168,18 +168,66 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
 ) -> None:
-    """Rewrite data in the Hub's layout (or `mini`) as the original code's JSON lists and images."""
+    """Rewrite data in the Hub's layout (or `mini`) as the original code's JSON lists and images,
+    or the other way round; nothing is lost either way.
+
+    \b
+    Examples:
+      spavl data convert data/spa-vl out-json/
+      spavl data convert out-json/ out-hub/
+    """
     from spavl_lib.data.convert import convert
 
     _show(convert(source, target))
 
 
 @data_app.command()
-def check(path: Annotated[str, typer.Argument(metavar="PATH", show_default=False)]) -> None:
-    """Read data as a training run would; describe it, or list every bad row."""
-    from spavl_lib.data.check import check
+def check(
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH",
+            show_default=False,
+            help="mini, a folder (the Hub's layout or the original's), a name on the Hub, or a "
+            "file of your own.",
+        ),
+    ],
+    model: Annotated[str, typer.Option(help="Whose tokens to count; none if empty.")] = "embedded",
+    max_length: Annotated[
+        int, typer.Option(help="Tokens a sequence may have; 0 for the model's context.")
+    ] = 0,
+    source: Annotated[
+        str, typer.Option(help="A data.source; recognised if empty.", show_default=False)
+    ] = "",
+    image_root: Annotated[
+        str, typer.Option(help="Folder that image paths start from.", show_default=False)
+    ] = "",
+    revision: Annotated[
+        str, typer.Option(help="Commit of a name on the Hub.", show_default=False)
+    ] = "",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the whole report here.")
+    ] = None,
+) -> None:
+    """Read data as a training run would; describe it, and list every bad row (then exit code 2).
 
-    _show(check(path))
+    \b
+    Examples:
+      spavl data check mini
+      spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
+    """
+    from spavl_lib.data.check import check, table
+    from spavl_lib.run import write_json
+
+    report = check(
+        path, source=source, image_root=image_root, model=model, max_length=max_length,
+        revision=revision,
+    )  # fmt: skip
+    if json_file:
+        write_json(json_file, report)
+    typer.echo(table(report))
+    if report["problems"]:
+        raise typer.Exit(2)
 
 
 @app.command()

@@ -5,15 +5,17 @@ image, and every completion ends in EOS, which is scored. trl's own collator lea
 the chat template, and the stock LLaVA-1.5 template has neither.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import ImageError, decode
-from spavl_lib.data.schema import TURN
+from spavl_lib.data.schema import TURN, batches, decoded
 from spavl_lib.errors import InputError
 
 
@@ -163,11 +165,53 @@ def decode_images(rows: list[dict]) -> list[Any]:
     return images
 
 
+def pair_lengths(
+    processor: ProcessorMixin, rows: Any, skip_below: int = 0
+) -> Iterator[tuple[str, int, int]]:
+    """How long each row's two sequences are, in tokens with prompt, image and EOS.
+
+    Image tokens are counted on the first picture; where their number varies by picture the rest
+    are estimates.
+
+    Args:
+        processor: Of the model.
+        rows: Preference rows.
+        skip_below: Rows that cannot be longer than this, as no token is shorter than a byte, are
+            left out unencoded.
+
+    Yields:
+        Row id, tokens of prompt and chosen, tokens of prompt and rejected.
+    """
+    tokenizer = processor.tokenizer
+    first = next((r for r in rows if r["image"] is not None), None)
+    extra = 0
+    if first is not None:
+        [ids] = encode_prompts(processor, [first["prompt"]], decode_images([first])).ids
+        text = render(processor, first["prompt"]).rstrip(" ")
+        extra = len(ids) - len(tokenizer.encode(text, add_special_tokens=False))
+    frame = len(render(processor, "", "")) + extra + 16
+    for table in batches(rows.select_columns(["id", "prompt", "chosen", "rejected", "image"])):
+        pictured = pc.is_valid(table.column("image")).to_pylist()
+        texts, named = [], []
+        for (row, _), image in zip(decoded(table.drop_columns(["image"])), pictured, strict=True):
+            pair = [str(row[n] or "") for n in ("prompt", "chosen", "rejected")]
+            longest = len(pair[0]) + max(len(pair[1]), len(pair[2])) + frame
+            if longest <= skip_below and all(map(str.isascii, pair)) and TURN not in pair[0]:
+                continue
+            named.append((row["id"], image))
+            texts += [render(processor, pair[0], answer, image=image) for answer in pair[1:]]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        sizes = [  # the collator adds the EOS that a template leaves out
+            len(ids) + (tokenizer.eos_token_id not in ids[-2:]) for ids in encoded
+        ]
+        for (name, image), chosen, rejected in zip(named, sizes[::2], sizes[1::2], strict=True):
+            yield name, chosen + extra * image, rejected + extra * image
+
+
 def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
     """Find rows too long for the model before anything trains on them.
 
-    Image tokens are taken from the first picture; where their number varies by picture the
-    collator still refuses a row, only later.
+    Where the number of image tokens varies by picture the collator still refuses a row, only later.
 
     Args:
         processor: Of the model.
@@ -179,23 +223,12 @@ def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
     """
     if not longest:
         return
-    first = next((r for r in rows if r["image"] is not None), None)
-    extra = 0
-    if first is not None:
-        [ids] = encode_prompts(processor, [first["prompt"]], decode_images([first])).ids
-        text = render(processor, first["prompt"]).rstrip(" ")
-        extra = len(ids) - len(processor.tokenizer.encode(text, add_special_tokens=False))
-    too_long = []
-    columns = zip(*(rows[c] for c in ("id", "prompt", "chosen", "rejected")), strict=True)
-    has_image = [cell is not None for cell in rows["image"]]
-    for (row_id, prompt, *answers), image in zip(columns, has_image, strict=True):
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
-            text = render(processor, prompt, answer, image=image)
-            ids = processor.tokenizer.encode(text, add_special_tokens=False)
-            closing = processor.tokenizer.eos_token_id not in ids[-2:]  # the collator adds it
-            size = len(ids) + closing + extra * image
-            if size > longest:
-                too_long.append(f"{row_id} {side}: {size} tokens")
+    too_long = [
+        f"{name} {side}: {size} tokens"
+        for name, *sizes in pair_lengths(processor, rows, skip_below=longest)
+        for side, size in zip(("chosen", "rejected"), sizes, strict=True)
+        if size > longest
+    ]
     if too_long:
         shown = "; ".join(too_long[:20]) + ("; ..." if len(too_long) > 20 else "")
         raise InputError(

@@ -1,58 +1,90 @@
-"""From the Hub's layout to the original's: `spavl data convert mini out/`."""
+"""Between the Hub's layout and the original's, losing nothing: `spavl data convert SRC DST`.
+
+The original's records have no class and no question type: a class stands in the image's path
+(`class1/class2/class3/image_name`), a type in which list the record is in. What neither can say (a
+picture of another's name, a row without one) is kept in fields of its own, which the original's
+code passes over.
+"""
 
 import json
+from collections import defaultdict
+from collections.abc import Iterator
+from hashlib import md5
 from pathlib import Path
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
 from spavl_lib.config import DataConfig
+from spavl_lib.data import seed_json
+from spavl_lib.data.duplicates import content_of
+from spavl_lib.data.hub import HAS_TURNS
+from spavl_lib.data.schema import HUB_REQUIRED, QUESTION_TYPES, TURN
 from spavl_lib.data.seed_json import MAPS
-from spavl_lib.data.spavl import QUESTION_TYPES, load_preferences
+from spavl_lib.data.spavl import folder_of, load_preferences, load_prompts
+from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
 KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # the original's spelling
+PROMPTS = "infer_{}.json"  # the original's inference lists: id, image, question
+SHARD, GROUP = 12_000, 500  # rows of a parquet file, and of a row group
 
 
 def convert(source: str, target: Path) -> dict[str, int]:
-    """Write a data set in the original's layout.
+    """Write a data set in the other layout.
 
     Args:
-        source: `mini`, or a folder in the Hub's layout.
+        source: `mini`, a folder in the Hub's layout, or one in the original's.
         target: A new or empty folder.
 
     Returns:
-        Records written, by split.
+        Rows written, by split.
 
     Raises:
         InputError: The source is bad, or the target holds files.
     """
-    kind = "mini" if source == "mini" else "hub_layout"
-    config = DataConfig(
-        source=kind,
-        path="" if kind == "mini" else source,
-        train_rows=0,
-        validation_rows=0,
-        test_rows=0,
-    )
     if target.exists() and any(target.iterdir()):
         raise InputError(f"{target} is not empty")
+    if (Path(source) / MAPS["train"]).is_file():
+        return to_hub(Path(source), target)
+    kind = "mini" if source == "mini" else "hub_layout"
+    path = "" if kind == "mini" else source
+    return to_seed(_all_rows(kind, path), target)
+
+
+def _all_rows(kind: str, path: str, image_root: str = "") -> DataConfig:
+    return DataConfig(
+        source=kind, path=path, image_root=image_root, train_rows=0, validation_rows=0, test_rows=0
+    )
+
+
+# --- to the original's ---------------------------------------------------------------------------
+
+
+def to_seed(config: DataConfig, target: Path) -> dict[str, int]:
+    """Write the original's layout.
+
+    Args:
+        config: What to read.
+        target: Takes keyword maps, lists and `images/`.
+
+    Returns:
+        Records written, by split.
+    """
     counts, number = {}, 0
+    pictures = _Pictures(target / "images")
     for split, map_name in MAPS.items():
+        if split == "validation" and not _has(config, "validation/validation-*.parquet"):
+            continue
         rows = load_preferences(config, split)
         lists: dict[str, list] = {k: [] for k in (*map(KEYWORDS.get, QUESTION_TYPES), "untyped")}
         for row in tqdm(rows, desc=split):
             keyword = KEYWORDS.get(row["question_type"], "untyped")
-            record = {"id": number}
-            if row["image"] is not None:
-                record["image"] = _write_image(row, target / "images", number)
-            lists[keyword].append(
-                record
-                | {
-                    "question": row["prompt"],
-                    "chosen": row["chosen"],
-                    "rejected": row["rejected"],
-                }
-            )
+            answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
+            lists[keyword].append(_record(row, number, pictures) | answers)
             number += 1
         keyword_map = {}
         for keyword, records in lists.items():
@@ -61,23 +93,191 @@ def convert(source: str, target: Path) -> dict[str, int]:
                 _write(target / keyword_map[keyword], records)
         _write(target / map_name, keyword_map)
         counts[split] = len(rows)
+    for name in _prompt_sets(config):
+        rows = load_prompts(config, name)
+        _write(
+            target / PROMPTS.format(name),
+            [_record(row, i, pictures) for i, row in enumerate(rows)],
+        )
+        counts[name] = len(rows)
     return counts
 
 
-def _write_image(row: dict, root: Path, number: int) -> str:
-    """Write a row's picture by its class, and give its path; names that clash are told apart."""
-    folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
-    name = row["image_name"] or f"{number}.png"
-    if Path(name).name != name:
-        raise InputError(f"row {row['id']}: image_name {name!r} must be a plain file name")
-    content = row["image"]["bytes"] or Path(row["image"]["path"]).read_bytes()
-    image = root.joinpath(*folders, name)
-    if image.exists() and image.read_bytes() != content:
-        image = image.with_name(f"{number}_{name}")
-    image.parent.mkdir(parents=True, exist_ok=True)
-    image.write_bytes(content)
-    return image.relative_to(root).as_posix()
+def _has(config: DataConfig, pattern: str) -> bool:
+    return bool(list(folder_of(config).glob(pattern)))
+
+
+def _prompt_sets(config: DataConfig) -> list[str]:
+    return sorted({p.name.split("-")[0] for p in folder_of(config).glob("test/*-*.parquet")})
+
+
+def _record(row: dict, number: int, pictures: "_Pictures") -> dict:
+    own = row["id"].isdigit() and str(int(row["id"])) == row["id"]
+    record: dict[str, Any] = {"id": int(row["id"]) if own else number}
+    said = ("", "")
+    if row["image"] is not None:
+        record["image"] = pictures.write(row, number)
+        said = (record["image"].rpartition("/")[2], pictures.class_of(record["image"]))
+    turns = row["prompt"].split(TURN)
+    record["question"] = (
+        row["prompt"]
+        if len(turns) == 1
+        else [{"from": ("Human", "Assistant")[i % 2], "value": t} for i, t in enumerate(turns)]
+    )
+    for field, value in zip(("image_name", "class3"), said, strict=True):
+        if row[field] != value:
+            record[field] = row[field]
+    return record
+
+
+class _Pictures:
+    """Picture files by class, names that clash told apart by a folder in front."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.written: dict[str, bytes] = {}  # path -> digest
+
+    def write(self, row: dict, number: int) -> str:
+        """A row's picture below the root; the path as the record names it.
+
+        Raises:
+            InputError: The picture's name is no plain file name.
+        """
+        folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
+        name = row["image_name"] or f"{number}.png"
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise InputError(f"row {row['id']}: image_name {name!r} must be a plain file name")
+        content = content_of(row["image"])
+        digest = md5(content, usedforsecurity=False).digest()
+        relative = "/".join([*folders, name])
+        if self.written.get(relative, digest) != digest:
+            relative = "/".join([f"same_name_{number}", *folders, name])
+        if relative not in self.written:
+            path = self.root / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            self.written[relative] = digest
+        return relative
+
+    @staticmethod
+    def class_of(relative: str) -> str:
+        """The class that a path says."""
+        parts = relative.split("/")
+        folders = tuple(parts[-4:-2]) if len(parts) >= 4 else ()
+        return parts[-2] if folders and PARENTS.get(parts[-2]) == folders else ""
+
+
+# --- to the Hub's --------------------------------------------------------------------------------
+
+
+def to_hub(source: Path, target: Path) -> dict[str, int]:
+    """Write the Hub's layout, with the meta files that classes and question types come from.
+
+    Args:
+        source: A folder in the original's layout; pictures below `images/`, or below itself.
+        target: Takes `data/`, `validation/`, `test/` and `meta_files/`.
+
+    Returns:
+        Rows written, by split.
+    """
+    root = str(source / "images") if (source / "images").is_dir() else ""
+    counts = {}
+    for split, map_name in MAPS.items():
+        if not (source / map_name).is_file():
+            continue
+        rows = _in_order(load_preferences(_all_rows("seed_json", str(source), root), split))
+        folder = {"train": "data", "validation": "validation"}[split]
+        _write_parquet(target / folder, split, rows)
+        if split == "train":
+            _write_meta(target / "meta_files", rows)
+        counts[split] = len(rows)
+    for path in sorted(source.glob(PROMPTS.format("*"))):
+        name = path.stem.removeprefix("infer_")
+        rows = seed_json.load_prompts(path, Path(root or source))
+        _write_parquet(target / "test", name, rows)
+        counts[name] = len(rows)
+    return counts
+
+
+def _in_order(rows: Dataset) -> Dataset:
+    """Rows by their number, where all have one: the lists are by type, the Hub's rows are not."""
+    ids = rows["id"]
+    if not all(i.isdigit() for i in ids):
+        return rows
+    return rows.select(sorted(range(len(rows)), key=lambda i: int(ids[i])))
+
+
+def _write_parquet(folder: Path, split: str, rows: Dataset) -> None:
+    kind = split if split in HUB_REQUIRED else "test"
+    columns = list(HUB_REQUIRED[kind])
+    ids = rows["id"]
+    first = int(ids[0]) if len(rows) and ids[0].isdigit() else 0
+    if any(i != str(first + n) for n, i in enumerate(ids)):
+        columns.append("id")  # not a plain count, so that it must be said
+    if kind != "train" and any(r["image_name"] != _name(r["image"]) for r in rows):
+        columns.append("image_name")
+    if kind == "validation" and any(rows["question_type"]):
+        columns.append("question_type")
+    if kind == "train" and any(r["class3"] and r["image"] is None for r in rows):
+        columns += ["class1", "class2", "class3"]  # no picture, so nothing to join by
+    kinds = Features({c: Image() if c == "image" else Value("string") for c in columns})
+    schema = kinds.arrow_schema
+    if any(TURN in prompt for prompt in rows["prompt"]):
+        schema = schema.with_metadata(schema.metadata | {HAS_TURNS: b"1"})
+    folder.mkdir(parents=True, exist_ok=True)
+    total = max(1, -(-len(rows) // SHARD))
+    for shard in range(total):
+        part = rows.select(range(shard * SHARD, min(len(rows), (shard + 1) * SHARD)))
+        path = folder / f"{split}-{shard:05d}-of-{total:05d}.parquet"
+        with pq.ParquetWriter(path, schema) as writer:
+            for group in _groups(part, columns):
+                writer.write_table(pa.Table.from_pylist(group, schema=schema))
+
+
+def _groups(rows: Dataset, columns: list[str]) -> Iterator[list[dict]]:
+    group: list[dict] = []
+    for row in tqdm(rows, desc="parquet", leave=False):
+        cell = row["image"]
+        record = {"question": row["prompt"]} | {c: row.get(c) for c in columns if c != "question"}
+        if cell is not None:
+            record["image"] = {"bytes": content_of(cell), "path": _name(cell)}
+        group.append(record)
+        if len(group) == GROUP:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _name(cell: dict | None) -> str:
+    return Path(cell["path"]).name if cell else ""
+
+
+def _write_meta(folder: Path, rows: Dataset) -> None:
+    info: dict[tuple, dict] = {}
+    splits: dict[str, list] = defaultdict(list)
+    for row in rows:
+        relative = "/".join(
+            [row["class1"], row["class2"], row["class3"], row["image_name"]]
+            if row["class3"] else [row["image_name"]]
+        )  # fmt: skip
+        if row["class3"] and row["image"] is not None:
+            digest = md5(content_of(row["image"]), usedforsecurity=False).hexdigest()
+            info[relative, digest] = {
+                "image": relative, "md5": digest,
+                "class1": row["class1"], "class2": row["class2"], "class3": row["class3"],
+            }  # fmt: skip
+        if row["question_type"]:
+            splits[row["question_type"]].append(
+                {"image": relative, "question": row["prompt"], "chosen": row["chosen"],
+                 "rejected": row["rejected"]}
+            )  # fmt: skip
+    _write(folder / "image_info/meta.json", list(info.values()))
+    for kind, records in splits.items():
+        _write(folder / f"split/{kind}.json", records)
 
 
 def _write(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(value, ensure_ascii=False, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -1,25 +1,23 @@
 """The data stage: what the rows are, counted, before anything is trained on them."""
 
 import hashlib
-from collections import Counter
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 from datasets import Dataset
 
 from spavl_lib.config import Config
-from spavl_lib.data.images import decode
-from spavl_lib.data.spavl import eval_sets, load_preferences, load_prompts, unmatched
+from spavl_lib.data.collate import pair_lengths
+from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
+from spavl_lib.data.join import unmatched, unmatched_rows
+from spavl_lib.data.schema import Loaded, column
+from spavl_lib.data.spavl import eval_sets, load_prompts, read_preferences
+from spavl_lib.data.taxonomy import classes
 from spavl_lib.run import Stage
 
-
-def image_hashes(rows: Dataset) -> list[str]:
-    """sha256 of each row's image file, empty for a text-only row."""
-    from pathlib import Path
-
-    hashes = []
-    for cell in rows["image"]:
-        content = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
-        hashes.append(hashlib.sha256(content).hexdigest() if content else "")
-    return hashes
+LISTED = 1_000  # lines of one kind that a report keeps; counts are of all
 
 
 def data_sha256(rows: Dataset) -> str:
@@ -30,47 +28,158 @@ def data_sha256(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def lengths_in_words(texts: list[str]) -> dict[str, float]:
-    """Mean, median and longest, in words."""
-    counts = sorted(len(t.split()) for t in texts)
-    return {
-        "mean": round(sum(counts) / len(counts), 2),
-        "median": counts[len(counts) // 2],
-        "max": counts[-1],
-    }
+def describe(loaded: Loaded, processor: Any = None, longest: int = 0) -> dict:
+    """Everything about one split that is worth knowing before training.
 
+    Args:
+        loaded: Its rows, and what was wrong with those left out.
+        processor: Counts tokens; none are counted without it.
+        longest: Tokens a sequence may have.
 
-def describe(rows: Dataset) -> dict:
-    """Counts and lengths of a set of preference rows."""
-    sizes = Counter(decode(c).size for c in rows["image"][:200] if c is not None)
-    longer = sum(
-        len(c.split()) > len(r.split())
-        for c, r in zip(rows["chosen"], rows["rejected"], strict=True)
-    )
-    return {
+    Returns:
+        Counts of rows, pictures, classes and types; rows without class or type; exact and near
+        duplicates; sizes of pictures; tokens, with the rows that are too long; and what is wrong.
+    """
+    rows = loaded.rows
+    problems = list(loaded.skipped)
+    hashes = image_hashes(rows)
+    prompts, chosen, rejected = (column(rows, c) for c in ("prompt", "chosen", "rejected"))
+    seen = looks(rows)
+    groups = near_groups(look for look, _ in seen.values())
+    words = list(map(plain_words, prompts))
+    sizes = Counter(f"{w}x{h}" for _, (w, h) in seen.values())
+    marked = [i for i, p in enumerate(prompts) if "<image>" in p]
+    report = {
         "rows": len(rows),
-        "images": len(set(image_hashes(rows))),
+        "images": len(set(hashes) - {""}),
+        "text_only": hashes.count(""),
         **unmatched(rows),
-        "class1": dict(Counter(rows["class1"])),
-        "class3": dict(Counter(rows["class3"])),
-        "question_type": dict(Counter(rows["question_type"])),
-        "chosen_words": lengths_in_words(rows["chosen"]),
-        "rejected_words": lengths_in_words(rows["rejected"]),
-        "chosen_longer_share": round(longer / len(rows), 4),
-        "image_sizes_px": {f"{w}x{h}": n for (w, h), n in sizes.most_common(8)},
-        "sha256": data_sha256(rows),
+        "unmatched": {k: v[:LISTED] for k, v in unmatched_rows(rows).items()},
+        "duplicates": repeated(zip(hashes, prompts, strict=True)),
+        "duplicate_rows": repeated(zip(hashes, prompts, chosen, rejected, strict=True)),
+        "near_duplicates": {
+            "pictures": sum(map(len, groups)) - len(groups),
+            "questions": repeated(zip(hashes, words, strict=True)),
+        },
+        "class1": dict(Counter(column(rows, "class1"))),
+        "class2": dict(Counter(column(rows, "class2"))),
+        "class3": dict(Counter(column(rows, "class3"))),
+        "question_type": dict(Counter(column(rows, "question_type"))),
+        "balance": balance(column(rows, "class3")),
+        "image_sizes": dict(sizes.most_common(12)),
+        "image_in_text": len(marked),
+    }
+    report |= length_bias(rows)
+    if processor is not None:
+        report["tokens"], too_long = tokens(processor, rows, longest)
+        problems += too_long
+    report["problem_count"], report["problems"] = len(problems), problems[:LISTED]
+    return report
+
+
+def tokens(processor: Any, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
+    """Lengths of whole sequences, and a line for each that is longer than the model takes."""
+    both: list[int] = []
+    too_long = []
+    for name, *sizes in pair_lengths(processor, rows):
+        both += sizes
+        for side, size in zip(("chosen", "rejected"), sizes, strict=True):
+            if longest and size > longest:
+                too_long.append(f"{name} {side}: {size} tokens, over {longest}")
+    return summary_of(both) | {"over": len(too_long)}, too_long
+
+
+def summary_of(values: Sequence[float]) -> dict[str, float]:
+    """Median, 95th percentile and largest."""
+    ordered = sorted(values)
+    if not ordered:
+        return {"median": 0, "p95": 0, "max": 0}
+    return {
+        "median": ordered[len(ordered) // 2],
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "max": ordered[-1],
     }
 
 
-def leakage(sets: dict[str, Dataset]) -> dict[str, dict[str, int]]:
-    """Images and prompts that the training rows share with each other set; all 0 if none leak."""
-    images, prompts = set(image_hashes(sets["train"])), set(sets["train"]["prompt"])
+def balance(class3: Sequence[str]) -> dict:
+    """How evenly rows fall on the tertiary classes.
+
+    Args:
+        class3: Of every row, empty where unknown.
+
+    Returns:
+        `present` of 53 and `absent` classes; `smallest` and `largest`, with rows; `evenness`:
+        the entropy over that of an even spread, 1 if all classes have alike many.
+    """
+    counts = Counter(c for c in class3 if c)
+    if not counts:
+        return {"present": 0, "absent": len(classes(3))}
+    total = counts.total()
+    entropy = -sum(n / total * math.log(n / total) for n in counts.values())
+    ordered = counts.most_common()
     return {
-        name: {
-            "images": len(images & set(image_hashes(rows))),
-            "prompts": len(prompts & set(rows["prompt"])),
-        }
-        for name, rows in sets.items()
+        "present": len(counts),
+        "absent": len(set(classes(3)) - counts.keys()),
+        "smallest": list(ordered[-1]),
+        "largest": list(ordered[0]),
+        "evenness": round(entropy / math.log(len(counts)), 4) if len(counts) > 1 else 1.0,
+    }
+
+
+def length_bias(rows: Dataset) -> dict:
+    """Words of chosen and of rejected answers, overall, by class and by question type.
+
+    Returns:
+        `chosen_words` and `rejected_words`; `chosen_longer_share`; and `lengths`: the column, its
+        values, and of each the rows, both medians and that share.
+    """
+    answers = [[len((t or "").split()) for t in column(rows, c)] for c in ("chosen", "rejected")]
+    pairs = list(zip(*answers, strict=True))
+    by: dict[str, dict] = {}
+    for name in ("class1", "question_type"):
+        groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        for value, pair in zip(column(rows, name), pairs, strict=True):
+            groups[value or "unknown"].append(pair)
+        by[name] = {value: _lengths_of(found) for value, found in sorted(groups.items())}
+    whole = _lengths_of(pairs)
+    return {
+        "chosen_words": _words(answers[0]),
+        "rejected_words": _words(answers[1]),
+        "chosen_longer_share": whole["chosen_longer_share"],
+        "lengths": by,
+    }
+
+
+def _lengths_of(pairs: list[tuple[int, int]]) -> dict:
+    longer = sum(c > r for c, r in pairs)
+    return {
+        "rows": len(pairs),
+        "chosen_median": _words([c for c, _ in pairs])["median"],
+        "rejected_median": _words([r for _, r in pairs])["median"],
+        "chosen_longer_share": round(longer / len(pairs), 4) if pairs else None,
+    }
+
+
+def _words(counts: list[int]) -> dict[str, float]:
+    mean = round(sum(counts) / len(counts), 2) if counts else 0.0
+    return {"mean": mean} | summary_of(counts)
+
+
+def set_keys(rows: Dataset) -> tuple[set[str], set[str]]:
+    """Hashes of a set's pictures, and its questions' words."""
+    return set(image_hashes(rows)) - {""}, set(map(plain_words, column(rows, "prompt")))
+
+
+def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
+    """Pictures and questions that each other set has in common with the training rows.
+
+    Args:
+        keys: Set name -> hashes of its pictures, words of its questions.
+    """
+    train = keys.get("train", (set(), set()))
+    return {
+        name: {"images": len(images & train[0]), "prompts": len(prompts & train[1])}
+        for name, (images, prompts) in keys.items()
         if name != "train"
     }
 
@@ -85,14 +194,18 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
         stage.check_config()
         return stage.summary
     with stage.work():
-        sets = {split: load_preferences(config.data, split) for split in ("train", "validation")}
-        summary: dict = {name: describe(rows) for name, rows in sets.items()}
+        loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
+        summary: dict = {
+            name: describe(part) | {"sha256": data_sha256(part.rows)}
+            for name, part in loaded.items()
+        }
+        sets = {name: part.rows for name, part in loaded.items()}
         for name in eval_sets(config.data, held_out_drawings=False):
             if name != "twins_exchanged":
                 sets[name] = load_prompts(config.data, name)
         summary["evaluation_sets"] = {
             name: len(rows) for name, rows in sets.items() if name not in ("train", "validation")
         }
-        summary["shared_with_train"] = leakage(sets)
+        summary["shared_with_train"] = shared({n: set_keys(rows) for n, rows in sets.items()})
     stage.finish(summary)
     return summary

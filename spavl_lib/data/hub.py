@@ -35,6 +35,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # What of the repository is fetched; the original's zip and the judges' reasons are not.
 FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.md",
            "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
+HAS_TURNS = b"spavl_turns"
 ANSWERS = "meta_files/model_answer/*.json"
 
 
@@ -101,7 +102,9 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
     if kind == "train":
         rows = join_meta(rows, folder / "meta_files")
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
-    problems = find_problems(rows, where, preference=preference, images=decode_all)
+    problems = find_problems(
+        rows, where, preference=preference, images=decode_all, turns=_has_turns(files[0])
+    )
     for index in lost:
         line = f"{where(index)} image: a path without the file's bytes"
         others = [p for p in problems.get(index, ()) if " image: " not in p]
@@ -180,6 +183,11 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
 
 
+def _has_turns(path: Path) -> bool:
+    """Whether the file says that its questions may be conversations (`data.convert` writes it)."""
+    return HAS_TURNS in (pq.read_schema(path).metadata or {})
+
+
 def _read(files: list[Path]) -> Dataset:
     """The files as one memory-mapped set."""
     datasets.disable_progress_bars()
@@ -211,7 +219,8 @@ def _damage(path: Path) -> list[str]:
 def _to_schema(rows: Dataset, name: str, columns: tuple[str, ...]) -> Dataset:
     rows = rows.rename_columns({k: v for k, v in HUB_RENAMES.items() if k in rows.column_names})
     added = {c: [""] * len(rows) for c in columns if c not in rows.column_names}
-    added["id"] = [f"{name}/{i}" for i in range(len(rows))]
+    if "id" in added:
+        added["id"] = [f"{name}/{i}" for i in range(len(rows))]
     if "image_name" in added:
         added["image_name"] = [Path(p or "").name for p in _paths(rows)]
     rows = rows.select_columns([c for c in rows.column_names if c in columns and c not in added])

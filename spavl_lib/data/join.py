@@ -41,8 +41,9 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
     names = [str(n or "") for n in column(rows, "image_name")]
     prompts = [str(p or "").strip() for p in column(rows, "prompt")]
     class3, unsure = [], []
+    said = column(rows, "class3")
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        found = classes.by_name(name) or folders.get((_base(name), prompt), "")
+        found = said[index] or classes.by_name(name) or folders.get((_base(name), prompt), "")
         class3.append(found)
         if not found and classes.is_ambiguous(name):
             unsure.append(index)
@@ -54,7 +55,8 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
         "class2": [PARENTS[c][1] if c in PARENTS else "" for c in class3],
         "class3": class3,
         "question_type": [
-            kinds.get((_base(n), p), "") for n, p in zip(names, prompts, strict=True)
+            t or kinds.get((_base(n), p), "")
+            for t, n, p in zip(column(rows, "question_type"), names, prompts, strict=True)
         ],
     }
     order = rows.column_names

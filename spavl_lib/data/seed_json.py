@@ -15,6 +15,7 @@ from spavl_lib.data.records import RecordError, conversation, turns_of
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
+    PROMPT_COLUMNS,
     SEED_REQUIRED,
     TURN,
     Loaded,
@@ -24,9 +25,10 @@ from spavl_lib.data.schema import (
     merged,
     settle,
     storable,
+    text_problems,
 )
 from spavl_lib.data.taxonomy import PARENTS, classes
-from spavl_lib.errors import InputError
+from spavl_lib.errors import InputError, raise_all
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
 # The original calls the third list `hardd`.
@@ -83,6 +85,27 @@ def _text(value: object) -> object:
     return value if isinstance(value, str | dict) else None
 
 
+def load_prompts(path: Path, image_root: Path) -> Dataset:
+    """An inference list of the original's layout: `id`, `image`, `question`.
+
+    Args:
+        path: The list.
+        image_root: Folder image paths start from.
+
+    Raises:
+        InputError: Every bad record, by file and row.
+    """
+    made, problems = [], []
+    for index, record in enumerate(_read_list(path)):
+        where = f"{path}:{index}"
+        row, found = _row(record, where, image_root, "", required=("id", "question"))
+        problems += found or text_problems(row, where, preference=False, turns=True)
+        made.append(row)
+    raise_all(problems, str(path))
+    table = {c: [r[c] for r in made] for c in PROMPT_COLUMNS}
+    return Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
+
+
 def read_keyword_map(path: Path) -> dict[str, str]:
     """A keyword map.
 
@@ -115,11 +138,17 @@ def _read_list(path: Path) -> list:
     return records
 
 
-def _row(record: object, where: str, root: Path, question_type: str) -> tuple[dict, list[str]]:
+def _row(
+    record: object,
+    where: str,
+    root: Path,
+    question_type: str,
+    required: tuple[str, ...] = SEED_REQUIRED,
+) -> tuple[dict, list[str]]:
     empty = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None}
     if not isinstance(record, dict):
         return empty, [f"{where} record: expected an object, got {type(record).__name__}"]
-    problems = [f"{where} {k}: missing" for k in SEED_REQUIRED if k not in record]
+    problems = [f"{where} {k}: missing" for k in required if k not in record]
     relative = record.get("image") or ""
     parts = relative.split("/") if isinstance(relative, str) else []
     # A path says a class only if it lies in the original's folders: class1/class2/class3/name.
@@ -131,8 +160,11 @@ def _row(record: object, where: str, root: Path, question_type: str) -> tuple[di
         "question_type": question_type,
         "class3": class3,
     }
-    if class3 in PARENTS:
-        row["class1"], row["class2"] = PARENTS[class3]
+    for name in ("image_name", "class3"):  # what a path could not say (`data.convert`)
+        if isinstance(record.get(name), str):
+            row[name] = record[name]
+    if row["class3"] in PARENTS:
+        row["class1"], row["class2"] = PARENTS[row["class3"]]
     for name in ("chosen", "rejected"):
         row[name] = record.get(name)
         if name in record and not isinstance(row[name], str):
