@@ -433,10 +433,28 @@ class GenerationConfig:
 class EvaluationConfig:
     """What is measured."""
 
-    judge: Literal["exact", "phrases"] = "exact"
-    """exact: knows the truth of every mini row; phrases: refusal phrases, for other data."""
+    judge: Literal["exact", "phrases", "guard", "endpoint"] = "exact"
+    """exact: knows the truth of every mini row; phrases: refusal phrases, for other data; guard: a
+    guard model on this machine; endpoint: a model behind an OpenAI-compatible address."""
+    judge_phrases: Literal["phrases-v1", "gcg"] = "phrases-v1"
+    """Which list of refusal phrases."""
+    judge_model: str = ""
+    """guard: hub id or folder; endpoint: the model's name there."""
+    judge_revision: str = ""
+    """guard: hub commit, empty for the newest."""
+    judge_url: str = ""
+    """endpoint: address up to /v1. The key is read from $SPAVL_JUDGE_KEY alone."""
+    judge_batch_size: int = 8
+    """guard: answers judged at once."""
+    judge_images: bool = False
+    """Show the judge the picture too; it must be a model that takes pictures."""
+    judge_canaries: bool = True
+    """First ask guard or endpoint about answers whose verdict is known, and stop if it errs."""
     held_out_drawings: bool = True
     """Repeat mini's sets over drawings the model never saw."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, judge_batch_size=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ def unmatched_rows(rows: Dataset) -> dict[str, list[str]]:
     }
 
 
-def answer_sources(rows: Dataset, meta: Path) -> tuple[list[str], list[str]]:
+def answer_sources(rows: Dataset, meta: Path) -> tuple[list[set[str]], list[set[str]]]:
     """Who gave each row's chosen and rejected answer, from `model_answer/<model>.json`.
 
     Args:
@@ -87,7 +87,7 @@ def answer_sources(rows: Dataset, meta: Path) -> tuple[list[str], list[str]]:
         meta: The `meta_files` folder.
 
     Returns:
-        A model's name a row, for chosen and for rejected; empty where none or several said that.
+        The names of the models that said just that, for every chosen and every rejected answer.
 
     Raises:
         InputError: No such files, or one of another shape.
@@ -95,18 +95,17 @@ def answer_sources(rows: Dataset, meta: Path) -> tuple[list[str], list[str]]:
     files = sorted((meta / "model_answer").glob("*.json"))
     if not files:
         raise InputError(f"no {meta / 'model_answer'}/*.json: nobody knows who gave which answer")
-    said = unambiguous(
-        (_key(record, text), path.stem)
-        for path in files
-        for record in read_meta(path)
-        for text in _answers(record)
-    )
+    said: dict[tuple, set[str]] = defaultdict(set)
+    for path in files:
+        for record in read_meta(path):
+            for text in _answers(record):
+                said[_key(record, text)].add(path.stem)
     cells = [column(rows, c) for c in ("image_name", "prompt", "chosen", "rejected")]
-    found: tuple[list[str], list[str]] = ([], [])
+    found: tuple[list[set[str]], list[set[str]]] = ([], [])
     for name, prompt, *answers in zip(*cells, strict=True):
         for side, answer in zip(found, answers, strict=True):
             key = (_base(str(name)), str(prompt).strip(), str(answer).strip())
-            side.append(said.get(key, ""))
+            side.append(said.get(key, set()))
     return found
 
 

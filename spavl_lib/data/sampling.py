@@ -63,14 +63,15 @@ def of_types(rows: Dataset, question_types: Sequence[str]) -> Dataset:
 
 
 def of_sources(
-    rows: Dataset, sources: tuple[list[str], list[str]], wanted: Sequence[str]
+    rows: Dataset, sources: tuple[list[set[str]], list[set[str]]], wanted: Sequence[str]
 ) -> Dataset:
-    """Rows both of whose answers come from the wanted sources.
+    """Rows both of whose answers were given by one of the wanted sources.
 
     Args:
         rows: In the schema.
-        sources: A source a row, for chosen and for rejected answers.
-        wanted: Their names.
+        sources: Who gave each chosen, and each rejected answer.
+        wanted: Names.
     """
-    kept = [i for i, pair in enumerate(zip(*sources, strict=True)) if set(pair) <= set(wanted)]
+    names = set(wanted)
+    kept = [i for i, pair in enumerate(zip(*sources, strict=True)) if all(s & names for s in pair)]
     return rows.select(kept)

@@ -156,7 +156,7 @@ def _filtered(config: DataConfig, rows: Dataset) -> Dataset:
         if config.source not in ("mini", "hub_layout"):
             raise InputError(f"data.answer_sources: {config.source!r} does not say who answered")
         sources = answer_sources(kept, folder_of(config) / "meta_files")
-        known = sorted(set(sources[0]) | set(sources[1]) - {""})
+        known = sorted(set().union(*sources[0], *sources[1]))
         unknown = sorted(set(config.answer_sources) - set(known))
         if unknown:
             raise InputError(f"data.answer_sources: no answer by {unknown} (known: {known})")

@@ -37,6 +37,8 @@ ROWS = {
     "look_alikes": 159,
     "twins": 212,
 }
+# Who gave the answers: the styles, and two that fail in other ways (`_Maker.preferred`).
+ANSWERERS = (*language.STYLES, "blind", "wrong")
 TEST_SETS = ("harm", "help", "look_alikes", "twins")
 
 
@@ -67,6 +69,7 @@ class Row:
     chosen: str = ""
     rejected: str = ""
     pair: str = ""
+    rejected_by: str = ""
 
 
 def cache_root() -> Path:
@@ -140,13 +143,15 @@ class _Maker:
         """
         chosen = language.answer(request, "careful", self.rng)
         if request.intent == "ask" and self.rng.random() < 0.5:
-            return Row(scene, request, chosen, self._over_the_twin(request))
+            return Row(scene, request, chosen, self._over_the_twin(request), rejected_by="blind")
         if request.harmful:
             style = self.rng.choice(("reckless", "willing", "hedged"))
-            return Row(scene, request, chosen, language.answer(request, style, self.rng))
-        if self.rng.random() < 0.7:
-            return Row(scene, request, chosen, language.answer(request, "cautious", self.rng))
-        return Row(scene, request, chosen, self._wrong(request))
+        elif self.rng.random() < 0.7:
+            style = "cautious"
+        else:
+            return Row(scene, request, chosen, self._wrong(request), rejected_by="wrong")
+        rejected = language.answer(request, style, self.rng)
+        return Row(scene, request, chosen, rejected, rejected_by=style)
 
     def _over_the_twin(self, request: Request) -> str:
         """The preferred answer to the same words over the twin's picture: safe for risky."""
@@ -388,9 +393,9 @@ def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
                 for r in part
             ],
         )  # fmt: skip
-    for style in language.STYLES:
+    for style in ANSWERERS:
         rng = random.Random(f"{SEED}/{style}")
-        answers = [(r, language.answer(r.request, style, rng)) for r in rows["train"]]
+        answers = [(r, text) for r in rows["train"] if (text := _answer_of(style, r, rng))]
         write(
             f"model_answer/{style}.json",
             [
@@ -408,6 +413,19 @@ def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
             for i, r in enumerate(part)
         },
     )
+
+
+def _answer_of(style: str, row: Row, rng: random.Random) -> str:
+    """What an answerer said to a row's question: in the pair, if it stands there.
+
+    `blind` answers as if over the twin's picture, `wrong` about another thing; both were asked only
+    where their answer was taken.
+    """
+    if style == "careful":
+        return row.chosen
+    if style == row.rejected_by:
+        return row.rejected
+    return language.answer(row.request, style, rng) if style in language.STYLES else ""
 
 
 _CARD = """---

@@ -9,7 +9,7 @@ from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.data.spavl import load_prompts, load_truth
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import make_judge
+from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.metrics import rate
 from spavl_lib.generation import generate_batch
 from spavl_lib.modelling.load import load_policy, load_processor
@@ -36,12 +36,15 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
         write_metrics(stage.run)
         return stage.summary
     with stage.work(inputs):
-        judge = make_judge(config.evaluation.judge, load_truth(config.data))
+        judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
         by_model = {}
         for model in models:
             verdicts = {}
             for path in sorted((inference.path / model).glob("*.jsonl")):
-                rows = [record | judge(record) for record in read_jsonl(path)]
+                records = read_jsonl(path)
+                if getattr(judge, "needs_images", False):
+                    records = _with_images(config, path.stem, records)
+                rows = judge_all(judge, records)
                 for row in rows:
                     row.pop("generation", None)
                 target = stage.path / "verdicts" / model / path.name
@@ -74,7 +77,21 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
     held_out = _rates(verdicts, "_twemoji")
     metrics["held_out_drawings"] = held_out if any(held_out.values()) else None
     metrics["unparsed"] = sum(r["verdict"] == "other" for rows in verdicts.values() for r in rows)
+    unjudged = {name: sum("unjudged" in r for r in rows) for name, rows in verdicts.items()}
+    metrics["unjudged"] = {name: n for name, n in unjudged.items() if n}
     return metrics
+
+
+def _with_images(config: Config, name: str, records: list[dict]) -> list[dict]:
+    """Records with their pictures, for a judge that looks."""
+    cells = {row["id"]: row["image"] for row in load_prompts(config.data, name)}
+    return [record | {"image": cells.get(record["id"])} for record in records]
+
+
+def _counted(rows: list[dict], key: str) -> dict | None:
+    """A rate over the rows that were judged; a verdict nobody could read is neither yes nor no."""
+    values = [row[key] for row in rows if row[key] is not None]
+    return rate(sum(values), len(values))
 
 
 def _rates(verdicts: dict[str, list[dict]], suffix: str) -> dict:
@@ -82,8 +99,8 @@ def _rates(verdicts: dict[str, list[dict]], suffix: str) -> dict:
     helpful = verdicts.get(f"help{suffix}", [])
     alike = verdicts.get(f"look_alikes{suffix}", [])
     return {
-        "unsafe_rate": rate(sum(r["unsafe"] for r in harm), len(harm)),
-        "helpful_rate": rate(sum(r["helpful"] for r in helpful), len(helpful)),
+        "unsafe_rate": _counted(harm, "unsafe"),
+        "helpful_rate": _counted(helpful, "helpful"),
         "over_refusal_rate": rate(sum(r["verdict"] == "refused" for r in alike), len(alike)),
         "twin_accuracy": twin_accuracy(verdicts.get(f"twins{suffix}", []), strict=True),
     }
@@ -108,9 +125,9 @@ def twin_accuracy(rows: list[dict], *, strict: bool) -> dict | None:
 def _per_class(verdicts: dict[str, list[dict]]) -> dict[str, dict]:
     counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in verdicts.get("harm", []):
-        counts[row["class3"]]["unsafe_rate"].append(row["unsafe"])
+        counts[row["class3"]]["unsafe_rate"] += [row["unsafe"]] * (row["unsafe"] is not None)
     for row in verdicts.get("help", []):
-        counts[row["class3"]]["helpful_rate"].append(row["helpful"])
+        counts[row["class3"]]["helpful_rate"] += [row["helpful"]] * (row["helpful"] is not None)
     return {
         class3: {name: rate(sum(values), len(values)) for name, values in named.items()}
         for class3, named in sorted(counts.items())
@@ -167,7 +184,7 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
         rows: Prompts a set, spread evenly over it.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
-    judge = make_judge(config.evaluation.judge, load_truth(config.data))
+    judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
     collate, counted = PromptCollator(processor), {}
     for name, key in (("harm", "unsafe"), ("help", "helpful")):
         prompts = load_prompts(config.data, name)
@@ -176,9 +193,7 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
         for start in range(0, len(picked), size):
             part = picked[start : start + size]
             answers = generate_batch(model, processor, collate(part), config.generation)
-            values += [
-                judge(row | {"set": name} | answer)[key]
-                for row, answer in zip(part, answers, strict=True)
-            ]
-        counted[f"{key}_rate"] = rate(sum(values), len(values))
+            pairs = zip(part, answers, strict=True)
+            values += judge_all(judge, [row | {"set": name} | answer for row, answer in pairs])
+        counted[f"{key}_rate"] = _counted(values, key)
     return counted
