@@ -1,6 +1,6 @@
 # From nothing but Python 3.11 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format lab clean
+.PHONY: help setup demo scaling test check format lab clean
 
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -26,6 +26,9 @@ setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.tom
 
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
 	$(BIN)/spavl run all --profile demo
+
+scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank; half an hour
+	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
 
 test: check  ## lint, then all tests, with every notebook in the smoke profile
 	$(BIN)/python -m pytest

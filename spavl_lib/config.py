@@ -458,6 +458,44 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScalingConfig:
+    """Arms of notebook 07, which differ from the profile in one thing each; none unless named."""
+
+    sizes: tuple[int, ...] = ()
+    """Training pairs of the data-scale arms, 0 for all there are."""
+    question_types: tuple[str, ...] = ()
+    """Arms trained on one type of question (easy, hardq, hards), or on all: mixed."""
+    answers: tuple[str, ...] = ()
+    """Arms trained on some models' answers: NAME=SOURCE+SOURCE, or NAME=all."""
+    projector: tuple[str, ...] = ()
+    """Arms with the projector trained, or frozen."""
+    lora_ranks: tuple[int, ...] = ()
+    """Arms with adapters of these ranks, alpha twice the rank."""
+    ablation_rows: int = 0
+    """Pairs of every arm but the data-scale ones; 0 for as many as the poorest of a family has."""
+    seeds: tuple[int, ...] = ()
+    """Every arm once a seed, which also draws its rows."""
+    min_steps: int = 20
+    """Floor of optimizer steps: a small arm passes over its rows more than once."""
+    eval_rows: int = 0
+    """Prompts of harm and of help each; 0 for all."""
+    workers: int = 0
+    """Arms trained at once; 0 for as many as there is room for."""
+
+    def __post_init__(self) -> None:
+        _at_least("scaling", self, ablation_rows=0, min_steps=1, eval_rows=0, workers=0)
+        for name in self.question_types:
+            _known("scaling.question_types", name, ("easy", "hardq", "hards", "mixed"))
+        for name in self.projector:
+            _known("scaling.projector", name, ("trained", "frozen"))
+        for number in (*self.sizes, *self.seeds):
+            if number < 0:
+                raise InputError(f"scaling.sizes and scaling.seeds must be at least 0: {number}")
+        if any(rank < 1 for rank in self.lora_ranks):
+            raise InputError("scaling.lora_ranks must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
     """Where training runs."""
 
@@ -524,6 +562,7 @@ class Config:
     rloo: RLOOConfig
     generation: GenerationConfig
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     seed: int = 0
     """Of weights, data order and sampling."""

@@ -54,6 +54,7 @@ STAGE_MAKERS = {
     "dpo": "spavl_lib.trainers.dpo:train_dpo",
     "inference": "spavl_lib.generation:make_inference_stage",
     "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
+    "scaling": "spavl_lib.scaling:run_scaling",
 }
 # Stages a maker reads; the data are read by all, but nothing waits for their description.
 UPSTREAM = {

@@ -31,6 +31,7 @@ STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "sc
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
+    "scaling.workers",
 )  # fmt: skip
 # What of the config a stage's result depends on; a change elsewhere leaves it done.
 STAGE_KEYS = {
@@ -41,6 +42,7 @@ STAGE_KEYS = {
     "dpo": ("data", "model", "dpo", "seed"),
     "inference": ("data", "model", "generation", "evaluation", "seed"),
     "evaluation": ("data", "model", "generation", "evaluation", "seed"),
+    "scaling": ("data", "model", "dpo", "generation", "evaluation", "scaling", "seed"),
 }
 
 
