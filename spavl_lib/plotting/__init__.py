@@ -12,12 +12,14 @@ from spavl_lib.plotting.data import (
     plot_length_histogram,
 )
 from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot_unsafe_by_class
+from spavl_lib.plotting.scaling import plot_ablations, plot_scaling
 from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
 from spavl_lib.plotting.training import LivePlot, plot_margin_histogram, plot_training
 
 __all__ = [
     "LivePlot",
     "model_colours",
+    "plot_ablations",
     "plot_class_counts",
     "plot_counts_by_type",
     "plot_image_grid",
@@ -25,6 +27,7 @@ __all__ = [
     "plot_margin_histogram",
     "plot_rates",
     "plot_safety_helpfulness",
+    "plot_scaling",
     "plot_training",
     "plot_unsafe_by_class",
     "png_bytes",

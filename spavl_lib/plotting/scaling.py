@@ -1,0 +1,126 @@
+"""Figures of the scaling stage: rates over data size, and of each ablation's arms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, PercentFormatter
+
+from spavl_lib.plotting.style import (
+    BASE_COLOUR,
+    INK,
+    MUTED,
+    PALETTE,
+    PAPER,
+    marker,
+    new_figure,
+    note,
+    styled,
+)
+
+RATES = {"unsafe_rate": "unsafe, lower is better", "helpful_rate": "helpful, higher is better"}
+TITLES = {
+    "questions": "question types",
+    "answers": "whose answers",
+    "projector": "projector",
+    "rank": "LoRA rank",
+}
+
+
+def _percent(ax: Axes, axis: str) -> None:
+    getattr(ax, f"set_{axis}lim")(-0.03, 1.03)
+    getattr(ax, f"set_{axis}ticks")(np.linspace(0, 1, 6))
+    getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+
+
+def _reach(cell: Mapping) -> list[list[float]]:
+    return [[cell["value"] - cell["ci_low"]], [cell["ci_high"] - cell["value"]]]
+
+
+@styled
+def plot_scaling(summary: Mapping[str, Any]) -> Figure:
+    """Unsafe and helpful rate over the number of pairs: ours with intervals, the paper's beside.
+
+    Args:
+        summary: The scaling stage's.
+    """
+    rows = [r for r in summary["arms"] if r["family"] == "size"]
+    fig = new_figure(9.6, 3.9)
+    axes = fig.subplots(1, 2)
+    for index, (ax, (key, label)) in enumerate(zip(axes, RATES.items(), strict=True)):
+        _percent(ax, "y")
+        ax.set(xscale="log", xlabel="training pairs", title=label)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        if not rows:
+            note(ax, "no arms of data scale")
+            continue
+        base = summary["base"][key]
+        if base:
+            ax.axhline(base["value"], color=BASE_COLOUR, lw=1.3, ls="--", label="our base model")
+        found = [r for r in rows if r[key]]
+        xs = [r["pairs"] for r in found]
+        ax.plot(xs, [r[key]["value"] for r in found], color=PALETTE[index], lw=1.5)
+        for number, row in enumerate(found):
+            ax.errorbar(
+                row["pairs"], row[key]["value"], yerr=_reach(row[key]), fmt="o", ms=7, capsize=3,
+                color=PALETTE[index], markeredgecolor=PAPER, zorder=3,
+                label="ours, 95 % interval" if not number else None,
+            )  # fmt: skip
+            seeds = row[f"{key}_by_seed"]
+            ax.plot([row["pairs"]] * len(seeds), seeds, ".", color=INK, ms=4, alpha=0.6, zorder=4,
+                    label="each seed" if not number else None)  # fmt: skip
+        _paper(ax, summary["paper"], key)
+        ax.legend(fontsize=8.5)
+    return fig
+
+
+def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:
+    """The paper's points: another model, another set, another judge; for the shape alone."""
+    field, label = {
+        "unsafe_rate": ("harm_eval", "paper: LLaVA-1.5-7B, HarmEval"),
+        "helpful_rate": ("help_score", "paper: help score, of 100"),
+    }[key]
+    points = [(p["pairs"], p[field] / 100) for p in paper["size"] if p[field] is not None]
+    ax.plot(*zip(*points, strict=True), color=MUTED, lw=1, ls=":", marker="s", ms=5,
+            markerfacecolor=PAPER, label=label)  # fmt: skip
+
+
+@styled
+def plot_ablations(summary: Mapping[str, Any]) -> Figure:
+    """Each ablation's arms: unsafe and helpful rate with 95 % intervals, and every seed.
+
+    Args:
+        summary: The scaling stage's.
+    """
+    families = [f for f in TITLES if any(r["family"] == f for r in summary["arms"])]
+    arms = {f: [r for r in summary["arms"] if r["family"] == f] for f in families}
+    heights = [len(a) + 0.8 for a in arms.values()] or [1.0]
+    fig = new_figure(8.6, 0.9 + 0.36 * sum(heights) + 0.35 * len(heights))
+    axes = fig.subplots(max(1, len(families)), 1, squeeze=False, sharex=True,
+                        gridspec_kw={"height_ratios": heights})[:, 0]  # fmt: skip
+    if not families:
+        note(axes[0], "no ablations")
+    for ax, family in zip(axes, families, strict=False):
+        _percent(ax, "x")
+        pairs = sorted({r["pairs"] for r in arms[family]})
+        ax.set_title(f"{TITLES[family]}, {' to '.join(f'{p:,}' for p in pairs)} pairs an arm")
+        names = [r["arm"] for r in arms[family]]
+        ax.set_yticks(range(len(names)), names)
+        ax.set_ylim(len(names) - 0.5, -0.5)
+        for index, (key, label) in enumerate(RATES.items()):
+            for y, row in enumerate(arms[family]):
+                if not row[key]:
+                    continue
+                place = y + (0.15 if index else -0.15)
+                ax.errorbar(
+                    row[key]["value"], place, xerr=_reach(row[key]), fmt=marker(index), ms=6,
+                    capsize=3, color=PALETTE[index], markeredgecolor=PAPER, zorder=3,
+                    label=label if not y else None,
+                )  # fmt: skip
+                seeds = row[f"{key}_by_seed"]
+                ax.plot(seeds, [place] * len(seeds), ".", color=INK, ms=4, alpha=0.6, zorder=4)
+    if families:
+        axes[0].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig
