@@ -86,6 +86,10 @@ class DataConfig:
     columns: ColumnsConfig = field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """seed_json: keywords of the keyword map to read, all if empty."""
+    num_workers: int = 0
+    """Processes that decode images and tokenise while a step runs; 0 does it in between."""
+    group_by_image: bool = False
+    """Put an image's rows into the same batches, so that shared prefixes reach over questions."""
     image_root: str = ""
     """seed_json, datasets: folder image paths start from; that of `path` if empty."""
     question_types: tuple[str, ...] = ()
@@ -101,7 +105,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least(
-            "data", self, train_rows=0, validation_rows=0, test_rows=0, sampling_seed=0
+            "data", self, train_rows=0, validation_rows=0, test_rows=0, sampling_seed=0,
+            num_workers=0,
         )  # fmt: skip
         for name in self.question_types:
             _known("data.question_types", name, ("easy", "hardq", "hards"))
@@ -125,6 +130,9 @@ class ModelConfig:
     """Scale of the adapters; the update is multiplied by alpha / rank."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    share_prefix: Literal["auto", "require", "off"] = "auto"
+    """Run image and question once for all rows of a batch that begin with them, with equal numbers.
+    auto: where the family allows it; require: stop where it does not; off: the plain path."""
 
     def __post_init__(self) -> None:
         _at_least("model", self, lora_rank=1, lora_alpha=1)
@@ -206,6 +214,10 @@ class DPOConfig:
     """Clip the gradient to this norm."""
     max_length: int = 0
     """Longest pair in tokens, image tokens counted; 0 for the model's context."""
+    cache_reference: bool = False
+    """Compute the reference's log-probabilities of every pair before the first step, keep them
+    beside the run, and use them in every later run on the same model and data. One pass alone gains
+    no time by it; a second run, and full fine-tuning's memory, do."""
     save_steps: int = 50
     """Steps between checkpoints."""
     eval_steps: int = 0
@@ -419,6 +431,10 @@ class GenerationConfig:
     """Divides the logits when sampling."""
     top_p: float = 1.0
     """Smallest set of tokens with this mass, when sampling."""
+    cache: Literal["dynamic", "static"] = "dynamic"
+    """transformers' key-value cache: dynamic grows with the answer, static is laid out at once."""
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """vllm: the optional engine, for Linux with a GPU; same prompts in, same records out."""
 
     def __post_init__(self) -> None:
         _at_least("generation", self, batch_size=1, max_new_tokens=1)

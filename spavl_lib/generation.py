@@ -1,6 +1,7 @@
 """Prompts in, JSONL out: batched, sorted by length, and the same file however interrupted."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,9 +14,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from spavl_lib.config import Config, GenerationConfig
 from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.spavl import eval_sets, load_prompts
 from spavl_lib.errors import Preempted
+from spavl_lib.generation_vllm import VLLMModel
 from spavl_lib.modelling.load import load_policy, load_processor, weights_sha256
+from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.run import Stage, read_jsonl, write_json, write_text
 from spavl_lib.stop import stop_on_signals
 
@@ -32,7 +36,7 @@ def settings(config: GenerationConfig, seed: int) -> dict:
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | VLLMModel,
     processor: ProcessorMixin,
     rows: Dataset | Iterable[dict],
     config: GenerationConfig,
@@ -79,10 +83,11 @@ def generate(
                     f"stopped with {sum(map(len, done.values()))} of {len(rows)} answers written; "
                     "run the same command to go on"
                 )
-            batch = collate([rows[i] for i in indices])
-            answers = generate_batch(
-                model, processor, batch, config, seed=_batch_seed(seed, number)
-            )
+            asked, own_seed = [rows[i] for i in indices], _batch_seed(seed, number)
+            if isinstance(model, VLLMModel):
+                answers = model.answer(processor, asked, config, seed=own_seed)
+            else:
+                answers = generate_batch(model, processor, collate(asked), config, seed=own_seed)
             done[number] = [
                 {k: rows[i].get(k, "") for k in KEPT}
                 | (labels or {})
@@ -124,6 +129,7 @@ def generate_batch(
         **batch,
         **sampling,
         max_new_tokens=config.max_new_tokens,
+        **({"cache_implementation": "static"} if config.cache == "static" else {}),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )[:, width:]
@@ -134,6 +140,15 @@ def generate_batch(
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
     return answers
+
+
+def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLLMModel:
+    """What answers: the base or a trained model, in the configured backend."""
+    if config.generation.backend == "vllm":
+        return VLLMModel(config.model, trained)
+    model = load_policy(config.model, trained)
+    apply_sharing(model, "off" if config.model.share_prefix == "off" else "auto")
+    return model
 
 
 def make_inference_stage(config: Config, stage: Stage) -> dict:
@@ -162,7 +177,7 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
                     old.unlink()
                 write_json(marker, weights)
             missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
-            model = load_policy(config.model, folder) if missing else None
+            model = load_answerer(config, folder) if missing else None
             for name in names:
                 target = marker.parent / f"{name}.jsonl"
                 if name in missing:
@@ -183,8 +198,17 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
 
 
 def _batches(rows: list[dict], size: int) -> list[list[int]]:
-    """Indices in batches of like length, longest first: memory runs out at once or never."""
-    order = sorted(range(len(rows)), key=lambda i: (-len(rows[i]["prompt"]), i))
+    """Indices in batches of like length, longest first: memory runs out at once or never.
+
+    An image's questions stay together, placed by the longest of them: it is encoded once a batch.
+    """
+    groups = image_groups([r.get("image_name", "") for r in rows])
+    longest = [max(len(rows[i]["prompt"]) for i in group) for group in groups]
+    order = [
+        i
+        for _, _, group in sorted(zip((-n for n in longest), itertools.count(), groups))
+        for i in group
+    ]
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

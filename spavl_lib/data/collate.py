@@ -123,6 +123,15 @@ def encode_prompts(
     return EncodedPrompts(ids, types, dict(encoded))
 
 
+def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:
+    """Ids of a prompt with one BOS and a single image token, for an engine that expands it."""
+    tokenizer = processor.tokenizer
+    text = render(processor, prompt, image=image).rstrip(" ")
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    bos = tokenizer.bos_token_id
+    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+
+
 def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
     """Stack rows of ids (batch, longest), padded on `side`."""
     width = max(map(len, rows))

@@ -6,6 +6,7 @@ and image included, with the whole vocabulary.
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ PER_TOKEN = (
 )  # fmt: skip
 
 
-def score_completions_only(model: nn.Module) -> None:
+def score_completions_only(model: nn.Module) -> Callable[[], None]:
     """Make a model with trl's fused head score labelled positions alone; equal outputs.
 
     The backbone's hidden states at these positions go to trl's head as one row, with labels that
@@ -25,10 +26,13 @@ def score_completions_only(model: nn.Module) -> None:
 
     Args:
         model: With `trl.trainer.utils.add_fused_lm_head` on it; changed in place.
+
+    Returns:
+        What takes it off again.
     """
     backbone = model.base_model
     if getattr(backbone, "_keeps_positions", False):
-        return
+        return lambda: None
     run_backbone, run_fused = backbone.forward, model.forward
 
     @functools.wraps(run_backbone)
@@ -71,3 +75,9 @@ def score_completions_only(model: nn.Module) -> None:
     backbone.forward = types.MethodType(backbone_forward, backbone)
     backbone._keeps_positions = True
     model.forward = types.MethodType(forward, model)
+
+    def restore() -> None:
+        backbone.forward, model.forward = run_backbone, run_fused
+        del backbone._keeps_positions
+
+    return restore

@@ -222,7 +222,9 @@ class SharedPrefix:
         return [row[keep] for row, keep in zip(numbers, real, strict=True)], real
 
 
-def share_prefix(model: nn.Module, *, strict: bool = False, min_shared: int = 16) -> SharedPrefix:
+def share_prefix(
+    model: nn.Module, *, strict: bool = False, min_shared: int = 16
+) -> SharedPrefix | None:
     """Run what rows of a batch have in common once.
 
     Args:
@@ -233,7 +235,7 @@ def share_prefix(model: nn.Module, *, strict: bool = False, min_shared: int = 16
         min_shared: Fewest common tokens worth a segment of their own.
 
     Returns:
-        The handle: `stats`, and `restore()` to undo.
+        The handle: `stats`, and `restore()` to undo. None where the family is not exact.
 
     Raises:
         InputError: `strict`, and the family is not one that is exact.
@@ -248,6 +250,13 @@ def share_prefix(model: nn.Module, *, strict: bool = False, min_shared: int = 16
         warnings.warn(f"prefixes are not shared: {reason}", stacklevel=2)
         return None
     return SharedPrefix(backbone, strict=strict, min_shared=min_shared)
+
+
+def apply_sharing(model: nn.Module, mode: str) -> bool:
+    """What the setting `model.share_prefix` says: True if anything may be wrapped (not `off`)."""
+    if mode != "off":
+        share_prefix(model, strict=mode == "require")
+    return mode != "off"
 
 
 def backbone_of(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from spavl_lib.plotting.data import (
 )
 from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot_unsafe_by_class
 from spavl_lib.plotting.scaling import plot_ablations, plot_scaling
+from spavl_lib.plotting.speed import plot_growth
 from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
 from spavl_lib.plotting.training import LivePlot, plot_margin_histogram, plot_training
 
@@ -22,6 +23,7 @@ __all__ = [
     "plot_ablations",
     "plot_class_counts",
     "plot_counts_by_type",
+    "plot_growth",
     "plot_image_grid",
     "plot_length_histogram",
     "plot_margin_histogram",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -16,6 +17,7 @@ from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator, check_lengths
 from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.data.grouping import ImageGroupedSampler
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.run import Stage, peak_memory_gib, read_jsonl, write_text
@@ -28,6 +30,7 @@ from spavl_lib.trainers.guards import (
     gate_weights,
 )
 from spavl_lib.trainers.probe import check_reference_unmoved
+from spavl_lib.trainers.reference_cache import NAMES
 
 LONGEST_UNSAVED_S = 600.0  # a runtime may vanish: whatever save_steps says, no more is lost
 
@@ -36,8 +39,9 @@ class RowCollator(PreferenceCollator):
     """The preference collator, with the rows' ids beside the tensors for error messages."""
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
-        """As `PreferenceCollator`, plus `row_ids`."""
-        return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]}
+        """As `PreferenceCollator`, plus `row_ids`, and the reference's log-probs if given."""
+        known = {name: torch.tensor([r[name] for r in rows]) for name in NAMES if name in rows[0]}
+        return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]} | known
 
 
 class CheckedMixin:
@@ -48,6 +52,8 @@ class CheckedMixin:
 
     checkpoints: Path
     row_ids: list[str] = []
+    group_by_image: bool = False
+    grouped: ImageGroupedSampler | None = None
     reporter: "StageCallback | None" = None
     reference: dict | None = None
 
@@ -86,6 +92,14 @@ class CheckedMixin:
 
     def _length(self: Trainer) -> list:
         return [self.args.max_steps, self.args.num_train_epochs]
+
+    def _get_train_sampler(self: Trainer, train_dataset: Dataset | None = None) -> Any:
+        if not self.group_by_image:
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        together = self.args.per_device_train_batch_size
+        self.grouped = ImageGroupedSampler(rows["image_name"], together, self.args.data_seed)
+        return self.grouped
 
     def _prepare_inputs(self: Trainer, inputs: dict) -> dict:
         self.row_ids = inputs.pop("row_ids", self.row_ids)
@@ -212,6 +226,11 @@ class StageCallback(TrainerCallback):
         self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
         self.fresh = state.global_step == 0
         self.training = True
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Choose the epoch's order; accelerate's own call does not reach a resumed loader."""
+        if self.trainer.grouped is not None:
+            self.trainer.grouped.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any

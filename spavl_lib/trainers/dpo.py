@@ -23,6 +23,7 @@ from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError
 from spavl_lib.files import write_json, writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.completion_head import score_completions_only
 from spavl_lib.modelling.load import (
     BASE_FILE,
     compute_dtype,
@@ -32,6 +33,7 @@ from spavl_lib.modelling.load import (
     model_path,
     quiet_libraries,
 )
+from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.run import Run, Stage, write_text
 from spavl_lib.stop import stop_on_signals
 from spavl_lib.trainers.checkpointed import (
@@ -44,6 +46,7 @@ from spavl_lib.trainers.checkpointed import (
     training_inputs,
 )
 from spavl_lib.trainers.probe import reference_probe
+from spavl_lib.trainers.reference_cache import cache_key, with_reference
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -105,6 +108,8 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
             trainer.ref_model or trainer.model, processor, train_rows,
             adapters=trainer.ref_model is None,
         )  # fmt: skip
+        if config.dpo.cache_reference:
+            use_cached_reference(trainer, config, stage, processor)
         trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
         newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
         for problem in skipped:
@@ -179,6 +184,7 @@ def build_trainer(
         eval_strategy="steps" if dpo.eval_steps else "no",
         eval_steps=dpo.eval_steps or None,
         remove_unused_columns=False,
+        dataloader_num_workers=config.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
@@ -201,9 +207,27 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        if apply_sharing(model, config.model.share_prefix):
+            score_completions_only(model.get_base_model() if lora else model)
+    trainer.group_by_image = config.data.group_by_image
     trainer.checkpoints = stage.path / "checkpoints"
     drop_stock_callbacks(trainer)
     return trainer
+
+
+def use_cached_reference(
+    trainer: CheckedDPOTrainer, config: Config, stage: Stage, processor: ProcessorMixin
+) -> None:
+    """Give every row the reference's log-probs, from the file beside the runs or into it."""
+    folder, size = stage.run.path.parent / "reference_logps", config.dpo.per_device_batch_size
+    for split in ("train_dataset", "eval_dataset"):
+        rows = getattr(trainer, split)
+        desc = f"reference {split.removesuffix('_dataset')}"
+        key = cache_key(config, processor, rows)
+        setattr(trainer, split, with_reference(trainer, rows, folder, key, size, desc))
+    trainer.precompute_ref_logps = True
+    trainer.ref_model = None  # nothing asks it any more
 
 
 def save_trained(

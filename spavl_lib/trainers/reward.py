@@ -31,6 +31,7 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
+from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
 from spavl_lib.run import Stage, write_text
 from spavl_lib.stop import stop_on_signals
@@ -180,6 +181,7 @@ def build_model(config: Config) -> ScalarHeadModel:
         vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
+    apply_sharing(vlm, config.model.share_prefix)
     return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
 
 
@@ -210,6 +212,7 @@ def build_trainer(
         logging_nan_inf_filter=False,
         save_steps=reward.save_steps,
         remove_unused_columns=False,
+        dataloader_num_workers=config.data.num_workers,
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to=[],
         disable_tqdm=True,
@@ -222,6 +225,7 @@ def build_trainer(
         train_dataset=train_rows,
         config=config,
     )
+    trainer.group_by_image = config.data.group_by_image
     trainer.checkpoints = stage.path / "checkpoints"
     drop_stock_callbacks(trainer)
     return trainer

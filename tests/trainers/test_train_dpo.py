@@ -239,7 +239,8 @@ def test_the_reference_is_the_base_and_stays_it(
     assert ckpt.tensors_sha256(dict(trainer.model.named_parameters())) != before
     batch = trainer.data_collator([train[i] for i in range(2)])
     base = logps_of(embedded_model(), batch)
-    assert torch.equal(logps_of(reference, batch), base)
+    # Shared prefixes against the plain path: rounding.
+    assert (logps_of(reference, batch) - base).abs().max() < 1e-4
     lora = load_policy(straight["lora"].config.model, straight["lora"].path / "model")
     assert (logps_of(lora, batch) - base).abs().min() > 1e-3
     with lora.disable_adapter():

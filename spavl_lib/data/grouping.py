@@ -1,0 +1,60 @@
+"""An order of rows in which an image's rows stand together, so that a batch runs the image once."""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+LOOK_AHEAD = 64  # groups tried for the room left in a batch, before one is cut in two
+
+
+def image_groups(names: Sequence[str]) -> list[list[int]]:
+    """Row indices by image, in order of appearance; a row without a name is a group of its own."""
+    groups: dict[object, list[int]] = {}
+    for index, name in enumerate(names):
+        groups.setdefault(name or index, []).append(index)
+    return list(groups.values())
+
+
+class ImageGroupedSampler(Sampler[int]):
+    """Shuffled images, each with all its rows; every row once an epoch.
+
+    The order follows from seed and epoch alone: a resumed run takes up where it stopped.
+    """
+
+    def __init__(self, names: Sequence[str], batch_size: int, seed: int):
+        self.groups = image_groups(names)
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
+        self.size = len(names)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        chance = np.random.default_rng([self.seed, self.epoch])
+        waiting = deque(
+            [self.groups[i][j] for j in chance.permutation(len(self.groups[i]))]
+            for i in chance.permutation(len(self.groups))
+        )
+        while waiting:
+            yield from self._batch(waiting)
+
+    def _batch(self, waiting: deque[list[int]]) -> list[int]:
+        """The next rows, `batch_size` of them unless they end: whole groups while they fit."""
+        batch: list[int] = []
+        while waiting and len(batch) < self.batch_size:
+            room = self.batch_size - len(batch)
+            ahead = range(min(LOOK_AHEAD, len(waiting)))
+            fitting = next((i for i in ahead if len(waiting[i]) <= room), None)
+            if fitting is None:
+                batch += waiting[0][:room]
+                waiting[0] = waiting[0][room:]
+            else:
+                batch += waiting[fitting]
+                del waiting[fitting]
+        return batch

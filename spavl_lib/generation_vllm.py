@@ -1,0 +1,104 @@
+"""Answers through vLLM: the same rows in, the same records out. Linux with a GPU; optional.
+
+vLLM takes LoRA weights by name over one base, and knows nothing of a trained projector: an adapter
+that holds one is merged into a copy of the base first.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel
+from transformers import ProcessorMixin
+
+from spavl_lib.config import GenerationConfig, ModelConfig
+from spavl_lib.data.collate import decode_images, prompt_ids
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.load import load_model, model_path
+
+MERGED = "merged"
+
+
+class VLLMModel:
+    """A base in vLLM, and at most one adapter over it."""
+
+    def __init__(self, config: ModelConfig, trained: Path | None = None):
+        """Start the engine.
+
+        Args:
+            config: Of the base.
+            trained: A trainer's `model/`: an adapter, or a whole model.
+
+        Raises:
+            InputError: vLLM is not installed, or the base is 4-bit.
+        """
+        try:
+            self.vllm = importlib.import_module("vllm")
+        except ImportError as error:
+            raise InputError(
+                "generation.backend = vllm, but vLLM is not installed (pip install vllm; Linux "
+                "with a GPU); generation.backend = transformers runs everywhere"
+            ) from error
+        if config.adapter == "qlora":
+            raise InputError("generation.backend = vllm reads no 4-bit base: model.adapter = lora")
+        base, self.adapter = served(config, trained)
+        lora = {}
+        if self.adapter is not None:
+            rank = PeftConfig.from_pretrained(self.adapter).r
+            lora = {"enable_lora": True, "max_lora_rank": rank}
+        self.engine = self.vllm.LLM(model=base, limit_mm_per_prompt={"image": 1}, **lora)
+
+    def answer(
+        self, processor: ProcessorMixin, rows: list[dict], config: GenerationConfig, *, seed: int
+    ) -> list[dict]:
+        """Answers of the rows: `response`, `num_tokens`, and `finished` (EOS was said)."""
+        prompts = []
+        for row, image in zip(rows, decode_images(rows), strict=True):
+            ids = prompt_ids(processor, row["prompt"], image=image is not None)
+            data = {} if image is None else {"multi_modal_data": {"image": image}}
+            prompts.append({"prompt_token_ids": ids} | data)
+        sampling = self.vllm.SamplingParams(
+            max_tokens=config.max_new_tokens,
+            temperature=config.temperature if config.do_sample else 0.0,
+            top_p=config.top_p if config.do_sample else 1.0,
+            seed=seed if config.do_sample else None,
+            stop_token_ids=[processor.tokenizer.eos_token_id],
+        )
+        request = None
+        if self.adapter is not None:
+            lora = importlib.import_module("vllm.lora.request")
+            request = lora.LoRARequest("trained", 1, str(self.adapter))
+        outputs = self.engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
+        return [_answer(o.outputs[0], processor) for o in outputs]
+
+
+def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]:
+    """Which weights vLLM loads, and which adapter it lays over them."""
+    if trained is None:
+        return model_path(config), None
+    if not (trained / "adapter_config.json").is_file():
+        return str(trained), None
+    if not PeftConfig.from_pretrained(trained).modules_to_save:
+        return model_path(config), trained
+    merged = trained.parent / MERGED
+    if not (merged / "processor_config.json").is_file():  # written last
+        model = PeftModel.from_pretrained(load_model(config), trained).merge_and_unload()
+        model.save_pretrained(merged)
+        _processor_of(trained).save_pretrained(merged)
+    return str(merged), None
+
+
+def _processor_of(folder: Path) -> ProcessorMixin:
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(folder)
+
+
+def _answer(output: Any, processor: ProcessorMixin) -> dict:
+    eos = processor.tokenizer.eos_token_id
+    ids = list(output.token_ids)
+    finished = output.finish_reason == "stop"
+    if ids and ids[-1] == eos:
+        ids.pop()
+    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    return {"response": text, "num_tokens": len(ids), "finished": finished}

@@ -1,0 +1,38 @@
+"""Figures of speed, from what the benchmarks write."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from spavl_lib.files import read_json
+from spavl_lib.plotting.style import BASE_COLOUR, PALETTE, new_figure, styled
+
+PANELS = (("image_tokens", "Image tokens"), ("answer_tokens", "Tokens of each answer"))
+
+
+@styled
+def plot_growth(source: Path | str | dict) -> Figure:
+    """Seconds of a DPO step by image tokens and by answer length, trl's and ours.
+
+    Args:
+        source: `growth.json`, or what it holds.
+    """
+    page = source if isinstance(source, dict) else read_json(Path(source))
+    metrics = page["metrics"]
+    fig = new_figure(9.0, 3.8)
+    for ax, (key, title) in zip(fig.subplots(1, 2), PANELS, strict=True):
+        rows = metrics[key]
+        x = [r["tokens"] for r in rows]
+        series = (("trl", "trl 1.16", BASE_COLOUR), ("ours", "shared prefixes", PALETTE[0]))
+        for name, label, colour in series:
+            y = [r[name] for r in rows]
+            ax.plot(x, y, marker="o", color=colour, label=label)
+        for row in rows[1:]:
+            ratio = f"{row['trl'] / row['ours']:.1f}×"
+            ax.annotate(ratio, (row["tokens"], row["trl"]), (0, 5), textcoords="offset points",
+                        ha="right", fontsize=8)  # fmt: skip
+        ax.set_xlabel(title)
+        ax.set_ylabel("Seconds a step, one pair")
+        ax.set_ylim(bottom=0)
+        ax.legend(loc="upper left")
+    return fig

@@ -1,0 +1,150 @@
+"""The reference's log-probabilities of every pair, computed once and kept beside the runs.
+
+trl refuses this for images by its flag, yet takes `ref_chosen_logps` and `ref_rejected_logps` from
+the collator once `precompute_ref_logps` is set on the trainer.
+"""
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+import transformers
+import trl
+from accelerate.utils import gather_object
+from datasets import Dataset
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ProcessorMixin
+from trl import DPOTrainer
+
+from spavl_lib.checkpoint import tensors_sha256
+from spavl_lib.config import Config
+from spavl_lib.data.fingerprint import row_digests
+from spavl_lib.data.grouping import image_groups
+from spavl_lib.files import writing
+from spavl_lib.modelling.load import compute_dtype, model_hashes
+
+NAMES = ("ref_chosen_logps", "ref_rejected_logps")
+SAVED_EVERY_S = 120.0
+
+
+def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
+    """Everything the numbers rest on; another value anywhere is another file."""
+    tokenizer = processor.tokenizer
+    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    model = config.model
+    return {
+        "model": {"name": model.name, "revision": model.revision, "files": model_hashes(model)},
+        "adapter": "4-bit base" if model.adapter == "qlora" else "base",
+        "dtype": str(compute_dtype()).removeprefix("torch."),
+        "template": processor.chat_template,
+        "tokenizer": words,
+        "image_processor": processor.image_processor.to_dict(),
+        "rows": row_digests(rows),
+        "max_length": config.dpo.max_length,
+        "batch_size": config.dpo.per_device_batch_size,
+        "share_prefix": model.share_prefix,
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, trl)},
+    }
+
+
+def with_reference(
+    trainer: DPOTrainer, rows: Dataset, folder: Path, key: dict, batch_size: int, desc: str
+) -> Dataset:
+    """The rows with the reference's log-probabilities as two more columns.
+
+    Always computed in the same batches, so that the numbers do not hang on who asked first. What
+    an interrupted call had done is taken up.
+
+    Args:
+        trainer: Its `ref_model`, or its policy with adapters off, is the reference.
+        rows: Preference rows.
+        folder: Where the file is kept.
+        key: `cache_key`.
+        batch_size: Pairs at once.
+        desc: Name of the progress bar.
+    """
+    text = json.dumps(key, sort_keys=True, default=str)
+    path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
+    values = read_cache(path, text, len(rows))
+    order = [i for group in image_groups(rows["image_name"]) for i in group]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    missing = [b for b in batches if any(values[n][b].isnan().any() for n in NAMES)]
+    if missing:
+        _fill(trainer, rows, values, missing, path, text, desc)
+    columns = {n: values[n].tolist() for n in NAMES}
+    for name, column in columns.items():
+        rows = rows.add_column(name, column)
+    return rows
+
+
+def _fill(
+    trainer: DPOTrainer,
+    rows: Dataset,
+    values: dict[str, Tensor],
+    missing: list[list[int]],
+    path: Path,
+    text: str,
+    desc: str,
+) -> None:
+    accelerator = trainer.accelerator
+    reference = trainer.ref_model or trainer.model
+    training, saved = reference.training, time.monotonic()
+    reference.eval()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    try:
+        bar = tqdm(range(0, len(missing), world), desc=desc, leave=False, disable=rank > 0)
+        for start in bar:
+            mine = missing[start : start + world][rank : rank + 1]
+            found = []
+            for indices in mine:
+                batch = trainer.data_collator([rows[i] for i in indices])
+                pair = trainer.compute_ref_log_probs(reference, trainer._prepare_inputs(batch))
+                found.append((indices, [side.float().tolist() for side in pair]))
+            for indices, pair in gather_object(found) if world > 1 else found:
+                for name, side in zip(NAMES, pair, strict=True):
+                    values[name][indices] = torch.tensor(side)
+            if rank == 0 and time.monotonic() - saved > SAVED_EVERY_S:
+                write_cache(path, text, values)
+                saved = time.monotonic()
+    finally:
+        reference.train(training)
+        if rank == 0:  # interrupted or done: what is there is right
+            write_cache(path, text, values)
+
+
+def read_cache(path: Path, key: str, count: int) -> dict[str, Tensor]:
+    """What a file holds of these rows; NaN where nothing is known, everywhere if it is torn."""
+    empty = {n: torch.full((count,), torch.nan) for n in NAMES}
+    if not path.is_file():
+        return empty
+    try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            values = {n: file.get_tensor(n) for n in NAMES}
+    except (SafetensorError, OSError, ValueError) as error:
+        warnings.warn(f"{path} is damaged ({error}): computed anew", stacklevel=2)
+        return empty
+    if about.get("sha256") != tensors_sha256(values) or about.get("key") != key:
+        warnings.warn(f"{path} does not hold what was written: computed anew", stacklevel=2)
+        return empty
+    return values if all(len(v) == count for v in values.values()) else empty
+
+
+def write_cache(path: Path, key: str, values: dict[str, Tensor]) -> None:
+    """Write the file whole or not at all.
+
+    Raises:
+        DiskError: No space, or no permission.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(values, aside, {"key": key, "sha256": tensors_sha256(values)})
+        aside.replace(path)
