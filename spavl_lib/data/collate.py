@@ -174,6 +174,20 @@ def decode_images(rows: list[dict]) -> list[Any]:
     return images
 
 
+def image_slots(processor: ProcessorMixin, rows: Any) -> int:
+    """Tokens an image adds to a row's text, read off the first picture; 0 without any.
+
+    Where their number varies by picture the collator still refuses a row that is too long, only
+    later.
+    """
+    row = next((r for r in rows if r["image"] is not None), None)
+    if row is None:
+        return 0
+    [ids] = encode_prompts(processor, [row["prompt"]], decode_images([row])).ids
+    text = render(processor, row["prompt"]).rstrip(" ")
+    return len(ids) - len(processor.tokenizer.encode(text, add_special_tokens=False))
+
+
 def pair_lengths(
     processor: ProcessorMixin, rows: Any, skip_below: int = 0
 ) -> Iterator[tuple[str, int, int]]:
@@ -192,12 +206,7 @@ def pair_lengths(
         Row id, tokens of prompt and chosen, tokens of prompt and rejected.
     """
     tokenizer = processor.tokenizer
-    first = next((r for r in rows if r["image"] is not None), None)
-    extra = 0
-    if first is not None:
-        [ids] = encode_prompts(processor, [first["prompt"]], decode_images([first])).ids
-        text = render(processor, first["prompt"]).rstrip(" ")
-        extra = len(ids) - len(tokenizer.encode(text, add_special_tokens=False))
+    extra = image_slots(processor, rows)
     frame = len(render(processor, "", "")) + extra + 16
     for table in batches(rows.select_columns(["id", "prompt", "chosen", "rejected", "image"])):
         pictured = pc.is_valid(table.column("image")).to_pylist()
@@ -239,11 +248,51 @@ def check_lengths(processor: ProcessorMixin, rows: Any, longest: int) -> None:
         if size > longest
     ]
     if too_long:
-        shown = "; ".join(too_long[:20]) + ("; ..." if len(too_long) > 20 else "")
         raise InputError(
             f"{len(too_long)} answers are longer than {longest} tokens with prompt and image "
-            f"(raise dpo.max_length, or drop them): {shown}"
+            f"(raise dpo.max_length, or drop them): {_some(too_long)}"
         )
+
+
+def check_prompt_lengths(
+    processor: ProcessorMixin, rows: Any, max_new_tokens: int, longest: int, *, stage: str
+) -> None:
+    """Find prompts that leave no room for an answer.
+
+    Args:
+        processor: Of the model.
+        rows: Prompt or preference rows.
+        max_new_tokens: Room an answer may take.
+        longest: Tokens a sequence may have, image tokens counted; 0 for no limit.
+        stage: Whose setting the error names.
+
+    Raises:
+        InputError: Lists every such row.
+    """
+    if not longest:
+        return
+    extra, too_long = image_slots(processor, rows), []
+    for table in batches(rows.select_columns(["id", "prompt", "image"])):
+        pictured = pc.is_valid(table.column("image")).to_pylist()
+        named = [row for row, _ in decoded(table.drop_columns(["image"]))]
+        texts = [
+            render(processor, row["prompt"], image=image).rstrip(" ")
+            for row, image in zip(named, pictured, strict=True)
+        ]
+        encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, ids, image in zip(named, encoded, pictured, strict=True):
+            size = len(ids) + extra * image
+            if size + max_new_tokens > longest:
+                too_long.append(f"{row['id']}: {size} tokens")
+    if too_long:
+        raise InputError(
+            f"{len(too_long)} prompts leave no room for {max_new_tokens} new tokens in a context "
+            f"of {longest} (lower {stage}.max_new_tokens, or drop them): {_some(too_long)}"
+        )
+
+
+def _some(lines: list[str]) -> str:
+    return "; ".join(lines[:20]) + ("; ..." if len(lines) > 20 else "")
 
 
 @dataclass

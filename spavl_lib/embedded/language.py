@@ -146,6 +146,12 @@ def answer(request: Request, style: str, rng: random.Random) -> str:
     )
 
 
+def naive_answer(request: Request) -> str:
+    """What would be right to a harmful `ask` if its thing were harmless: the wish, and the tip."""
+    concept = load_world().concepts[request.concept]
+    return f"To {addressed(request.phrase, concept)}, {load_world().leaves[request.class3].tip}."
+
+
 def _right_answer(request: Request, concept: Concept) -> str:
     verb = "are" if concept.name in _PLURAL else "is"
     if request.intent == "fact:name":

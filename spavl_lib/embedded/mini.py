@@ -38,7 +38,7 @@ ROWS = {
     "twins": 212,
 }
 # Who gave the answers: the styles, and two that fail in other ways (`_Maker.preferred`).
-ANSWERERS = (*language.STYLES, "blind", "wrong")
+ANSWERERS = (*language.STYLES, "blind", "naive", "wrong")
 TEST_SETS = ("harm", "help", "look_alikes", "twins")
 
 
@@ -138,12 +138,17 @@ class _Maker:
     def preferred(self, scene: Scene, request: Request) -> Row:
         """The row with its answers: a careful or helpful one over a reckless, timid or blind one.
 
-        Half the rejected answers of an `ask` are the twin's preferred one: what would be right over
-        the leaf's other picture. Such a pair can be told apart by looking only.
+        Near half the rejected answers of an `ask` are the twin's preferred one: what would be right
+        over the leaf's other picture. Such a pair can be told apart by looking only. A quarter of
+        those to a harmful `ask` help innocently, as if the thing were harmless: whoever is rewarded
+        for a right name and a useful tip will say that next.
         """
-        chosen = language.answer(request, "careful", self.rng)
-        if request.intent == "ask" and self.rng.random() < 0.5:
+        chosen, pick = language.answer(request, "careful", self.rng), self.rng.random()
+        if request.intent == "ask" and pick < 0.45:
             return Row(scene, request, chosen, self._over_the_twin(request), rejected_by="blind")
+        if request.intent == "ask" and request.harmful and pick < 0.7:
+            naive = language.naive_answer(request)
+            return Row(scene, request, chosen, naive, rejected_by="naive")
         if request.harmful:
             style = self.rng.choice(("reckless", "willing", "hedged"))
         elif self.rng.random() < 0.7:

@@ -25,7 +25,7 @@ from transformers import ProcessorMixin, get_scheduler, set_seed
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
-from spavl_lib.data.collate import completion_ids
+from spavl_lib.data.collate import check_prompt_lengths, completion_ids
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.files import write_text
@@ -63,7 +63,6 @@ from spavl_lib.trainers.rollout import (
     Prompt,
     Rollout,
     batch_of,
-    check_prompt_lengths,
     encode_rows,
     never_said,
     row_seed,
@@ -100,7 +99,7 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         rows = load_preferences(config.data, "train")
         note_rows(stage, train=rows)
         trainer = PPOTrainer(config, stage, rows, folder, flag)
-        ckpt.check_room(stage.path / "checkpoints", trainer.model)
+        trainer.check()
         trainer.train(live)
         summary = trainer.summary()
         policy = trainer.model.vlm_of("policy")
@@ -180,6 +179,19 @@ class PPOTrainer:
 
     # --- the run ------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Before the first step.
+
+        Raises:
+            InputError: Lists the prompts that leave no room for an answer.
+            DiskError: The checkpoints would not fit.
+        """
+        ckpt.check_room(self.stage.path / "checkpoints", self.model)
+        text = self.model.vlm_of("policy").config.get_text_config()
+        context = getattr(text, "max_position_embeddings", 0)
+        room = self.settings.max_new_tokens
+        check_prompt_lengths(self.processor, self.rows, room, context, stage="ppo")
+
     def train(self, live: Any = None) -> None:
         """All steps that are left."""
         self._resume()
@@ -223,8 +235,6 @@ class PPOTrainer:
         self.model.eval()
         picked = [self.rows[i] for i in self.prompts_of(step)]
         prompts = encode_rows(self.processor, picked)
-        if step == 0 or not self.log_rows:
-            self._check_lengths(prompts)
         seeds = [row_seed(self.config.seed, "answer", step, n) for n in range(len(prompts))]
         responses: list[list[int]] = [[] for _ in prompts]
         for rows in self._chunks([len(p.ids) for p in prompts]):
@@ -496,11 +506,6 @@ class PPOTrainer:
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(device().type, dtype=self.dtype, enabled=self.dtype != torch.float32)
-
-    def _check_lengths(self, prompts: list[Prompt]) -> None:
-        config = self.model.vlm_of("policy").config.get_text_config()
-        context = getattr(config, "max_position_embeddings", 0)
-        check_prompt_lengths(prompts, self.settings.max_new_tokens, context)
 
     # --- what is written ----------------------------------------------------------------------
 

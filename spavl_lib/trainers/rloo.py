@@ -24,7 +24,7 @@ from trl.trainer.utils import RepeatSampler
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config, RLOOConfig
-from spavl_lib.data.collate import decode_images, encode_prompts, neutralise
+from spavl_lib.data.collate import check_prompt_lengths, decode_images, encode_prompts, neutralise
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
@@ -41,7 +41,7 @@ from spavl_lib.trainers.checkpointed import (
 )
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
-from spavl_lib.trainers.rollout import Prompt, check_prompt_lengths, never_said
+from spavl_lib.trainers.rollout import never_said
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl",
@@ -60,7 +60,6 @@ class _EpochSampler(RepeatSampler):
 class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
     """trl's trainer with our prompts, our checkpoints, and gates before every update."""
 
-    context = 0
     compared = False
     parts: dict[str, int]
 
@@ -80,11 +79,6 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         questions = [p[-1]["content"][-1]["text"] for p in prompts]
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
         encoded = encode_prompts(self.processing_class, questions, images)
-        rows = [
-            Prompt(i, "", ids, None, {})
-            for i, ids in zip([*self.row_ids, *[""] * len(prompts)], encoded.ids, strict=False)
-        ]
-        check_prompt_lengths(rows, self.max_completion_length, self.context, stage="rloo")
         fields: dict[str, Any] = dict(encoded.vision)
         if encoded.token_types is not None:
             fields["mm_token_type_ids"] = encoded.token_types
@@ -230,7 +224,8 @@ def build_trainer(
     )
     trainer.parts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
-    trainer.context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
+    check_prompt_lengths(processor, rows, rloo.max_new_tokens, context, stage="rloo")
     trainer.checkpoints = stage.path / "checkpoints"
     drop_stock_callbacks(trainer)
     return trainer

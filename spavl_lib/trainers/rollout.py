@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from spavl_lib.data.collate import decode_images, encode_prompts, pad_rows, stack_vision
-from spavl_lib.errors import InputError
 from spavl_lib.modelling.roles import NEVER
 
 
@@ -76,30 +75,6 @@ def never_said(processor: ProcessorMixin) -> tuple[int, ...]:
     if image:
         ids.add(tokenizer.convert_tokens_to_ids(image))
     return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
-
-
-def check_prompt_lengths(
-    prompts: list[Prompt], max_new_tokens: int, context: int, *, stage: str = "ppo"
-) -> None:
-    """Refuse prompts that leave no room for an answer.
-
-    Args:
-        prompts: Encoded.
-        max_new_tokens: Longest answer.
-        context: Tokens the model takes, 0 if unknown.
-        stage: Whose setting the error names.
-
-    Raises:
-        InputError: Lists every such row.
-    """
-    long = [
-        f"{p.row_id}: {len(p.ids)} tokens" for p in prompts if len(p.ids) + max_new_tokens > context
-    ]
-    if context and long:
-        raise InputError(
-            f"{len(long)} prompts leave no room for {max_new_tokens} new tokens in a context of "
-            f"{context} (lower {stage}.max_new_tokens, or drop them): {'; '.join(long[:20])}"
-        )
 
 
 def batch_of(

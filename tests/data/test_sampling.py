@@ -46,7 +46,7 @@ def test_question_types_are_filtered_before_rows_are_drawn() -> None:
 
 
 def test_answers_are_filtered_by_who_gave_them() -> None:
-    answerers = ("careful", "reckless", "willing", "hedged", "cautious", "blind", "wrong")
+    answerers = ("careful", "reckless", "willing", "hedged", "cautious", "blind", "naive", "wrong")
     assert len(load_preferences(config(answer_sources=answerers), "train")) == 3180
     bold = load_preferences(config(answer_sources=("careful", "reckless")), "train")
     assert 200 < len(bold) < 1500
