@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
@@ -46,16 +47,28 @@ class ScalarHeadModel(nn.Module):
         """Last hidden states (batch, seq, hidden)."""
         return self.backbone(**batch, use_cache=False).last_hidden_state
 
-    def forward(self, **batch: Tensor) -> Tensor:
+    def forward(
+        self, completion_mask: Tensor | None = None, **batch: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Score of each row (batch,), read at its last real token.
 
         Args:
+            completion_mask: If given (batch, seq), the mean log-probability of the marked tokens of
+                each row's answer comes second (batch,), in nats, through the language-model head.
             batch: `input_ids` and `attention_mask` (batch, seq), and image tensors.
         """
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return self.score(hidden[rows, last].float()).squeeze(-1)
+        scores = self.score(hidden[rows, last].float()).squeeze(-1)
+        if completion_mask is None:
+            return scores
+        said = completion_mask[:, 1:].bool()
+        logits = self.vlm.get_output_embeddings()(hidden[:, :-1][said]).float()
+        logps = -cross_entropy(logits, batch["input_ids"][:, 1:][said], reduction="none")
+        owner = said.nonzero()[:, 0]
+        sums = torch.zeros_like(scores).index_add(0, owner, logps.to(scores.dtype))
+        return scores, sums / said.sum(1).clamp(min=1)
 
     def values(self, **batch: Tensor) -> Tensor:
         """The head at every position (batch, seq): value of the state after that token."""

@@ -68,13 +68,22 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     ) -> Any:
         """Mean loss of the pairs; chosen rows come first, as the collator lays them."""
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
-        chosen, rejected = model(**batch).chunk(2)
+        coef = self.settings.sft_coef
+        if coef:
+            mask = inputs["completion_mask"].clone()
+            mask[len(mask) // 2 :] = 0  # chosen answers only
+            scores, logps = model(completion_mask=mask, **batch)
+        else:
+            scores = model(**batch)
+        chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(
             chosen,
             rejected,
             center_coef=self.settings.center_coef,
             seed_form=self.settings.seed_form,
         ).mean()
+        if coef:
+            loss = loss - coef * logps[: len(chosen)].mean()
         if model.training:
             margins = (chosen - rejected).detach()
             for key, value in (

@@ -63,6 +63,22 @@ def test_values_at_the_last_token_are_the_scores() -> None:
     torch.testing.assert_close(values[torch.arange(4), last], scorer(**batch))
 
 
+@torch.no_grad()
+def test_the_answers_log_probabilities_come_beside_the_scores() -> None:
+    scorer = ScalarHeadModel(embedded_model()).eval()
+    rows = spread(mini_rows(), 2)
+    whole = PreferenceCollator(embedded_processor())(rows)
+    mask = whole["completion_mask"].bool()
+    mask[3] = False  # a row that is left out
+    batch = {k: v for k, v in whole.items() if k != "completion_mask"}
+    scores, logps = scorer(completion_mask=mask, **batch)
+    torch.testing.assert_close(scores, scorer(**batch))
+    logits = embedded_model()(**batch).logits
+    expected = sequence_logps(logits, batch["input_ids"], mask) / mask.sum(1).clamp(min=1)
+    torch.testing.assert_close(logps, expected, atol=1e-5, rtol=1e-5)
+    assert logps[3] == 0 and (logps[:3] < -1e-3).all()
+
+
 @pytest.mark.parametrize("adapter", ["full", "lora"])
 def test_head_adapter_and_projector_come_back_together(adapter: str, tmp_path: Path) -> None:
     config = smoke({"model.adapter": adapter}).model

@@ -203,9 +203,9 @@ def test_a_toy_reward_rises_and_a_huge_kl_price_forbids_it(
 ) -> None:
     config = settings(
         folders["full"], ppo__max_steps=12, ppo__rollout_batch_size=12, ppo__kl_coef=kl_coef,
-        ppo__kl_target=0.0, ppo__learning_rate=5e-4, ppo__ppo_epochs=3, ppo__max_new_tokens=3, ppo__save_steps=50,
-        ppo__per_device_batch_size=12, ppo__warmup_steps=1, ppo__value_clip_range=0.0,
-        ppo__num_minibatches=1, ppo__missing_eos_penalty=0.0,
+        ppo__kl_target=0.0, ppo__learning_rate=5e-4, ppo__ppo_epochs=3, ppo__max_new_tokens=3,
+        ppo__save_steps=50, ppo__per_device_batch_size=12, ppo__warmup_steps=1,
+        ppo__value_clip_range=0.0, ppo__num_minibatches=1, ppo__missing_eos_penalty=0.0,
     )  # fmt: skip
     trainer = trainer_of(config, tmp_path)
     trainer.stage.path.mkdir(parents=True)
