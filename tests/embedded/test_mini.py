@@ -131,7 +131,7 @@ def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
     mini.write_mini(tmp_path / "here")
     again, here = files_of(tmp_path / "again"), files_of(tmp_path / "here")
-    assert len(here) == 31
+    assert len(here) == 33
     assert again == here == files_of(mini.mini_folder())
 
 

@@ -17,6 +17,7 @@ from spavl_lib.modelling.heads import (
     load_reward_model,
     save_reward_model,
 )
+from spavl_lib.objectives.logps import sequence_logps
 from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread, tiny
 
 FAMILIES = ("embedded", "llava", "llava_next", "qwen2_5_vl", "idefics3")
