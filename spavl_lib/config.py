@@ -277,7 +277,7 @@ class PPOConfig:
     """Peak rate of the policy. A small model wants more than a large one."""
     value_learning_rate: float = 0.0
     """Peak rate of the value model; 0 for the policy's."""
-    lr_scheduler: str = "constant_with_warmup"
+    lr_scheduler: str = "cosine"
     """transformers' schedule name."""
     warmup_steps: int = 10
     """Optimizer steps of linear warm-up."""
@@ -291,12 +291,13 @@ class PPOConfig:
     """1: unbiased advantages; lower: less spread."""
     clip_range: float = 0.2
     """How far the probability ratio may profit from moving."""
-    value_clip_range: float = 0.2
-    """How far values may move in an update, in units of reward; 0 for no clip."""
+    value_clip_range: float = 0.0
+    """How far values may move in an update, in units of reward; 0 for no clip, which rewards of
+    several units need: the value model starts far off."""
     vf_coef: float = 0.1
     """Weight of the value loss."""
-    kl_coef: float = 0.05
-    """Price of a nat of KL to the reference."""
+    kl_coef: float = 0.5
+    """Price of a nat of KL to the reference, in units of reward."""
     kl_estimator: Literal["k1", "k3"] = "k1"
     """k1: log ratio, unbiased; k3: never negative, less spread."""
     kl_target: float = 0.0
@@ -315,8 +316,9 @@ class PPOConfig:
     """Taken from the score for each token."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    sft_coef: float = 0.0
-    """Weight of the chosen answers' cross-entropy, mixed in against forgetting."""
+    sft_coef: float = 1.0
+    """Weight of the chosen answers' cross-entropy, mixed in against forgetting: without it the
+    policy became as safe, and worse at naming what it sees."""
     reward_model: str = ""
     """A reward trainer's `model/` folder; this run's own if empty."""
     save_steps: int = 20

@@ -35,7 +35,7 @@ def settings(folder: Path, **changes: object) -> Config:
     overrides = {
         "model.adapter": folder.name, "data.train_rows": 12, "ppo.reward_model": str(folder),
         "ppo.max_steps": 3, "ppo.rollout_batch_size": 6, "ppo.per_device_batch_size": 4,
-        "ppo.max_new_tokens": 10, "ppo.save_steps": 1, "ppo.kl_target": 1.0,
+        "ppo.max_new_tokens": 10, "ppo.save_steps": 1, "ppo.kl_target": 1.0, "ppo.sft_coef": 0.0,
     }  # fmt: skip
     overrides |= {k.replace("__", "."): v for k, v in changes.items()}
     return smoke(overrides, run_name="p")
