@@ -9,6 +9,7 @@ from spavl_lib.plotting.data import (
     plot_class_counts,
     plot_counts_by_type,
     plot_image_grid,
+    plot_length_bias,
     plot_length_histogram,
 )
 from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot_unsafe_by_class
@@ -25,6 +26,7 @@ __all__ = [
     "plot_counts_by_type",
     "plot_growth",
     "plot_image_grid",
+    "plot_length_bias",
     "plot_length_histogram",
     "plot_margin_histogram",
     "plot_rates",

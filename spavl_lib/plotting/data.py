@@ -215,3 +215,46 @@ def plot_image_grid(
 
 def _decoded(image: Any) -> Any:
     return decode(str(image) if isinstance(image, Path) else image)
+
+
+@styled
+def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
+    """Median words of chosen and rejected answers, by class and by question type.
+
+    The number at the right is the share of pairs whose chosen answer is the longer one: 50 % says
+    nothing about length, 100 % says that length alone tells the answers apart.
+
+    Args:
+        lengths: Column -> value -> `chosen_median`, `rejected_median`, `chosen_longer_share`, as
+            the data stage's summary has it.
+    """
+    groups = [(column, rows) for column, rows in lengths.items() if rows]
+    sizes = [len(rows) + 0.8 for _, rows in groups] or [1.0]
+    fig = new_figure(8.2, 0.8 + 0.34 * sum(sizes) + 0.3 * len(sizes))
+    axes = fig.subplots(max(1, len(groups)), 1, squeeze=False, sharex=True,
+                        gridspec_kw={"height_ratios": sizes})[:, 0]  # fmt: skip
+    if not groups:
+        note(axes[0], "No rows")
+        return fig
+    for ax, (column, rows) in zip(axes, groups, strict=True):
+        names = list(rows)
+        for y, name in enumerate(names):
+            found = rows[name]
+            ends = (found["rejected_median"], found["chosen_median"])
+            ax.plot(ends, (y, y), color=MUTED, lw=1.5, zorder=1)
+            for x, colour, shape, label in zip(
+                ends, (PALETTE[1], PALETTE[0]), "so", ("rejected", "chosen"), strict=True
+            ):
+                ax.plot(x, y, shape, color=colour, ms=7, zorder=2, label=None if y else label)
+            share = found["chosen_longer_share"]
+            text = "" if share is None else f"{share:.0%} longer"
+            ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center",
+                        fontsize=8.5, color=MUTED)  # fmt: skip
+        ax.set_yticks(range(len(names)), [display(short(n)) for n in names])
+        ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_title(f"by {column.replace('_', ' ')}")
+        ax.grid(False, axis="y")
+    axes[0].legend(ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
+    axes[-1].set_xlabel("median words of an answer")
+    axes[-1].set_xlim(left=0)
+    return fig
