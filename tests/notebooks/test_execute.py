@@ -173,3 +173,18 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
         assert (run / stage / "summary.json").is_file(), stage
     assert {"base", "dpo"} <= set(strict_json(run / "metrics.json")["models"])
     assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None
+
+
+def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path) -> None:
+    out = tmp_path / "out.ipynb"
+    done = execute(
+        "papermill", "notebooks/07_scaling_and_ablations.ipynb", str(out), "-p", "profile",
+        "smoke", runs=tmp_path / "runs",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    stage = tmp_path / "runs/smoke/scaling"
+    summary = strict_json(stage / "summary.json")
+    assert {row["family"] for row in summary["arms"]} == {"size", "questions"}
+    for row in summary["arms"]:
+        check_rate(row["unsafe_rate"], row["arm"])
+    assert len(list((stage / "figures").glob("*.png"))) == 2
