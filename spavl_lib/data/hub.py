@@ -103,12 +103,16 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
         rows = join_meta(rows, folder / "meta_files")
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
     problems = find_problems(
-        rows, where, preference=preference, images=decode_all, turns=_has_turns(files[0])
+        rows,
+        where,
+        preference=preference,
+        images=decode_all,
+        turns=_has_turns(files[0]),
+        unopened=lost,
     )
     for index in lost:
         line = f"{where(index)} image: a path without the file's bytes"
-        others = [p for p in problems.get(index, ()) if " image: " not in p]
-        problems[index] = [*others, line]
+        problems[index] = [*problems.get(index, ()), line]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return settle(rows, problems, source, on_bad_rows)
 

@@ -5,6 +5,7 @@ Columns go by the profile's mapping, or by the names TRL and LLaMA-Factory use (
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def _assemble(
     config: DataConfig,
 ) -> Loaded:
     made, places, problems = [], [], {}
+    outside: list[int] = []
     for index, (place, record) in enumerate(records):
         row, lines = _row(record, place, root, f"{split}/{index}", config.columns)
         made.append(row)
@@ -88,6 +90,10 @@ def _assemble(
     carried = [cell is not None and cell["path"] == EMBEDDED for cell in table["image"]]
     if any(carried) and pictures is not None:
         problems |= _mixed(table["image"], carried, places, problems)
+        outside = _outside(pictures, root)
+        for index in outside:
+            line = f"{places[index]} image: neither the file's bytes nor a file in {root}"
+            problems[index] = [*problems.get(index, ()), line]
         del table["image"]
         text = Dataset.from_dict(table, features=features(table))
         rows = concatenate_datasets([text, pictures], axis=1)
@@ -97,6 +103,18 @@ def _assemble(
     decode_all = len(rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
     found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
     return settle(rows, merged(problems, found, places), config.path, config.on_bad_rows)
+
+
+def _outside(pictures: Dataset, root: Path) -> list[int]:
+    """Rows whose cell has no bytes and names no file below the root: it could name any file."""
+    found = []
+    cells = (cell for table in batches(pictures) for cell in table.column("image").to_pylist())
+    for index, cell in enumerate(cells):
+        if cell is not None and not cell["bytes"]:
+            path = os.path.realpath(cell["path"] or "")
+            if not path.startswith(os.path.realpath(root) + os.sep):
+                found.append(index)
+    return found
 
 
 def _mixed(cells: list, carried: list[bool], places: list[str], known: Problems) -> Problems:
@@ -235,7 +253,7 @@ def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:
         if isinstance(kind, Image):
             rows = rows.cast_column(name, Image(decode=False))
         elif isinstance(kind, List) and isinstance(kind.feature, Image):
-            rows = rows.cast(rows.features | {name: List(Image(decode=False))})
+            rows = rows.cast(Features(rows.features | {name: List(Image(decode=False))}))
     return rows
 
 

@@ -114,6 +114,7 @@ def find_problems(
     preference: bool,
     images: bool,
     turns: bool = False,
+    unopened: Iterable[int] = (),
 ) -> Problems:
     """Everything wrong with a set's rows.
 
@@ -123,6 +124,7 @@ def find_problems(
         preference: Whether answers are expected.
         images: Decode every picture (a distinct file once).
         turns: Whether prompts may hold several turns.
+        unopened: Rows whose picture must not be opened: its path could name any file.
 
     Returns:
         Row number -> its lines, `FILE:ROW field: reason`.
@@ -145,7 +147,7 @@ def find_problems(
                 problems[index] += lines
         start += table.num_rows
     if images and "image" in rows.column_names:
-        for index, reason in _bad_images(rows):
+        for index, reason in _bad_images(rows, set(unopened)):
             problems[index].append(f"{where(index)} image: {reason}")
     return problems
 
@@ -180,13 +182,13 @@ def column(rows: Dataset, name: str) -> list:
     return [row[name] for table in tables for row, _ in decoded(table)]
 
 
-def _bad_images(rows: Dataset) -> Iterator[tuple[int, str]]:
+def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
     """Rows whose picture cannot be used, and why; a text-only record has none."""
     known: dict[bytes, str] = {}
     index = 0
     for table in batches(rows.select_columns(["image"])):
         for cell in table.column("image").to_pylist():
-            if cell is not None:
+            if cell is not None and index not in unopened:
                 content = cell["bytes"] or str(cell["path"]).encode()
                 key = hashlib.blake2b(content, digest_size=16).digest()
                 if key not in known:

@@ -116,7 +116,7 @@ def read_keyword_map(path: Path) -> dict[str, str]:
         raise InputError(f"missing keyword map {path}")
     try:
         lists = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(lists, dict) or not all(isinstance(v, str) for v in lists.values()):
         raise InputError(f"{path}: expected {{keyword: path}}")
@@ -131,7 +131,7 @@ def read_keyword_map(path: Path) -> dict[str, str]:
 def _read_list(path: Path) -> list:
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list of records, got {type(records).__name__}")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
@@ -120,6 +121,23 @@ def test_pictures_carried_by_the_data_keep_their_bytes(
     found = [r["image"] and r["image"]["bytes"] for r in load_preferences(own(path), "train")]
     middle = None if column == "images" else cells[1]["bytes"]
     assert found == [cells[0]["bytes"], middle, cells[2]["bytes"]]
+
+
+def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "private.png", tmp_path / "set"
+    (folder / "images").mkdir(parents=True)
+    for path in (outside, folder / "images/a.png"):
+        path.write_bytes(png())
+    cells = [{"bytes": None, "path": str(p)} for p in (folder / "images/a.png", outside)]
+    cells.append({"bytes": png((5, 5, 5)), "path": None})
+    texts = {c: [f"{c} {n}" for n in range(3)] for c in ("prompt", "chosen", "rejected")}
+    kinds = {c: Value("string") for c in texts} | {"image": Image(decode=False)}
+    rows = Dataset.from_dict(texts | {"image": cells}, features=Features(kinds))
+    pq.write_table(rows.data.table, folder / "train.parquet")
+    with pytest.raises(InputError) as caught:
+        load_preferences(own(folder / "train.parquet"), "train")
+    [line] = problems_of(caught.value)
+    assert "[train]:1 image: neither the file's bytes nor a file in" in line
 
 
 BAD = {
