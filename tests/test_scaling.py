@@ -72,6 +72,7 @@ def test_arms_are_trained_measured_kept_and_gathered(
     assert scaling.run_scaling(config, stage) == summary
 
 
+@pytest.mark.slow
 def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> None:
     config = smoke(QUICK | {"scaling.workers": 2}, run_name="r")
     stage = Run(config, root=tmp_path).stage("scaling")
