@@ -53,7 +53,8 @@ def test_answers_are_filtered_by_who_gave_them() -> None:
     assert all(r.startswith("Sure!") for r in bold["rejected"])
     counts = {
         name: len(load_preferences(config(answer_sources=("careful", name)), "train"))
-        for name in answerers[1:]
+        for name in answerers
+        if name != "careful"
     }
     assert sum(counts.values()) == pytest.approx(3180, abs=200), counts
     with pytest.raises(InputError, match="no answer by .'nobody'"):
