@@ -155,6 +155,10 @@ class RewardConfig:
     sft_coef: float = 0.0
     """Weight of the chosen answers' cross-entropy through the base's frozen language-model head: it
     keeps the hidden states those of a model that can name what it sees (Yang et al. 2024)."""
+    shift_px: int = 0
+    """Move each training picture by up to so many pixels either way, anew each time it is seen."""
+    mirror: bool = False
+    """Mirror half of the training pictures; not for pictures with writing."""
     seed_form: bool = False
     """The original's loss with an epsilon inside the logarithm; its gradient dies on bad pairs."""
     learning_rate: float = 3e-5
@@ -175,7 +179,7 @@ class RewardConfig:
     def __post_init__(self) -> None:
         _at_least(
             "reward", self, max_steps=0, per_device_batch_size=1, gradient_accumulation_steps=1,
-            num_epochs=0, center_coef=0, sft_coef=0, learning_rate=0, warmup_steps=0,
+            num_epochs=0, center_coef=0, sft_coef=0, shift_px=0, learning_rate=0, warmup_steps=0,
             weight_decay=0, max_length=0, save_steps=1,
         )  # fmt: skip
         if self.max_grad_norm <= 0:

@@ -19,6 +19,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
+from spavl_lib.data.augment import moved_pictures
 from spavl_lib.data.spavl import exchange_twins, load_preferences, load_truth, with_images_of
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
@@ -68,6 +69,8 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     ) -> Any:
         """Mean loss of the pairs; chosen rows come first, as the collator lays them."""
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
+        if model.training and (self.settings.shift_px or self.settings.mirror):
+            batch["pixel_values"] = self._moved(batch["pixel_values"])
         coef = self.settings.sft_coef
         if coef:
             mask = inputs["completion_mask"].clone()
@@ -94,6 +97,17 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
             ):
                 self.sums.setdefault(key, []).append(float(value))
         return (loss, {"scores": chosen}) if return_outputs else loss
+
+    def _moved(self, pixels: Tensor) -> Tensor:
+        """Training pictures moved; chosen and rejected of a pair keep one picture between them."""
+        place = f"{self.args.seed}/{self.state.global_step}"
+        half = moved_pictures(
+            pixels[: len(pixels) // 2],
+            [f"{place}/{row}" for row in self.row_ids],
+            shift_px=self.settings.shift_px,
+            mirror=self.settings.mirror,
+        )
+        return torch.cat([half, half])
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any

@@ -43,7 +43,7 @@ def rows_of(stage: Stage) -> list[dict]:
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(adapter)
+    config = settings(adapter, reward__shift_px=2, reward__mirror=True, reward__sft_coef=0.1)
     straight, expected = train(config, tmp_path / "straight")
     assert expected["steps"] == 6
     assert "tower" not in expected["trainable_parameters"]
