@@ -58,8 +58,11 @@ STAGE_MAKERS = {
 }
 # Stages a maker reads; the data are read by all, but nothing waits for their description.
 UPSTREAM = {
-    "ppo": ("reward",), "rloo": ("reward",), "inference": ("dpo",), "evaluation": ("inference",),
+    "ppo": ("reward",), "rloo": ("reward",), "inference": ("dpo", "ppo"),
+    "evaluation": ("inference",),
 }  # fmt: skip
+# Stages that take what there is: in a larger profile any of these before them is enough.
+ANY_OF = {"inference": ("dpo", "ppo", "rloo")}
 TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "rloo", "dpo")}
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
@@ -473,14 +476,15 @@ def _failing_line(error: Any) -> str:
 
 
 def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """Step and loss of the last line a trainer logged after `since`, for the progress bar."""
+    """What the last line a trainer logged after `since` says, for the progress bar."""
     try:
         if path.stat().st_mtime < since:
             return {}
         with path.open("rb") as handle:
             handle.seek(max(0, path.stat().st_size - 4096))
             row = json.loads(handle.read().splitlines()[-1])
-        return {key: row[key] for key in ("step", "loss") if key in row}
+        keys = {"step": "step", "loss": "loss", "objective/scores": "score", "objective/kl": "kl"}
+        return {name: row[key] for key, name in keys.items() if key in row}
     except (OSError, ValueError, IndexError, TypeError):
         return {}
 
@@ -590,6 +594,31 @@ def ensure(stage_name: str, config: Config) -> Stage:
     return stage
 
 
+def ensure_before(stage_name: str, config: Config) -> list[Stage]:
+    """The finished stages that a stage builds on.
+
+    A small profile makes all of them; in a larger one, inference answers with every model that is
+    trained, and stops only where none is.
+
+    Args:
+        stage_name: Such as "inference".
+        config: The notebook's.
+
+    Raises:
+        InputError: As `ensure`, of an earlier stage.
+    """
+    names = UPSTREAM.get(stage_name, ())
+    if stage_name in ANY_OF and config.profile not in SMALL_PROFILES:
+        done = [name for name in ANY_OF[stage_name] if Run(config).stage(name).done]
+        if not done:
+            commands = "".join(f"\n  {run_command(name, config)}" for name in names)
+            raise InputError(
+                f"{_short(Run(config).path)} holds no trained model yet; make one with:{commands}"
+            )
+        names = done
+    return [ensure(name, config) for name in names]
+
+
 def make(stage_name: str, config: Config) -> Stage:
     """A notebook's own stage, made in any profile; what it builds on must be there, or be small.
 
@@ -601,8 +630,7 @@ def make(stage_name: str, config: Config) -> Stage:
         InputError: As `ensure`, of an earlier stage.
     """
     stage = Run(config).stage(stage_name)
-    for name in UPSTREAM.get(stage_name, ()):
-        ensure(name, config)
+    ensure_before(stage_name, config)
     maker = STAGE_MAKERS[stage_name]
     _loaded(maker)(config, stage)
     if not stage.done:
@@ -613,6 +641,9 @@ def make(stage_name: str, config: Config) -> Stage:
 def _missing(stage: Stage) -> list[str]:
     """An unfinished stage and what it waits for, in the order to make them."""
     before = [stage.run.stage(name) for name in UPSTREAM.get(stage.name, ())]
+    if stage.name in ANY_OF:
+        made = any(stage.run.stage(name).done for name in ANY_OF[stage.name])
+        before = [] if made else before[:1]
     return [n for other in before if not other.done for n in _missing(other)] + [stage.name]
 
 

@@ -420,6 +420,8 @@ def test_ensure_makes_or_names_what_comes_before(runs: Path, makers: list[str]) 
     launch.ensure("evaluation", load_config("smoke"))
     assert [target.rsplit(":")[1] for target in makers] == [
         "train_dpo",
+        "train_reward",
+        "train_ppo",
         "make_inference_stage",
         "make_evaluation_stage",
     ]
@@ -447,10 +449,27 @@ def test_make_makes_its_own_stage_in_any_profile_but_not_what_comes_before(
     runs: Path, makers: list[str]
 ) -> None:
     config = load_config("colab")
-    with pytest.raises(InputError, match="spavl run dpo --profile colab"):
+    both = "spavl run dpo --profile colab\n  spavl run ppo --profile colab"
+    with pytest.raises(InputError, match=both):
         launch.make("inference", config)
+    with pytest.raises(InputError, match="spavl run reward --profile colab"):
+        launch.make("ppo", config)
     launch.make("dpo", config)
     assert launch.make("inference", config).done
+    assert [stage.name for stage in launch.ensure_before("inference", config)] == ["dpo"]
+
+
+def test_inference_takes_whichever_model_is_trained(runs: Path, makers: list[str]) -> None:
+    config = load_config("colab")
+    launch.make("reward", config)
+    launch.make("ppo", config)
+    assert [stage.name for stage in launch.ensure_before("inference", config)] == ["ppo"]
+    with pytest.raises(InputError) as caught:
+        launch.ensure("evaluation", config)
+    asked = [line.split()[2] for line in str(caught.value).splitlines()[1:]]
+    assert asked == ["inference", "evaluation"]
+    launch.make("dpo", config)
+    assert [stage.name for stage in launch.ensure_before("inference", config)] == ["dpo", "ppo"]
     assert len(makers) == 2
 
 

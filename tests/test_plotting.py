@@ -18,7 +18,7 @@ from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.plotting import training
 from spavl_lib.plotting.results import class_rates
 from spavl_lib.plotting.training import LivePlot, smooth
-from tests.report.synthetic import rate, training_rows, write_jsonl
+from tests.report.synthetic import ppo_rows, rate, training_rows, write_jsonl
 
 LEAVES = classes(3)
 
@@ -54,6 +54,8 @@ ALL = {
     "counts_by_type": lambda: plotting.plot_counts_by_type(["easy"] * 3 + ["hards"]),
     "lengths": lambda: plotting.plot_length_histogram([20, 21, 30], [10, 12, 14]),
     "margins": lambda: plotting.plot_margin_histogram([-1.0, 2.0, 3.0]),
+    "ppo": lambda: plotting.plot_training(ppo_rows(30)),
+    "calibration": lambda: plotting.plot_calibration([{"certainty": 0.9, "right": 0.8, "n": 9}]),
     "images": lambda: plotting.plot_image_grid([np.zeros((8, 8, 3), np.uint8)], ["black"]),
 }
 EMPTY = {
@@ -65,6 +67,7 @@ EMPTY = {
     "counts_by_type": lambda: plotting.plot_counts_by_type([]),
     "lengths": lambda: plotting.plot_length_histogram([], []),
     "margins": lambda: plotting.plot_margin_histogram([]),
+    "calibration": lambda: plotting.plot_calibration([]),
     "images": lambda: plotting.plot_image_grid([]),
 }
 
@@ -112,7 +115,9 @@ def test_training_panels_hold_the_logged_values(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "metrics.jsonl", rows)
     fig = plotting.plot_training(tmp_path / "metrics.jsonl")
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_title(loc="left")}
-    assert list(axes) == [title for title, _, _ in training.TRAINING_GROUPS]
+    logged = {key for row in rows for key in row}
+    drawn = [t for t, keys, _ in training.TRAINING_GROUPS if logged & set(keys)]
+    assert list(axes) == drawn and len(drawn) == 6
     loss = axes["Loss"]
     assert loss.get_xlabel() == "optimizer step" and loss.get_ylabel() == "nats a pair"
     points = loss.collections[0].get_offsets()
@@ -141,11 +146,41 @@ def test_non_finite_values_are_told_not_drawn() -> None:
 
 
 def test_other_numbers_get_panels_too() -> None:
-    rows = [{"step": s, "objective/kl": s, "note": "x", "time_s": s} for s in range(20)]
+    rows = [{"step": s, "made/up": s, "note": "x", "time_s": s} for s in range(20)]
     titles = [ax.get_title(loc="left") for ax in plotting.plot_training(rows).axes]
-    assert titles == ["objective/kl"]
-    chosen = plotting.plot_training(rows, [("KL", ["objective/kl"], "nats"), ("None", ["no"], "")])
+    assert titles == ["made/up"]
+    chosen = plotting.plot_training(rows, [("KL", ["made/up"], "nats"), ("None", ["no"], "")])
     assert chosen.axes[0].get_ylabel() == "nats" and "not logged" in _texts(chosen)
+
+
+def test_a_rollouts_panels_say_what_is_what() -> None:
+    """PPO's keys: every panel a name and a unit, spread as a band, two roles told apart."""
+    rows = ppo_rows(40)
+    fig = plotting.plot_training(rows)
+    axes = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_title(loc="left")}
+    assert len(axes) == 12 and "Price of KL" not in axes  # it is fixed
+    assert all(ax.get_ylabel() and ax.get_xlabel() == "rollout" for ax in axes.values())
+    assert not [title for title in axes if "/" in title]
+    score = axes["Score (band: one sd)"]
+    np.testing.assert_allclose(
+        score.collections[-1].get_offsets()[:, 1], [r["objective/scores"] for r in rows]
+    )
+    band = score.collections[0].get_paths()[0].get_extents()
+    assert band.height > 2 * min(r["objective/scores_std"] for r in rows)
+    for title in ("Tokens the clip acted on", "Gradient norm"):
+        assert [t.get_text() for t in axes[title].get_legend().get_texts()] == ["policy", "value"]
+    steered = [r | {"objective/kl_coef": 0.1 + r["step"] / 100} for r in rows]
+    assert "Price of KL" in _texts(plotting.plot_training(steered))
+
+
+def test_calibration_stands_where_its_bins_say() -> None:
+    bins = [{"certainty": 0.6, "right": 0.5, "n": 10}, {"certainty": 0.95, "right": 1.0, "n": 40}]
+    ax = plotting.plot_calibration(bins).axes[0]
+    line = ax.containers[0][0]
+    assert list(zip(*line.get_data(), strict=True)) == [(0.6, 0.5), (0.95, 1.0)]
+    assert {"10", "40"} <= {t.get_text() for t in ax.texts}
+    low, high = ax.containers[0][2][0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((0.2366, 0.7634), abs=1e-3)  # Wilson, 5 of 10
 
 
 def test_smoothing_keeps_straight_lines() -> None:

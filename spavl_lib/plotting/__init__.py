@@ -16,12 +16,18 @@ from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot
 from spavl_lib.plotting.scaling import plot_ablations, plot_scaling
 from spavl_lib.plotting.speed import plot_growth
 from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
-from spavl_lib.plotting.training import LivePlot, plot_margin_histogram, plot_training
+from spavl_lib.plotting.training import (
+    LivePlot,
+    plot_calibration,
+    plot_margin_histogram,
+    plot_training,
+)
 
 __all__ = [
     "LivePlot",
     "model_colours",
     "plot_ablations",
+    "plot_calibration",
     "plot_class_counts",
     "plot_counts_by_type",
     "plot_growth",

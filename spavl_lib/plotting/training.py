@@ -25,7 +25,7 @@ from spavl_lib.plotting.style import (
     rows_of,
     styled,
 )
-from spavl_lib.report.numbers import percent
+from spavl_lib.report.numbers import percent, share
 
 # Panels of the training figure: title, keys, y label. Keys that a file lacks are left out.
 TRAINING_GROUPS = (
@@ -33,12 +33,41 @@ TRAINING_GROUPS = (
     ("Reward margin (chosen − rejected)", ("rewards/margins",), "β × nats"),
     ("Pairs ranked rightly", ("rewards/accuracies",), "share"),
     ("Log-probability of the answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
-    ("Gradient norm", ("grad_norm",), ""),
-    ("Learning rate", ("learning_rate",), ""),
-)
+    ("Score (band: one sd)", ("objective/scores",), "reward model's score"),
+    ("KL to the reference", ("objective/kl",), "nats an answer"),
+    ("KL to the rollout's policy", ("policy/approxkl_avg",), "nats a token"),
+    ("Entropy of the next token", ("objective/entropy",), "nats a token"),
+    ("Answer length", ("response/length",), "tokens, EOS included"),
+    ("Finished, and empty", ("response/finished", "response/empty"), "share of answers"),
+    ("Tokens the clip acted on", ("policy/clipfrac_avg", "val/clipfrac_avg"), "share of tokens"),
+    ("Policy loss", ("loss/policy_avg",), "advantage × ratio"),
+    ("Value loss", ("loss/value_avg",), "half a squared score"),
+    ("Explained variance", ("val/explained_variance",), "share of the returns'"),
+    ("Price of KL", ("objective/kl_coef",), "score a nat"),
+    ("Cross-entropy of chosen answers", ("loss/sft_avg",), "nats a token"),
+    ("Reward of an answer (band: one sd)", ("reward",), "score less penalties"),
+    ("KL to the reference, a token", ("kl",), "nats a token"),
+    ("Mean answer length", ("completions/mean_length",), "tokens, EOS included"),
+    ("Cut off, and scored all alike", ("completions/clipped_ratio", "frac_reward_zero_std"),
+     "share of answers, prompts"),
+    ("Gradient norm", ("grad_norm", "grad_norm/policy", "grad_norm/value"), "before clipping"),
+    ("Learning rate", ("learning_rate",), "a step"),
+)  # fmt: skip
+# Logged, and told by another panel: not drawn by themselves.
+_TOLD_ELSEWHERE = {
+    "rewards/chosen", "rewards/rejected", "logits/chosen", "logits/rejected", "entropy",
+    "mean_token_accuracy", "objective/scores_std", "objective/rlhf_reward", "policy/entropy_avg",
+    "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
+}  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
-_EXACT = {"learning_rate"}  # no noise to smooth
-_MAX_PANELS, _MAX_POINTS = 12, 400
+_EXACT = {"learning_rate", "objective/kl_coef"}  # no noise to smooth
+_SHARES = (
+    "accuracies",
+    "response/finished",
+    "clipfrac",
+    "completions/clipped",
+)  # drawn from 0 to 1
+_MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
 
 
@@ -96,11 +125,14 @@ def _training_groups(rows: list[dict]) -> list[tuple[str, tuple[str, ...], str]]
     keys = _numeric_keys(rows)
     train = [k for k in keys if not k.startswith("eval_")]
     train += [k for k in (key.removeprefix("eval_") for key in keys) if k not in train]
-    known = {k for _, group, _ in TRAINING_GROUPS for k in group} | {
-        "rewards/chosen", "rewards/rejected", "logits/chosen", "logits/rejected", "entropy",
-        "mean_token_accuracy",
-    }  # fmt: skip
-    groups = [g for g in TRAINING_GROUPS if any(k in train for k in g[1])]
+    known = {k for _, group, _ in TRAINING_GROUPS for k in group} | _TOLD_ELSEWHERE
+    if len({row.get("objective/kl_coef") for row in rows}) == 1:
+        train = [k for k in train if k != "objective/kl_coef"]  # fixed: nothing to see
+    groups = []
+    for title, wanted, unit in TRAINING_GROUPS:
+        found = tuple(k for k in wanted if k in train)
+        if found:
+            groups.append((title, found, unit))
     groups += [(k, (k,), "") for k in dict.fromkeys(train) if k not in known]
     return groups[:_MAX_PANELS]
 
@@ -125,14 +157,16 @@ def plot_training(
     lines = max(1, math.ceil(len(groups) / columns))
     fig = new_figure(1.0 + 3.1 * columns, 0.4 + 2.3 * lines, title)
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
+    rollouts = any(key.startswith("objective/") for row in rows[:1] for key in row)
     for ax, (heading, keys, unit) in zip(axes, groups, strict=False):
         _training_panel(ax, rows, keys)
         ax.set_title(heading)
         ax.set_ylabel(unit)
-        ax.set_xlabel("optimizer step")
+        ax.set_xlabel("rollout" if rollouts else "optimizer step")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if any("accuracies" in key for key in keys):
             ax.axhline(0.5, color=MUTED, lw=1, ls=":")
+        if any(kind in key for key in keys for kind in _SHARES):
             ax.set_ylim(-0.03, 1.03)
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
@@ -141,13 +175,32 @@ def plot_training(
     return fig
 
 
+def _labels(keys: Sequence[str]) -> list[str]:
+    """The part of each key that tells it from the others."""
+    ends = [key.rsplit("/", 1)[-1] for key in keys]
+    if len(set(ends)) < len(ends):
+        ends = [key.split("/", 1)[0] for key in keys]
+    return ["value" if end == "val" else end for end in ends]
+
+
+def _band(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
+    """One standard deviation to either side, if it is logged as `KEY_std`."""
+    spread = {row["step"]: row[f"{key}_std"] for row in rows if row.get(f"{key}_std") is not None}
+    steps, values, _ = _series([row for row in rows if row.get("step") in spread], key)
+    if len(steps):
+        places, middle = smooth(steps, values)
+        reach = smooth(steps, np.array([spread[step] for step in steps]))[1]
+        ax.fill_between(places, middle - reach, middle + reach, color=colour, alpha=0.15, lw=0)
+
+
 def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
     drawn = bad = 0
-    for colour, key in zip(PALETTE, keys, strict=False):
-        label = key.rsplit("/", 1)[-1] if len(keys) > 1 else "training"
+    for colour, key, name in zip(PALETTE, keys, _labels(keys), strict=False):
+        label = name if len(keys) > 1 else "training"
         steps, values, broken = _series(rows, key)
         bad += broken
         if len(steps):
+            _band(ax, rows, key, colour)
             if key in _EXACT:
                 ax.plot(steps, values, color=colour, lw=1.8, label=label)
                 ax.yaxis.set_major_formatter("{x:g}")
@@ -202,6 +255,39 @@ def plot_margin_histogram(
     ax.set_ylabel("pairs")
     ax.legend()
     return fig
+
+
+@styled
+def plot_calibration(rows: Sequence[Mapping]) -> Figure:
+    """How often preferences of a certainty are right; on the diagonal, as often as they claim.
+
+    Args:
+        rows: Of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n` (pairs).
+    """
+    fig = new_figure(4.8, 4.4)
+    ax = fig.subplots()
+    ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="as sure as it is right")
+    if rows:
+        x, y = ([row[key] for row in rows] for key in ("certainty", "right"))
+        errors = np.array([_share_errors(row) for row in rows]).T
+        ax.errorbar(x, y, yerr=errors, fmt="o-", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
+                    markeredgecolor=PAPER, label="held-out pairs")  # fmt: skip
+        for row in rows:
+            ax.annotate(f"{row['n']}", (row["certainty"], row["right"]), (6, -10),
+                        textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+    else:
+        note(ax, "No pairs scored yet")
+    ax.set_xlim(0.48, 1.02)
+    ax.set_ylim(-0.03, 1.03)
+    ax.set_xlabel("certainty of the preference, σ(|margin|)")
+    ax.set_ylabel("share ranked rightly (numbers: pairs)")
+    ax.legend(loc="lower right")
+    return fig
+
+
+def _share_errors(row: Mapping) -> tuple[float, float]:
+    """Distance of a calibration bin's share from the ends of its 95 % interval."""
+    return share(round(row["right"] * row["n"]), row["n"]).errors
 
 
 class LivePlot:

@@ -6,7 +6,6 @@ trl computes the losses. Ours are the batch (BOS, EOS, one image slot), what tra
 that resume exactly, and the checks of the first steps.
 """
 
-import dataclasses
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
 )
 from spavl_lib.modelling.shared_prefix import apply_sharing
-from spavl_lib.run import Run, Stage, write_text
+from spavl_lib.run import Stage, write_text
 from spavl_lib.stop import stop_on_signals
 from spavl_lib.trainers.checkpointed import (
     CheckedMixin,
@@ -129,26 +128,6 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         save_trained(trainer.model, processor, stage, config, _card(config, summary))
     stage.finish(summary)
     return summary
-
-
-def train_contrast(config: Config, stage: Stage, name: str, **changes: Any) -> Stage:
-    """A short training with other settings, kept under `contrast/<name>/` of a stage.
-
-    Args:
-        config: Of the run; at most 40 steps of it are trained.
-        stage: The stage it is held against.
-        name: Folder of the contrast.
-        changes: Fields of `DPOConfig`.
-
-    Returns:
-        The contrast's own stage.
-    """
-    short = min(40, config.dpo.max_steps or 40)
-    dpo = dataclasses.replace(config.dpo, max_steps=short, warmup_steps=min(5, short), **changes)
-    other = dataclasses.replace(config, dpo=dpo, run_name=name)
-    contrast = Run(other, root=stage.path / "contrast").stage("dpo")
-    train_dpo(other, contrast)
-    return contrast
 
 
 def build_trainer(

@@ -59,6 +59,42 @@ def training_rows(steps: int = 160, eval_every: int = 40, seed: int = 0) -> list
     return rows
 
 
+def ppo_rows(steps: int = 60, seed: int = 0) -> list[dict]:
+    """PPO curves of a believable shape, with every key its trainer logs."""
+    rng, rows = random.Random(seed), []
+    for step in range(1, steps + 1):
+        grown = 1 - math.exp(-step / (steps / 4))
+        rows.append(
+            {
+                "step": step,
+                "objective/scores": -4 + 9 * grown + rng.gauss(0, 0.4),
+                "objective/scores_std": 5 - 3 * grown + 0.3 * rng.random(),
+                "objective/rlhf_reward": -4 + 8.5 * grown + rng.gauss(0, 0.4),
+                "objective/kl": 9 * grown + rng.gauss(0, 0.5),
+                "objective/entropy": 0.2 - 0.1 * grown + rng.gauss(0, 0.01),
+                "objective/kl_coef": 0.05,
+                "response/length": 16 + 2 * grown + rng.gauss(0, 0.5),
+                "response/finished": 1.0,
+                "response/empty": 0.0,
+                "val/explained_variance": 0.9 * grown + rng.gauss(0, 0.05),
+                "loss/policy_avg": rng.gauss(-0.02, 0.01),
+                "policy/clipfrac_avg": 0.05 + 0.02 * rng.random(),
+                "policy/approxkl_avg": 0.004 + 0.002 * rng.random(),
+                "policy/entropy_avg": 0.2 - 0.1 * grown,
+                "val/ratio": 1.0 + rng.gauss(0, 0.01),
+                "val/ratio_error": 0.1,
+                "loss/value_avg": 3 - 2 * grown + 0.2 * rng.random(),
+                "val/clipfrac_avg": 0.3 * rng.random(),
+                "grad_norm/policy": 1 + rng.random(),
+                "grad_norm/value": 3 - 2 * grown + rng.random(),
+                "learning_rate": 1e-4 * min(step / 10, 1),
+                "time_s": step * 3.1,
+                "peak_memory_gib": 0.9,
+            }
+        )
+    return rows
+
+
 def _request(name: str, leaf, number: int, rng: random.Random):
     world = load_world()
     concept = world.concepts[(leaf.risky if name == "harm" else leaf.safe)[number % 2]]
