@@ -456,6 +456,7 @@ def test_make_makes_its_own_stage_in_any_profile_but_not_what_comes_before(
         launch.make("ppo", config)
     launch.make("dpo", config)
     assert launch.make("inference", config).done
+    assert len(makers) == 2
     assert [stage.name for stage in launch.ensure_before("inference", config)] == ["dpo"]
 
 
@@ -470,7 +471,6 @@ def test_inference_takes_whichever_model_is_trained(runs: Path, makers: list[str
     assert asked == ["inference", "evaluation"]
     launch.make("dpo", config)
     assert [stage.name for stage in launch.ensure_before("inference", config)] == ["dpo", "ppo"]
-    assert len(makers) == 2
 
 
 def test_ensure_unknown_stage_names_the_nearest() -> None:

@@ -29,6 +29,7 @@ from spavl_lib.report.numbers import (
     read_metrics,
 )
 from spavl_lib.report.text import clean, short
+from spavl_lib.report.training import policy_page, reward_page
 from spavl_lib.run import write_text
 
 _HERE = Path(__file__).parent
@@ -84,7 +85,10 @@ def render(run_path: Path) -> str:
         results=_results(models),
         held_out=_held_out(models),
         checks=_checks(models),
-        reward=_reward(metrics.get("reward_model")),
+        reward=reward_page(
+            metrics.get("reward_model"), next(s for s in stages if s.name == "reward")
+        ),
+        policies=[page for page in map(policy_page, stages) if page],
         charts=_charts(metrics, models),
         classes=_classes(models),
         curves=[_curves(stage) for stage in stages if stage.rows],
@@ -186,13 +190,6 @@ def _checks(models: dict) -> list[tuple[str, Rate | None, Any]]:
     ]
 
 
-def _reward(found: Any) -> dict | None:
-    if not isinstance(found, dict):
-        return None
-    ece = found.get("ece")
-    return {"accuracy": rate(found, "pair_accuracy"), "ece": None if ece is None else f"{ece:.3f}"}
-
-
 def _charts(metrics: dict, models: dict) -> dict[str, str]:
     if not models:
         return {}
@@ -219,8 +216,9 @@ def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, 
 def _curves(stage: collect.StagePage) -> tuple[str, str, str]:
     """(stage, figure, its description in words)."""
     steps = [row["step"] for row in stage.rows if isinstance(row.get("step"), int | float)]
-    losses = [row["loss"] for row in stage.rows if isinstance(row.get("loss"), int | float)]
     words = f"Training curves of {stage.name} over {max(steps, default=len(stage.rows)):g} steps"
-    if losses:
-        words += f"; the loss goes from {losses[0]:.3g} to {losses[-1]:.3g}"
+    for key, name in (("loss", "loss"), ("objective/scores", "mean score"), ("reward", "reward")):
+        values = [row[key] for row in stage.rows if isinstance(row.get(key), int | float)]
+        if values and (key != "loss" or "reward" not in stage.rows[0]):
+            words += f"; the {name} goes from {values[0]:.3g} to {values[-1]:.3g}"
     return stage.name, svg_uri(plotting.plot_training(stage.rows)), words

@@ -17,7 +17,25 @@ from spavl_lib.errors import InputError
 from spavl_lib.report import collect, write_report
 from spavl_lib.report.headline import headlines
 from tests.report.conftest import Page
-from tests.report.synthetic import rate, training_rows, write_json, write_jsonl, write_stage
+from tests.report.synthetic import (
+    ppo_rows,
+    rate,
+    training_rows,
+    write_json,
+    write_jsonl,
+    write_stage,
+)
+
+REWARD = {
+    "pair_accuracy": rate(96, 100),
+    "twin_accuracy": rate(45, 50),
+    "twin_accuracy_exchanged": rate(2, 50),
+    "per_class1": {"violent harms": rate(4, 4)},
+    "per_question_type": {"easy": rate(30, 32)},
+    "ece": 0.0314,
+    "length_correlation": None,
+    "calibration": [{"certainty": 0.9, "right": 0.95, "n": 100}],
+}
 
 
 def report(run: Path) -> Page:
@@ -166,7 +184,35 @@ def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
     page = report(run)
     assert "tuned took the unsafe rate from 98.0 % to 10.0 %" in page.text
     assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
-    assert "Ranks 90.0 % of held-out pairs rightly (90/100" in page.text and "0.031" in page.text
+    assert "Ranks 90.0 % of held-out pairs rightly (90/100" in page.text
+
+
+def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
+    """From metrics.json and the stages' files alone."""
+    run = with_metrics(tmp_path, {"base": {"unsafe_rate": rate(49, 50)}}, reward_model=REWARD)
+    samples = [{"chosen_score": 2.0 * s, "rejected_score": 1.0} for s in range(20)]
+    write_jsonl(run / "reward" / "samples.jsonl", samples)
+    write_jsonl(run / "ppo" / "metrics.jsonl", ppo_rows(40))
+    page = report(run)
+    for words in (
+        "Ranks 96.0 % of held-out pairs rightly (96/100",
+        "expected calibration error 0.0314, rank correlation of margin and length –",
+        "Twins, both ranked rightly 90.0 % 45/50",
+        "Twins, pictures exchanged 4.0 % 2/50",
+        "Violent harms 100.0 % 4/4",
+    ):
+        assert words in page.text, words
+    charts = [a["alt"] for a in page.all("img")]
+    assert any("certainty of the preference" in alt for alt in charts)
+    assert any("Histogram of the margins" in alt for alt in charts)
+    (curves,) = [alt for alt in charts if "Training curves of ppo over 40 steps" in alt]
+    rows = ppo_rows(40)
+    first, last = rows[0]["objective/scores"], rows[-1]["objective/scores"]
+    assert f"the mean score goes from {first:.3g} to {last:.3g}" in curves
+    assert "PPO in numbers: the first and the last 4 of 40 steps" in page.text
+    kl = [sum(r["objective/kl"] for r in part) / 4 for part in (rows[:4], rows[-4:])]
+    assert f"KL to the reference nats an answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
+    assert "Gradient norm: grad norm value before clipping" in page.text
 
 
 def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""The report's sections on training: the reward model, and policies trained against one."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from spavl_lib import plotting
+from spavl_lib.data.taxonomy import display
+from spavl_lib.plotting.training import TRAINING_GROUPS
+from spavl_lib.report.charts import svg_uri
+from spavl_lib.report.collect import StagePage
+from spavl_lib.report.numbers import MISSING, Rate, rate
+from spavl_lib.report.text import short
+from spavl_lib.run import read_jsonl
+
+REWARD_RATES = (
+    ("pair_accuracy", "Held-out pairs ranked rightly", "chosen scored above rejected"),
+    ("twin_accuracy", "Twins, both ranked rightly",
+     "the same two answers over two pictures, each preferred once: only looking gets both"),
+    ("twin_accuracy_exchanged", "Twins, pictures exchanged",
+     "the same by the old truth: near 0 for a model that looks"),
+    ("exchanged", "Pairs over another row's picture", "what the words alone decide"),
+    ("longer_is_better", "Preferring the longer answer", "what length alone would score"),
+)  # fmt: skip
+POLICY_STAGES = ("ppo", "rloo")
+_GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
+
+
+def reward_page(found: Any, stage: StagePage) -> dict | None:
+    """The reward model's section: rates, calibration, margins; None if it was not measured.
+
+    Args:
+        found: `reward_model` of metrics.json.
+        stage: The stage that trained it, for the scores of held-out pairs.
+    """
+    if not isinstance(found, Mapping):
+        return None
+    charts = {}
+    if isinstance(found.get("calibration"), list) and found["calibration"]:
+        charts["calibration"] = svg_uri(plotting.plot_calibration(found["calibration"]))
+    margins = [
+        row["chosen_score"] - row["rejected_score"]
+        for row in read_jsonl(stage.path / "samples.jsonl")
+        if isinstance(row, dict) and {"chosen_score", "rejected_score"} <= row.keys()
+    ]
+    if margins:
+        charts["margins"] = svg_uri(plotting.plot_margin_histogram(margins))
+    return {
+        "accuracy": rate(found, "pair_accuracy"),
+        "ece": _number(found.get("ece")),
+        "length_correlation": _number(found.get("length_correlation")),
+        "rates": [(title, rate(found, key), words) for key, title, words in REWARD_RATES],
+        "groups": [(title, _parts(found[key])) for key, title in _GROUPS.items() if found.get(key)],
+        "charts": charts,
+    }
+
+
+def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
+    return [(short(display(name)), rate(cell)) for name, cell in rates.items()]
+
+
+def policy_page(stage: StagePage) -> dict | None:
+    """What a stage that learns from scores logged, first tenth beside last; None if nothing."""
+    if stage.name not in POLICY_STAGES or not stage.rows:
+        return None
+    count = max(1, len(stage.rows) // 10)
+    lines = []
+    for title, keys, unit in TRAINING_GROUPS:
+        for key in keys:
+            first, last = (_mean(part, key) for part in (stage.rows[:count], stage.rows[-count:]))
+            if first is not None or last is not None:
+                role = "" if len(keys) == 1 else key.replace("/", " ").replace("_avg", "")
+                name = title.partition(" (")[0] + (f": {role}" if role else "")
+                lines.append((name, unit, _number(first), _number(last)))
+    return {"name": stage.name, "steps": len(stage.rows), "tenth": count, "lines": lines}
+
+
+def _mean(rows: list[dict], key: str) -> float | None:
+    values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+    values = [v for v in values if math.isfinite(v)]
+    return sum(values) / len(values) if values else None
+
+
+def _number(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, int | float) else MISSING
