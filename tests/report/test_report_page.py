@@ -149,7 +149,7 @@ def test_sequences_and_strange_names_survive_the_command() -> None:
 def test_provenance_tells_settings_and_state(page: Page) -> None:
     assert "dpo.beta 0.2 0.1" in page.text
     assert "e4e029d3e4" in page.text and "uncommitted changes" in page.text
-    assert "Not run: reward, ppo, scaling." in page.text
+    assert "Not run: reward, ppo, rloo, scaling." in page.text
     assert "4 min 31 s" in page.text and "1.53 GiB" in page.text
 
 
@@ -212,7 +212,7 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     assert "PPO in numbers: the first and the last 4 of 40 steps" in page.text
     kl = [sum(r["objective/kl"] for r in part) / 4 for part in (rows[:4], rows[-4:])]
     assert f"KL to the reference nats an answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
-    assert "Gradient norm: grad norm value before clipping" in page.text
+    assert "Gradient norm: grad_norm value before clipping" in page.text
 
 
 def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:
