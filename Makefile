@@ -1,6 +1,6 @@
 # From nothing but Python 3.11 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test check format lab clean
+.PHONY: help setup demo scaling test soak check format lab clean
 
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -32,6 +32,9 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 
 test: check  ## lint, then all tests, with every notebook in the smoke profile
 	$(BIN)/python -m pytest
+
+soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md
+	$(BIN)/python -m tests.reliability.soak
 
 check: setup  ## lint and format of code and notebooks; notebooks without outputs
 	$(BIN)/ruff check

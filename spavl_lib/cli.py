@@ -146,17 +146,49 @@ def train(
 
 
 @app.command()
+def rerun(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
+    stage: Annotated[
+        list[str] | None,
+        typer.Option("--stage", help="Only this stage. Repeatable.", show_default="all finished"),
+    ] = None,
+    check: Annotated[
+        str,
+        typer.Option(
+            help="exact: make the stages again and compare every number; conditions: only look "
+            "whether code, versions, data, model and machine are as they were."
+        ),
+    ] = "exact",
+) -> None:
+    """Make a run again from its manifests, and compare: on a CPU every bit must come again.
+
+    Names what is not as it was then, and what came out otherwise. Exits with 1 if a result differs
+    or a record was changed.
+
+    \b
+    Examples:
+      spavl rerun demo
+      spavl rerun runs/demo --stage dpo
+      spavl rerun runs/demo --check conditions
+    """
+    from spavl_lib import rerun as again
+
+    if check not in ("exact", "conditions"):
+        raise InputError(f"--check {check!r}: expected exact or conditions")
+    found = again.rerun(_run_path(run), only=tuple(stage or ()), check=check, say=typer.echo)
+    if not found["equal"]:
+        raise typer.Exit(1)
+    typer.echo("equal" if check == "exact" else "the records hold")
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
     from spavl_lib import launch
 
-    path = Path(run) if Path(run).is_dir() else runs_root() / run
-    if not path.is_dir():
-        known = sorted(p.name for p in runs_root().glob("*/") if not p.name.startswith("."))
-        there = f"there are: {', '.join(known)}" if known else "there are none yet"
-        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({there})")
+    path = _run_path(run)
     from spavl_lib.report import write_report
 
     write_report(path)
@@ -382,6 +414,20 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
         parsed[key] = value.strip()
     return parsed
+
+
+def _run_path(run: str) -> Path:
+    """A run's folder from its path or name.
+
+    Raises:
+        InputError: It is neither; names the runs there are.
+    """
+    path = Path(run) if Path(run).is_dir() else runs_root() / run
+    if not path.is_dir():
+        known = sorted(p.name for p in runs_root().glob("*/") if not p.name.startswith("."))
+        there = f"there are: {', '.join(known)}" if known else "there are none yet"
+        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({there})")
+    return path
 
 
 def _allow(fields: list[str] | None) -> None:

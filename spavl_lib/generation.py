@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from spavl_lib.config import Config, GenerationConfig
 from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.spavl import eval_sets, load_prompts
 from spavl_lib.errors import Preempted
 from spavl_lib.generation_vllm import VLLMModel
-from spavl_lib.modelling.load import load_policy, load_processor, weights_sha256
+from spavl_lib.modelling.load import load_policy, load_processor, model_hashes
 from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.run import Stage, read_jsonl, write_json, write_text
 from spavl_lib.stop import stop_on_signals
@@ -159,19 +160,22 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
     """
     trained = {n: stage.run.stage(n) for n in TRAINED if stage.run.stage(n).done}
     models = {"base": None} | {n: s.path / "model" for n, s in trained.items()}
-    inputs = {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
-    # Done only for these very weights: a model trained anew wants new answers.
+    names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
+    asked = source_hashes(config.data, names) | {
+        f"model/{name}": digest for name, digest in model_hashes(config.model).items()
+    }
+    inputs = asked | {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
+    # Done only for these very weights and prompts: a model trained anew wants new answers.
     if stage.done and stage.summary["models"] == list(models) and stage.summary["inputs"] == inputs:
         stage.check_config()
         return stage.summary
-    names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
     summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
-    with stage.work(inputs), stop_on_signals() as flag:
+    with stage.work(inputs, renew=True), stop_on_signals() as flag:
         processor = load_processor(config.model)
         sets = {name: load_prompts(config.data, name) for name in names}
         for label, folder in models.items():
             marker = stage.path / label / "weights.json"
-            weights = {"weights": inputs.get(f"{label}/weights", weights_sha256(config.model))}
+            weights = {"weights": inputs.get(f"{label}/weights"), "asked": asked}
             if not marker.is_file() or json.loads(marker.read_text()) != weights:
                 for old in (stage.path / label).glob("*.jsonl*"):
                     old.unlink()

@@ -197,13 +197,17 @@ class Stage:
 
     @contextlib.contextmanager
     def work(
-        self, inputs: dict[str, str] | Callable[[], dict[str, str]] | None = None
+        self,
+        inputs: dict[str, str] | Callable[[], dict[str, str]] | None = None,
+        *,
+        renew: bool = False,
     ) -> Iterator["Stage"]:
         """Hold the stage for this process; time it, and seal its manifest when the work ends.
 
         Args:
             inputs: Name -> sha256 of what the stage reads. Given as a function, it is asked again
                 at the end: what changed meanwhile was not what the result rests on.
+            renew: The maker itself makes anew what changed inputs leave stale.
 
         Raises:
             BusyError: A live process holds it.
@@ -216,7 +220,8 @@ class Stage:
             try:
                 named = inputs() if callable(inputs) else dict(inputs or {})
                 self.check_config()
-                self.check_inputs(named)
+                if not renew:
+                    self.check_inputs(named)
                 self._open_manifest(named)
             except BaseException:
                 if not self.begun:

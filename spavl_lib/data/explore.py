@@ -1,5 +1,6 @@
 """The data stage: what the rows are, counted, before anything is trained on them."""
 
+import functools
 import hashlib
 import math
 from collections import Counter, defaultdict
@@ -11,6 +12,7 @@ from datasets import Dataset
 from spavl_lib.config import Config
 from spavl_lib.data.collate import pair_lengths
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
+from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.join import unmatched, unmatched_rows
 from spavl_lib.data.schema import Loaded, column
 from spavl_lib.data.spavl import eval_sets, load_prompts, read_preferences
@@ -190,10 +192,12 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
     Returns:
         The summary.
     """
+    inputs = functools.partial(source_hashes, config.data, ("train", "validation"))
     if stage.done:
         stage.check_config()
+        stage.check_inputs(inputs())
         return stage.summary
-    with stage.work():
+    with stage.work(inputs):
         loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
         summary: dict = {
             name: describe(part) | {"sha256": data_sha256(part.rows)}

@@ -1,5 +1,6 @@
 """Hashes of the data a stage reads: of its files, cheaply, and of its rows, to say what changed."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -29,13 +30,15 @@ def source_sha256(config: DataConfig, split: str) -> str:
     Raises:
         InputError: The folder or its keyword map is not there.
     """
-    folder = folder_of(config)
     if config.source == "seed_json" and split in seed_json.MAPS:
-        files: Iterable[Path] = _listed(folder, split, config)
+        files: Iterable[Path] = _listed(folder_of(config), split, config)
     else:
-        base = split.removesuffix("_exchanged")
-        fallback = (f"test/{base}-*.parquet", f"test_twemoji/{base.partition('_')[0]}-*.parquet")
-        files = sorted(p for pattern in PATTERNS.get(split, fallback) for p in folder.glob(pattern))
+        # The original's layout has no evaluation prompts: mini's stand in.
+        mini = config.source == "seed_json"
+        folder = folder_of(dataclasses.replace(config, source="mini", path="") if mini else config)
+        base, twemoji, _ = split.removesuffix("_exchanged").partition("_twemoji")
+        patterns = PATTERNS.get(split, (f"test{twemoji}/{base}-*.parquet",))
+        files = sorted(p for pattern in patterns for p in folder.glob(pattern))
     digest = hashlib.sha256()
     for path in files:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode("utf-8", "surrogateescape"))

@@ -35,7 +35,7 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
         stage.check_config()
         write_metrics(stage.run)
         return stage.summary
-    with stage.work(inputs):
+    with stage.work(inputs, renew=True):
         judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
         by_model = {}
         for model in models:

@@ -6,6 +6,7 @@ trl computes the losses. Ours are the batch (BOS, EOS, one image slot), what tra
 that resume exactly, and the checks of the first steps.
 """
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -103,9 +104,10 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         parts = assert_freeze_plan(trainer.model, config.model)
         check_rows_fit(trainer, train_rows, processor)
         ckpt.check_room(trainer.checkpoints, trainer.model)
+        lora = trainer.ref_model is None
         trainer.reference = reference_probe(
-            trainer.ref_model or trainer.model, processor, train_rows,
-            adapters=trainer.ref_model is None,
+            trainer.model if lora else trainer.ref_model, processor, train_rows,
+            playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
         )  # fmt: skip
         if config.dpo.cache_reference:
             use_cached_reference(trainer, config, stage, processor)

@@ -51,6 +51,7 @@ from spavl_lib.objectives.ppo import (
 )
 from spavl_lib.run import Stage, peak_memory_gib, read_jsonl
 from spavl_lib.stop import StopFlag, stop_on_signals
+from spavl_lib.trainers import checkpointed
 from spavl_lib.trainers.checkpointed import (
     inputs_with_reward,
     note_rows,
@@ -59,6 +60,7 @@ from spavl_lib.trainers.checkpointed import (
 )
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.guards import Movement, gate_gradients, gate_loss, gate_weights
+from spavl_lib.trainers.probe import check_reference_unmoved, reference_probe
 from spavl_lib.trainers.rollout import (
     Prompt,
     Rollout,
@@ -144,7 +146,8 @@ class PPOTrainer:
             target=self.settings.kl_target,
             horizon=self.settings.kl_horizon,
         )
-        self.step = 0
+        self.step, self.saved = 0, time.monotonic()
+        self.reference: dict | None = None
         self.log_rows: list[dict] = []
         self.dtype = compute_dtype()
         self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
@@ -194,6 +197,8 @@ class PPOTrainer:
 
     def train(self, live: Any = None) -> None:
         """All steps that are left."""
+        vlm, playing = self.model.vlm_of("reference"), self.model.playing("reference")
+        self.reference = reference_probe(vlm, self.processor, self.rows, playing=playing)
         self._resume()
         movement = None if self.step else Movement(self.model)
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
@@ -216,7 +221,8 @@ class PPOTrainer:
                     if self.step == 3:
                         movement.check(self.model)
                     movement = None
-                if self.step % self.settings.save_steps == 0 or self.step == self.total_steps:
+                due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
+                if due or time.monotonic() - self.saved > checkpointed.LONGEST_UNSAVED_S:
                     self._save()
         if live and self.log_rows:
             live.update(self.log_rows, force=True)
@@ -600,8 +606,10 @@ class PPOTrainer:
                 "scaler": self.scaler.state_dict(),
                 "kl": self.kl.state_dict(),
                 "rng": rng_plain,
+                "reference": self.reference,
             },
         )
+        self.saved = time.monotonic()
 
     def _resume(self) -> None:
         newest, skipped = ckpt.latest_checkpoint(self.stage.path / "checkpoints")
@@ -609,6 +617,8 @@ class PPOTrainer:
             warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
         if newest:
             state = ckpt.load_state(newest)
+            changed = [k for k in self.stage.allowed if k.startswith(("data/", "model/"))]
+            check_reference_unmoved(state.get("reference"), self.reference, waived=bool(changed))
             ckpt.load_trainable(self.model, ckpt.load_tensors(newest, "trainable"), newest)
             tensors = ckpt.load_tensors(newest, "optimizer")
             ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])

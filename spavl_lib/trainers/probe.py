@@ -21,7 +21,11 @@ IMAGE_EFFECT = 1e-3  # nats; blanking a picture moves a model that looks by tent
 
 @torch.no_grad()
 def reference_probe(
-    model: nn.Module, processor: ProcessorMixin, rows: Dataset, *, adapters: bool
+    model: nn.Module,
+    processor: ProcessorMixin,
+    rows: Dataset,
+    *,
+    playing: contextlib.AbstractContextManager,
 ) -> dict[str, list]:
     """Log-probabilities of eight pairs under the reference, one pair at a time.
 
@@ -29,7 +33,7 @@ def reference_probe(
         model: The reference, or the policy whose base it is.
         processor: Its processor.
         rows: Training rows; eight spread evenly over them are taken.
-        adapters: Whether the reference is `model` with its adapters off.
+        playing: Within it `model` is the reference, such as `model.disable_adapter()`.
 
     Returns:
         `ids`, and `logps` in nats, chosen and rejected of each pair.
@@ -40,10 +44,9 @@ def reference_probe(
     picked = [rows[i] for i in range(0, len(rows), max(1, len(rows) // PROBE_ROWS))][:PROBE_ROWS]
     collate, device = PreferenceCollator(processor), next(model.parameters()).device
     training, logps, effects = model.training, [], []
-    off = model.disable_adapter() if adapters else contextlib.nullcontext()
     model.eval()
     try:
-        with off:
+        with playing:
             for row in picked:
                 batch = {k: v.to(device) for k, v in collate([row]).items()}
                 values = _logps(model, batch)

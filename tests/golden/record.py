@@ -1,25 +1,34 @@
-"""Golden trajectories: `python -m tests.golden.record dpo` writes the numbers a test holds on to.
+"""Golden trajectories: what a test holds on to, step by step.
 
-To be recorded anew only where numbers are meant to move; the commit says why.
+    python -m tests.golden.record dpo_lora --reason "cosine instead of linear: docs/log.md, ..."
+
+To be recorded anew only where numbers are meant to move: without a reason nothing is written, and
+the reasons stay in the file.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import tempfile
+import time
 from pathlib import Path
 
-from spavl_lib.config import load_config
+import torch
+
+from spavl_lib import launch, provenance
+from spavl_lib.config import Config, load_config
 from spavl_lib.modelling.load import weights_sha256
 from spavl_lib.run import Run, read_jsonl
-from spavl_lib.trainers.dpo import train_dpo
 
 FOLDER = Path(__file__).parent
-STEPS = 10
-OVERRIDES = {"dpo": {"dpo.max_steps": STEPS, "dpo.save_steps": STEPS, "dpo.warmup_steps": 2,
-                     "dpo.learning_rate": 1e-3}}  # fmt: skip
-KEPT = ("loss", "grad_norm")
+STEPS = 50
+# One line an algorithm: its trainer, and what is set over the smoke profile.
+OVERRIDES = {
+    "reward": ("reward", {"model.adapter": "lora"}),
+    "dpo_lora": ("dpo", {"model.adapter": "lora"}),
+    "dpo_full": ("dpo", {"model.adapter": "full"}),
+    "ppo": ("ppo", {"ppo.rollout_batch_size": 4, "ppo.max_new_tokens": 12, "ppo.save_steps": 50}),
+}
+KEPT = ("loss", "grad_norm", "objective/scores", "objective/kl", "loss/policy_avg")
 
 
 def path_of(name: str) -> Path:
@@ -27,35 +36,70 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name}.json"
 
 
+def config_of(name: str) -> Config:
+    """What is trained for it: 50 steps of 2 pairs, or as many rollouts."""
+    kind, more = OVERRIDES[name]
+    section = {"max_steps": STEPS, "save_steps": STEPS, "per_device_batch_size": 2}
+    section |= {"warmup_steps": 5, "learning_rate": 2e-4}
+    sets = {"data.train_rows": 32, "data.validation_rows": 4}
+    sets |= {f"{kind}.{k}": v for k, v in section.items()} | more
+    return load_config("smoke", sets, seed=0, run_name="golden")
+
+
+def conditions() -> dict:
+    """What must be equal for bits to be: versions, processor, threads."""
+    machine = provenance.machine()
+    keys = ("architecture", "cpu", "cpu_flags_sha256", "num_threads", "gpu")
+    return {"versions": provenance.versions()} | {k: machine[k] for k in keys}
+
+
 def trajectory(name: str, root: Path) -> dict:
-    """Run a trainer at smoke scale: its kept numbers by step, and what they rest on.
+    """Train: the kept numbers by step, and what they rest on.
 
     Raises:
         KeyError: `name` is no trainer that is recorded.
     """
-    config = load_config("smoke", OVERRIDES[name], seed=0, run_name="golden")
-    stage = Run(config, root=root).stage(name)
-    {"dpo": train_dpo}[name](config, stage)
-    rows = [row for row in read_jsonl(stage.metrics_path) if "loss" in row]
-    packages = ("torch", "transformers", "trl", "peft", "accelerate", "numpy", "pillow")
+    torch.set_num_threads(1)  # as many on every machine
+    config, kind = config_of(name), OVERRIDES[name][0]
+    run = Run(config, root=root)
+    if kind == "ppo":
+        short = load_config("smoke", {"reward.max_steps": 2}, seed=0, run_name="golden")
+        launch._loaded(launch.TRAINERS["reward"])(short, Run(short, root=root).stage("reward"))
+    launch._loaded(launch.TRAINERS[kind])(config, run.stage(kind))
+    rows = read_jsonl(run.stage(kind).metrics_path)
+    rows = [row for row in rows if any(k in row for k in KEPT)]
     return {
-        "overrides": OVERRIDES[name],
+        "config": config.to_dict(),
         "inputs": weights_sha256(config.model),
-        "versions": {p: importlib.metadata.version(p) for p in packages},
-        "machine": platform.machine(),
-        **{key: [row[key] for row in rows] for key in KEPT},
+        "conditions": conditions(),
+        "steps": {k: [r[k] for r in rows if k in r] for k in KEPT if any(k in r for r in rows)},
+        "row_ids": [r["row_ids"] for r in rows if "row_ids" in r],
+        "weights_sha256": run.stage(kind).summary["weights_sha256"],
     }
+
+
+def record(name: str, reason: str) -> Path:
+    """Train, and write the recording with the reason for it."""
+    with tempfile.TemporaryDirectory() as root:
+        page = trajectory(name, Path(root))
+    path = path_of(name)
+    before = json.loads(path.read_text(encoding="utf-8"))["reasons"] if path.is_file() else []
+    page["reasons"] = [*before, f"{time.strftime('%Y-%m-%d')}: {reason}"]
+    page["sealed"] = provenance.canonical_sha256(page)
+    path.write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
+    return path
 
 
 def main() -> None:
     """Record."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("name", choices=sorted(OVERRIDES))
-    name = parser.parse_args().name
-    with tempfile.TemporaryDirectory() as root:
-        page = trajectory(name, Path(root))
-    path_of(name).write_text(json.dumps(page, indent=1) + "\n", encoding="utf-8")
-    print(f"{path_of(name)}: {STEPS} steps")
+    parser.add_argument("names", nargs="+", choices=sorted(OVERRIDES))
+    parser.add_argument("--reason", required=True, help="why the numbers move; kept in the file")
+    words = parser.parse_args()
+    if len(words.reason.split()) < 3:
+        parser.error("--reason: say in a few words why the numbers move")
+    for name in words.names:
+        print(f"{record(name, words.reason)}: {STEPS} steps")
 
 
 if __name__ == "__main__":

@@ -1,32 +1,55 @@
-"""Recorded trajectories: a change of numbers must be a decision, not a surprise."""
+"""Recorded trajectories: a change of numbers must be a decision, not a surprise.
+
+On the machine and versions that recorded them every number must come again exactly; elsewhere,
+where a processor may sum in another order, within a tolerance and without leaning to one side.
+"""
 
 import json
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.golden.record import KEPT, OVERRIDES, STEPS, path_of, trajectory
+from spavl_lib import provenance
+from tests.golden.record import OVERRIDES, STEPS, conditions, path_of, trajectory
 
-MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-4, 1e-5
+MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-3, 1e-4
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", sorted(OVERRIDES))
 def test_the_recorded_steps_come_again(name: str, tmp_path: Path) -> None:
-    if not path_of(name).is_file():
-        pytest.skip(f"not recorded yet: python -m tests.golden.record {name}")
     recorded = json.loads(path_of(name).read_text(encoding="utf-8"))
-    again = trajectory(name, tmp_path)
-    hint = f"meant? then: python -m tests.golden.record {name}, and say why in the commit"
-    for field in ("overrides", "inputs"):
+    threads = torch.get_num_threads()
+    try:
+        again = json.loads(json.dumps(trajectory(name, tmp_path)))
+        exact = conditions() == recorded["conditions"]
+    finally:
+        torch.set_num_threads(threads)
+    hint = f"meant? then: python -m tests.golden.record {name} --reason ..., and say so in the log"
+    for field in ("config", "inputs", "row_ids"):
         assert again[field] == recorded[field], f"{field} changed; {hint}"
-    for key in KEPT:
-        old, new = recorded[key], again[key]
+    assert again["steps"].keys() == recorded["steps"].keys()
+    for key, old in recorded["steps"].items():
+        new = again["steps"][key]
         assert len(old) == len(new) == STEPS
-        assert statistics.pstdev(old) > 100 * MAX_DIFFERENCE  # a flat line would prove nothing
+        assert statistics.pstdev(old) > 10 * MAX_DIFFERENCE  # a flat line would prove nothing
         differences = [b - a for a, b in zip(old, new, strict=True)]
-        moved = f"{key} moved by {max(map(abs, differences))}, recorded with " \
-            f"{recorded['versions']}, now {again['versions']}; {hint}"  # fmt: skip
-        assert max(map(abs, differences)) <= MAX_DIFFERENCE, moved
-        assert abs(statistics.mean(differences)) <= MEAN_DIFFERENCE, moved
+        first = next((n for n, d in enumerate(differences, 1) if d), None)
+        if exact:
+            assert first is None, f"{key} differs from step {first} on; {hint}"
+        largest = max(map(abs, differences))
+        assert largest <= MAX_DIFFERENCE * max(1, *map(abs, old)), f"{key} by {largest}; {hint}"
+        scale = max(1, statistics.mean(map(abs, old)))
+        assert abs(statistics.mean(differences)) <= MEAN_DIFFERENCE * scale, f"{key} leans; {hint}"
+    if exact:
+        assert again["weights_sha256"] == recorded["weights_sha256"], hint
+
+
+@pytest.mark.parametrize("name", sorted(OVERRIDES))
+def test_a_recording_was_written_by_the_recorder_and_says_why(name: str) -> None:
+    page = json.loads(path_of(name).read_text(encoding="utf-8"))
+    assert page.pop("sealed") == provenance.canonical_sha256(page), "edited by hand"
+    assert page["reasons"] and all(len(r.split()) > 3 for r in page["reasons"])
+    assert all(len(values) == STEPS for values in page["steps"].values())

@@ -21,6 +21,10 @@ ALGORITHMS = {
     "reward": ("reward", {"model.adapter": "lora"}),
     "dpo_lora": ("dpo", {"model.adapter": "lora"}),
     "dpo_full": ("dpo", {"model.adapter": "full"}),
+    "ppo": (
+        "ppo",
+        {"ppo.rollout_batch_size": 4, "ppo.max_new_tokens": 8, "ppo.learning_rate": 1e-4},
+    ),
 }
 
 
@@ -148,6 +152,8 @@ def cases(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     def get(name: str) -> Case:
         if name not in made:
             case = Case(name, rows, tmp_path_factory.mktemp(name))
+            if case.kind == "ppo":
+                case.sets["ppo.reward_model"] = str(get("reward").stage("straight") / "model")
             began = time.monotonic()
             child = case.start("straight")
             assert child.wait() == 0, child.said[-3000:]

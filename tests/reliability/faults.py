@@ -88,13 +88,14 @@ def kill_in(phase: str) -> None:
     patch(name, dying)
 
 
-# Phase -> module, and the dotted name in it that runs then.
+# Phase -> module, and the dotted name in it that runs then; {kind} is the trainer, {gates} where
+# its gates are looked up.
 PHASES = {
     "hashing": ("spavl_lib.provenance", "environment"),
     "data": ("spavl_lib.trainers.{kind}", "load_preferences"),
     "build": ("spavl_lib.trainers.{kind}", "build_trainer"),
-    "forward": ("spavl_lib.trainers.checkpointed", "gate_loss"),
-    "backward": ("spavl_lib.trainers.checkpointed", "gate_gradients"),
+    "forward": ("spavl_lib.trainers.{gates}", "gate_loss"),
+    "backward": ("spavl_lib.trainers.{gates}", "gate_gradients"),
     "optimizer": ("torch.optim", "AdamW.step"),
     "logging": ("spavl_lib.run", "Stage.log"),
     "save": ("spavl_lib.checkpoint", "save_file"),
@@ -102,8 +103,18 @@ PHASES = {
     "evaluate": ("transformers", "Trainer.evaluation_loop"),
     "score": ("spavl_lib.trainers.reward", "score_pairs"),
     "summary": ("spavl_lib.run", "Stage.finish"),
-    "rollout": ("spavl_lib.trainers.ppo", "generate_rollout"),
+    "rollout": ("spavl_lib.trainers.ppo", "sample"),
+    "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
+    "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
 }
+
+
+def gates() -> Any:
+    """The module in which the trainer at hand looks its gates up."""
+    import importlib
+
+    name = "ppo" if os.environ["SPAVL_KIND"] == "ppo" else "checkpointed"
+    return importlib.import_module(f"spavl_lib.trainers.{name}")
 
 
 def patch(name: str, wrap: Any) -> None:
@@ -111,7 +122,10 @@ def patch(name: str, wrap: Any) -> None:
     import importlib
 
     module_name, dotted = PHASES[name]
-    owner: Any = importlib.import_module(module_name.format(kind=os.environ["SPAVL_KIND"]))
+    where = gates().__name__.rpartition(".")[2]
+    owner: Any = importlib.import_module(
+        module_name.format(kind=os.environ["SPAVL_KIND"], gates=where)
+    )
     *parents, last = dotted.split(".")
     for part in parents:
         owner = getattr(owner, part)
@@ -137,27 +151,15 @@ def signal_in(phase: str) -> None:
 
 
 def poison(where: str) -> None:
-    """Make a number none at a step: `weight@3`, `gradient@1`, `loss@6`; weights after the step."""
-    from spavl_lib.trainers import checkpointed
-
+    """Make a number none at a step: `weight@3`, `gradient@1`, `loss@6`, and of PPO's rollout
+    `scores@1`, `logps@3`, `ref_logps@6` (the KL rests on both). Weights turn after their step.
+    """
     name, _, step = where.partition("@")
-    wanted = int(step)
+    wanted, module = int(step), gates()
     if name == "weight":
-        inner = checkpointed.StageCallback.on_step_end
-
-        def on_step_end(
-            self: Any, args: Any, state: Any, control: Any, model: Any = None, **more: Any
-        ) -> Any:
-            if state.global_step == wanted:
-                trained = next(p for p in model.parameters() if p.requires_grad)
-                with torch.no_grad():
-                    trained.view(-1)[0] = math.inf
-            return inner(self, args, state, control, model=model, **more)
-
-        checkpointed.StageCallback.on_step_end = on_step_end
-        return
-    if name == "gradient":
-        gate = checkpointed.gate_gradients
+        _spoil_weight(wanted)
+    elif name == "gradient":
+        gate = module.gate_gradients
 
         def spoilt(model: Any, step: int, row_ids: list[str]) -> None:
             if step == wanted:
@@ -166,14 +168,40 @@ def poison(where: str) -> None:
                 )
             gate(model, step, row_ids)
 
-        checkpointed.gate_gradients = spoilt
-        return
-    gate_loss = checkpointed.gate_loss
+        module.gate_gradients = spoilt
+    elif name == "loss":
+        gate_loss = module.gate_loss
 
-    def spoilt_loss(loss: Any, step: int, row_ids: list[str]) -> None:
-        gate_loss(loss * (math.nan if step == wanted else 1), step, row_ids)
+        def spoilt_loss(loss: Any, step: int, row_ids: list[str]) -> None:
+            gate_loss(loss * (math.nan if step == wanted else 1), step, row_ids)
 
-    checkpointed.gate_loss = spoilt_loss
+        module.gate_loss = spoilt_loss
+    else:
+        inner = module.PPOTrainer._gate
+
+        def spoilt_column(self: Any, rollout: Any) -> None:
+            if self.step + 1 == wanted:
+                rollout.columns[name].view(-1)[0] = math.inf
+            inner(self, rollout)
+
+        module.PPOTrainer._gate = spoilt_column
+
+
+def _spoil_weight(wanted: int) -> None:
+    """After a step is done and before it is saved."""
+    module = gates()
+    ppo = os.environ["SPAVL_KIND"] == "ppo"
+    owner, name = (module.PPOTrainer, "_log") if ppo else (module.StageCallback, "on_step_end")
+    inner = getattr(owner, name)
+
+    def spoiling(self: Any, *args: Any, **more: Any) -> Any:
+        model = self.model if ppo else self.trainer.model
+        if (self.step if ppo else self.trainer.state.global_step) == wanted:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = math.inf
+        return inner(self, *args, **more)
+
+    setattr(owner, name, spoiling)
 
 
 def limit_file_size(size: str) -> None:
@@ -278,9 +306,8 @@ def blind(_: str) -> None:
 
 def edit_data(path: str) -> None:
     """Somebody edits the data while the run trains on them."""
-    from spavl_lib.trainers import checkpointed
-
-    gate = checkpointed.gate_loss
+    module = gates()
+    gate = module.gate_loss
 
     def editing(loss: Any, step: int, row_ids: list[str]) -> None:
         if step == 2:
@@ -288,7 +315,7 @@ def edit_data(path: str) -> None:
                 handle.write(b"x")
         gate(loss, step, row_ids)
 
-    checkpointed.gate_loss = editing
+    module.gate_loss = editing
 
 
 def save_all_the_time(seconds: str) -> None:
@@ -296,3 +323,15 @@ def save_all_the_time(seconds: str) -> None:
     from spavl_lib.trainers import checkpointed
 
     checkpointed.LONGEST_UNSAVED_S = float(seconds)
+
+
+def keep_saving(target: str) -> None:
+    """Write a large notebook again and again, until killed."""
+    import nbformat
+
+    from spavl_lib.notebook_status import keep_notebook
+
+    cells = [nbformat.v4.new_code_cell(f"x = {'1 + ' * 200} {n}") for n in range(200)]
+    page = nbformat.v4.new_notebook(cells=cells)
+    while True:
+        keep_notebook(page, Path(target))

@@ -1,0 +1,237 @@
+"""A run made again from its manifests, and compared: to the bit on a CPU, clock and memory aside.
+
+Two questions, apart: do the conditions still hold that the run was made under (code, versions,
+data, model, threads ...), and does it come out the same?
+"""
+
+import contextlib
+import importlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spavl_lib import provenance
+from spavl_lib.config import Config, from_dict
+from spavl_lib.errors import InputError
+from spavl_lib.files import read_json, read_jsonl, write_json
+from spavl_lib.launch import STAGE_MAKERS
+from spavl_lib.run import STAGES, Run, repo_root, runs_root
+
+# Of the clock, the machine's memory, and where things lie: never compared.
+OWN = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
+CONDITIONS = (
+    "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
+    "determinism",
+)  # fmt: skip
+
+
+def rerun(
+    run_path: Path,
+    *,
+    only: tuple[str, ...] = (),
+    check: str = "exact",
+    say: Callable[[str], None] = lambda text: None,
+) -> dict:
+    """Compare a run with its records and, if asked, with itself made again.
+
+    Args:
+        run_path: The run's folder.
+        only: Stages to make again, all finished ones if empty.
+        check: `exact` makes the stages again; `conditions` only looks at what they rested on.
+        say: Takes a line at a time.
+
+    Returns:
+        `records`, `conditions` and `results`: by stage, lines that each name one difference.
+        `equal` is whether records and results have none.
+
+    Raises:
+        InputError: The folder holds no finished stage, or not one that was named.
+    """
+    stages = _finished(run_path, only)
+    found: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
+    for name in stages:
+        manifest, config = _read(run_path / name)
+        found["records"][name] = list(record_differences(run_path / name, manifest))
+        found["conditions"][name] = list(condition_differences(manifest, config, name))
+        for line in found["records"][name]:
+            say(f"{name}: {line}")
+        for line in found["conditions"][name]:
+            say(f"{name}: not as then: {line}")
+        if not found["conditions"][name]:
+            say(f"{name}: made under the conditions that hold now")
+    if check == "exact":
+        root = runs_root() / ".rerun" / f"{run_path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        for name in stages:
+            say(f"{name}: making it again")
+            began = time.perf_counter()
+            found["results"][name] = make_again(run_path, name, root, only)
+            took = f"{time.perf_counter() - began:.0f} s"
+            for line in found["results"][name]:
+                say(f"{name}: differs: {line}")
+            if not found["results"][name]:
+                say(f"{name}: equal in every number and file ({took})")
+        if any(found["results"].values()):
+            say(f"the second making is kept in {root}")
+        else:
+            shutil.rmtree(root, ignore_errors=True)
+    found["equal"] = not any(any(found[part].values()) for part in ("records", "results"))
+    found |= {"check": check, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    write_json(run_path / "rerun.json", found)
+    return found
+
+
+def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
+    done = [n for n in STAGES if (run_path / n / "summary.json").is_file() and n in STAGE_MAKERS]
+    missing = [n for n in only if n not in done]
+    if missing or not done:
+        raise InputError(
+            f"{run_path}: {', '.join(missing) or 'no stage'} is not finished here "
+            f"(finished: {', '.join(done) or 'none'})"
+        )
+    return [n for n in done if not only or n in only]
+
+
+def _read(stage: Path) -> tuple[dict, Config]:
+    try:
+        manifest = read_json(stage / "manifest.json")
+        return manifest, from_dict(manifest["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{stage / 'manifest.json'}: cannot be repeated from: {error}") from error
+
+
+def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
+    """Where a stage's own files contradict each other: somebody changed one afterwards."""
+    page = {k: v for k, v in manifest.items() if k != "sealed"}
+    if provenance.canonical_sha256(page) != manifest.get("sealed"):
+        yield "manifest.json: changed since it was sealed"
+    with contextlib.suppress(OSError):
+        config = yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8"))
+        yield from differences(manifest["config"], config, "config.yaml ")
+    summary = read_json(stage / "summary.json")
+    results = manifest.get("results") or {}
+    if provenance.canonical_sha256(summary) != results.get("summary_sha256"):
+        yield "summary.json: not the one that was written when the stage was finished"
+
+
+def condition_differences(manifest: dict, config: Config, name: str) -> Iterator[str]:
+    """What a stage rested on and is otherwise now: code, versions, machine, model, data."""
+    now = provenance.environment(repo_root())
+    for key in CONDITIONS:
+        yield from differences({key: manifest.get(key)}, {key: now[key]})
+    inputs = {k: v for k, v in manifest.get("inputs", {}).items() if _comparable(k)}
+    if not inputs:
+        return
+    from spavl_lib.data.fingerprint import source_hashes
+    from spavl_lib.modelling.load import model_hashes
+    from spavl_lib.trainers import checkpointed
+
+    splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
+    current = {"dtype": str(checkpointed.compute_dtype()).removeprefix("torch.")}
+    current |= {f"model/{k}": v for k, v in model_hashes(config.model).items()}
+    with contextlib.suppress(InputError):  # no such folder any more: every hash is gone
+        current |= source_hashes(config.data, splits)
+    yield from differences(inputs, {k: current.get(k) for k in inputs})
+    if any(k.startswith("data/") and inputs[k] != current.get(k) for k in inputs):
+        yield from _data_differences(manifest.get("data", {}), config)
+
+
+def _comparable(name: str) -> bool:
+    return name == "dtype" or name.startswith(("model/", "data/"))
+
+
+def _data_differences(then: dict, config: Config) -> Iterator[str]:
+    """In words: texts, pictures, their order."""
+    from spavl_lib.data.fingerprint import row_digests
+    from spavl_lib.data.spavl import load_preferences
+
+    words = {
+        "rows": "the number of rows",
+        "texts": "the text of a row",
+        "images": "the bytes of a picture",
+        "order": "the order of rows, or which picture a row has",
+    }
+    for split, digests in then.items():
+        try:
+            now = row_digests(load_preferences(config.data, split))
+        except InputError as error:
+            yield f"data/{split}: {error}"
+            continue
+        changed = [k for k in words if digests.get(k) != now[k]]
+        if changed != ["order"] and "order" in changed:
+            changed.remove("order")  # it follows from the others
+        for key in changed:
+            yield f"data/{split}: {words[key]} changed"
+
+
+def differences(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
+    """`key: then -> now` for every leaf of two nested mappings that differs."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys(), key=str):
+            inner = prefix if prefix == "" or prefix.endswith(" ") else f"{prefix}."
+            yield from differences(then.get(key), now.get(key), f"{inner}{key}")
+    elif then != now:
+        yield f"{prefix}: {then!r} -> {now!r}"
+
+
+def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()) -> list[str]:
+    """Make one stage anew under `root`, from its manifest; the lines in which it differs.
+
+    Args:
+        run_path: The run.
+        name: The stage.
+        root: Takes the second run; earlier stages are looked for there.
+        only: Stages that are made again; what these build on is taken from the run itself.
+    """
+    manifest, config = _read(run_path / name)
+    run = Run(config, root=root)
+    run.path.mkdir(parents=True, exist_ok=True)
+    for other in STAGES[: STAGES.index(name)]:
+        there = run.path / other
+        if only and other not in only and (run_path / other).is_dir() and not there.exists():
+            there.symlink_to((run_path / other).absolute())
+    module, _, maker = STAGE_MAKERS[name].partition(":")
+    getattr(importlib.import_module(module), maker)(config, run.stage(name))
+    return list(result_differences(run_path / name, run.path / name))
+
+
+def result_differences(then: Path, now: Path) -> Iterator[str]:
+    """Two makings of a stage, file by file: summary, logs and answers line by line, weights."""
+    summaries = [_plain(read_json(stage / "summary.json")) for stage in (then, now)]
+    yield from differences(*summaries, "summary.json ")
+    names = {
+        p.relative_to(stage)
+        for stage in (then, now)
+        for p in stage.rglob("*.jsonl")
+        if "contrast" not in p.relative_to(stage).parts
+    }
+    for name in sorted(names):
+        if not ((then / name).is_file() and (now / name).is_file()):
+            yield f"{name}: only in {'the first' if (then / name).is_file() else 'the second'}"
+            continue
+        yield from _line_differences(name, read_jsonl(then / name), read_jsonl(now / name))
+    for path in sorted((then / "model").glob("*.safetensors")):
+        if not _same_bytes(path, now / "model" / path.name):
+            yield f"model/{path.name}: other weights"
+
+
+def _line_differences(name: Path, then: list[dict], now: list[dict]) -> Iterator[str]:
+    if len(then) != len(now):
+        yield f"{name}: {len(then)} lines -> {len(now)}"
+    for number, rows in enumerate(zip(then, now, strict=False), 1):
+        found = list(differences(*map(_plain, rows), f"{name} line {number} "))
+        if found:
+            yield found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+            return
+
+
+def _plain(value: dict) -> dict:
+    return {k: v for k, v in json.loads(json.dumps(value)).items() if k not in OWN}
+
+
+def _same_bytes(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()

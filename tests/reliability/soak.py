@@ -1,0 +1,127 @@
+"""`make soak`: the long form of tests/reliability, and docs/reliability.md out of what it measured.
+
+python -m tests.reliability.soak               everything
+python -m tests.reliability.soak -k kill9      a part; what was measured before is kept
+python -m tests.reliability.soak --page        only the page, from the figures at hand
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+REPO = Path(__file__).parents[2]
+FIGURES = Path(__file__).parent / "figures.jsonl"
+GOALS = Path(__file__).parent / "goals.yaml"
+PAGE = REPO / "docs/reliability.md"
+HEAD = """\
+# What is promised, and what was measured
+
+Written by `python -m tests.reliability.soak` from `tests/reliability/goals.yaml` and the figures of
+the last long run (`make soak`; `make test` runs a short form of the same tests). Two CPU cores, no
+GPU. A figure is how many cases came out right, of how many tried.
+
+| | goal | measured | test | date |
+|---|---|---|---|---|
+"""
+TAIL = """
+Exit codes: 0 done, 1 failed, 2 bad input or config, 3 not a number, 73 folder in use, 74 disk, 75
+stopped by a signal and to be run again, 130 interrupted where nothing was there to save, 138 the
+notebook's kernel died.
+
+## Bit for bit, and where not
+
+| situation | promise |
+|---|---|
+| same machine, CPU, same versions, with kills and resumes | identical bits: weights, log, summary |
+| batches regrouped, activations recomputed | equal to rounding, tested with tolerances |
+| one or several GPUs; another torch version or processor | not measured, nothing promised |
+
+A resumed run refuses changed settings, data, base model, precision and major versions by name;
+`--allow-change FIELD` overrides, and the manifest records it. `spavl rerun RUN` makes a run again
+and compares.
+"""
+
+
+def latest(figures: list[dict]) -> dict[str, list[dict]]:
+    """Of each row and case the newest figure, the long form's before the short one's."""
+    rows: dict[str, dict[str, dict]] = {}
+    for figure in figures:
+        before = rows.setdefault(figure["row"], {}).get(case := figure["what"].split(",")[0])
+        if before is None or figure["soak"] or not before["soak"]:
+            rows[figure["row"]][case] = figure
+    return {row: list(cases.values()) for row, cases in rows.items()}
+
+
+def measured(figures: list[dict]) -> str:
+    """In words."""
+    parts = []
+    for figure in figures:
+        more = {
+            k: v for k, v in figure.items()
+            if k not in ("row", "right", "of", "what", "soak", "at")
+        }  # fmt: skip
+        extra = "".join(f", {k.replace('_', ' ')} {v}" for k, v in more.items())
+        what = f" {figure['what']}" if figure["what"] else ""
+        short = "" if figure["soak"] else " (short form)"
+        parts.append(f"**{figure['right']}/{figure['of']}**{what}{extra}{short}")
+    return "; ".join(parts)
+
+
+def page(figures: list[dict]) -> str:
+    """The page's text."""
+    goals = yaml.safe_load(GOALS.read_text(encoding="utf-8"))
+    found, lines = latest(figures), []
+    for row, goal in goals.items():
+        own = found.get(row, [])
+        told = measured(own) or (f"with {goal['counted_with']}" if "counted_with" in goal else "")
+        if "absent" in goal:
+            told = f"{told}; not measured: {goal['absent']}" if told else (
+                f"not measured: {goal['absent']}"
+            )  # fmt: skip
+        test = f"`pytest tests/{goal['test']}`" if goal["test"] else ""
+        date = max((f["at"] for f in own), default="")
+        lines.append(f"| {row} | {goal['goal']} | {told or 'not run yet'} | {test} | {date} |")
+    return HEAD + "\n".join(lines) + "\n" + TAIL
+
+
+def read_figures() -> list[dict]:
+    """All figures at hand."""
+    if not FIGURES.is_file():
+        return []
+    return [json.loads(x) for x in FIGURES.read_text(encoding="utf-8").splitlines()]
+
+
+def write_page() -> None:
+    """The page, and of the figures those that stand on it."""
+    figures = read_figures()
+    kept = [f for cases in latest(figures).values() for f in cases]
+    FIGURES.write_text("".join(json.dumps(f) + "\n" for f in kept), encoding="utf-8")
+    PAGE.write_text(page(kept), encoding="utf-8")
+
+
+def main() -> None:
+    """Run, and write the page even if a test failed: its figure then does not appear anew."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("-k", default="", help="only tests that match, as pytest takes it")
+    parser.add_argument("--page", action="store_true", help="run nothing")
+    parser.add_argument("--short", action="store_true", help="the form that make test runs")
+    words = parser.parse_args()
+    code = 0
+    if not words.page:
+        form = [] if words.short else ["--soak"]
+        code = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "tests/reliability", *form,
+             "--figures", str(FIGURES), *(["-k", words.k] if words.k else [])],
+            cwd=REPO, check=False,
+        ).returncode  # fmt: skip
+    write_page()
+    print(f"{PAGE.relative_to(REPO)} written")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
