@@ -71,8 +71,13 @@ def remove_leftovers(stage: Stage) -> None:
     """Drop what executions left aside whose process is gone."""
     for path in stage.path.glob(".executed.*.ipynb"):
         pid = path.name.split(".")[2]
-        if not (pid.isdigit() and Path(f"/proc/{pid}").exists()):
-            path.unlink(missing_ok=True)
+        if pid.isdigit() and pid != str(os.getpid()):
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except PermissionError:  # it lives, and is somebody else's
+                continue
 
 
 def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[str, Any]) -> None:
