@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 # Handed to pip, such as an index with CPU builds of torch (see pyproject.toml).
 PIP_FLAGS ?=
 BIN := .venv/bin
+# Threads that wait by spinning take the cores from those that work, wherever others work too.
+export OMP_WAIT_POLICY ?= PASSIVE
 STRIP := --keep-id --drop-tagged-cells injected-parameters \
 	--extra-keys "metadata.papermill metadata.language_info.version cell.metadata.papermill"
 

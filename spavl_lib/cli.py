@@ -72,6 +72,7 @@ def _spavl() -> None:
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl report demo                     write a run's report again
+      spavl rerun demo                      make a run again and compare every number
 
     Everything lands in runs/<run name>/ ($SPAVL_RUNS replaces runs/). Repeating a command goes on
     where it stopped.

@@ -26,7 +26,10 @@ OVERRIDES = {
     "reward": ("reward", {"model.adapter": "lora"}),
     "dpo_lora": ("dpo", {"model.adapter": "lora"}),
     "dpo_full": ("dpo", {"model.adapter": "full"}),
-    "ppo": ("ppo", {"ppo.rollout_batch_size": 4, "ppo.max_new_tokens": 12, "ppo.save_steps": 50}),
+    "ppo": (
+        "ppo",
+        {"ppo.rollout_batch_size": 2, "ppo.max_new_tokens": 8, "ppo.num_minibatches": 1},
+    ),
 }
 KEPT = ("loss", "grad_norm", "objective/scores", "objective/kl", "loss/policy_avg")
 
