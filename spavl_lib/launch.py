@@ -27,6 +27,7 @@ from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import ERRORS, DiskError, InputError, Preempted, SpavlError
 from spavl_lib.files import DISK_ERRORS
 from spavl_lib.notebook_status import (
+    buried_with_us,
     keep_failed,
     note_notebook,
     remove_leftovers,
@@ -280,6 +281,7 @@ class _Watch:
         self.busy = False
         self._cell_started = self._began = 0.0
         self._over = threading.Event()
+        self.burial = contextlib.ExitStack()
         self._old_handlers: dict[int, Any] = {}
 
     @property
@@ -314,6 +316,7 @@ class _Watch:
         self._bar.close()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        self.burial.close()
         if self.pid:
             # The kernel leads its own process group: what it started goes with it.
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -395,6 +398,7 @@ def _kernel_class(watch: _Watch, run: Run) -> type:
                     env=os.environ | own, cwd=str(repo_root()), stderr=said, **kwargs
                 )
             watch.pid = self.provisioner.pid
+            watch.burial.enter_context(buried_with_us(watch.pid))
 
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
             # A kernel still in a cell (it took too long) would not hear a request.

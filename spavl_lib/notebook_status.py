@@ -8,7 +8,9 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +104,22 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
             "cell_times_s": times,
         }
     )
+
+
+@contextlib.contextmanager
+def buried_with_us(group: int) -> Iterator[None]:
+    """While the block runs: if this process dies, so does a process group, children and all.
+
+    A kernel notices within a second that its parent is gone and ends, but what it started does not.
+    The shell waits at a pipe that only we hold open.
+    """
+    watch = subprocess.Popen(
+        ["sh", "-c", f"read _; kill -KILL -- -{group} 2>/dev/null"],
+        stdin=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        watch.kill()
+        watch.wait()
+        watch.stdin.close()

@@ -16,7 +16,7 @@ from spavl_lib.errors import InputError
 
 PATTERNS = {
     "train": ("data/train-*.parquet", "meta_files/**/*.json"),
-    "validation": ("validation/validation-*.parquet",),
+    "validation": ("validation/*.parquet",),
 }
 
 
@@ -30,14 +30,16 @@ def source_sha256(config: DataConfig, split: str) -> str:
     Raises:
         InputError: The folder or its keyword map is not there.
     """
-    if config.source == "seed_json" and split in seed_json.MAPS:
-        files: Iterable[Path] = _listed(folder_of(config), split, config)
+    if split not in PATTERNS and config.source in ("seed_json", "datasets"):
+        config = dataclasses.replace(config, source="mini", path="")  # those of mini stand in
+    if config.source == "datasets":
+        files: Iterable[Path] = _below(Path(config.path).expanduser())
+    elif config.source == "seed_json":
+        files = _listed(folder_of(config), split, config)
     else:
-        # The original's layout has no evaluation prompts: mini's stand in.
-        mini = config.source == "seed_json"
-        folder = folder_of(dataclasses.replace(config, source="mini", path="") if mini else config)
         base, twemoji, _ = split.removesuffix("_exchanged").partition("_twemoji")
         patterns = PATTERNS.get(split, (f"test{twemoji}/{base}-*.parquet",))
+        folder = folder_of(config)
         files = sorted(p for pattern in patterns for p in folder.glob(pattern))
     digest = hashlib.sha256()
     for path in files:
@@ -45,6 +47,11 @@ def source_sha256(config: DataConfig, split: str) -> str:
         with path.open("rb") as handle:
             digest.update(hashlib.file_digest(handle, "sha256").digest())
     return digest.hexdigest()
+
+
+def _below(path: Path) -> list[Path]:
+    """A file, or all of a folder; nothing of a name on the Hub: the settings hold its revision."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def _listed(folder: Path, split: str, config: DataConfig) -> list[Path]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from spavl_lib import launch, provenance
-from spavl_lib.config import Config, load_config
+from spavl_lib.config import load_config
 from spavl_lib.modelling.load import weights_sha256
 from spavl_lib.run import Run, read_jsonl
 
@@ -39,14 +39,13 @@ def path_of(name: str) -> Path:
     return FOLDER / f"{name}.json"
 
 
-def config_of(name: str) -> Config:
-    """What is trained for it: 50 steps of 2 pairs, or as many rollouts."""
+def sets_of(name: str) -> dict:
+    """What is set for it: 50 steps of 2 pairs, or as many rollouts."""
     kind, more = OVERRIDES[name]
     section = {"max_steps": STEPS, "save_steps": STEPS, "per_device_batch_size": 2}
     section |= {"warmup_steps": 5, "learning_rate": 2e-4}
     sets = {"data.train_rows": 32, "data.validation_rows": 4}
-    sets |= {f"{kind}.{k}": v for k, v in section.items()} | more
-    return load_config("smoke", sets, seed=0, run_name="golden")
+    return sets | {f"{kind}.{k}": v for k, v in section.items()} | more
 
 
 def conditions() -> dict:
@@ -63,7 +62,8 @@ def trajectory(name: str, root: Path) -> dict:
         KeyError: `name` is no trainer that is recorded.
     """
     torch.set_num_threads(1)  # as many on every machine
-    config, kind = config_of(name), OVERRIDES[name][0]
+    kind = OVERRIDES[name][0]
+    config = load_config("smoke", sets_of(name), seed=0, run_name="golden")
     run = Run(config, root=root)
     if kind == "ppo":
         short = load_config("smoke", {"reward.max_steps": 2}, seed=0, run_name="golden")
@@ -72,7 +72,7 @@ def trajectory(name: str, root: Path) -> dict:
     rows = read_jsonl(run.stage(kind).metrics_path)
     rows = [row for row in rows if any(k in row for k in KEPT)]
     return {
-        "config": config.to_dict(),
+        "sets": sets_of(name),
         "inputs": weights_sha256(config.model),
         "conditions": conditions(),
         "steps": {k: [r[k] for r in rows if k in r] for k in KEPT if any(k in r for r in rows)},

@@ -28,7 +28,7 @@ def test_the_recorded_steps_come_again(name: str, tmp_path: Path) -> None:
     finally:
         torch.set_num_threads(threads)
     hint = f"meant? then: python -m tests.golden.record {name} --reason ..., and say so in the log"
-    for field in ("config", "inputs", "row_ids"):
+    for field in ("sets", "inputs", "row_ids"):
         assert again[field] == recorded[field], f"{field} changed; {hint}"
     assert again["steps"].keys() == recorded["steps"].keys()
     for key, old in recorded["steps"].items():

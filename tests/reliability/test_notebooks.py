@@ -152,14 +152,17 @@ def test_the_notebook_can_be_read_at_every_instant(
     for _ in range(kills):
         child = context().Process(target=keep_saving, args=(str(target),), daemon=True)
         child.start()
-        time.sleep(0.25 + rng.random() * 0.25)
+        began, end = time.time(), time.monotonic() + 240
+        while not target.exists() or target.stat().st_mtime < began:  # it saves by now
+            assert child.is_alive() and time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(rng.random() * 0.2)
         child.kill()
         child.join()
-        if target.exists():
-            page = nbformat.read(target, as_version=4)
-            nbformat.validate(page)
-            assert len(page.cells) == 200
-            read += 1
+        page = nbformat.read(target, as_version=4)
+        nbformat.validate(page)
+        assert len(page.cells) == 200
+        read += 1
     assert read == kills
     assert json.loads(target.read_text(encoding="utf-8"))["nbformat"] == 4
     record("N4", read, kills)
