@@ -114,7 +114,7 @@ def buried_with_us(group: int) -> Iterator[None]:
     The shell waits at a pipe that only we hold open.
     """
     watch = subprocess.Popen(
-        ["sh", "-c", f"read _; kill -KILL -- -{group} 2>/dev/null"],
+        ["sh", "-c", f"read _; kill -s KILL -- -{group} 2>/dev/null"],
         stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
