@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spavl_lib import parallel
 from spavl_lib.errors import DiskError, InputError
 from spavl_lib.files import existing_parent, writing
 from spavl_lib.provenance import canonical_sha256
@@ -59,6 +60,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-N` whole or not at all, then drop all but the newest `keep`.
 
+    Several processes call this together. The main one's files are the checkpoint; the others add
+    what they alone hold (`tensors`, `state`) under names with their rank.
+
     Args:
         folder: The stage's `checkpoints/`.
         step: Finished optimizer steps.
@@ -75,11 +79,43 @@ def save_checkpoint(
     """
     aside, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    main, files = parallel.is_main(), {**(texts or {}), "state.json": json.dumps(state)}
     with writing(target, needed):
-        _write_whole(aside, target, step, tensors, state, texts or {})
-    for old in _steps(folder)[keep:]:
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        parallel.barrier()
+        if not main:
+            _write_files(aside, tensors, {"state.json": files["state.json"]}, parallel.rank())
+        parallel.barrier()
+        if main:
+            _write_whole(aside, target, step, tensors, files)
+        parallel.barrier()
+    for old in _steps(folder)[keep:] if main else ():
         shutil.rmtree(old)
     return target
+
+
+def _rank_name(name: str, rank: int) -> str:
+    """`optimizer.safetensors` of process 3 is `optimizer.rank-0003.safetensors`."""
+    stem, _, suffix = name.rpartition(".")
+    return name if rank == 0 else f"{stem}.rank-{rank:04d}.{suffix}"
+
+
+def _write_files(
+    aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], rank: int
+) -> None:
+    written = []
+    for stem, named in tensors.items():
+        own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
+        written.append(aside / _rank_name(f"{stem}.safetensors", rank))
+        save_file(own, written[-1])
+    for name, text in texts.items():
+        written.append(aside / _rank_name(name, rank))
+        written[-1].write_text(text, encoding="utf-8")
+    for path in written:
+        _sync(path)
 
 
 def _write_whole(
@@ -87,24 +123,14 @@ def _write_whole(
     target: Path,
     step: int,
     tensors: dict[str, dict[str, Tensor]],
-    state: dict,
     texts: dict[str, str],
 ) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(aside, ignore_errors=True)
     try:
-        aside.mkdir()
-        for stem, named in tensors.items():
-            own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
-            save_file(own, aside / f"{stem}.safetensors")
-        for name, text in {**texts, "state.json": json.dumps(state)}.items():
-            (aside / name).write_text(text, encoding="utf-8")
+        _write_files(aside, tensors, texts, 0)
         files = {
             p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
             for p in sorted(aside.iterdir())
         }
-        for name in files:
-            _sync(aside / name)
         manifest = {"step": step, "files": files, "sealed": canonical_sha256([step, files])}
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(aside / MANIFEST)
@@ -129,7 +155,7 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
         DiskError: Says how many bytes are needed and free.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    one = sum(p.numel() * (p.element_size() + 8) for p in trained) + 2**16
+    one = sum(parallel.numel(p) * (p.element_size() + 8) for p in trained) + 2**16
     there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     needed = max(0, (keep + 1) * one - there)
     free = shutil.disk_usage(existing_parent(folder)).free
@@ -176,22 +202,25 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
-def load_tensors(checkpoint: Path, stem: str) -> dict[str, Tensor]:
-    """One tensor file of a checkpoint."""
-    return load_file(checkpoint / f"{stem}.safetensors")
+def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor]:
+    """One tensor file of a checkpoint; with a rank, what that process wrote."""
+    return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
 
 
-def load_state(checkpoint: Path) -> dict:
-    """The JSON state of a checkpoint."""
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+def load_state(checkpoint: Path, rank: int = 0) -> dict:
+    """The JSON state of a checkpoint; with a rank, what that process wrote, empty if it did not."""
+    path = checkpoint / _rank_name("state.json", rank)
+    if rank and not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # --- what goes in -------------------------------------------------------------------------------
 
 
 def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters that train, by name."""
-    return {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters that train, by name; whole, for the main process, where they are shared out."""
+    return parallel.whole({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
 def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

@@ -522,13 +522,44 @@ class ScalingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where training runs."""
+    """Where training runs. A step keeps its size whatever the number of processes."""
 
     num_processes: int = 1
-    """Processes; more than one starts accelerate."""
+    """Processes on all machines together; more than one starts accelerate."""
+    engine: Literal["ddp", "zero2", "zero3"] = "ddp"
+    """ddp: the whole model in every process; zero2, zero3: DeepSpeed, which shares it out."""
+    cpu_offload: bool = False
+    """DeepSpeed keeps optimizer state, and under zero3 parameters, in the machine's memory."""
+    num_machines: int = 1
+    """Machines; the run folder must be on a disk that all of them see."""
+    machine_rank: int = 0
+    """This machine's number, 0 for the one whose address the others know."""
+    main_address: str = "127.0.0.1"
+    """Address of machine 0."""
+    main_port: int = 0
+    """Its port; 0 for any free one, which several machines cannot agree on."""
+    timeout_s: int = 1800
+    """Longest wait, in seconds, for the other machines and for a slow process."""
 
     def __post_init__(self) -> None:
-        _at_least("launch", self, num_processes=1)
+        _at_least(
+            "launch", self, num_processes=1, num_machines=1, machine_rank=0, main_port=0,
+            timeout_s=1,
+        )  # fmt: skip
+        if self.num_processes % self.num_machines:
+            raise InputError(
+                f"launch.num_processes = {self.num_processes} must be a multiple of "
+                f"launch.num_machines = {self.num_machines}"
+            )
+        if self.machine_rank >= self.num_machines:
+            raise InputError(
+                f"launch.machine_rank = {self.machine_rank}: machines are numbered from 0, and "
+                f"there are {self.num_machines}"
+            )
+        if self.num_machines > 1 and not self.main_port:
+            raise InputError("launch.main_port: several machines need one that all know")
+        if self.cpu_offload and self.engine == "ddp":
+            raise InputError("launch.cpu_offload needs launch.engine zero2 or zero3")
 
 
 # The original's settings (seed_json's own scripts): method constants only, never scale.

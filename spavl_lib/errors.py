@@ -44,9 +44,15 @@ class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
     exit_code = 75
 
 
+class RankError(SpavlError):
+    """One of several training processes failed for a reason that is none of these."""
+
+    exit_code = 1
+
+
 ERRORS = {
     cls.__name__: cls
-    for cls in (SpavlError, InputError, NonFiniteError, BusyError, DiskError, Preempted)
+    for cls in (SpavlError, InputError, NonFiniteError, BusyError, DiskError, Preempted, RankError)
 }
 
 

@@ -33,6 +33,7 @@ from spavl_lib.notebook_status import (
     remove_leftovers,
     write_status,
 )
+from spavl_lib.parallel import in_processes
 from spavl_lib.run import STAGES, Run, Stage, repo_root
 
 STAGE_OF = {
@@ -65,6 +66,8 @@ UPSTREAM = {
 # Stages that take what there is: in a larger profile any of these before them is enough.
 ANY_OF = {"inference": ("dpo", "ppo", "rloo")}
 TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "rloo", "dpo")}
+# Stages that several processes make together.
+IN_PROCESSES = ("reward", "dpo")
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
 SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is
@@ -635,10 +638,11 @@ def make(stage_name: str, config: Config) -> Stage:
     """
     stage = Run(config).stage(stage_name)
     ensure_before(stage_name, config)
-    maker = STAGE_MAKERS[stage_name]
-    _loaded(maker)(config, stage)
+    _make(stage_name, config, stage)
     if not stage.done:
-        raise RuntimeError(f"{maker} returned and left no summary.json in {stage.path}")
+        raise RuntimeError(
+            f"{STAGE_MAKERS[stage_name]} returned and left no summary.json in {stage.path}"
+        )
     return stage
 
 
@@ -682,10 +686,10 @@ def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def train(kind: str, config: Config, stage: Stage) -> Any:
-    """Train in this process.
+    """Train: in this process, or in several that accelerate starts; the same call, the same files.
 
     Args:
-        kind: "dpo".
+        kind: Trainer, such as "dpo".
         config: What to train, and how.
         stage: Where it goes.
 
@@ -693,19 +697,38 @@ def train(kind: str, config: Config, stage: Stage) -> Any:
         The trainer's summary.
 
     Raises:
-        InputError: Unknown trainer, or more than one process.
+        InputError: Unknown trainer.
+        SpavlError: What the trainer raises; from several processes, with the rank.
     """
     if kind not in TRAINERS:
         raise InputError(
             f"unknown trainer {kind!r}{_nearest(kind, TRAINERS)} (there are: {', '.join(TRAINERS)})"
         )
-    if config.launch.num_processes != 1:
-        raise InputError(
-            f"launch.num_processes = {config.launch.num_processes}: training in several processes "
-            "is not there yet; use 1"
-        )
     live = _loaded("spavl_lib.plotting:LivePlot")()
-    return _loaded(TRAINERS[kind])(config, stage, live=live)
+    return _make(kind, config, stage, live=live)
+
+
+def _make(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
+    if not in_processes(config.launch) or kind not in IN_PROCESSES:
+        return make_here(kind, config, stage, **options)
+    stage.check_config()
+    if stage.done and kind in TRAINERS:
+        return stage.summary
+    from spavl_lib import children
+
+    return children.train_in_processes(kind, config, stage, **options)
+
+
+def make_here(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
+    """A stage's maker, called in this process.
+
+    Args:
+        kind: Stage.
+        config: As the maker takes it.
+        stage: Where it goes.
+        options: Further arguments of the maker.
+    """
+    return _loaded(STAGE_MAKERS[kind])(config, stage, **options)
 
 
 def _loaded(target: str) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.files import read_json, write_json, write_text, writing
 from spavl_lib.files import read_jsonl as read_jsonl  # for those who read a stage's files
+from spavl_lib.parallel import is_main
 
 STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "scaling")
 # Settings that may differ between the making of a stage and its use.
@@ -213,6 +214,9 @@ class Stage:
             BusyError: A live process holds it.
             InputError: The folder was made with other settings, or an input changed on the way.
         """
+        if not is_main():  # one process of several holds it for all
+            yield self
+            return
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         with _lock(self.path / ".lock", self.run.name):
@@ -292,6 +296,8 @@ class Stage:
 
     def note(self, **facts: Any) -> None:
         """Add to the manifest of the work in hand, such as `data=...`."""
+        if not is_main():
+            return
         self.manifest |= facts
         self._write_manifest()
 
@@ -319,6 +325,8 @@ class Stage:
 
     def log(self, row: dict) -> None:
         """Append one line to metrics.jsonl."""
+        if not is_main():
+            return
         line = json.dumps(row) + "\n"
         with writing(self.metrics_path, len(line)):
             with self.metrics_path.open("a", encoding="utf-8") as handle:
@@ -326,6 +334,8 @@ class Stage:
 
     def finish(self, summary: dict) -> None:
         """Write the summary: the stage is done. The manifest takes its hash first."""
+        if not is_main():
+            return
         if self._has_manifest():
             self.manifest = read_json(self.path / "manifest.json")
             weights = summary.get("weights_sha256")

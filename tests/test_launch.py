@@ -13,10 +13,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spavl_lib import launch
-from spavl_lib.config import load_config
+from spavl_lib import children, launch
+from spavl_lib.config import Config, load_config
 from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError, Preempted
-from spavl_lib.run import STAGES, Run, write_json, write_text
+from spavl_lib.run import STAGES, Run, Stage, write_json, write_text
 
 # A notebook's last cell, in short: the stage's summary.
 FINISH = """\
@@ -486,12 +486,29 @@ def test_train_calls_the_trainer_here(runs: Path, makers: list[str]) -> None:
 
 
 def test_train_refuses_what_is_not_there(runs: Path, makers: list[str]) -> None:
-    config = load_config("smoke", {"launch.num_processes": 2})
-    with pytest.raises(InputError, match="num_processes = 2.*not there yet"):
-        launch.train("dpo", config, Run(config).stage("dpo"))
+    config = load_config("smoke")
     with pytest.raises(InputError, match="unknown trainer 'dop'; did you mean 'dpo'"):
         launch.train("dop", config, Run(config).stage("dpo"))
     assert makers == []
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"launch.num_processes": 2}, {"launch.engine": "zero2"}], ids=str
+)
+def test_several_processes_or_deepspeed_train_in_children(
+    overrides: dict, runs: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def train(kind: str, config: Config, stage: Stage, *, live: object = None) -> str:
+        started.append((kind, config.launch.num_processes, stage.path))
+        return "theirs"
+
+    monkeypatch.setattr(children, "train_in_processes", train)
+    config = load_config("smoke", overrides)
+    stage = Run(config).stage("dpo")
+    assert launch.train("dpo", config, stage) == "theirs"
+    assert started == [("dpo", config.launch.num_processes, stage.path)] and makers == []
 
 
 def test_progress_reads_only_this_runs_lines(tmp_path: Path) -> None:

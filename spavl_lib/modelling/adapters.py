@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
+from spavl_lib.parallel import numel
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
@@ -68,7 +69,7 @@ def trainable_parts(model: nn.Module) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
+            parts[part_of(name)] = parts.get(part_of(name), 0) + numel(parameter)
     return parts
 
 

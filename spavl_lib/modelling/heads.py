@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from spavl_lib import parallel
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_policy, weights_sha256
@@ -77,8 +78,12 @@ class ScalarHeadModel(nn.Module):
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
     """Write adapter or weights, projector and head together, as safetensors."""
-    model.vlm.save_pretrained(folder)
-    save_file({"score.weight": model.score.weight.detach().cpu().contiguous()}, folder / HEAD_FILE)
+    state = parallel.whole_state(model.vlm)
+    head = parallel.whole({"score.weight": model.score.weight})
+    if not parallel.is_main():
+        return
+    model.vlm.save_pretrained(folder, state_dict=state)
+    save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / HEAD_FILE)
     description = {
         "base_model": config.name,
         "base_weights": weights_sha256(config),

@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerState
 
 from spavl_lib import checkpoint as ckpt
-from spavl_lib.config import Config
+from spavl_lib import parallel
+from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.data.collate import PreferenceCollator, check_lengths
 from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.grouping import ImageGroupedSampler
@@ -31,6 +32,7 @@ from spavl_lib.trainers.guards import (
 )
 from spavl_lib.trainers.probe import check_reference_unmoved
 from spavl_lib.trainers.reference_cache import NAMES
+from spavl_lib.zero_state import load_optimizer_share, optimizer_share
 
 LONGEST_UNSAVED_S = 600.0  # a runtime may vanish: whatever save_steps says, no more is lost
 
@@ -51,6 +53,8 @@ class CheckedMixin:
     """
 
     checkpoints: Path
+    launch_config: LaunchConfig
+    found: dict[str, Any]
     row_ids: list[str] = []
     group_by_image: bool = False
     grouped: ImageGroupedSampler | None = None
@@ -75,8 +79,13 @@ class CheckedMixin:
             changed = [k for k in self.reporter.stage.allowed if k.startswith(("data/", "model/"))]
             check_reference_unmoved(state.get("reference"), self.reference, waived=bool(changed))
         if newest and state.get("finished") == self._length():
-            self._load_from_checkpoint(str(newest))
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+            if self.is_deepspeed_enabled:  # the weights come back through its optimizer
+                steps = self.state.max_steps
+                self._prepare_for_training(steps, self.get_train_dataloader(), str(newest))
+            else:
+                self._load_from_checkpoint(str(newest))
+                self.found = state["launch"]
             self.reporter.take_up(self.state.global_step)
             return
         try:
@@ -108,29 +117,77 @@ class CheckedMixin:
     def training_step(
         self: Trainer, model: nn.Module, inputs: dict, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch; a loss that is no number ends the run."""
+        """One micro-batch; its rows are noted."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        gate_loss(loss, self.state.global_step + 1, self.row_ids)
         if self.reporter:
-            self.reporter.step_rows += self.row_ids
+            self.reporter.step_rows.append(self.row_ids)
+        return loss
+
+    def gated(self: Trainer, model: nn.Module, loss: Tensor) -> Tensor:
+        """The loss, if it is a number; before the backward pass, which under DeepSpeed updates.
+
+        Raises:
+            NonFiniteError: It is none; nothing was updated.
+        """
+        if model.training:
+            gate_loss(loss, self.state.global_step + 1, self.row_ids)
         return loss
 
     def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
-        gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
+        # A loss scaler meets infinities while it looks for its scale, and skips those steps.
+        if getattr(self.accelerator, "scaler", None) is None:
+            gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
         return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        # DeepSpeed holds the gradients, and has stepped by now; only its norm can be asked.
+        if self.is_deepspeed_enabled and not self.args.fp16 and not math.isfinite(norm or 0.0):
+            raise NonFiniteError(
+                f"step {self.state.global_step + 1}: the gradient is not finite on rows "
+                f"{', '.join(self.row_ids)}; the model in memory is spoilt, the last checkpoint "
+                "stands"
+            )
+        return norm
+
+    @property
+    def sharing(self: Trainer) -> str:
+        """How the optimizer's state is held: whole in every process, or in shares."""
+        if not self.is_deepspeed_enabled:
+            return "whole"
+        return f"by {self.launch_config.engine} in {parallel.world_size()} processes"
+
+    def _prepare_for_training(
+        self: Trainer, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        # Under DeepSpeed transformers would look for DeepSpeed's own checkpoint, a pickle.
+        theirs = None if self.is_deepspeed_enabled else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
+        self.found = parallel.check_engine(self.model_wrapped, self.launch_config)
+        if self.is_deepspeed_enabled and resume_from_checkpoint:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._take_up(ckpt.load_state(Path(resume_from_checkpoint)))
+        return prepared
 
     def _save_checkpoint(self: Trainer, model: nn.Module, trial: Any = None) -> None:
         trained = ckpt.trainable_tensors(self.model)
         gate_weights(trained, self.state.global_step, self.row_ids)
-        optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
+        optimizer, plain = optimizer_share(self.optimizer)
         rng, rng_plain = ckpt.rng_state()
-        aside = self.checkpoints.parent / ".trainer_state.json"
+        tensors = {"trainable": trained, "optimizer": optimizer, "rng": rng}
+        if not parallel.is_main():  # what this process alone holds
+            del tensors["trainable"]
+            if not self.is_deepspeed_enabled:
+                del tensors["optimizer"]
+        aside = self.checkpoints.parent / f".trainer_state.{parallel.rank()}.json"
         self.state.save_to_json(str(aside))
         state = {
             "step": self.state.global_step,
             "optimizer": plain,
             "scheduler": self.lr_scheduler.state_dict(),
             "rng": rng_plain,
+            "sharing": self.sharing,
+            "launch": self.found,
             "reference": self.reference,
             "logged_rows": len(self.reporter.rows) if self.reporter else 0,
             "finished": self._length() if self.state.global_step >= self.state.max_steps else None,
@@ -139,7 +196,7 @@ class CheckedMixin:
         ckpt.save_checkpoint(
             self.checkpoints,
             self.state.global_step,
-            {"trainable": trained, "optimizer": optimizer, "rng": rng},
+            tensors,
             state,
             texts={"trainer_state.json": aside.read_text(encoding="utf-8")},
         )
@@ -152,7 +209,9 @@ class CheckedMixin:
     ) -> None:
         source = Path(resume_from_checkpoint)
         ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
-        state = ckpt.load_state(source)
+        self._take_up(ckpt.load_state(source))
+
+    def _take_up(self: Trainer, state: dict) -> None:
         self._total_train_tokens = state["total_train_tokens"]
         if self.reporter:
             self.reporter.keep = state["logged_rows"]
@@ -161,10 +220,16 @@ class CheckedMixin:
         if checkpoint is not None:
             source = Path(checkpoint)
             state = ckpt.load_state(source)
-            tensors = ckpt.load_tensors(source, "optimizer")
+            if state["sharing"] != self.sharing:
+                raise InputError(
+                    f"{source} holds the optimizer {state['sharing']}, this run {self.sharing}: "
+                    "go on with the same launch settings, or delete the checkpoints"
+                )
+            rank = parallel.rank() if self.is_deepspeed_enabled else 0
+            tensors = ckpt.load_tensors(source, "optimizer", rank)
             rates = list(self.lr_scheduler.base_lrs)
             decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
+            load_optimizer_share(self.optimizer, tensors, state["optimizer"])
             self.lr_scheduler.load_state_dict(state["scheduler"])
             if rates != self.lr_scheduler.base_lrs:  # allowed to change: then it must take effect
                 self.lr_scheduler.base_lrs = rates
@@ -178,8 +243,10 @@ class CheckedMixin:
 
     def _load_rng_state(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            source = Path(checkpoint)
-            ckpt.load_rng(ckpt.load_tensors(source, "rng"), ckpt.load_state(source)["rng"])
+            source, rank = Path(checkpoint), parallel.rank()
+            state = ckpt.load_state(source, rank)
+            if state:  # a process that was not there when it was written keeps the seed's
+                ckpt.load_rng(ckpt.load_tensors(source, "rng", rank), state["rng"])
 
 
 class StageCallback(TrainerCallback):
@@ -199,18 +266,20 @@ class StageCallback(TrainerCallback):
     ):
         self.stage, self.flag, self.live, self.trainer = stage, flag, live, trainer
         self.logged, self.accuracy, self.check_first = logged, accuracy, check_first
-        self.movement: Movement | None = Movement(model)
+        self.model = model
+        self.movement: Movement | None = None
         self.bar: tqdm | None = None
         self.started = self.saved = time.monotonic()
         self.rows = read_jsonl(stage.metrics_path)
         self.keep = 0
-        self.step_rows: list[str] = []
+        self.step_rows: list[list[str]] = []
         self.training = False
 
     def take_up(self, step: int) -> None:
         """Keep the log up to the checkpoint; its clock goes on where it stood."""
         self.rows = self.rows[: self.keep] if step else []
-        write_text(self.stage.metrics_path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        if parallel.is_main():
+            write_text(self.stage.metrics_path, "".join(json.dumps(r) + "\n" for r in self.rows))
         self.saved = time.monotonic()
         self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
 
@@ -222,10 +291,13 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and drop logged steps that were never checkpointed."""
         self.take_up(state.global_step)
-        name, total = self.stage.name, state.max_steps
-        self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
-        self.fresh = state.global_step == 0
         self.training = True
+        if state.global_step == 0 and state.max_steps >= 3:
+            self.movement = Movement(self.model)  # now: ZeRO has taken the model apart
+        if parallel.is_main():
+            name, total = self.stage.name, state.max_steps
+            self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
+            parallel.report("progress", {"step": state.global_step, "total": total})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Choose the epoch's order; accelerate's own call does not reach a resumed loader."""
@@ -249,7 +321,8 @@ class StageCallback(TrainerCallback):
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in kept.items()}
         if "loss" in kept:
-            row["row_ids"], self.step_rows = list(dict.fromkeys(self.step_rows)), []
+            seen = _in_order(parallel.gathered(self.step_rows))
+            row["row_ids"], self.step_rows = list(dict.fromkeys(seen)), []
         row["time_s"] = round(time.monotonic() - self.started, 2)
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
@@ -265,21 +338,27 @@ class StageCallback(TrainerCallback):
         """Advance the bar; stop where asked, after a whole step."""
         if self.bar is not None:
             self.bar.update(1)
-        if self.movement and self.fresh and state.global_step == min(3, state.max_steps):
-            if state.max_steps >= 3:
-                self.movement.check(model)
+        if self.movement and state.global_step == 3:
+            self.movement.check(self.model)
             self.movement = None
-        if self.flag:
+        if self._asked_to_stop():
             control.should_save = control.should_training_stop = True
-        if time.monotonic() - self.saved > LONGEST_UNSAVED_S:
+        if parallel.any_of(time.monotonic() - self.saved > LONGEST_UNSAVED_S):
             control.should_save = True
         return control
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was; all then stop after the same step."""
+        stop = parallel.any_of(bool(self.flag))
+        if stop and not self.flag:
+            self.flag.reason = "a stop in another process"
+        return stop
 
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
         """Between batches of an evaluation: stop where asked, the last step saved."""
-        if not self.flag:
+        if not self._asked_to_stop():
             return
         if self.training:
             self.trainer._save_checkpoint(model)
@@ -294,6 +373,11 @@ class StageCallback(TrainerCallback):
         self.close()
         if self.live and self.rows:
             self.live.update(self.rows, force=True)
+
+
+def _in_order(by_rank: list[list[list[str]]]) -> list[str]:
+    """Rows of a step as one process would have met them: batches go to the processes in turn."""
+    return [row for turn in zip(*by_rank, strict=True) for batch in turn for row in batch]
 
 
 def number(value: Any) -> float | None:

@@ -13,14 +13,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
 from spavl_lib import checkpoint as ckpt
+from spavl_lib import parallel
 from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences
-from spavl_lib.errors import InputError
 from spavl_lib.files import write_json, writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
 from spavl_lib.modelling.completion_head import score_completions_only
@@ -59,6 +60,12 @@ LOGGED = (
 class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
     """trl's trainer with our checkpoints, and gates before every update."""
 
+    def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
+        """trl's loss; one that is no number ends the run."""
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.gated(model, loss[0] if isinstance(loss, tuple) else loss)
+        return loss
+
 
 def check_reference(logs: dict) -> None:
     """At the first step nothing was updated: policy and reference must be the same model.
@@ -92,12 +99,11 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(training_inputs(config))
         return stage.summary
-    if config.launch.num_processes > 1:
-        raise InputError("launch.num_processes: training in several processes is not there yet")
     quiet_libraries()
     with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
+        with parallel.main_first():
+            train_rows = load_preferences(config.data, "train")
+            held_out = load_preferences(config.data, "validation")
         note_rows(stage, train=train_rows, validation=held_out)
         processor = load_processor(config.model)
         trainer = build_trainer(config, stage, processor, train_rows, held_out)
@@ -105,12 +111,14 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         check_rows_fit(trainer, train_rows, processor)
         ckpt.check_room(trainer.checkpoints, trainer.model)
         lora = trainer.ref_model is None
-        trainer.reference = reference_probe(
-            trainer.model if lora else trainer.ref_model, processor, train_rows,
-            playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
-        )  # fmt: skip
+        with parallel.gathered_parameters(trainer.model):
+            trainer.reference = reference_probe(
+                trainer.model if lora else trainer.ref_model, processor, train_rows,
+                playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
+            )  # fmt: skip
         if config.dpo.cache_reference:
-            use_cached_reference(trainer, config, stage, processor)
+            with parallel.main_first():
+                use_cached_reference(trainer, config, stage, processor)
         trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
         newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
         for problem in skipped:
@@ -122,6 +130,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "train_rows": len(train_rows),
             "validation_rows": len(held_out),
             "global_batch_size": config.dpo.global_batch_size,
+            "launch": trainer.found,
             "epochs": round(trainer.state.epoch or 0.0, 3),
             "trainable_parameters": parts,
             "validation": evaluation,
@@ -143,7 +152,7 @@ def build_trainer(
         num_train_epochs=dpo.num_epochs,
         per_device_train_batch_size=dpo.per_device_batch_size,
         per_device_eval_batch_size=dpo.per_device_batch_size,
-        gradient_accumulation_steps=dpo.gradient_accumulation_steps,
+        **parallel.launch_arguments("dpo", dpo.gradient_accumulation_steps, config.launch),
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
@@ -156,7 +165,6 @@ def build_trainer(
         gradient_checkpointing=config.model.gradient_checkpointing,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
@@ -192,7 +200,7 @@ def build_trainer(
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
     trainer.group_by_image = config.data.group_by_image
-    trainer.checkpoints = stage.path / "checkpoints"
+    trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer
 
@@ -215,10 +223,12 @@ def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
     """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
-    target = stage.path / "model"
+    target, state = stage.path / "model", parallel.whole_state(model)
+    if not parallel.is_main():
+        return target
     with writing(target):
-        lora = config.model.adapter != "full"
-        model.save_pretrained(target, **({"selected_adapters": ["default"]} if lora else {}))
+        lora = {"selected_adapters": ["default"]} if config.model.with_lora else {}
+        model.save_pretrained(target, state_dict=state, **lora)
         processor.save_pretrained(target)
     write_json(target / BASE_FILE, {"name": config.model.name, "files": model_hashes(config.model)})
     write_text(target / "README.md", card)

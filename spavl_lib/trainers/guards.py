@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
+from spavl_lib import parallel
 from spavl_lib.data.collate import PromptCollator, neutralise
 from spavl_lib.errors import NonFiniteError
 
@@ -107,7 +108,7 @@ class Movement:
 
     @staticmethod
     def _mark(parameter: Tensor) -> tuple[float, float]:
-        value = parameter.detach()
+        value = parallel.piece(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
         value = value.double()
@@ -120,8 +121,10 @@ class Movement:
             AssertionError: Names a frozen parameter that moved or a trained one that did not.
         """
         moved, still = [], []
-        for name, parameter in model.named_parameters():
-            changed = self._mark(parameter) != self.start[name]
+        changes = [self._mark(p) != self.start[n] for n, p in model.named_parameters()]
+        # Where processes hold pieces, a piece may stand still.
+        anywhere = parallel.any_of_each(torch.tensor(changes)).tolist()
+        for (name, parameter), changed in zip(model.named_parameters(), anywhere, strict=True):
             if changed and not parameter.requires_grad:
                 moved.append(name)
             if parameter.requires_grad and not changed:

@@ -7,6 +7,7 @@ answer of each pair scores higher (Bradley-Terry). trl's RewardTrainer never see
 is transformers' `Trainer` with a loss.
 """
 
+import itertools
 import warnings
 from typing import Any
 
@@ -18,10 +19,11 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from spavl_lib import checkpoint as ckpt
+from spavl_lib import parallel
 from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_pictures
 from spavl_lib.data.spavl import exchange_twins, load_preferences, load_truth, with_images_of
-from spavl_lib.errors import InputError, Preempted
+from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.files import writing
 from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
@@ -87,6 +89,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         ).mean()
         if coef:
             loss = loss - coef * logps[: len(chosen)].mean()
+        self.gated(model, loss)
         if model.training:
             margins = (chosen - rejected).detach()
             for key, value in (
@@ -120,7 +123,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line."""
         if "loss" in logs:
-            logs |= {k: sum(v) / len(v) for k, v in self.sums.items()}
+            logs |= parallel.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -145,12 +148,11 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(training_inputs(config))
         return stage.summary
-    if config.launch.num_processes > 1:
-        raise InputError("launch.num_processes: training in several processes is not there yet")
     quiet_libraries()
     with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
+        with parallel.main_first():
+            train_rows = load_preferences(config.data, "train")
+            held_out = load_preferences(config.data, "validation")
         note_rows(stage, train=train_rows, validation=held_out)
         processor = load_processor(config.model)
         trainer = build_trainer(config, stage, processor, train_rows)
@@ -166,7 +168,8 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         scored = score_pairs(model, processor, held_out, size, should_stop=flag)
         moved = exchange_images(held_out)
         exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
-        write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
+        if parallel.is_main():
+            write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
         metrics = reward_metrics(scored, exchanged, load_truth(config.data))
         if config.data.source == "mini":
             twins = load_preferences(config.data, "twins")
@@ -180,7 +183,8 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "steps": trainer.state.global_step,
             "train_rows": len(train_rows),
             "validation_rows": len(held_out),
-            "trainable_parameters": parts | {"score": model.score.weight.numel()},
+            "launch": trainer.found,
+            "trainable_parameters": parts | {"score": parallel.numel(model.score.weight)},
             "metrics": metrics,
             "final_loss": number(
                 next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
@@ -190,7 +194,8 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         target = stage.path / "model"
         with writing(target):
             save_reward_model(model, target, config.model)
-            processor.save_pretrained(target)
+            if parallel.is_main():
+                processor.save_pretrained(target)
     stage.finish(summary)
     return summary
 
@@ -213,14 +218,12 @@ def build_trainer(
 ) -> VLMRewardTrainer:
     """transformers' trainer over our collator and model."""
     reward, dtype = config.reward, compute_dtype()
-    set_seed(config.seed)
-    model = build_model(config)
     arguments = TrainingArguments(
         output_dir=str(stage.path / "checkpoints"),
         max_steps=reward.max_steps or -1,
         num_train_epochs=reward.num_epochs,
         per_device_train_batch_size=reward.per_device_batch_size,
-        gradient_accumulation_steps=reward.gradient_accumulation_steps,
+        **parallel.launch_arguments("reward", reward.gradient_accumulation_steps, config.launch),
         learning_rate=reward.learning_rate,
         lr_scheduler_type=reward.lr_scheduler,
         warmup_steps=reward.warmup_steps,
@@ -228,7 +231,6 @@ def build_trainer(
         max_grad_norm=reward.max_grad_norm,
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
         seed=config.seed,
         data_seed=config.seed,
         logging_steps=1,
@@ -240,6 +242,8 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
+    set_seed(config.seed)
+    model = build_model(config)
     context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
     trainer = VLMRewardTrainer(
         model=model,
@@ -249,7 +253,7 @@ def build_trainer(
         config=config,
     )
     trainer.group_by_image = config.data.group_by_image
-    trainer.checkpoints = stage.path / "checkpoints"
+    trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer
 
@@ -265,13 +269,20 @@ def score_pairs(
 ) -> list[dict]:
     """Both scores of every pair, with the row's ids, classes and answer lengths in words.
 
+    Several processes share the batches out, and all get all rows.
+
     Raises:
         Preempted: `should_stop` became true; polled between batches.
     """
-    collate, scored = RowCollator(processor), []
-    for start in tqdm(range(0, len(rows), batch_size), desc="score", leave=False):
-        if should_stop:
+    collate, starts = RowCollator(processor), range(0, len(rows), batch_size)
+    rounds = range(-(-len(starts) // parallel.world_size()))
+    done: list[tuple[int, list[dict]]] = []
+    for turn in tqdm(rounds, desc="score", leave=False):
+        if parallel.any_of(bool(should_stop)):
             raise Preempted("stopped while scoring held-out pairs; run the same command to go on")
+        mine, scored = turn * parallel.world_size() + parallel.rank(), []
+        # Under ZeRO-3 all must call the model equally often: one that has run out repeats the last.
+        start = starts[min(mine, len(starts) - 1)]
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
@@ -289,7 +300,10 @@ def score_pairs(
                     "rejected_words": len(row["rejected"].split()),
                 }
             )
-    return scored
+        if mine < len(starts):
+            done.append((mine, scored))
+    together = sorted(itertools.chain(*parallel.gathered(done)), key=lambda item: item[0])
+    return [row for _, scored in together for row in scored]
 
 
 def exchange_images(rows: Dataset) -> Dataset:

@@ -1,0 +1,397 @@
+"""Several processes for one stage: start them under accelerate, watch, relay, and end them.
+
+The cell or command that asks stays what it is: it shows progress, takes an interrupt, raises the
+error of the process that failed. Every process reports into a folder of this attempt, and reads its
+standard input: when we are gone, it ends too.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from spavl_lib.config import PROFILES, Config, LaunchConfig
+from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
+from spavl_lib.parallel import WORKER
+from spavl_lib.run import Stage, read_json, read_jsonl, write_json
+from spavl_lib.stop import StopFlag, stop_on_signals
+
+GRACE_S = 5.0  # after one process failed, for the others to say that they did too
+FRESH_S = 5.0  # a machine that has not been seen for so long is not there
+
+
+def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Make a stage in `launch.num_processes` processes, and wait for it.
+
+    Args:
+        kind: Stage, such as "dpo".
+        config: What to train, and how.
+        stage: Where it goes.
+        live: Something with `update(rows)`, shown while they train.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        SpavlError: What a process raised, with its rank; `RankError` if it was none of ours.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    launch = config.launch
+    with stop_on_signals() as flag, _reports(stage, launch, flag) as folder:
+        with tempfile.TemporaryDirectory(prefix="spavl-") as own:
+            command, env = _command(kind, config, stage, folder, Path(own))
+            log_path = stage.path / f".ranks-{launch.machine_rank}.log"
+            with log_path.open("w", encoding="utf-8") as log:
+                child = subprocess.Popen(
+                    command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+                try:
+                    _watch(child, stage, folder, flag, launch, live)
+                finally:
+                    _end(child, folder)
+        problem = _problem(child.returncode, folder, flag, log_path, launch)
+        if problem is None and not stage.done:
+            problem = RankError(f"all processes ended well, but left no summary; see {log_path}")
+        if problem is not None:
+            raise problem
+        log_path.unlink(missing_ok=True)
+    return stage.summary
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def _command(
+    kind: str, config: Config, stage: Stage, folder: Path, own: Path
+) -> tuple[list[str], dict[str, str]]:
+    """accelerate's command line, and the environment its processes get."""
+    import torch
+
+    launch, cuda = config.launch, torch.cuda.is_available()
+    here = launch.num_processes // launch.num_machines
+    if cuda and here > torch.cuda.device_count():
+        raise InputError(
+            f"launch.num_processes = {launch.num_processes}: {here} processes a machine, and this "
+            f"one has {torch.cuda.device_count()} GPUs"
+        )
+    (own / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    shipped = PROFILES / "accelerate"
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(shipped / f"{launch.engine}.yaml")]
+    words += ["--num_processes", str(launch.num_processes), "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--num_machines", str(launch.num_machines)]
+    words += ["--machine_rank", str(launch.machine_rank)]
+    words += ["--main_process_ip", launch.main_address]
+    words += ["--main_process_port", str(launch.main_port or _free_port())]
+    if launch.engine != "ddp":
+        words += ["--deepspeed_config_file", str(_deepspeed_config(launch, own))]
+    words += ["--module", "spavl_lib.worker", kind, str(own / "config.yaml")]
+    words += [str(stage.run.path.parent.absolute())]
+    env = dict(os.environ)
+    threads = max(1, (os.cpu_count() or 1) // here)
+    env |= {
+        WORKER: str(folder.absolute()),
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    package = str(Path(__file__).resolve().parents[1])
+    env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
+    if not cuda:
+        env["DS_ACCELERATOR"] = "cpu"
+        env.setdefault("GLOO_SOCKET_IFNAME", "lo" if launch.num_machines == 1 else "")
+        if not env["GLOO_SOCKET_IFNAME"]:
+            del env["GLOO_SOCKET_IFNAME"]
+    return words, env
+
+
+def _deepspeed_config(launch: LaunchConfig, own: Path) -> Path:
+    """DeepSpeed's settings as JSON, with offload if asked.
+
+    Raises:
+        InputError: DeepSpeed is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"launch.engine = {launch.engine} needs DeepSpeed: pip install -e '.[deepspeed]'"
+        )
+    settings = read_json(PROFILES / "accelerate" / f"{launch.engine}.json")
+    if launch.cpu_offload:
+        offload = {"device": "cpu", "pin_memory": False}
+        settings["zero_optimization"]["offload_optimizer"] = offload
+        if launch.engine == "zero3":
+            settings["zero_optimization"]["offload_param"] = offload
+    path = own / "deepspeed.json"
+    write_json(path, settings)
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- machines -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reports(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterator[Path]:
+    """A folder of this attempt where all processes, on all machines, report."""
+    base = stage.path / ".ranks"
+    base.mkdir(parents=True, exist_ok=True)
+    mine = base / f"machine-{launch.machine_rank}.json"
+    try:
+        folder = base / _meet(base, launch, flag)
+        folder.mkdir(exist_ok=True)
+        yield folder
+    finally:
+        mine.unlink(missing_ok=True)
+        if launch.machine_rank == 0:
+            shutil.rmtree(base, ignore_errors=True)
+        with contextlib.suppress(OSError):  # nothing came of it: leave nothing behind
+            stage.path.rmdir()
+            stage.run.path.rmdir()
+
+
+def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
+    """Wait for every machine; returns the name they agree on for this attempt.
+
+    Each keeps a file of its own fresh. Machine 0, having seen all, says who is in.
+
+    Raises:
+        InputError: The port is taken, or machines are missing; says which.
+    """
+    token = uuid.uuid4().hex[:12]
+    if launch.machine_rank == 0 and launch.main_port:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", launch.main_port))
+            except OSError as error:
+                raise InputError(
+                    f"launch.main_port = {launch.main_port} is in use on this machine ({error}); "
+                    "choose another"
+                ) from error
+    if launch.num_machines == 1:
+        return token
+    until = time.monotonic() + launch.timeout_s
+    while True:
+        write_json(
+            base / f"machine-{launch.machine_rank}.json",
+            {"host": socket.gethostname(), "token": token},
+        )
+        now = (base / f"machine-{launch.machine_rank}.json").stat().st_mtime
+        there = _machines(base, now)
+        if launch.machine_rank == 0 and len(there) == launch.num_machines:
+            tokens = [there[r]["token"] for r in sorted(there)]
+            write_json(base / "go.json", {"tokens": tokens})
+            return token
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            tokens = read_json(base / "go.json")["tokens"]
+            if tokens[launch.machine_rank] == token:
+                return tokens[0]
+        if flag:
+            raise Preempted(f"stopped by {flag.reason} while waiting for the other machines")
+        if time.monotonic() > until:
+            missing = sorted(set(range(launch.num_machines)) - set(there))
+            present = ", ".join(f"{r} ({m['host']})" for r, m in sorted(there.items()))
+            raise InputError(
+                f"waited {launch.timeout_s} s (launch.timeout_s) for {launch.num_machines} "
+                f"machines: missing {', '.join(map(str, missing))}; here are {present}. Do they "
+                f"all see {base.parent}?"
+            )
+        time.sleep(0.3)
+
+
+def _machines(base: Path, now: float) -> dict[int, dict]:
+    there = {}
+    for path in base.glob("machine-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            if now - path.stat().st_mtime < FRESH_S:
+                there[int(path.stem.split("-")[1])] = read_json(path)
+    return there
+
+
+# --- watching -----------------------------------------------------------------------------------
+
+
+def _watch(
+    child: subprocess.Popen,
+    stage: Stage,
+    folder: Path,
+    flag: StopFlag,
+    launch: LaunchConfig,
+    live: Any,
+) -> None:
+    """Relay progress until the child ends; pass a stop on; cut short the waiting for a dead one."""
+    told: set[int] = set()
+    failed_at = 0.0
+    shown = _Progress(stage, folder, live, launch)
+    with shown:
+        while child.poll() is None:
+            time.sleep(0.2)
+            shown.update()
+            if flag:
+                for pid in _pids(folder) - told:
+                    told.add(pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            errors = _errors(folder)
+            if any(e["type"] != "Preempted" for e in errors):
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE_S:
+                    # The others wait for it in a collective, deaf to a friendly signal.
+                    _kill(folder)
+        shown.update()
+
+
+class _Progress:
+    """A bar, and a live plot, from what the main process writes."""
+
+    def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
+        self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
+        self.bar: tqdm | None = None
+        self.stamp = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        rows = read_jsonl(self.stage.metrics_path)
+        if self.live and rows:
+            self.live.update(rows, force=True)
+
+    def update(self) -> None:
+        """Read on, if there is more."""
+        if self.bar is None:
+            with contextlib.suppress(OSError, ValueError):
+                begun = read_json(self.folder / "progress.json")
+                name = f"{self.stage.name} x {self.launch.num_processes}"
+                self.bar = tqdm(total=begun["total"], initial=begun["step"], desc=name, unit="step")
+            return
+        with contextlib.suppress(OSError, SpavlError):
+            stamp = self.stage.metrics_path.stat().st_size
+            if stamp == self.stamp:
+                return
+            self.stamp = stamp
+            rows = read_jsonl(self.stage.metrics_path)
+            if rows:
+                self.bar.update(max(0, rows[-1]["step"] - self.bar.n))
+                if "loss" in rows[-1]:
+                    self.bar.set_postfix(loss=rows[-1]["loss"])
+                if self.live:
+                    self.live.update(rows)
+
+
+def _pids(folder: Path) -> set[int]:
+    """Processes of this attempt on this machine."""
+    host, found = socket.gethostname(), set()
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value.get("host") == host:
+                found.add(value["pid"])
+    return found
+
+
+def _kill(folder: Path) -> None:
+    for pid in _pids(folder):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _end(child: subprocess.Popen, folder: Path) -> None:
+    """Leave no process behind, whatever happened to us."""
+    child.stdin.close()  # what every process waits for
+    if child.poll() is None:
+        _kill(folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(10)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+    _kill(folder)
+
+
+# --- what went wrong ----------------------------------------------------------------------------
+
+
+def _errors(folder: Path) -> list[dict]:
+    """Reported errors, the first first."""
+    found = []
+    for path in sorted(folder.glob("rank-*-error.json"), key=lambda p: p.stat().st_mtime_ns):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(read_json(path))
+    return found
+
+
+def _problem(
+    code: int, folder: Path, flag: StopFlag, log_path: Path, launch: LaunchConfig
+) -> SpavlError | None:
+    """The one error to show, or None."""
+    errors, count = _errors(folder), launch.num_processes
+    real = [e for e in errors if e["type"] != "Preempted"]
+    # What follows from another process's end is no cause.
+    causes = [e for e in real if not _is_echo(e)] or real
+    if causes:
+        first = causes[0]
+        kind = ERRORS.get(first["type"])
+        text = f"rank {first['rank']} of {count}: "
+        if kind is not None:
+            return kind(text + first["message"])
+        return RankError(
+            f"{text}{first['type']}: {first['message']}\n  at {first['at']}\n  log: {log_path}"
+        )
+    if errors:
+        return Preempted(errors[0]["message"])
+    if code == 0:
+        return None
+    if flag:
+        return Preempted(f"stopped by {flag.reason} before the first step; the same call goes on")
+    return RankError(_last_words(log_path, count, code))
+
+
+def _is_echo(error: dict) -> bool:
+    text = error["message"].lower()
+    return error["type"] in ("DistBackendError", "DistNetworkError") or any(
+        word in text for word in ("connection closed by peer", "connection reset", "gloo")
+    )
+
+
+def _last_words(log_path: Path, count: int, code: int) -> str:
+    """What torch's agent says of a process that died without a word."""
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    found = re.search(r"rank\s*: (\d+) .*?exitcode\s*: (-?\d+)", text, re.DOTALL)
+    if found:
+        rank, status = int(found[1]), int(found[2])
+        if status < 0:
+            name = signal.Signals(-status).name
+            why = " (often for memory)" if name == "SIGKILL" else ""
+            return (
+                f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint stands, "
+                f"the same call goes on\n  log: {log_path}"
+            )
+        return f"rank {rank} of {count} ended with exit code {status}\n  log: {log_path}"
+    tail = "\n    ".join(text.strip().splitlines()[-5:])
+    return f"the launcher ended with exit code {code}:\n    {tail}\n  log: {log_path}"

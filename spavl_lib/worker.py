@@ -1,0 +1,72 @@
+"""One process of several: `accelerate launch -m spavl_lib.worker KIND CONFIG ROOT`.
+
+Started by `children.train_in_processes`, which holds our standard input open: when that ends, so do
+we, whatever killed it.
+"""
+
+import os
+import socket
+import sys
+import threading
+import traceback
+from pathlib import Path
+
+import yaml
+
+from spavl_lib import parallel
+from spavl_lib.config import from_dict
+from spavl_lib.errors import Preempted, SpavlError
+
+
+def main(kind: str, config_path: str, root: str) -> int:
+    """Make a stage's part of this process.
+
+    Args:
+        kind: Stage, such as "dpo".
+        config_path: A resolved config.
+        root: Folder of the runs.
+
+    Returns:
+        The exit code; what failed is reported to the parent.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    parallel.report(f"rank-{parallel.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
+    try:
+        from spavl_lib import launch
+        from spavl_lib.run import Run
+
+        config = from_dict(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
+        parallel.join(config.launch)
+        launch.make_here(kind, config, Run(config, root=Path(root)).stage(kind))
+        parallel.barrier()
+    except BaseException as error:  # noqa: BLE001 - all of them are told, with the rank
+        parallel.report(f"rank-{parallel.rank()}-error", _told(error))
+        traceback.print_exc()
+        if isinstance(error, Preempted):
+            parallel.barrier()  # the launcher kills the rest as soon as one ends
+        return error.exit_code if isinstance(error, SpavlError) else 1
+    return 0
+
+
+def _told(error: BaseException) -> dict:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "spavl_lib" in f.filename]
+    last = (frames or traceback.extract_tb(error.__traceback__))[-1]
+    return {
+        "rank": parallel.rank(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "at": f"{Path(last.filename).name}:{last.lineno}: {last.line}",
+    }
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(4096):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no teardown of process groups that others may have left already

@@ -1,0 +1,90 @@
+"""Two processes train what one does, under each engine, also over the death of one of them."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+
+from spavl_lib import launch
+from spavl_lib.errors import InputError, RankError
+from spavl_lib.run import Run
+from tests.distributed.conftest import Result, alive, config_of, process_of, read, train, when
+
+TOLERANCE = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
+
+
+def assert_equal_losses(result: Result, expected: Result, tolerance: float) -> None:
+    assert result.losses.keys() == expected.losses.keys() and len(result.losses) >= 5
+    for step, loss in expected.losses.items():
+        assert result.losses[step] == pytest.approx(loss, abs=tolerance), step
+    values = list(expected.losses.values())
+    assert max(values) - min(values) > 1e-2  # steps differ, or equal losses would say nothing
+
+
+@pytest.mark.parametrize("engine", list(TOLERANCE))
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_two_processes_train_what_one_does_over_the_death_of_one(
+    kind: str, engine: str, alone: Callable[[str], Result]
+) -> None:
+    if engine != "ddp":
+        pytest.importorskip("deepspeed", reason="the optional extra is not installed")
+    config = config_of(kind, f"{kind}-{engine}", launch__num_processes=2, launch__engine=engine)
+    stage = Run(config).stage(kind)
+    pids: list[int] = []
+
+    def kill() -> None:
+        pids.extend(process_of(stage, rank) for rank in (0, 1))
+        os.kill(pids[1], signal.SIGKILL)
+
+    killer = when((stage.path / "checkpoints/step-2/MANIFEST.json").is_file, kill)
+    with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL.*checkpoint stands"):
+        launch.train(kind, config, stage)
+    killer.join()
+    assert len(pids) == 2 and not any(map(alive, pids))
+    assert not stage.done and not (stage.path / ".ranks").exists()
+
+    launch.train(kind, config, stage)
+    result = read(stage)
+    assert result.summary["launch"] == {"engine": engine, "world_size": 2}
+    assert_equal_losses(result, alone(kind), TOLERANCE[engine])
+    # What was saved is what one process saves: the same parts, loadable without several.
+    expected = alone(kind).summary
+    assert result.summary["trainable_parameters"] == expected["trainable_parameters"]
+    saved = {p.name for p in (stage.path / "model").iterdir()}
+    assert saved == {p.name for p in (alone(kind).stage.path / "model").iterdir()}
+    assert_same_model(result, alone(kind), 2e-5 if engine != "zero3" else 2e-4)
+
+
+def assert_same_model(result: Result, expected: Result, tolerance: float) -> None:
+    from safetensors.torch import load_file
+
+    for path in expected.stage.path.glob("model/*.safetensors"):
+        theirs, ours = load_file(path), load_file(result.stage.path / "model" / path.name)
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            assert ours[name].shape == value.shape
+            assert (ours[name] - value).abs().max() < tolerance, name
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_offload_to_the_cpu_changes_no_loss(engine: str, alone: Callable[[str], Result]) -> None:
+    pytest.importorskip("deepspeed", reason="the optional extra is not installed")
+    result = train(
+        "dpo",
+        config_of(
+            "dpo", f"offload-{engine}", launch__num_processes=2, launch__engine=engine,
+            launch__cpu_offload=True,
+        ),
+    )  # fmt: skip
+    assert_equal_losses(result, alone("dpo"), TOLERANCE[engine])
+
+
+def test_a_checkpoint_in_shares_is_not_read_by_another_number_of_processes(
+    alone: Callable[[str], Result],
+) -> None:
+    """DDP's checkpoints fit any number; see that, and that an uneven step is refused."""
+    config = config_of("dpo", "uneven", launch__num_processes=3)
+    with pytest.raises(InputError, match="cannot be shared out among launch.num_processes = 3"):
+        launch.train("dpo", config, Run(config).stage("dpo"))
+    assert not Run(config).path.exists()
