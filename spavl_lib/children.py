@@ -353,7 +353,10 @@ def _problem(
     errors, count = _errors(folder), launch.num_processes
     real = [e for e in errors if e["type"] != "Preempted"]
     # What follows from another process's end is no cause.
-    causes = [e for e in real if not _is_echo(e)] or real
+    causes = [e for e in real if not _is_echo(e)]
+    if not causes and code and not flag and (killed := _killed(log_path, count)):
+        return RankError(killed)
+    causes = causes or real
     if causes:
         first = causes[0]
         kind = ERRORS.get(first["type"])
@@ -369,7 +372,7 @@ def _problem(
         return None
     if flag:
         return Preempted(f"stopped by {flag.reason} before the first step; the same call goes on")
-    return RankError(_last_words(log_path, count, code))
+    return RankError(_last_words(log_path, code))
 
 
 def _is_echo(error: dict) -> bool:
@@ -379,19 +382,24 @@ def _is_echo(error: dict) -> bool:
     )
 
 
-def _last_words(log_path: Path, count: int, code: int) -> str:
-    """What torch's agent says of a process that died without a word."""
+def _killed(log_path: Path, count: int) -> str | None:
+    """Which process died of a signal, by what torch's agent says; it could not say so itself."""
     text = log_path.read_text(encoding="utf-8", errors="replace")
-    found = re.search(r"rank\s*: (\d+) .*?exitcode\s*: (-?\d+)", text, re.DOTALL)
-    if found:
-        rank, status = int(found[1]), int(found[2])
-        if status < 0:
-            name = signal.Signals(-status).name
-            why = " (often for memory)" if name == "SIGKILL" else ""
-            return (
-                f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint stands, "
-                f"the same call goes on\n  log: {log_path}"
-            )
-        return f"rank {rank} of {count} ended with exit code {status}\n  log: {log_path}"
+    ends = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+)", text)
+    # The agent ends the others by SIGTERM.
+    ends.sort(key=lambda end: int(end[1]) == signal.SIGTERM)
+    if not ends:
+        return None
+    rank, name = ends[0][0], signal.Signals(int(ends[0][1])).name
+    why = " (often for memory)" if name == "SIGKILL" else ""
+    return (
+        f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint stands, the same "
+        f"call goes on\n  log: {log_path}"
+    )
+
+
+def _last_words(log_path: Path, code: int) -> str:
+    """The end of a launcher that left no report."""
+    text = log_path.read_text(encoding="utf-8", errors="replace")
     tail = "\n    ".join(text.strip().splitlines()[-5:])
     return f"the launcher ended with exit code {code}:\n    {tail}\n  log: {log_path}"
