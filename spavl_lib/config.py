@@ -21,6 +21,8 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+# The linears of a decoder layer in every family that loads here.
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SCHEDULERS = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 )  # fmt: skip
@@ -118,8 +120,9 @@ class ModelConfig:
 
     name: str
     """`embedded`, a local folder, or a hub id."""
-    adapter: Literal["full", "lora", "qlora"]
-    """full: the whole language model; lora: adapters on its linears; qlora: the same over 4 bit."""
+    adapter: Literal["full", "lora", "qlora", "frozen"]
+    """full: the whole language model; lora: adapters on its linears; qlora: the same over 4 bit;
+    frozen: nothing of it, the projector alone trains."""
     revision: str = ""
     """Hub commit, empty for the newest."""
     train_projector: bool = True
@@ -128,6 +131,8 @@ class ModelConfig:
     """Rank of the adapters."""
     lora_alpha: int = 64
     """Scale of the adapters; the update is multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = LINEARS
+    """Which linears of the language model take adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
@@ -136,6 +141,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _at_least("model", self, lora_rank=1, lora_alpha=1)
+        for name in self.lora_targets:
+            _known("model.lora_targets", name, LINEARS)
+        if not self.lora_targets:
+            raise InputError("model.lora_targets is empty: adapters would go nowhere")
+        if self.adapter == "frozen" and not self.train_projector:
+            raise InputError("model.adapter = 'frozen' without train_projector trains nothing")
+
+    @property
+    def with_lora(self) -> bool:
+        """Whether adapters train over one base, which is then the reference too."""
+        return self.adapter in ("lora", "qlora")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
 from spavl_lib.parallel import numel
 
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TOWER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger)\.")
 HEAD = re.compile(r"(^|\.)lm_head\.")
@@ -36,11 +35,13 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and name.rsplit(".", 1)[-1] in LINEARS
+        and name.rsplit(".", 1)[-1] in config.lora_targets
         and part_of(f"{name}.weight") == "language"
     ]
     if not targets:
-        raise InputError(f"{type(model).__name__}: found none of {LINEARS} in the language model")
+        raise InputError(
+            f"{type(model).__name__}: found none of {config.lora_targets} in the language model"
+        )
     projectors = {
         name.rsplit(".", 1)[-1]
         for name, _ in model.named_modules()
@@ -58,8 +59,9 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
 
 
 def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Full fine-tuning: train the language model and head, and the projector if asked."""
-    trained = {"language", "head"} | ({"projector"} if config.train_projector else set())
+    """Without adapters: train language model and head, unless frozen, and the projector if asked."""
+    trained = {"language", "head"} if config.adapter == "full" else set()
+    trained |= {"projector"} if config.train_projector else set()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
 
@@ -71,6 +73,21 @@ def trainable_parts(model: nn.Module) -> dict[str, int]:
         if parameter.requires_grad:
             parts[part_of(name)] = parts.get(part_of(name), 0) + numel(parameter)
     return parts
+
+
+def assert_four_bit(model: nn.Module) -> None:
+    """Check by module that the language model's linears are in 4 bit, and nothing else is.
+
+    Names to skip that match nothing quantise the tower without a word.
+
+    Raises:
+        AssertionError: Names a module on the wrong side.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            four = type(module).__name__ == "Linear4bit"
+            if four != (part_of(f"{name}.weight") == "language"):
+                raise AssertionError(f"{name}: in 4 bit = {four}, and it is {part_of(name + '.')}")
 
 
 def assert_freeze_plan(
@@ -91,8 +108,9 @@ def assert_freeze_plan(
     """
     for name, parameter in model.named_parameters():
         part, lora = part_of(name), "lora_" in name
-        if config.adapter == "full":
-            expected = part in (("language", "head") if head else ("language",)) or (
+        if not config.with_lora:
+            language = config.adapter == "full"
+            expected = (language and part in (("language", "head") if head else ("language",))) or (
                 part == "projector" and config.train_projector
             )
         else:
@@ -108,6 +126,6 @@ def assert_freeze_plan(
                 f"({config.adapter}, projector {config.train_projector})"
             )
     parts = trainable_parts(model)
-    if not parts.get("language"):
+    if config.adapter != "frozen" and not parts.get("language"):
         raise AssertionError("nothing of the language model trains")
     return parts

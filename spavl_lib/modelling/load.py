@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BaseImageProcessor,
     BitsAndBytesConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -72,8 +73,39 @@ def load_processor(config: ModelConfig) -> ProcessorMixin:
             model_path(config), revision=config.revision or None
         )
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load a processor for model {config.name!r}: {error}") from error
+        raise InputError(
+            f"cannot load a processor for model {config.name!r}: {why(error)}"
+        ) from error
     processor.tokenizer.padding_side = "left"
+    return as_llava(processor)
+
+
+def llava_pictures(side: int) -> BaseImageProcessor:
+    """Pictures as LLaVA-1.5's own code makes them: padded to a square with the mean colour."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    square = {"height": side, "width": side}
+    return LlavaImageProcessorPil(
+        do_pad=True, do_center_crop=False, size=square, crop_size=square, default_to_square=True
+    )
+
+
+def as_llava(processor: ProcessorMixin) -> ProcessorMixin:
+    """LLaVA-1.5's processor as its own code prepares rows; another family's unchanged.
+
+    The Hub's processor cuts the picture's middle out and leaves the system sentence away.
+    """
+    from transformers import LlavaProcessor
+
+    pictures = processor.image_processor
+    # Pixtral wears LLaVA's processor too, and has pictures of its own.
+    if type(processor) is not LlavaProcessor or not hasattr(pictures, "do_center_crop"):
+        return processor
+    if pictures.do_center_crop:
+        side = pictures.crop_size["height"]
+        processor.image_processor = llava_pictures(side)
+        template = ASSETS / "model" / "chat_template.jinja"
+        processor.chat_template = template.read_text(encoding="utf-8")
     return processor
 
 
@@ -102,8 +134,38 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             quantization_config=quantisation,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load model {config.name!r}: {error}") from error
-    return model.to(device()).eval() if quantisation is None else model.eval()
+        raise InputError(f"cannot load model {config.name!r}: {why(error)}") from error
+    if quantisation is not None:
+        from spavl_lib.modelling.adapters import assert_four_bit
+
+        assert_four_bit(model)
+        return model.eval()
+    return model.to(device()).eval()
+
+
+def why(error: BaseException) -> str:
+    """What a failed load of a model comes to, and what to do; the library's words where unknown."""
+    from huggingface_hub import errors
+
+    chain = [error]
+    while chain[-1].__cause__ is not None and len(chain) < 6:
+        chain.append(chain[-1].__cause__)
+    for link in chain:
+        if isinstance(link, errors.GatedRepoError):
+            return "gated: accept its terms on its page, then `hf auth login`"
+        if isinstance(link, errors.RevisionNotFoundError):
+            return "no such revision (model.revision)"
+        if isinstance(link, errors.RepositoryNotFoundError):
+            return "no such model on the Hub, or no right to see it; or name a local folder"
+    text = str(error)
+    if any(isinstance(e, errors.LocalEntryNotFoundError | ConnectionError) for e in chain) or (
+        "offline mode" in text or "couldn't connect" in text
+    ):
+        return "the Hub cannot be reached and no copy is cached; set model.name to a local folder"
+    if "Unrecognized configuration class" in text:
+        kind = text.split("configuration class ")[1].split(" ")[0].rsplit(".", 1)[-1].strip("'>")
+        return f"{kind} takes no images: a vision-language model is needed"
+    return text
 
 
 def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedModel:

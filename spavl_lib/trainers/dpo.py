@@ -179,7 +179,7 @@ def build_trainer(
         disable_tqdm=True,
     )
     policy = load_model(config.model)
-    lora = config.model.adapter != "full"
+    lora = config.model.with_lora
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
         # fp32 masters: in half precision small updates round to nothing. Autocast does the rest.
@@ -238,7 +238,7 @@ def save_trained(
 def _card(config: Config, summary: dict) -> str:
     evaluation = "\n".join(f"| {k} | {v} |" for k, v in summary["validation"].items())
     base = model_path(config.model)
-    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    lora = "library_name: peft\n" if config.model.with_lora else ""
     name = "the embedded demonstration model" if config.model.name == "embedded" else base
     return f"""---
 base_model: {config.model.name}

@@ -203,7 +203,7 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
 def build_model(config: Config) -> ScalarHeadModel:
     """The base with a fresh head, and what trains set to train."""
     vlm = load_model(config.model)
-    if config.model.adapter == "full":
+    if not config.model.with_lora:
         vlm = vlm.float()  # fp32 masters, as in DPO
         freeze_for_full(vlm, config.model)
         vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it

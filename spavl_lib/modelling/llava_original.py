@@ -1,0 +1,263 @@
+"""Checkpoints of the original LLaVA code (`llava_llama`), rewritten as transformers reads them.
+
+    spavl model import SRC DST [--tower CLIP]
+
+SPA-VL's released weights are in that layout. Names are mapped shard by shard, so memory holds one
+shard; the layout written is that of `llava-hf/llava-1.5-7b-hf`.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spavl_lib.embedded.world import ASSETS
+from spavl_lib.errors import InputError
+from spavl_lib.files import read_json, write_json, writing
+
+NAMES = (
+    (re.compile(r"^model\.vision_tower\.vision_tower\."), "vision_tower."),
+    (re.compile(r"^model\.mm_projector\.0\."), "multi_modal_projector.linear_1."),
+    (re.compile(r"^model\.mm_projector\.2\."), "multi_modal_projector.linear_2."),
+    (re.compile(r"^model\.(embed_tokens|layers|norm)\."), r"language_model.model.\1."),
+    (re.compile(r"^lm_head\."), "language_model.lm_head."),
+)
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # computed anew
+VOCABULARY_OF = 64  # rows are added up to a multiple of this, as on the Hub
+# Of openai/clip-vit-large-patch14-336, which LLaVA-1.5 names and does not describe.
+CLIP_336 = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+    "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+
+
+def new_name(name: str) -> str | None:
+    """A tensor's name in transformers' layout; None for a buffer.
+
+    Raises:
+        InputError: It is no tensor of that layout.
+    """
+    if BUFFERS.search(name):
+        return None
+    for pattern, replacement in NAMES:
+        if pattern.match(name):
+            return pattern.sub(replacement, name)
+    raise InputError(f"{name!r} is no tensor of an original LLaVA-1.5 checkpoint")
+
+
+def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[str, Any]:
+    """Rewrite a checkpoint of the original code.
+
+    Args:
+        source: Folder with config.json (`llava_llama`), safetensors and tokenizer.
+        target: New folder, loadable by `AutoModelForImageTextToText`.
+        tower: Folder of the CLIP tower, where the checkpoint does not hold it.
+
+    Returns:
+        What was written: tensors and values by part.
+
+    Raises:
+        InputError: Not such a checkpoint; a tensor is missing, doubled or torn; target not empty.
+    """
+    original = _read_config(source)
+    if target.exists() and any(target.iterdir()):
+        raise InputError(f"{target} is not empty")
+    shards = sorted(source.glob("*.safetensors"))
+    if not shards:
+        raise InputError(f"{source} holds no .safetensors files (pickles are not read)")
+    tokenizer, image_token = _tokenizer(source)
+    rows = -(-len(tokenizer) // VOCABULARY_OF) * VOCABULARY_OF
+    target.mkdir(parents=True, exist_ok=True)
+    written: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    total = 0
+    with writing(target):
+        for number, (path, rename) in enumerate(_sources(shards, tower)):
+            named = _renamed(path, rename, written, rows, original["vocab_size"])
+            name = f"model-{number + 1:05d}.safetensors"
+            save_file(named, target / name, metadata={"format": "pt"})
+            written |= dict.fromkeys(named, name)
+            for key, value in named.items():
+                part = key.split(".")[0]
+                counts[part] = counts.get(part, 0) + value.numel()
+                total += value.numel() * value.element_size()
+        write_json(
+            target / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))},
+        )
+        config = _new_config(original, tower, tokenizer, image_token, rows)
+        config.save_pretrained(target)
+        _processor(config, tokenizer).save_pretrained(target)
+    _check_names(config, written, source)
+    return {"tensors": len(written), "values": counts}
+
+
+def _read_config(source: Path) -> dict:
+    try:
+        config = read_json(source / "config.json")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{source} has no readable config.json: {error}") from error
+    kind = config.get("model_type")
+    if kind not in ("llava_llama", "llava") or "mm_hidden_size" not in config:
+        raise InputError(
+            f"{source} is no checkpoint of the original LLaVA code: model_type {kind!r}, expected "
+            "'llava_llama' with mm_hidden_size"
+        )
+    projector = config.get("mm_projector_type", "linear")
+    if projector != "mlp2x_gelu":
+        raise InputError(f"{source}: mm_projector_type {projector!r}; only mlp2x_gelu is LLaVA-1.5")
+    return config
+
+
+def _sources(shards: list[Path], tower: Path | None) -> list[tuple[Path, Any]]:
+    sources: list[tuple[Path, Any]] = [(path, new_name) for path in shards]
+    if tower is not None:
+        found = sorted(tower.glob("*.safetensors"))
+        if not found:
+            raise InputError(f"{tower} holds no .safetensors files of a CLIP tower")
+        sources += [(path, _tower_name) for path in found]
+    return sources
+
+
+def _tower_name(name: str) -> str | None:
+    """CLIP as OpenAI's repository has it: its text half stays behind."""
+    keep = name.startswith("vision_model.") and not BUFFERS.search(name)
+    return f"vision_tower.{name}" if keep else None
+
+
+def _renamed(
+    path: Path, rename: Any, before: dict[str, str], rows: int, vocabulary: int
+) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - no mapping
+                new = rename(name)
+                if new is None:
+                    continue
+                if new in named or new in before:
+                    raise InputError(f"{path}: {name} is there twice")
+                named[new] = handle.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is torn or no safetensors file: {error}") from error
+    for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
+        if name in named:
+            named[name] = _with_rows(named[name], rows, vocabulary, path)
+    return named
+
+
+def _with_rows(weight: Tensor, rows: int, vocabulary: int, path: Path) -> Tensor:
+    """Rows for the image and padding tokens: the mean of all, which no logit prefers."""
+    if weight.shape[0] < vocabulary:
+        raise InputError(f"{path}: {weight.shape[0]} words, config.json says {vocabulary}")
+    kept = weight[:vocabulary]
+    mean = kept.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([kept, mean.expand(rows - vocabulary, -1)]).contiguous()
+
+
+def _tokenizer(source: Path) -> tuple[Any, int]:
+    from transformers import AddedToken, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(
+            f"{source}: cannot read its tokenizer: {error} (a tokenizer.model alone needs "
+            "`pip install sentencepiece protobuf`)"
+        ) from error
+    tokenizer.add_special_tokens(
+        {
+            "pad_token": AddedToken("<pad>", special=True, normalized=False),
+            "additional_special_tokens": [AddedToken("<image>", special=True, normalized=False)],
+        }
+    )
+    return tokenizer, tokenizer.convert_tokens_to_ids("<image>")
+
+
+def _new_config(
+    original: dict, tower: Path | None, tokenizer: Any, image_token: int, rows: int
+) -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+    vision = dict(CLIP_336)
+    described = (tower / "config.json") if tower else None
+    if described and described.is_file():
+        page = read_json(described)
+        vision = {**page.get("vision_config", page)}
+        vision.pop("model_type", None)
+    elif "vision_config" in original:
+        vision = original["vision_config"]
+    known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "torch_dtype"}
+    text = {k: v for k, v in original.items() if k in known}
+    text |= {
+        "vocab_size": rows,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    return LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text),
+        image_token_id=image_token,
+        vision_feature_layer=original.get("mm_vision_select_layer", -2),
+        vision_feature_select_strategy="default",
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        architectures=["LlavaForConditionalGeneration"],
+    )
+
+
+def _processor(config: Any, tokenizer: Any) -> Any:
+    from transformers import LlavaProcessor
+
+    from spavl_lib.modelling.load import llava_pictures
+
+    vision = config.vision_config
+    template = (ASSETS / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+    return LlavaProcessor(
+        image_processor=llava_pictures(vision.image_size),
+        tokenizer=tokenizer,
+        patch_size=vision.patch_size,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=template,
+    )
+
+
+def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
+    """Every tensor of the model that the config describes was written, and no other.
+
+    Raises:
+        InputError: Lists what is missing; a checkpoint without its tower says so.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(config)
+    wanted = {hub_name(name) for name, _ in model.named_parameters()}
+    missing = sorted(wanted - written.keys())
+    extra = sorted(written.keys() - wanted)
+    if missing or extra:
+        tower = " (is the tower in a folder of its own? --tower)" if any(
+            name.startswith("vision_tower") for name in missing
+        ) else ""  # fmt: skip
+        raise InputError(
+            f"{source}: {len(missing)} tensors missing {missing[:3]}, {len(extra)} unexpected "
+            f"{extra[:3]}{tower}"
+        )
+
+
+def hub_name(name: str) -> str:
+    """A parameter's name in memory as the Hub's LLaVA-1.5 files have it."""
+    if name.startswith("lm_head."):
+        return f"language_model.{name}"
+    name = name.removeprefix("model.")
+    if name.startswith("language_model."):
+        return name.replace("language_model.", "language_model.model.", 1)
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    return name

@@ -1,0 +1,220 @@
+"""The original code's checkpoints: every name mapped, the same numbers, and clear refusals."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
+
+from spavl_lib.config import ModelConfig
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.llava_original import import_llava, new_name
+from spavl_lib.modelling.load import as_llava, load_model, load_processor
+from tests.helpers import LLAMA_TOKENS, byte_tokenizer, tiny
+
+
+def original_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A LLaVA's tensors as the original code names and saves them, written by hand."""
+    out = {}
+    for name, value in model.state_dict().items():
+        if name.startswith("model.language_model."):
+            name = name.replace("model.language_model.", "model.")
+        elif name.startswith("model.multi_modal_projector."):
+            for old, new in (("linear_1", "0"), ("linear_2", "2")):
+                name = name.replace(
+                    f"model.multi_modal_projector.{old}", f"model.mm_projector.{new}"
+                )
+        elif name.startswith("model.vision_tower."):
+            rest = name.removeprefix("model.vision_tower.").removeprefix("vision_model.")
+            name = f"model.vision_tower.vision_tower.vision_model.{rest}"
+        out[name] = value.clone().contiguous()
+    out["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    return out
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """A tiny LLaVA with a vocabulary that knows no image token yet, as the original's."""
+    config = tiny("llava")[0].config
+    config = type(config).from_dict(config.to_dict())
+    config.text_config.vocab_size = 256 + 3
+    config.image_token_id = 0
+    torch.manual_seed(3)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def write_original(model: PreTrainedModel, folder: Path, *, tower: bool = True) -> Path:
+    """A checkpoint of the original layout, in two shards."""
+    folder.mkdir()
+    text, vision = model.config.text_config, model.config.vision_config
+    page = {
+        "model_type": "llava_llama", "mm_hidden_size": vision.hidden_size,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad",
+        "vocab_size": text.vocab_size, "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size, "num_hidden_layers": text.num_hidden_layers,
+        "num_attention_heads": text.num_attention_heads, "rms_norm_eps": text.rms_norm_eps,
+        "num_key_value_heads": text.num_key_value_heads, "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+        "vision_config": {
+            k: getattr(vision, k)
+            for k in ("hidden_size", "intermediate_size", "num_hidden_layers",
+                      "num_attention_heads", "image_size", "patch_size")
+        },
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(page), encoding="utf-8")
+    named = original_names(model)
+    if not tower:
+        named = {k: v for k, v in named.items() if "vision_tower" not in k}
+    names = sorted(named)
+    for number, part in enumerate((names[::2], names[1::2])):
+        save_file({n: named[n] for n in part}, folder / f"model-{number}.safetensors")
+    special = {k: v for k, v in LLAMA_TOKENS.items() if k != "pad_token"}
+    byte_tokenizer(special, {}).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def test_an_original_checkpoint_loads_with_the_same_numbers(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    source, target = write_original(model, tmp_path / "original"), tmp_path / "imported"
+    written = import_llava(source, target)
+    assert written["tensors"] == len(list(model.named_parameters()))
+    # transformers alone, with nothing of ours.
+    ours = AutoModelForImageTextToText.from_pretrained(target).eval()
+    processor = AutoProcessor.from_pretrained(target)
+    assert {p.suffix for p in target.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    assert len(processor.tokenizer) == 261 and ours.config.text_config.vocab_size == 320
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8))
+    inputs = processor(images=picture, text="<image>\nWhat?", return_tensors="pt")
+    logits = ours(**inputs).logits[..., :259]
+    # The same rows through the model it was: its image token stands where it has a row.
+    slot = inputs["input_ids"] == ours.config.image_token_id
+    assert slot.sum() == 16
+    model.config.image_token_id = 258
+    theirs = dict(inputs) | {"input_ids": inputs["input_ids"].masked_fill(slot, 258)}
+    expected = model(**theirs).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert expected.std() > 1e-2
+    # And through our own door.
+    config = ModelConfig(name=str(target), adapter="full")
+    again = load_model(config)(**load_processor(config)(
+        images=picture, text="<image>\nWhat?", return_tensors="pt")).logits  # fmt: skip
+    torch.testing.assert_close(again[..., :259], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_in_a_folder_of_its_own(model: PreTrainedModel, tmp_path: Path) -> None:
+    source = write_original(model, tmp_path / "original", tower=False)
+    with pytest.raises(InputError, match="tensors missing.*--tower"):
+        import_llava(source, tmp_path / "without")
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    prefix = "model.vision_tower.vision_tower."
+    named = {
+        n.removeprefix(prefix): v for n, v in original_names(model).items() if n.startswith(prefix)
+    }
+    save_file(named | {"text_model.x": torch.ones(2)}, clip / "model.safetensors")
+    page = {"vision_config": model.config.vision_config.to_dict()}
+    (clip / "config.json").write_text(json.dumps(page), encoding="utf-8")
+    import_llava(source, tmp_path / "with", clip)
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "with")
+    for name, value in model.model.vision_tower.state_dict().items():
+        assert torch.equal(ours.model.vision_tower.state_dict()[name], value), name
+
+
+def test_every_name_of_the_released_layout() -> None:
+    """The names as SPA-VL's repository lists them."""
+    assert new_name("model.layers.31.mlp.up_proj.weight") == (
+        "language_model.model.layers.31.mlp.up_proj.weight"
+    )
+    assert new_name("model.embed_tokens.weight") == "language_model.model.embed_tokens.weight"
+    assert new_name("lm_head.weight") == "language_model.lm_head.weight"
+    assert new_name("model.mm_projector.2.bias") == "multi_modal_projector.linear_2.bias"
+    assert new_name(
+        "model.vision_tower.vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight"
+    ) == ("vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight")
+    assert new_name("model.layers.0.self_attn.rotary_emb.inv_freq") is None
+    with pytest.raises(InputError, match="is no tensor of an original"):
+        new_name("transformer.h.0.weight")
+
+
+def test_refusals(model: PreTrainedModel, tmp_path: Path) -> None:
+    source = write_original(model, tmp_path / "original")
+    with pytest.raises(InputError, match="no readable config.json"):
+        import_llava(tmp_path, tmp_path / "x")
+    with pytest.raises(InputError, match="is not empty"):
+        import_llava(source, source)
+    shard = source / "model-1.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-50])
+    with pytest.raises(InputError, match="model-1.safetensors is torn"):
+        import_llava(source, tmp_path / "torn")
+    named = load_file(source / "model-0.safetensors")
+    save_file(named, shard)
+    with pytest.raises(InputError, match="is there twice"):
+        import_llava(source, tmp_path / "twice")
+    page = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(page | {"model_type": "llama"}))
+    with pytest.raises(InputError, match="no checkpoint of the original LLaVA code"):
+        import_llava(source, tmp_path / "other")
+
+
+# --- pictures and words of the Hub's LLaVA-1.5 --------------------------------------------------
+
+
+def llava_pixels(picture: Image.Image, side: int, mean: list, std: list) -> np.ndarray:
+    """LLaVA's `process_images` with `image_aspect_ratio: pad`, from its description."""
+    width, height = picture.size
+    longest = max(width, height)
+    square = Image.new("RGB", (longest, longest), tuple(int(m * 255) for m in mean))
+    square.paste(picture, ((longest - width) // 2, (longest - height) // 2))
+    small = square.resize((side, side), Image.Resampling.BICUBIC)
+    return ((np.asarray(small) / 255.0 - mean) / std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(90, 30), (31, 77), (50, 50), (16, 15)])
+def test_a_stock_processor_becomes_llavas_own_to_the_pixel(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    tiny("llava")[1].save_pretrained(tmp_path)
+    stock = AutoProcessor.from_pretrained(tmp_path)
+    ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
+    pixels = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    seen = ours.image_processor(picture, return_tensors="np")["pixel_values"][0]
+    pictures = ours.image_processor
+    expected = llava_pixels(picture, 32, pictures.image_mean, pictures.image_std)
+    np.testing.assert_allclose(seen, expected, atol=1e-5)
+    cut = stock.image_processor(picture, return_tensors="np")["pixel_values"][0]
+    if size[0] != size[1]:
+        assert np.abs(cut - expected).max() > 0.5  # the stock one cuts the middle out
+
+
+def test_the_stock_template_becomes_vicunas(tmp_path: Path) -> None:
+    tiny("llava")[1].save_pretrained(tmp_path)
+    ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
+    message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]}]
+    text = ours.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    assert text == (
+        "<s>A chat between a curious human and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the human's questions. USER: <image>\nHi? "
+        "ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "idefics3", "embedded"])
+def test_other_processors_stay_as_they_are(family: str) -> None:
+    processor = tiny(family)[1]
+    pictures, template = processor.image_processor, processor.chat_template
+    assert as_llava(processor) is processor
+    assert processor.image_processor is pictures and processor.chat_template == template
