@@ -709,6 +709,8 @@ def train(kind: str, config: Config, stage: Stage) -> Any:
 
 
 def _make(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
+    if in_processes(config.launch) and kind in TRAINERS and kind not in IN_PROCESSES:
+        raise InputError(f"{kind} in several processes is not there yet: launch.num_processes = 1")
     if not in_processes(config.launch) or kind not in IN_PROCESSES:
         return make_here(kind, config, stage, **options)
     stage.check_config()

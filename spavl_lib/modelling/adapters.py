@@ -59,7 +59,7 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
 
 
 def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Without adapters: train language model and head, unless frozen, and the projector if asked."""
+    """Without adapters: language model and head, unless frozen, and the projector if asked."""
     trained = {"language", "head"} if config.adapter == "full" else set()
     trained |= {"projector"} if config.train_projector else set()
     for name, parameter in model.named_parameters():
