@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from spavl_lib.config import PROFILES, Config, LaunchConfig
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
-from spavl_lib.parallel import WORKER
+from spavl_lib.parallel import WORKER, check_supported, local_accumulation
 from spavl_lib.run import Stage, read_json, read_jsonl, write_json
 from spavl_lib.stop import StopFlag, stop_on_signals
 
@@ -50,7 +50,10 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
         SpavlError: What a process raised, with its rank; `RankError` if it was none of ours.
         Preempted: Asked to stop; the same call goes on.
     """
-    launch = config.launch
+    launch, section = config.launch, getattr(config, kind, None)
+    check_supported(config.model.adapter, launch)
+    if hasattr(section, "gradient_accumulation_steps"):
+        local_accumulation(kind, section.gradient_accumulation_steps, launch)
     with stop_on_signals() as flag, _reports(stage, launch, flag) as folder:
         with tempfile.TemporaryDirectory(prefix="spavl-") as own:
             command, env = _command(kind, config, stage, folder, Path(own))

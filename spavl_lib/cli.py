@@ -1,15 +1,10 @@
 """`spavl`: every verb is a library call; errors are one message and an exit code."""
 
 import contextlib
-import importlib.metadata
-import importlib.util
 import os
-import platform
-import shutil
 import signal
 import sys
 import threading
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +15,7 @@ import yaml
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.files import DISK_ERRORS
-from spavl_lib.run import Run, repo_root, runs_root
+from spavl_lib.run import Run, runs_root
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +25,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(model_app, name="model", help="Bring original checkpoints in, trained ones out.")
 app.add_typer(data_app, name="data", help="Convert preference data, or check your own.")
 
 Profile = Annotated[
@@ -266,11 +263,12 @@ def check(
 @app.command()
 def doctor() -> None:
     """Say what this machine has, what differs from the pins, and which profiles it can run."""
-    machine = describe_machine()
-    for name, value in machine.items():
+    from spavl_lib import machine
+
+    for name, value in machine.describe_machine().items():
         typer.echo(f"{name:<10} {value}")
-    pins = read_pins()
-    differing = differing_pins(pins)
+    pins = machine.read_pins()
+    differing = machine.differing_pins(pins)
     if not pins:
         typer.echo("pins       unknown: no checkout and no installed package")
     elif differing:
@@ -279,118 +277,78 @@ def doctor() -> None:
             typer.echo(f"{'':<11}{line}")
     else:
         typer.echo(f"pins       all {len(pins)} as pinned")
+    for name, value in machine.engines().items():
+        typer.echo(f"{name:<10} {value}")
     typer.echo("profiles")
-    verdicts = {name: cannot_run(name) for name in profile_names()}
+    verdicts = {name: machine.cannot_run(name) for name in profile_names()}
     for name, reasons in verdicts.items():
         typer.echo(f"  {name:<9}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     if all(verdicts.values()):
         raise typer.Exit(1)
 
 
-# --- doctor -------------------------------------------------------------------------------------
+@app.command()
+def plan(
+    profile: Profile,
+    kind: Annotated[
+        str, typer.Argument(help="reward, dpo or ppo; all if not given.", show_default=False)
+    ] = "",
+    device: Annotated[
+        str, typer.Option(help="cpu, t4, l4, a100-40, a100-80, h100, h200; what is here if empty.")
+    ] = "",
+    tokens: Annotated[
+        int, typer.Option(help="Longest row, image tokens counted; the profile's if 0.")
+    ] = 0,
+    sets: Sets = None,
+) -> None:
+    """Say what memory and time a profile would take on a device, before anything is loaded.
 
-GIB = 2**30
-# What a shipped profile is made for: memory of the machine, and of one CUDA GPU, in GiB.
-NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
-
-
-def describe_machine() -> dict[str, str]:
-    """Python, torch, devices, memory, cores and disk, a line each."""
-    import torch
-
-    devices = [f"{name} ({memory / GIB:.0f} GiB)" for name, memory in _gpus()]
-    free = shutil.disk_usage(_existing(runs_root())).free
-    return {
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": str(torch.__version__),
-        "devices": ", ".join(devices) or "cpu only",
-        "cores": str(_cores()),
-        "memory": f"{_memory() / GIB:.1f} GiB",
-        "disk": f"{free / GIB:.1f} GiB free under {runs_root()}",
-    }
-
-
-def read_pins() -> dict[str, str]:
-    """Package -> pinned version, from the checkout's pyproject.toml or the installed package."""
-    project = repo_root() / "pyproject.toml"
-    if project.is_file():
-        page = tomllib.loads(project.read_text(encoding="utf-8"))
-        lines = page.get("project", {}).get("dependencies", [])
-    else:
-        try:
-            lines = importlib.metadata.requires("spavl-workbook") or []
-        except importlib.metadata.PackageNotFoundError:
-            lines = []
-    lines = [line for line in lines if "extra ==" not in line]
-    return dict(line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-
-
-def differing_pins(pins: dict[str, str]) -> list[str]:
-    """A line for each package that is missing or of another version than its pin.
-
-    Args:
-        pins: Package -> version. A local part, as in 2.13.0+cpu, is no difference.
+    \b
+    Examples:
+      spavl plan dpo --profile colab --device t4
+      spavl plan dpo --profile full --device a100-80 --set model.adapter=full \\
+            --set launch.engine=zero3 --set launch.num_processes=8
     """
-    lines = []
-    for name, wanted in sorted(pins.items()):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name}: {wanted} pinned, missing")
-            continue
-        if found.split("+")[0] != wanted:
-            lines.append(f"{name}: {wanted} pinned, {found} installed")
-    return lines
+    from spavl_lib import machine, planner
+
+    config, _, _ = _config(profile, sets, None, "")
+    where = planner.device_named(device or machine.device_kind())
+    kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
+    plans = [planner.plan(k, config, where, tokens=tokens) for k in kinds]
+    typer.echo("\n".join(planner.render(p) for p in plans))
+    if not all(p.fits for p in plans):
+        raise typer.Exit(1)
 
 
-def cannot_run(profile: str) -> list[str]:
-    """Why this machine cannot run a shipped profile; empty if it can, as far as can be told.
+@model_app.command(name="import")
+def import_model(
+    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False)],
+    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
+    tower: Annotated[
+        Path | None, typer.Option(help="CLIP's folder, where SRC does not hold the tower.")
+    ] = None,
+) -> None:
+    """Rewrite a checkpoint of the original LLaVA code so that transformers, and spavl, load it."""
+    from spavl_lib.modelling.llava_original import import_llava
 
-    Args:
-        profile: Its name.
-    """
-    config, (memory, gpu) = load_config(profile), NEEDS[profile]
-    reasons = []
-    # Machines and cards hold a little less than the number they are sold by.
-    if _memory() < 0.9 * memory * GIB:
-        reasons.append(f"needs {memory} GiB of memory, here are {_memory() / GIB:.1f}")
-    largest = max((size for _, size in _gpus()), default=0)
-    if gpu and largest < 0.9 * gpu * GIB:
-        there = f"the largest here has {largest / GIB:.0f}" if largest else "there is none here"
-        reasons.append(f"needs a CUDA GPU of {gpu} GiB, {there}")
-    if shutil.disk_usage(_existing(runs_root())).free < GIB:
-        reasons.append(f"needs 1 GiB of disk under {runs_root()}")
-    if config.model.adapter == "qlora" and not importlib.util.find_spec("bitsandbytes"):
-        reasons.append("needs bitsandbytes")
-    return reasons
+    _show(import_llava(source, target, tower))
+    typer.echo(f"done: --set model.name={target}")
 
 
-def _gpus() -> list[tuple[str, int]]:
-    """Name and bytes of each CUDA GPU."""
-    import torch
+@model_app.command(name="export")
+def export_model(
+    stage: Annotated[
+        Path, typer.Argument(metavar="STAGE", help="Such as runs/paper/dpo.", show_default=False)
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
+    form: Annotated[
+        str, typer.Option(help="merged: one model; vllm: a base and an adapter that vLLM serves.")
+    ] = "merged",
+) -> None:
+    """Write a trained policy as other tools load it, with its card."""
+    from spavl_lib.modelling.export import export
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = [torch.cuda.get_device_properties(i) for i in range(count)]
-    return [(gpu.name, gpu.total_memory) for gpu in found]
-
-
-def _memory() -> int:
-    """Bytes this process may use: the machine's, or its container's if less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8").strip() if limit.is_file() else ""
-    return min(total, int(text)) if text.isdigit() else total
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
+    _show(export(stage, target, form))
 
 
 # --- plumbing -----------------------------------------------------------------------------------

@@ -141,6 +141,13 @@ def in_processes(launch: LaunchConfig) -> bool:
     return launch.num_processes > 1 or launch.engine != "ddp"
 
 
+def local_processes() -> int:
+    """How many processes this machine has devices for."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
+
+
 def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
     """Batches that one process sums into an optimizer step.
 
@@ -172,6 +179,19 @@ def _backend(launch: LaunchConfig) -> dict[str, str]:
     import torch
 
     return {} if torch.cuda.is_available() or launch.engine == "ddp" else {"backend": "gloo"}
+
+
+def check_supported(model_adapter: str, launch: LaunchConfig) -> None:
+    """Refuse what no engine does.
+
+    Raises:
+        InputError: 4 bit under ZeRO-3, which cannot share out packed weights.
+    """
+    if model_adapter == "qlora" and launch.engine == "zero3":
+        raise InputError(
+            "model.adapter = qlora under zero3: packed weights cannot be shared out; "
+            "use zero2 or ddp"
+        )
 
 
 def launch_arguments(section: str, steps: int, launch: LaunchConfig) -> dict[str, Any]:

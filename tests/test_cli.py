@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import cli, launch
+from spavl_lib import cli, launch, machine
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, NonFiniteError, Preempted
 
@@ -197,17 +197,17 @@ def test_the_module_is_a_command(repo: Path) -> None:
 def test_doctor_says_what_runs_here_and_why_not(
     spavl: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "_gpus", list)
-    monkeypatch.setattr(cli, "_memory", lambda: 8 * cli.GIB)
+    monkeypatch.setattr(machine, "gpus", list)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * machine.GIB)
     assert spavl("doctor")[0] == 0
-    assert set(cli.NEEDS) == set(profile_names())
-    assert cli.cannot_run("demo") == []
-    assert cli.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, there is none here"]
+    assert set(machine.NEEDS) == set(profile_names())
+    assert machine.cannot_run("demo") == []
+    assert machine.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, there is none here"]
     # A T4 says 14.7 GiB; it is what the colab profile is made for.
-    monkeypatch.setattr(cli, "_gpus", lambda: [("Tesla T4", int(14.7 * cli.GIB))])
-    assert cli.cannot_run("colab") == []
-    assert "the largest here has 15" in cli.cannot_run("full")[-1]
-    monkeypatch.setattr(cli, "_memory", lambda: cli.GIB)
+    monkeypatch.setattr(machine, "gpus", lambda: [("Tesla T4", int(14.7 * machine.GIB))])
+    assert machine.cannot_run("colab") == []
+    assert "the largest here has 15" in machine.cannot_run("full")[-1]
+    monkeypatch.setattr(machine, "memory_bytes", lambda: machine.GIB)
     code, out, _ = spavl("doctor")
     assert code == 1
     assert "needs 4 GiB of memory, here are 1.0" in out
@@ -215,10 +215,10 @@ def test_doctor_says_what_runs_here_and_why_not(
 
 
 def test_doctor_compares_with_the_pins() -> None:
-    pins = cli.read_pins()
+    pins = machine.read_pins()
     assert pins["torch"] == "2.13.0"
     assert len(pins) > 20
-    lines = cli.differing_pins({"pytest": "0.0.1", "no-such-package-here": "1.0"})
+    lines = machine.differing_pins({"pytest": "0.0.1", "no-such-package-here": "1.0"})
     assert lines[0] == "no-such-package-here: 1.0 pinned, missing"
     assert lines[1].startswith("pytest: 0.0.1 pinned, ")
-    assert cli.differing_pins({"torch": pins["torch"]}) == []
+    assert machine.differing_pins({"torch": pins["torch"]}) == []

@@ -183,7 +183,8 @@ def build_trainer(
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
         # fp32 masters: in half precision small updates round to nothing. Autocast does the rest.
-        policy = policy.float()
+        if config.launch.engine == "ddp":  # DeepSpeed keeps masters of its own
+            policy = policy.float()
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
     trainer = CheckedDPOTrainer(
@@ -200,6 +201,12 @@ def build_trainer(
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
     trainer.group_by_image = config.data.group_by_image
+    if config.model.adapter == "qlora":
+        # trl puts adapters over 4 bit into bf16, which a T4 lacks and in which small updates are
+        # lost; autocast casts them for each product anyway.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer

@@ -203,8 +203,10 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
 def build_model(config: Config) -> ScalarHeadModel:
     """The base with a fresh head, and what trains set to train."""
     vlm = load_model(config.model)
+    set_seed(config.seed)  # loading in pieces draws numbers of its own
     if not config.model.with_lora:
-        vlm = vlm.float()  # fp32 masters, as in DPO
+        if config.launch.engine == "ddp":  # DeepSpeed keeps fp32 masters of its own
+            vlm = vlm.float()  # fp32 masters, as in DPO
         freeze_for_full(vlm, config.model)
         vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
     else:
@@ -242,7 +244,6 @@ def build_trainer(
         report_to=[],
         disable_tqdm=True,
     )
-    set_seed(config.seed)
     model = build_model(config)
     context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
     trainer = VLMRewardTrainer(

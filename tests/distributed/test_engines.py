@@ -80,10 +80,7 @@ def test_offload_to_the_cpu_changes_no_loss(engine: str, alone: Callable[[str], 
     assert_equal_losses(result, alone("dpo"), TOLERANCE[engine])
 
 
-def test_a_checkpoint_in_shares_is_not_read_by_another_number_of_processes(
-    alone: Callable[[str], Result],
-) -> None:
-    """DDP's checkpoints fit any number; see that, and that an uneven step is refused."""
+def test_a_step_that_cannot_be_shared_out_is_refused() -> None:
     config = config_of("dpo", "uneven", launch__num_processes=3)
     with pytest.raises(InputError, match="cannot be shared out among launch.num_processes = 3"):
         launch.train("dpo", config, Run(config).stage("dpo"))

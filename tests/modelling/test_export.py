@@ -1,0 +1,99 @@
+"""What we export loads with transformers, PEFT and by vLLM's rules, and says the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.errors import InputError
+from spavl_lib.files import write_json
+from spavl_lib.modelling.adapters import lora_config
+from spavl_lib.modelling.export import check_vllm_adapter, export
+from spavl_lib.modelling.load import load_policy
+from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread
+
+
+def batch() -> dict:
+    collated = PreferenceCollator(embedded_processor())(spread(mini_rows(), 2))
+    return {k: v for k, v in collated.items() if k != "completion_mask"}
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished DPO stage whose adapter and projector are far from the base."""
+    folder = tmp_path_factory.mktemp("run") / "dpo"
+    config = smoke({"model.lora_rank": 4})
+    model = get_peft_model(embedded_model(own=True), lora_config(embedded_model(), config.model))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(folder / "model")
+    embedded_processor().save_pretrained(folder / "model")
+    (folder / "model/README.md").write_text("---\nlibrary_name: peft\n---\n# DPO\n")
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    write_json(folder / "summary.json", {"steps": 1})
+    return folder
+
+
+@torch.no_grad()
+def test_merged_is_one_model_that_transformers_loads_alone(stage: Path, tmp_path: Path) -> None:
+    expected = load_policy(smoke().model, stage / "model")(**batch()).logits
+    export(stage, tmp_path / "merged", "merged")
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-3, rtol=1e-3)
+    assert (embedded_model()(**batch()).logits - expected).abs().max() > 0.1
+    assert AutoProcessor.from_pretrained(tmp_path / "merged").chat_template
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "Exported as `merged`" in card and "library_name: peft" not in card
+    assert {p.suffix for p in (tmp_path / "merged").iterdir()} <= {
+        ".safetensors", ".json", ".jinja", ".md",
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def test_for_vllm_the_projector_is_in_the_base_and_the_adapter_is_plain(
+    stage: Path, tmp_path: Path
+) -> None:
+    expected = load_policy(smoke().model, stage / "model")(**batch()).logits
+    assert any("modules_to_save" in p for p in check_vllm_adapter(stage / "model"))
+    written = export(stage, tmp_path / "out", "vllm")
+    assert check_vllm_adapter(tmp_path / "out/adapter") == []
+    assert "--max-lora-rank 4" in written["serve"]
+    base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/base").eval()
+    alone = base(**batch()).logits
+    assert (alone - expected).abs().max() > 0.1  # the adapter matters
+    model = PeftModel.from_pretrained(base, tmp_path / "out/adapter").eval()
+    torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_vllm_refuses_is_named(stage: Path, tmp_path: Path) -> None:
+    export(stage, tmp_path / "out", "vllm")
+    folder = tmp_path / "out/adapter"
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    write_json(folder / "adapter_config.json", settings | {"use_dora": True, "bias": "all"})
+    named = load_file(folder / "adapter_model.safetensors")
+    tower = "base_model.model.model.vision_tower.encoder.layers.0.self_attn.q_proj"
+    half = next(iter(named))
+    kept = {k: v for k, v in named.items() if k != half}
+    kept |= {f"{tower}.lora_A.weight": torch.ones(1), f"{tower}.lora_B.weight": torch.ones(1)}
+    save_file(kept, folder / "adapter_model.safetensors")
+    problems = "\n".join(check_vllm_adapter(folder))
+    for said in ("use_dora = True", "bias = 'all'", "no half of a LoRA pair", "on the tower"):
+        assert said in problems
+
+
+def test_refusals(stage: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown form 'gguf'"):
+        export(stage, tmp_path / "x", "gguf")
+    with pytest.raises(InputError, match="no finished training"):
+        export(tmp_path, tmp_path / "x")
+    with pytest.raises(InputError, match="is not empty"):
+        export(stage, stage)

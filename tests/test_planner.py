@@ -1,0 +1,97 @@
+"""The planner: exact counts, monotone memory, advice that would work; held against measurements."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from spavl_lib import planner
+from spavl_lib.config import load_config
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.adapters import freeze_for_full, trainable_parts
+from tests.helpers import embedded_model, smoke
+
+T4, A100 = planner.DEVICES["t4"], planner.DEVICES["a100-80"]
+
+
+def test_the_7b_shape_is_counted_as_published() -> None:
+    config = load_config("colab").model
+    shape = planner.shape_of(planner.model_config(config), config.lora_targets)
+    assert sum(shape.parts.values()) == 7_063_427_072  # llava-hf/llava-1.5-7b-hf on the Hub
+    assert shape.parts["projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
+    assert shape.linears == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    assert shape.lora_inputs == 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert shape.image_tokens == 576 and shape.tower_tokens == 577
+
+
+def test_counts_are_the_models_own() -> None:
+    config = smoke({"model.adapter": "full"})
+    shape = planner.shape_of(embedded_model().config, config.model.lora_targets)
+    model = embedded_model(own=True)
+    freeze_for_full(model, config.model)
+    assert planner.trained_values("dpo", config.model, shape) == trainable_parts(model)
+
+
+def total(kind: str = "dpo", device: planner.Device = A100, **changes: object) -> float:
+    dotted = {k.replace("__", "."): v for k, v in changes.items()}
+    return planner.plan(kind, load_config("colab", dotted), device).total_gib
+
+
+def test_memory_moves_the_way_it_must() -> None:
+    base = total()
+    assert total(model__gradient_checkpointing=False) > 2 * base
+    assert total(dpo__per_device_batch_size=2) > base
+    assert total(model__lora_rank=256) > base
+    assert total(model__adapter="lora") > base + 8  # 16 bit instead of 4
+    assert total(model__adapter="full") > total(model__adapter="lora") + 60
+    assert total(dpo__max_length=2048) > base
+    full = {"model__adapter": "full", "launch__num_processes": 8}
+    shares = [total(**full, launch__engine=e) for e in ("zero3", "zero2", "ddp")]
+    assert shares == sorted(shares) and shares[2] > 2 * shares[0]
+    offload = total(**full, launch__engine="zero2", launch__cpu_offload=True)
+    assert offload < shares[1] - 5
+    thirteen = total(model__name="llava-hf/llava-1.5-13b-hf")
+    assert thirteen > 1.5 * base
+
+
+def test_advice_is_followed_until_it_fits() -> None:
+    config = load_config("colab", {"model.adapter": "lora", "model.gradient_checkpointing": False})
+    made = planner.plan("dpo", config, T4)
+    assert not made.fits and made.advice
+    assert made.advice[0].startswith("--set model.gradient_checkpointing=true")
+    assert any("model.adapter=qlora" in line for line in made.advice)
+    assert not made.advice[-1].startswith("does not fit")
+    tiny = dataclasses.replace(T4, memory_gib=1.0)
+    assert planner.plan("dpo", config, tiny).advice[-1].startswith("does not fit t4 even so")
+    text = planner.render(made)
+    assert "does not fit" in text and "weights" in text and "change  --set" in text
+
+
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
+def test_what_fits_needs_no_advice(kind: str) -> None:
+    made = planner.plan(kind, load_config("colab"), T4)
+    assert made.fits and made.advice == [] and "fits" in planner.render(made)
+    assert made.steps == {"reward": 31, "dpo": 125}[kind]
+
+
+def test_refusals() -> None:
+    with pytest.raises(InputError, match="unknown device 'tpu'"):
+        planner.device_named("tpu")
+    with pytest.raises(InputError, match="cannot plan 'sft'"):
+        planner.plan("sft", load_config("colab"), T4)
+    config = load_config("colab", {"model.name": "org/none"})
+    with pytest.raises(InputError, match="cannot read the config of 'org/none'"):
+        planner.plan("dpo", config, T4)
+
+
+def test_the_committed_measurements_agree_with_the_plan(repo: Path) -> None:
+    """The plan made now, for the shapes measured then; `benchmarks/planner.py` measures."""
+    from benchmarks.planner import SHAPES, planned_gib
+
+    page = json.loads((repo / "benchmarks/results/planner.json").read_text())
+    rows = {row["shape"]: row for row in page["metrics"]["shapes"]}
+    assert rows.keys() == set(SHAPES) and len(rows) >= 6
+    for name, row in rows.items():
+        assert row["measured_gib"] >= 2.0, name
+        assert planned_gib(name) == pytest.approx(row["measured_gib"], rel=0.15), name
