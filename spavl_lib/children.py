@@ -6,6 +6,7 @@ standard input: when we are gone, it ends too.
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -51,6 +52,9 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
         Preempted: Asked to stop; the same call goes on.
     """
     launch, section = config.launch, getattr(config, kind, None)
+    if kind not in ("reward", "dpo", "ppo"):  # nothing to share out but rows
+        launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
+        config = dataclasses.replace(config, launch=launch)
     check_supported(config.model.adapter, launch)
     if hasattr(section, "gradient_accumulation_steps"):
         local_accumulation(kind, section.gradient_accumulation_steps, launch)
@@ -268,12 +272,12 @@ def _watch(
 
 
 class _Progress:
-    """A bar, and a live plot, from what the main process writes."""
+    """A bar, and a live plot, from what the main process reports and writes."""
 
     def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
         self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
         self.bar: tqdm | None = None
-        self.stamp = 0
+        self.size = 0
 
     def __enter__(self) -> "_Progress":
         return self
@@ -287,24 +291,32 @@ class _Progress:
 
     def update(self) -> None:
         """Read on, if there is more."""
-        if self.bar is None:
-            with contextlib.suppress(OSError, ValueError):
-                begun = read_json(self.folder / "progress.json")
-                name = f"{self.stage.name} x {self.launch.num_processes}"
-                self.bar = tqdm(total=begun["total"], initial=begun["step"], desc=name, unit="step")
-            return
-        with contextlib.suppress(OSError, SpavlError):
-            stamp = self.stage.metrics_path.stat().st_size
-            if stamp == self.stamp:
-                return
-            self.stamp = stamp
-            rows = read_jsonl(self.stage.metrics_path)
-            if rows:
-                self.bar.update(max(0, rows[-1]["step"] - self.bar.n))
-                if "loss" in rows[-1]:
-                    self.bar.set_postfix(loss=rows[-1]["loss"])
-                if self.live:
-                    self.live.update(rows)
+        with contextlib.suppress(OSError, ValueError, SpavlError):
+            told = read_json(self.folder / "progress.json")
+            rows = self._new_rows()
+            step = max([told["step"], *(r["step"] for r in rows[-1:])])
+            self._show(told, step, rows)
+
+    def _new_rows(self) -> list[dict]:
+        path = self.stage.metrics_path
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self.size:
+            return []
+        self.size = size
+        return read_jsonl(path)
+
+    def _show(self, told: dict, step: int, rows: list[dict]) -> None:
+        name = f"{told.get('name', self.stage.name)} x {self.launch.num_processes}"
+        if self.bar is None or self.bar.desc.rstrip(": ") != name:
+            if self.bar is not None:
+                self.bar.close()
+            unit = "row" if "name" in told else "step"
+            self.bar = tqdm(total=told["total"], initial=told["step"], desc=name, unit=unit)
+        self.bar.update(max(0, step - self.bar.n))
+        if rows and "loss" in rows[-1]:
+            self.bar.set_postfix(loss=rows[-1]["loss"])
+        if rows and self.live:
+            self.live.update(rows)
 
 
 def _pids(folder: Path) -> set[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
+from spavl_lib import parallel
 from spavl_lib.config import Config, GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.fingerprint import source_hashes
@@ -56,7 +57,8 @@ def generate(
         rows: Prompt rows of `data.schema`.
         config: Batch size and sampling.
         target: The JSONL file; `target` with `.partial` added holds what is done so far, and is
-            taken up again by the same call.
+            taken up again by the same call. Several processes share the batches out, each with a
+            partial file of its own, and the main one puts them together.
         seed: Of sampling; each batch derives its own, so interruption changes nothing.
         labels: Fields added to every record, such as model and set.
         should_stop: Truthy once asked to stop; polled between batches.
@@ -70,20 +72,21 @@ def generate(
     """
     rows = list(rows)
     batches = _batches(rows, config.batch_size)
-    partial = target.with_name(f"{target.name}.partial")
     header = _header(rows, config, seed, labels)
+    partial = _partial(target, parallel.rank())
     done = _resume(partial, header)
+    for other in _partials(target):  # whatever number of processes wrote them
+        done |= {} if other == partial else _finished(other, header)
+    parallel.barrier()
     collate = PromptCollator(processor)
     finished = sum(map(len, done.values()))
     with tqdm(total=len(rows), initial=finished, desc=desc, unit="row", leave=False) as bar:
-        for number, indices in enumerate(batches):
-            if number in done:
-                continue
+        todo = [n for n in range(len(batches)) if n not in done]
+        mine = todo[parallel.rank() :: parallel.world_size()]
+        for number in mine:
+            indices = batches[number]
             if should_stop:
-                raise Preempted(
-                    f"stopped with {sum(map(len, done.values()))} of {len(rows)} answers written; "
-                    "run the same command to go on"
-                )
+                break
             asked, own_seed = [rows[i] for i in indices], _batch_seed(seed, number)
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, asked, config, seed=own_seed)
@@ -99,10 +102,25 @@ def generate(
             with partial.open("a", encoding="utf-8") as handle:
                 handle.write(json.dumps({"batch": number, "records": done[number]}) + "\n")
             bar.update(len(indices))
+            said = sum(map(len, done.values()))
+            parallel.report("progress", {"step": said, "total": len(rows), "name": desc})
+    if parallel.any_of(any(n not in done for n in mine)):
+        raise Preempted(
+            f"stopped with {sum(map(len, done.values()))} of {len(rows)} answers written; "
+            "run the same command to go on"
+        )
+    if parallel.world_size() > 1:
+        for other in _partials(target):
+            done |= _finished(other, header)
     place = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
     records = [done[n][j] for n, j in (place[i] for i in range(len(rows)))]
-    write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    if parallel.is_main():
+        write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    parallel.barrier()
     partial.unlink(missing_ok=True)
+    if parallel.is_main():
+        for left in _partials(target):  # of processes that are no more
+            left.unlink(missing_ok=True)
     return records
 
 
@@ -172,14 +190,16 @@ def make_inference_stage(config: Config, stage: Stage) -> dict:
     summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
     with stage.work(inputs, renew=True), stop_on_signals() as flag:
         processor = load_processor(config.model)
-        sets = {name: load_prompts(config.data, name) for name in names}
+        with parallel.main_first():
+            sets = {name: load_prompts(config.data, name) for name in names}
         for label, folder in models.items():
             marker = stage.path / label / "weights.json"
             weights = {"weights": inputs.get(f"{label}/weights"), "asked": asked}
-            if not marker.is_file() or json.loads(marker.read_text()) != weights:
-                for old in (stage.path / label).glob("*.jsonl*"):
-                    old.unlink()
-                write_json(marker, weights)
+            with parallel.main_first():
+                if not marker.is_file() or json.loads(marker.read_text()) != weights:
+                    for old in (stage.path / label).glob("*.jsonl*"):
+                        old.unlink()
+                    write_json(marker, weights)
             missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
             model = load_answerer(config, folder) if missing else None
             for name in names:
@@ -225,8 +245,25 @@ def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict 
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
+def _partial(target: Path, rank: int) -> Path:
+    return target.with_name(f"{target.name}.partial" + (f"-{rank}" if rank else ""))
+
+
+def _partials(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f"{target.name}.partial*"))
+
+
 def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
     """Finished batches of an interrupted call with the same rows and settings."""
+    done = _finished(partial, header)
+    # Written anew: a torn last line must not swallow the next one.
+    kept = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
+    write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
+    return done
+
+
+def _finished(partial: Path, header: str) -> dict[int, list[dict]]:
+    """What a partial file holds of these very rows and settings."""
     lines = []
     if partial.is_file():
         for line in partial.read_text(encoding="utf-8").split("\n"):
@@ -234,10 +271,6 @@ def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
                 lines.append(json.loads(line))
             except ValueError:  # torn here: what follows is not to be trusted
                 break
-    done = {}
     if lines and lines[0].get("header") == header:
-        done = {line["batch"]: line["records"] for line in lines[1:]}
-    # Written anew: a torn last line must not swallow the next one.
-    kept = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
-    write_text(partial, "".join(json.dumps(line) + "\n" for line in kept))
-    return done
+        return {line["batch"]: line["records"] for line in lines[1:]}
+    return {}

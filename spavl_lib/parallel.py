@@ -125,8 +125,8 @@ def main_first() -> Iterator[None]:
 
 
 def report(name: str, value: dict) -> None:
-    """Tell the parent something, under a name; nothing where there is none."""
-    if WORKER in os.environ:
+    """Tell the parent something, under a name; of progress only the main process does."""
+    if WORKER in os.environ and (is_main() or name.startswith("rank-")):
         target = Path(os.environ[WORKER]) / f"{name}.json"
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.write_text(json.dumps(value), encoding="utf-8")
