@@ -84,6 +84,7 @@ def test_everything_we_import_is_declared(repo: Path, project: dict) -> None:
     import sys
 
     names = {"yaml": "pyyaml", "PIL": "pillow", "jupyter_client": "jupyter-client"}
+    names |= {"huggingface_hub": "huggingface-hub"}
     names |= {"IPython": "ipython", "zmq": "jupyter-client", "markupsafe": "jinja2"}  # parts of it
     declared = parsed(project["dependencies"])
     optional = {"vllm", "deepspeed"}

@@ -7,6 +7,7 @@ from a model's folder runs, and weights are safetensors only.
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -132,6 +133,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             dtype=compute_dtype(),
             use_safetensors=True,
             quantization_config=quantisation,
+            **_straight_to_gpu(),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load model {config.name!r}: {why(error)}") from error
@@ -140,7 +142,16 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 
         assert_four_bit(model)
         return model.eval()
-    return model.to(device()).eval()
+    return model.eval() if hasattr(model, "hf_device_map") else model.to(device()).eval()
+
+
+def _straight_to_gpu() -> dict[str, Any]:
+    """Tensor by tensor to where they belong: a whole 7B does not fit Colab's 12.7 GB of RAM."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():
+        return {}
+    return {"device_map": {"": torch.cuda.current_device()}}
 
 
 def why(error: BaseException) -> str:

@@ -8,10 +8,10 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from spavl_lib.config import ModelConfig
+from spavl_lib.config import LINEARS, ModelConfig
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.errors import InputError
-from spavl_lib.modelling import adapters, load
+from spavl_lib.modelling import load
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -65,7 +65,7 @@ def test_lora_reaches_the_seven_linears_of_every_layer_and_nothing_else() -> Non
     model = wrapped(LORA)
     reached = {n.rsplit(".lora_A", 1)[0] for n, _ in model.named_parameters() if ".lora_A" in n}
     assert len(reached) == 4 * 7
-    assert {n.rsplit(".", 1)[1] for n in reached} == set(adapters.LINEARS)
+    assert {n.rsplit(".", 1)[1] for n in reached} == set(LINEARS)
     for name in reached:
         assert ".language_model.layers." in name
         assert not any(part in name for part in ("vision", "projector", "lm_head"))

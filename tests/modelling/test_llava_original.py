@@ -47,7 +47,7 @@ def model() -> PreTrainedModel:
     config = tiny("llava")[0].config
     config = type(config).from_dict(config.to_dict())
     config.text_config.vocab_size = 256 + 3
-    config.image_token_id = 0
+    config.image_token_id, config.text_config.pad_token_id = 0, None
     torch.manual_seed(3)
     return LlavaForConditionalGeneration(config).eval()
 

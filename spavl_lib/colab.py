@@ -1,0 +1,90 @@
+"""Google Colab: settings by the GPU it lent, runs on Drive, and a word when a restart is due.
+
+Each notebook's second cell installs the package, with its pins, on Colab alone, and calls `set_up`.
+"""
+
+import importlib.metadata
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from spavl_lib.errors import InputError
+from spavl_lib.machine import device_kind, gpus
+
+DRIVE = Path("/content/drive/MyDrive")
+# Modules that Colab's kernel has loaded before any cell runs.
+LOADED_EARLY = {"numpy": "numpy", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow"}
+# The same steps on each: batch times accumulation stays what profile `colab` says.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "t4": {},
+    "l4": {
+        "dpo.per_device_batch_size": 2, "dpo.gradient_accumulation_steps": 4,
+        "reward.per_device_batch_size": 2, "reward.gradient_accumulation_steps": 16,
+        "generation.batch_size": 16,
+    },
+    "a100": {
+        "model.adapter": "lora", "dpo.per_device_batch_size": 4,
+        "dpo.gradient_accumulation_steps": 2, "reward.per_device_batch_size": 4,
+        "reward.gradient_accumulation_steps": 8, "generation.batch_size": 32,
+    },
+}  # fmt: skip
+
+
+def on_colab() -> bool:
+    """Whether this is Google Colab."""
+    return "COLAB_RELEASE_TAG" in os.environ
+
+
+def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Make ready on Colab, and say what was chosen; elsewhere nothing.
+
+    Args:
+        profile: The notebook's. Only `colab` takes settings by GPU.
+        overrides: The notebook's; they win over what is chosen here.
+
+    Returns:
+        The overrides to go on with.
+
+    Raises:
+        InputError: Modules in memory are older than those installed: restart the runtime. Or
+            profile `colab` without a GPU.
+    """
+    if not on_colab():
+        return overrides
+    _check_loaded()
+    if DRIVE.is_dir():
+        os.environ.setdefault("SPAVL_RUNS", str(DRIVE / "spavl-runs"))
+        _say(f"runs      {os.environ['SPAVL_RUNS']}: after a disconnect run the same cells again")
+    else:
+        _say(
+            "runs      on this machine only, and gone with it: mount Drive (the folder icon) first"
+        )
+    if profile != "colab":
+        return overrides
+    if not gpus():
+        raise InputError(
+            "profile colab needs a GPU: Runtime > Change runtime type > T4; without one, "
+            'profile = "demo" runs the whole story on the CPU'
+        )
+    kind = device_kind()
+    chosen = SETTINGS["a100" if kind not in SETTINGS else kind]
+    _say(f"GPU       {gpus()[0][0]}: " + (", ".join(f"{k}={v}" for k, v in chosen.items()) or kind))
+    return chosen | overrides
+
+
+def _check_loaded() -> None:
+    stale = []
+    for module, package in LOADED_EARLY.items():
+        here = getattr(sys.modules.get(module), "__version__", None)
+        installed = importlib.metadata.version(package)
+        if here is not None and here != installed:
+            stale.append(f"{package} {here} in memory, {installed} installed")
+    if stale:
+        raise InputError(
+            f"restart the runtime (Runtime > Restart session) and run again: {'; '.join(stale)}"
+        )
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
