@@ -34,6 +34,9 @@ def fresh(tmp_path: Path) -> Path:
     """A new virtual environment that sees this one's packages, but not this one's spavl_lib."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv/bin/python"
+    # Its own setuptools is as old as its Python, and would build in place of this one's.
+    drop = [python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"]
+    subprocess.run(drop, check=True)
     where = [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"]
     site = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     (site / "others.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
