@@ -110,7 +110,7 @@ def check_reward_model(config: ModelConfig, folder: Path) -> None:
             f"the policy is {config.name!r}: train the reward model on the same base"
         )
     adapter = (folder / "adapter_config.json").is_file()
-    if adapter == (config.adapter == "full"):
+    if adapter != config.with_lora:
         kind = "an adapter" if adapter else "a whole model"
         raise InputError(
             f"{folder} is {kind}, but model.adapter is {config.adapter!r}: train the reward "

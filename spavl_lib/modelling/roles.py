@@ -222,7 +222,7 @@ def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[in
         InputError: No reward model there, of another base, or trained in another way.
     """
     check_reward_model(config, reward_folder)
-    if config.adapter == "full":
+    if not config.with_lora:
         policy, value = load_model(config).float(), load_reward_model(config, reward_folder)
         freeze_for_full(policy, config)
         freeze_for_full(value.vlm.float(), config)

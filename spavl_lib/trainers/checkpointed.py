@@ -53,7 +53,7 @@ class CheckedMixin:
     """
 
     checkpoints: Path
-    launch_config: LaunchConfig
+    launch_config: LaunchConfig = LaunchConfig()
     found: dict[str, Any]
     row_ids: list[str] = []
     group_by_image: bool = False
@@ -117,8 +117,9 @@ class CheckedMixin:
     def training_step(
         self: Trainer, model: nn.Module, inputs: dict, num_items_in_batch: Any = None
     ) -> Tensor:
-        """One micro-batch; its rows are noted."""
+        """One micro-batch; a loss that is no number ends the run."""
         loss = super().training_step(model, inputs, num_items_in_batch)
+        gate_loss(loss, self.state.global_step + 1, self.row_ids)
         if self.reporter:
             self.reporter.step_rows.append(self.row_ids)
         return loss

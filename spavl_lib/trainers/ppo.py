@@ -656,7 +656,7 @@ def _card(config: Config, summary: dict) -> str:
     name = "the embedded demonstration model" if config.model.name == "embedded" else (
         config.model.name
     )  # fmt: skip
-    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    lora = "library_name: peft\n" if config.model.with_lora else ""
     return f"""---
 base_model: {config.model.name}
 {lora}tags: [ppo, rlhf, safety, vision-language]

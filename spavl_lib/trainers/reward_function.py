@@ -170,7 +170,7 @@ def build_scorer(policy: nn.Module, config: Config, folder: Path) -> Scorer:
         InputError: It was trained on another base, or does not fit.
     """
     check_reward_model(config.model, folder)
-    if config.model.adapter == "full":
+    if not config.model.with_lora:
         return Scorer(load_reward_model(config.model, folder))
     load_reward_adapter(policy, folder, "reward")
     model = ScalarHeadModel(policy)

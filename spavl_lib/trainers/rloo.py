@@ -194,7 +194,7 @@ def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset, folder: Path
 ) -> CheckedRLOOTrainer:
     """trl's trainer over our prompts; with LoRA the reward model lives on the policy's base."""
-    rloo, lora = config.rloo, config.model.adapter != "full"
+    rloo, lora = config.rloo, config.model.with_lora
     prompts_a_step = rloo.global_batch_size // rloo.num_generations
     if len(rows) < prompts_a_step:
         raise InputError(f"{len(rows)} training rows, but a step takes {prompts_a_step} prompts")
@@ -272,7 +272,7 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         warmup_steps=rloo.warmup_steps,
         weight_decay=rloo.weight_decay,
         max_grad_norm=rloo.max_grad_norm,
-        model_init_kwargs=revision if config.model.adapter == "full" else None,
+        model_init_kwargs=None if config.model.with_lora else revision,
         use_vllm=rloo.use_vllm,
         vllm_mode=rloo.vllm_mode,
         vllm_server_base_url=rloo.vllm_server_base_url or None,
@@ -328,7 +328,7 @@ def _card(config: Config, summary: dict) -> str:
     name = "the embedded demonstration model" if config.model.name == "embedded" else (
         config.model.name
     )  # fmt: skip
-    lora = "" if config.model.adapter == "full" else "library_name: peft\n"
+    lora = "library_name: peft\n" if config.model.with_lora else ""
     return f"""---
 base_model: {config.model.name}
 {lora}tags: [rloo, trl, rlhf, safety, vision-language]
