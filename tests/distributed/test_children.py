@@ -1,4 +1,4 @@
-"""Parents and children: errors with their rank, stops, orphans, ports, machines that do not come."""
+"""Parents and children: errors with their rank, stops, orphans, ports, missing machines."""
 
 import os
 import signal
