@@ -33,7 +33,7 @@ from spavl_lib.notebook_status import (
     remove_leftovers,
     write_status,
 )
-from spavl_lib.parallel import in_processes
+from spavl_lib.parallel import in_processes, to_be_started
 from spavl_lib.run import STAGES, Run, Stage, repo_root
 
 STAGE_OF = {
@@ -711,7 +711,7 @@ def train(kind: str, config: Config, stage: Stage) -> Any:
 def _make(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
     if in_processes(config.launch) and kind in TRAINERS and kind not in IN_PROCESSES:
         raise InputError(f"{kind} in several processes is not there yet: launch.num_processes = 1")
-    if not in_processes(config.launch) or kind not in IN_PROCESSES:
+    if not to_be_started(config.launch) or kind not in IN_PROCESSES:
         return make_here(kind, config, stage, **options)
     stage.check_config()
     if stage.done and kind in TRAINERS:

@@ -141,6 +141,11 @@ def in_processes(launch: LaunchConfig) -> bool:
     return launch.num_processes > 1 or launch.engine != "ddp"
 
 
+def to_be_started(launch: LaunchConfig) -> bool:
+    """Whether this is the process that has yet to start the others."""
+    return in_processes(launch) and WORKER not in os.environ
+
+
 def local_processes() -> int:
     """How many processes this machine has devices for."""
     import torch

@@ -20,6 +20,7 @@ from trl import DPOTrainer
 
 from spavl_lib import checkpoint as ckpt
 from spavl_lib import parallel
+from spavl_lib.children import train_in_processes
 from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.files import write_json, writing
@@ -99,6 +100,8 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(training_inputs(config))
         return stage.summary
+    if parallel.to_be_started(config.launch):
+        return train_in_processes("dpo", config, stage, live=live)
     quiet_libraries()
     with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
         with parallel.main_first():
