@@ -53,12 +53,12 @@ def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> N
     """A folder with the shape's random weights, written shard by shard, and LLaVA's processor."""
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from spavl_lib import planner
+    from spavl_lib import shapes
     from spavl_lib.config import ModelConfig, load_config
     from spavl_lib.modelling.load import llava_pictures, load_processor
 
     embedded = load_processor(load_config("smoke").model)
-    config = planner.model_config(ModelConfig(name=name, adapter="lora"))
+    config = shapes.model_config(ModelConfig(name=name, adapter="lora"))
     text, vision = config.text_config, config.vision_config
     if tiny:
         text.update(
@@ -194,16 +194,16 @@ def matmul_tflops(dtype: torch.dtype) -> float:
 
 def _speed(config: Any, case: dict[str, Any], stage: Any, rate: float) -> dict[str, Any]:
     """From the log's clock, the first step left out; work counted as the planner counts it."""
-    from spavl_lib import planner
+    from spavl_lib import planner, shapes
     from spavl_lib.run import read_jsonl
 
     rows = [r for r in read_jsonl(stage.metrics_path) if "time_s" in r]
     if len(rows) < 2 or case["kind"] == "ppo":
         return {}
     step = (rows[-1]["time_s"] - rows[0]["time_s"]) / (rows[-1]["step"] - rows[0]["step"] or 1)
-    shape = planner.shape_of(planner.model_config(config.model), config.model.lora_targets)
+    shape = shapes.shape_of(shapes.model_config(config.model), config.model.lora_targets)
     tokens = shape.image_tokens + 100
-    device = planner.Device("measured", 1e9, rate, 1e9, "none")
+    device = shapes.Device("measured", 1e9, rate, 1e9, "none")
     ideal, _ = planner._time(case["kind"], config, shape, device, 2, tokens)
     section = getattr(config, case["kind"])
     done = 2 * section.per_device_batch_size * section.gradient_accumulation_steps * tokens

@@ -75,15 +75,15 @@ def planned_gib(name: str) -> float:
     """What the planner says of a shape, at the tokens its longest batch has."""
     from transformers import AutoConfig
 
-    from spavl_lib import planner
+    from spavl_lib import planner, shapes
     from spavl_lib.config import load_config
     from spavl_lib.modelling.load import model_path
 
     shape = SHAPES[name]
     config = load_config("smoke", overrides(shape, "embedded"))
     shaped = text_config(shape, AutoConfig.from_pretrained(model_path(config.model)))
-    counted = planner.shape_of(shaped, config.model.lora_targets)
-    device = planner.Device("cpu", 1e9, 0.1, 20, "none")
+    counted = shapes.shape_of(shaped, config.model.lora_targets)
+    device = shapes.Device("cpu", 1e9, 0.1, 20, "none")
     page = json.loads((Path(__file__).parent / "results/planner.json").read_text())
     tokens = next(r["tokens"] for r in page["metrics"]["shapes"] if r["shape"] == name)
     return planner._plan(shape["kind"], config, device, counted, tokens).total_gib

@@ -10,15 +10,12 @@ import dataclasses
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +25,11 @@ from tqdm.auto import tqdm
 from spavl_lib.config import PROFILES, Config, LaunchConfig
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
 from spavl_lib.parallel import WORKER, check_supported, local_accumulation
+from spavl_lib.rendezvous import reports_folder
 from spavl_lib.run import Stage, read_json, read_jsonl, write_json
 from spavl_lib.stop import StopFlag, stop_on_signals
 
 GRACE_S = 5.0  # after one process failed, for the others to say that they did too
-FRESH_S = 5.0  # a machine that has not been seen for so long is not there
 
 
 def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = None) -> dict:
@@ -58,7 +55,7 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
     check_supported(config.model.adapter, launch)
     if hasattr(section, "gradient_accumulation_steps"):
         local_accumulation(kind, section.gradient_accumulation_steps, launch)
-    with stop_on_signals() as flag, _reports(stage, launch, flag) as folder:
+    with stop_on_signals() as flag, reports_folder(stage, launch, flag) as folder:
         with tempfile.TemporaryDirectory(prefix="spavl-") as own:
             command, env = _command(kind, config, stage, folder, Path(own))
             log_path = stage.path / f".ranks-{launch.machine_rank}.log"
@@ -155,87 +152,6 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-# --- machines -----------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _reports(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterator[Path]:
-    """A folder of this attempt where all processes, on all machines, report."""
-    base = stage.path / ".ranks"
-    base.mkdir(parents=True, exist_ok=True)
-    mine = base / f"machine-{launch.machine_rank}.json"
-    try:
-        folder = base / _meet(base, launch, flag)
-        folder.mkdir(exist_ok=True)
-        yield folder
-    finally:
-        mine.unlink(missing_ok=True)
-        if launch.machine_rank == 0:
-            shutil.rmtree(base, ignore_errors=True)
-        with contextlib.suppress(OSError):  # nothing came of it: leave nothing behind
-            stage.path.rmdir()
-            stage.run.path.rmdir()
-
-
-def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
-    """Wait for every machine; returns the name they agree on for this attempt.
-
-    Each keeps a file of its own fresh. Machine 0, having seen all, says who is in.
-
-    Raises:
-        InputError: The port is taken, or machines are missing; says which.
-    """
-    token = uuid.uuid4().hex[:12]
-    if launch.machine_rank == 0 and launch.main_port:
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("", launch.main_port))
-            except OSError as error:
-                raise InputError(
-                    f"launch.main_port = {launch.main_port} is in use on this machine ({error}); "
-                    "choose another"
-                ) from error
-    if launch.num_machines == 1:
-        return token
-    until = time.monotonic() + launch.timeout_s
-    while True:
-        write_json(
-            base / f"machine-{launch.machine_rank}.json",
-            {"host": socket.gethostname(), "token": token},
-        )
-        now = (base / f"machine-{launch.machine_rank}.json").stat().st_mtime
-        there = _machines(base, now)
-        if launch.machine_rank == 0 and len(there) == launch.num_machines:
-            tokens = [there[r]["token"] for r in sorted(there)]
-            write_json(base / "go.json", {"tokens": tokens})
-            return token
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            tokens = read_json(base / "go.json")["tokens"]
-            if tokens[launch.machine_rank] == token:
-                return tokens[0]
-        if flag:
-            raise Preempted(f"stopped by {flag.reason} while waiting for the other machines")
-        if time.monotonic() > until:
-            missing = sorted(set(range(launch.num_machines)) - set(there))
-            present = ", ".join(f"{r} ({m['host']})" for r, m in sorted(there.items()))
-            raise InputError(
-                f"waited {launch.timeout_s} s (launch.timeout_s) for {launch.num_machines} "
-                f"machines: missing {', '.join(map(str, missing))}; here are {present}. Do they "
-                f"all see {base.parent}?"
-            )
-        time.sleep(0.3)
-
-
-def _machines(base: Path, now: float) -> dict[int, dict]:
-    there = {}
-    for path in base.glob("machine-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            if now - path.stat().st_mtime < FRESH_S:
-                there[int(path.stem.split("-")[1])] = read_json(path)
-    return there
 
 
 # --- watching -----------------------------------------------------------------------------------

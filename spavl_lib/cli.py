@@ -309,10 +309,10 @@ def plan(
       spavl plan dpo --profile full --device a100-80 --set model.adapter=full \\
             --set launch.engine=zero3 --set launch.num_processes=8
     """
-    from spavl_lib import machine, planner
+    from spavl_lib import machine, planner, shapes
 
     config, _, _ = _config(profile, sets, None, "")
-    where = planner.device_named(device or machine.device_kind())
+    where = shapes.device_named(device or machine.device_kind())
     kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
     plans = [planner.plan(k, config, where, tokens=tokens) for k in kinds]
     typer.echo("\n".join(planner.render(p) for p in plans))

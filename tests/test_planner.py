@@ -4,18 +4,18 @@ import dataclasses
 
 import pytest
 
-from spavl_lib import planner
+from spavl_lib import planner, shapes
 from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import freeze_for_full, trainable_parts
 from tests.helpers import embedded_model, smoke
 
-T4, A100 = planner.DEVICES["t4"], planner.DEVICES["a100-80"]
+T4, A100 = shapes.DEVICES["t4"], shapes.DEVICES["a100-80"]
 
 
 def test_the_7b_shape_is_counted_as_published() -> None:
     config = load_config("colab").model
-    shape = planner.shape_of(planner.model_config(config), config.lora_targets)
+    shape = shapes.shape_of(shapes.model_config(config), config.lora_targets)
     assert sum(shape.parts.values()) == 7_063_427_072  # llava-hf/llava-1.5-7b-hf on the Hub
     assert shape.parts["projector"] == 1024 * 4096 + 4096 + 4096 * 4096 + 4096
     assert shape.linears == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -25,13 +25,13 @@ def test_the_7b_shape_is_counted_as_published() -> None:
 
 def test_counts_are_the_models_own() -> None:
     config = smoke({"model.adapter": "full"})
-    shape = planner.shape_of(embedded_model().config, config.model.lora_targets)
+    shape = shapes.shape_of(embedded_model().config, config.model.lora_targets)
     model = embedded_model(own=True)
     freeze_for_full(model, config.model)
     assert planner.trained_values("dpo", config.model, shape) == trainable_parts(model)
 
 
-def total(kind: str = "dpo", device: planner.Device = A100, **changes: object) -> float:
+def total(kind: str = "dpo", device: shapes.Device = A100, **changes: object) -> float:
     dotted = {k.replace("__", "."): v for k, v in changes.items()}
     return planner.plan(kind, load_config("colab", dotted), device).total_gib
 
@@ -75,7 +75,7 @@ def test_what_fits_needs_no_advice(kind: str) -> None:
 
 def test_refusals() -> None:
     with pytest.raises(InputError, match="unknown device 'tpu'"):
-        planner.device_named("tpu")
+        shapes.device_named("tpu")
     with pytest.raises(InputError, match="cannot plan 'sft'"):
         planner.plan("sft", load_config("colab"), T4)
     config = load_config("colab", {"model.name": "org/none"})
