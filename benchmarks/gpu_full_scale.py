@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     f"{kind}-7b-qlora-{half}-15gib": {
         "kind": kind, "shape": SEVEN, "half": half, "cap_gib": COLAB_GIB,
         "set": {"model.adapter": "qlora", "model.gradient_checkpointing": True,
-                "model.lora_rank": 128, "model.lora_alpha": 256},
+                "model.lora_rank": 64, "model.lora_alpha": 128},
     }
     for kind in ("reward", "dpo", "ppo")
     for half in ("bf16", "fp16")

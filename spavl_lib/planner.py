@@ -72,9 +72,25 @@ def plan(kind: str, config: Config, device: Device, *, tokens: int = 0) -> Plan:
     if section is None:
         raise InputError(f"cannot plan {kind!r}: reward, dpo or ppo")
     shape = shape_of(model_config(config.model), config.model.lora_targets)
-    tokens = tokens or section.max_length or 2048
+    tokens = tokens or _longest(kind, config, shape)
     made = _plan(kind, config, device, shape, tokens)
     return dataclasses.replace(made, advice=_advice(kind, config, device, shape, made))
+
+
+def _longest(kind: str, config: Config, shape: Shape) -> int:
+    """Tokens of the longest row to plan for; a prompt is taken for 160 besides its image."""
+    if kind == "ppo":
+        return shape.image_tokens + 160 + config.ppo.max_new_tokens
+    return getattr(config, kind).max_length or 2048
+
+
+def _batches(kind: str, config: Config) -> int:
+    """Device batches that all processes together sum into one optimizer step."""
+    section = getattr(config, kind)
+    if kind != "ppo":
+        return section.gradient_accumulation_steps
+    rows = section.rollout_batch_size / section.num_minibatches
+    return max(1, round(rows / section.per_device_batch_size))
 
 
 def _plan(kind: str, config: Config, device: Device, shape: Shape, tokens: int) -> Plan:
@@ -84,10 +100,10 @@ def _plan(kind: str, config: Config, device: Device, shape: Shape, tokens: int) 
     memory = _static(kind, config, shape, cpu)
     peak = _moving(kind, config, shape, rows, tokens, cpu)
     if not cpu and kind == "ppo":
-        new = config.generation.max_new_tokens
-        width = 2 * shape.kv_width * 2
-        at_once = getattr(section, "rollout_batch_size", config.generation.batch_size)
-        memory["KV cache"] = shape.layers * width * at_once * (tokens + new)
+        # While answers are sampled no activations are held: the larger of the two counts.
+        cache = shape.layers * 2 * shape.kv_width * 2 * batch * tokens
+        moving = sum(peak.values())
+        memory["KV cache"] = max(0.0, cache - moving)
     memory |= peak
     parts = {name: value / GIB for name, value in memory.items() if value}
     if not cpu:  # the allocator's slack; the CUDA context is off `memory_gib` already
@@ -172,7 +188,7 @@ def _moving(
     kind: str, config: Config, shape: Shape, rows: int, tokens: int, cpu: bool
 ) -> dict[str, float]:
     """Peak of what comes and goes in a step: activations, logits, gradients."""
-    model, section = config.model, getattr(config, kind)
+    model = config.model
     positions = rows * tokens
     layer = positions * _layer_bytes(model, shape, cpu)
     stream = (4 if cpu or model.adapter == "full" else 2) * positions * shape.hidden
@@ -192,7 +208,7 @@ def _moving(
         kept, transient = layer, 0.35 * layer  # a layer's own gradients while it runs backwards
     held = stream * 3 + kept * shape.layers  # embeddings, merged embeddings, final norm
     logits = _logits(kind, shape, rows, tokens, cpu)
-    held_grads = gradients if section.gradient_accumulation_steps > 1 else 0.0
+    held_grads = gradients if _batches(kind, config) > config.launch.num_processes else 0.0
     # Walk backwards: activations go as gradients come.
     moments = [(held + logits, max(held_grads, head_gradient))]
     for left in range(shape.layers, 0, -1):
@@ -222,7 +238,7 @@ def _time(
     kind: str, config: Config, shape: Shape, device: Device, rows: int, tokens: int
 ) -> tuple[float, int | None]:
     """Seconds of an optimizer step, and how many there are."""
-    section, model, launch = getattr(config, kind), config.model, config.launch
+    model, launch = config.model, config.launch
     matmul = shape.linears + (shape.parts.get("head", 0) if kind != "reward" else 0)
     attention = shape.layers * 2 * tokens * shape.hidden  # multiply-adds a token, both products
     forward = 2.0 * rows * tokens * (matmul + attention)
@@ -231,20 +247,36 @@ def _time(
     if model.gradient_checkpointing:
         backward += forward
     passes = forward + backward + (forward if kind == "dpo" else 0.0)
-    if kind == "ppo":
-        epochs = getattr(section, "ppo_epochs", 1)
-        passes = 2 * (forward + backward) * epochs + 4 * forward
+    batches = max(1, _batches(kind, config) // launch.num_processes)
     rate = device.tflops * 1e12 * (0.7 if device.half == "none" else UTILISATION)
-    batches = max(1, section.gradient_accumulation_steps // launch.num_processes)
-    seconds = passes * batches / rate
-    if kind == "ppo":  # tokens come one by one: every weight is read for each
-        weights = sum(shape.parts.values()) * (0.6 if model.adapter == "qlora" else 2.0)
-        seconds += config.generation.max_new_tokens * weights / (device.bandwidth_gbs * 1e9 * 0.5)
-    pairs = section.per_device_batch_size * section.gradient_accumulation_steps
-    steps = getattr(section, "max_steps", 0)
-    if not steps and config.data.train_rows:
-        steps = max(1, round(config.data.train_rows * getattr(section, "num_epochs", 1) / pairs))
-    return seconds, steps or None
+    if kind == "ppo":
+        return _rollout_time(config, shape, device, forward, backward, rate), _steps(kind, config)
+    return passes * batches / rate, _steps(kind, config)
+
+
+def _rollout_time(
+    config: Config, shape: Shape, device: Device, forward: float, backward: float, rate: float
+) -> float:
+    """Seconds of a PPO step: sample, measure under four roles, and every update."""
+    ppo = config.ppo
+    batches = ppo.rollout_batch_size / ppo.per_device_batch_size / config.launch.num_processes
+    # Each inner pass trains policy and value model; sampling's prefill is a forward too.
+    work = batches * (5 * forward + ppo.ppo_epochs * 2 * (forward + backward))
+    # Answers come token by token, and every weight is read for each.
+    weights = sum(shape.parts.values()) * (0.6 if config.model.adapter == "qlora" else 2.0)
+    read = batches * ppo.max_new_tokens * weights / (device.bandwidth_gbs * 1e9 * 0.5)
+    return work / rate + read
+
+
+def _steps(kind: str, config: Config) -> int | None:
+    """Optimizer steps, or rollouts, of the whole run, where the profile says."""
+    section = getattr(config, kind)
+    size = section.per_device_batch_size * _batches(kind, config)
+    if kind == "ppo":
+        size = section.rollout_batch_size
+    if section.max_steps or not config.data.train_rows:
+        return section.max_steps or None
+    return max(1, round(config.data.train_rows * section.num_epochs / size))
 
 
 # --- advice -------------------------------------------------------------------------------------
@@ -275,7 +307,9 @@ def _changes(kind: str, config: Config) -> list[tuple[str, Any]]:
         return dataclasses.replace(c, model=dataclasses.replace(c.model, **values))
 
     size = getattr(config, kind).per_device_batch_size
-    steps = getattr(config, kind).gradient_accumulation_steps
+    smaller: dict[str, Any] = {"per_device_batch_size": 1}
+    if kind != "ppo":  # a rollout keeps its size by itself
+        smaller["gradient_accumulation_steps"] = size * _batches(kind, config)
     return [
         (
             "--set model.gradient_checkpointing=true",
@@ -284,11 +318,8 @@ def _changes(kind: str, config: Config) -> list[tuple[str, Any]]:
             ),
         ),
         (
-            f"--set {kind}.per_device_batch_size=1 "
-            f"--set {kind}.gradient_accumulation_steps={steps * size}",
-            lambda c: None if size == 1 else section(
-                c, per_device_batch_size=1, gradient_accumulation_steps=steps * size
-            ),
+            " ".join(f"--set {kind}.{k}={v}" for k, v in smaller.items()),
+            lambda c: None if size == 1 else section(c, **smaller),
         ),
         (
             "--set model.adapter=lora",

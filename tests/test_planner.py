@@ -66,11 +66,11 @@ def test_advice_is_followed_until_it_fits() -> None:
     assert "does not fit" in text and "weights" in text and "change  --set" in text
 
 
-@pytest.mark.parametrize("kind", ["reward", "dpo"])
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
 def test_what_fits_needs_no_advice(kind: str) -> None:
     made = planner.plan(kind, load_config("colab"), T4)
     assert made.fits and made.advice == [] and "fits" in planner.render(made)
-    assert made.steps == {"reward": 31, "dpo": 125}[kind]
+    assert made.steps == {"reward": 31, "dpo": 125, "ppo": 16}[kind]
 
 
 def test_refusals() -> None:
