@@ -119,9 +119,8 @@ def _command(
     env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
     if not cuda:
         env["DS_ACCELERATOR"] = "cpu"
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo" if launch.num_machines == 1 else "")
-        if not env["GLOO_SOCKET_IFNAME"]:
-            del env["GLOO_SOCKET_IFNAME"]
+        if sys.platform == "linux" and launch.num_machines == 1:
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     return words, env
 
 

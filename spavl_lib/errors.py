@@ -50,9 +50,24 @@ class RankError(SpavlError):
     exit_code = 1
 
 
+class OutOfMemory(SpavlError):  # noqa: N818 - the name every framework gives it
+    """The device's memory ran out; says what the planner would change."""
+
+    exit_code = 1
+
+
 ERRORS = {
     cls.__name__: cls
-    for cls in (SpavlError, InputError, NonFiniteError, BusyError, DiskError, Preempted, RankError)
+    for cls in (
+        SpavlError,
+        InputError,
+        NonFiniteError,
+        BusyError,
+        DiskError,
+        Preempted,
+        RankError,
+        OutOfMemory,
+    )
 }
 
 

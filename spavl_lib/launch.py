@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.config import Config, load_config, profile_names
-from spavl_lib.errors import ERRORS, DiskError, InputError, Preempted, SpavlError
+from spavl_lib.errors import ERRORS, DiskError, InputError, OutOfMemory, Preempted, SpavlError
 from spavl_lib.files import DISK_ERRORS
 from spavl_lib.notebook_status import (
     buried_with_us,
@@ -729,8 +729,23 @@ def make_here(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
         config: As the maker takes it.
         stage: Where it goes.
         options: Further arguments of the maker.
+
+    Raises:
+        OutOfMemory: The device's memory ran out; checkpoints stand.
     """
-    return _loaded(STAGE_MAKERS[kind])(config, stage, **options)
+    try:
+        return _loaded(STAGE_MAKERS[kind])(config, stage, **options)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        from spavl_lib.machine import device_kind
+        from spavl_lib.planner import advice_for
+
+        advice = advice_for(kind, config, device_kind()) if kind in ("reward", "dpo", "ppo") else ""
+        text = str(error).splitlines()[0]
+        raise OutOfMemory(
+            f"{text}\n  {advice or 'take a smaller generation.batch_size'}"
+        ) from error
 
 
 def _loaded(target: str) -> Callable[..., Any]:

@@ -15,7 +15,14 @@ import pytest
 
 from spavl_lib import children, launch
 from spavl_lib.config import Config, load_config
-from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError, Preempted
+from spavl_lib.errors import (
+    BusyError,
+    DiskError,
+    InputError,
+    NonFiniteError,
+    OutOfMemory,
+    Preempted,
+)
 from spavl_lib.run import STAGES, Run, Stage, write_json, write_text
 
 # A notebook's last cell, in short: the stage's summary.
@@ -509,6 +516,24 @@ def test_several_processes_or_deepspeed_train_in_children(
     stage = Run(config).stage("dpo")
     assert launch.train("dpo", config, stage) == "theirs"
     assert started == [("dpo", config.launch.num_processes, stage.path)] and makers == []
+
+
+def test_out_of_memory_says_what_the_planner_would_change(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def make(config: Config, stage: Stage) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore words")
+
+    monkeypatch.setattr(launch, "_loaded", lambda target: make)
+    config = load_config("colab", {"model.adapter": "full"})
+    monkeypatch.setattr("spavl_lib.machine.device_kind", lambda: "t4")
+    with pytest.raises(OutOfMemory) as caught:
+        launch.make_here("dpo", config, Run(config).stage("dpo"))
+    text = str(caught.value)
+    assert "Tried to allocate 2 GiB." in text and "more words" not in text
+    assert "the plan says" in text and "--set model.adapter=lora" in text
 
 
 def test_progress_reads_only_this_runs_lines(tmp_path: Path) -> None:
