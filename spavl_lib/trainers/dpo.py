@@ -120,7 +120,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
                 playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
             )  # fmt: skip
         if config.dpo.cache_reference:
-            with parallel.main_first():
+            with parallel.gathered_parameters(trainer.model):
                 use_cached_reference(trainer, config, stage, processor)
         trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
         newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
