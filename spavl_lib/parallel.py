@@ -293,11 +293,17 @@ def gathered_parameters(model: "nn.Module") -> Iterator[None]:
         yield
 
 
-def whole_state(model: "nn.Module") -> dict[str, "Tensor"] | None:
-    """A model's state dict for saving where ZeRO-3 holds it in pieces, else None."""
+def for_saving(model: "nn.Module") -> dict[str, Any]:
+    """Arguments that `save_pretrained` needs where ZeRO-3 holds a model in pieces; else none.
+
+    Every process must call this, and the main one saves. Names stay those in memory: loading under
+    ZeRO-3 remembers renamings that were never made, and saving would undo them.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(hasattr(p, "ds_id") for p in named.values()):
-        return None
+        return {}
     kept = model.state_dict().keys()
     buffers = {k: v for k, v in model.named_buffers() if k in kept}
-    return {k: v for k, v in whole(named).items() if k in kept} | buffers
+    state = {k: v for k, v in whole(named).items() if k in kept} | buffers
+    plain = {} if hasattr(model, "peft_config") else {"save_original_format": False}
+    return {"state_dict": state, **plain}

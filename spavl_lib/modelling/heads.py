@@ -78,11 +78,11 @@ class ScalarHeadModel(nn.Module):
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
     """Write adapter or weights, projector and head together, as safetensors."""
-    state = parallel.whole_state(model.vlm)
+    state = parallel.for_saving(model.vlm)
     head = parallel.whole({"score.weight": model.score.weight})
     if not parallel.is_main():
         return
-    model.vlm.save_pretrained(folder, state_dict=state)
+    model.vlm.save_pretrained(folder, **state)
     save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / HEAD_FILE)
     description = {
         "base_model": config.name,

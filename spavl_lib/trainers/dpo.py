@@ -233,12 +233,12 @@ def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
     """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
-    target, state = stage.path / "model", parallel.whole_state(model)
+    target, state = stage.path / "model", parallel.for_saving(model)
     if not parallel.is_main():
         return target
     with writing(target):
         lora = {"selected_adapters": ["default"]} if config.model.with_lora else {}
-        model.save_pretrained(target, state_dict=state, **lora)
+        model.save_pretrained(target, **state, **lora)
         processor.save_pretrained(target)
     write_json(target / BASE_FILE, {"name": config.model.name, "files": model_hashes(config.model)})
     write_text(target / "README.md", card)
