@@ -604,8 +604,8 @@ def ensure(stage_name: str, config: Config) -> Stage:
 def ensure_before(stage_name: str, config: Config) -> list[Stage]:
     """The finished stages that a stage builds on.
 
-    A small profile makes all of them; in a larger one, inference answers with every model that is
-    trained, and stops only where none is.
+    A small profile makes all of them; in a larger one, and in several processes, where not every
+    trainer runs, inference answers with every model that is trained, and stops only where none is.
 
     Args:
         stage_name: Such as "inference".
@@ -615,7 +615,8 @@ def ensure_before(stage_name: str, config: Config) -> list[Stage]:
         InputError: As `ensure`, of an earlier stage.
     """
     names = UPSTREAM.get(stage_name, ())
-    if stage_name in ANY_OF and config.profile not in SMALL_PROFILES:
+    takes_what_is_there = config.profile not in SMALL_PROFILES or in_processes(config.launch)
+    if stage_name in ANY_OF and takes_what_is_there:
         done = [name for name in ANY_OF[stage_name] if Run(config).stage(name).done]
         if not done:
             commands = "".join(f"\n  {run_command(name, config)}" for name in names)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import launch
+from spavl_lib import generation, launch
 from spavl_lib.errors import RankError
 from spavl_lib.files import read_jsonl
 from spavl_lib.run import Run, Stage
@@ -30,7 +30,7 @@ def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool
     name = f"answers-{sampled}"
     alone = config_of("dpo", f"{name}-alone", **quick)
     train("dpo", alone)
-    launch.make("inference", alone)
+    generation.make_inference_stage(alone, Run(alone).stage("inference"))  # of DPO's model alone
     expected = answers(Run(alone).stage("inference"))
     assert len(expected) >= 6 and all(b.count(b"\n") >= 10 for b in expected.values())
 
@@ -62,8 +62,6 @@ def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool
 
 
 def test_partial_files_of_more_processes_than_now_are_taken_up(tmp_path: Path) -> None:
-    from spavl_lib import generation
-
     target = tmp_path / "a.jsonl"
     for rank, number in ((0, 0), (3, 1)):
         generation._resume(generation._partial(target, rank), "key")
