@@ -175,7 +175,7 @@ def plot_training(
     return fig
 
 
-def _labels(keys: Sequence[str]) -> list[str]:
+def key_labels(keys: Sequence[str]) -> list[str]:
     """The part of each key that tells it from the others."""
     ends = [key.rsplit("/", 1)[-1] for key in keys]
     if len(set(ends)) < len(ends):
@@ -195,7 +195,7 @@ def _band(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
 
 def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
     drawn = bad = 0
-    for colour, key, name in zip(PALETTE, keys, _labels(keys), strict=False):
+    for colour, key, name in zip(PALETTE, keys, key_labels(keys), strict=False):
         label = name if len(keys) > 1 else "training"
         steps, values, broken = _series(rows, key)
         bad += broken

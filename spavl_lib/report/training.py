@@ -6,7 +6,7 @@ from typing import Any
 
 from spavl_lib import plotting
 from spavl_lib.data.taxonomy import display
-from spavl_lib.plotting.training import TRAINING_GROUPS
+from spavl_lib.plotting.training import TRAINING_GROUPS, key_labels
 from spavl_lib.report.charts import svg_uri
 from spavl_lib.report.collect import StagePage
 from spavl_lib.report.numbers import MISSING, Rate, rate
@@ -66,11 +66,11 @@ def policy_page(stage: StagePage) -> dict | None:
     count = max(1, len(stage.rows) // 10)
     lines = []
     for title, keys, unit in TRAINING_GROUPS:
-        for key in keys:
+        keys = [key for key in keys if any(key in row for row in stage.rows)]
+        for key, role in zip(keys, key_labels(keys), strict=True):
             first, last = (_mean(part, key) for part in (stage.rows[:count], stage.rows[-count:]))
             if first is not None or last is not None:
-                role = "" if len(keys) == 1 else key.replace("/", " ").replace("_avg", "")
-                name = title.partition(" (")[0] + (f": {role}" if role else "")
+                name = title.partition(" (")[0] + (f": {role}" if len(keys) > 1 else "")
                 lines.append((name, unit, _number(first), _number(last)))
     return {"name": stage.name, "steps": len(stage.rows), "tenth": count, "lines": lines}
 
