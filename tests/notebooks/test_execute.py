@@ -169,9 +169,9 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     run = tmp_path / "runs" / "smoke"
-    for stage in ("dpo", "inference", "evaluation"):
+    for stage in ("reward", "ppo", "dpo", "inference", "evaluation"):
         assert (run / stage / "summary.json").is_file(), stage
-    assert {"base", "dpo"} <= set(strict_json(run / "metrics.json")["models"])
+    assert {"base", "dpo", "ppo"} <= set(strict_json(run / "metrics.json")["models"])
     assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None
 
 
