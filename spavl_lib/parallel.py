@@ -296,14 +296,11 @@ def gathered_parameters(model: "nn.Module") -> Iterator[None]:
 def for_saving(model: "nn.Module") -> dict[str, Any]:
     """Arguments that `save_pretrained` needs where ZeRO-3 holds a model in pieces; else none.
 
-    Every process must call this, and the main one saves. Names stay those in memory: loading under
-    ZeRO-3 remembers renamings that were never made, and saving would undo them.
+    Every process must call this, and the main one saves.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(hasattr(p, "ds_id") for p in named.values()):
         return {}
     kept = model.state_dict().keys()
     buffers = {k: v for k, v in model.named_buffers() if k in kept}
-    state = {k: v for k, v in whole(named).items() if k in kept} | buffers
-    plain = {} if hasattr(model, "peft_config") else {"save_original_format": False}
-    return {"state_dict": state, **plain}
+    return {"state_dict": {k: v for k, v in whole(named).items() if k in kept} | buffers}
