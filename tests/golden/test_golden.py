@@ -1,7 +1,8 @@
 """Recorded trajectories: a change of numbers must be a decision, not a surprise.
 
 On the machine and versions that recorded them every number must come again exactly; elsewhere,
-where a processor may sum in another order, within a tolerance and without leaning to one side.
+where a processor may sum in another order, the first steps within a tolerance and without leaning
+to one side: later ones amplify the rounding, and one token sampled differently changes them all.
 """
 
 import json
@@ -15,6 +16,7 @@ from spavl_lib import provenance
 from tests.golden.record import OVERRIDES, STEPS, conditions, path_of, trajectory
 
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-3, 1e-4
+COMPARED_ELSEWHERE = 10
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -30,11 +32,13 @@ def test_the_recorded_steps_come_again(name: str, tmp_path: Path) -> None:
     hint = f"meant? then: python -m tests.golden.record {name} --reason ..., and say so in the log"
     for field in ("sets", "inputs", "row_ids"):
         assert again[field] == recorded[field], f"{field} changed; {hint}"
+    compared = STEPS if exact else COMPARED_ELSEWHERE
     assert again["steps"].keys() == recorded["steps"].keys()
     for key, old in recorded["steps"].items():
         new = again["steps"][key]
         assert len(old) == len(new) == STEPS
         assert statistics.pstdev(old) > MAX_DIFFERENCE  # a flat line would prove nothing
+        old, new = old[:compared], new[:compared]
         differences = [b - a for a, b in zip(old, new, strict=True)]
         first = next((n for n, d in enumerate(differences, 1) if d), None)
         if exact:
