@@ -48,7 +48,13 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 training pairs and 8 held-out ones, in the Hub's layout."""
     folder = tmp_path_factory.mktemp("rows")
-    return write_hub_folder(folder, hub_rows("train", 24), hub_rows("validation", 8))
+    return write_hub_folder(folder, told_by_words("train", 24), told_by_words("validation", 8))
+
+
+def told_by_words(split: str, count: int) -> list[dict]:
+    """Pairs that six steps can learn: the rejected answer carries the placeholder."""
+    rows = [r for r in hub_rows(split, 300) if "[unsafe details omitted]" in r["rejected"]]
+    return rows[:count]
 
 
 def settings(rows: Path, adapter: str, **changes: object) -> dict:
@@ -471,8 +477,10 @@ def test_exchanged_answers_teach_the_opposite(
     straight: dict[str, Stage], rows: Path, tmp_path: Path
 ) -> None:
     """Followed from file to loss: chosen is pushed up. Swapped in the file, it must go down."""
-    train = [r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in hub_rows("train", 24)]
-    swapped = write_hub_folder(tmp_path / "rows", train, hub_rows("validation", 8))
+    train = [
+        r | {"chosen": r["rejected"], "rejected": r["chosen"]} for r in told_by_words("train", 24)
+    ]
+    swapped = write_hub_folder(tmp_path / "rows", train, told_by_words("validation", 8))
     stage = make(settings(swapped, "full"), tmp_path)
     name = "eval_rewards/margins"
     right, wrong = straight["full"].summary["validation"][name], stage.summary["validation"][name]
