@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
@@ -69,6 +69,10 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
             sampler.data_source, sampler.mini_repeat_count, sampler.batch_size,
             sampler.repeat_count, sampler.shuffle, sampler.seed,
         )  # fmt: skip
+
+    def compute_loss(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
+        """trl's loss, if it is a number."""
+        return self.gated(model, super().compute_loss(model, *args, **options))
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict:
         self.row_ids = list(dict.fromkeys(row["id"] for row in inputs))

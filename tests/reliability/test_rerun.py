@@ -53,7 +53,8 @@ class Made:
             sets |= {"ppo.per_device_batch_size": 4}
         self.config: Config = smoke(sets, run_name="made")
         self.run = Run(self.config, root=root / "runs")
-        self.stages = [n for n in launch.STAGE_MAKERS if n != "data"]
+        # Scaling is many trainings of the same kinds, and wants question types.
+        self.stages = [n for n in launch.STAGE_MAKERS if n not in ("data", "scaling")]
 
     def _sets(self, name: str) -> None:
         from spavl_lib.embedded.mini import mini_folder
