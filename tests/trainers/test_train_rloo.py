@@ -52,7 +52,7 @@ def settings(adapter: str, folder: Path | str, **changes: object) -> Config:
         "model.adapter": adapter, "data.train_rows": 8, "rloo.max_steps": 4,
         "rloo.per_device_batch_size": 4, "rloo.gradient_accumulation_steps": 2,
         "rloo.num_generations": 2, "rloo.max_new_tokens": 12, "rloo.save_steps": 2,
-        "rloo.warmup_steps": 0, "rloo.reward_model": str(folder),
+        "rloo.warmup_steps": 0, "rloo.reward_model": str(folder), "rloo.temperature": 2.0,
     }  # fmt: skip
     return smoke(overrides | {k.replace("__", "."): v for k, v in changes.items()}, run_name="r")
 
