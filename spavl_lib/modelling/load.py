@@ -138,8 +138,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load model {config.name!r}: {why(error)}") from error
     # Loading under ZeRO-3 remembers renamings that were never made, and saving would undo them.
-    renamings = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [r for r in renamings if r.was_used()]
+    if renamings := getattr(model, "_weight_conversions", None):
+        model._weight_conversions = [r for r in renamings if r.was_used()]
     if quantisation is not None:
         from spavl_lib.modelling.adapters import assert_four_bit
 
