@@ -61,12 +61,7 @@ _TOLD_ELSEWHERE = {
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
 _EXACT = {"learning_rate", "objective/kl_coef"}  # no noise to smooth
-_SHARES = (
-    "accuracies",
-    "response/finished",
-    "clipfrac",
-    "completions/clipped",
-)  # drawn from 0 to 1
+_SHARES = ("accuracies", "response/finished", "completions/clipped")  # drawn from 0 to 1
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
 
@@ -270,7 +265,7 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     if rows:
         x, y = ([row[key] for row in rows] for key in ("certainty", "right"))
         errors = np.array([_share_errors(row) for row in rows]).T
-        ax.errorbar(x, y, yerr=errors, fmt="o-", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
+        ax.errorbar(x, y, yerr=errors, fmt="o", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
                     markeredgecolor=PAPER, label="held-out pairs")  # fmt: skip
         for row in rows:
             ax.annotate(f"{row['n']}", (row["certainty"], row["right"]), (6, -10),

@@ -24,6 +24,11 @@ REWARD_RATES = (
 )  # fmt: skip
 POLICY_STAGES = ("ppo", "rloo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
+_TYPES = {
+    "easy": "direct question",
+    "hardq": "question with a pretext",
+    "hards": "statement with a pretext",
+}
 
 
 def reward_page(found: Any, stage: StagePage) -> dict | None:
@@ -56,7 +61,7 @@ def reward_page(found: Any, stage: StagePage) -> dict | None:
 
 
 def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
-    return [(short(display(name)), rate(cell)) for name, cell in rates.items()]
+    return [(_TYPES.get(name) or short(display(name)), rate(cell)) for name, cell in rates.items()]
 
 
 def policy_page(stage: StagePage) -> dict | None:
