@@ -315,6 +315,16 @@ def test_image_grid(tmp_path: Path) -> None:
         plotting.plot_image_grid([red], ["a", "b"])
 
 
+def test_no_caption_is_cut_off() -> None:
+    """A tall picture over a prompt and three answers of several lines each."""
+    tall, wide = np.zeros((60, 40, 3), np.uint8), np.zeros((30, 60, 3), np.uint8)
+    caption = "\n".join(f"{name}: " + "some words of an answer " * 4 for name in "abcd")
+    fig = plotting.plot_image_grid([tall, wide, tall, wide], [caption] * 4, columns=4)
+    plotting.png_bytes(fig)
+    bottoms = [ax.xaxis.label.get_window_extent().y0 for ax in fig.axes]
+    assert min(bottoms) >= 0
+
+
 # --- live ---
 
 

@@ -199,22 +199,27 @@ def plot_image_grid(
     ]
     tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
     across = 2.2 if columns > 3 else 3.0
-    fig = new_figure(across * columns, lines * (2.1 + 0.17 * tallest))
+    pictures = [None if i is None else _array(i) for i in images]
+    shapes = [p.shape[0] / p.shape[1] for p in pictures if p is not None]
+    high = across * min(max(shapes, default=1.0), 2.0)  # no caption is cut by a tall picture
+    fig = new_figure(across * columns, lines * (high + 0.17 * tallest))
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
-        ax.set(xticks=[], yticks=[])
+        ax.set(xticks=[], yticks=[], anchor="N")
         ax.spines[:].set_visible(False)
-    for ax, image, caption in zip(axes, images, wrapped, strict=False):
-        if image is None:
+    for ax, picture, caption in zip(axes, pictures, wrapped, strict=False):
+        if picture is None:
             note(ax, "no image")
         else:
-            ax.imshow(np.asarray(image if isinstance(image, np.ndarray) else _decoded(image)))
+            ax.imshow(picture)
         ax.set_xlabel(caption, loc="left", fontsize=8.5)
     return fig
 
 
-def _decoded(image: Any) -> Any:
-    return decode(str(image) if isinstance(image, Path) else image)
+def _array(image: Any) -> np.ndarray:
+    if isinstance(image, np.ndarray):
+        return image
+    return np.asarray(decode(str(image) if isinstance(image, Path) else image))
 
 
 @styled
