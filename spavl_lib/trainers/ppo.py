@@ -69,6 +69,7 @@ from spavl_lib.trainers.rollout import (
     never_said,
     row_seed,
     sample,
+    together,
 )
 
 
@@ -243,10 +244,10 @@ class PPOTrainer:
         prompts = encode_rows(self.processor, picked)
         seeds = [row_seed(self.config.seed, "answer", step, n) for n in range(len(prompts))]
         responses: list[list[int]] = [[] for _ in prompts]
-        for rows in self._chunks([len(p.ids) for p in prompts]):
+        for rows in self._chunks(prompts, responses):
             self._stop_if_asked()
             batch = self._batch(prompts, responses, rows)
-            with self.model.playing("policy"), cache.rows(_with_picture(prompts, rows), batch):
+            with self.model.playing("policy"), cache.rows(_pictures(prompts, rows), batch):
                 with self._autocast():
                     said = sample(
                         self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
@@ -275,8 +276,7 @@ class PPOTrainer:
         shape = (len(rollout), rollout.width)
         columns = {k: torch.zeros(shape) for k in ("logps", "ref_logps", "values", "entropy")}
         scores = torch.zeros(len(rollout))
-        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
-        for rows in self._chunks(lengths):
+        for rows in self._chunks(rollout.prompts, rollout.responses):
             self._stop_if_asked()
             batch = self._batch(rollout.prompts, rollout.responses, rows)
             for role, names in (
@@ -377,8 +377,8 @@ class PPOTrainer:
         stats: dict[str, float] = {}
         mask = rollout.mask
         tokens = int(mask[rows].sum())
-        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
-        pieces = [[rows[i] for i in part] for part in self._chunks([lengths[i] for i in rows])]
+        own = [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
+        pieces = [[rows[i] for i in part] for part in self._chunks(*own)]
         for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
             for piece in pieces:
                 batch = self._batch(rollout.prompts, rollout.responses, piece)
@@ -440,11 +440,11 @@ class PPOTrainer:
         ]
         chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])
         tokens, mean = int(chosen.mask.sum()), 0.0
-        for part in self._chunks([len(p.ids) + len(r) for p, r in _pairs(chosen)]):
+        for part in self._chunks(chosen.prompts, chosen.responses):
             batch = self._batch(chosen.prompts, chosen.responses, part)
             own = [rows[i] for i in part]
             width = max(len(answers[i]) for i in part)
-            with cache.rows(_with_picture(rollout.prompts, own), batch), self._autocast():
+            with cache.rows(_pictures(rollout.prompts, own), batch), self._autocast():
                 logps, _ = self.model(
                     "policy", width=width, temperature=self.settings.temperature, **batch
                 )
@@ -470,12 +470,11 @@ class PPOTrainer:
 
     # --- batches ------------------------------------------------------------------------------
 
-    def _chunks(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Places in batches of like length, longest first: memory runs out at once or never."""
-        size = self.settings.per_device_batch_size
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+    def _chunks(self, prompts: list[Prompt], responses: list[list[int]]) -> Iterator[list[int]]:
+        """Places of rows in batches that fit the device."""
+        lengths = [len(p.ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        pictures = [p.picture for p in prompts]
+        yield from together(lengths, pictures, self.settings.per_device_batch_size)
 
     def _batch(
         self, prompts: list[Prompt], responses: list[list[int]], rows: list[int]
@@ -495,7 +494,7 @@ class PPOTrainer:
         train: bool = False,
     ) -> tuple[Tensor, ...]:
         width = max(len(rollout.responses[i]) for i in rows)
-        with cache.rows(_with_picture(rollout.prompts, rows), batch), self._autocast():
+        with cache.rows(_pictures(rollout.prompts, rows), batch), self._autocast():
             return self.model(
                 role,
                 width=width,
@@ -643,12 +642,9 @@ class PPOTrainer:
             )
 
 
-def _with_picture(prompts: list[Prompt], rows: list[int]) -> list[int]:
-    return [i for i in rows if prompts[i].vision]
-
-
-def _pairs(rollout: Rollout) -> Iterator[tuple[Prompt, list[int]]]:
-    return zip(rollout.prompts, rollout.responses, strict=True)
+def _pictures(prompts: list[Prompt], rows: list[int]) -> list[str]:
+    """Of the rows that have one."""
+    return [prompts[i].picture for i in rows if prompts[i].picture]
 
 
 def _card(config: Config, summary: dict) -> str:
