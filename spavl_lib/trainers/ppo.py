@@ -26,6 +26,7 @@ from transformers import ProcessorMixin, get_scheduler, set_seed
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.collate import check_prompt_lengths, completion_ids
+from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.files import write_text
@@ -170,16 +171,19 @@ class PPOTrainer:
     def prompts_of(self, step: int) -> list[int]:
         """Which rows step `step` (from 0) rolls out: seeded passes over all, none left out."""
         size, count = self.settings.rollout_batch_size, len(self.rows)
-        picked = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, offset = divmod(place, count)
-            picked.append(self._order(epoch)[offset])
-        return picked
+        places = [divmod(place, count) for place in range(step * size, (step + 1) * size)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return [orders[epoch][offset] for epoch, offset in places]
 
     def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.config.seed}/prompts/{epoch}").shuffle(order)
-        return order
+        return _flat(self._shuffled(self.rows["image_name"], f"{self.config.seed}/prompts/{epoch}"))
+
+    def _shuffled(self, pictures: list[str], seed: str | int) -> list[list[int]]:
+        """Places in a seeded order, each alone; a picture's together with `data.group_by_image`."""
+        grouped = self.config.data.group_by_image
+        groups = image_groups(pictures if grouped else [""] * len(pictures))
+        random.Random(seed).shuffle(groups)
+        return groups
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -336,10 +340,12 @@ class PPOTrainer:
         sums: dict[str, list[float]] = {}
         self.model.train()
         for epoch in range(self.settings.ppo_epochs):
-            order = list(range(len(rollout)))
-            random.Random(row_seed(self.config.seed, "update", self.step, epoch)).shuffle(order)
+            seed = row_seed(self.config.seed, "update", self.step, epoch)
+            order = self._shuffled([p.picture for p in rollout.prompts], seed)
+            if len(order) < self.settings.num_minibatches:
+                order = [[i] for i in _flat(order)]
             for n in range(self.settings.num_minibatches):
-                rows = order[n :: self.settings.num_minibatches]
+                rows = _flat(order[n :: self.settings.num_minibatches])
                 first = epoch == 0 and n == 0
                 for key, value in self.minibatch(rollout, rows, cache, first=first).items():
                     sums.setdefault(key, []).append(value)
@@ -640,6 +646,10 @@ class PPOTrainer:
                 f"stopped by {self.flag.reason} after step {self.step} of {self.total_steps}; "
                 "checkpoint written, run the same command to go on"
             )
+
+
+def _flat(groups: list[list[int]]) -> list[int]:
+    return [i for group in groups for i in group]
 
 
 def _pictures(prompts: list[Prompt], rows: list[int]) -> list[str]:
