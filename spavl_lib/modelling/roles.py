@@ -105,7 +105,8 @@ class Roles(nn.Module):
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
                 return (self.reward_head(hidden[rows, last].float()).squeeze(-1),)
-            states = hidden[:, -width - 1 : -1]
+            # A view with gaps would make torch multiply row by row, with copies of the whole head.
+            states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
                 return (self.value_head(states.float()).squeeze(-1),)
             logits = self.vlm_of(role).get_output_embeddings()(states).float() / temperature
