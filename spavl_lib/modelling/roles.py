@@ -30,6 +30,7 @@ from spavl_lib.modelling.heads import (
     load_reward_model,
 )
 from spavl_lib.modelling.load import load_model
+from spavl_lib.modelling.shared_prefix import apply_sharing
 
 ROLES = ("policy", "reference", "value", "reward")
 NEVER = -1e9  # a logit: its probability is 0, and unlike -inf its gradient is no NaN
@@ -104,7 +105,8 @@ class Roles(nn.Module):
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
                 return (self.reward_head(hidden[rows, last].float()).squeeze(-1),)
-            states = hidden[:, -width - 1 : -1]
+            # A view with gaps would make torch multiply row by row, with copies of the whole head.
+            states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
                 return (self.value_head(states.float()).squeeze(-1),)
             logits = self.vlm_of(role).get_output_embeddings()(states).float() / temperature
@@ -227,14 +229,17 @@ def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[in
         freeze_for_full(policy, config)
         freeze_for_full(value.vlm.float(), config)
         value.vlm.get_output_embeddings().requires_grad_(False)
-        reward = load_reward_model(config, reward_folder)
-        return SeparateModels(policy, load_model(config), value, reward, forbidden_ids)
+        reward, reference = load_reward_model(config, reward_folder), load_model(config)
+        for vlm in (policy, reference, value.vlm, reward.vlm):
+            apply_sharing(vlm, config.share_prefix)
+        return SeparateModels(policy, reference, value, reward, forbidden_ids)
     base = load_model(config)
     vlm = get_peft_model(base, lora_config(base, config))
     for role in ("value", "reward"):
         load_reward_adapter(vlm, reward_folder, role, trainable=role == "value")
     size = base.config.get_text_config().hidden_size
     heads = [load_head(reward_folder, size).to(base.device) for _ in range(2)]
+    apply_sharing(vlm, config.share_prefix)
     return OneBase(vlm, *heads, forbidden_ids)
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spavl_lib.errors import InputError
@@ -88,15 +89,14 @@ class SharedPrefix:
         kwargs |= dict(zip(self.signature, args, strict=False))
         pixels = kwargs.get("pixel_values")
         self.stats["batches"] += 1
-        generating = kwargs.get("past_key_values") is not None or (
-            kwargs.get("use_cache", False) and not torch.is_grad_enabled()
-        )
         try:
-            if generating:
+            if _generating(kwargs) and not _prefilling(kwargs):
                 raise NotShared("")
             self._check(kwargs)
             groups = features = None
-            if pixels is not None and len(pixels):
+            if kwargs.get("mm_encoder_outputs"):
+                groups, features = _encoded(kwargs["mm_encoder_outputs"])
+            elif pixels is not None and len(pixels):
                 groups = self.vision.of(pixels, kwargs.get("image_sizes"))
                 chosen = {k: v for k, v in kwargs.items() if k.startswith("vision_feature_")}
                 features = self._features(groups, **chosen)
@@ -138,7 +138,7 @@ class SharedPrefix:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or kwargs.get("inputs_embeds") is not None:
             raise NotShared("the batch comes as embeddings, not as tokens")
-        if kwargs.get("mm_encoder_outputs"):
+        if kwargs.get("mm_encoder_outputs") and not _prefilling(kwargs):
             raise NotShared("the batch comes with encoded images")
         if mask is not None and (mask.ndim != 2 or mask.shape != ids.shape):
             raise NotShared(f"the attention mask has shape {tuple(mask.shape)}, a custom one")
@@ -174,13 +174,24 @@ class SharedPrefix:
             "use_cache": False,
             **{PLANS: plan},
         }
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            inner |= {"use_cache": True, "past_key_values": DynamicCache()}
         output = self.plain_forward(**inner)
         place = np.zeros(tuple(ids.shape), dtype=np.int64)
         for i, places in enumerate(tree.places):
             place[i, real[i]] = places
-        hidden = output.last_hidden_state[0]
-        spread = hidden.index_select(0, torch.from_numpy(place.ravel()).to(device))
+        place = torch.from_numpy(place.ravel()).to(device)
+        spread = output.last_hidden_state[0].index_select(0, place)
         output.last_hidden_state = spread.view(*ids.shape, -1)
+        if cache is not None:
+            for number, layer in enumerate(inner["past_key_values"].layers):
+                states = [
+                    x[0].index_select(1, place).unflatten(1, ids.shape).transpose(0, 1)
+                    for x in (layer.keys, layer.values)
+                ]
+                cache.update(*states, number)
+            output.past_key_values = cache
         output.image_hidden_states = None
         return output
 
@@ -285,6 +296,38 @@ def unsupported(backbone: nn.Module) -> str:
     if text._attn_implementation not in ("eager", "sdpa", "flex_attention"):
         return f"attention {text._attn_implementation!r} takes no tree (sdpa and eager do)"
     return ""
+
+
+def _generating(kwargs: dict) -> bool:
+    return kwargs.get("past_key_values") is not None or (
+        kwargs.get("use_cache", False) and not torch.is_grad_enabled()
+    )
+
+
+def _prefilling(kwargs: dict) -> bool:
+    """Whether this is the first pass of a generation, over prompts, with its cache still empty."""
+    cache = kwargs.get("past_key_values")
+    return (
+        type(cache) is DynamicCache
+        and cache.get_seq_length() == 0
+        and not torch.is_grad_enabled()
+        and bool(kwargs.get("use_cache", True))
+    )
+
+
+def _encoded(outputs: dict) -> tuple[ImageGroups, list[Tensor]]:
+    """Images that `generate` encoded through `image_features`: one tensor for equal pictures.
+
+    Raises:
+        NotShared: They are something else than a list.
+    """
+    pooled = outputs["image"].pooler_output if set(outputs) == {"image"} else None
+    if not isinstance(pooled, list | tuple):
+        raise NotShared("the batch comes with encoded images")
+    number: dict[int, int] = {}
+    group = [number.setdefault(id(features), len(number)) for features in pooled]
+    first = [group.index(g) for g in range(len(number))]
+    return ImageGroups(first, group, torch.empty(0), None), [pooled[i] for i in first]
 
 
 def _with_images(kwargs: dict, features: list[Tensor] | None) -> dict:

@@ -1,12 +1,13 @@
-"""A frozen vision tower's outputs, kept for the rows of one rollout.
+"""A frozen vision tower's outputs, kept for the pictures of one rollout.
 
 PPO reads every picture in generation, under policy, reference, value and reward model, and again in
 each inner epoch. The tower never trains, so all of that is one computation. What is kept is the
-tower's output *before* the projector, which trains and differs by role.
+tower's output *before* the projector, which trains and differs by role. Questions about the same
+picture share it, also under shared prefixes, where the tower sees each picture of a batch once.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -44,13 +45,14 @@ class TowerCache:
         self.tile = getattr(getattr(config, "vision_config", None), "image_size", 0)
         self.towers = towers
         self.hits = self.misses = 0
-        self._kept: dict[int, dict[int, Tensor]] = {}
-        self._rows: list[int] = []
+        self._kept: dict[Hashable, dict[int, Tensor]] = {}
+        self._pictures: list[Hashable] = []
         self._entries: list[int] = []
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator["TowerCache"]:
         """Keep outputs until the block ends."""
+        own = [vars(tower).get("forward") for tower in self.towers]
         plain = [tower.forward for tower in self.towers]
         if self.works:
             for tower, forward in zip(self.towers, plain, strict=True):
@@ -59,28 +61,30 @@ class TowerCache:
             yield self
         finally:
             if self.works:
-                for tower in self.towers:
+                for tower, forward in zip(self.towers, own, strict=True):
                     del tower.forward  # the class's own comes back
+                    if forward is not None:
+                        tower.forward = forward
             self._kept.clear()
 
     @contextlib.contextmanager
-    def rows(self, rows: list[int], batch: dict[str, Any]) -> Iterator[None]:
-        """Say whose pictures the next forward holds, in order.
+    def rows(self, pictures: list[Hashable], batch: dict[str, Any]) -> Iterator[None]:
+        """Say which pictures the next forward holds, row by row.
 
         Args:
-            rows: Numbers of the rollout's rows that have a picture.
+            pictures: A key for each row that has a picture; equal keys mean equal pixels.
             batch: Their image tensors.
         """
-        self._rows, self._entries = rows, self._entries_of(rows, batch)
+        self._pictures, self._entries = pictures, self._entries_of(pictures, batch)
         try:
             yield
         finally:
-            self._rows = []
+            self._pictures = []
 
-    def _entries_of(self, rows: list[int], batch: dict[str, Any]) -> list[int]:
+    def _entries_of(self, pictures: list[Hashable], batch: dict[str, Any]) -> list[int]:
         """How many tower inputs each row has: one, or its tiles."""
         if "image_sizes" not in batch or self.pinpoints is None:
-            return [1] * len(rows)
+            return [1] * len(pictures)
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         return [
@@ -90,28 +94,49 @@ class TowerCache:
 
     def _standing_in(self, forward: Any) -> Any:
         def cached(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            rows = self._rows
-            if not rows:
+            if not self._pictures:
                 return forward(pixel_values, *args, **kwargs)
-            if sum(self._entries) != len(pixel_values):
-                raise AssertionError(
-                    f"{len(pixel_values)} pictures for {len(rows)} rows of {self._entries}"
-                )
-            if not all(row in self._kept for row in rows):
-                self.misses += len(rows)
-                self._keep(forward, pixel_values, args, kwargs)
-            else:
-                self.hits += len(rows)
+            entries = self._inputs(len(pixel_values))
+            missing, at = {}, 0
+            for picture, count in entries:
+                if picture not in self._kept and picture not in missing:
+                    missing[picture] = slice(at, at + count)
+                at += count
+            self.misses += len(missing)
+            self.hits += len(entries) - len(missing)
+            if missing:
+                self._keep(forward, pixel_values, missing, args, kwargs)
             kept = {
-                layer: torch.cat([self._kept[row][layer] for row in rows]) for layer in self.layers
+                layer: torch.cat([self._kept[picture][layer] for picture, _ in entries])
+                for layer in self.layers
             }
             return BaseModelOutputWithPooling(hidden_states=_Layers(kept))
 
         return cached
 
+    def _inputs(self, count: int) -> list[tuple[Hashable, int]]:
+        """The pictures the tower was handed, each with its number of inputs.
+
+        Raises:
+            AssertionError: They are neither all of the rows' nor each of them once.
+        """
+        every = list(zip(self._pictures, self._entries, strict=True))
+        for entries in (every, list(dict(every).items())):
+            if sum(number for _, number in entries) == count:
+                return entries
+        raise AssertionError(f"{count} pictures for {len(every)} rows of {self._entries}")
+
     @torch.no_grad()
-    def _keep(self, forward: Any, pixel_values: Tensor, args: tuple, kwargs: dict) -> None:
-        output = forward(pixel_values, *args, **kwargs)
-        parts = {layer: output.hidden_states[layer].split(self._entries) for layer in self.layers}
-        for place, row in enumerate(self._rows):
-            self._kept[row] = {layer: part[place].clone() for layer, part in parts.items()}
+    def _keep(
+        self,
+        forward: Any,
+        pixels: Tensor,
+        missing: dict[Hashable, slice],
+        args: tuple,
+        kwargs: dict,
+    ) -> None:
+        output = forward(torch.cat([pixels[place] for place in missing.values()]), *args, **kwargs)
+        sizes = [place.stop - place.start for place in missing.values()]
+        parts = {layer: output.hidden_states[layer].split(sizes) for layer in self.layers}
+        for n, picture in enumerate(missing):
+            self._kept[picture] = {layer: part[n].clone() for layer, part in parts.items()}

@@ -26,6 +26,7 @@ from transformers import ProcessorMixin, get_scheduler, set_seed
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config
 from spavl_lib.data.collate import check_prompt_lengths, completion_ids
+from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.files import write_text
@@ -69,6 +70,7 @@ from spavl_lib.trainers.rollout import (
     never_said,
     row_seed,
     sample,
+    together,
 )
 
 
@@ -169,16 +171,19 @@ class PPOTrainer:
     def prompts_of(self, step: int) -> list[int]:
         """Which rows step `step` (from 0) rolls out: seeded passes over all, none left out."""
         size, count = self.settings.rollout_batch_size, len(self.rows)
-        picked = []
-        for place in range(step * size, (step + 1) * size):
-            epoch, offset = divmod(place, count)
-            picked.append(self._order(epoch)[offset])
-        return picked
+        places = [divmod(place, count) for place in range(step * size, (step + 1) * size)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        return [orders[epoch][offset] for epoch, offset in places]
 
     def _order(self, epoch: int) -> list[int]:
-        order = list(range(len(self.rows)))
-        random.Random(f"{self.config.seed}/prompts/{epoch}").shuffle(order)
-        return order
+        return _flat(self._shuffled(self.rows["image_name"], f"{self.config.seed}/prompts/{epoch}"))
+
+    def _shuffled(self, pictures: list[str], seed: str | int) -> list[list[int]]:
+        """Places in a seeded order, each alone; a picture's together with `data.group_by_image`."""
+        grouped = self.config.data.group_by_image
+        groups = image_groups(pictures if grouped else [""] * len(pictures))
+        random.Random(seed).shuffle(groups)
+        return groups
 
     # --- the run ------------------------------------------------------------------------------
 
@@ -243,10 +248,10 @@ class PPOTrainer:
         prompts = encode_rows(self.processor, picked)
         seeds = [row_seed(self.config.seed, "answer", step, n) for n in range(len(prompts))]
         responses: list[list[int]] = [[] for _ in prompts]
-        for rows in self._chunks([len(p.ids) for p in prompts]):
+        for rows in self._chunks(prompts, responses):
             self._stop_if_asked()
             batch = self._batch(prompts, responses, rows)
-            with self.model.playing("policy"), cache.rows(_with_picture(prompts, rows), batch):
+            with self.model.playing("policy"), cache.rows(_pictures(prompts, rows), batch):
                 with self._autocast():
                     said = sample(
                         self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
@@ -275,8 +280,7 @@ class PPOTrainer:
         shape = (len(rollout), rollout.width)
         columns = {k: torch.zeros(shape) for k in ("logps", "ref_logps", "values", "entropy")}
         scores = torch.zeros(len(rollout))
-        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
-        for rows in self._chunks(lengths):
+        for rows in self._chunks(rollout.prompts, rollout.responses):
             self._stop_if_asked()
             batch = self._batch(rollout.prompts, rollout.responses, rows)
             for role, names in (
@@ -336,10 +340,12 @@ class PPOTrainer:
         sums: dict[str, list[float]] = {}
         self.model.train()
         for epoch in range(self.settings.ppo_epochs):
-            order = list(range(len(rollout)))
-            random.Random(row_seed(self.config.seed, "update", self.step, epoch)).shuffle(order)
+            seed = row_seed(self.config.seed, "update", self.step, epoch)
+            order = self._shuffled([p.picture for p in rollout.prompts], seed)
+            if len(order) < self.settings.num_minibatches:
+                order = [[i] for i in _flat(order)]
             for n in range(self.settings.num_minibatches):
-                rows = order[n :: self.settings.num_minibatches]
+                rows = _flat(order[n :: self.settings.num_minibatches])
                 first = epoch == 0 and n == 0
                 for key, value in self.minibatch(rollout, rows, cache, first=first).items():
                     sums.setdefault(key, []).append(value)
@@ -377,8 +383,8 @@ class PPOTrainer:
         stats: dict[str, float] = {}
         mask = rollout.mask
         tokens = int(mask[rows].sum())
-        lengths = [len(p.ids) + len(r) for p, r in _pairs(rollout)]
-        pieces = [[rows[i] for i in part] for part in self._chunks([lengths[i] for i in rows])]
+        own = [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
+        pieces = [[rows[i] for i in part] for part in self._chunks(*own)]
         for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
             for piece in pieces:
                 batch = self._batch(rollout.prompts, rollout.responses, piece)
@@ -440,11 +446,11 @@ class PPOTrainer:
         ]
         chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])
         tokens, mean = int(chosen.mask.sum()), 0.0
-        for part in self._chunks([len(p.ids) + len(r) for p, r in _pairs(chosen)]):
+        for part in self._chunks(chosen.prompts, chosen.responses):
             batch = self._batch(chosen.prompts, chosen.responses, part)
             own = [rows[i] for i in part]
             width = max(len(answers[i]) for i in part)
-            with cache.rows(_with_picture(rollout.prompts, own), batch), self._autocast():
+            with cache.rows(_pictures(rollout.prompts, own), batch), self._autocast():
                 logps, _ = self.model(
                     "policy", width=width, temperature=self.settings.temperature, **batch
                 )
@@ -470,12 +476,11 @@ class PPOTrainer:
 
     # --- batches ------------------------------------------------------------------------------
 
-    def _chunks(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Places in batches of like length, longest first: memory runs out at once or never."""
-        size = self.settings.per_device_batch_size
-        order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
+    def _chunks(self, prompts: list[Prompt], responses: list[list[int]]) -> Iterator[list[int]]:
+        """Places of rows in batches that fit the device."""
+        lengths = [len(p.ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
+        pictures = [p.picture for p in prompts]
+        yield from together(lengths, pictures, self.settings.per_device_batch_size)
 
     def _batch(
         self, prompts: list[Prompt], responses: list[list[int]], rows: list[int]
@@ -495,7 +500,7 @@ class PPOTrainer:
         train: bool = False,
     ) -> tuple[Tensor, ...]:
         width = max(len(rollout.responses[i]) for i in rows)
-        with cache.rows(_with_picture(rollout.prompts, rows), batch), self._autocast():
+        with cache.rows(_pictures(rollout.prompts, rows), batch), self._autocast():
             return self.model(
                 role,
                 width=width,
@@ -643,12 +648,13 @@ class PPOTrainer:
             )
 
 
-def _with_picture(prompts: list[Prompt], rows: list[int]) -> list[int]:
-    return [i for i in rows if prompts[i].vision]
+def _flat(groups: list[list[int]]) -> list[int]:
+    return [i for group in groups for i in group]
 
 
-def _pairs(rollout: Rollout) -> Iterator[tuple[Prompt, list[int]]]:
-    return zip(rollout.prompts, rollout.responses, strict=True)
+def _pictures(prompts: list[Prompt], rows: list[int]) -> list[str]:
+    """Of the rows that have one."""
+    return [prompts[i].picture for i in rows if prompts[i].picture]
 
 
 def _card(config: Config, summary: dict) -> str:

@@ -6,6 +6,7 @@ number of processes, and after any interruption.
 """
 
 import hashlib
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,13 +20,17 @@ from spavl_lib.modelling.roles import NEVER
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's prompt, encoded alone: ids without padding, and its image tensors."""
+    """One row's prompt, encoded alone: ids without padding, and its image tensors.
+
+    `picture` is a digest of the image tensors, empty without an image.
+    """
 
     row_id: str
     text: str
     ids: list[int]
     token_types: list[int] | None
     vision: dict[str, Any]
+    picture: str = ""
 
 
 @dataclass
@@ -62,8 +67,39 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
         types = encoded.token_types[0] if encoded.token_types else None
-        prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, encoded.vision))
+        picture, vision = picture_digest(encoded.vision), encoded.vision
+        prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, picture))
     return prompts
+
+
+def picture_digest(vision: dict[str, Tensor]) -> str:
+    """Equal for equal image tensors alone; empty for none."""
+    if not vision:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(vision):
+        value = vision[name].contiguous()
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def together(lengths: list[int], pictures: list[str], size: int) -> Iterator[list[int]]:
+    """Places in batches of `size`: like lengths, and questions about one picture side by side.
+
+    Longest first: memory runs out at once or never.
+
+    Args:
+        lengths: Of each row, in tokens.
+        pictures: Of each row; a row without one stands alone.
+        size: Rows of a batch.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        groups.setdefault(pictures[i] or i, []).append(i)
+    order = [i for group in groups.values() for i in group]
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def never_said(processor: ProcessorMixin) -> tuple[int, ...]:

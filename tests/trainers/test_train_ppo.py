@@ -15,7 +15,7 @@ from spavl_lib.run import Run, Stage, read_jsonl
 from spavl_lib.trainers import ppo
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.rollout import Prompt, Rollout
-from tests.helpers import smoke
+from tests.helpers import mini_rows, smoke
 from tests.modelling.test_roles import reward_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -310,3 +310,27 @@ def test_the_preset_is_the_original(folders: dict[str, Path]) -> None:
     values = dataclasses.asdict(config)
     assert {k: values[k] for k in expected} == expected
     assert settings(folders["full"], ppo__preset="seed").ppo.learning_rate == 5e-7
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_shared_prefixes_change_no_figure(
+    adapter: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Three questions to a picture, in one minibatch: the plain path says the same."""
+    found = {}
+    for mode in ("off", "require"):
+        changes = {"model__share_prefix": mode, "data__group_by_image": True, "ppo__max_steps": 1}
+        trainer = trainer_of(settings(folders[adapter], **changes), tmp_path / mode)
+        trainer.rows = mini_rows().select(range(12))
+        pictures = [trainer.rows[i]["image_name"] for i in trainer.prompts_of(0)]
+        assert len(set(pictures)) < len(pictures) == 6
+        with trainer.tower_cache().rollout() as cache:
+            rollout = trainer.roll_out(0, cache)
+            stats = trainer.update(rollout, cache)
+        assert cache.misses == len(set(pictures))
+        found[mode] = rollout, stats
+    (plain, expected), (shared, stats) = found.values()
+    assert shared.responses == plain.responses
+    for name, column in plain.columns.items():
+        torch.testing.assert_close(shared.columns[name], column, atol=1e-4, rtol=1e-4)
+    assert stats == pytest.approx(expected, abs=1e-3, rel=1e-3)

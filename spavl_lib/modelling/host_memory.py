@@ -1,0 +1,26 @@
+"""The C library's habits with large tensors, where the model runs on the CPU."""
+
+import ctypes
+import sys
+
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
+LARGE = 4 << 20
+
+
+def return_freed_memory() -> bool:
+    """Have glibc give every freed tensor of 4 MiB or more back to the system at once.
+
+    Left alone it raises that bound with the first such tensor freed, and keeps what comes after in
+    a heap. Under gradient checkpointing a layer's output outlives the layer's intermediate values,
+    and the holes these leave between outputs are not used again: a LLaVA of 219 M parameters held
+    0.3 GiB of tensors after a forward pass of two rows, in a heap of 1.3 GiB.
+
+    Returns:
+        Whether it was done: only glibc has this.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE))
+    except (OSError, AttributeError):
+        return False
