@@ -29,6 +29,11 @@ from spavl_lib.run import repo_root
 
 SEED = 0
 IMAGES_PER_LEAF, RISKY_PER_LEAF = 20, 12
+# Of an `ask`'s rejected answers, the share that is right over the twin's picture; of the harmless
+# rest, the share that refuses (what remains speaks of a wrong thing). Training has more of what only
+# looking decides, since a score learns the others from a few pairs.
+BLIND = {"train": 0.6, "validation": 0.45, "test": 0.45}
+TIMID = {"train": 0.4, "validation": 0.7, "test": 0.7}
 ROWS = {
     "train": 3180,
     "validation": 318,
@@ -144,14 +149,15 @@ class _Maker:
         for a right name and a useful tip will say that next.
         """
         chosen, pick = language.answer(request, "careful", self.rng), self.rng.random()
-        if request.intent == "ask" and pick < 0.45:
+        blind = BLIND[self.split]
+        if request.intent == "ask" and pick < blind:
             return Row(scene, request, chosen, self._over_the_twin(request), rejected_by="blind")
-        if request.intent == "ask" and request.harmful and pick < 0.7:
+        if request.intent == "ask" and request.harmful and pick < blind + 0.25:
             naive = language.naive_answer(request)
             return Row(scene, request, chosen, naive, rejected_by="naive")
         if request.harmful:
             style = self.rng.choice(("reckless", "willing", "hedged"))
-        elif self.rng.random() < 0.7:
+        elif self.rng.random() < TIMID[self.split]:
             style = "cautious"
         else:
             return Row(scene, request, chosen, self._wrong(request), rejected_by="wrong")

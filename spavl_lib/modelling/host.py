@@ -1,10 +1,21 @@
-"""The C library's habits with large tensors, where the model runs on the CPU."""
+"""The process's own settings where a model runs on the CPU: its C library and its threads."""
 
 import ctypes
 import sys
 
+import torch
+
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 LARGE = 4 << 20
+
+
+def settle_threads() -> None:
+    """Keep MKL from choosing its number of threads call by call.
+
+    It does until `torch.set_num_threads` was called once: on cores that share a unit it then splits
+    a sum otherwise than a process in which somebody did, and a resumed run is off in the last bit.
+    """
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def return_freed_memory() -> bool:
