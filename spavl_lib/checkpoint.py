@@ -215,6 +215,19 @@ def load_state(checkpoint: Path, rank: int = 0) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
+    """A share of an optimizer fits the engine and the number of processes it was written by.
+
+    Raises:
+        InputError: They are others now.
+    """
+    if stored != now:
+        raise InputError(
+            f"{checkpoint} holds the optimizer {stored}, this run {now}: "
+            "go on with the same launch settings, or delete the checkpoints"
+        )
+
+
 # --- what goes in -------------------------------------------------------------------------------
 
 

@@ -67,7 +67,7 @@ UPSTREAM = {
 ANY_OF = {"inference": ("dpo", "ppo", "rloo")}
 TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "rloo", "dpo")}
 # Stages that several processes make together.
-IN_PROCESSES = ("reward", "dpo", "inference")
+IN_PROCESSES = ("reward", "ppo", "dpo", "inference")
 # Profiles small enough for a notebook to make what it lacks.
 SMALL_PROFILES = ("smoke", "demo")
 SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is

@@ -89,6 +89,17 @@ def any_of_each(flags: "Tensor") -> "Tensor":
     return said.bool().cpu()
 
 
+def sum_of(values: "Tensor") -> "Tensor":
+    """The sum over processes of a tensor of the same shape in each."""
+    if not _together():
+        return values
+    import torch
+
+    total = values.detach().to(_device()).clone()
+    torch.distributed.all_reduce(total)
+    return total.to(values.device)
+
+
 def mean_of(values: dict[str, float]) -> dict[str, float]:
     """The mean over processes of each value; the keys must be the same everywhere."""
     if not _together() or not values:

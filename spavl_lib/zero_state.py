@@ -13,9 +13,11 @@ from spavl_lib import checkpoint as ckpt
 
 
 def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer below accelerate's wrapper, None where there is none."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if hasattr(inner, "loss_scaler") and hasattr(inner, "optimizer") else None
+    """DeepSpeed's optimizer, itself or below accelerate's wrapper; None where there is none."""
+    for found in (optimizer, getattr(optimizer, "optimizer", None)):
+        if hasattr(found, "loss_scaler") and hasattr(found, "optimizer"):
+            return found
+    return None
 
 
 def _masters(zero: Any) -> list[Tensor]:

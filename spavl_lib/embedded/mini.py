@@ -30,8 +30,8 @@ from spavl_lib.run import repo_root
 SEED = 0
 IMAGES_PER_LEAF, RISKY_PER_LEAF = 20, 12
 # Of an `ask`'s rejected answers, the share that is right over the twin's picture; of the harmless
-# rest, the share that refuses (what remains speaks of a wrong thing). Training has more of what only
-# looking decides, since a score learns the others from a few pairs.
+# rest, the share that refuses (what remains speaks of a wrong thing). Training has more of what
+# only looking decides, since a score learns the others from a few pairs.
 BLIND = {"train": 0.6, "validation": 0.45, "test": 0.45}
 TIMID = {"train": 0.4, "validation": 0.7, "test": 0.7}
 ROWS = {

@@ -220,11 +220,7 @@ class CheckedMixin:
         if checkpoint is not None:
             source = Path(checkpoint)
             state = ckpt.load_state(source)
-            if state["sharing"] != self.sharing:
-                raise InputError(
-                    f"{source} holds the optimizer {state['sharing']}, this run {self.sharing}: "
-                    "go on with the same launch settings, or delete the checkpoints"
-                )
+            ckpt.check_sharing(source, state["sharing"], self.sharing)
             rank = parallel.rank() if self.is_deepspeed_enabled else 0
             tensors = ckpt.load_tensors(source, "optimizer", rank)
             rates = list(self.lr_scheduler.base_lrs)

@@ -7,7 +7,9 @@ reference, estimate advantages, and take `ppo_epochs * num_minibatches` optimize
 step for policy and value model together. trl has had no PPO since 1.13, and never one for images.
 """
 
+import dataclasses
 import functools
+import itertools
 import json
 import math
 import random
@@ -24,6 +26,8 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin, get_scheduler, set_seed
 
 from spavl_lib import checkpoint as ckpt
+from spavl_lib import parallel
+from spavl_lib.children import train_in_processes
 from spavl_lib.config import Config
 from spavl_lib.data.collate import check_prompt_lengths, completion_ids
 from spavl_lib.data.grouping import image_groups
@@ -60,7 +64,8 @@ from spavl_lib.trainers.checkpointed import (
     reward_folder,
 )
 from spavl_lib.trainers.dpo import save_trained
-from spavl_lib.trainers.guards import Movement, gate_gradients, gate_loss, gate_weights
+from spavl_lib.trainers.engines import build_engine
+from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
 from spavl_lib.trainers.probe import check_reference_unmoved, reference_probe
 from spavl_lib.trainers.rollout import (
     Prompt,
@@ -96,18 +101,20 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(inputs())
         return stage.summary
-    if config.launch.num_processes > 1:
-        raise InputError("launch.num_processes: training in several processes is not there yet")
+    if parallel.to_be_started(config.launch):
+        return train_in_processes("ppo", config, stage, live=live)
     quiet_libraries()
     with stage.work(inputs), stop_on_signals() as flag:
-        rows = load_preferences(config.data, "train")
+        with parallel.main_first():
+            rows = load_preferences(config.data, "train")
         note_rows(stage, train=rows)
         trainer = PPOTrainer(config, stage, rows, folder, flag)
         trainer.check()
         trainer.train(live)
         summary = trainer.summary()
         policy = trainer.model.vlm_of("policy")
-        save_trained(policy, trainer.processor, stage, config, _card(config, summary))
+        with trainer.engine.whole():
+            save_trained(policy, trainer.processor, stage, config, _card(config, summary))
     stage.finish(summary)
     return summary
 
@@ -124,7 +131,11 @@ class PPOTrainer:
         tokenizer = self.processor.tokenizer
         self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
         set_seed(config.seed)
-        self.model: Roles = load_roles(config.model, folder, never_said(self.processor))
+        model = config.model
+        if config.launch.engine == "zero3":
+            # Whether rows share a beginning is each batch's own; pieces come only to all at once.
+            model = dataclasses.replace(model, share_prefix="off")
+        self.model: Roles = load_roles(model, folder, never_said(self.processor))
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):
                 vlm = self.model.vlm_of(role)
@@ -136,7 +147,7 @@ class PPOTrainer:
             [{"params": groups[role], "lr": rates[role]} for role in groups],
             weight_decay=self.settings.weight_decay,
         )
-        self.groups = groups
+        self.engine = build_engine(self.model, groups, self.optimizer, config.launch)
         self.scheduler = get_scheduler(
             self.settings.lr_scheduler,
             self.optimizer,
@@ -152,7 +163,6 @@ class PPOTrainer:
         self.reference: dict | None = None
         self.log_rows: list[dict] = []
         self.dtype = compute_dtype()
-        self.scaler = torch.amp.GradScaler(enabled=self.dtype == torch.float16)
 
     # --- sizes --------------------------------------------------------------------------------
 
@@ -203,8 +213,10 @@ class PPOTrainer:
     def train(self, live: Any = None) -> None:
         """All steps that are left."""
         vlm, playing = self.model.vlm_of("reference"), self.model.playing("reference")
-        self.reference = reference_probe(vlm, self.processor, self.rows, playing=playing)
+        with self.engine.whole():
+            self.reference = reference_probe(vlm, self.processor, self.rows, playing=playing)
         self._resume()
+        parallel.report("progress", {"step": self.step, "total": self.total_steps})
         movement = None if self.step else Movement(self.model)
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
@@ -212,7 +224,8 @@ class PPOTrainer:
             while self.step < self.total_steps:
                 self._stop_if_asked()
                 with self.tower_cache().rollout() as cache:
-                    rollout = self.roll_out(self.step, cache)
+                    with self.engine.whole():
+                        rollout = self.roll_out(self.step, cache)
                     stats = self.update(rollout, cache)
                 self.step += 1
                 self._log(rollout, stats, started)
@@ -227,7 +240,8 @@ class PPOTrainer:
                         movement.check(self.model)
                     movement = None
                 due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
-                if due or time.monotonic() - self.saved > checkpointed.LONGEST_UNSAVED_S:
+                waited = time.monotonic() - self.saved > checkpointed.LONGEST_UNSAVED_S
+                if parallel.any_of(due or waited):
                     self._save()
         if live and self.log_rows:
             live.update(self.log_rows, force=True)
@@ -235,7 +249,10 @@ class PPOTrainer:
     def tower_cache(self) -> TowerCache:
         """A fresh cache over every tower."""
         vlm = self.model.vlm_of("policy")
-        return TowerCache(vlm, self.model.towers())
+        cache = TowerCache(vlm, self.model.towers())
+        # One process's hit is another's miss, and pieces of a tower come only to all at once.
+        cache.works = cache.works and not self.engine.lockstep
+        return cache
 
     # --- rollout ------------------------------------------------------------------------------
 
@@ -248,8 +265,10 @@ class PPOTrainer:
         prompts = encode_rows(self.processor, picked)
         seeds = [row_seed(self.config.seed, "answer", step, n) for n in range(len(prompts))]
         responses: list[list[int]] = [[] for _ in prompts]
-        for rows in self._chunks(prompts, responses):
-            self._stop_if_asked()
+        sampled: list[tuple[int, list[int]]] = []
+        for rows in self._own(self._chunks(prompts, responses)):
+            if not rows:
+                continue
             batch = self._batch(prompts, responses, rows)
             with self.model.playing("policy"), cache.rows(_pictures(prompts, rows), batch):
                 with self._autocast():
@@ -259,8 +278,9 @@ class PPOTrainer:
                         forbidden_ids=self.model.forbidden_ids, eos_id=self.eos_id,
                         pad_id=self.pad_id,
                     )  # fmt: skip
-            for i, answer in zip(rows, said, strict=True):
-                responses[i] = answer
+            sampled += zip(rows, said, strict=True)
+        for i, answer in itertools.chain(*parallel.gathered(sampled)):
+            responses[i] = answer
         finished = [r[-1:] == [self.eos_id] for r in responses]
         decode = self.processor.tokenizer.decode
         texts = [decode(r, skip_special_tokens=True).strip() for r in responses]
@@ -280,8 +300,9 @@ class PPOTrainer:
         shape = (len(rollout), rollout.width)
         columns = {k: torch.zeros(shape) for k in ("logps", "ref_logps", "values", "entropy")}
         scores = torch.zeros(len(rollout))
-        for rows in self._chunks(rollout.prompts, rollout.responses):
-            self._stop_if_asked()
+        for rows in self._own(self._chunks(rollout.prompts, rollout.responses)):
+            if not rows:
+                continue
             batch = self._batch(rollout.prompts, rollout.responses, rows)
             for role, names in (
                 ("policy", ("logps", "entropy")),
@@ -294,8 +315,9 @@ class PPOTrainer:
                     scores[rows] = found[0].float().cpu()
                 for name, value in zip(names, found, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
-        mask = rollout.mask
-        rollout.columns = {k: v * mask for k, v in columns.items()} | {"scores": scores}
+        mask = rollout.mask  # every row is filled by one process, and zero in the others
+        columns = {k: parallel.sum_of(v) * mask for k, v in columns.items()}
+        rollout.columns = columns | {"scores": parallel.sum_of(scores)}
         self._gate(rollout)
 
     def _gate(self, rollout: Rollout) -> None:
@@ -359,16 +381,11 @@ class PPOTrainer:
     ) -> dict[str, float]:
         """One optimizer step: the policy's gradient, then the value model's, then both move."""
         ids = [rollout.prompts[i].row_id for i in rows]
-        self.optimizer.zero_grad(set_to_none=True)
+        self.engine.zero_grad()
         stats = self.accumulate(rollout, rows, cache, first=first)
-        self.scaler.unscale_(self.optimizer)
-        gate_gradients(self.model, self.step + 1, ids)
-        for role, parameters in self.groups.items():
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm)
-            stats[f"grad_norm/{role}"] = norm.item()
+        norms = self.engine.step(self.settings.max_grad_norm, self.step + 1, ids)
+        stats |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
         stats["learning_rate"] = self.scheduler.get_last_lr()[0]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.scheduler.step()
         return stats
 
@@ -386,21 +403,25 @@ class PPOTrainer:
         own = [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
         pieces = [[rows[i] for i in part] for part in self._chunks(*own)]
         for role, loss_of in (("policy", self._policy_loss), ("value", self._value_loss)):
-            for piece in pieces:
+            for turn, (piece, counts) in enumerate(self._shared_out(pieces), 1):
                 batch = self._batch(rollout.prompts, rollout.responses, piece)
-                share = int(mask[piece].sum()) / tokens  # a loss is a mean over tokens
+                # A loss is a mean over tokens; a piece that another process has counts nothing.
+                share = counts * int(mask[piece].sum()) / tokens
                 found = self._forward(role, rollout, piece, batch, cache, train=True)
                 loss, parts = loss_of(rollout, piece, found)
                 if role == "policy" and first:
                     self._check_ratio(parts)
                 gate_loss(loss, self.step + 1, [rollout.prompts[i].row_id for i in piece])
-                self.scaler.scale(loss * share).backward()
+                last = role == "value" and turn == self._turns(pieces)
+                self.engine.backward(loss * share, last=last)
                 self.model.settled()
                 for key, value in parts.items():
                     stats[key] = stats.get(key, 0.0) + value * share
             if role == "policy" and self.settings.sft_coef:
                 stats["loss/sft_avg"] = self._sft(rollout, rows, cache)
-        return stats
+        names = sorted(stats)
+        sums = parallel.sum_of(torch.tensor([stats[n] for n in names], dtype=torch.float64))
+        return dict(zip(names, sums.tolist(), strict=True))
 
     def _policy_loss(
         self, rollout: Rollout, rows: list[int], found: tuple[Tensor, ...]
@@ -446,17 +467,18 @@ class PPOTrainer:
         ]
         chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])
         tokens, mean = int(chosen.mask.sum()), 0.0
-        for part in self._chunks(chosen.prompts, chosen.responses):
+        parts = list(self._chunks(chosen.prompts, chosen.responses))
+        for part, counts in self._shared_out(parts):
             batch = self._batch(chosen.prompts, chosen.responses, part)
             own = [rows[i] for i in part]
             width = max(len(answers[i]) for i in part)
             with cache.rows(_pictures(rollout.prompts, own), batch), self._autocast():
-                logps, _ = self.model(
+                logps, _ = self.engine(
                     "policy", width=width, temperature=self.settings.temperature, **batch
                 )
             mask = chosen.mask[part, :width].to(logps.device)
-            loss = -(logps * mask).sum() / tokens
-            self.scaler.scale(self.settings.sft_coef * loss).backward()
+            loss = -counts * (logps * mask).sum() / tokens
+            self.engine.backward(self.settings.sft_coef * loss, last=False)
             self.model.settled()
             mean += loss.item()
         return mean
@@ -475,6 +497,29 @@ class PPOTrainer:
             )
 
     # --- batches ------------------------------------------------------------------------------
+
+    def _turns(self, parts: list[list[int]]) -> int:
+        return -(-len(parts) // parallel.world_size())
+
+    def _own(self, parts: Iterator[list[int]]) -> Iterator[list[int]]:
+        """This process's batches of a rollout, with a look at the stop flag before each.
+
+        All come equally often: who has run out gets an empty one.
+        """
+        parts = list(parts)
+        for turn in range(self._turns(parts)):
+            self._stop_if_asked()
+            place = turn * parallel.world_size() + parallel.rank()
+            yield parts[place] if place < len(parts) else []
+
+    def _shared_out(self, parts: list[list[int]]) -> Iterator[tuple[list[int], int]]:
+        """This process's batches of an update; who has run out repeats the last, counting 0.
+
+        Under ZeRO all must call the model equally often.
+        """
+        for turn in range(self._turns(parts)):
+            place = turn * parallel.world_size() + parallel.rank()
+            yield parts[min(place, len(parts) - 1)], int(place < len(parts))
 
     def _chunks(self, prompts: list[Prompt], responses: list[list[int]]) -> Iterator[list[int]]:
         """Places of rows in batches that fit the device."""
@@ -500,8 +545,9 @@ class PPOTrainer:
         train: bool = False,
     ) -> tuple[Tensor, ...]:
         width = max(len(rollout.responses[i]) for i in rows)
+        model = self.engine if train else self.model
         with cache.rows(_pictures(rollout.prompts, rows), batch), self._autocast():
-            return self.model(
+            return model(
                 role,
                 width=width,
                 temperature=self.settings.temperature,
@@ -546,6 +592,8 @@ class PPOTrainer:
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
         self.log_rows.append(row)
+        if not parallel.is_main():
+            return
         kl = (rollout.columns["logps"] - rollout.columns["ref_logps"]).sum(1).tolist()
         with self._rollouts_path.open("a", encoding="utf-8") as handle:
             for i, prompt in enumerate(rollout.prompts):
@@ -578,8 +626,10 @@ class PPOTrainer:
             "optimizer_steps": self.step * self.updates_per_step,
             "prompts": len(self.rows),
             "rollouts": self.step * self.settings.rollout_batch_size,
+            "launch": self.engine.found,
             "trainable_parameters": {
-                role: sum(p.numel() for p in parameters) for role, parameters in self.groups.items()
+                role: sum(map(parallel.numel, parameters))
+                for role, parameters in self.engine.groups.items()
             },
             "scores": {
                 "first_steps": mean(head, "objective/scores"),
@@ -596,19 +646,18 @@ class PPOTrainer:
     # --- checkpoints --------------------------------------------------------------------------
 
     def _save(self) -> None:
-        trained = ckpt.trainable_tensors(self.model)
-        gate_weights(trained, self.step, [])
-        optimizer, plain = ckpt.optimizer_tensors(self.optimizer)
+        tensors, plain = self.engine.tensors()
+        gate_weights(tensors.get("trainable", {}), self.step, [])
         rng, rng_plain = ckpt.rng_state()
         ckpt.save_checkpoint(
             self.stage.path / "checkpoints",
             self.step,
-            {"trainable": trained, "optimizer": optimizer, "rng": rng},
-            {
+            tensors | {"rng": rng},
+            plain
+            | {
                 "step": self.step,
-                "optimizer": plain,
+                "sharing": self.engine.sharing,
                 "scheduler": self.scheduler.state_dict(),
-                "scaler": self.scaler.state_dict(),
                 "kl": self.kl.state_dict(),
                 "rng": rng_plain,
                 "reference": self.reference,
@@ -624,23 +673,26 @@ class PPOTrainer:
             state = ckpt.load_state(newest)
             changed = [k for k in self.stage.allowed if k.startswith(("data/", "model/"))]
             check_reference_unmoved(state.get("reference"), self.reference, waived=bool(changed))
-            ckpt.load_trainable(self.model, ckpt.load_tensors(newest, "trainable"), newest)
-            tensors = ckpt.load_tensors(newest, "optimizer")
-            ckpt.load_optimizer(self.optimizer, tensors, state["optimizer"])
+            ckpt.check_sharing(newest, state["sharing"], self.engine.sharing)
+            self.engine.load(newest, state)
             self.scheduler.load_state_dict(state["scheduler"])
-            self.scaler.load_state_dict(state["scaler"])
             self.kl.load_state_dict(state["kl"])
-            ckpt.load_rng(ckpt.load_tensors(newest, "rng"), state["rng"])
+            # A process that was not there when it was written keeps the seed's.
+            if own := ckpt.load_state(newest, parallel.rank()):
+                ckpt.load_rng(ckpt.load_tensors(newest, "rng", parallel.rank()), own["rng"])
             self.step = state["step"]
         # Lines of steps that were never checkpointed are written again.
         self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
-        for path in (self.stage.metrics_path, self._rollouts_path):
+        parallel.barrier()
+        for path in (self.stage.metrics_path, self._rollouts_path) if parallel.is_main() else ():
             kept = [r for r in read_jsonl(path) if r["step"] <= self.step]
             write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
     def _stop_if_asked(self) -> None:
         """Between pieces of work: the last finished step is saved, an unfinished one is dropped."""
-        if self.flag:
+        if parallel.any_of(bool(self.flag)):
+            if not self.flag:
+                self.flag.reason = "a stop in another process"
             self._save()
             raise Preempted(
                 f"stopped by {self.flag.reason} after step {self.step} of {self.total_steps}; "

@@ -20,8 +20,12 @@ SMALL = {
     "reward.gradient_accumulation_steps": 2, "model.lora_rank": 4,
     "dpo.max_steps": 5, "dpo.save_steps": 2, "dpo.per_device_batch_size": 4,
     "dpo.gradient_accumulation_steps": 2,
+    # Batches of a rollout and of a minibatch that do not come out even between two.
+    "ppo.max_steps": 5, "ppo.save_steps": 2, "ppo.rollout_batch_size": 6, "ppo.max_new_tokens": 8,
+    "ppo.per_device_batch_size": 2, "ppo.num_minibatches": 2, "ppo.sft_coef": 0.5,
 }  # fmt: skip
-ADAPTER = {"reward": "full", "dpo": "lora"}
+ADAPTER = {"reward": "full", "dpo": "lora", "ppo": "lora"}
+LOSSES = {"loss", "loss/policy_avg", "loss/value_avg", "loss/sft_avg"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +41,27 @@ def config_of(kind: str, name: str, **changes: object) -> Config:
     """A small training of a kind."""
     dotted = {k.replace("__", "."): v for k, v in changes.items()}
     base = SMALL | {"model.adapter": ADAPTER.get(kind, "lora")}
+    if kind == "ppo":
+        base["ppo.reward_model"] = str(_reward_model())
     return smoke(base | dotted, run_name=name)
+
+
+def _reward_model() -> Path:
+    """Of two steps, for PPO's runs to train against; made once."""
+    config = smoke(
+        SMALL | {"model.adapter": "lora", "reward.max_steps": 2}, run_name="reward-of-ppo"
+    )
+    stage = Run(config).stage("reward")
+    if not stage.done:
+        launch.train("reward", config, stage)
+    return stage.path / "model"
 
 
 def read(stage: Stage) -> Result:
     """A finished stage's losses by step, and its summary."""
     rows = read_jsonl(stage.metrics_path)
-    return Result(stage, {r["step"]: r["loss"] for r in rows if "loss" in r}, stage.summary)
+    losses = {r["step"]: sum(r.get(k, 0.0) for k in LOSSES) for r in rows if LOSSES & r.keys()}
+    return Result(stage, losses, stage.summary)
 
 
 def train(kind: str, config: Config) -> Result:

@@ -23,7 +23,7 @@ def assert_equal_losses(result: Result, expected: Result, tolerance: float) -> N
 
 
 @pytest.mark.parametrize("engine", list(TOLERANCE))
-@pytest.mark.parametrize("kind", ["reward", "dpo"])
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
 def test_two_processes_train_what_one_does_over_the_death_of_one(
     kind: str, engine: str, alone: Callable[[str], Result]
 ) -> None:

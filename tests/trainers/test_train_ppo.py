@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_the_size_of_pieces(
             rollout = trainer.roll_out(0, cache)
             trainer.model.train()
             stats = trainer.accumulate(rollout, list(range(6)), cache, first=True)
-        found.append((rollout, stats, [p.grad.clone() for g in trainer.groups.values()
+        found.append((rollout, stats, [p.grad.clone() for g in trainer.engine.groups.values()
                                        for p in g if p.grad is not None]))  # fmt: skip
     (whole, stats, gradients), (single, stats_1, gradients_1) = found
     assert whole.responses == single.responses
@@ -151,8 +151,8 @@ def test_losses_leave_the_other_role_alone(folders: dict[str, Path], tmp_path: P
         rollout = trainer.roll_out(0, cache)
         trainer.model.train()
         trainer.accumulate(rollout, [0, 1], cache)
-    assert all(p.grad is None or not p.grad.any() for p in trainer.groups["value"])
-    assert any(p.grad is not None and p.grad.any() for p in trainer.groups["policy"])
+    assert all(p.grad is None or not p.grad.any() for p in trainer.engine.groups["value"])
+    assert any(p.grad is not None and p.grad.any() for p in trainer.engine.groups["policy"])
 
 
 def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_the_ratio_check_sees_a_policy_that_moved(folders: dict[str, Path], tmp_
     with cache.rollout():
         rollout = trainer.roll_out(0, cache)
         with torch.no_grad():
-            for parameter in trainer.groups["policy"]:
+            for parameter in trainer.engine.groups["policy"]:
                 parameter.mul_(1.01)
         with pytest.raises(AssertionError, match="ratio is off"):
             trainer.accumulate(rollout, [0, 1, 2], cache, first=True)
