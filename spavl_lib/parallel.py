@@ -285,7 +285,8 @@ def whole(named: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
         if not hasattr(parameter, "ds_id"):
             out[name] = parameter.detach()
             continue
-        with deepspeed.zero.GatheredParameters([parameter]):
+        there = parameter.ds_status.name == "AVAILABLE"  # gathered by a caller, who ends it too
+        with deepspeed.zero.GatheredParameters([parameter], enabled=not there):
             if is_main():
                 out[name] = parameter.detach().cpu().clone()
     return out

@@ -211,6 +211,10 @@ class ZeroEngine(Engine):
     def zero_grad(self) -> None:
         """As `Engine.zero_grad`."""
         self.engine.zero_grad()
+        if self.lockstep:
+            # ZeRO-3 overwrites its gradients in a step's first backward pass and adds in later
+            # ones: an adapter that comes second would be added to its gradient of the last step.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """As `Engine.backward`; DeepSpeed takes the mean over processes, not the sum."""

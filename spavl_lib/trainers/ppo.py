@@ -113,8 +113,7 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         trainer.train(live)
         summary = trainer.summary()
         policy = trainer.model.vlm_of("policy")
-        with trainer.engine.whole():
-            save_trained(policy, trainer.processor, stage, config, _card(config, summary))
+        save_trained(policy, trainer.processor, stage, config, _card(config, summary))
     stage.finish(summary)
     return summary
 
