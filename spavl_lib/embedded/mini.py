@@ -143,10 +143,11 @@ class _Maker:
     def preferred(self, scene: Scene, request: Request) -> Row:
         """The row with its answers: a careful or helpful one over a reckless, timid or blind one.
 
-        Near half the rejected answers of an `ask` are the twin's preferred one: what would be right
-        over the leaf's other picture. Such a pair can be told apart by looking only. A quarter of
-        those to a harmful `ask` help innocently, as if the thing were harmless: whoever is rewarded
-        for a right name and a useful tip will say that next.
+        Near half the rejected answers of an `ask` (in training more: `BLIND`) are the twin's
+        preferred one: what would be right over the leaf's other picture. Such a pair can be told
+        apart by looking only. A quarter of those to a harmful `ask` help innocently, as if the
+        thing were harmless: whoever is rewarded for a right name and a useful tip will say that
+        next.
         """
         chosen, pick = language.answer(request, "careful", self.rng), self.rng.random()
         blind = BLIND[self.split]
