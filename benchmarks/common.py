@@ -206,10 +206,13 @@ class Work:
         """Floating-point operations of matrix products; 2 a multiply-add.
 
         The backward pass of frozen weights is one more product a linear (towards the input), of
-        attention two more of each. LoRA's own products are under 5 % and left out on both sides.
+        attention two more of each. LoRA counts where there is a backward pass, with its own
+        gradient; the reference is read without it.
         """
         h, passes = shape.hidden, 2 if backward else 1
         linear = 2 * (4 * h * h + 3 * h * shape.intermediate) * self.tokens * passes
+        lora = 2 * shape.lora_rank * (8 * h + 3 * (h + shape.intermediate)) * self.tokens
+        linear += 3 * lora if backward else 0
         attention = 4 * h * self.pairs * (3 if backward else 1)
         head = 2 * h * shape.vocabulary * self.scored * passes
         t, patches = shape.tower_hidden, shape.image_tokens + 1

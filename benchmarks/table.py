@@ -20,6 +20,7 @@ def result(name: str) -> dict:
 def render() -> str:
     """The block as the README must hold it."""
     dpo, reward, words = (result(n) for n in ("dpo_step", "reward_step", "generate"))
+    step, memory = result("ppo_step")["metrics"], result("ppo_memory")["metrics"]
     small, large = dpo["metrics"], dpo["metrics"]["vocabulary_32000"]
     rows = []
 
@@ -38,6 +39,8 @@ def render() -> str:
         found = reward["metrics"][layout]
         name = f"reward-model step against two forwards, {title}"
         add(name, found["speedup"], found["bound"])
+    add("PPO step against the original's, three questions an image", step["speedup"])
+    add("PPO step against the original's, a question an image", step["speedup_distinct"])
     add("265 answers against one by one", words["metrics"]["speedup"])
     lines = [
         START,
@@ -47,7 +50,8 @@ def render() -> str:
         "",
         f"Peak memory of the whole process: DPO {small['peak_ratio']:.2f} of trl's "
         f"({small['peak_ratio_tree']:.2f} with three questions an image), reward model "
-        f"{reward['metrics']['peak_ratio']:.2f} of the plain one's. Gradients differ by "
+        f"{reward['metrics']['peak_ratio']:.2f} of the plain one's; above its imports, PPO on one base "
+        f"{memory['peak_ratio']:.2f} of four models. Gradients differ by "
         f"{max(small['grad_rel_err'], reward['metrics']['grad_rel_err']):.0e} of their norm. "
         f"{dpo['device']}, fp32, LoRA, torch {dpo['versions']['torch']}, "
         f"trl {dpo['versions']['trl']}.",

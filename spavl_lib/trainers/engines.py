@@ -60,9 +60,9 @@ class Engine:
     ):
         self.model, self.groups, self.optimizer = model, groups, optimizer
         self.scaler = torch.amp.GradScaler(enabled=compute_dtype() == torch.float16)
-        self.found = self._check(launch)
+        self.found = self._start(launch)
 
-    def _check(self, launch: LaunchConfig) -> dict[str, Any]:
+    def _start(self, launch: LaunchConfig) -> dict[str, Any]:
         group = torch.distributed
         size = group.get_world_size() if group.is_initialized() else 1
         if not size == parallel.world_size() == launch.num_processes:
@@ -164,7 +164,7 @@ class ZeroEngine(Engine):
     however many forwards and backwards, of whichever adapter.
     """
 
-    def _check(self, launch: LaunchConfig) -> dict[str, Any]:
+    def _start(self, launch: LaunchConfig) -> dict[str, Any]:
         import deepspeed
 
         settings = read_json(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
