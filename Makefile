@@ -32,7 +32,13 @@ demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
 scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank; half an hour
 	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
 
-test: check  ## lint, then all tests, with every notebook in the smoke profile
+# The engines that share out optimizer and parameters; without them their tests are skipped.
+.venv/.engines: .venv/.stamp
+	@[ "$$(uname)" != Linux ] || $(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,deepspeed]' || \
+		echo "DeepSpeed cannot be installed here: the tests of its engines will be skipped" >&2
+	@touch $@
+
+test: check .venv/.engines  ## lint, then all tests, with every notebook in the smoke profile
 	$(BIN)/python -m pytest
 
 soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
+from benchmarks import table
 from spavl_lib import cli
 from spavl_lib.config import profile_names
 from spavl_lib.report.table import render_result_table
@@ -22,6 +23,10 @@ def results_block() -> str:
 
 def test_the_table_is_the_committed_runs() -> None:
     assert results_block() in README
+
+
+def test_the_speed_table_is_the_committed_results() -> None:
+    assert table.render() in README
 
 
 def test_the_committed_run_meets_what_is_promised() -> None:
