@@ -165,7 +165,7 @@ def trainer(config: Config, roles: object, prompts: list[Prompt]) -> Iterator[pp
     rows = Dataset.from_list([{"id": p.row_id, "image_name": p.picture} for p in prompts])
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(ppo, "load_roles", lambda model, where, never: roles((*never, 1))),
+        mock.patch.object(ppo, "load_roles", lambda model, where, never, **_: roles((*never, 1))),
         mock.patch.object(ppo, "encode_rows", lambda _, rows: [by_id[r["id"]] for r in rows]),
     ):
         stage = Run(config, root=Path(folder)).stage("ppo")

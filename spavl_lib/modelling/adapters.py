@@ -129,3 +129,13 @@ def assert_freeze_plan(
     if config.adapter != "frozen" and not parts.get("language"):
         raise AssertionError("nothing of the language model trains")
     return parts
+
+
+def masters_in_fp32(model: nn.Module) -> None:
+    """What trains, in fp32: half-precision weights lose small updates, and stop a loss scaler.
+
+    Autocast casts for each product. DeepSpeed keeps masters of its own.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

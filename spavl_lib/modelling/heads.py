@@ -61,7 +61,8 @@ class ScalarHeadModel(nn.Module):
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        scores = self.score(hidden[rows, last].float()).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            scores = self.score(hidden[rows, last].to(self.score.weight.dtype)).squeeze(-1)
         if completion_mask is None:
             return scores
         said = completion_mask[:, 1:].bool()

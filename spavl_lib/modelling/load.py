@@ -64,6 +64,12 @@ def compute_dtype() -> torch.dtype:
     )
 
 
+def autocast() -> torch.autocast:
+    """Products in `compute_dtype`, whatever the weights are kept in."""
+    dtype = compute_dtype()
+    return torch.autocast(device().type, dtype=dtype, enabled=dtype != torch.float32)
+
+
 def load_processor(config: ModelConfig) -> ProcessorMixin:
     """The model's processor.
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.adapters import freeze_for_full, lora_config
+from spavl_lib.modelling.adapters import freeze_for_full, lora_config, masters_in_fp32
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
     check_reward_model,
@@ -104,11 +104,11 @@ class Roles(nn.Module):
             if role == "reward":
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
-                return (self.reward_head(hidden[rows, last].float()).squeeze(-1),)
+                return (_in_fp32(self.reward_head, hidden[rows, last]),)
             # A view with gaps would make torch multiply row by row, with copies of the whole head.
             states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
-                return (self.value_head(states.float()).squeeze(-1),)
+                return (_in_fp32(self.value_head, states),)
             logits = self.vlm_of(role).get_output_embeddings()(states).float() / temperature
         logits[..., self.forbidden_ids] = NEVER
         logps = torch.log_softmax(logits, dim=-1)
@@ -212,22 +212,31 @@ class SeparateModels(Roles):
         return own + (list(self.value_head.parameters()) if role == "value" else [])
 
 
-def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[int, ...]) -> Roles:
+def load_roles(
+    config: ModelConfig,
+    reward_folder: Path,
+    forbidden_ids: tuple[int, ...],
+    *,
+    masters: bool = True,
+) -> Roles:
     """Policy and reference from the base, value and reward from a trained reward model.
 
     Args:
         config: Of the base, and of what trains.
         reward_folder: A reward trainer's `model/`.
         forbidden_ids: Tokens the policy may never say: image slots, padding, BOS.
+        masters: Whether what trains is kept in fp32 here; DeepSpeed does so itself.
 
     Raises:
         InputError: No reward model there, of another base, or trained in another way.
     """
     check_reward_model(config, reward_folder)
     if not config.with_lora:
-        policy, value = load_model(config).float(), load_reward_model(config, reward_folder)
+        policy, value = load_model(config), load_reward_model(config, reward_folder)
+        if masters:
+            policy, value = policy.float(), value.float()
         freeze_for_full(policy, config)
-        freeze_for_full(value.vlm.float(), config)
+        freeze_for_full(value.vlm, config)
         value.vlm.get_output_embeddings().requires_grad_(False)
         reward, reference = load_reward_model(config, reward_folder), load_model(config)
         for vlm in (policy, reference, value.vlm, reward.vlm):
@@ -240,7 +249,10 @@ def load_roles(config: ModelConfig, reward_folder: Path, forbidden_ids: tuple[in
     size = base.config.get_text_config().hidden_size
     heads = [load_head(reward_folder, size).to(base.device) for _ in range(2)]
     apply_sharing(vlm, config.share_prefix)
-    return OneBase(vlm, *heads, forbidden_ids)
+    roles = OneBase(vlm, *heads, forbidden_ids)
+    if masters:
+        masters_in_fp32(roles)
+    return roles
 
 
 def load_reward_adapter(
@@ -271,6 +283,12 @@ def tower_of(vlm: nn.Module) -> nn.Module:
         if name.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual"):
             return module
     raise InputError(f"{type(vlm).__name__}: found no vision tower")
+
+
+def _in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
+    """A scalar head's output; in half precision a score near 4 would have steps of 0.02."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def _backbone(vlm: nn.Module) -> nn.Module:

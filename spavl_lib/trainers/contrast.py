@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from spavl_lib.config import Config
+from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.run import Run, Stage
 from spavl_lib.trainers.checkpointed import reward_folder
 from spavl_lib.trainers.dpo import train_dpo
@@ -16,7 +16,7 @@ TRAINERS = {"dpo": train_dpo, "ppo": train_ppo, "rloo": train_rloo}
 def train_contrast(
     kind: str, config: Config, stage: Stage, name: str, *, steps: int = 40, **changes: Any
 ) -> Stage:
-    """A short training with other settings, kept under `contrast/<name>/` of a stage.
+    """A short training with other settings, in this process, under `contrast/<name>/` of a stage.
 
     Args:
         kind: `dpo`, `ppo` or `rloo`. The latter two use the run's own reward model.
@@ -38,7 +38,7 @@ def train_contrast(
     if hasattr(settings, "reward_model"):
         changes.setdefault("reward_model", str(reward_folder(settings.reward_model, stage)))
     settings = dataclasses.replace(settings, **changes)
-    other = dataclasses.replace(config, **{kind: settings}, run_name=name)
+    other = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
     contrast = Run(other, root=stage.path / "contrast").stage(kind)
     TRAINERS[kind](other, contrast)
     return contrast

@@ -49,7 +49,7 @@ class Engine:
     """Every process holds everything; gradients are summed over the processes before a step."""
 
     lockstep = False
-    """Whether processes must call the model equally often."""
+    """Whether a forward is a matter of all processes: parameters come in pieces."""
 
     def __init__(
         self,
@@ -66,7 +66,10 @@ class Engine:
         group = torch.distributed
         size = group.get_world_size() if group.is_initialized() else 1
         if not size == parallel.world_size() == launch.num_processes:
-            raise RuntimeError(f"asked for {launch.num_processes} processes, got {size}")
+            raise RuntimeError(
+                f"asked for {launch.num_processes} processes, got {size}: a trainer of several is "
+                "made by `launch.train`, which starts them"
+            )
         return {"engine": "ddp" if size > 1 else "none", "world_size": size}
 
     @property
@@ -225,14 +228,14 @@ class ZeroEngine(Engine):
         """As `Engine.step`."""
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
-        norms = {}
+        norms, scaled = {}, self.engine.optimizer.loss_scale  # 1 but in fp16
         for name, parameters in self.groups.items():
             squares = 0.0
             for parameter in parameters:
                 gradient = safe_get_full_grad(parameter)
                 if gradient is not None:
                     squares += gradient.float().square().sum().item()
-            norms[name] = math.sqrt(squares) if math.isfinite(squares) else squares
+            norms[name] = math.sqrt(squares) / scaled if math.isfinite(squares) else squares
             scale = max_norm / (norms[name] + 1e-6)  # as torch's clip_grad_norm_
             if scale < 1:
                 for parameter in parameters:

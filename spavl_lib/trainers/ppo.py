@@ -35,6 +35,7 @@ from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.files import write_text
 from spavl_lib.modelling.load import (
+    autocast,
     compute_dtype,
     device,
     load_processor,
@@ -101,6 +102,9 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(inputs())
         return stage.summary
+    if config.launch.cpu_offload:
+        # It keeps the gradients of a step's last backward pass alone, which is the value model's.
+        raise InputError("launch.cpu_offload: PPO cannot; set it to false")
     if parallel.to_be_started(config.launch):
         return train_in_processes("ppo", config, stage, live=live)
     quiet_libraries()
@@ -133,8 +137,11 @@ class PPOTrainer:
         model = config.model
         if config.launch.engine == "zero3":
             # Whether rows share a beginning is each batch's own; pieces come only to all at once.
+            if model.share_prefix == "require":
+                raise InputError("model.share_prefix = require: PPO under zero3 cannot; use zero2")
             model = dataclasses.replace(model, share_prefix="off")
-        self.model: Roles = load_roles(model, folder, never_said(self.processor))
+        never, masters = never_said(self.processor), config.launch.engine == "ddp"
+        self.model: Roles = load_roles(model, folder, never, masters=masters)
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):
                 vlm = self.model.vlm_of(role)
@@ -270,7 +277,7 @@ class PPOTrainer:
                 continue
             batch = self._batch(prompts, responses, rows)
             with self.model.playing("policy"), cache.rows(_pictures(prompts, rows), batch):
-                with self._autocast():
+                with autocast():
                     said = sample(
                         self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
                         max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
@@ -471,7 +478,7 @@ class PPOTrainer:
             batch = self._batch(chosen.prompts, chosen.responses, part)
             own = [rows[i] for i in part]
             width = max(len(answers[i]) for i in part)
-            with cache.rows(_pictures(rollout.prompts, own), batch), self._autocast():
+            with cache.rows(_pictures(rollout.prompts, own), batch), autocast():
                 logps, _ = self.engine(
                     "policy", width=width, temperature=self.settings.temperature, **batch
                 )
@@ -545,7 +552,7 @@ class PPOTrainer:
     ) -> tuple[Tensor, ...]:
         width = max(len(rollout.responses[i]) for i in rows)
         model = self.engine if train else self.model
-        with cache.rows(_pictures(rollout.prompts, rows), batch), self._autocast():
+        with cache.rows(_pictures(rollout.prompts, rows), batch), autocast():
             return model(
                 role,
                 width=width,
@@ -559,9 +566,6 @@ class PPOTrainer:
     ) -> tuple[Tensor, ...]:
         values = [rollout.columns[name][rows, :width].to(device()) for name in names]
         return (*values, rollout.mask[rows, :width].to(device()))
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(device().type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     # --- what is written ----------------------------------------------------------------------
 

@@ -27,9 +27,15 @@ from spavl_lib.data.spavl import exchange_twins, load_preferences, load_truth, w
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.files import writing
-from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.adapters import (
+    assert_freeze_plan,
+    freeze_for_full,
+    lora_config,
+    masters_in_fp32,
+)
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import (
+    autocast,
     compute_dtype,
     load_model,
     load_processor,
@@ -214,6 +220,8 @@ def build_model(config: Config) -> ScalarHeadModel:
         vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
+        if config.launch.engine == "ddp":
+            masters_in_fp32(vlm)
     apply_sharing(vlm, config.model.share_prefix)
     return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
 
@@ -291,7 +299,8 @@ def score_pairs(
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
         batch.pop("completion_mask")
-        chosen, rejected = model(**batch).chunk(2)
+        with autocast():
+            chosen, rejected = model(**batch).chunk(2)
         for row, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
             kept = {k: row[k] for k in ("id", "prompt", "class1", "class2", "class3")}
             scored.append(

@@ -157,6 +157,8 @@ def train_rloo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         return stage.summary
     if config.launch.num_processes > 1:
         raise InputError("launch.num_processes: training in several processes is not there yet")
+    if config.model.share_prefix == "require":
+        raise InputError("model.share_prefix = require: RLOO cannot; set it to auto")
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
