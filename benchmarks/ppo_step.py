@@ -80,6 +80,8 @@ def run(variant: Variant, shape: common.Shape, questions: int) -> tuple[float, R
 def compare(rollout: Rollout, original: Rollout) -> dict[str, float]:
     """How far a variant is from the original: answers, and figures of the rows answered alike."""
     same = [a == b for a, b in zip(rollout.responses, original.responses, strict=True)]
+    if not any(same):
+        raise AssertionError("no row was answered alike: the sides do not do the same work")
     differences = {
         name: float((rollout.columns[name][same] - original.columns[name][same]).abs().max())
         for name in ("logps", "ref_logps", "values", "scores")

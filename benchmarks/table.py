@@ -44,14 +44,14 @@ def render() -> str:
     add("265 answers against one by one", words["metrics"]["speedup"])
     lines = [
         START,
-        "| what | ratio of medians | FLOP bound | reached |",
+        "| what | ratio of times | FLOP bound | reached |",
         "|---|---|---|---|",
         *rows,
         "",
         f"Peak memory of the whole process: DPO {small['peak_ratio']:.2f} of trl's "
         f"({small['peak_ratio_tree']:.2f} with three questions an image), reward model "
         f"{reward['metrics']['peak_ratio']:.2f} of the plain one's; above its imports, PPO on one "
-        f"base {memory['peak_ratio']:.2f} of four models. Gradients differ by "
+        f"base {memory['peak_ratio']:.2f} of the original's four models. Gradients differ by "
         f"{max(small['grad_rel_err'], reward['metrics']['grad_rel_err']):.0e} of their norm. "
         f"{dpo['device']}, fp32, LoRA, torch {dpo['versions']['torch']}, "
         f"trl {dpo['versions']['trl']}.",

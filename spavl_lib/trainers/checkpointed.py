@@ -1,9 +1,10 @@
 """What the trainers built on transformers' loop share: exact checkpoints, gates, and reporting."""
 
+import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -223,19 +224,9 @@ class CheckedMixin:
             ckpt.check_sharing(source, state["sharing"], self.sharing)
             rank = parallel.rank() if self.is_deepspeed_enabled else 0
             tensors = ckpt.load_tensors(source, "optimizer", rank)
-            rates = list(self.lr_scheduler.base_lrs)
-            decays = [group["weight_decay"] for group in self.optimizer.param_groups]
-            load_optimizer_share(self.optimizer, tensors, state["optimizer"])
-            self.lr_scheduler.load_state_dict(state["scheduler"])
-            if rates != self.lr_scheduler.base_lrs:  # allowed to change: then it must take effect
-                self.lr_scheduler.base_lrs = rates
-                groups = self.optimizer.param_groups
-                self.lr_scheduler._last_lr = self.lr_scheduler.get_lr()
-                now = self.lr_scheduler.get_last_lr()
-                for group, rate, new in zip(groups, rates, now, strict=True):
-                    group["initial_lr"], group["lr"] = rate, new
-            for group, decay in zip(self.optimizer.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
+            with keeping_settings(self.optimizer, self.lr_scheduler):
+                load_optimizer_share(self.optimizer, tensors, state["optimizer"])
+                self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_rng_state(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -369,6 +360,22 @@ class StageCallback(TrainerCallback):
         self.close()
         if self.live and self.rows:
             self.live.update(self.rows, force=True)
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Within it a checkpoint is loaded; rates and decay that were allowed to change take effect."""
+    rates = list(scheduler.base_lrs)
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    yield
+    if rates != scheduler.base_lrs:
+        scheduler.base_lrs = rates
+        scheduler._last_lr = scheduler.get_lr()
+        now = scheduler.get_last_lr()
+        for group, rate, new in zip(optimizer.param_groups, rates, now, strict=True):
+            group["initial_lr"], group["lr"] = rate, new
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        group["weight_decay"] = decay
 
 
 def _in_order(by_rank: list[list[list[str]]]) -> list[str]:

@@ -135,7 +135,7 @@ class Engine:
             for parameter, part in zip(
                 parameters, total.split([p.numel() for p in parameters]), strict=True
             ):
-                parameter.grad = part.view_as(parameter).clone()
+                parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
 
     # --- checkpoints --------------------------------------------------------------------------
 

@@ -677,8 +677,9 @@ class PPOTrainer:
             changed = [k for k in self.stage.allowed if k.startswith(("data/", "model/"))]
             check_reference_unmoved(state.get("reference"), self.reference, waived=bool(changed))
             ckpt.check_sharing(newest, state["sharing"], self.engine.sharing)
-            self.engine.load(newest, state)
-            self.scheduler.load_state_dict(state["scheduler"])
+            with checkpointed.keeping_settings(self.optimizer, self.scheduler):
+                self.engine.load(newest, state)
+                self.scheduler.load_state_dict(state["scheduler"])
             self.kl.load_state_dict(state["kl"])
             # A process that was not there when it was written keeps the seed's.
             if own := ckpt.load_state(newest, parallel.rank()):
