@@ -24,7 +24,12 @@ from spavl_lib.children import train_in_processes
 from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.files import write_json, writing
-from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.adapters import (
+    assert_freeze_plan,
+    freeze_for_full,
+    lora_config,
+    train_in_fp32,
+)
 from spavl_lib.modelling.completion_head import score_completions_only
 from spavl_lib.modelling.load import (
     BASE_FILE,
@@ -205,11 +210,7 @@ def build_trainer(
             score_completions_only(model.get_base_model() if lora else model)
     trainer.group_by_image = config.data.group_by_image
     if config.model.adapter == "qlora":
-        # trl puts adapters over 4 bit into bf16, which a T4 lacks and in which small updates are
-        # lost; autocast casts them for each product anyway.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer
