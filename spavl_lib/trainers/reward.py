@@ -214,6 +214,8 @@ def build_model(config: Config) -> ScalarHeadModel:
         vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
+    if config.model.gradient_checkpointing:
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
     apply_sharing(vlm, config.model.share_prefix)
     return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
 
