@@ -119,7 +119,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     quiet_libraries()
     settle_threads()
-    if config.gradient_checkpointing and device().type == "cpu":
+    if device().type == "cpu":
         return_freed_memory()
     quantisation = None
     if config.adapter == "qlora":
