@@ -26,7 +26,7 @@ def peak_of(side: str, shape: common.Shape) -> int:
     """Bytes above the baseline after one step."""
     common.quiet_libraries()
     if not side.endswith(HEAP):
-        return_freed_memory()  # as `load_model` does under checkpointing
+        return_freed_memory()  # as `load_model` does
     config = ppo_common.settings(shape, PROMPTS, NEW_TOKENS, BATCH)
     prompts = ppo_common.prompts_of(shape, PROMPTS, 1)
     before = 0 if torch.cuda.is_available() else common.peak_bytes()

@@ -103,14 +103,21 @@ def _rank_name(name: str, rank: int) -> str:
     return name if rank == 0 else f"{stem}.rank-{rank:04d}.{suffix}"
 
 
+def _alone(value: Tensor) -> Tensor:
+    """A tensor that is the whole of its memory, copied only if it shares it with others."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
+
+
 def _write_files(
     aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], rank: int
 ) -> None:
     written = []
     for stem, named in tensors.items():
-        own = {k: v.detach().cpu().contiguous().clone() for k, v in named.items()}
+        own = {k: _alone(v.detach().cpu().contiguous()) for k, v in named.items()}
         written.append(aside / _rank_name(f"{stem}.safetensors", rank))
         save_file(own, written[-1])
+        del own
     for name, text in texts.items():
         written.append(aside / _rank_name(name, rank))
         written[-1].write_text(text, encoding="utf-8")

@@ -27,6 +27,27 @@ MASTER = 4  # bytes of a trained value, and of its gradient
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)  # bytes a value: 4 bits, and scales in double quantisation
 
 
+PROMPT = 160  # tokens a question with its template is taken for, besides its image
+TILE = (4096, 32768)  # trl's head: tokens and words it scores at once
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The longest batch a device sees."""
+
+    rows: int
+    tokens: int
+    """Of its longest row, image tokens counted."""
+    answer: int
+    """Of its longest answer."""
+
+    def positions(self, shared: bool) -> int:
+        """Tokens the layers run over: with shared prefixes a pair's question once."""
+        if not shared:
+            return self.rows * self.tokens
+        return self.rows // 2 * (self.tokens + self.answer)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a training would take on one device."""
@@ -56,7 +77,9 @@ class Plan:
         return self.total_gib <= self.device.memory_gib
 
 
-def plan(kind: str, config: Config, device: Device, *, tokens: int = 0) -> Plan:
+def plan(
+    kind: str, config: Config, device: Device, *, tokens: int = 0, batch: Batch | None = None
+) -> Plan:
     """Plan a training of a profile.
 
     Args:
@@ -64,6 +87,7 @@ def plan(kind: str, config: Config, device: Device, *, tokens: int = 0) -> Plan:
         config: The profile.
         device: What each process has.
         tokens: Longest row, image tokens counted; the section's `max_length` if 0.
+        batch: The longest batch, where it is known.
 
     Raises:
         InputError: Unknown kind; the profile lacks its section.
@@ -72,16 +96,18 @@ def plan(kind: str, config: Config, device: Device, *, tokens: int = 0) -> Plan:
     if section is None:
         raise InputError(f"cannot plan {kind!r}: reward, dpo or ppo")
     shape = shape_of(model_config(config.model), config.model.lora_targets)
-    tokens = tokens or _longest(kind, config, shape)
-    made = _plan(kind, config, device, shape, tokens)
-    return dataclasses.replace(made, advice=_advice(kind, config, device, shape, made))
+    made = _plan(kind, config, device, shape, batch or _longest(kind, config, shape, tokens))
+    return dataclasses.replace(made, advice=_advice(kind, config, device, shape, tokens, made))
 
 
-def _longest(kind: str, config: Config, shape: Shape) -> int:
-    """Tokens of the longest row to plan for; a prompt is taken for 160 besides its image."""
+def _longest(kind: str, config: Config, shape: Shape, tokens: int) -> Batch:
+    """The batch to plan for where none was met yet."""
+    section, question = getattr(config, kind), shape.image_tokens + PROMPT
     if kind == "ppo":
-        return shape.image_tokens + 160 + config.ppo.max_new_tokens
-    return getattr(config, kind).max_length or 2048
+        answer = section.max_new_tokens
+        return Batch(section.per_device_batch_size, tokens or question + answer, answer)
+    tokens = tokens or section.max_length or 2048
+    return Batch(2 * section.per_device_batch_size, tokens, max(1, tokens - question))
 
 
 def _batches(kind: str, config: Config) -> int:
@@ -93,23 +119,21 @@ def _batches(kind: str, config: Config) -> int:
     return max(1, round(rows / section.per_device_batch_size))
 
 
-def _plan(kind: str, config: Config, device: Device, shape: Shape, tokens: int) -> Plan:
-    section, cpu = getattr(config, kind), device.half == "none"
-    batch = section.per_device_batch_size
-    rows = batch if kind == "ppo" else 2 * batch
+def _plan(kind: str, config: Config, device: Device, shape: Shape, batch: Batch) -> Plan:
+    cpu = device.half == "none"
     memory = _static(kind, config, shape, cpu)
-    peak = _moving(kind, config, shape, rows, tokens, cpu)
+    peak = _moving(kind, config, shape, batch, cpu)
     if not cpu and kind == "ppo":
         # While answers are sampled no activations are held: the larger of the two counts.
-        cache = shape.layers * 2 * shape.kv_width * 2 * batch * tokens
+        cache = shape.layers * 2 * shape.kv_width * 2 * batch.rows * batch.tokens
         moving = sum(peak.values())
         memory["KV cache"] = max(0.0, cache - moving)
     memory |= peak
     parts = {name: value / GIB for name, value in memory.items() if value}
     if not cpu:  # the allocator's slack; the CUDA context is off `memory_gib` already
         parts["allocator slack"] = 0.04 * sum(parts.values())
-    step, steps = _time(kind, config, shape, device, rows, tokens)
-    return Plan(kind, device, parts, tokens, rows, step, steps)
+    step, steps = _time(kind, config, shape, device, batch.rows, batch.tokens)
+    return Plan(kind, device, parts, batch.tokens, batch.rows, step, steps)
 
 
 def trained_values(kind: str, config: ModelConfig, shape: Shape) -> dict[str, int]:
@@ -150,7 +174,7 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
             "weights": (half if deep else MASTER) * copies * everything / whole,
             "masters": MASTER * count / share if deep else 0.0,
         }
-        frozen_copies = {"dpo": 1, "reward": 0, "ppo": 2}[kind]
+        frozen_copies = {"dpo": 0 if config.dpo.cache_reference else 1, "reward": 0, "ppo": 2}[kind]
         memory["reference"] = half * frozen_copies * everything / whole
         if not cpu and not deep:  # autocast keeps its 16-bit copies for the whole forward pass
             memory["autocast copies"] = 2.0 * copies * shape.linears
@@ -161,16 +185,26 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
     return memory
 
 
-def _layer_bytes(config: ModelConfig, shape: Shape, cpu: bool) -> float:
-    """Bytes that autograd keeps of one decoder layer, a token.
+def _widths(config: ModelConfig, cpu: bool) -> tuple[int, int]:
+    """Bytes of a value in the residual stream, and inside a layer."""
+    if cpu:
+        return 4, 4
+    return (4 if config.adapter == "full" else 2), 2
+
+
+def _layer_bytes(config: ModelConfig, shape: Shape, batch: Batch, shared: bool, cpu: bool) -> float:
+    """Bytes that autograd keeps of one decoder layer.
 
     A Llama layer keeps: its input, the normed input (twice where the norm's weight trains: before
     and after that weight), query, key, value, attention's output, the middle residual, the normed
     middle; in the MLP gate, its activation, up, and their product.
+
+    With shared prefixes each answer attends to a copy of its question's keys and values beside its
+    own, and the outputs by segment are kept beside the row they are put together to.
     """
     full = config.adapter == "full"
     h, kv, i = shape.hidden, shape.kv_width, shape.intermediate
-    stream, inner = (4, 4) if cpu else (4 if full else 2, 2)
+    stream, inner = _widths(config, cpu)
     kept = stream * 2 * h + inner * (2 * h + 2 * h + 2 * kv) + inner * 4 * i
     kept += 4 * shape.heads  # attention's log-sum-exp
     if full:
@@ -181,54 +215,76 @@ def _layer_bytes(config: ModelConfig, shape: Shape, cpu: bool) -> float:
         kept += MASTER * config.lora_rank * len(config.lora_targets)
         if not cpu:  # adapters' inputs are cast anew for each linear under autocast
             kept += 2 * h
-    return kept
+    copies = 0
+    if shared:
+        kept += inner * (h + 2 * (h - kv))  # heads that share keys get their own
+        copies = inner * 2 * h * batch.rows * batch.tokens
+    return kept * batch.positions(shared) + copies
 
 
-def _moving(
-    kind: str, config: Config, shape: Shape, rows: int, tokens: int, cpu: bool
-) -> dict[str, float]:
+def _moving(kind: str, config: Config, shape: Shape, batch: Batch, cpu: bool) -> dict[str, float]:
     """Peak of what comes and goes in a step: activations, logits, gradients."""
     model = config.model
-    positions = rows * tokens
-    layer = positions * _layer_bytes(model, shape, cpu)
-    stream = (4 if cpu or model.adapter == "full" else 2) * positions * shape.hidden
+    shared = model.share_prefix != "off" and kind != "ppo"
+    positions = batch.positions(shared)
+    stream, inner = _widths(model, cpu)
+    layer = _layer_bytes(model, shape, batch, shared, cpu)
+    residual = stream * positions * shape.hidden
+    # What a layer needs besides what it keeps: forwards gate, up and their product where nothing is
+    # kept; backwards the gradients of those three. And the residual with its normed form.
+    passing = positions * (inner * 3 * shape.intermediate + stream * 2 * shape.hidden)
+    if model.adapter == "qlora":  # a linear's weight in 16 bit while it is used
+        passing += inner * shape.hidden * shape.intermediate
     trained = trained_values(kind, model, shape)
     share = config.launch.num_processes if config.launch.engine != "ddp" else 1
-    language = trained.get("language", 0) + trained.get("adapters", 0)
-    if kind == "ppo" and not model.with_lora:
-        language //= 2  # one role's pass at a time
+    roles = 2 if kind == "ppo" else 1  # the policy's gradients wait while the value model's come
+    language = (trained.get("language", 0) + trained.get("adapters", 0)) / roles
     embedding = shape.vocabulary * shape.hidden if model.adapter == "full" else 0
     per_layer = MASTER * (language - embedding) / shape.layers / share
-    ends = MASTER * (embedding + trained.get("head", 0) + trained["projector"]) / share
-    gradients = per_layer * shape.layers + ends
     head_gradient = MASTER * trained.get("head", 0) / share
-    if model.gradient_checkpointing:
-        kept, transient = stream, layer
-    else:
-        kept, transient = layer, 0.35 * layer  # a layer's own gradients while it runs backwards
-    held = stream * 3 + kept * shape.layers  # embeddings, merged embeddings, final norm
-    logits = _logits(kind, shape, rows, tokens, cpu)
-    held_grads = gradients if _batches(kind, config) > config.launch.num_processes else 0.0
+    ends = MASTER * (embedding + trained["projector"] / roles) / share + head_gradient
+    policy = per_layer * shape.layers + ends
+    everyone = policy + (roles - 1) * (policy - head_gradient)
+    accumulates = _batches(kind, config) > config.launch.num_processes
+    waiting = everyone if accumulates else everyone - policy
+    full = model.adapter == "full"
+    # The last layer's output, its norm, and the rows it is laid back into.
+    outer = residual * (3 if full else 2) + stream * batch.rows * batch.tokens * shape.hidden
+    kept, recomputed = (residual, layer) if model.gradient_checkpointing else (layer, 0.0)
+    held = outer + kept * shape.layers
+    logits = _logits(kind, config, shape, batch, cpu)
     # Walk backwards: activations go as gradients come.
-    moments = [(held + logits, max(held_grads, head_gradient))]
+    moments = [(held, logits, (policy if accumulates else 0.0) + head_gradient)]
+    if kind == "dpo" and not config.dpo.cache_reference:
+        moments.append((held + passing, 0.0, waiting))
     for left in range(shape.layers, 0, -1):
-        done = shape.layers - left
-        grown = max(held_grads, head_gradient + per_layer * (done + 1))
-        moments.append((stream * 3 + kept * left + transient, grown))
-    moments.append((stream * 3, gradients))
-    activations, grown = max(moments, key=sum)
-    named = {"gradients": grown, "activations": activations}
-    if activations == held + logits:
-        named = {"gradients": grown, "activations": held, "logits": logits}
-    return named
+        grown = head_gradient + per_layer * (shape.layers - left + 1)
+        # Gradients add up in place where there were some.
+        come = waiting if accumulates else waiting + grown
+        moments.append((residual + kept * left + recomputed + passing, 0.0, come))
+    # All gradients; a check of the largest that it is finite holds its absolute value and masks.
+    largest = max(embedding, shape.hidden * shape.intermediate if full else 0)
+    moments.append((7.0 * largest / share, 0.0, everyone))
+    activations, logits, grown = max(moments, key=sum)
+    return {"gradients": grown, "activations": activations, "logits": logits}
 
 
-def _logits(kind: str, shape: Shape, rows: int, tokens: int, cpu: bool) -> float:
-    """Bytes of scores over the vocabulary at once; trl scores in tiles, PPO answers alone."""
+def _logits(kind: str, config: Config, shape: Shape, batch: Batch, cpu: bool) -> float:
+    """Bytes of scores over the vocabulary at once.
+
+    PPO scores the answers: logits, log-probabilities, and for the entropy probabilities and their
+    product with those. trl's head works in tiles: with Triton in one buffer, elsewhere its backward
+    holds logits, two scalings of them, log-probabilities, probabilities, the gradient, the targets
+    as ones and zeros and their difference from the probabilities, and a mask.
+    """
     if kind == "reward":
         return 0.0
-    tile = min(rows * tokens, 256)
-    return 3.0 * 4 * tile * shape.vocabulary
+    if kind == "ppo":
+        return 4.0 * 4 * batch.rows * batch.answer * shape.vocabulary
+    # Without shared prefixes trl's own head runs, which off Triton scores every position.
+    length = batch.tokens if cpu and config.model.share_prefix == "off" else batch.answer
+    tile = min(batch.rows * length, TILE[0]) * min(shape.vocabulary, TILE[1])
+    return (8.25 * 4 if cpu else 2.0) * tile
 
 
 # --- time ---------------------------------------------------------------------------------------
@@ -282,21 +338,45 @@ def _steps(kind: str, config: Config) -> int | None:
 # --- advice -------------------------------------------------------------------------------------
 
 
-def _advice(kind: str, config: Config, device: Device, shape: Shape, made: Plan) -> list[str]:
-    """What to change, cheapest first, until it fits; each says what it would bring."""
+def _advice(
+    kind: str, config: Config, device: Device, shape: Shape, tokens: int, made: Plan
+) -> list[str]:
+    """What to change, cheapest first, until it fits; each says what it would bring.
+
+    What turns out not to be needed, once a later change is made, is left out.
+    """
     if made.fits:
         return []
-    said, current = [], config
-    for text, change in _changes(kind, config):
-        changed = change(current)
-        if changed is None:
+
+    def followed(steps: list[tuple[str, Any]]) -> Config:
+        current = config
+        for _, change in steps:
+            current = change(current) or current
+        return current
+
+    def planned(steps: list[tuple[str, Any]]) -> Plan:
+        changed = followed(steps)
+        return _plan(kind, changed, device, shape, _longest(kind, changed, shape, tokens))
+
+    steps: list[tuple[str, Any]] = []
+    for step in _changes(kind, config):
+        if followed([*steps, step]) == followed(steps):
             continue
-        tried = _plan(kind, changed, device, shape, made.tokens)
-        said.append(f"{text}: {tried.total_gib:.1f} GiB")
-        current = changed
-        if tried.fits:
-            return said
-    return [*said, f"does not fit {device.name} even so: take a larger device, or more of them"]
+        steps.append(step)
+        if planned(steps).fits:
+            break
+    fits = planned(steps).fits
+    for step in steps[:-1] if fits else ():
+        fewer = [s for s in steps if s is not step]
+        if planned(fewer).fits:
+            steps = fewer
+    said = [
+        f"{text}: {planned(steps[: n + 1]).total_gib:.1f} GiB" for n, (text, _) in enumerate(steps)
+    ]
+    if fits:
+        return said
+    more = ", or more of them" if config.model.adapter == "full" and kind != "ppo" else ""
+    return [*said, f"does not fit {device.name} even so: take a larger device{more}"]
 
 
 def _changes(kind: str, config: Config) -> list[tuple[str, Any]]:
@@ -306,10 +386,15 @@ def _changes(kind: str, config: Config) -> list[tuple[str, Any]]:
     def model(c: Config, **values: Any) -> Config:
         return dataclasses.replace(c, model=dataclasses.replace(c.model, **values))
 
+    def launch(c: Config, **values: Any) -> Config:
+        return dataclasses.replace(c, launch=dataclasses.replace(c.launch, **values))
+
     size = getattr(config, kind).per_device_batch_size
     smaller: dict[str, Any] = {"per_device_batch_size": 1}
     if kind != "ppo":  # a rollout keeps its size by itself
         smaller["gradient_accumulation_steps"] = size * _batches(kind, config)
+    full = config.model.adapter == "full"
+    sharded = full and config.launch.num_processes > 1
     return [
         (
             "--set model.gradient_checkpointing=true",
@@ -322,19 +407,45 @@ def _changes(kind: str, config: Config) -> list[tuple[str, Any]]:
             lambda c: None if size == 1 else section(c, **smaller),
         ),
         (
-            "--set model.adapter=lora",
-            lambda c: model(c, adapter="lora") if c.model.adapter == "full" else None,
+            "--set dpo.cache_reference=true",
+            lambda c: section(c, cache_reference=True)
+            if full and kind == "dpo" and not c.dpo.cache_reference else None,
+        ),
+        *(
+            (
+                f"--set launch.engine={engine}",
+                lambda c, engine=engine: launch(c, engine=engine)
+                if sharded and c.launch.engine < engine else None,
+            )
+            for engine in ("zero2", "zero3")
+        ),
+        (
+            "--set model.adapter=lora" + (" --set launch.engine=ddp" if sharded else ""),
+            lambda c: launch(model(c, adapter="lora"), engine="ddp", cpu_offload=False)
+            if c.model.adapter == "full" else None,
         ),
         (
             "--set model.adapter=qlora",
             lambda c: model(c, adapter="qlora") if c.model.adapter == "lora" else None,
         ),
-        (
-            "--set model.lora_rank=16 --set model.lora_alpha=32",
-            lambda c: model(c, lora_rank=16, lora_alpha=32)
-            if c.model.with_lora and c.model.lora_rank > 16 else None,
+        *(
+            (
+                f"--set model.lora_rank={rank} --set model.lora_alpha={alpha}",
+                lambda c, rank=rank, alpha=alpha: model(c, lora_rank=rank, lora_alpha=alpha)
+                if c.model.with_lora else None,
+            )
+            for rank, alpha in _halves(config.model.lora_rank, config.model.lora_alpha)
         ),
     ]  # fmt: skip
+
+
+def _halves(rank: int, alpha: int) -> list[tuple[int, int]]:
+    """Smaller ranks, down to 16, and the alpha that keeps the update's scale."""
+    found = []
+    while rank % 2 == 0 and rank >= 32:
+        rank, alpha = rank // 2, max(1, alpha // 2)
+        found.append((rank, alpha))
+    return found
 
 
 def render(made: Plan) -> str:
@@ -346,7 +457,9 @@ def render(made: Plan) -> str:
     lines.append(f"  {'peak':<16}{made.total_gib:8.2f} GiB  {verdict}")
     whole = f", {made.steps} steps: {made.steps * made.step_s / 3600:.1f} h" if made.steps else ""
     lines.append(f"  {'time':<16}{made.step_s:8.1f} s a step{whole} (an estimate)")
-    lines += [f"  change  {text}" for text in made.advice]
+    for n, text in enumerate(made.advice):  # each comes on top of those above it
+        word = "" if text.startswith("does not") else "and" if n else "change"
+        lines.append(f"  {word:<8}{text}")
     return "\n".join(lines)
 
 

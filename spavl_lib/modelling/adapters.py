@@ -2,7 +2,9 @@
 
 import re
 
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -64,6 +66,20 @@ def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
     trained |= {"projector"} if config.train_projector else set()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in trained)
+
+
+@torch.no_grad()
+def train_in_fp32(model: PeftModel) -> None:
+    """Undo trl's rounding of what trains over 4 bit to bf16, before an optimizer holds it.
+
+    The projector starts from the base's again: rounded, the policy would not start as its
+    reference. For a fresh model only.
+    """
+    masters_in_fp32(model)
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for copy in module.modules_to_save.values():
+                copy.load_state_dict(module.original_module.state_dict())
 
 
 def trainable_parts(model: nn.Module) -> dict[str, int]:
@@ -134,7 +150,8 @@ def assert_freeze_plan(
 def masters_in_fp32(model: nn.Module) -> None:
     """What trains, in fp32: half-precision weights lose small updates, and stop a loss scaler.
 
-    Autocast casts for each product. DeepSpeed keeps masters of its own.
+    Autocast casts for each product anyway, also where there is no bf16, as on a T4. DeepSpeed keeps
+    masters of its own.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

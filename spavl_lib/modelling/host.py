@@ -22,9 +22,10 @@ def return_freed_memory() -> bool:
     """Have glibc give every freed tensor of 4 MiB or more back to the system at once.
 
     Left alone it raises that bound with the first such tensor freed, and keeps what comes after in
-    a heap. Under gradient checkpointing a layer's output outlives the layer's intermediate values,
-    and the holes these leave between outputs are not used again: a LLaVA of 219 M parameters held
-    0.3 GiB of tensors after a forward pass of two rows, in a heap of 1.3 GiB.
+    a heap. What a layer keeps for its backward pass outlives the layer's intermediate values, and
+    the holes these leave in between are not used again: a DPO step of a LLaVA of 61 M parameters
+    with LoRA held 3.6 GiB of tensors at its peak, in 5.7 GiB; under gradient checkpointing a
+    forward pass of 219 M held 0.3 GiB in 1.3. It costs about 3 % of a step's processor time.
 
     Returns:
         Whether it was done: only glibc has this.

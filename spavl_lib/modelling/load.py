@@ -125,7 +125,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """
     quiet_libraries()
     settle_threads()
-    if config.gradient_checkpointing and device().type == "cpu":
+    if device().type == "cpu":
         return_freed_memory()
     quantisation = None
     if config.adapter == "qlora":
@@ -154,8 +154,20 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         from spavl_lib.modelling.adapters import assert_four_bit
 
         assert_four_bit(model)
+        _without_inference_weights(model)
         return model.eval()
     return model.eval() if hasattr(model, "hf_device_map") else model.to(device()).eval()
+
+
+def _without_inference_weights(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs that have bf16 instructions.
+
+    Its linears do so in the first evaluation pass, for good: scales are rounded to bf16, and from
+    then on a product has no gradient, in training either.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _straight_to_gpu() -> dict[str, Any]:

@@ -28,7 +28,7 @@ from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
     lora_config,
-    masters_in_fp32,
+    train_in_fp32,
 )
 from spavl_lib.modelling.completion_head import score_completions_only
 from spavl_lib.modelling.load import (
@@ -209,8 +209,8 @@ def build_trainer(
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
     trainer.group_by_image = config.data.group_by_image
-    if config.launch.engine == "ddp":  # trl puts adapters over 4 bit into bf16
-        masters_in_fp32(trainer.model)
+    if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
+        train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer

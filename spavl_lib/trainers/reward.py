@@ -222,6 +222,8 @@ def build_model(config: Config) -> ScalarHeadModel:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
         if config.launch.engine == "ddp":
             masters_in_fp32(vlm)
+    if config.model.gradient_checkpointing:
+        vlm.gradient_checkpointing_enable({"use_reentrant": False})
     apply_sharing(vlm, config.model.share_prefix)
     return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
 

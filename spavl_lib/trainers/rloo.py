@@ -27,7 +27,12 @@ from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.collate import check_prompt_lengths, decode_images, encode_prompts, neutralise
 from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.adapters import assert_freeze_plan, freeze_for_full, lora_config
+from spavl_lib.modelling.adapters import (
+    assert_freeze_plan,
+    freeze_for_full,
+    lora_config,
+    train_in_fp32,
+)
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
 from spavl_lib.run import Stage, read_jsonl, write_text
@@ -228,6 +233,8 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
+    if lora:
+        train_in_fp32(trainer.model)
     trainer.parts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)

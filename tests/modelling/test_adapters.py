@@ -283,3 +283,27 @@ def test_qlora_trains_adapters_over_four_bit_and_leaves_tower_and_head_whole() -
     close = logits_of(embedded_model())
     agree = (base.argmax(-1) == close.argmax(-1)).float().mean()
     assert 0.5 < agree < 1.0  # quantised: near the base, and not it
+
+
+def test_evaluating_takes_no_gradient_from_four_bit() -> None:
+    """On some CPUs bitsandbytes would repack the weights in the first evaluation pass."""
+    pytest.importorskip("bitsandbytes", reason="4 bit needs bitsandbytes")
+    linear = load_model(dataclasses.replace(LORA, adapter="qlora")).model.language_model
+    linear = linear.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, linear.in_features)
+    with torch.no_grad():
+        before = linear.eval()(x)
+        again = linear(x)
+    x.requires_grad_()
+    trained = linear.train()(x)
+    torch.testing.assert_close(trained, before)
+    assert torch.equal(again, before)
+    trained.sum().backward()
+    weight = bitsandbytes_weight(linear)
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
+def bitsandbytes_weight(linear: torch.nn.Module) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()

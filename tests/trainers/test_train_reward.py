@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import modeling_utils
 
 from spavl_lib.config import Config
 from spavl_lib.data.spavl import load_preferences
@@ -65,6 +66,28 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     cut, resumed = train(config, tmp_path / "cut")
     assert rows_of(cut) == rows_of(straight)
     assert resumed["weights_sha256"] == expected["weights_sha256"]
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_recomputing_activations_changes_no_number(
+    adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, inner = [], modeling_utils.checkpoint
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(1)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    plain, _ = train(settings(adapter, reward__max_steps=3), tmp_path / "plain")
+    assert not calls
+    saving = settings(adapter, reward__max_steps=3, model__gradient_checkpointing=True)
+    stage, _ = train(saving, tmp_path / "saving")
+    assert len(calls) == 3 * (4 + 4)  # every layer of every step, the frozen tower's among them
+    ours, theirs = ([r for r in rows_of(s) if "loss" in r] for s in (stage, plain))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
 def test_it_learns_the_pairs_it_sees_and_prefers_the_right_side(tmp_path: Path) -> None:
