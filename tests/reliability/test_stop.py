@@ -13,7 +13,7 @@ import pytest
 
 from spavl_lib.run import read_json
 from tests.reliability.conftest import STEPS, Case
-from tests.reliability.processes import until
+from tests.reliability.processes import ready, until
 
 DROPOUT = "dropout:0.2"
 # Phase, exit code, and the step that must be saved then; None where nothing has begun.
@@ -33,6 +33,7 @@ SHORT = (("SIGTERM", "forward@3"), ("SIGINT", "evaluate@1"))
 def dropped(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A DPO with dropout in its adapters, and what it comes to uninterrupted."""
     case = Case("dpo_lora", rows, tmp_path_factory.mktemp("dropout"))
+    ready()
     began = time.monotonic()
     child = case.start("straight", fault=DROPOUT)
     assert child.wait() == 0, child.said[-2000:]
