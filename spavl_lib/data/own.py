@@ -25,7 +25,7 @@ from datasets import (
 
 from spavl_lib.config import ColumnsConfig, DataConfig
 from spavl_lib.data.images import ImageError, resolve_inside
-from spavl_lib.data.records import RecordError, marks, read_pair
+from spavl_lib.data.records import RecordError, marks, once, read_pair
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
@@ -216,9 +216,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not UTF-8 text: {error}") from error
     if path.suffix == ".json" and not text.lstrip().startswith("{"):
         try:
-            records = json.loads(text, object_pairs_hook=_once)
-        except RecordError as error:
-            raise InputError(f"{path}: {error}") from error
+            records = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         if not isinstance(records, list):
@@ -229,22 +227,10 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
     lines = (line for line in text.split("\n") if line.strip())  # splitlines() cuts inside strings
     for number, line in enumerate(lines):
         try:
-            record = json.loads(line, object_pairs_hook=_once)
-        except RecordError as error:
-            record = error
+            record = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             record = RecordError(f"record: not JSON: {error}")
         yield f"{path}:{number}", record
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict:
-    """An object; of a field that stands there twice, which one is meant is not to be guessed."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(n for n in names if names.count(n) > 1)
-        raise RecordError(f"record: {twice!r} stands there twice")
-    return made
 
 
 def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:

@@ -26,6 +26,18 @@ class RecordError(Exception):
     """Why a record cannot be read: `field: reason`; the caller adds file and row."""
 
 
+def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
+    """For `json.loads`: an object, or the error of one in which a field stands twice; which of the
+    two is meant is not to be guessed.
+    """
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    names = [name for name, _ in pairs]
+    twice = next(n for n in names if names.count(n) > 1)
+    return RecordError(f"record: {twice!r} stands there twice")
+
+
 def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], list[str]]:
     """Prompt, chosen and rejected of a record in any of the layouts.
 
@@ -102,7 +114,7 @@ def turns_of(value: Any, field: str = "prompt") -> Turns:
     """
     if isinstance(value, str):
         return [("user", value)]
-    if isinstance(value, dict):
+    if isinstance(value, dict | RecordError):
         value = [value]
     if not isinstance(value, list):
         raise RecordError(f"{field}: expected text, got {type(value).__name__}")
@@ -115,6 +127,8 @@ def turns_of(value: Any, field: str = "prompt") -> Turns:
 
 
 def _message(turn: Any, field: str) -> tuple[str, str]:
+    if isinstance(turn, RecordError):
+        raise turn
     if not isinstance(turn, dict):
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
     speaker = str(turn.get("role", turn.get("from"))).lower()

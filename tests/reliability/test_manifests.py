@@ -12,7 +12,16 @@ from spavl_lib.config import DataConfig
 from spavl_lib.data.schema import MAX_CHARACTERS
 from spavl_lib.data.spavl import read_preferences
 from spavl_lib.errors import InputError
-from tests.helpers import hub_config, hub_rows, png, problems_of, write_hub_folder
+from tests.helpers import (
+    hub_config,
+    hub_rows,
+    png,
+    problems_of,
+    seed_config,
+    seed_record,
+    write_hub_folder,
+    write_seed_folder,
+)
 
 RECORD = {"id": "b", "image": "b.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
 GONE = object()
@@ -154,6 +163,32 @@ def test_sixty_malformed_manifests(tmp_path: Path, record: Callable) -> None:
     tried += 1 + len(FILES)
     assert tried == 59
     record("D1", tried, tried, "manifests in JSON Lines")
+
+
+@pytest.mark.parametrize("layout", ["own", "original"])
+def test_a_field_that_stands_twice_in_a_list_is_named_by_its_row(
+    tmp_path: Path, layout: str
+) -> None:
+    turn = b'{"from": "human", "from": "gpt", "value": "x"}'
+    if layout == "own":
+        folder, file = written(tmp_path / "set", b""), "train.json"
+        (folder / "train.jsonl").unlink()
+        config, field, records = own(folder), b"prompt", GOOD
+    else:
+        made = [seed_record(n, image=f"{n}.png") for n in range(2)]
+        folder, file = write_seed_folder(tmp_path / "set", {"easy": made}), "easy.json"
+        config, field, records = seed_config(folder), b"question", [json.dumps(m) for m in made]
+    texts = [r if isinstance(r, bytes) else r.encode() for r in records]
+    nested = texts[0].replace(b"{", b'{"' + field + b'": [' + turn + b"], ").split(b", ")
+    nested = b", ".join(p for p in nested if not p.startswith(b'"' + field + b'": "'))
+    doubled = texts[1][:-1] + b', "chosen": "Another."}'
+    (folder / file).write_bytes(b"[" + nested + b",\n" + doubled + b"]")
+    with pytest.raises(InputError) as caught:
+        read_preferences(config, "train")
+    said = problems_of(caught.value)
+    assert len(said) == 2, said
+    assert said[0].endswith(f"{file}:0 record: 'from' stands there twice")
+    assert said[1].endswith(f"{file}:1 record: 'chosen' stands there twice")
 
 
 SHAPES: dict[str, tuple[Callable[[dict], dict], str]] = {
