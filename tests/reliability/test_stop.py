@@ -112,7 +112,8 @@ def test_a_signal_while_answers_are_written_keeps_those_there_are(
 
     def run(name: str, fault: str = "") -> Child:
         faults = "both:answers_instead:4" + (f"&{fault}" if fault else "")
-        return spavl([], tmp_path / name, tmp_path / f"{name}.log", fault=faults)
+        env = {"SPAVL_KIND": "dpo"}
+        return spavl([], tmp_path / name, tmp_path / f"{name}.log", fault=faults, env=env)
 
     def answers(name: str) -> dict:
         folder = tmp_path / name / "r/inference"
