@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 
@@ -100,7 +101,8 @@ def test_dead_at_any_write_it_goes_on_from_the_last_whole_checkpoint(
     points = int(count.read_text())
     assert points >= 3 * 12
     wanted = 25 if soak else 3
-    for number in (1 + (k * points + dice.randrange(points)) // wanted for k in range(wanted)):
+    bounds = [k * points // wanted for k in range(wanted + 1)]  # one of each stretch, none twice
+    for number in (1 + dice.randrange(a, b) for a, b in pairwise(bounds)):
         name = f"torn{number}"
         assert case.start(name, fault=f"die_at_write:{number}").wait() == 9
         folder = case.stage(name) / "checkpoints"
