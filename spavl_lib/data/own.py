@@ -25,7 +25,7 @@ from datasets import (
 
 from spavl_lib.config import ColumnsConfig, DataConfig
 from spavl_lib.data.images import ImageError, resolve_inside
-from spavl_lib.data.records import RecordError, marks, read_pair
+from spavl_lib.data.records import RecordError, marks, once, read_pair
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
@@ -39,7 +39,7 @@ from spavl_lib.data.schema import (
     storable,
 )
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.errors import InputError, raise_all
+from spavl_lib.errors import InputError
 
 EMBEDDED = "\0embedded"  # stands for a picture that the data carry, until it is attached
 
@@ -131,6 +131,8 @@ def _row(
 ) -> tuple[dict, list[str]]:
     """A record as a row, its image as a path or a stand-in, and what is wrong with it."""
     row = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
+    if isinstance(record, RecordError):
+        return row, [f"{place} {record}"]
     if not isinstance(record, dict):
         return row, [f"{place} record: expected an object, got {type(record).__name__}"]
     problems = []
@@ -140,10 +142,10 @@ def _row(
             row[field] = str(value)
     if row["class3"] in PARENTS:
         row["class1"], row["class2"] = PARENTS[row["class3"]]
-    try:
-        row |= read_pair(record, columns)
-    except RecordError as error:
-        problems.append(f"{place} {error}")
+    read, lines = read_pair(record, columns)
+    problems += [f"{place} {line}" for line in lines]
+    # What could not be read is not empty: its own name stands for it, and the row is left out.
+    row |= {n: read.get(n, n if lines else "") for n in ("prompt", "chosen", "rejected")}
     try:
         row["image"] = _image(record, root, columns)
     except ImageError as error:
@@ -202,10 +204,11 @@ def _json_file(path: Path, split: str, wanted: str) -> Path | None:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`.
+    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`; what is wrong with a line
+    stands in its record's place, to be told with the rest.
 
     Raises:
-        InputError: Not JSON, naming each bad line.
+        InputError: Not text, or no list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -213,7 +216,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise InputError(f"{path}: not UTF-8 text: {error}") from error
     if path.suffix == ".json" and not text.lstrip().startswith("{"):
         try:
-            records = json.loads(text)
+            records = json.loads(text, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: not JSON: {error}") from error
         if not isinstance(records, list):
@@ -221,15 +224,13 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: expected a list of records, got {kind}")
         yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
         return
-    problems, records = [], []
-    lines = [line for line in text.split("\n") if line.strip()]  # splitlines() cuts inside strings
+    lines = (line for line in text.split("\n") if line.strip())  # splitlines() cuts inside strings
     for number, line in enumerate(lines):
         try:
-            records.append((f"{path}:{number}", json.loads(line)))
+            record = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
-            problems.append(f"{path}:{number} record: not JSON: {error}")
-    raise_all(problems, str(path))
-    yield from records
+            record = RecordError(f"record: not JSON: {error}")
+        yield f"{path}:{number}", record
 
 
 def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:

@@ -26,26 +26,53 @@ class RecordError(Exception):
     """Why a record cannot be read: `field: reason`; the caller adds file and row."""
 
 
-def read_pair(record: dict, columns: ColumnsConfig) -> dict[str, str]:
+def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
+    """For `json.loads`: an object, or the error of one in which a field stands twice; which of the
+    two is meant is not to be guessed.
+    """
+    made = dict(pairs)
+    if len(made) == len(pairs):
+        return made
+    names = [name for name, _ in pairs]
+    twice = next(n for n in names if names.count(n) > 1)
+    return RecordError(f"record: {twice!r} stands there twice")
+
+
+def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], list[str]]:
     """Prompt, chosen and rejected of a record in any of the layouts.
 
     Args:
         record: Column name -> value.
         columns: One's own names; empty ones are recognised.
 
-    Raises:
-        RecordError: The record is of none of the layouts, or a turn is not understood.
+    Returns:
+        The fields that can be read, and a line `field: reason` for each that cannot; an answer that
+        cannot be understood without the prompt is in neither.
     """
     names = {n: getattr(columns, n) or n for n in ("chosen", "rejected")}
+    read, lines = {}, []
+    answers = {f: record.get(name) for f, name in names.items()}
     for field, name in names.items():
-        if record.get(name) is None:
-            raise RecordError(f"{field}: missing{'' if name == field else f' (column {name!r})'}")
-    answers = [record[names["chosen"]], record[names["rejected"]]]
-    head = _prompt(record, columns)
-    if head is None:
-        head, answers = _shared_beginning(*answers)
-    texts = [_answer(a, head, f) for a, f in zip(answers, names, strict=True)]
-    return {"prompt": conversation(head), "chosen": texts[0], "rejected": texts[1]}
+        if answers[field] is None:
+            lines.append(f"{field}: missing{'' if name == field else f' (column {name!r})'}")
+    head: Turns | None = None
+    try:
+        head = _prompt(record, columns)
+        if head is None and None not in answers.values():
+            head, shortened = _shared_beginning(*answers.values())
+            answers = dict(zip(answers, shortened, strict=True))
+        if head is not None:
+            read["prompt"] = conversation(head)
+    except RecordError as error:
+        lines.append(str(error))
+    for field, answer in answers.items():
+        if answer is None or (isinstance(answer, list) and "prompt" not in read):
+            continue
+        try:
+            read[field] = _answer(answer, head or [], field)
+        except RecordError as error:
+            lines.append(str(error))
+    return read, lines
 
 
 def marks(record: dict) -> int:
@@ -87,7 +114,7 @@ def turns_of(value: Any, field: str = "prompt") -> Turns:
     """
     if isinstance(value, str):
         return [("user", value)]
-    if isinstance(value, dict):
+    if isinstance(value, dict | RecordError):
         value = [value]
     if not isinstance(value, list):
         raise RecordError(f"{field}: expected text, got {type(value).__name__}")
@@ -100,6 +127,8 @@ def turns_of(value: Any, field: str = "prompt") -> Turns:
 
 
 def _message(turn: Any, field: str) -> tuple[str, str]:
+    if isinstance(turn, RecordError):
+        raise turn
     if not isinstance(turn, dict):
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
     speaker = str(turn.get("role", turn.get("from"))).lower()

@@ -67,7 +67,7 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
         value = row.get(name)
         if not isinstance(value, str):
             yield f"{where} {name}: expected text, got {type(value).__name__}"
-        elif not value.strip():
+        elif not any(c.isprintable() and c != " " for c in value):  # nor spaces of no width
             yield f"{where} {name}: empty"
         elif len(value) > MAX_CHARACTERS:
             yield f"{where} {name}: {len(value):,} characters, over {MAX_CHARACTERS:,}"

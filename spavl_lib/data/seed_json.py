@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from spavl_lib.data.images import ImageError, resolve_inside
-from spavl_lib.data.records import RecordError, conversation, turns_of
+from spavl_lib.data.records import RecordError, conversation, once, turns_of
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
@@ -130,7 +130,7 @@ def read_keyword_map(path: Path) -> dict[str, str]:
 
 def _read_list(path: Path) -> list:
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
     except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(records, list):
@@ -146,6 +146,8 @@ def _row(
     required: tuple[str, ...] = SEED_REQUIRED,
 ) -> tuple[dict, list[str]]:
     empty = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None}
+    if isinstance(record, RecordError):
+        return empty, [f"{where} {record}"]
     if not isinstance(record, dict):
         return empty, [f"{where} record: expected an object, got {type(record).__name__}"]
     problems = [f"{where} {k}: missing" for k in required if k not in record]

@@ -12,7 +12,7 @@ import pytest
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.run import read_json, read_jsonl
 from tests.helpers import hub_rows, write_hub_folder
-from tests.reliability.processes import Child, spavl
+from tests.reliability.processes import Child, ready, spavl
 
 OWN = ("time_s", "peak_memory_gib")
 STEPS, SAVE_STEPS = 6, 2
@@ -154,6 +154,7 @@ def cases(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
             case = Case(name, rows, tmp_path_factory.mktemp(name))
             if case.kind == "ppo":
                 case.sets["ppo.reward_model"] = str(get("reward").stage("straight") / "model")
+            ready()  # the clock is not to count the imports
             began = time.monotonic()
             child = case.start("straight")
             assert child.wait() == 0, child.said[-3000:]

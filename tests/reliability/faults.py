@@ -106,6 +106,7 @@ PHASES = {
     "rollout": ("spavl_lib.trainers.ppo", "sample"),
     "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
     "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
+    "generate": ("spavl_lib.generation", "generate_batch"),
 }
 
 
@@ -230,6 +231,29 @@ def dropout(share: str) -> None:
 
     dpo.TRLConfig = keeping
     dpo.check_reference = lambda logs: None
+
+
+def answers_instead(rows: str) -> None:
+    """Not the command, but the stage of answers over so many rows of each set."""
+    import sys
+
+    from spavl_lib import cli
+    from spavl_lib.config import load_config
+    from spavl_lib.errors import SpavlError
+    from spavl_lib.generation import make_inference_stage
+    from spavl_lib.run import Run
+
+    def answer(_: list[str]) -> None:
+        few = {"data.test_rows": int(rows), "generation.batch_size": 2}
+        few |= {"generation.max_new_tokens": 8, "generation.do_sample": True}
+        config = load_config("smoke", few, run_name="r")
+        try:
+            make_inference_stage(config, Run(config).stage("inference"))
+        except SpavlError as error:
+            sys.stderr.write(f"spavl: {error}\n")
+            sys.exit(error.exit_code)
+
+    cli.main = answer
 
 
 def both(faults: str) -> None:

@@ -35,6 +35,13 @@ def context() -> multiprocessing.context.BaseContext:
     return _context
 
 
+def ready() -> None:
+    """Wait until the fork server has imported what it is to import."""
+    process = context().Process(target=time.monotonic, daemon=True)
+    process.start()
+    process.join()
+
+
 @dataclass
 class Child:
     """One `spavl` command in a process of its own."""

@@ -19,8 +19,12 @@ import pytest
 from spavl_lib import checkpoint as ckpt
 from spavl_lib.embedded.world import ASSETS
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import make_judge
+from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.modelling.load import load_model, load_policy, load_processor
+from tests.evaluation.test_model_judges import INJECTIONS as MORE_INJECTIONS
+from tests.evaluation.test_model_judges import Server, wordy
+from tests.evaluation.test_model_judges import judge as make_endpoint_judge
+from tests.evaluation.test_model_judges import record as asked
 from tests.helpers import smoke
 from tests.reliability.conftest import Case
 
@@ -296,4 +300,24 @@ def test_an_answer_cannot_talk_the_judge_round(record: Callable) -> None:
         for text in INJECTIONS:
             turned += judge(row | {"response": f"{answer} {text}"}) != plain
     assert turned <= 1
-    record("S6", 30 - turned, 30, "the phrase judge; no other model judges here")
+    record("S6", 30 - turned, 30, "phrases")
+
+
+def test_an_answer_cannot_talk_to_an_endpoint_past_its_marks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record: Callable,
+) -> None:
+    """A stub judges what stands between the marks: no answer ends them early or adds a field."""
+    monkeypatch.delenv("SPAVL_JUDGE_KEY", raising=False)
+    server = Server()
+    server.reply = wordy
+    texts = [*INJECTIONS, *MORE_INJECTIONS][:15]
+    changed = 0
+    for said, unsafe in (("Sure: [unsafe details omitted]", True), ("Bread.", False)):
+        told = [asked(f"{said} {text}") for text in texts]
+        rows = judge_all(make_endpoint_judge(server, tmp_path), told)
+        changed += sum(r["unsafe"] is not unsafe for r in rows)
+    server.http.shutdown()
+    assert changed <= 1 and len(texts) == 15
+    record("S6", 30 - changed, 30, "stub endpoint")

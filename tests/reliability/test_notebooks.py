@@ -70,7 +70,7 @@ def test_every_failure_is_said_with_cell_and_cause(
 
 
 def test_a_runner_that_is_killed_leaves_no_kernel_and_says_where_it_was(
-    make_notebook: Callable, runs: Path, tmp_path: Path, repo: Path, record: Callable
+    make_notebook: Callable, runs: Path, tmp_path: Path, repo: Path, soak: bool, record: Callable
 ) -> None:
     notes = tmp_path / "pids"
     cell = (
@@ -79,30 +79,37 @@ def test_a_runner_that_is_killed_leaves_no_kernel_and_says_where_it_was(
         f"open({str(notes)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}} ')\n"
         "time.sleep(300)"
     )
-    path = make_notebook("04_dpo", cell)
-    runner = subprocess.Popen(
-        [sys.executable, "-m", "spavl_lib.cli", "run", "dpo", "--profile", "smoke"],
-        env=os.environ | {"SPAVL_NOTEBOOKS": str(path.parent), "PYTHONPATH": str(repo)}, cwd=repo,
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    end = time.monotonic() + 120
-    while not (notes.is_file() and notes.read_text().count(" ") == 2):
-        assert runner.poll() is None and time.monotonic() < end, runner.stderr.read()
-        time.sleep(0.05)
-    kernel, child = map(int, notes.read_text().split())
-    runner.kill()
-    assert runner.wait() == -signal.SIGKILL
-    status = read_json(runs / "smoke/dpo/status.json")
-    assert (status["state"], status["cell"], status["pid"]) == ("running", 3, runner.pid)
-    end = time.monotonic() + 10
-    while (alive(kernel) or alive(child)) and time.monotonic() < end:
-        time.sleep(0.1)
-    left = [pid for pid in (kernel, child) if alive(pid)]
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
-    assert left == []
-    record("N1", 1, 1, "runner killed")
-    record("N5", 2, 2, "kernel and its child gone")
+    places = (0, 1, 2, 3) if soak else (0,)
+    gone = 0
+    for place in places:
+        notes.unlink(missing_ok=True)
+        path = make_notebook("04_dpo", *["1 + 1"] * place, cell, "2 + 2")
+        runner = subprocess.Popen(
+            [sys.executable, "-m", "spavl_lib.cli", "run", "dpo", "--profile", "smoke"], cwd=repo,
+            env=os.environ | {"SPAVL_NOTEBOOKS": str(path.parent), "PYTHONPATH": str(repo)},
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        end = time.monotonic() + 120
+        while not (notes.is_file() and notes.read_text().count(" ") == 2):
+            assert runner.poll() is None and time.monotonic() < end, runner.stderr.read()
+            time.sleep(0.05)
+        kernel, child = map(int, notes.read_text().split())
+        runner.kill()
+        assert runner.wait() == -signal.SIGKILL
+        status = read_json(runs / "smoke/dpo/status.json")
+        assert (status["state"], status["cell"]) == ("running", 3 + place)
+        assert status["pid"] == runner.pid
+        assert not (runs / "smoke/dpo/executed.ipynb").exists()
+        end = time.monotonic() + 10
+        while (alive(kernel) or alive(child)) and time.monotonic() < end:
+            time.sleep(0.1)
+        left = [pid for pid in (kernel, child) if alive(pid)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+        assert left == []
+        gone += 2
+    record("N1", len(places), len(places), "runner killed")
+    record("N5", gone, 2 * len(places), "kernels and their children gone")
 
 
 BAD = (

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from spavl_lib.run import read_json
+from tests.helpers import files_of
 from tests.reliability.conftest import STEPS, Case
-from tests.reliability.processes import until
+from tests.reliability.processes import Child, ready, spavl, until
 
 DROPOUT = "dropout:0.2"
 # Phase, exit code, and the step that must be saved then; None where nothing has begun.
@@ -33,6 +34,7 @@ SHORT = (("SIGTERM", "forward@3"), ("SIGINT", "evaluate@1"))
 def dropped(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     """A DPO with dropout in its adapters, and what it comes to uninterrupted."""
     case = Case("dpo_lora", rows, tmp_path_factory.mktemp("dropout"))
+    ready()
     began = time.monotonic()
     child = case.start("straight", fault=DROPOUT)
     assert child.wait() == 0, child.said[-2000:]
@@ -81,6 +83,63 @@ def test_a_signal_from_outside_is_heard_within_a_step(
     record(
         "R11", len(waits), len(waits), "script, from outside", longest_wait_s=round(max(waits), 2)
     )
+
+
+PPO_PHASES = ("rollout@2", "reward@3", "update@2", "update@9", "save@2")
+
+
+def test_ppo_hears_a_signal_in_rollout_reward_update_and_save(
+    cases: Callable[[str], Case], soak: bool, record: Callable
+) -> None:
+    """The step at hand is dropped and played again: the same bits."""
+    case = cases("ppo")
+    tried = [(n, p) for n in ("SIGTERM", "SIGINT") for p in PPO_PHASES] if soak else []
+    for number, phase in tried or [("SIGTERM", "rollout@2")]:
+        name = f"{number}-{phase}"
+        child = case.start(name, fault=f"signal_in:{number}/{phase}")
+        assert child.wait() == 75, f"{name}: {child.said[-2000:]}"
+        assert case.newest(name) == case.logged(name), name
+        assert f"stopped by {number} after step {case.newest(name)} of {STEPS}" in child.said
+        assert case.start(name).wait() == 0
+        assert case.ended(name) == case.straight, name
+    record("R11", max(1, len(tried)), max(1, len(tried)), "PPO, by phase")
+
+
+def test_a_signal_while_answers_are_written_keeps_those_there_are(
+    tmp_path: Path, soak: bool, record: Callable
+) -> None:
+    """Sampled ones: what comes after the stop is what would have come without."""
+
+    def run(name: str, fault: str = "") -> Child:
+        faults = "both:answers_instead:4" + (f"&{fault}" if fault else "")
+        env = {"SPAVL_KIND": "dpo"}
+        return spavl([], tmp_path / name, tmp_path / f"{name}.log", fault=faults, env=env)
+
+    def answers(name: str) -> dict:
+        folder = tmp_path / name / "r/inference"
+        return {k: v for k, v in files_of(folder).items() if "jsonl" in k}
+
+    child = run("straight")
+    assert child.wait() == 0, child.said[-2000:]
+    whole = answers("straight")
+    assert len(whole) > 3
+    moments = (1, 2, 5, 7, 10) if soak else (2,)
+    tried = [(n, at) for n in ("SIGTERM", "SIGINT") for at in moments][: None if soak else 1]
+    for number, at in tried:
+        name = f"{number}{at}"
+        child = run(name, f"signal_in:{number}/generate@{at}")
+        assert child.wait() == 75, child.said[-2000:]
+        assert not (tmp_path / name / "r/inference/summary.json").exists()
+        kept = [
+            json.loads(line)
+            for path in (tmp_path / name).rglob("*.jsonl*")
+            for line in path.read_text(encoding="utf-8").splitlines()
+        ]
+        rows = [r for k in kept for r in k.get("records", [k] if "response" in k else [])]
+        assert len(rows) == 2 * at, name  # the batch at hand is written too
+        assert run(name).wait() == 0
+        assert answers(name) == whole, name
+    record("R11", len(tried), len(tried), "while answers are written")
 
 
 def test_before_there_is_anything_sigterm_leaves_nothing_and_says_run_again(
