@@ -158,7 +158,9 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
     trained = trained_values(kind, model, shape)
     count = sum(trained.values())
     share = launch.num_processes if launch.engine != "ddp" else 1
-    whole = launch.num_processes if launch.engine == "zero3" else 1
+    # PPO samples with every parameter gathered: its peak is that of whole copies.
+    pieces = launch.engine == "zero3" and kind != "ppo"
+    whole = launch.num_processes if pieces else 1
     if model.with_lora:
         base = half * everything
         if model.adapter == "qlora":
