@@ -12,6 +12,7 @@ from trl import DPOTrainer
 
 from benchmarks import common
 from spavl_lib.modelling.completion_head import score_completions_only
+from spavl_lib.modelling.host import return_freed_memory
 from spavl_lib.modelling.shared_prefix import share_prefix
 
 PAIRS = 3
@@ -117,7 +118,8 @@ def _ratios(shape: common.Shape, batch: dict, images: int, seconds: dict[str, fl
 
 
 def peak_of(variant: str, shape: common.Shape) -> int:
-    """Peak of this process over two steps of one variant."""
+    """Peak of this process over two steps of one variant, with freed tensors handed back."""
+    return_freed_memory()
     name, layout = variant.split("-")
     images, questions = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as folder:

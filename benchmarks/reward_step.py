@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks import common
 from spavl_lib.modelling.heads import ScalarHeadModel
+from spavl_lib.modelling.host import return_freed_memory
 from spavl_lib.modelling.shared_prefix import share_prefix
 from spavl_lib.objectives.reward import bradley_terry_loss
 
@@ -60,7 +61,8 @@ def step(
 
 
 def peak_of(variant: str, shape: common.Shape) -> int:
-    """Peak of this process over two steps of one variant."""
+    """Peak of this process over two steps of one variant, with freed tensors handed back."""
+    return_freed_memory()
     name, layout = variant.split("-")
     model, optimizer = build(shape)
     batch = common.build_pairs(shape, *LAYOUTS[layout])
