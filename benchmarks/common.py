@@ -282,6 +282,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def baseline_bytes() -> int:
+    """What a process holds once everything is imported; nothing on a GPU."""
+    return 0 if torch.cuda.is_available() else peak_bytes()
+
+
 def peak_in_child(script: str, *arguments: str) -> int:
     """Peak of a fresh process that does one variant's step and prints `peak_bytes`."""
     command = [sys.executable, "-m", f"benchmarks.{script}", "--peak-of", *arguments]

@@ -118,8 +118,9 @@ def _ratios(shape: common.Shape, batch: dict, images: int, seconds: dict[str, fl
 
 
 def peak_of(variant: str, shape: common.Shape) -> int:
-    """Peak of this process over two steps of one variant, with freed tensors handed back."""
+    """Bytes above the imports over two steps of one variant, with freed tensors handed back."""
     return_freed_memory()
+    before = common.baseline_bytes()
     name, layout = variant.split("-")
     images, questions = LAYOUTS[layout]
     with tempfile.TemporaryDirectory() as folder:
@@ -131,7 +132,7 @@ def peak_of(variant: str, shape: common.Shape) -> int:
         batch = common.build_pairs(shape, images, questions)
         for _ in range(2):
             common.dpo_step(trainer, batch)
-    return common.peak_bytes()
+    return common.peak_bytes() - before
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ tokens: peak resident memory less what the process held after its imports. On a 
 freed tensors back to the system, as the library has it; `-heap` is the same without.
 """
 
-import torch
 
 from benchmarks import common, ppo_common
 from spavl_lib.modelling.host import return_freed_memory
@@ -29,7 +28,7 @@ def peak_of(side: str, shape: common.Shape) -> int:
         return_freed_memory()  # as `load_model` does
     config = ppo_common.settings(shape, PROMPTS, NEW_TOKENS, BATCH)
     prompts = ppo_common.prompts_of(shape, PROMPTS, 1)
-    before = 0 if torch.cuda.is_available() else common.peak_bytes()
+    before = common.baseline_bytes()
 
     def roles(never: tuple[int, ...]) -> object:
         return SIDES[side.removesuffix(HEAP)](ppo_common.build_base(shape), config, never)

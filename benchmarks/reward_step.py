@@ -61,14 +61,15 @@ def step(
 
 
 def peak_of(variant: str, shape: common.Shape) -> int:
-    """Peak of this process over two steps of one variant, with freed tensors handed back."""
+    """Bytes above the imports over two steps of one variant, with freed tensors handed back."""
     return_freed_memory()
+    before = common.baseline_bytes()
     name, layout = variant.split("-")
     model, optimizer = build(shape)
     batch = common.build_pairs(shape, *LAYOUTS[layout])
     for _ in range(2):
         step(model, optimizer, batch, shared=name == "ours")
-    return common.peak_bytes()
+    return common.peak_bytes() - before
 
 
 def measure(shape: common.Shape, repeats: int) -> dict:

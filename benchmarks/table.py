@@ -43,7 +43,7 @@ def render() -> str:
                     add(name, part[layout]["speedup"][key], part[layout]["bound"][key])
         peaks.append(
             f"DPO {dpo['peak_ratio']:.2f} of trl's, {dpo['peak_ratio_tree']:.2f} with three "
-            "questions an image (the whole process)"
+            "questions an image"
         )
     if reward := found.get("reward_step"):
         for layout, title in LAYOUTS.items():
@@ -54,10 +54,7 @@ def render() -> str:
         add("PPO step against the original's shape, three questions an image", step["speedup"])
         add("PPO step against the original's shape, a question an image", step["speedup_distinct"])
     if memory := found.get("ppo_memory"):
-        peaks.append(
-            f"PPO on one base {memory['peak_ratio']:.2f} of the original's four models "
-            "(above imports)"
-        )
+        peaks.append(f"PPO on one base {memory['peak_ratio']:.2f} of the original's four models")
     if words := found.get("generate"):
         add("265 answers against one by one", words["speedup"])
     page = next(page for page in pages.values() if page)
@@ -67,7 +64,7 @@ def render() -> str:
         "|---|---|---|---|",
         *rows,
         "",
-        f"Peak memory: {'; '.join(peaks)}. {page['device']}, fp32, LoRA, torch "
+        f"Peak memory above imports: {'; '.join(peaks)}. {page['device']}, fp32, LoRA, torch "
         f"{page['versions']['torch']}, trl {page['versions']['trl']}.",
         END,
     ]
