@@ -85,7 +85,8 @@ def test_log_probs_and_gradients_are_those_of_the_plain_path(
     assert handle.stats["packed_tokens"] < 0.75 * handle.stats["rows_tokens"]
     # Left padding counts positions from the padding on: only rotations' rounding differs.
     tolerance = TOLERANCE if side == "right" else 2e-2 if family != "embedded" else 1e-3
-    assert (plain - shared).abs().max() < tolerance
+    # Sums of hundreds of nats come back to the last places of a 32-bit number.
+    torch.testing.assert_close(shared, plain, atol=tolerance, rtol=3e-7)
     assert plain.std() > 1
     if side == "right":
         assert_same_gradients(plain_gradients, gradients(model, (shared * weights).sum()))

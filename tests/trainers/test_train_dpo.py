@@ -53,7 +53,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told_by_words(split: str, count: int) -> list[dict]:
     """Pairs that six steps can learn: the rejected answer carries the placeholder."""
-    rows = [r for r in hub_rows(split, 300) if "[unsafe details omitted]" in r["rejected"]]
+    rows = [r for r in hub_rows(split, 1200) if "[unsafe details omitted]" in r["rejected"]]
     return rows[:count]
 
 
