@@ -53,8 +53,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def told_by_words(split: str, count: int) -> list[dict]:
     """Pairs that six steps can learn: the rejected answer carries the placeholder."""
-    rows = [r for r in hub_rows(split, 1200) if "[unsafe details omitted]" in r["rejected"]]
-    return rows[:count]
+    rows = hub_rows(split, {"train": 900, "validation": 300}[split])
+    return [r for r in rows if "[unsafe details omitted]" in r["rejected"]][:count]
 
 
 def settings(rows: Path, adapter: str, **changes: object) -> dict:
