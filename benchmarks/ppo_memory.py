@@ -8,7 +8,6 @@ tokens: peak resident memory less what the process held after its imports. On a 
 freed tensors back to the system, as the library has it; `-heap` is the same without.
 """
 
-
 from benchmarks import common, ppo_common
 from spavl_lib.modelling.host import return_freed_memory
 
