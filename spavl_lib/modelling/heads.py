@@ -23,6 +23,12 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
     return torch.where(attention_mask.bool(), positions, -1).amax(dim=1)
 
 
+def in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
+    """A scalar head's output; in half precision a score near 4 would have steps of 0.02."""
+    with torch.autocast(states.device.type, enabled=False):
+        return head(states.to(head.weight.dtype)).squeeze(-1).float()
+
+
 class ScalarHeadModel(nn.Module):
     """Any image-text-to-text model's backbone, and a linear head without bias, in fp32."""
 
@@ -61,8 +67,7 @@ class ScalarHeadModel(nn.Module):
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
         rows = torch.arange(hidden.shape[0], device=hidden.device)
-        with torch.autocast(hidden.device.type, enabled=False):
-            scores = self.score(hidden[rows, last].to(self.score.weight.dtype)).squeeze(-1)
+        scores = in_fp32(self.score, hidden[rows, last])
         if completion_mask is None:
             return scores
         said = completion_mask[:, 1:].bool()
@@ -74,7 +79,7 @@ class ScalarHeadModel(nn.Module):
 
     def values(self, **batch: Tensor) -> Tensor:
         """The head at every position (batch, seq): value of the state after that token."""
-        return self.score(self.hidden_states(**batch).float()).squeeze(-1)
+        return in_fp32(self.score, self.hidden_states(**batch))
 
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:

@@ -25,6 +25,7 @@ from spavl_lib.modelling.adapters import freeze_for_full, lora_config, masters_i
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
     check_reward_model,
+    in_fp32,
     last_token_index,
     load_head,
     load_reward_model,
@@ -104,11 +105,11 @@ class Roles(nn.Module):
             if role == "reward":
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
-                return (_in_fp32(self.reward_head, hidden[rows, last]),)
+                return (in_fp32(self.reward_head, hidden[rows, last]),)
             # A view with gaps would make torch multiply row by row, with copies of the whole head.
             states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
-                return (_in_fp32(self.value_head, states),)
+                return (in_fp32(self.value_head, states),)
             logits = self.vlm_of(role).get_output_embeddings()(states).float() / temperature
         logits[..., self.forbidden_ids] = NEVER
         logps = torch.log_softmax(logits, dim=-1)
@@ -283,12 +284,6 @@ def tower_of(vlm: nn.Module) -> nn.Module:
         if name.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual"):
             return module
     raise InputError(f"{type(vlm).__name__}: found no vision tower")
-
-
-def _in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
-    """A scalar head's output; in half precision a score near 4 would have steps of 0.02."""
-    with torch.autocast(states.device.type, enabled=False):
-        return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
 
 def _backbone(vlm: nn.Module) -> nn.Module:
