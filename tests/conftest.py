@@ -1,7 +1,8 @@
 """What every test may rely on: no network, its own runs folder, notebooks made on the spot."""
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _no_test_writes_into_the_checkout(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["SPAVL_RUNS"] = str(tmp_path_factory.mktemp("runs"))
     os.environ.pop("SPAVL_NOTEBOOKS", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_test_leaves_another_number_of_threads() -> Iterator[None]:
+    """Sums are split among threads: with another number, runs compared to the last bit differ."""
+    names, torch = ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), sys.modules.get("torch")
+    before = [os.environ.get(n) for n in names], torch and torch.get_num_threads()
+    yield
+    assert before == ([os.environ.get(n) for n in names], torch and torch.get_num_threads())
 
 
 @pytest.fixture

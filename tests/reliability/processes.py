@@ -13,7 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
+
+import pytest
 
 # Imported once, by the server that forks. Nothing that starts threads may be called there.
 PRELOAD = ("tests.reliability.processes", "spavl_lib.trainers.dpo", "spavl_lib.trainers.reward",
@@ -26,12 +29,15 @@ def context() -> multiprocessing.context.BaseContext:
     """The fork server, started with one thread a process: two would not survive a fork."""
     global _context
     if _context is None:
-        os.environ["OMP_NUM_THREADS"] = "1"
         for name in ("torch", "numpy"):
             importlib.import_module(name)
         _context = multiprocessing.get_context("forkserver")
         there = [n for n in OPTIONAL if importlib.util.find_spec(n)]
         _context.set_forkserver_preload([*PRELOAD, *there])
+        # The server's alone: whatever this process starts later has its own number of threads.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", "1")
+            forkserver.ensure_running()
     return _context
 
 
