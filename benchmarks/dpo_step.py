@@ -12,6 +12,7 @@ from trl import DPOTrainer
 
 from benchmarks import common
 from spavl_lib.modelling.completion_head import score_completions_only
+from spavl_lib.modelling.fused_lora import fuse_lora
 from spavl_lib.modelling.host import return_freed_memory
 from spavl_lib.modelling.shared_prefix import share_prefix
 
@@ -27,7 +28,7 @@ class Switches:
     def __init__(self, trainer: DPOTrainer):
         self.trainer, self.undo = trainer, []
 
-    def set(self, *, share: bool, head: bool) -> None:
+    def set(self, *, share: bool, head: bool, lora: bool) -> None:
         """Take everything off, then put on what is asked for."""
         for restore in reversed(self.undo):
             restore()
@@ -36,18 +37,22 @@ class Switches:
             self.undo.append(share_prefix(self.trainer.model, strict=True).restore)
         if head:
             self.undo.append(score_completions_only(self.trainer.model.get_base_model()))
+        if lora:
+            self.undo.append(fuse_lora(self.trainer.model))
 
 
 # trl as it comes; each technique alone; all of them; and the last with a cached reference.
+TECHNIQUES = ("share", "head", "lora")
+ALL = dict.fromkeys(TECHNIQUES, True)
+NONE = dict.fromkeys(TECHNIQUES, False)
 VARIANTS = {
-    "trl": {"share": False, "head": False, "cached": False},
-    "share": {"share": True, "head": False, "cached": False},
-    "head": {"share": False, "head": True, "cached": False},
-    "cached": {"share": False, "head": False, "cached": True},
-    "both": {"share": True, "head": True, "cached": False},
-    "both_cached": {"share": True, "head": True, "cached": True},
+    "trl": NONE | {"cached": False},
+    **{t: NONE | {t: True, "cached": False} for t in TECHNIQUES},
+    "cached": NONE | {"cached": True},
+    "all": ALL | {"cached": False},
+    "all_cached": ALL | {"cached": True},
 }
-MAIN = ("trl", "both", "both_cached")
+MAIN = ("trl", "all", "all_cached")
 
 
 def measure(shape: common.Shape, repeats: int, *, techniques: bool) -> dict:
@@ -65,12 +70,12 @@ def measure(shape: common.Shape, repeats: int, *, techniques: bool) -> dict:
         switches = Switches(trainer)
         for layout, (images, questions) in LAYOUTS.items():
             batch = common.build_pairs(shape, images, questions)
-            switches.set(share=False, head=False)
+            switches.set(**NONE)
             trainer.precompute_ref_logps = False
             loss, gradient = common.gradients(trainer, batch)
             pair = trainer.compute_ref_log_probs(trainer.model, dict(batch))
             known = dict(zip(REFERENCE, pair, strict=True))
-            switches.set(share=True, head=True)
+            switches.set(**ALL)
             other_loss, other = common.gradients(trainer, batch)
             names = tuple(VARIANTS) if techniques and layout == "pairs" else MAIN
             steps = [_step(switches, VARIANTS[n], batch, known) for n in names]
@@ -87,7 +92,7 @@ def _step(
     switches: Switches, variant: dict[str, bool], batch: dict, known: dict
 ) -> Callable[[], float]:
     def run() -> float:
-        switches.set(share=variant["share"], head=variant["head"])
+        switches.set(**{t: variant[t] for t in TECHNIQUES})
         switches.trainer.precompute_ref_logps = variant["cached"]
         # Pixels in a tensor of their own: what the tower remembers must not outlive a step.
         own = batch | {"pixel_values": batch["pixel_values"].clone()}
@@ -103,7 +108,7 @@ def _ratios(shape: common.Shape, batch: dict, images: int, seconds: dict[str, fl
     # The frozen tower gives the reference what it gave the policy.
     again = dataclasses.replace(ours, images=0).flops(shape, backward=False)
     total = plain.flops(shape, backward=True) + reference
-    bounds = {"both": total / (needed[0] + again), "both_cached": total / needed[0]}
+    bounds = {"all": total / (needed[0] + again), "all_cached": total / needed[0]}
     ratios = {n: seconds["trl"] / s for n, s in seconds.items() if n != "trl"}
     rate = common.matmul_rate(shape)
     return {
@@ -111,7 +116,7 @@ def _ratios(shape: common.Shape, batch: dict, images: int, seconds: dict[str, fl
         "speedup": ratios,
         "bound": bounds,
         "fraction_of_bound": {n: ratios[n] / b for n, b in bounds.items()},
-        "floor_s": {"both": (needed[0] + again) / rate, "both_cached": needed[0] / rate},
+        "floor_s": {"all": (needed[0] + again) / rate, "all_cached": needed[0] / rate},
         "matmul_flop_per_s": rate,
         "tokens": {"trl": plain.tokens, "ours": ours.tokens},
     }
@@ -129,6 +134,7 @@ def peak_of(variant: str, shape: common.Shape) -> int:
         if name == "ours":
             share_prefix(policy, strict=True)
             score_completions_only(policy.get_base_model())
+            fuse_lora(policy)
         batch = common.build_pairs(shape, images, questions)
         for _ in range(2):
             common.dpo_step(trainer, batch)
@@ -144,10 +150,10 @@ def main() -> None:
         return
     small = measure(shape, options.repeats, techniques=True)
     metrics = {
-        "speedup": small["pairs"]["speedup"]["both"],
-        "speedup_cached_reference": small["pairs"]["speedup"]["both_cached"],
-        "speedup_tree": small["tree"]["speedup"]["both"],
-        "speedup_tree_cached_reference": small["tree"]["speedup"]["both_cached"],
+        "speedup": small["pairs"]["speedup"]["all"],
+        "speedup_cached_reference": small["pairs"]["speedup"]["all_cached"],
+        "speedup_tree": small["tree"]["speedup"]["all"],
+        "speedup_tree_cached_reference": small["tree"]["speedup"]["all_cached"],
         "grad_rel_err": max(v["grad_rel_err"] for v in small.values()),
         "loss_rel_err": max(v["loss_rel_err"] for v in small.values()),
     }

@@ -20,7 +20,7 @@ from spavl_lib.generation import generate, generate_batch, load_answerer
 from spavl_lib.modelling.load import load_processor
 
 PROMPTS = 265  # of SPA-VL's harm evaluation
-CACHES = ("dynamic", "static")
+CACHES = ("dynamic", "static", "compact")
 BATCHES = (16, 64, 265)
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     rows, processor = prompts(), load_processor(config.model)
     shared = load_answerer(config, None)
     plain = load_answerer(load_config("demo", {"model.share_prefix": "off"}), None)
-    own, alone_config = config.generation, GenerationConfig(batch_size=1)
+    own, alone_config = config.generation, GenerationConfig(batch_size=1, cache="dynamic")
 
     def peer() -> list[str]:
         return one_by_one(plain, processor, rows, alone_config)

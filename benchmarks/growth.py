@@ -34,7 +34,7 @@ def both_seconds(shape: common.Shape, pairs: int, repeats: int) -> list[float]:
         policy = common.adapted(common.build_model(shape), shape)
         trainer = common.dpo_trainer(policy, shape, pairs, folder)
         switches, batch = Switches(trainer), common.build_pairs(shape, pairs, 1)
-        steps = [_step(switches, VARIANTS[n], batch, {}) for n in ("trl", "both")]
+        steps = [_step(switches, VARIANTS[n], batch, {}) for n in ("trl", "all")]
         return common.median_seconds(steps, repeats=repeats)
 
 
@@ -64,7 +64,7 @@ def packing(shape: common.Shape, repeats: int) -> dict:
         longest = batch | {"attention_mask": torch.ones_like(batch["attention_mask"])}
         # Padding counted as tokens: what a row a pair, padded to the longest, would run.
         longest["input_ids"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, 7)
-        ours = VARIANTS["both"]
+        ours = VARIANTS["all"]
 
         def apart() -> None:
             for part in single:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
+from spavl_lib.modelling.fused_lora import fuse_lora
 from spavl_lib.modelling.heads import ScalarHeadModel
 from spavl_lib.modelling.host import return_freed_memory
 from spavl_lib.modelling.shared_prefix import share_prefix
@@ -49,11 +50,12 @@ def step(
     own = {k: v for k, v in batch.items() if k != "completion_mask"}
     own["pixel_values"] = own["pixel_values"].clone()
     if shared:
-        handle = share_prefix(model, strict=True)
+        undo = [share_prefix(model, strict=True).restore, fuse_lora(model)]
     loss = (one_forward if shared else two_forwards)(model, own)
     loss.backward()
     if shared:
-        handle.restore()
+        for restore in undo:
+            restore()
     optimizer.step()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     optimizer.zero_grad()

@@ -38,7 +38,7 @@ def render() -> str:
     if dpo := found.get("dpo_step"):
         for label, part in (("", dpo), (", vocabulary 32,000", dpo["vocabulary_32000"])):
             for layout, title in LAYOUTS.items():
-                for key, more in (("both", ""), ("both_cached", ", cached reference")):
+                for key, more in (("all", ""), ("all_cached", ", cached reference")):
                     name = f"DPO step against trl, {title}{more}{label}"
                     add(name, part[layout]["speedup"][key], part[layout]["bound"][key])
         peaks.append(

@@ -456,8 +456,9 @@ class GenerationConfig:
     """Divides the logits when sampling."""
     top_p: float = 1.0
     """Smallest set of tokens with this mass, when sampling."""
-    cache: Literal["dynamic", "static"] = "dynamic"
-    """transformers' key-value cache: dynamic grows with the answer, static is laid out at once."""
+    cache: Literal["compact", "dynamic", "static"] = "compact"
+    """Keys and values. compact: ended answers leave the batch (greedy, LLaVA; else dynamic);
+    transformers' own: dynamic grows with the answer, static is laid out at once."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """vllm: the optional engine, for Linux with a GPU; same prompts in, same records out."""
 

@@ -3,8 +3,11 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from datasets import Dataset
@@ -20,11 +23,13 @@ from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.spavl import eval_sets, load_prompts
 from spavl_lib.errors import Preempted
 from spavl_lib.generation_vllm import VLLMModel
+from spavl_lib.modelling.decoding import can_decode, decode
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes
 from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.run import Stage, read_jsonl, write_json, write_text
 from spavl_lib.stop import stop_on_signals
 
+T, R = TypeVar("T"), TypeVar("R")
 KEPT = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
 TRAINED = ("dpo", "ppo", "rloo")  # stages whose model/ can answer
 
@@ -83,15 +88,16 @@ def generate(
     with tqdm(total=len(rows), initial=finished, desc=desc, unit="row", leave=False) as bar:
         todo = [n for n in range(len(batches)) if n not in done]
         mine = todo[parallel.rank() :: parallel.world_size()]
-        for number in mine:
-            indices = batches[number]
+        asked = [[rows[i] for i in batches[number]] for number in mine]
+        prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
+        for number, batch in zip(mine, ahead(prepare, asked), strict=True):
+            indices, own_seed = batches[number], _batch_seed(seed, number)
             if should_stop:
                 break
-            asked, own_seed = [rows[i] for i in indices], _batch_seed(seed, number)
             if isinstance(model, VLLMModel):
-                answers = model.answer(processor, asked, config, seed=own_seed)
+                answers = model.answer(processor, batch, config, seed=own_seed)
             else:
-                answers = generate_batch(model, processor, collate(asked), config, seed=own_seed)
+                answers = generate_batch(model, processor, batch, config, seed=own_seed)
             done[number] = [
                 {k: rows[i].get(k, "") for k in KEPT}
                 | (labels or {})
@@ -124,6 +130,18 @@ def generate(
     return records
 
 
+def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`map`, with the next result made in a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 1:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
 @torch.no_grad()
 def generate_batch(
     model: PreTrainedModel,
@@ -135,30 +153,45 @@ def generate_batch(
 ) -> list[dict]:
     """Answers of one left-padded batch: `response`, `num_tokens`, and `finished` (EOS was said)."""
     tokenizer = processor.tokenizer
-    sampling = (
-        {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
-        if config.do_sample
-        else {"do_sample": False}
-    )
-    if config.do_sample:
-        torch.manual_seed(seed)
+    eos = tokenizer.eos_token_id
     batch = {k: v.to(model.device) for k, v in batch.items()}
-    width = batch["input_ids"].shape[1]
-    out = model.generate(
-        **batch,
-        **sampling,
-        max_new_tokens=config.max_new_tokens,
-        **({"cache_implementation": "static"} if config.cache == "static" else {}),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )[:, width:]
+    if config.cache == "compact" and not config.do_sample and can_decode(model):
+        said = decode(
+            model, batch, lambda logits, _: logits.argmax(-1),
+            max_new_tokens=config.max_new_tokens, eos_id=eos,
+        )  # fmt: skip
+    else:
+        said = _generated(model, batch, config, eos, tokenizer.pad_token_id, seed)
     answers = []
-    for row in out.tolist():
-        finished = tokenizer.eos_token_id in row
-        ids = row[: row.index(tokenizer.eos_token_id)] if finished else row
+    for row in said:
+        finished = eos in row
+        ids = row[: row.index(eos)] if finished else row
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
     return answers
+
+
+def _generated(
+    model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig, eos_id: int,
+    pad_id: int, seed: int,
+) -> list[list[int]]:  # fmt: skip
+    """New tokens of every row by `model.generate`, padded to the longest."""
+    settings = {"do_sample": False}
+    if config.do_sample:
+        torch.manual_seed(seed)
+        settings = {
+            "do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0,
+        }  # fmt: skip
+    if config.cache == "static":
+        settings["cache_implementation"] = "static"
+    out = model.generate(
+        **batch,
+        **settings,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    return out[:, batch["input_ids"].shape[1] :].tolist()
 
 
 def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLLMModel:

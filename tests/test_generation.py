@@ -1,5 +1,6 @@
 """Answers: the same however batched, interrupted or resumed; every field kept, every line whole."""
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -119,7 +120,8 @@ def test_an_answer_ends_at_its_first_eos() -> None:
         [eos, *[pad] * (width - 1)],
     ]
     batch = {"input_ids": torch.zeros(4, 5, dtype=torch.long)}
-    found = generate_batch(Scripted(*answers), processor, batch, GREEDY)
+    plain = dataclasses.replace(GREEDY, cache="dynamic")
+    found = generate_batch(Scripted(*answers), processor, batch, plain)
     assert [f["response"] for f in found[:2]] == ["A cat.", "A cat."]
     assert [f["num_tokens"] for f in found] == [len(ids), len(ids), width, 0]
     assert [f["finished"] for f in found] == [True, True, False, True]

@@ -31,7 +31,8 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.prefix_attention import PLANS, AttentionPlan, install, uninstall
+from spavl_lib.modelling.fused_lora import fuse_lora
+from spavl_lib.modelling.prefix_attention import PLANS, PREFIX, AttentionPlan, install, uninstall
 from spavl_lib.modelling.prefix_tree import PrefixTree, build_tree
 from spavl_lib.modelling.vision_once import ImageGroups, VisionMemory, active_dropout
 
@@ -264,9 +265,13 @@ def share_prefix(
 
 
 def apply_sharing(model: nn.Module, mode: str) -> bool:
-    """What the setting `model.share_prefix` says: True if anything may be wrapped (not `off`)."""
+    """What the setting `model.share_prefix` says: True if anything may be wrapped (not `off`).
+
+    Unless `off`, which is the plain path whole, LoRA's products are fused too.
+    """
     if mode != "off":
         share_prefix(model, strict=mode == "require")
+        fuse_lora(model)
     return mode != "off"
 
 
@@ -293,8 +298,9 @@ def unsupported(backbone: nn.Module) -> str:
         getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     ):
         return "the text model attends in a sliding window"
-    if text._attn_implementation not in ("eager", "sdpa", "flex_attention"):
-        return f"attention {text._attn_implementation!r} takes no tree (sdpa and eager do)"
+    attention = text._attn_implementation.removeprefix(PREFIX)  # wrapped already
+    if attention not in ("eager", "sdpa", "flex_attention"):
+        return f"attention {attention!r} takes no tree (sdpa and eager do)"
     return ""
 
 

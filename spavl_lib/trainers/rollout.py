@@ -6,7 +6,7 @@ number of processes, and after any interruption.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from spavl_lib.data.collate import decode_images, encode_prompts, pad_rows, stack_vision
+from spavl_lib.modelling.decoding import can_decode, decode
 from spavl_lib.modelling.roles import NEVER
 
 
@@ -166,12 +167,21 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.forbidden_ids = temperature, forbidden_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits over temperature, plus Gumbel noise: their argmax is a sample."""
+        """What `generate` asks of a logits processor."""
+        return self.noisy(scores, range(len(scores)))
+
+    def noisy(self, scores: Tensor, rows: Iterable[int]) -> Tensor:
+        """Logits over temperature, plus Gumbel noise: their argmax is a sample.
+
+        Args:
+            scores: Logits (rows, vocabulary).
+            rows: Whose they are, as numbers of seeds.
+        """
         scores = scores.float() / self.temperature
         scores[:, self.forbidden_ids] = NEVER
         exponential = torch.stack(
-            [torch.empty_like(row).exponential_(generator=g)
-             for row, g in zip(scores, self.generators, strict=True)]
+            [torch.empty_like(row).exponential_(generator=self.generators[i])
+             for row, i in zip(scores, rows, strict=True)]
         )  # fmt: skip
         return scores - exponential.clamp_min(torch.finfo(scores.dtype).tiny).log()
 
@@ -201,6 +211,11 @@ def sample(
         pad_id: Fills rows that ended early; may be the same as EOS.
     """
     noise = SeededSampling(seeds, temperature, forbidden_ids, batch["input_ids"].device)
+    if can_decode(model):
+        return decode(
+            model, batch, lambda scores, rows: noise.noisy(scores, rows).argmax(-1),
+            max_new_tokens=max_new_tokens, eos_id=eos_id,
+        )  # fmt: skip
     out = model.generate(
         **batch,
         do_sample=False,

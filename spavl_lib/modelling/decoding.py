@@ -1,0 +1,128 @@
+"""Greedy decoding in which an answer that has ended leaves the batch.
+
+`model.generate` carries every row to the end of the longest answer, and its dynamic cache copies
+all keys and values at every token. Here keys and values lie in buffers with room to grow, and
+ended rows are taken out of them once a quarter has ended. What is chosen for a row depends on its
+logits and its number alone, so its answer is `generate`'s, whatever rows are left beside it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from spavl_lib.modelling.shared_prefix import backbone_of, unsupported
+
+ROOM = 32  # tokens by which a buffer grows
+KEPT = 0.75  # part of the rows still at work below which the others leave
+# A model's own settings that `generate` follows when it decodes greedily, and their idle values.
+IDLE = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "num_beams": (None, 1),
+    "bad_words_ids": (None,),
+    "suppress_tokens": (None,),
+    "begin_suppress_tokens": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "sequence_bias": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "guidance_scale": (None,),
+    "watermarking_config": (None,),
+    "stop_strings": (None,),
+}
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer as the filled part of larger buffers."""
+
+    buffers: tuple[Tensor, Tensor] | None = None
+    length = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple:
+        """Append (rows, heads, new, head_dim); the whole, as views."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.length + key_states.shape[2]
+        if self.buffers is None or self.buffers[0].shape[2] < end:
+            self._lay_out(key_states, value_states, end + ROOM)
+        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self.length : end] = new
+        self.length = end
+        self._show()
+        return self.keys, self.values
+
+    def keep(self, rows: Tensor) -> None:
+        """Let go of all other rows."""
+        self.buffers = tuple(b.index_select(0, rows) for b in self.buffers)
+        self._show()
+
+    def _lay_out(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
+        larger = tuple(
+            x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states)
+        )
+        for buffer, old in zip(larger, self.buffers or (), strict=False):
+            buffer[:, :, : self.length] = old[:, :, : self.length]
+        self.buffers = larger
+
+    def _show(self) -> None:
+        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
+
+
+def can_decode(model: PreTrainedModel) -> bool:
+    """Whether `decode` gives what `generate` would: positions count one by one, settings idle."""
+    settings = model.generation_config
+    idle = all(getattr(settings, name, values[0]) in values for name, values in IDLE.items())
+    return idle and not unsupported(backbone_of(model)) and not is_deepspeed_zero3_enabled()
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    choose: Callable[[Tensor, list[int]], Tensor],
+    *,
+    max_new_tokens: int,
+    eos_id: int,
+) -> list[list[int]]:
+    """Answers' ids, each up to and with its EOS, or `max_new_tokens` long.
+
+    Args:
+        model: In evaluation mode; `can_decode`.
+        batch: Left-padded prompts (rows, length), with mask and image tensors.
+        choose: From fp32 logits (rows at work, vocabulary) and those rows' numbers, a token each.
+        max_new_tokens: Longest answer.
+        eos_id: Ends an answer.
+    """
+    mask = batch["attention_mask"]
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = GrowingLayer
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    inputs, position = batch | {"position_ids": positions}, positions[:, -1:]
+    answers: list[list[int]] = [[] for _ in mask]
+    rows = list(range(len(mask)))
+    going = set(rows)
+    while True:
+        out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        chosen = choose(out.logits[:, -1].float(), rows)
+        for row, token in zip(rows, chosen.tolist(), strict=True):
+            if row in going:
+                answers[row].append(token)
+        going = {r for r in going if answers[r][-1] != eos_id and len(answers[r]) < max_new_tokens}
+        if not going:
+            return answers
+        if len(going) < KEPT * len(rows):
+            left = torch.tensor([i for i, r in enumerate(rows) if r in going], device=mask.device)
+            mask, position, chosen = (x[left] for x in (mask, position, chosen))
+            rows = [r for r in rows if r in going]
+            for layer in cache.layers:
+                layer.keep(left)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+        position = position + 1
+        inputs = {"input_ids": chosen[:, None], "attention_mask": mask, "position_ids": position}
