@@ -51,6 +51,7 @@ VARIANTS = {
     "cached": NONE | {"cached": True},
     "all": ALL | {"cached": False},
     "all_cached": ALL | {"cached": True},
+    "all_cached_but_lora": ALL | {"lora": False, "cached": True},
 }
 MAIN = ("trl", "all", "all_cached")
 

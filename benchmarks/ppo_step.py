@@ -16,8 +16,9 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import common, ppo_common
+from spavl_lib.config import GenerationConfig
 from spavl_lib.modelling.roles import ROLES
-from spavl_lib.modelling.shared_prefix import share_prefix
+from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.trainers.ppo import Rollout
 
 # Widths are small and depth is not, so that tower and vocabulary weigh what they do at 7B.
@@ -39,7 +40,9 @@ class Variant:
     one_base: bool = False
     """One base for four roles, log-probabilities at answer positions alone."""
     shared: bool = False
-    """What rows have in common once a batch, in sampling and in every pass."""
+    """What rows have in common once a batch, in sampling and in every pass; LoRA in place."""
+    compact: bool = False
+    """Answers that have ended leave the batch; else transformers' `generate` samples."""
 
 
 ORIGINAL = Variant()
@@ -49,8 +52,9 @@ VARIANTS = {
     "cached": Variant(cached=True),
     "one_base": Variant(one_base=True),
     "batched_shared": Variant(batched=True, shared=True),
-    "without_shared": Variant(batched=True, cached=True, one_base=True),
-    "all": Variant(batched=True, cached=True, one_base=True, shared=True),
+    "batched_compact": Variant(batched=True, compact=True),
+    "without_shared": Variant(batched=True, cached=True, one_base=True, compact=True),
+    "all": Variant(batched=True, cached=True, one_base=True, shared=True, compact=True),
 }
 
 
@@ -58,13 +62,15 @@ def run(variant: Variant, shape: common.Shape, questions: int) -> tuple[float, R
     """Seconds of one step, after one short step that does not count; and its rollout."""
     prompts = ppo_common.prompts_of(shape, PROMPTS, questions)
     config = ppo_common.settings(shape, PROMPTS, NEW_TOKENS, BATCH if variant.batched else 1)
+    cache = "compact" if variant.compact else "dynamic"
+    config = dataclasses.replace(config, generation=GenerationConfig(cache=cache))
     build = ppo_common.one_base if variant.one_base else ppo_common.four_models
 
     def roles(never: tuple[int, ...]) -> object:
         found = build(ppo_common.build_base(shape), config, never)
         if variant.shared:
             for vlm in {id(v): v for v in map(found.vlm_of, ROLES)}.values():
-                share_prefix(vlm, strict=True)
+                apply_sharing(vlm, "require")
         return found
 
     with ppo_common.trainer(config, roles, prompts) as trainer:

@@ -137,7 +137,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, more time."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
     """Run image and question once for all rows of a batch that begin with them, with equal numbers.
-    auto: where the family allows it; require: stop where it does not; off: the plain path."""
+    auto: where the family allows it; require: stop where it does not; off: the plain path, in which
+    PEFT adds LoRA's products too."""
 
     def __post_init__(self) -> None:
         _at_least("model", self, lora_rank=1, lora_alpha=1)
@@ -457,8 +458,9 @@ class GenerationConfig:
     top_p: float = 1.0
     """Smallest set of tokens with this mass, when sampling."""
     cache: Literal["compact", "dynamic", "static"] = "compact"
-    """Keys and values. compact: ended answers leave the batch (greedy, LLaVA; else dynamic);
-    transformers' own: dynamic grows with the answer, static is laid out at once."""
+    """Keys and values. compact: ended answers leave the batch, where it is exact (LLaVA, greedy
+    answers and PPO's rollouts; else dynamic). transformers' own: dynamic grows with the answer,
+    static is laid out at once."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """vllm: the optional engine, for Linux with a GPU; same prompts in, same records out."""
 

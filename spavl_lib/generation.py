@@ -3,8 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -90,10 +89,8 @@ def generate(
         mine = todo[parallel.rank() :: parallel.world_size()]
         asked = [[rows[i] for i in batches[number]] for number in mine]
         prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
-        for number, batch in zip(mine, ahead(prepare, asked), strict=True):
+        for number, batch in zip(mine, ahead(prepare, asked, should_stop), strict=False):
             indices, own_seed = batches[number], _batch_seed(seed, number)
-            if should_stop:
-                break
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, batch, config, seed=own_seed)
             else:
@@ -130,16 +127,23 @@ def generate(
     return records
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map`, with the next result made in a thread while this one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: deque[Future[R]] = deque()
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > 1:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def ahead(work: Callable[[T], R], items: Sequence[T], should_stop: object) -> Iterator[R]:
+    """`map`, with the next result made in a thread while this one is used.
+
+    Ends early, with nothing left to wait for, once `should_stop` is truthy.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting: Future[R] | None = None
+        for number, item in enumerate(items):
+            if should_stop:
+                return
+            result = (waiting or pool.submit(work, item)).result()
+            more = number + 1 < len(items)
+            waiting = pool.submit(work, items[number + 1]) if more else None
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "sc
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
-    "scaling.workers",
+    "scaling.workers", "generation.cache",
 )  # fmt: skip
 # What of the config a stage's result depends on; a change elsewhere leaves it done.
 STAGE_KEYS = {

@@ -1,7 +1,7 @@
 """Answers: the same however batched, interrupted or resumed; every field kept, every line whole."""
 
-import dataclasses
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.spavl import load_prompts
 from spavl_lib.errors import InputError, Preempted
-from spavl_lib.generation import generate, generate_batch, make_inference_stage
+from spavl_lib.generation import ahead, generate, generate_batch, make_inference_stage
 from spavl_lib.run import Run, read_jsonl
 from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread
 
@@ -120,7 +120,7 @@ def test_an_answer_ends_at_its_first_eos() -> None:
         [eos, *[pad] * (width - 1)],
     ]
     batch = {"input_ids": torch.zeros(4, 5, dtype=torch.long)}
-    plain = dataclasses.replace(GREEDY, cache="dynamic")
+    plain = replace(GREEDY, cache="dynamic")
     found = generate_batch(Scripted(*answers), processor, batch, plain)
     assert [f["response"] for f in found[:2]] == ["A cat.", "A cat."]
     assert [f["num_tokens"] for f in found] == [len(ids), len(ids), width, 0]
@@ -324,3 +324,38 @@ def test_the_inference_stage_asks_every_model_once(tmp_path: Path) -> None:
     other = smoke(changes | {"generation.max_new_tokens": 4}, run_name="r")
     with pytest.raises(InputError, match="generation.max_new_tokens: 3 -> 4"):
         make_inference_stage(other, Run(other, root=tmp_path).stage("inference"))
+
+
+# --- batches made ahead -------------------------------------------------------------------------
+
+
+def test_the_next_batch_is_made_while_this_one_is_used() -> None:
+    made: list[int] = []
+    begun = threading.Event()
+
+    def work(item: int) -> int:
+        made.append(item)
+        if item == 1:
+            begun.set()
+        if item == 3:
+            raise ValueError("row 3")
+        return 10 * item
+
+    results = ahead(work, [0, 1, 2, 3], False)
+    assert next(results) == 0
+    assert begun.wait(10), "nothing was begun ahead"
+    assert [next(results), next(results)] == [10, 20]
+    with pytest.raises(ValueError, match="row 3"):
+        next(results)
+    assert made == [0, 1, 2, 3]
+
+
+def test_once_asked_to_stop_no_batch_is_begun() -> None:
+    made: list[int] = []
+    flag: list[int] = []
+    results = ahead(lambda item: made.append(item) or item, [0, 1, 2, 3], flag)
+    assert next(results) == 0
+    flag.append(1)
+    assert list(results) == []
+    assert set(made) <= {0, 1}
+    assert list(ahead(made.append, [7], flag)) == [] and 7 not in made

@@ -3,7 +3,8 @@
 `model.generate` carries every row to the end of the longest answer, and its dynamic cache copies
 all keys and values at every token. Here keys and values lie in buffers with room to grow, and
 ended rows are taken out of them once a quarter has ended. What is chosen for a row depends on its
-logits and its number alone, so its answer is `generate`'s, whatever rows are left beside it.
+logits and its number alone, so its answer is `generate`'s up to rounding, whatever rows are left
+beside it: equal in fp32, while in half precision ties may fall the other way.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ IDLE = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
     "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
     "num_beams": (None, 1),
@@ -36,6 +38,11 @@ IDLE = {
     "guidance_scale": (None,),
     "watermarking_config": (None,),
     "stop_strings": (None,),
+    "max_time": (None,),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
 }
 
 
@@ -58,10 +65,15 @@ class GrowingLayer(DynamicLayer):
         self._show()
         return self.keys, self.values
 
-    def keep(self, rows: Tensor) -> None:
-        """Let go of all other rows."""
-        self.buffers = tuple(b.index_select(0, rows) for b in self.buffers)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.buffers = tuple(b.index_select(0, indices) for b in self.buffers)
         self._show()
+
+    def _unsupported(self, *_: object) -> None:
+        raise NotImplementedError("a growing layer only grows, and lets rows go")
+
+    crop = reorder_cache = reset = batch_repeat_interleave = _unsupported
 
     def _lay_out(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
         larger = tuple(
@@ -122,7 +134,7 @@ def decode(
             mask, position, chosen = (x[left] for x in (mask, position, chosen))
             rows = [r for r in rows if r in going]
             for layer in cache.layers:
-                layer.keep(left)
+                layer.batch_select_indices(left)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
         inputs = {"input_ids": chosen[:, None], "attention_mask": mask, "position_ids": position}

@@ -2,8 +2,10 @@
 
 PEFT writes `result + lora_B(lora_A(x)) * scaling`: three tensors of the layer's output size, each
 written to memory and read again, and one more in the backward pass. Here the second product is
-added to the first in place, and the scale goes on B, which is small. Hu et al. 2021
-(arXiv:2106.09685), equation 3; equal up to rounding.
+scaled and added to the first in place, by the matrix product itself. Hu et al. 2021
+(arXiv:2106.09685), equation 3; equal up to rounding. Where base and adapter are of one precision
+and nothing casts: fp32 on a CPU, or bf16 throughout. Under autocast, over 4 bit and under ZeRO-3
+PEFT's own way runs.
 """
 
 import types
@@ -42,9 +44,9 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if not name or args or kwargs:
         return Linear.forward(self, x, *args, **kwargs)
     rows = x.reshape(-1, x.shape[-1])
-    up = self.lora_B[name].weight * self.scaling[name]
-    down = functional.linear(rows, self.lora_A[name].weight)
-    return self.base_layer(rows).addmm_(down, up.t()).view(*x.shape[:-1], -1)
+    down, up = functional.linear(rows, self.lora_A[name].weight), self.lora_B[name].weight
+    result = self.base_layer(rows).addmm_(down, up.t(), alpha=self.scaling[name])
+    return result.view(*x.shape[:-1], -1)
 
 
 def _only_adapter(layer: Linear, x: Tensor) -> str:

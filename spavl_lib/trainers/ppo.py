@@ -283,6 +283,7 @@ class PPOTrainer:
                         max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
                         forbidden_ids=self.model.forbidden_ids, eos_id=self.eos_id,
                         pad_id=self.pad_id,
+                        compact=self.config.generation.cache == "compact",
                     )  # fmt: skip
             sampled += zip(rows, said, strict=True)
         for i, answer in itertools.chain(*parallel.gathered(sampled)):

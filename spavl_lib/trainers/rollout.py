@@ -197,6 +197,7 @@ def sample(
     forbidden_ids: list[int],
     eos_id: int,
     pad_id: int,
+    compact: bool = True,
 ) -> list[list[int]]:
     """The answers' ids: exactly the new tokens, cut after the first EOS.
 
@@ -209,9 +210,10 @@ def sample(
         forbidden_ids: Never said.
         eos_id: Ends an answer, and belongs to it.
         pad_id: Fills rows that ended early; may be the same as EOS.
+        compact: Whether answers that have ended may leave the batch (`modelling.decoding`).
     """
     noise = SeededSampling(seeds, temperature, forbidden_ids, batch["input_ids"].device)
-    if can_decode(model):
+    if compact and can_decode(model):
         return decode(
             model, batch, lambda scores, rows: noise.noisy(scores, rows).argmax(-1),
             max_new_tokens=max_new_tokens, eos_id=eos_id,

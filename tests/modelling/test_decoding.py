@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spavl_lib.modelling import decoding
 from spavl_lib.modelling.decoding import GrowingLayer, can_decode, decode
 from spavl_lib.modelling.shared_prefix import share_prefix
-from spavl_lib.trainers import rollout
 from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample
 from tests.helpers import mini_rows, tiny
 
@@ -16,10 +16,11 @@ CPU = torch.device("cpu")
 FAMILIES = ("embedded", "llava", "llava_next")
 
 
-def asked(family: str, count: int = 9) -> tuple:
+def asked(family: str) -> tuple:
     """Prompts of unequal length, and a model of one's own."""
     model, processor = tiny(family)
-    prompts = encode_rows(processor, [mini_rows()[7 * i] for i in range(count)])
+    rows = [0, 1, 2, 7, 8, 20, 30, 31, 32]  # some about one picture
+    prompts = encode_rows(processor, [mini_rows()[i] for i in rows])
     batch = batch_of(prompts, [[] for _ in prompts], processor.tokenizer.pad_token_id, CPU)
     assert not batch["attention_mask"].all(), "no padding: too easy"
     return copy.deepcopy(model), processor, batch
@@ -43,8 +44,7 @@ def test_greedy_answers_are_those_of_generate(family: str, shared: bool) -> None
     )
     expected = ended(whole, eos)
     assert len({len(row) for row in expected}) > 1
-    if shared:
-        share_prefix(model, strict=True)
+    handle = share_prefix(model, strict=True) if shared else None
     assert can_decode(model)
     at_work = []
 
@@ -55,6 +55,7 @@ def test_greedy_answers_are_those_of_generate(family: str, shared: bool) -> None
 
     said = decode(model, batch, greedy, max_new_tokens=limit, eos_id=eos)
     assert said == expected
+    assert handle is None or handle.stats["shared"] == 1, "the prompts' beginnings, once"
     assert len(at_work) == max(map(len, expected)), "one pass a token, none after the last"
     going = [sum(len(row) > n for row in expected) for n in range(len(at_work))]
     assert going[-1] < 9, "all end together: too easy"
@@ -66,13 +67,24 @@ def test_sampled_rows_are_those_of_generate(family: str, monkeypatch: pytest.Mon
     model, processor, batch = asked(family)
     options = {
         "max_new_tokens": 16, "temperature": 1.5, "forbidden_ids": list(never_said(processor)),
-        "eos_id": processor.tokenizer.eos_token_id, "pad_id": processor.tokenizer.pad_token_id,
+        "pad_id": processor.tokenizer.pad_token_id,
     }  # fmt: skip
     seeds = [100 + i for i in range(9)]
-    compact = sample(model, batch, seeds, **options)
-    monkeypatch.setattr(rollout, "can_decode", lambda model: False)
-    assert sample(model, batch, seeds, **options) == compact
-    assert len(set(map(tuple, compact))) > 1
+    # Tokens of the rows' middles end them, at places of their own.
+    first = sample(model, batch, seeds, eos_id=-1, compact=False, **options)
+    eos = first[0][2]
+    expected = sample(model, batch, seeds, eos_id=eos, compact=False, **options)
+    assert len(expected[0]) == 3 < max(map(len, expected))
+    taken_out, own = [], GrowingLayer.batch_select_indices
+
+    def noted(self: GrowingLayer, indices: Tensor) -> None:
+        taken_out.append(len(indices))
+        own(self, indices)
+
+    monkeypatch.setattr(GrowingLayer, "batch_select_indices", noted)
+    monkeypatch.setattr(decoding, "KEPT", 1.0)  # out at once, one as it may be
+    assert sample(model, batch, seeds, eos_id=eos, **options) == expected
+    assert taken_out and taken_out[0] < 9
 
 
 def test_rows_taken_out_leave_the_others_alone() -> None:
@@ -85,7 +97,7 @@ def test_rows_taken_out_leave_the_others_alone() -> None:
     whole = torch.cat(plain, 3)
     assert torch.equal(torch.stack([keys, values]), whole)
     assert layer.get_seq_length() == 47
-    layer.keep(torch.tensor([3, 1]))
+    layer.batch_select_indices(torch.tensor([3, 1]))
     new = torch.randn(2, 2, 2, 1, 3)
     again = torch.stack(layer.update(*new))
     assert torch.equal(again, torch.cat([whole[:, [3, 1]], new], 3))
