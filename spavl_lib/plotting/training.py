@@ -30,7 +30,7 @@ from spavl_lib.report.numbers import percent, share
 # Panels of the training figure: title, keys, y label. Keys that a file lacks are left out.
 TRAINING_GROUPS = (
     ("Loss", ("loss",), "nats a pair"),
-    ("Reward margin (chosen − rejected)", ("rewards/margins",), "β × nats"),
+    ("Margin, chosen − rejected", ("rewards/margins",), "reward"),
     ("Pairs ranked rightly", ("rewards/accuracies",), "share"),
     ("Log-probability of the answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
     ("Score (band: one sd)", ("objective/scores",), "reward model's score"),
