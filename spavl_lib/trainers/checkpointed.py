@@ -334,6 +334,12 @@ class StageCallback(TrainerCallback):
             control.should_save = True
         return control
 
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Asked while it was saving: that is the checkpoint, and no further step is made."""
+        if self._asked_to_stop():
+            control.should_training_stop = True
+        return control
+
     def _asked_to_stop(self) -> bool:
         """Whether any process was; all then stop after the same step."""
         stop = parallel.any_of(bool(self.flag))

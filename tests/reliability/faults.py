@@ -160,6 +160,8 @@ def poison(where: str) -> None:
     if name == "weight":
         _spoil_weight(wanted)
     elif name == "gradient":
+        if module.__name__.endswith("ppo"):
+            from spavl_lib.trainers import engines as module
         gate = module.gate_gradients
 
         def spoilt(model: Any, step: int, row_ids: list[str]) -> None:
