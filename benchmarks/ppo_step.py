@@ -16,7 +16,6 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import common, ppo_common
-from spavl_lib.config import GenerationConfig
 from spavl_lib.modelling.roles import ROLES
 from spavl_lib.modelling.shared_prefix import apply_sharing
 from spavl_lib.trainers.ppo import Rollout
@@ -63,7 +62,8 @@ def run(variant: Variant, shape: common.Shape, questions: int) -> tuple[float, R
     prompts = ppo_common.prompts_of(shape, PROMPTS, questions)
     config = ppo_common.settings(shape, PROMPTS, NEW_TOKENS, BATCH if variant.batched else 1)
     cache = "compact" if variant.compact else "dynamic"
-    config = dataclasses.replace(config, generation=GenerationConfig(cache=cache))
+    generation = dataclasses.replace(config.generation, cache=cache)
+    config = dataclasses.replace(config, generation=generation)
     build = ppo_common.one_base if variant.one_base else ppo_common.four_models
 
     def roles(never: tuple[int, ...]) -> object:
