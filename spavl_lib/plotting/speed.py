@@ -23,7 +23,7 @@ def plot_growth(source: Path | str | dict) -> Figure:
     for ax, (key, title) in zip(fig.subplots(1, 2), PANELS, strict=True):
         rows = metrics[key]
         x = [r["tokens"] for r in rows]
-        series = (("trl", "trl 1.16", BASE_COLOUR), ("ours", "shared prefixes", PALETTE[0]))
+        series = (("trl", "trl 1.16", BASE_COLOUR), ("ours", "this library", PALETTE[0]))
         for name, label, colour in series:
             y = [r[name] for r in rows]
             ax.plot(x, y, marker="o", color=colour, label=label)
