@@ -291,14 +291,14 @@ class PPOTrainer:
         finished = [r[-1:] == [self.eos_id] for r in responses]
         decode = self.processor.tokenizer.decode
         texts = [decode(r, skip_special_tokens=True).strip() for r in responses]
+        rollout = Rollout(prompts, responses, texts, finished)
+        self._measure(rollout, cache)  # first: weights that are no numbers have nothing to say
         if not any(texts):
             raise InputError(
                 f"step {step + 1}: every answer is empty (rows {prompts[0].row_id}, ...): the "
                 "policy has collapsed; lower ppo.learning_rate or raise ppo.kl_coef, and start "
                 "from an earlier checkpoint"
             )
-        rollout = Rollout(prompts, responses, texts, finished)
-        self._measure(rollout, cache)
         self._reward(rollout)
         return rollout
 
