@@ -205,7 +205,8 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
             save_reward_model(model, target, config.model)
             if parallel.is_main():
                 processor.save_pretrained(target)
-    stage.finish(summary)
+    with stop_on_signals():  # done is done: a signal now ends nothing half-way
+        stage.finish(summary)
     return summary
 
 

@@ -87,7 +87,7 @@ def test_killed_in_a_phase_it_ends_in_the_same_bits(
         resume(case, name)
         compare(case, name)
     row = "R5" if algorithm == "ppo" else "R1"
-    record(row, len(phases), len(phases), f"{algorithm}, in {', '.join(phases)}")
+    record(row, len(phases), len(phases), f"{algorithm} by phase, in {', '.join(phases)}")
 
 
 def test_dead_at_any_write_it_goes_on_from_the_last_whole_checkpoint(
