@@ -60,7 +60,7 @@ def test_a_signal_in_any_phase_saves_and_ends_75(
             assert f"spavl: stopped by {number}" in child.said
             assert dropped.start(name, fault=DROPOUT).wait() == 0
         assert dropped.ended(name) == dropped.straight, name
-    record("R11", len(tried), len(tried), "script, by phase, dropout on")
+    record("R11", len(tried), len(tried), "script by phase, dropout on")
 
 
 def test_a_signal_from_outside_is_heard_within_a_step(
@@ -81,7 +81,7 @@ def test_a_signal_from_outside_is_heard_within_a_step(
     step = dropped.took_s / STEPS
     assert max(waits) < step + 5, waits
     record(
-        "R11", len(waits), len(waits), "script, from outside", longest_wait_s=round(max(waits), 2)
+        "R11", len(waits), len(waits), "script from outside", longest_wait_s=round(max(waits), 2)
     )
 
 
