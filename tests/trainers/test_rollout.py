@@ -2,10 +2,8 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from spavl_lib.trainers import rollout
 from spavl_lib.trainers.rollout import (
     Prompt,
     Rollout,
@@ -63,15 +61,12 @@ def test_an_answer_is_the_same_alone_and_among_others() -> None:
     assert other[0] != together[0]
 
 
-def test_answers_are_cut_after_the_first_eos_even_where_it_pads(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(rollout, "can_decode", lambda model: False)
+def test_answers_are_cut_after_the_first_eos_even_where_it_pads() -> None:
     out = torch.tensor([[9, 9, 5, 2, 2, 2], [9, 9, 2, 2, 2, 2], [9, 9, 5, 6, 7, 8]])
     scripted = SimpleNamespace(generate=lambda **_: out)
     batch = {"input_ids": torch.zeros(3, 2, dtype=torch.long)}
     answers = sample(
         scripted, batch, [1, 2, 3], max_new_tokens=4, temperature=1.0, forbidden_ids=[],
-        eos_id=2, pad_id=2,
+        eos_id=2, pad_id=2, compact=False,
     )  # fmt: skip
     assert answers == [[5, 2], [2], [5, 6, 7, 8]]
