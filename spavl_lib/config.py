@@ -515,8 +515,12 @@ class ScalingConfig:
     """Arms with the projector trained, or frozen."""
     lora_ranks: tuple[int, ...] = ()
     """Arms with adapters of these ranks, alpha twice the rank."""
+    lora_learning_rate: float = 0.0
+    """Of the rank arms, 0 for `dpo.learning_rate`; adapters want about ten times full training's
+    (Schulman et al., LoRA Without Regret, 2025)."""
     ablation_rows: int = 0
-    """Pairs of every arm but the data-scale ones; 0 for as many as the poorest of a family has."""
+    """Pairs of every arm but the data-scale ones, at most; a family whose poorest arm has fewer
+    takes that many, and so does every family if this is 0."""
     seeds: tuple[int, ...] = ()
     """Every arm once a seed, which also draws its rows."""
     min_steps: int = 20
@@ -527,7 +531,8 @@ class ScalingConfig:
     """Arms trained at once; 0 for as many as there is room for."""
 
     def __post_init__(self) -> None:
-        _at_least("scaling", self, ablation_rows=0, min_steps=1, eval_rows=0, workers=0)
+        _at_least("scaling", self, ablation_rows=0, min_steps=1, eval_rows=0, workers=0,
+                  lora_learning_rate=0)  # fmt: skip
         for name in self.question_types:
             _known("scaling.question_types", name, ("easy", "hardq", "hards", "mixed"))
         for name in self.projector:

@@ -26,6 +26,7 @@ from spavl_lib.errors import BusyError, InputError
 from spavl_lib.files import read_json, write_json, write_text, writing
 from spavl_lib.files import read_jsonl as read_jsonl  # for those who read a stage's files
 from spavl_lib.parallel import is_main
+from spavl_lib.stop import stop_on_signals
 
 STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "scaling")
 # Settings that may differ between the making of a stage and its use.
@@ -333,9 +334,15 @@ class Stage:
                 handle.write(line)
 
     def finish(self, summary: dict) -> None:
-        """Write the summary: the stage is done. The manifest takes its hash first."""
-        if not is_main():
-            return
+        """Write the summary: the stage is done. The manifest takes its hash first.
+
+        A signal meanwhile ends nothing half-way: it is left to the loop around, if there is one.
+        """
+        if is_main():
+            with stop_on_signals():
+                self._conclude(summary)
+
+    def _conclude(self, summary: dict) -> None:
         if self._has_manifest():
             self.manifest = read_json(self.path / "manifest.json")
             weights = summary.get("weights_sha256")

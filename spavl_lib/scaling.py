@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
-from spavl_lib.config import Config, DataConfig, ModelConfig, from_dict
+from spavl_lib.config import Config, DataConfig, DPOConfig, ModelConfig, from_dict
 from spavl_lib.data.spavl import load_preferences, load_prompts, load_truth
 from spavl_lib.errors import ERRORS, BusyError, InputError, Preempted
 from spavl_lib.evaluation.judges import judge_all, make_judge
@@ -91,8 +91,7 @@ def plan(config: Config) -> list[Arm]:
     """Every arm of every seed, each with its full config.
 
     Raises:
-        InputError: The profile names no arms, or an ablation wants more pairs than one of its arms
-            has.
+        InputError: The profile names no arms, or one that cannot be.
     """
     scaling = config.scaling
     variants = list(_variants(config))
@@ -111,7 +110,7 @@ def plan(config: Config) -> list[Arm]:
                 validation_rows=VALIDATION_ROWS,
             )  # fmt: skip
             made = dataclasses.replace(
-                config, data=data_config, model=model, seed=seed, dpo=_dpo(config, rows)
+                config, data=data_config, model=model, seed=seed, dpo=_dpo(config, family, rows)
             )
             arms.append(Arm(family, name, seed, made))
     return arms
@@ -144,7 +143,7 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
 
 
 def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
-    """Pairs of every ablation: the same within a family, and no more than its poorest arm has."""
+    """Pairs of every ablation: the same within a family, no more than its poorest arm has."""
     wanted, sizes, known = config.scaling.ablation_rows, {}, {}
     for family in FAMILIES:
         datas = [d for f, _, d, _ in variants if f == family and family != "size"]
@@ -153,22 +152,18 @@ def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
                 whole = dataclasses.replace(data, train_rows=0)
                 known[data] = len(load_preferences(whole, "train"))
             poorest = min(known[d] for d in datas)
-            if wanted > poorest:
-                raise InputError(
-                    f"scaling.ablation_rows is {wanted:,}, but an arm of {FAMILIES[family]} has "
-                    f"{poorest:,} pairs; arms must be of equal size"
-                )
-            sizes[family] = wanted or poorest
+            sizes[family] = min(wanted, poorest) if wanted else poorest
     return sizes
 
 
-def _dpo(config: Config, rows: int) -> Any:
+def _dpo(config: Config, family: str, rows: int) -> DPOConfig:
     """One pass over the rows, or the floor of steps if that is more."""
+    rate = config.scaling.lora_learning_rate if family == "rank" else 0
     batch = config.dpo.global_batch_size
     steps = max(config.scaling.min_steps, -(-rows // batch))
     return dataclasses.replace(
         config.dpo, max_steps=steps, warmup_steps=min(config.dpo.warmup_steps, steps // 4),
-        save_steps=max(steps, 1), eval_steps=0,
+        save_steps=max(steps, 1), eval_steps=0, learning_rate=rate or config.dpo.learning_rate,
     )  # fmt: skip
 
 
@@ -417,9 +412,12 @@ def work(folder: Path) -> None:
     )
     quiet_libraries()
     waiting = list({arm.key: arm for arm in plan(config)}.values())
-    for arm in waiting:
-        with contextlib.suppress(BusyError):
-            run_arm(stage, arm)
+    with stop_on_signals() as flag:
+        for arm in waiting:
+            if flag:
+                raise Preempted("stopped between arms")
+            with contextlib.suppress(BusyError):
+                run_arm(stage, arm)
 
 
 if __name__ == "__main__":

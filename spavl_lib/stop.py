@@ -28,7 +28,10 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and SIGINT set while the block runs (main thread only)."""
+    """A flag that SIGTERM and SIGINT set while the block runs (main thread only).
+
+    A block inside another hands on what it was told: the loop around it stops as well.
+    """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
@@ -40,3 +43,6 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+            outer = getattr(handler, "__self__", None)
+            if isinstance(outer, StopFlag):
+                outer.reason = outer.reason or flag.reason

@@ -1,6 +1,8 @@
 """Run folders: files appear whole, settings are guarded, one process at a time."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from spavl_lib.run import (
     STAGE_KEYS,
     STAGES,
     Run,
+    Stage,
     read_json,
     read_jsonl,
     repo_root,
@@ -23,6 +26,7 @@ from spavl_lib.run import (
     write_json,
     write_text,
 )
+from spavl_lib.stop import stop_on_signals
 
 # --- files --------------------------------------------------------------------------------------
 
@@ -88,6 +92,21 @@ def test_a_stage_is_done_when_its_summary_stands(runs: Path) -> None:
     assert [r["step"] for r in read_jsonl(stage.metrics_path)] == [1, 2]
     with pytest.raises(ValueError, match="unknown stage"):
         run.stage("dop")
+
+
+def test_a_signal_while_the_summary_is_written_ends_nothing_and_is_not_lost(
+    runs: Path, monkeypatch
+) -> None:
+    stage, conclude = Run(load_config("smoke")).stage("scaling"), Stage._conclude
+
+    def signalled(self: Stage, summary: dict) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        conclude(self, summary)
+
+    monkeypatch.setattr(Stage, "_conclude", signalled)
+    with stage.work(), stop_on_signals() as around:
+        stage.finish({"x": 1})
+    assert stage.summary == {"x": 1} and around.reason == "SIGTERM"
 
 
 def test_the_manifest_says_what_made_it_and_sums_the_time(runs: Path) -> None:

@@ -23,31 +23,31 @@ def test_the_demos_arms_are_equal_where_they_must_be() -> None:
     arms = scaling.plan(config)
     assert {a.seed for a in arms} == {0, 1, 2}
     families = Counter(a.family for a in arms if a.seed == 0)
-    assert families == {"size": 4, "questions": 4, "answers": 3, "projector": 2, "rank": 3}
+    assert families == {"size": 5, "questions": 4, "answers": 3, "projector": 2, "rank": 3}
     for arm in arms:
         assert arm.config.seed == arm.config.data.sampling_seed == arm.seed
         rows, dpo = arm.config.data.train_rows, arm.config.dpo
-        assert rows == 480 or arm.family == "size"
+        assert arm.family == "size" or rows == (689 if arm.family == "answers" else 1000)
+        assert dpo.learning_rate == (1e-3 if arm.family == "rank" else 1e-4)
         assert dpo.max_steps == max(20, -(-rows // 16))
-    shared = [a for a in arms if a.seed == 0 and a.name in ("mixed", "all", "trained")]
-    assert len({a.key for a in shared}) == 1  # the same training under three names
-    assert len({a.key for a in arms}) == 42
+    shared = [a for a in arms if a.seed == 0 and a.name in ("1,000", "mixed", "trained")]
+    assert len(shared) == 3 and len({a.key for a in shared}) == 1  # one training, three names
+    assert len({a.key for a in arms}) == 45
 
 
-def test_arms_that_cannot_be_equal_are_refused() -> None:
-    with pytest.raises(InputError, match="an arm of question types has 1,060 pairs"):
-        scaling.plan(load_config("demo", {"scaling.ablation_rows": 2000}))
+def test_arms_that_cannot_be_are_refused() -> None:
     with pytest.raises(InputError, match="names no arms|no arms; name them"):
         scaling.plan(load_config("smoke", {"scaling.seeds": []}))
     with pytest.raises(InputError, match="expected NAME=SOURCE"):
         scaling.plan(load_config("demo", {"scaling.answers": ["careful"]}))
 
 
-def test_an_ablation_without_a_size_takes_what_the_poorest_arm_has() -> None:
-    config = load_config("demo", {"scaling.ablation_rows": 0, "scaling.sizes": []})
-    rows = {a.family: a.config.data.train_rows for a in scaling.plan(config)}
-    assert rows["questions"] == 1060 and rows["projector"] == 3180
-    assert 300 < rows["answers"] < 3180
+@pytest.mark.parametrize(("wanted", "most"), [(0, 3180), (2000, 2000)])
+def test_an_ablation_takes_no_more_than_its_poorest_arm_has(wanted: int, most: int) -> None:
+    config = load_config("demo", {"scaling.ablation_rows": wanted, "scaling.sizes": []})
+    arms = scaling.plan(config)
+    rows = {(a.family, a.config.data.train_rows) for a in arms}
+    assert rows == {("questions", 1060), ("answers", 689), ("projector", most), ("rank", most)}
 
 
 def test_arms_are_trained_measured_kept_and_gathered(

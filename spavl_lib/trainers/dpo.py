@@ -145,8 +145,7 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
         }  # fmt: skip
         save_trained(trainer.model, processor, stage, config, _card(config, summary))
-    with stop_on_signals():  # done is done: a signal now ends nothing half-way
-        stage.finish(summary)
+    stage.finish(summary)
     return summary
 
 

@@ -118,8 +118,7 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         summary = trainer.summary()
         policy = trainer.model.vlm_of("policy")
         save_trained(policy, trainer.processor, stage, config, _card(config, summary))
-    with stop_on_signals():  # done is done: a signal now ends nothing half-way
-        stage.finish(summary)
+    stage.finish(summary)
     return summary
 
 

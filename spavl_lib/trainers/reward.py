@@ -205,8 +205,7 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
             save_reward_model(model, target, config.model)
             if parallel.is_main():
                 processor.save_pretrained(target)
-    with stop_on_signals():  # done is done: a signal now ends nothing half-way
-        stage.finish(summary)
+    stage.finish(summary)
     return summary
 
 

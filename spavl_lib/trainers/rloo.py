@@ -183,8 +183,7 @@ def train_rloo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         trainer.train_from(newest)
         summary = _summary(config, stage, trainer, rows)
         save_trained(trainer.model, processor, stage, config, _card(config, summary))
-    with stop_on_signals():  # done is done: a signal now ends nothing half-way
-        stage.finish(summary)
+    stage.finish(summary)
     return summary
 
 

@@ -88,21 +88,20 @@ def kill_in(phase: str) -> None:
     patch(name, dying)
 
 
-# Phase -> module, and the dotted name in it that runs then; {kind} is the trainer, {gates} where
-# its gates are looked up.
+# Phase -> module, and the dotted name in it that runs then; {kind} is the trainer.
 PHASES = {
     "hashing": ("spavl_lib.provenance", "environment"),
     "data": ("spavl_lib.trainers.{kind}", "load_preferences"),
     "build": ("spavl_lib.trainers.{kind}", "build_trainer"),
-    "forward": ("spavl_lib.trainers.{gates}", "gate_loss"),
-    "backward": ("spavl_lib.trainers.{gates}", "gate_gradients"),
+    "forward": ("spavl_lib.trainers.guards", "gate_loss"),
+    "backward": ("spavl_lib.trainers.guards", "gate_gradients"),
     "optimizer": ("torch.optim", "AdamW.step"),
     "logging": ("spavl_lib.run", "Stage.log"),
     "save": ("spavl_lib.checkpoint", "save_file"),
     "seal": ("spavl_lib.checkpoint", "sha256_file"),
     "evaluate": ("transformers", "Trainer.evaluation_loop"),
     "score": ("spavl_lib.trainers.reward", "score_pairs"),
-    "summary": ("spavl_lib.run", "Stage.finish"),
+    "summary": ("spavl_lib.run", "Stage._conclude"),
     "rollout": ("spavl_lib.trainers.ppo", "sample"),
     "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
     "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
@@ -110,12 +109,25 @@ PHASES = {
 }
 
 
-def gates() -> Any:
-    """The module in which the trainer at hand looks its gates up."""
+def trainer_module() -> Any:
+    """The module of the trainer at hand."""
     import importlib
 
-    name = "ppo" if os.environ["SPAVL_KIND"] == "ppo" else "checkpointed"
-    return importlib.import_module(f"spavl_lib.trainers.{name}")
+    return importlib.import_module(f"spavl_lib.trainers.{os.environ['SPAVL_KIND']}")
+
+
+def patch_gate(name: str, wrap: Any) -> None:
+    """Put a wrapper around a gate, in every module that looks it up."""
+    import sys
+
+    from spavl_lib.trainers import guards
+
+    trainer_module()
+    plain = getattr(guards, name)
+    wrapped = wrap(plain)
+    for module in list(sys.modules.values()):
+        if getattr(module, name, None) is plain:
+            setattr(module, name, wrapped)
 
 
 def patch(name: str, wrap: Any) -> None:
@@ -123,10 +135,10 @@ def patch(name: str, wrap: Any) -> None:
     import importlib
 
     module_name, dotted = PHASES[name]
-    where = gates().__name__.rpartition(".")[2]
-    owner: Any = importlib.import_module(
-        module_name.format(kind=os.environ["SPAVL_KIND"], gates=where)
-    )
+    if module_name.endswith(".guards"):
+        patch_gate(dotted, wrap)
+        return
+    owner: Any = importlib.import_module(module_name.format(kind=os.environ["SPAVL_KIND"]))
     *parents, last = dotted.split(".")
     for part in parents:
         owner = getattr(owner, part)
@@ -156,14 +168,15 @@ def poison(where: str) -> None:
     `scores@1`, `logps@3`, `ref_logps@6` (the KL rests on both). Weights turn after their step.
     """
     name, _, step = where.partition("@")
-    wanted, module = int(step), gates()
-    if name == "weight":
-        _spoil_weight(wanted)
-    elif name == "gradient":
-        if module.__name__.endswith("ppo"):
-            from spavl_lib.trainers import engines as module
-        gate = module.gate_gradients
+    wanted = int(step)
 
+    def spoilt_loss(gate: Any) -> Any:
+        def spoilt(loss: Any, step: int, row_ids: list[str]) -> None:
+            gate(loss * (math.nan if step == wanted else 1), step, row_ids)
+
+        return spoilt
+
+    def spoilt_gradient(gate: Any) -> Any:
         def spoilt(model: Any, step: int, row_ids: list[str]) -> None:
             if step == wanted:
                 next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = (
@@ -171,30 +184,41 @@ def poison(where: str) -> None:
                 )
             gate(model, step, row_ids)
 
-        module.gate_gradients = spoilt
+        return spoilt
+
+    if name == "weight":
+        _spoil_weight(wanted)
+    elif name == "gradient":
+        patch_gate("gate_gradients", spoilt_gradient)
     elif name == "loss":
-        gate_loss = module.gate_loss
-
-        def spoilt_loss(loss: Any, step: int, row_ids: list[str]) -> None:
-            gate_loss(loss * (math.nan if step == wanted else 1), step, row_ids)
-
-        module.gate_loss = spoilt_loss
+        patch_gate("gate_loss", spoilt_loss)
     else:
-        inner = module.PPOTrainer._gate
+        _spoil_column(name, wanted)
 
-        def spoilt_column(self: Any, rollout: Any) -> None:
-            if self.step + 1 == wanted:
-                rollout.columns[name].view(-1)[0] = math.inf
-            inner(self, rollout)
 
-        module.PPOTrainer._gate = spoilt_column
+def _spoil_column(name: str, wanted: int) -> None:
+    """One number of PPO's rollout, before its gate."""
+    from spavl_lib.trainers.ppo import PPOTrainer
+
+    inner = PPOTrainer._gate
+
+    def spoilt(self: Any, rollout: Any) -> None:
+        if self.step + 1 == wanted:
+            rollout.columns[name].view(-1)[0] = math.inf
+        inner(self, rollout)
+
+    PPOTrainer._gate = spoilt
 
 
 def _spoil_weight(wanted: int) -> None:
     """After a step is done and before it is saved."""
-    module = gates()
     ppo = os.environ["SPAVL_KIND"] == "ppo"
-    owner, name = (module.PPOTrainer, "_log") if ppo else (module.StageCallback, "on_step_end")
+    if ppo:
+        owner, name = trainer_module().PPOTrainer, "_log"
+    else:
+        from spavl_lib.trainers.checkpointed import StageCallback as owner
+
+        name = "on_step_end"
     inner = getattr(owner, name)
 
     def spoiling(self: Any, *args: Any, **more: Any) -> Any:
@@ -332,16 +356,17 @@ def blind(_: str) -> None:
 
 def edit_data(path: str) -> None:
     """Somebody edits the data while the run trains on them."""
-    module = gates()
-    gate = module.gate_loss
 
-    def editing(loss: Any, step: int, row_ids: list[str]) -> None:
-        if step == 2:
-            with Path(path).open("ab") as handle:
-                handle.write(b"x")
-        gate(loss, step, row_ids)
+    def editing(gate: Any) -> Any:
+        def edited(loss: Any, step: int, row_ids: list[str]) -> None:
+            if step == 2:
+                with Path(path).open("ab") as handle:
+                    handle.write(b"x")
+            gate(loss, step, row_ids)
 
-    module.gate_loss = editing
+        return edited
+
+    patch_gate("gate_loss", editing)
 
 
 def save_all_the_time(seconds: str) -> None:

@@ -29,6 +29,13 @@ def test_a_signal_sets_the_flag_and_a_second_takes_its_course(kind: signal.Signa
     assert signal.getsignal(kind) is before
 
 
+def test_a_signal_in_an_inner_block_stops_the_loop_around_it() -> None:
+    with stop_on_signals() as outer:
+        with stop_on_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.reason == outer.reason == "SIGTERM"
+
+
 def test_handlers_are_put_back_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), stop_on_signals():
