@@ -19,31 +19,18 @@ from spavl_lib.modelling.shared_prefix import backbone_of, unsupported
 
 ROOM = 32  # tokens by which a buffer grows
 KEPT = 0.75  # part of the rows still at work below which the others leave
-# A model's own settings that `generate` follows when it decodes greedily, and their idle values.
-IDLE = {
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "min_length": (None, 0),
-    "min_new_tokens": (None, 0),
-    "num_beams": (None, 1),
-    "bad_words_ids": (None,),
-    "suppress_tokens": (None,),
-    "begin_suppress_tokens": (None,),
-    "forced_bos_token_id": (None,),
-    "forced_eos_token_id": (None,),
-    "sequence_bias": (None,),
-    "exponential_decay_length_penalty": (None,),
-    "guidance_scale": (None,),
-    "watermarking_config": (None,),
-    "stop_strings": (None,),
-    "max_time": (None,),
-    "penalty_alpha": (None,),
-    "dola_layers": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-}
+# Settings a model may bring along that change nothing here: who decodes says when an answer ends,
+# and how a token is chosen.
+FREE = frozenset({
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample",
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
+})  # fmt: skip
+# Those that do nothing at 1; all others do nothing at 0, False or None.
+IDLE_AT_ONE = frozenset({
+    "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences",
+    "length_penalty", "guidance_scale",
+})  # fmt: skip
 
 
 class GrowingLayer(DynamicLayer):
@@ -89,8 +76,11 @@ class GrowingLayer(DynamicLayer):
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` gives what `generate` would: positions count one by one, settings idle."""
-    settings = model.generation_config
-    idle = all(getattr(settings, name, values[0]) in values for name, values in IDLE.items())
+    settings = model.generation_config.to_diff_dict()  # whatever differs from the library's own
+    idle = all(
+        name in FREE or value in (None, False) or (name in IDLE_AT_ONE and value == 1)
+        for name, value in settings.items()
+    )
     return idle and not unsupported(backbone_of(model)) and not is_deepspeed_zero3_enabled()
 
 

@@ -109,9 +109,26 @@ def test_other_families_are_left_to_generate(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("repetition_penalty", 1.3), ("bad_words_ids", [[5]]), ("num_beams", 4)]
-)
+    ("name", "value"),
+    [
+        ("repetition_penalty", 1.3), ("bad_words_ids", [[5]]), ("num_beams", 4),
+        ("min_new_tokens", 1), ("a_setting_of_tomorrow", "on"),
+    ],
+)  # fmt: skip
 def test_a_model_s_own_settings_are_left_to_generate(name: str, value: object) -> None:
     model = copy.deepcopy(tiny("llava")[0])
     setattr(model.generation_config, name, value)
     assert not can_decode(model)
+
+
+def test_idle_settings_of_a_model_are_no_hindrance() -> None:
+    model = copy.deepcopy(tiny("llava")[0])
+    model.generation_config.update(
+        repetition_penalty=1.0,
+        num_beams=1,
+        min_length=0,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.9,
+    )
+    assert can_decode(model)
