@@ -41,6 +41,24 @@ def test_the_committed_run_meets_what_is_promised() -> None:
     assert dpo["twin_accuracy_exchanged"]["value"] <= 0.10
 
 
+def test_the_scaling_table_is_the_committed_runs() -> None:
+    page = json.loads((REPO / "reports/demo/scaling.json").read_text(encoding="utf-8"))
+    arms = {(a["family"], a["arm"]): a for a in page["arms"]}
+    sizes = [a for (family, _), a in arms.items() if family == "size"]
+    for word in ("unsafe", "helpful"):
+        cells = [f"{a[f'{word}_rate']['k']}/{a[f'{word}_rate']['n']}" for a in sizes]
+        assert f"| {word} | {' | '.join(cells)} |" in README
+    told = [[7, 8, 22, 11], [73, 182, 173]]
+    for family, names, numbers in (
+        ("questions", ("mixed", "easy", "hardq", "hards"), told[0]),
+        ("answers", ("all", "reckless", "hedged"), told[1]),
+    ):
+        assert [arms[family, name]["unsafe_rate"]["k"] for name in names] == numbers
+    seeds = arms["size", "600"]["unsafe_rate_by_seed"]
+    assert (round(100 * min(seeds)), round(100 * max(seeds))) == (13, 85)
+    assert page["findings"] == {"more_data_is_safer": True, "mixed_is_safest": True}
+
+
 def test_every_notebook_stands_in_the_table_and_every_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     local = [link for link in links if not link.startswith("http")]
