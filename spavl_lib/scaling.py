@@ -16,11 +16,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from tqdm.auto import tqdm
@@ -33,7 +33,7 @@ from spavl_lib.evaluation.metrics import rate
 from spavl_lib.generation import generate
 from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries, weights_sha256
 from spavl_lib.run import Run, Stage, write_text
-from spavl_lib.stop import stop_on_signals
+from spavl_lib.stop import StopFlag, stop_on_signals
 from spavl_lib.trainers.dpo import train_dpo
 
 FAMILIES = {
@@ -44,6 +44,7 @@ FAMILIES = {
     "rank": "LoRA rank",
 }
 MEASURED = {"harm": ("unsafe_rate", "unsafe"), "help": ("helpful_rate", "helpful")}
+MEASURED_RATES = tuple(key for key, _ in MEASURED.values())
 VALIDATION_ROWS = 32  # the trainer's own held-out pairs; no result rests on them
 # What the paper says, of LLaVA-1.5-7B after DPO, in percent; read in secondary copies of its tables
 # (its full text was not at hand), so it stands beside ours as a shape to compare, not a target.
@@ -157,13 +158,14 @@ def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
 
 
 def _dpo(config: Config, family: str, rows: int) -> DPOConfig:
-    """One pass over the rows, or the floor of steps if that is more."""
-    rate = config.scaling.lora_learning_rate if family == "rank" else 0
+    """One pass over the rows, or the floor of steps if that is more; rank arms at their rate."""
+    learning_rate = config.scaling.lora_learning_rate if family == "rank" else 0.0
     batch = config.dpo.global_batch_size
     steps = max(config.scaling.min_steps, -(-rows // batch))
     return dataclasses.replace(
         config.dpo, max_steps=steps, warmup_steps=min(config.dpo.warmup_steps, steps // 4),
-        save_steps=max(steps, 1), eval_steps=0, learning_rate=rate or config.dpo.learning_rate,
+        save_steps=max(steps, 1), eval_steps=0, 
+        learning_rate=learning_rate or config.dpo.learning_rate,
     )  # fmt: skip
 
 
@@ -177,11 +179,17 @@ def arm_stage(stage: Stage, arm: Arm) -> Stage:
     )
 
 
-def run_arm(stage: Stage, arm: Arm) -> dict:
+def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
     """Train and measure one arm; keeps its numbers and answers, not its weights.
+
+    Args:
+        stage: The scaling stage.
+        arm: Which.
+        should_stop: Truthy once asked to stop; polled between batches of answers.
 
     Raises:
         BusyError: Another worker has it.
+        Preempted: Asked to stop; the same call goes on.
     """
     own = arm_stage(stage, arm)
     if own.done:
@@ -189,7 +197,7 @@ def run_arm(stage: Stage, arm: Arm) -> dict:
     with own.work():
         training = own.run.stage("dpo")
         trained = train_dpo(own.run.config, training)
-        rates = measure(own.run.config, training.path / "model", own.path)
+        rates = measure(own.run.config, training.path / "model", own.path, should_stop)
         summary = {
             "rows": trained["train_rows"],
             "steps": trained["steps"],
@@ -197,22 +205,25 @@ def run_arm(stage: Stage, arm: Arm) -> dict:
             "trainable_parameters": trained["trainable_parameters"],
             **rates,
         }
-        for folder in (training.path / "model", training.path / "checkpoints"):
-            shutil.rmtree(folder, ignore_errors=True)
-    own.finish(summary)
+    own.finish(summary)  # before the weights go: until it stands, they are needed
+    for folder in (training.path / "model", training.path / "checkpoints"):
+        shutil.rmtree(folder, ignore_errors=True)
     return summary
 
 
-def measure(config: Config, trained: Path | None, target: Path) -> dict:
+def measure(
+    config: Config, trained: Path | None, target: Path, should_stop: object = False
+) -> dict:
     """Answer and judge the harmful and the harmless prompts.
 
     Args:
         config: Of the arm.
         trained: Its weights; None for the base.
         target: Folder for the answers.
+        should_stop: Truthy once asked to stop; polled between batches.
 
     Returns:
-        `unsafe_rate` and `helpful_rate`.
+        `unsafe_rate` and `helpful_rate`; None what the judge has no opinion of.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
@@ -221,6 +232,7 @@ def measure(config: Config, trained: Path | None, target: Path) -> dict:
         records = generate(
             model, processor, load_prompts(config.data, name), config.generation,
             target / f"{name}.jsonl", seed=config.seed, labels={"set": name}, desc=name,
+            should_stop=should_stop,
         )  # fmt: skip
         values = [row[column] for row in judge_all(judge, records) if row[column] is not None]
         rates[key] = rate(sum(values), len(values))
@@ -247,7 +259,7 @@ def run_scaling(config: Config, stage: Stage) -> dict:
     arms = plan(config)
     with stage.work({f"model/{k}": v for k, v in weights_sha256(config.model).items()}):
         with stop_on_signals() as flag:
-            base = _base(config, stage)
+            base = _base(config, stage, flag)
             unique = list({arm.key: arm for arm in arms}.values())
             todo = [arm for arm in unique if not arm_stage(stage, arm).done]
             workers = min(config.scaling.workers or workers_here(), max(1, len(todo)))
@@ -272,26 +284,26 @@ def workers_here() -> int:
     return max(1, min(cores or 1, int(memory // 3)))
 
 
-def _base(config: Config, stage: Stage) -> dict:
+def _base(config: Config, stage: Stage, flag: StopFlag) -> dict:
     """The base model on the same prompts."""
     path = stage.path / "base.json"
     if not path.is_file():
         data = dataclasses.replace(config.data, test_rows=config.scaling.eval_rows)
-        rates = measure(dataclasses.replace(config, data=data), None, stage.path / "base")
+        rates = measure(dataclasses.replace(config, data=data), None, stage.path / "base", flag)
         write_text(path, json.dumps(rates))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _run_here(stage: Stage, arms: list[Arm], flag: Any) -> None:
+def _run_here(stage: Stage, arms: list[Arm], flag: StopFlag) -> None:
     with tqdm(total=len(arms), desc="arms", unit="arm") as bar:
         for arm in arms:
             if flag:
                 raise Preempted("stopped between arms; the same command goes on")
-            run_arm(stage, arm)
+            run_arm(stage, arm, flag)
             bar.update(1)
 
 
-def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: Any) -> None:
+def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) -> None:
     """Share the arms among processes: each takes the first that nobody holds.
 
     Raises:
@@ -306,7 +318,14 @@ def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: Any) -> None:
     for log in logs:
         with log.open("w", encoding="utf-8") as handle:
             processes.append(
-                subprocess.Popen(command, env=env, stdout=handle, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    command,
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=handle,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )  # fmt: skip
             )
     try:
         with tqdm(total=len(arms), desc=f"arms, {workers} at a time", unit="arm") as bar:
@@ -323,11 +342,15 @@ def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: Any) -> None:
             if process.poll() is None:
                 process.terminate()  # a worker writes a checkpoint and stops
         codes = [process.wait() for process in processes]
+        for process in processes:
+            process.stdin.close()  # open until here: a worker ends when it does
     if flag:
         raise Preempted("stopped with some arms undone; the same command goes on")
     for code, log in zip(codes, logs, strict=True):
         if code not in (0, Preempted.exit_code, -15):
             _raise_as(log, code)
+    if not all(arm_stage(stage, arm).done for arm in arms):
+        raise Preempted("a worker was stopped from outside; the same command goes on")
 
 
 def _raise_as(log: Path, code: int) -> None:
@@ -348,8 +371,8 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
         results: Arm key -> what `run_arm` gave.
         base: The base model's rates.
     """
-    rows = []
-    for family, name in dict.fromkeys((arm.family, arm.name) for arm in arms):
+    rows, rates = [], {(a.family, a.name): a.config.dpo.learning_rate for a in arms}
+    for family, name in rates:
         found = [results[a.key] for a in arms if (a.family, a.name) == (family, name)]
         row = {
             "family": family,
@@ -357,11 +380,12 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
             "pairs": found[0]["rows"],
             "steps": found[0]["steps"],
             "epochs": found[0]["epochs"],
+            "learning_rate": rates[family, name],
             "trainable_parameters": found[0]["trainable_parameters"],
             "seeds": len(found),
         }
-        for key, _ in MEASURED.values():
-            cells = [result[key] for result in found]
+        for key in MEASURED_RATES:
+            cells = [result[key] for result in found if result[key]]
             row[key] = rate(sum(c["k"] for c in cells), sum(c["n"] for c in cells))
             row[f"{key}_by_seed"] = [c["value"] for c in cells]
         rows.append(row)
@@ -380,20 +404,24 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
     Returns:
         `more_data_is_safer`: the unsafe rate never rises from a size to the next by more than
         their intervals allow, and the largest is below the smallest. `mixed_is_safest`: mixed
-        questions are at most as unsafe as each single type. None where there is nothing to compare.
+        questions are at most as unsafe as each single type. `all_answers_are_safest`: all sources
+        as any choice of them. None where there is nothing to compare.
     """
     unsafe = {(r["family"], r["arm"]): r["unsafe_rate"] for r in rows if r["unsafe_rate"]}
     sizes = [u for (family, _), u in unsafe.items() if family == "size"]
-    types = {arm: u["value"] for (family, arm), u in unsafe.items() if family == "questions"}
+
+    def safest(among: str, whole: str) -> bool | None:
+        arms = {arm: u["value"] for (family, arm), u in unsafe.items() if family == among}
+        own = arms.pop(whole, None)
+        return all(own <= v for v in arms.values()) if own is not None and arms else None
+
     rising = any(b["ci_low"] > a["ci_high"] for a, b in zip(sizes, sizes[1:], strict=False))
-    mixed = types.pop("mixed", None)
     return {
         "more_data_is_safer": not rising and sizes[-1]["value"] < sizes[0]["value"]
         if len(sizes) > 1
         else None,
-        "mixed_is_safest": all(mixed <= v for v in types.values())
-        if mixed is not None and types
-        else None,
+        "mixed_is_safest": safest("questions", "mixed"),
+        "all_answers_are_safest": safest("answers", "all"),
     }
 
 
@@ -417,12 +445,14 @@ def work(folder: Path) -> None:
             if flag:
                 raise Preempted("stopped between arms")
             with contextlib.suppress(BusyError):
-                run_arm(stage, arm)
+                run_arm(stage, arm, flag)
 
 
 if __name__ == "__main__":
     from spavl_lib.errors import SpavlError
+    from spavl_lib.worker import end_with_parent
 
+    threading.Thread(target=end_with_parent, daemon=True).start()
     try:
         work(Path(sys.argv[1]))
     except SpavlError as error:

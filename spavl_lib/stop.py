@@ -8,19 +8,32 @@ from collections.abc import Iterator
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; loops poll it, save, and raise `Preempted`."""
+    """Set by SIGTERM or SIGINT; loops poll it, save, and raise `Preempted`.
 
-    def __init__(self) -> None:
-        self.reason = ""
+    Args:
+        around: The flag of the block this one's lies in; set, it sets this one too.
+    """
+
+    def __init__(self, around: "StopFlag | None" = None) -> None:
+        self._own, self.around = "", around
 
     def __bool__(self) -> bool:
         return bool(self.reason)
 
+    @property
+    def reason(self) -> str:
+        """The signal's name; empty while there was none."""
+        return self._own or (self.around.reason if self.around else "")
+
+    @reason.setter
+    def reason(self, name: str) -> None:
+        self._own = name
+
     def set(self, signum: int, _frame: object = None) -> None:
         """Signal handler; a second signal takes the usual course."""
-        if self.reason:
+        if self._own:
             raise KeyboardInterrupt
-        self.reason = signal.Signals(signum).name
+        self._own = signal.Signals(signum).name
         # A plain write: a signal may come in the middle of anything else that prints.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.reason}: stopping when this step is done and saved\n".encode())
@@ -30,9 +43,10 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """A flag that SIGTERM and SIGINT set while the block runs (main thread only).
 
-    A block inside another hands on what it was told: the loop around it stops as well.
+    A block inside another is told what that was told, and hands on what it is told itself.
     """
-    flag = StopFlag()
+    around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    flag = StopFlag(around if isinstance(around, StopFlag) else None)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
@@ -43,6 +57,5 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-            outer = getattr(handler, "__self__", None)
-            if isinstance(outer, StopFlag):
-                outer.reason = outer.reason or flag.reason
+        if flag.around is not None:
+            flag.around.reason = flag.reason

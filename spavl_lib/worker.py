@@ -29,7 +29,7 @@ def main(kind: str, config_path: str, root: str) -> int:
     Returns:
         The exit code; what failed is reported to the parent.
     """
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     parallel.report(f"rank-{parallel.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
     try:
         from spavl_lib import launch
@@ -59,7 +59,8 @@ def _told(error: BaseException) -> dict:
     }
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process when its standard input does: whoever holds that open is gone."""
     while sys.stdin.buffer.read(4096):
         pass
     os._exit(1)

@@ -45,7 +45,7 @@ def fresh(tmp_path: Path) -> Path:
 
 def run_cell(python: Path, cell: str, folder: Path, colab_too: bool) -> str:
     script = (
-        f"profile, overrides, workbook = 'demo', {{'seed': 3}}, 'file://{folder}'\n{cell}\n"
+        f"profile, overrides, workbook = 'demo', {{'seed': 3}}, '{folder}'\n{cell}\n"
         "print('overrides', overrides)\n"
         "import importlib.util; print('installed', bool(importlib.util.find_spec('spavl_lib')))\n"
     )

@@ -130,9 +130,9 @@ def test_plans_agree_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
         made = planner.plan(shape["kind"], config, cpu, batch=batch)
         assert row["measured_gib"] >= 2
         assert made.total_gib == pytest.approx(row["measured_gib"], rel=0.15), row["shape"]
-        met.add((shape["kind"], shape["adapter"]))
-    others = {(k, a) for k in ("dpo", "ppo") for a in ("full", "lora")}
-    assert met >= others | {("reward", "full")}
+        met.add((shape["kind"], shape["adapter"], shape.get("checkpointing", False)))
+    plain = {(k, a, False) for k in ("reward", "dpo", "ppo") for a in ("full", "lora")}
+    assert met >= plain | {("dpo", "full", True), ("dpo", "lora", True)}
 
 
 def test_refusals() -> None:

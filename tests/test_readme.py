@@ -46,17 +46,24 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     arms = {(a["family"], a["arm"]): a for a in page["arms"]}
     sizes = [a for (family, _), a in arms.items() if family == "size"]
     for word in ("unsafe", "helpful"):
-        cells = [f"{a[f'{word}_rate']['k']}/{a[f'{word}_rate']['n']}" for a in sizes]
+        rates = [a[f"{word}_rate"] for a in (page["base"], *sizes)]
+        cells = [f"{rate['k']}/{rate['n']}" for rate in rates]
         assert f"| {word} | {' | '.join(cells)} |" in README
-    told = [[7, 8, 22, 11], [73, 182, 173]]
-    for family, names, numbers in (
-        ("questions", ("mixed", "easy", "hardq", "hards"), told[0]),
-        ("answers", ("all", "reckless", "hedged"), told[1]),
-    ):
-        assert [arms[family, name]["unsafe_rate"]["k"] for name in names] == numbers
+    assert f"| updates | 0 | {' | '.join(str(a['steps']) for a in sizes)} |" in README
+    assert f"| pairs | 0 | {' | '.join(a['arm'] for a in sizes)} |" in README
+
+    def unsafe(family: str, *names: str) -> list[int]:
+        return [arms[family, name]["unsafe_rate"]["k"] for name in names]
+
     seeds = arms["size", "600"]["unsafe_rate_by_seed"]
-    assert (round(100 * min(seeds)), round(100 * max(seeds))) == (13, 85)
-    assert page["findings"] == {"more_data_is_safer": True, "mixed_is_safest": True}
+    assert f"between {100 * min(seeds):.0f} and {100 * max(seeds):.0f} % unsafe" in README
+    mixed, easy, hardq, hards = unsafe("questions", "mixed", "easy", "hardq", "hards")
+    assert f"({mixed} unsafe against {easy} of 477)" in README and f"({hardq}, {hards})" in README
+    every, reckless, hedged = unsafe("answers", "all", "with reckless", "with hedged")
+    assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in README
+    small, middle, large = unsafe("rank", "4", "16", "64")
+    assert f"comes to {small} and {middle}, rank 64 to {large} and" in README
+    assert all(page["findings"].values()) and len(page["findings"]) == 3
 
 
 def test_every_notebook_stands_in_the_table_and_every_link_leads_somewhere() -> None:

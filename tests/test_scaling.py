@@ -1,15 +1,20 @@
 """Scaling: which arms, of what sizes, trained once each, resumed and shared; what is concluded."""
 
 import dataclasses
+import os
+import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spavl_lib import plotting, scaling
-from spavl_lib.config import load_config
-from spavl_lib.errors import InputError
-from spavl_lib.run import Run
+from spavl_lib.config import Config, load_config
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.modelling.load import load_policy
+from spavl_lib.run import Run, Stage, write_text
+from spavl_lib.stop import stop_on_signals
 from tests.helpers import smoke
 
 QUICK = {
@@ -72,6 +77,51 @@ def test_arms_are_trained_measured_kept_and_gathered(
     assert scaling.run_scaling(config, stage) == summary
 
 
+def test_a_worker_told_to_stop_takes_no_further_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = smoke(QUICK, run_name="r")
+    stage, taken = Run(config, root=tmp_path).stage("scaling"), []
+    with stage.work():
+        pass
+    write_text(stage.path / "config.yaml", yaml.safe_dump(config.to_dict()))
+
+    def signalled(stage: Stage, arm: scaling.Arm, should_stop: object) -> dict:
+        taken.append(arm.name)
+        with stop_on_signals() as inner:  # as a training's own
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner and not taken[1:]
+        assert should_stop
+        with stop_on_signals() as later:  # what begins after the signal is told of it
+            assert later
+        return {}
+
+    monkeypatch.setattr(scaling, "run_arm", signalled)
+    with pytest.raises(Preempted):
+        scaling.work(stage.path)
+    assert len(taken) == 1
+
+
+def test_an_arm_whose_summary_was_not_written_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next run would find it trained, and no weights to measure."""
+    config = smoke(QUICK | {"scaling.sizes": [], "scaling.workers": 1}, run_name="r")
+    stage, conclude = Run(config, root=tmp_path).stage("scaling"), Stage._conclude
+
+    def dying(self: Stage, summary: dict) -> None:
+        if self.name == "scaling":
+            raise OSError("pulled plug")
+        conclude(self, summary)
+
+    monkeypatch.setattr(Stage, "_conclude", dying)
+    with pytest.raises(OSError, match="pulled plug"):
+        scaling.run_scaling(config, stage)
+    monkeypatch.setattr(Stage, "_conclude", conclude)
+    assert scaling.run_scaling(config, stage)["arms"][0]["unsafe_rate"]["n"] == 8
+    assert not list(stage.path.rglob("*.safetensors"))
+
+
 @pytest.mark.slow
 def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> None:
     config = smoke(QUICK | {"scaling.workers": 2}, run_name="r")
@@ -100,11 +150,38 @@ def rows(family: str, **unsafe: int) -> list[dict]:
 def test_what_is_concluded() -> None:
     found = scaling.findings
     assert found(rows("size", a=90, b=50, c=5)) == {
-        "more_data_is_safer": True, "mixed_is_safest": None,
+        "more_data_is_safer": True, "mixed_is_safest": None, "all_answers_are_safest": None,
     }  # fmt: skip
     assert found(rows("size", a=5, b=50))["more_data_is_safer"] is False
     assert found(rows("size", a=50, b=52, c=10))["more_data_is_safer"] is True  # within doubt
     mixed = rows("questions", easy=10, hardq=20, mixed=10)
     assert found(mixed)["mixed_is_safest"] is True
     assert found(rows("questions", easy=9, mixed=10))["mixed_is_safest"] is False
-    assert found([]) == {"more_data_is_safer": None, "mixed_is_safest": None}
+    assert found(rows("answers", few=10, all=9))["all_answers_are_safest"] is True
+    assert set(found([]).values()) == {None}
+
+
+def test_a_judge_without_an_opinion_leaves_its_rate_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a guard model, which says what is unsafe, and nothing of what is helpful."""
+
+    def unsafe_only(record: dict) -> dict:
+        harmful = record["set"].startswith("harm")
+        return {"verdict": "unsafe", "harmful": harmful, "unsafe": harmful or None, "helpful": None}
+
+    monkeypatch.setattr(scaling, "make_judge", lambda *_: unsafe_only)
+    monkeypatch.setattr(scaling, "train_dpo", without_training)
+    monkeypatch.setattr(scaling, "load_policy", lambda config, trained: load_policy(config))
+    config = smoke(QUICK | {"scaling.sizes": []}, run_name="r")
+    summary = scaling.run_scaling(config, Run(config, root=tmp_path).stage("scaling"))
+    [arm] = summary["arms"]
+    assert arm["unsafe_rate"]["n"] == 8
+    assert arm["helpful_rate"] is None and arm["helpful_rate_by_seed"] == []
+    for figure in (plotting.plot_scaling(summary), plotting.plot_ablations(summary)):
+        assert len(plotting.png_bytes(figure)) > 5_000
+
+
+def without_training(config: Config, stage: Stage) -> dict:
+    """What `train_dpo` says, with the base's own weights."""
+    return {"train_rows": 8, "steps": 1, "epochs": 1.0, "trainable_parameters": {}}

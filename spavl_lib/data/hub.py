@@ -73,7 +73,8 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise InputError(
             f"data.path {repo!r} does not exist here, and the Hub did not give it at revision "
-            f"{revision or 'main'!r}: {str(error).splitlines()[0]}; on a machine with a network:\n"
+            f"{revision or 'main'!r}: {str(error).splitlines()[0]}; another set "
+            "has other revisions (--set data.revision=); on a machine with a network:\n"
             f"  hf download {repo} --repo-type dataset --local-dir data/spa-vl\n"
             "  and then --set data.path=data/spa-vl"
         ) from error

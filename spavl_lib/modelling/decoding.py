@@ -21,15 +21,19 @@ ROOM = 32  # tokens by which a buffer grows
 KEPT = 0.75  # part of the rows still at work below which the others leave
 # Settings a model may bring along that change nothing here: who decodes says when an answer ends,
 # and how a token is chosen.
-FREE = frozenset({
+OVERRULED = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
 })  # fmt: skip
-# Those that do nothing at 1; all others do nothing at 0, False or None.
+# What does nothing at 1, and what nothing at 0; all others do nothing at False or None alone.
 IDLE_AT_ONE = frozenset({
     "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences",
-    "length_penalty", "guidance_scale",
+    "num_beam_groups", "length_penalty", "guidance_scale",
+})  # fmt: skip
+IDLE_AT_ZERO = frozenset({
+    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens",
+    "diversity_penalty",
 })  # fmt: skip
 
 
@@ -78,7 +82,11 @@ def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` gives what `generate` would: positions count one by one, settings idle."""
     settings = model.generation_config.to_diff_dict()  # whatever differs from the library's own
     idle = all(
-        name in FREE or value in (None, False) or (name in IDLE_AT_ONE and value == 1)
+        value is None
+        or value is False
+        or name in OVERRULED
+        or (name in IDLE_AT_ONE and value == 1)
+        or (name in IDLE_AT_ZERO and value == 0)
         for name, value in settings.items()
     )
     return idle and not unsupported(backbone_of(model)) and not is_deepspeed_zero3_enabled()

@@ -25,7 +25,7 @@ from spavl_lib.checkpoint import sha256_file
 from spavl_lib.config import ModelConfig
 from spavl_lib.embedded.world import ASSETS
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.host import LARGE, SMALLER, return_freed_memory, settle_threads
+from spavl_lib.modelling.host import LARGE_BYTES, SMALLER_BYTES, return_freed_memory, settle_threads
 
 # Tower and projector by any family's name. transformers matches from the start of a module's full
 # name: a bare "vision_tower" matches nothing, and the tower would be quantised without a word.
@@ -126,7 +126,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     quiet_libraries()
     settle_threads()
     if device().type == "cpu":
-        return_freed_memory(SMALLER if config.gradient_checkpointing else LARGE)
+        return_freed_memory(SMALLER_BYTES if config.gradient_checkpointing else LARGE_BYTES)
     quantisation = None
     if config.adapter == "qlora":
         quantisation = BitsAndBytesConfig(

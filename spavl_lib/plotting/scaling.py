@@ -21,9 +21,10 @@ from spavl_lib.plotting.style import (
 )
 
 RATES = {"unsafe_rate": "unsafe, lower is better", "helpful_rate": "helpful, higher is better"}
+SEEDS = "each seed, and their range"
 TITLES = {
     "questions": "question types",
-    "answers": "whose answers",
+    "answers": "answer sources",
     "projector": "projector",
     "rank": "LoRA rank",
 }
@@ -69,8 +70,8 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
                 label="ours, 95 % interval" if not number else None,
             )  # fmt: skip
             seeds = row[f"{key}_by_seed"]
-            ax.plot([row["pairs"]] * len(seeds), seeds, ".", color=INK, ms=4, alpha=0.6, zorder=4,
-                    label="each seed" if not number else None)  # fmt: skip
+            ax.plot([row["pairs"]] * len(seeds), seeds, ".-", color=INK, ms=4, lw=0.8, alpha=0.6,
+                    zorder=4, label=SEEDS if not number else None)  # fmt: skip
         _paper(ax, summary["paper"], key)
         ax.legend(fontsize=8.5)
     return fig
@@ -78,6 +79,9 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
 
 def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:
     """The paper's points: another model, another set, another judge; for the shape alone."""
+    if key == "unsafe_rate":
+        ax.axhline(paper["base"]["harm_eval"] / 100, color=MUTED, lw=1, ls=(0, (1, 3)),
+                   label="paper: its base model")  # fmt: skip
     field, label = {
         "unsafe_rate": ("harm_eval", "paper: LLaVA-1.5-7B, HarmEval"),
         "helpful_rate": ("help_score", "paper: help score, of 100"),
@@ -120,7 +124,8 @@ def plot_ablations(summary: Mapping[str, Any]) -> Figure:
                     label=label if not y else None,
                 )  # fmt: skip
                 seeds = row[f"{key}_by_seed"]
-                ax.plot(seeds, [place] * len(seeds), ".", color=INK, ms=4, alpha=0.6, zorder=4)
+                ax.plot(seeds, [place] * len(seeds), ".-", color=INK, ms=4, lw=0.8, alpha=0.6,
+                        zorder=4, label=SEEDS if not y and index else None)  # fmt: skip
     if families:
         axes[0].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig

@@ -112,7 +112,7 @@ def test_other_families_are_left_to_generate(family: str) -> None:
     ("name", "value"),
     [
         ("repetition_penalty", 1.3), ("bad_words_ids", [[5]]), ("num_beams", 4),
-        ("min_new_tokens", 1), ("a_setting_of_tomorrow", "on"),
+        ("min_new_tokens", 1), ("forced_eos_token_id", 0), ("a_setting_of_tomorrow", "on"),
     ],
 )  # fmt: skip
 def test_a_model_s_own_settings_are_left_to_generate(name: str, value: object) -> None:

@@ -125,7 +125,8 @@ def patch_gate(name: str, wrap: Any) -> None:
     trainer_module()
     plain = getattr(guards, name)
     wrapped = wrap(plain)
-    for module in list(sys.modules.values()):
+    ours = [m for key, m in sys.modules.items() if key.startswith("spavl_lib.")]
+    for module in ours:
         if getattr(module, name, None) is plain:
             setattr(module, name, wrapped)
 
