@@ -61,7 +61,8 @@ def _told(error: BaseException) -> dict:
 
 def end_with_parent() -> None:
     """End this process when its standard input does: whoever holds that open is gone."""
-    while sys.stdin.buffer.read(4096):
+    # Past Python's buffer: its lock, held here for good, would abort the interpreter's own end.
+    while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(1)
 
