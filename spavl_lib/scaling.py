@@ -195,6 +195,9 @@ def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
     if own.done:
         return own.summary
     with own.work():
+        if own.done:  # by a worker that held it until now
+            own.finish(own.summary)
+            return own.summary
         training = own.run.stage("dpo")
         trained = train_dpo(own.run.config, training)
         rates = measure(own.run.config, training.path / "model", own.path, should_stop)
@@ -205,9 +208,9 @@ def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
             "trainable_parameters": trained["trainable_parameters"],
             **rates,
         }
-    own.finish(summary)  # before the weights go: until it stands, they are needed
-    for folder in (training.path / "model", training.path / "checkpoints"):
-        shutil.rmtree(folder, ignore_errors=True)
+        own.finish(summary)  # before the weights go: until it stands, they are needed
+        for folder in (training.path / "model", training.path / "checkpoints"):
+            shutil.rmtree(folder, ignore_errors=True)
     return summary
 
 
@@ -341,9 +344,11 @@ def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) -> N
         for process in processes:
             if process.poll() is None:
                 process.terminate()  # a worker writes a checkpoint and stops
-        codes = [process.wait() for process in processes]
-        for process in processes:
-            process.stdin.close()  # open until here: a worker ends when it does
+        try:
+            codes = [process.wait() for process in processes]
+        finally:
+            for process in processes:
+                process.stdin.close()  # open until here: a worker ends when it does
     if flag:
         raise Preempted("stopped with some arms undone; the same command goes on")
     for code, log in zip(codes, logs, strict=True):

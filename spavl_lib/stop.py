@@ -57,5 +57,5 @@ def stop_on_signals() -> Iterator[StopFlag]:
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
-        if flag.around is not None:
+        if flag.around is not None and flag.reason:
             flag.around.reason = flag.reason

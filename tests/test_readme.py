@@ -58,7 +58,8 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     seeds = arms["size", "600"]["unsafe_rate_by_seed"]
     assert f"between {100 * min(seeds):.0f} and {100 * max(seeds):.0f} % unsafe" in README
     mixed, easy, hardq, hards = unsafe("questions", "mixed", "easy", "hardq", "hards")
-    assert f"({mixed} unsafe against {easy} of 477)" in README and f"({hardq}, {hards})" in README
+    assert f"({mixed} unsafe against {easy} of 477)" in README and f"({hards})" in README
+    assert f"less ({hardq})" in README
     every, reckless, hedged = unsafe("answers", "all", "with reckless", "with hedged")
     assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in README
     small, middle, large = unsafe("rank", "4", "16", "64")
