@@ -164,7 +164,7 @@ def _dpo(config: Config, family: str, rows: int) -> DPOConfig:
     steps = max(config.scaling.min_steps, -(-rows // batch))
     return dataclasses.replace(
         config.dpo, max_steps=steps, warmup_steps=min(config.dpo.warmup_steps, steps // 4),
-        save_steps=max(steps, 1), eval_steps=0, 
+        save_steps=max(steps, 1), eval_steps=0,
         learning_rate=learning_rate or config.dpo.learning_rate,
     )  # fmt: skip
 
@@ -322,12 +322,8 @@ def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) -> N
         with log.open("w", encoding="utf-8") as handle:
             processes.append(
                 subprocess.Popen(
-                    command,
-                    env=env,
-                    stdin=subprocess.PIPE,
-                    stdout=handle,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    command, env=env, stdin=subprocess.PIPE, stdout=handle,
+                    stderr=subprocess.STDOUT, start_new_session=True,
                 )  # fmt: skip
             )
     try:
