@@ -322,8 +322,12 @@ def _run_apart(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) -> N
         with log.open("w", encoding="utf-8") as handle:
             processes.append(
                 subprocess.Popen(
-                    command, env=env, stdin=subprocess.PIPE, stdout=handle,
-                    stderr=subprocess.STDOUT, start_new_session=True,
+                    command,
+                    env=env,
+                    stdin=subprocess.PIPE,
+                    stdout=handle,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
                 )  # fmt: skip
             )
     try:
