@@ -29,7 +29,7 @@ from trl import DPOConfig, DPOTrainer
 from spavl_lib.config import ModelConfig
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.load import compute_dtype, device, load_processor, quiet_libraries
-from spavl_lib.modelling.prefix_tree import build_tree
+from spavl_lib.modelling.speed.prefix_tree import build_tree
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE_TOKEN, PAD = 3, 0

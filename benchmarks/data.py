@@ -42,8 +42,8 @@ def config_of(folder: str) -> object:
 
 def load(folder: str) -> dict:
     """Open, join, check the text, and pass over every row."""
+    from spavl_lib.data.load import load_preferences, unmatched
     from spavl_lib.data.schema import batches, decoded
-    from spavl_lib.data.spavl import load_preferences, unmatched
 
     started = time.perf_counter()
     rows = load_preferences(config_of(folder), "train")
@@ -71,7 +71,7 @@ def first_batch(folder: str) -> dict:
 
     from spavl_lib.config import load_config
     from spavl_lib.data.collate import PreferenceCollator, check_lengths
-    from spavl_lib.data.spavl import load_preferences
+    from spavl_lib.data.load import load_preferences
     from spavl_lib.modelling.load import load_processor
 
     started = time.perf_counter()
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:
-        from spavl_lib.run import peak_memory_gib
+        from spavl_lib.machine import peak_memory_gib
 
         result = TASKS[options.task](options.folder)
         print(json.dumps(result | {f"{options.task}_rss_gib": peak_memory_gib()}))

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from trl import DPOTrainer
 
 from benchmarks import common
-from spavl_lib.modelling.completion_head import score_completions_only
-from spavl_lib.modelling.fused_lora import fuse_lora
-from spavl_lib.modelling.host import return_freed_memory
-from spavl_lib.modelling.shared_prefix import share_prefix
+from spavl_lib.modelling.speed.completion_head import score_completions_only
+from spavl_lib.modelling.speed.fused_lora import fuse_lora
+from spavl_lib.modelling.speed.host import return_freed_memory
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 
 PAIRS = 3
 REFERENCE = ("ref_chosen_logps", "ref_rejected_logps")

@@ -53,9 +53,9 @@ def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> N
     """A folder with the shape's random weights, written shard by shard, and LLaVA's processor."""
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from spavl_lib import shapes
     from spavl_lib.config import ModelConfig, load_config
     from spavl_lib.modelling.load import llava_pictures, load_processor
+    from spavl_lib.planning import shapes
 
     embedded = load_processor(load_config("smoke").model)
     config = shapes.model_config(ModelConfig(name=name, adapter="lora"))
@@ -95,7 +95,7 @@ def run_case(name: str, *, dry: bool) -> dict[str, Any]:
     """Train a case here; peak memory, tokens a second, share of the matmul rate."""
     from spavl_lib.config import load_config
     from spavl_lib.modelling import load
-    from spavl_lib.run import Run
+    from spavl_lib.runs.stage import Run
 
     case = CASES[name]
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["half"]]
@@ -157,16 +157,16 @@ def _settings(case: dict[str, Any], folder: str, dry: bool) -> dict[str, Any]:
 
 
 def _train(kind: str, config: Any, stage: Any, folder: str, cuda: bool) -> tuple[dict, Any]:
-    from spavl_lib import launch
+    from spavl_lib import pipeline
     from spavl_lib.trainers import dpo
 
     # A random model does not look at pictures as a trained one does; that is not asked here.
     dpo.reference_probe = lambda *args, **kwargs: {"ids": [], "logps": []}
     if kind == "ppo":
-        launch.make_here("reward", config, stage.run.stage("reward"))
+        pipeline.make_here("reward", config, stage.run.stage("reward"))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    summary = launch.make_here(kind, config, stage)
+    summary = pipeline.make_here(kind, config, stage)
     if not cuda:
         return summary, None
     peaks = {
@@ -194,8 +194,9 @@ def matmul_tflops(dtype: torch.dtype) -> float:
 
 def _speed(config: Any, case: dict[str, Any], stage: Any, rate: float) -> dict[str, Any]:
     """From the log's clock, the first step left out; work counted as the planner counts it."""
-    from spavl_lib import planner, shapes
-    from spavl_lib.run import read_jsonl
+    from spavl_lib.planning import plan as planner
+    from spavl_lib.planning import shapes
+    from spavl_lib.runs.files import read_jsonl
 
     rows = [r for r in read_jsonl(stage.metrics_path) if "time_s" in r]
     if len(rows) < 2 or case["kind"] == "ppo":
@@ -269,7 +270,7 @@ def main() -> None:
 
 
 def _write(rows: list[dict[str, Any]], dry: bool) -> dict[str, Any]:
-    from spavl_lib.run import device_name
+    from spavl_lib.machine import device_name
 
     names = ("torch", "transformers", "trl", "peft", "bitsandbytes")
     page = {

@@ -117,8 +117,9 @@ def write_reward_model(name: str, model: Path, target: Path) -> None:
 
 def planned(name: str, model: str, batch: Any) -> Any:
     """What the planner says of a shape and the batch it met."""
-    from spavl_lib import planner, shapes
     from spavl_lib.config import load_config
+    from spavl_lib.planning import plan as planner
+    from spavl_lib.planning import shapes
 
     config = load_config("smoke", overrides(SHAPES[name], model))
     device = shapes.Device("cpu", 1e9, 0.1, 20, "none")
@@ -130,8 +131,8 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from spavl_lib.config import load_config
-    from spavl_lib.planner import Batch
-    from spavl_lib.run import Run
+    from spavl_lib.planning.plan import Batch
+    from spavl_lib.runs.stage import Run
     from spavl_lib.trainers import ppo
 
     kind = SHAPES[name]["kind"]
@@ -170,8 +171,8 @@ def measure(name: str) -> dict[str, Any]:
 
 def _note_batches(shape: dict[str, Any], met: list) -> None:
     """Keep the shape of every batch that is trained on."""
-    from spavl_lib.planner import Batch
-    from spavl_lib.trainers.checkpointed import CheckedMixin
+    from spavl_lib.planning.plan import Batch
+    from spavl_lib.trainers.exact_trainer import CheckedMixin
     from spavl_lib.trainers.ppo import PPOTrainer
 
     if shape["kind"] == "ppo":
@@ -232,7 +233,7 @@ def write(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write what was measured so far; the page."""
     import importlib.metadata
 
-    from spavl_lib.run import device_name
+    from spavl_lib.machine import device_name
 
     page = {
         "name": "planner",

@@ -18,7 +18,7 @@ from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel
 from spavl_lib.modelling.load import compute_dtype, load_processor
 from spavl_lib.modelling.roles import ADAPTERS, NEVER, OneBase, Roles, SeparateModels
-from spavl_lib.run import Run
+from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import ppo
 from spavl_lib.trainers.rollout import Prompt, picture_digest
 

@@ -9,7 +9,7 @@ freed tensors back to the system, as the library has it; `-heap` is the same wit
 """
 
 from benchmarks import common, ppo_common
-from spavl_lib.modelling.host import return_freed_memory
+from spavl_lib.modelling.speed.host import return_freed_memory
 
 SHAPE = common.Shape(
     hidden=1024, layers=12, heads=16, intermediate=2752, vocabulary=32_000, tower_hidden=128,

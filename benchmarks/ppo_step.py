@@ -17,7 +17,7 @@ import torch
 
 from benchmarks import common, ppo_common
 from spavl_lib.modelling.roles import ROLES
-from spavl_lib.modelling.shared_prefix import apply_sharing
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.trainers.ppo import Rollout
 
 # Widths are small and depth is not, so that tower and vocabulary weigh what they do at 7B.

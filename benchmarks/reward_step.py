@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from spavl_lib.modelling.fused_lora import fuse_lora
 from spavl_lib.modelling.heads import ScalarHeadModel
-from spavl_lib.modelling.host import return_freed_memory
-from spavl_lib.modelling.shared_prefix import share_prefix
+from spavl_lib.modelling.speed.fused_lora import fuse_lora
+from spavl_lib.modelling.speed.host import return_freed_memory
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.reward import bradley_terry_loss
 
 PAIRS = 3

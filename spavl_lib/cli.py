@@ -14,8 +14,9 @@ import yaml
 
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
-from spavl_lib.files import DISK_ERRORS
-from spavl_lib.run import Run, runs_root
+from spavl_lib.runs.files import DISK_ERRORS
+from spavl_lib.runs.paths import runs_root
+from spavl_lib.runs.stage import Run
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -103,15 +104,15 @@ def run(
       spavl run 04_dpo --profile smoke --set dpo.beta=0.5 --run-name beta05
       spavl run all --profile my.yaml --seed 3 --run-name seed3
     """
-    from spavl_lib import launch
+    from spavl_lib import pipeline
 
     _allow(allow_change)
-    notebook = None if name == "all" else launch.find_notebook(name)
+    notebook = None if name == "all" else pipeline.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
-        launch.run_all(config, overrides, profile=profile)
+        pipeline.run_all(config, overrides, profile=profile)
         return
-    where = launch.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
+    where = pipeline.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
     typer.echo(f"done: {where}")
 
 
@@ -132,14 +133,14 @@ def train(
     Example:
       spavl train dpo --profile colab --set dpo.beta=0.2 --run-name beta02
     """
-    from spavl_lib import launch
+    from spavl_lib import pipeline
 
     _allow(allow_change)
     config, _, _ = _config(profile, sets, seed, run_name)
-    if kind not in launch.TRAINERS:
-        launch.train(kind, config, None)  # says which there are
+    if kind not in pipeline.TRAINERS:
+        pipeline.train(kind, config, None)  # says which there are
     stage = Run(config).stage(kind)
-    launch.train(kind, config, stage)
+    pipeline.train(kind, config, stage)
     typer.echo(f"done: {stage.path}")
 
 
@@ -184,13 +185,13 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
-    from spavl_lib import launch
+    from spavl_lib import pipeline
 
     path = _run_path(run)
     from spavl_lib.report import write_report
 
     write_report(path)
-    launch.print_results(path)
+    pipeline.print_results(path)
 
 
 @data_app.command()
@@ -247,7 +248,7 @@ def check(
       spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
     """
     from spavl_lib.data.check import check, table
-    from spavl_lib.run import write_json
+    from spavl_lib.runs.files import write_json
 
     report = check(
         path, source=source, image_root=image_root, model=model, max_length=max_length,
@@ -309,7 +310,9 @@ def plan(
       spavl plan dpo --profile full --device a100-80 --set model.adapter=full \\
             --set launch.engine=zero3 --set launch.num_processes=8
     """
-    from spavl_lib import machine, planner, shapes
+    from spavl_lib import machine
+    from spavl_lib.planning import plan as planner
+    from spavl_lib.planning import shapes
 
     config, _, _ = _config(profile, sets, None, "")
     where = shapes.device_named(device or machine.device_kind())

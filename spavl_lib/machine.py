@@ -1,92 +1,13 @@
-"""What this machine is, how it differs from the pins, and which profiles it can run."""
+"""This machine and this process: devices, memory, cores, and the process's rank."""
 
-import importlib.metadata
-import importlib.util
+import contextlib
 import os
 import platform
-import shutil
+import resource
 import sys
-import tomllib
 from pathlib import Path
 
-from spavl_lib.config import load_config
-from spavl_lib.run import repo_root, runs_root
-
 GIB = 2**30
-# What a shipped profile is made for: memory of the machine, and of one CUDA GPU, in GiB.
-NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
-
-
-def describe_machine() -> dict[str, str]:
-    """Python, torch, devices, memory, cores and disk, a line each."""
-    import torch
-
-    devices = [f"{name} ({memory / GIB:.0f} GiB)" for name, memory in gpus()]
-    free = shutil.disk_usage(_existing(runs_root())).free
-    return {
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "system": f"{platform.system()} {platform.machine()}",
-        "torch": str(torch.__version__),
-        "devices": ", ".join(devices) or "cpu only",
-        "cores": str(cores()),
-        "memory": f"{memory_bytes() / GIB:.1f} GiB",
-        "disk": f"{free / GIB:.1f} GiB free under {runs_root()}",
-    }
-
-
-def read_pins() -> dict[str, str]:
-    """Package -> pinned version, from the checkout's pyproject.toml or the installed package."""
-    project = repo_root() / "pyproject.toml"
-    if project.is_file():
-        page = tomllib.loads(project.read_text(encoding="utf-8"))
-        lines = page.get("project", {}).get("dependencies", [])
-    else:
-        try:
-            lines = importlib.metadata.requires("spavl-workbook") or []
-        except importlib.metadata.PackageNotFoundError:
-            lines = []
-    lines = [line for line in lines if "extra ==" not in line]
-    return dict(line.split(";")[0].strip().split("==") for line in lines if "==" in line)
-
-
-def differing_pins(pins: dict[str, str]) -> list[str]:
-    """A line for each package that is missing or of another version than its pin.
-
-    Args:
-        pins: Package -> version. A local part, as in 2.13.0+cpu, is no difference.
-    """
-    lines = []
-    for name, wanted in sorted(pins.items()):
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name}: {wanted} pinned, missing")
-            continue
-        if found.split("+")[0] != wanted:
-            lines.append(f"{name}: {wanted} pinned, {found} installed")
-    return lines
-
-
-def cannot_run(profile: str) -> list[str]:
-    """Why this machine cannot run a shipped profile; empty if it can, as far as can be told.
-
-    Args:
-        profile: Its name.
-    """
-    config, (memory, gpu) = load_config(profile), NEEDS[profile]
-    reasons = []
-    # Machines and cards hold a little less than the number they are sold by.
-    if memory_bytes() < 0.9 * memory * GIB:
-        reasons.append(f"needs {memory} GiB of memory, here are {memory_bytes() / GIB:.1f}")
-    largest = max((size for _, size in gpus()), default=0)
-    if gpu and largest < 0.9 * gpu * GIB:
-        there = f"the largest here has {largest / GIB:.0f}" if largest else "there is none here"
-        reasons.append(f"needs a CUDA GPU of {gpu} GiB, {there}")
-    if shutil.disk_usage(_existing(runs_root())).free < GIB:
-        reasons.append(f"needs 1 GiB of disk under {runs_root()}")
-    if config.model.adapter == "qlora" and not importlib.util.find_spec("bitsandbytes"):
-        reasons.append("needs bitsandbytes")
-    return reasons
 
 
 def gpus() -> list[tuple[str, int]]:
@@ -113,10 +34,6 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path, *path.absolute().parents) if p.exists())
-
-
 def device_kind() -> str:
     """This machine's GPU as the planner names it, or cpu."""
     found = gpus()
@@ -129,28 +46,43 @@ def device_kind() -> str:
     return "a100-80" if memory > 60 else "a100-40" if memory > 30 else "l4" if memory > 18 else "t4"
 
 
-def engines() -> dict[str, str]:
-    """Ways of training in several processes, and of answering, and why not more."""
-    from spavl_lib.parallel import local_processes
-
-    def has(name: str) -> bool:
-        return importlib.util.find_spec(name) is not None
-
-    extra = "not installed: pip install -e '.[deepspeed]'"
-    return {
-        "processes": f"up to {local_processes()} on this machine "
-        f"({'one a GPU' if gpus() else 'one a core, for trying out'})",
-        "zero2/3": "yes" if has("deepspeed") else extra,
-        "4 bit": "yes" if has("bitsandbytes") else "no: bitsandbytes is not installed",
-        "16 bit": half_precision(),
-        "vllm": "yes" if has("vllm") else "not installed; transformers answers",
-    }
+WORKER = "SPAVL_WORKER"  # set in every child: the folder where ranks report
 
 
-def half_precision() -> str:
-    """The 16-bit type training would use here."""
-    from spavl_lib.modelling.load import compute_dtype
+def rank() -> int:
+    """This process's number among all, 0 for the one that writes."""
+    return int(os.environ.get("RANK", 0)) if WORKER in os.environ else 0
 
-    if not gpus():
-        return "no: fp32 on the CPU"
-    return str(compute_dtype()).removeprefix("torch.")
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if WORKER in os.environ else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the run folder."""
+    return rank() == 0
+
+
+def reset_peak_memory() -> None:
+    """Begin the peak anew, where the system allows it (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process since the last reset, in GiB."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
+    scale = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def device_name() -> str:
+    """The accelerator's name, or the CPU's with its core count."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
+    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"

@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 
-from spavl_lib import provenance
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
-from spavl_lib.files import read_json, read_jsonl, write_json
-from spavl_lib.launch import STAGE_MAKERS
-from spavl_lib.run import STAGES, Run, repo_root, runs_root
+from spavl_lib.pipeline import STAGE_MAKERS
+from spavl_lib.runs import provenance
+from spavl_lib.runs.files import read_json, read_jsonl, write_json
+from spavl_lib.runs.paths import repo_root, runs_root
+from spavl_lib.runs.stage import STAGES, Run
 
 # Of the clock, the machine's memory, and where things lie: never compared.
 OWN = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
@@ -128,7 +129,7 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
         return
     from spavl_lib.data.fingerprint import source_hashes
     from spavl_lib.modelling.load import model_hashes
-    from spavl_lib.trainers import checkpointed
+    from spavl_lib.trainers import exact_trainer as checkpointed
 
     splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
     current = {"dtype": str(checkpointed.compute_dtype()).removeprefix("torch.")}
@@ -147,7 +148,7 @@ def _comparable(name: str) -> bool:
 def _data_differences(then: dict, config: Config) -> Iterator[str]:
     """In words: texts, pictures, their order."""
     from spavl_lib.data.fingerprint import row_digests
-    from spavl_lib.data.spavl import load_preferences
+    from spavl_lib.data.load import load_preferences
 
     words = {
         "rows": "the number of rows",

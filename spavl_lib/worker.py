@@ -13,8 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from spavl_lib import parallel
+from spavl_lib import machine
 from spavl_lib.config import from_dict
+from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted, SpavlError
 
 
@@ -30,20 +31,20 @@ def main(kind: str, config_path: str, root: str) -> int:
         The exit code; what failed is reported to the parent.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
-    parallel.report(f"rank-{parallel.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
+    group.report(f"rank-{machine.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
     try:
-        from spavl_lib import launch
-        from spavl_lib.run import Run
+        from spavl_lib import pipeline
+        from spavl_lib.runs.stage import Run
 
         config = from_dict(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
-        parallel.join(config.launch)
-        launch.make_here(kind, config, Run(config, root=Path(root)).stage(kind))
-        parallel.barrier()
+        group.join(config.launch)
+        pipeline.make_here(kind, config, Run(config, root=Path(root)).stage(kind))
+        group.barrier()
     except BaseException as error:  # noqa: BLE001 - all of them are told, with the rank
-        parallel.report(f"rank-{parallel.rank()}-error", _told(error))
+        group.report(f"rank-{machine.rank()}-error", _told(error))
         traceback.print_exc()
         if isinstance(error, Preempted):
-            parallel.barrier()  # the launcher kills the rest as soon as one ends
+            group.barrier()  # the launcher kills the rest as soon as one ends
         return error.exit_code if isinstance(error, SpavlError) else 1
     return 0
 
@@ -52,7 +53,7 @@ def _told(error: BaseException) -> dict:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "spavl_lib" in f.filename]
     last = (frames or traceback.extract_tb(error.__traceback__))[-1]
     return {
-        "rank": parallel.rank(),
+        "rank": machine.rank(),
         "type": type(error).__name__,
         "message": str(error),
         "at": f"{Path(last.filename).name}:{last.lineno}: {last.line}",

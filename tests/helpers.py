@@ -17,8 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from spavl_lib.config import Config, DataConfig, load_config
-from spavl_lib.data.spavl import load_preferences
-from spavl_lib.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_model, load_processor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import cli, launch, machine
+from spavl_lib import cli, machine, pipeline
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, NonFiniteError, Preempted
 
@@ -31,9 +31,9 @@ def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tupl
     seen: list[tuple] = []
     folder = make_notebook("04_dpo").parent
     monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
-    monkeypatch.setattr(launch, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
-    monkeypatch.setattr(launch, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
-    monkeypatch.setattr(launch, "train", lambda *a: seen.append(("train", *a)))
+    monkeypatch.setattr(pipeline, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
+    monkeypatch.setattr(pipeline, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
+    monkeypatch.setattr(pipeline, "train", lambda *a: seen.append(("train", *a)))
     return seen
 
 
@@ -55,7 +55,7 @@ def test_run_one_hands_over_name_config_and_overrides(spavl: Callable, calls: li
 def test_run_all_hands_over_the_path_of_ones_own_profile(
     spavl: Callable, calls: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path
 ) -> None:
-    text = (repo / "spavl_lib/profiles/smoke.yaml").read_text(encoding="utf-8")
+    text = (repo / "spavl_lib/config/profiles/smoke.yaml").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert spavl("run", "all", "-p", "mine.yaml")[0] == 0
@@ -134,8 +134,8 @@ def test_bad_input_is_one_message_and_exit_2(
         (NonFiniteError("mend it"), 3),
         (DiskError("mend it"), 74),
         (Preempted("mend it"), 75),
-        (launch.NotebookError("mend it"), 1),
-        (launch.Interrupted("mend it"), 130),
+        (pipeline.NotebookError("mend it"), 1),
+        (pipeline.Interrupted("mend it"), 130),
         (OSError(28, "mend it"), 74),
         (KeyboardInterrupt(), 130),
     ],
@@ -151,7 +151,7 @@ def test_an_error_is_its_message_and_its_exit_code(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(launch, "run_all", fail)
+    monkeypatch.setattr(pipeline, "run_all", fail)
     got, _, err = spavl("run", "all", "--profile", "smoke")
     assert got == code
     message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -159,7 +159,7 @@ def test_an_error_is_its_message_and_its_exit_code(
 
 
 def test_a_bug_keeps_its_traceback(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "run_all", lambda *_, **__: {}["bug"])
+    monkeypatch.setattr(pipeline, "run_all", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError):
         cli.main(["run", "all", "--profile", "smoke"])
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from spavl_lib.config import DataConfig
 from spavl_lib.data.explore import describe, set_keys, shared
+from spavl_lib.data.load import folder_of, load_prompts, read_preferences
 from spavl_lib.data.schema import Loaded
-from spavl_lib.data.seed_json import MAPS
-from spavl_lib.data.spavl import folder_of, load_prompts, read_preferences
+from spavl_lib.data.sources.original import MAPS
 from spavl_lib.errors import InputError
 
 SPLITS = ("train", "validation")

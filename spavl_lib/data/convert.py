@@ -19,12 +19,12 @@ from datasets import Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
 from spavl_lib.config import DataConfig
-from spavl_lib.data import seed_json
 from spavl_lib.data.duplicates import content_of
-from spavl_lib.data.hub import HAS_TURNS
+from spavl_lib.data.load import folder_of, load_preferences, load_prompts
 from spavl_lib.data.schema import HUB_REQUIRED, QUESTION_TYPES, TURN
-from spavl_lib.data.seed_json import MAPS
-from spavl_lib.data.spavl import folder_of, load_preferences, load_prompts
+from spavl_lib.data.sources import original as seed_json
+from spavl_lib.data.sources.hub import HAS_TURNS
+from spavl_lib.data.sources.original import MAPS
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 

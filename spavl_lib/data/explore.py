@@ -13,11 +13,11 @@ from spavl_lib.config import Config
 from spavl_lib.data.collate import pair_lengths
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
 from spavl_lib.data.fingerprint import source_hashes
-from spavl_lib.data.join import unmatched, unmatched_rows
+from spavl_lib.data.load import eval_sets, load_prompts, read_preferences
 from spavl_lib.data.schema import Loaded, column
-from spavl_lib.data.spavl import eval_sets, load_prompts, read_preferences
+from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.taxonomy import classes
-from spavl_lib.run import Stage
+from spavl_lib.runs.stage import Stage
 
 LISTED = 1_000  # lines of one kind that a report keeps; counts are of all
 

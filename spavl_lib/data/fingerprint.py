@@ -9,9 +9,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
-from spavl_lib.data import seed_json
 from spavl_lib.data.images import ImageError, resolve_inside
-from spavl_lib.data.spavl import folder_of
+from spavl_lib.data.load import folder_of
+from spavl_lib.data.sources import original as seed_json
 from spavl_lib.errors import InputError
 
 PATTERNS = {

@@ -7,13 +7,15 @@ from pathlib import Path
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
-from spavl_lib.data.spavl import load_prompts, load_truth
+from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.metrics import rate
-from spavl_lib.generation import generate_batch
+from spavl_lib.generation.stage import generate_batch
+from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import load_policy, load_processor
-from spavl_lib.run import Run, Stage, device_name, read_json, read_jsonl, write_json, write_text
+from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_text
+from spavl_lib.runs.stage import Run, Stage
 
 SHOWN = ("harm", "help", "look_alikes", "twins")  # sets whose pictures the report shows
 

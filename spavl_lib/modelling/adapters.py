@@ -9,8 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
+from spavl_lib.distributed.zero_parameters import numel
 from spavl_lib.errors import InputError
-from spavl_lib.parallel import numel
 
 TOWER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
 PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger)\.")

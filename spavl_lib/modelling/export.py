@@ -15,8 +15,8 @@ from torch import nn
 
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
-from spavl_lib.files import read_json, write_json, write_text, writing
 from spavl_lib.modelling.load import load_policy, load_processor
+from spavl_lib.runs.files import read_json, write_json, write_text, writing
 
 FORMS = ("merged", "vllm")
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from spavl_lib import parallel
+from spavl_lib import machine
 from spavl_lib.config import ModelConfig
+from spavl_lib.distributed import zero_parameters
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_policy, weights_sha256
 
@@ -84,9 +85,9 @@ class ScalarHeadModel(nn.Module):
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
     """Write adapter or weights, projector and head together, as safetensors."""
-    state = parallel.for_saving(model.vlm)
-    head = parallel.whole({"score.weight": model.score.weight})
-    if not parallel.is_main():
+    state = zero_parameters.for_saving(model.vlm)
+    head = zero_parameters.whole({"score.weight": model.score.weight})
+    if not machine.is_main():
         return
     model.vlm.save_pretrained(folder, **state)
     save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / HEAD_FILE)

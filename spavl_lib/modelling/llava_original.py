@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spavl_lib.embedded.world import ASSETS
+from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
-from spavl_lib.files import read_json, write_json, writing
+from spavl_lib.runs.files import read_json, write_json, writing
 
 NAMES = (
     (re.compile(r"^model\.vision_tower\.vision_tower\."), "vision_tower."),

@@ -21,11 +21,16 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from spavl_lib.checkpoint import sha256_file
 from spavl_lib.config import ModelConfig
-from spavl_lib.embedded.world import ASSETS
+from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.host import LARGE_BYTES, SMALLER_BYTES, return_freed_memory, settle_threads
+from spavl_lib.modelling.speed.host import (
+    LARGE_BYTES,
+    SMALLER_BYTES,
+    return_freed_memory,
+    settle_threads,
+)
+from spavl_lib.runs.files import sha256_file
 
 # Tower and projector by any family's name. transformers matches from the start of a module's full
 # name: a bare "vision_tower" matches nothing, and the tower would be quantised without a word.

@@ -31,7 +31,7 @@ from spavl_lib.modelling.heads import (
     load_reward_model,
 )
 from spavl_lib.modelling.load import load_model
-from spavl_lib.modelling.shared_prefix import apply_sharing
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 
 ROLES = ("policy", "reference", "value", "reward")
 NEVER = -1e9  # a logit: its probability is 0, and unlike -inf its gradient is no NaN

@@ -15,8 +15,8 @@ from matplotlib.ticker import MaxNLocator
 
 from spavl_lib.data.images import decode
 from spavl_lib.data.taxonomy import TAXONOMY, classes, display
+from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
-from spavl_lib.report.text import short
 
 _SMALLEST = 6.0  # points; a leaf whose label would be smaller shares a tile with its like
 _LINE = 0.78  # text size over the room a line takes

@@ -10,6 +10,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from spavl_lib.data.taxonomy import PARENTS, TAXONOMY, display
+from spavl_lib.evaluation.numbers import (
+    METRICS,
+    Rate,
+    model_title,
+    models_of,
+    percent,
+    pool,
+    rate,
+    read_metrics,
+)
+from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import (
     INK,
     MUTED,
@@ -21,17 +32,6 @@ from spavl_lib.plotting.style import (
     note,
     styled,
 )
-from spavl_lib.report.numbers import (
-    METRICS,
-    Rate,
-    model_title,
-    models_of,
-    percent,
-    pool,
-    rate,
-    read_metrics,
-)
-from spavl_lib.report.text import short
 
 
 def _percent_axis(ax: Axes, axis: str = "x") -> None:

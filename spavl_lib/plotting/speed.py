@@ -4,8 +4,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from spavl_lib.files import read_json
 from spavl_lib.plotting.style import BASE_COLOUR, PALETTE, new_figure, styled
+from spavl_lib.runs.files import read_json
 
 PANELS = (("image_tokens", "Image tokens"), ("answer_tokens", "Tokens of each answer"))
 

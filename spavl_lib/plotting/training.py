@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from spavl_lib.evaluation.numbers import percent, share
 from spavl_lib.plotting.style import (
     INK,
     MUTED,
@@ -25,7 +26,6 @@ from spavl_lib.plotting.style import (
     rows_of,
     styled,
 )
-from spavl_lib.report.numbers import percent, share
 
 # Panels of the training figure: title, keys, y label. Keys that a file lacks are left out.
 TRAINING_GROUPS = (

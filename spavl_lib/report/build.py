@@ -12,11 +12,7 @@ from markupsafe import Markup
 from spavl_lib import plotting
 from spavl_lib.data.taxonomy import display
 from spavl_lib.errors import InputError
-from spavl_lib.plotting.results import class_order, class_rates
-from spavl_lib.report import collect, gallery
-from spavl_lib.report.charts import saved_figures, svg_uri
-from spavl_lib.report.headline import headlines
-from spavl_lib.report.numbers import (
+from spavl_lib.evaluation.numbers import (
     METRICS,
     MISSING,
     Metric,
@@ -28,9 +24,13 @@ from spavl_lib.report.numbers import (
     rate,
     read_metrics,
 )
-from spavl_lib.report.text import clean, short
+from spavl_lib.evaluation.text import clean, short
+from spavl_lib.plotting.results import class_order, class_rates
+from spavl_lib.report import collect, gallery
+from spavl_lib.report.charts import saved_figures, svg_uri
+from spavl_lib.report.headline import headlines
 from spavl_lib.report.training import policy_page, reward_page
-from spavl_lib.run import write_text
+from spavl_lib.runs.files import write_text
 
 _HERE = Path(__file__).parent
 _STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}

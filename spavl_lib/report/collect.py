@@ -11,7 +11,8 @@ import yaml
 
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import SpavlError
-from spavl_lib.run import STAGES, read_jsonl
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import STAGES
 
 _HERE = ("run_name", "profile")  # said by the command's own options
 

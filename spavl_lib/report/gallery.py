@@ -10,9 +10,9 @@ from PIL import Image
 
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
 from spavl_lib.data.taxonomy import classes
-from spavl_lib.report.numbers import model_title
-from spavl_lib.report.text import cut, short
-from spavl_lib.run import read_jsonl
+from spavl_lib.evaluation.numbers import model_title
+from spavl_lib.evaluation.text import cut, short
+from spavl_lib.runs.files import read_jsonl
 
 SET_ORDER = ("harm", "help", "look_alikes", "twins")
 # Judged by what the row's own picture would deserve, so its verdicts mislead beside the picture.

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from spavl_lib.report.numbers import Rate, model_title, models_of, percent, rate
+from spavl_lib.evaluation.numbers import Rate, model_title, models_of, percent, rate
 
 
 def headlines(metrics: Mapping) -> list[str]:

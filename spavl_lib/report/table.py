@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from spavl_lib.report.numbers import (
+from spavl_lib.evaluation.numbers import (
     METRICS,
     MISSING,
     model_title,

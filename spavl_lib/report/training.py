@@ -6,12 +6,12 @@ from typing import Any
 
 from spavl_lib import plotting
 from spavl_lib.data.taxonomy import display
+from spavl_lib.evaluation.numbers import MISSING, Rate, rate
+from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.training import TRAINING_GROUPS, key_labels
 from spavl_lib.report.charts import svg_uri
 from spavl_lib.report.collect import StagePage
-from spavl_lib.report.numbers import MISSING, Rate, rate
-from spavl_lib.report.text import short
-from spavl_lib.run import read_jsonl
+from spavl_lib.runs.files import read_jsonl
 
 REWARD_RATES = (
     ("pair_accuracy", "Held-out pairs ranked rightly", "chosen scored above rejected"),

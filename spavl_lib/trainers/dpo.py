@@ -18,19 +18,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib import parallel
-from spavl_lib.children import train_in_processes
+from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.spavl import load_preferences
-from spavl_lib.files import write_json, writing
+from spavl_lib.data.load import load_preferences
+from spavl_lib.distributed import group, settings, zero_parameters
+from spavl_lib.distributed.launcher import train_in_processes
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
     lora_config,
     train_in_fp32,
 )
-from spavl_lib.modelling.completion_head import score_completions_only
 from spavl_lib.modelling.load import (
     BASE_FILE,
     compute_dtype,
@@ -40,10 +38,13 @@ from spavl_lib.modelling.load import (
     model_path,
     quiet_libraries,
 )
-from spavl_lib.modelling.shared_prefix import apply_sharing
-from spavl_lib.run import Stage, write_text
-from spavl_lib.stop import stop_on_signals
-from spavl_lib.trainers.checkpointed import (
+from spavl_lib.modelling.speed.completion_head import score_completions_only
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
+from spavl_lib.runs.files import write_json, write_text, writing
+from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers.exact_trainer import (
     CheckedMixin,
     RowCollator,
     check_rows_fit,
@@ -105,11 +106,11 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(training_inputs(config))
         return stage.summary
-    if parallel.to_be_started(config.launch):
+    if settings.to_be_started(config.launch):
         return train_in_processes("dpo", config, stage, live=live)
     quiet_libraries()
     with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        with parallel.main_first():
+        with group.main_first():
             train_rows = load_preferences(config.data, "train")
             held_out = load_preferences(config.data, "validation")
         note_rows(stage, train=train_rows, validation=held_out)
@@ -119,13 +120,13 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         check_rows_fit(trainer, train_rows, processor)
         ckpt.check_room(trainer.checkpoints, trainer.model)
         lora = trainer.ref_model is None
-        with parallel.gathered_parameters(trainer.model):
+        with zero_parameters.gathered_parameters(trainer.model):
             trainer.reference = reference_probe(
                 trainer.model if lora else trainer.ref_model, processor, train_rows,
                 playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
             )  # fmt: skip
         if config.dpo.cache_reference:
-            with parallel.gathered_parameters(trainer.model):
+            with zero_parameters.gathered_parameters(trainer.model):
                 use_cached_reference(trainer, config, stage, processor)
         trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
         newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
@@ -160,7 +161,7 @@ def build_trainer(
         num_train_epochs=dpo.num_epochs,
         per_device_train_batch_size=dpo.per_device_batch_size,
         per_device_eval_batch_size=dpo.per_device_batch_size,
-        **parallel.launch_arguments("dpo", dpo.gradient_accumulation_steps, config.launch),
+        **settings.launch_arguments("dpo", dpo.gradient_accumulation_steps, config.launch),
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
@@ -234,8 +235,8 @@ def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
     """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
-    target, state = stage.path / "model", parallel.for_saving(model)
-    if not parallel.is_main():
+    target, state = stage.path / "model", zero_parameters.for_saving(model)
+    if not machine.is_main():
         return target
     with writing(target):
         lora = {"selected_adapters": ["default"]} if config.model.with_lora else {}

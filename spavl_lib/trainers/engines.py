@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib import parallel
+from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
+from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
-from spavl_lib.files import read_json
 from spavl_lib.modelling.load import compute_dtype
+from spavl_lib.runs.files import read_json
+from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.guards import gate_gradients
-from spavl_lib.zero_state import load_optimizer_share, optimizer_share
+from spavl_lib.trainers.zero_state import load_optimizer_share, optimizer_share
 
 Groups = dict[str, list[nn.Parameter]]
 
@@ -65,7 +66,7 @@ class Engine:
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
         group = torch.distributed
         size = group.get_world_size() if group.is_initialized() else 1
-        if not size == parallel.world_size() == launch.num_processes:
+        if not size == machine.world_size() == launch.num_processes:
             raise RuntimeError(
                 f"asked for {launch.num_processes} processes, got {size}: a trainer of several is "
                 "made by `launch.train`, which starts them"
@@ -127,11 +128,11 @@ class Engine:
 
     def _sum(self) -> None:
         """Over the processes, one tensor a group; where a process has none, it is zero."""
-        if parallel.world_size() == 1:
+        if machine.world_size() == 1:
             return
         for parameters in self.groups.values():
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            total = parallel.sum_of(torch.cat([part.reshape(-1) for part in parts]))
+            total = group.sum_of(torch.cat([part.reshape(-1) for part in parts]))
             for parameter, part in zip(
                 parameters, total.split([p.numel() for p in parameters]), strict=True
             ):
@@ -143,7 +144,7 @@ class Engine:
         """What a checkpoint holds of weights and optimizer; of this process, where shared out."""
         optimizer, plain = optimizer_share(self.optimizer)
         tensors = {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer}
-        if not parallel.is_main():
+        if not machine.is_main():
             tensors = {}
         return tensors, {"optimizer": plain, "scaler": self.scaler.state_dict()}
 
@@ -185,12 +186,12 @@ class ZeroEngine(Engine):
         self.lockstep = launch.engine == "zero3"
         self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed has its own
         self.name = launch.engine
-        return parallel.check_engine(self.engine, launch)
+        return settings.check_engine(self.engine, launch)
 
     @property
     def sharing(self) -> str:
         """As `Engine.sharing`."""
-        return f"by {self.name} in {parallel.world_size()} processes"
+        return f"by {self.name} in {machine.world_size()} processes"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `Engine.__call__`."""
@@ -204,7 +205,7 @@ class ZeroEngine(Engine):
             return
         from trl.models.utils import add_hooks, remove_hooks
 
-        with parallel.gathered_parameters(self.model):
+        with zero_parameters.gathered_parameters(self.model):
             remove_hooks(self.engine)
             try:
                 yield
@@ -222,7 +223,7 @@ class ZeroEngine(Engine):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """As `Engine.backward`; DeepSpeed takes the mean over processes, not the sum."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(loss * parallel.world_size())
+        self.engine.backward(loss * machine.world_size())
 
     def step(self, max_norm: float, number: int, row_ids: Sequence[str]) -> dict[str, float]:
         """As `Engine.step`."""
@@ -254,10 +255,10 @@ class ZeroEngine(Engine):
         """As `Engine.tensors`."""
         trained = ckpt.trainable_tensors(self.model)
         optimizer, plain = optimizer_share(self.engine.optimizer)
-        tensors = {"optimizer": optimizer} | ({"trainable": trained} if parallel.is_main() else {})
+        tensors = {"optimizer": optimizer} | ({"trainable": trained} if machine.is_main() else {})
         return tensors, {"optimizer": plain, "scaler": {}}
 
     def load(self, source: Any, state: dict) -> None:
         """As `Engine.load`; the weights come back through the optimizer's masters."""
-        share = ckpt.load_tensors(source, "optimizer", parallel.rank())
+        share = ckpt.load_tensors(source, "optimizer", machine.rank())
         load_optimizer_share(self.engine.optimizer, share, state["optimizer"])

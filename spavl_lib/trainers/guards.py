@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from spavl_lib import parallel
 from spavl_lib.data.collate import PromptCollator, neutralise
+from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 
 
@@ -108,7 +108,7 @@ class Movement:
 
     @staticmethod
     def _mark(parameter: Tensor) -> tuple[float, float]:
-        value = parallel.piece(parameter)
+        value = zero_parameters.piece(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
         value = value.double()
@@ -123,7 +123,7 @@ class Movement:
         moved, still = [], []
         changes = [self._mark(p) != self.start[n] for n, p in model.named_parameters()]
         # Where processes hold pieces, a piece may stand still.
-        anywhere = parallel.any_of_each(torch.tensor(changes)).tolist()
+        anywhere = group.any_of_each(torch.tensor(changes)).tolist()
         for (name, parameter), changed in zip(model.named_parameters(), anywhere, strict=True):
             if changed and not parameter.requires_grad:
                 moved.append(name)

@@ -25,15 +25,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin, get_scheduler, set_seed
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib import parallel
-from spavl_lib.children import train_in_processes
+from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.collate import check_prompt_lengths, completion_ids
 from spavl_lib.data.grouping import image_groups
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
+from spavl_lib.distributed import group, settings, zero_parameters
+from spavl_lib.distributed.launcher import train_in_processes
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
-from spavl_lib.files import write_text
+from spavl_lib.machine import peak_memory_gib
 from spavl_lib.modelling.load import (
     autocast,
     compute_dtype,
@@ -42,7 +42,7 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
 )
 from spavl_lib.modelling.roles import Roles, load_roles
-from spavl_lib.modelling.tower_cache import TowerCache
+from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.ppo import (
     KLController,
     approx_kl,
@@ -55,17 +55,19 @@ from spavl_lib.objectives.ppo import (
     masked_mean,
     masked_whiten,
 )
-from spavl_lib.run import Stage, peak_memory_gib, read_jsonl
-from spavl_lib.stop import StopFlag, stop_on_signals
-from spavl_lib.trainers import checkpointed
-from spavl_lib.trainers.checkpointed import (
+from spavl_lib.runs.files import read_jsonl, write_text
+from spavl_lib.runs.signals import StopFlag, stop_on_signals
+from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers.dpo import save_trained
+from spavl_lib.trainers.engines import build_engine
+from spavl_lib.trainers.exact_trainer import (
     inputs_with_reward,
     note_rows,
     number,
     reward_folder,
 )
-from spavl_lib.trainers.dpo import save_trained
-from spavl_lib.trainers.engines import build_engine
 from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
 from spavl_lib.trainers.probe import check_reference_unmoved, reference_probe
 from spavl_lib.trainers.rollout import (
@@ -105,11 +107,11 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
     if config.launch.cpu_offload:
         # It keeps the gradients of a step's last backward pass alone, which is the value model's.
         raise InputError("launch.cpu_offload: PPO cannot; set it to false")
-    if parallel.to_be_started(config.launch):
+    if settings.to_be_started(config.launch):
         return train_in_processes("ppo", config, stage, live=live)
     quiet_libraries()
     with stage.work(inputs), stop_on_signals() as flag:
-        with parallel.main_first():
+        with group.main_first():
             rows = load_preferences(config.data, "train")
         note_rows(stage, train=rows)
         trainer = PPOTrainer(config, stage, rows, folder, flag)
@@ -222,7 +224,7 @@ class PPOTrainer:
         with self.engine.whole():
             self.reference = reference_probe(vlm, self.processor, self.rows, playing=playing)
         self._resume()
-        parallel.report("progress", {"step": self.step, "total": self.total_steps})
+        group.report("progress", {"step": self.step, "total": self.total_steps})
         movement = None if self.step else Movement(self.model)
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
@@ -247,7 +249,7 @@ class PPOTrainer:
                     movement = None
                 due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
                 waited = time.monotonic() - self.saved > checkpointed.LONGEST_UNSAVED_S
-                if parallel.any_of(due or waited):
+                if group.any_of(due or waited):
                     self._save()
         if live and self.log_rows:
             live.update(self.log_rows, force=True)
@@ -286,7 +288,7 @@ class PPOTrainer:
                         compact=self.config.generation.cache == "compact",
                     )  # fmt: skip
             sampled += zip(rows, said, strict=True)
-        for i, answer in itertools.chain(*parallel.gathered(sampled)):
+        for i, answer in itertools.chain(*group.gathered(sampled)):
             responses[i] = answer
         finished = [r[-1:] == [self.eos_id] for r in responses]
         decode = self.processor.tokenizer.decode
@@ -323,8 +325,8 @@ class PPOTrainer:
                 for name, value in zip(names, found, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
         mask = rollout.mask  # every row is filled by one process, and zero in the others
-        columns = {k: parallel.sum_of(v) * mask for k, v in columns.items()}
-        rollout.columns = columns | {"scores": parallel.sum_of(scores)}
+        columns = {k: group.sum_of(v) * mask for k, v in columns.items()}
+        rollout.columns = columns | {"scores": group.sum_of(scores)}
         self._gate(rollout)
 
     def _gate(self, rollout: Rollout) -> None:
@@ -427,7 +429,7 @@ class PPOTrainer:
             if role == "policy" and self.settings.sft_coef:
                 stats["loss/sft_avg"] = self._sft(rollout, rows, cache)
         names = sorted(stats)
-        sums = parallel.sum_of(torch.tensor([stats[n] for n in names], dtype=torch.float64))
+        sums = group.sum_of(torch.tensor([stats[n] for n in names], dtype=torch.float64))
         return dict(zip(names, sums.tolist(), strict=True))
 
     def _policy_loss(
@@ -506,7 +508,7 @@ class PPOTrainer:
     # --- batches ------------------------------------------------------------------------------
 
     def _turns(self, parts: list[list[int]]) -> int:
-        return -(-len(parts) // parallel.world_size())
+        return -(-len(parts) // machine.world_size())
 
     def _own(self, parts: Iterator[list[int]]) -> Iterator[list[int]]:
         """This process's batches of a rollout, with a look at the stop flag before each.
@@ -516,7 +518,7 @@ class PPOTrainer:
         parts = list(parts)
         for turn in range(self._turns(parts)):
             self._stop_if_asked()
-            place = turn * parallel.world_size() + parallel.rank()
+            place = turn * machine.world_size() + machine.rank()
             yield parts[place] if place < len(parts) else []
 
     def _shared_out(self, parts: list[list[int]]) -> Iterator[tuple[list[int], int]]:
@@ -525,7 +527,7 @@ class PPOTrainer:
         Under ZeRO all must call the model equally often.
         """
         for turn in range(self._turns(parts)):
-            place = turn * parallel.world_size() + parallel.rank()
+            place = turn * machine.world_size() + machine.rank()
             yield parts[min(place, len(parts) - 1)], int(place < len(parts))
 
     def _chunks(self, prompts: list[Prompt], responses: list[list[int]]) -> Iterator[list[int]]:
@@ -596,7 +598,7 @@ class PPOTrainer:
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
         self.log_rows.append(row)
-        if not parallel.is_main():
+        if not machine.is_main():
             return
         kl = (rollout.columns["logps"] - rollout.columns["ref_logps"]).sum(1).tolist()
         with self._rollouts_path.open("a", encoding="utf-8") as handle:
@@ -632,7 +634,7 @@ class PPOTrainer:
             "rollouts": self.step * self.settings.rollout_batch_size,
             "launch": self.engine.found,
             "trainable_parameters": {
-                role: sum(map(parallel.numel, parameters))
+                role: sum(map(zero_parameters.numel, parameters))
                 for role, parameters in self.engine.groups.items()
             },
             "scores": {
@@ -683,19 +685,19 @@ class PPOTrainer:
                 self.scheduler.load_state_dict(state["scheduler"])
             self.kl.load_state_dict(state["kl"])
             # A process that was not there when it was written keeps the seed's.
-            if own := ckpt.load_state(newest, parallel.rank()):
-                ckpt.load_rng(ckpt.load_tensors(newest, "rng", parallel.rank()), own["rng"])
+            if own := ckpt.load_state(newest, machine.rank()):
+                ckpt.load_rng(ckpt.load_tensors(newest, "rng", machine.rank()), own["rng"])
             self.step = state["step"]
         # Lines of steps that were never checkpointed are written again.
         self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
-        parallel.barrier()
-        for path in (self.stage.metrics_path, self._rollouts_path) if parallel.is_main() else ():
+        group.barrier()
+        for path in (self.stage.metrics_path, self._rollouts_path) if machine.is_main() else ():
             kept = [r for r in read_jsonl(path) if r["step"] <= self.step]
             write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
     def _stop_if_asked(self) -> None:
         """Between pieces of work: the last finished step is saved, an unfinished one is dropped."""
-        if parallel.any_of(bool(self.flag)):
+        if group.any_of(bool(self.flag)):
             if not self.flag:
                 self.flag.reason = "a stop in another process"
             self._save()

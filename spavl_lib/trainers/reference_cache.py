@@ -23,12 +23,12 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
-from spavl_lib.checkpoint import tensors_sha256
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests
 from spavl_lib.data.grouping import image_groups
-from spavl_lib.files import writing
 from spavl_lib.modelling.load import compute_dtype, model_hashes
+from spavl_lib.runs.files import writing
+from spavl_lib.trainers.checkpoint import tensors_sha256
 
 NAMES = ("ref_chosen_logps", "ref_rejected_logps")
 SAVED_EVERY_S = 120.0

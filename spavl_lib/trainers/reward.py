@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib import parallel
-from spavl_lib.children import train_in_processes
+from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_pictures
-from spavl_lib.data.spavl import exchange_twins, load_preferences, load_truth, with_images_of
+from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
+from spavl_lib.distributed import group, settings, zero_parameters
+from spavl_lib.distributed.launcher import train_in_processes
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
-from spavl_lib.files import writing
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -41,11 +40,13 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
-from spavl_lib.modelling.shared_prefix import apply_sharing
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
-from spavl_lib.run import Stage, write_text
-from spavl_lib.stop import stop_on_signals
-from spavl_lib.trainers.checkpointed import (
+from spavl_lib.runs.files import write_text, writing
+from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers.exact_trainer import (
     CheckedMixin,
     RowCollator,
     check_rows_fit,
@@ -130,7 +131,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line."""
         if "loss" in logs:
-            logs |= parallel.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
+            logs |= group.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
         super().log(logs, *args, **kwargs)
 
@@ -155,11 +156,11 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         stage.check_config()
         stage.check_inputs(training_inputs(config))
         return stage.summary
-    if parallel.to_be_started(config.launch):
+    if settings.to_be_started(config.launch):
         return train_in_processes("reward", config, stage, live=live)
     quiet_libraries()
     with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        with parallel.main_first():
+        with group.main_first():
             train_rows = load_preferences(config.data, "train")
             held_out = load_preferences(config.data, "validation")
         note_rows(stage, train=train_rows, validation=held_out)
@@ -177,7 +178,7 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         scored = score_pairs(model, processor, held_out, size, should_stop=flag)
         moved = exchange_images(held_out)
         exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
-        if parallel.is_main():
+        if machine.is_main():
             write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
         metrics = reward_metrics(scored, exchanged, load_truth(config.data))
         if config.data.source == "mini":
@@ -193,7 +194,7 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
             "train_rows": len(train_rows),
             "validation_rows": len(held_out),
             "launch": trainer.found,
-            "trainable_parameters": parts | {"score": parallel.numel(model.score.weight)},
+            "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
             "metrics": metrics,
             "final_loss": number(
                 next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
@@ -203,7 +204,7 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         target = stage.path / "model"
         with writing(target):
             save_reward_model(model, target, config.model)
-            if parallel.is_main():
+            if machine.is_main():
                 processor.save_pretrained(target)
     stage.finish(summary)
     return summary
@@ -238,7 +239,7 @@ def build_trainer(
         max_steps=reward.max_steps or -1,
         num_train_epochs=reward.num_epochs,
         per_device_train_batch_size=reward.per_device_batch_size,
-        **parallel.launch_arguments("reward", reward.gradient_accumulation_steps, config.launch),
+        **settings.launch_arguments("reward", reward.gradient_accumulation_steps, config.launch),
         learning_rate=reward.learning_rate,
         lr_scheduler_type=reward.lr_scheduler,
         warmup_steps=reward.warmup_steps,
@@ -289,12 +290,12 @@ def score_pairs(
         Preempted: `should_stop` became true; polled between batches.
     """
     collate, starts = RowCollator(processor), range(0, len(rows), batch_size)
-    rounds = range(-(-len(starts) // parallel.world_size()))
+    rounds = range(-(-len(starts) // machine.world_size()))
     done: list[tuple[int, list[dict]]] = []
     for turn in tqdm(rounds, desc="score", leave=False):
-        if parallel.any_of(bool(should_stop)):
+        if group.any_of(bool(should_stop)):
             raise Preempted("stopped while scoring held-out pairs; run the same command to go on")
-        mine, scored = turn * parallel.world_size() + parallel.rank(), []
+        mine, scored = turn * machine.world_size() + machine.rank(), []
         # Under ZeRO-3 all must call the model equally often: one that has run out repeats the last.
         start = starts[min(mine, len(starts) - 1)]
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
@@ -317,7 +318,7 @@ def score_pairs(
             )
         if mine < len(starts):
             done.append((mine, scored))
-    together = sorted(itertools.chain(*parallel.gathered(done)), key=lambda item: item[0])
+    together = sorted(itertools.chain(*group.gathered(done)), key=lambda item: item[0])
     return [row for _, scored in together for row in scored]
 
 

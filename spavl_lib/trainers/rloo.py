@@ -22,10 +22,9 @@ from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
-from spavl_lib import checkpoint as ckpt
 from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.collate import check_prompt_lengths, decode_images, encode_prompts, neutralise
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
@@ -35,16 +34,18 @@ from spavl_lib.modelling.adapters import (
 )
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
-from spavl_lib.run import Stage, read_jsonl, write_text
-from spavl_lib.stop import stop_on_signals
-from spavl_lib.trainers.checkpointed import (
+from spavl_lib.runs.files import read_jsonl, write_text
+from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers.dpo import save_trained
+from spavl_lib.trainers.exact_trainer import (
     CheckedMixin,
     drop_stock_callbacks,
     inputs_with_reward,
     note_rows,
     reward_folder,
 )
-from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rollout import never_said
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from spavl_lib.data.collate import decode_images, encode_prompts, pad_rows, stack_vision
-from spavl_lib.modelling.decoding import can_decode, decode
+from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.modelling.roles import NEVER
 
 

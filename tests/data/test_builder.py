@@ -11,9 +11,9 @@ from spavl_lib.data.builder import (
     draw_pair,
     safety_groups,
 )
-from spavl_lib.data.spavl import load_truth
-from spavl_lib.embedded import language
-from spavl_lib.embedded.mini import mini_folder
+from spavl_lib.data.embedded import language
+from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.load import load_truth
 from spavl_lib.evaluation.judges import ExactPairJudge
 from tests.helpers import MINI, mini_rows
 

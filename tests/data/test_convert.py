@@ -9,10 +9,10 @@ from datasets import Dataset
 
 from benchmarks.synthetic_spavl import write
 from spavl_lib.data.convert import convert
+from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.data.schema import TURN
-from spavl_lib.data.spavl import load_preferences, load_prompts
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.embedded.mini import mini_folder
 from tests.helpers import (
     files_of,
     hub_config,

@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from spavl_lib.data.load import load_preferences, read_preferences
 from spavl_lib.data.schema import MAX_CHARACTERS, TURN
-from spavl_lib.data.spavl import load_preferences, read_preferences
 from spavl_lib.errors import InputError
 from tests.helpers import hub_config, png, seed_config, seed_record
 

@@ -9,9 +9,10 @@ import pyarrow
 import pytest
 from datasets import Dataset
 
-from spavl_lib.data import check, explore, hub, schema
+from spavl_lib.data import check, explore, schema
 from spavl_lib.data.convert import convert
-from spavl_lib.data.spavl import (
+from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.load import (
     eval_sets,
     load_preferences,
     load_prompts,
@@ -19,10 +20,10 @@ from spavl_lib.data.spavl import (
     subset,
     unmatched,
 )
+from spavl_lib.data.sources import hub
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.embedded.mini import mini_folder
 from spavl_lib.errors import InputError
-from spavl_lib.run import Run
+from spavl_lib.runs.stage import Run
 from tests.helpers import (
     MINI,
     files_of,

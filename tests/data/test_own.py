@@ -8,9 +8,9 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
 from spavl_lib.config import ColumnsConfig, DataConfig
-from spavl_lib.data import hub
+from spavl_lib.data.load import load_preferences
 from spavl_lib.data.schema import TURN
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.sources import hub
 from spavl_lib.errors import InputError
 from tests.helpers import hub_config, hub_rows, png, problems_of, write_hub_folder
 

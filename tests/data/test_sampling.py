@@ -4,8 +4,8 @@ from collections import Counter
 
 import pytest
 
+from spavl_lib.data.load import load_preferences
 from spavl_lib.data.sampling import nested_order
-from spavl_lib.data.spavl import load_preferences
 from spavl_lib.errors import InputError
 from tests.helpers import MINI, hub_config, hub_rows, mini_rows, write_hub_folder
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import launch
+from spavl_lib import pipeline
 from spavl_lib.config import Config
-from spavl_lib.run import Run, Stage, read_json, read_jsonl
+from spavl_lib.runs.files import read_json, read_jsonl
+from spavl_lib.runs.stage import Run, Stage
 from tests.helpers import smoke
 
 # Two processes take one batch of four pairs each where one process takes both in turn.
@@ -53,7 +54,7 @@ def _reward_model() -> Path:
     )
     stage = Run(config).stage("reward")
     if not stage.done:
-        launch.train("reward", config, stage)
+        pipeline.train("reward", config, stage)
     return stage.path / "model"
 
 
@@ -67,7 +68,7 @@ def read(stage: Stage) -> Result:
 def train(kind: str, config: Config) -> Result:
     """Train to the end."""
     stage = Run(config).stage(kind)
-    launch.train(kind, config, stage)
+    pipeline.train(kind, config, stage)
     return read(stage)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from spavl_lib import launch
+from spavl_lib import pipeline
 from spavl_lib.errors import InputError, RankError
-from spavl_lib.run import Run
+from spavl_lib.runs.stage import Run
 from tests.distributed.conftest import Result, alive, config_of, process_of, read, train, when
 
 TOLERANCE = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
@@ -39,12 +39,12 @@ def test_two_processes_train_what_one_does_over_the_death_of_one(
 
     killer = when((stage.path / "checkpoints/step-2/MANIFEST.json").is_file, kill)
     with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL.*checkpoint stands"):
-        launch.train(kind, config, stage)
+        pipeline.train(kind, config, stage)
     killer.join()
     assert len(pids) == 2 and not any(map(alive, pids))
     assert not stage.done and not (stage.path / ".ranks").exists()
 
-    launch.train(kind, config, stage)
+    pipeline.train(kind, config, stage)
     result = read(stage)
     assert result.summary["launch"] == {"engine": engine, "world_size": 2}
     assert_equal_losses(result, alone(kind), TOLERANCE[engine])
@@ -83,5 +83,5 @@ def test_offload_to_the_cpu_changes_no_loss(engine: str, alone: Callable[[str], 
 def test_a_step_that_cannot_be_shared_out_is_refused() -> None:
     config = config_of("dpo", "uneven", launch__num_processes=3)
     with pytest.raises(InputError, match="cannot be shared out among launch.num_processes = 3"):
-        launch.train("dpo", config, Run(config).stage("dpo"))
+        pipeline.train("dpo", config, Run(config).stage("dpo"))
     assert not Run(config).path.exists()

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import generation, launch
+from spavl_lib import pipeline
 from spavl_lib.errors import RankError
-from spavl_lib.files import read_jsonl
-from spavl_lib.run import Run, Stage
+from spavl_lib.generation.stage import stage as generation
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
 from tests.distributed.conftest import alive, config_of, process_of, train, when
 
 QUICK = {
@@ -49,12 +50,12 @@ def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool
 
     killer = when(some_written, kill)
     with pytest.raises(RankError, match="rank 1 of 2 was killed by SIGKILL"):
-        launch.make("inference", two)
+        pipeline.make("inference", two)
     killer.join()
     assert not any(map(alive, pids))
     kept = sum(p.read_text().count('"batch"') for p in stage.path.rglob("*.partial*"))
     assert kept > 0  # work that the second call takes up
-    launch.make("inference", two)
+    pipeline.make("inference", two)
     assert answers(stage) == expected
     assert not list(stage.path.rglob("*.partial*"))
     ids = [r["id"] for r in read_jsonl(next(stage.path.rglob("harm.jsonl")))]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from spavl_lib import launch
+from spavl_lib import pipeline
 from spavl_lib.config import load_config
-from spavl_lib.files import read_jsonl
-from spavl_lib.run import Run
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run
 
 OVERRIDES = {
     "reward.per_device_batch_size": 4, "reward.gradient_accumulation_steps": 2,
@@ -25,7 +25,7 @@ def run_all_of(names: tuple[str, ...], processes: int) -> Run:
     config = load_config("smoke", overrides, run_name=f"notebooks-{processes}")
     run = Run(config)
     for name in names:
-        launch.run_notebook(name, config, overrides, run)
+        pipeline.run_notebook(name, config, overrides, run)
     return run
 
 

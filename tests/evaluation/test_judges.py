@@ -2,7 +2,7 @@
 
 import pytest
 
-from spavl_lib.embedded.language import PLACEHOLDER
+from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import ExactJudge, PhraseJudge, make_judge
 

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib.data.spavl import load_prompts, load_truth
-from spavl_lib.embedded import language
-from spavl_lib.embedded.language import PLACEHOLDER, Request
+from spavl_lib.data.embedded import language
+from spavl_lib.data.embedded.language import PLACEHOLDER, Request
+from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.suite import make_evaluation_stage, model_metrics, twin_accuracy
-from spavl_lib.run import Run, read_jsonl, write_text
+from spavl_lib.runs.files import read_jsonl, write_text
+from spavl_lib.runs.stage import Run
 from tests.helpers import files_of, smoke
 
 REFUSED = {"verdict": "refused", "unsafe": False, "helpful": None}

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 
-from spavl_lib import launch, provenance
+from spavl_lib import pipeline
 from spavl_lib.config import load_config
 from spavl_lib.modelling.load import weights_sha256
-from spavl_lib.run import Run, read_jsonl
+from spavl_lib.runs import provenance
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run
 
 FOLDER = Path(__file__).parent
 STEPS = 50
@@ -67,8 +69,8 @@ def trajectory(name: str, root: Path) -> dict:
     run = Run(config, root=root)
     if kind == "ppo":
         short = load_config("smoke", {"reward.max_steps": 2}, seed=0, run_name="golden")
-        launch._loaded(launch.TRAINERS["reward"])(short, Run(short, root=root).stage("reward"))
-    launch._loaded(launch.TRAINERS[kind])(config, run.stage(kind))
+        pipeline._loaded(pipeline.TRAINERS["reward"])(short, Run(short, root=root).stage("reward"))
+    pipeline._loaded(pipeline.TRAINERS[kind])(config, run.stage(kind))
     rows = read_jsonl(run.stage(kind).metrics_path)
     rows = [row for row in rows if any(k in row for k in KEPT)]
     return {

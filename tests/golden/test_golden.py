@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spavl_lib import provenance
+from spavl_lib.runs import provenance
 from tests.golden.record import OVERRIDES, STEPS, conditions, path_of, trajectory
 
 MAX_DIFFERENCE, MEAN_DIFFERENCE = 1e-3, 1e-4

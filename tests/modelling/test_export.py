@@ -12,10 +12,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.errors import InputError
-from spavl_lib.files import write_json
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.export import check_vllm_adapter, export
 from spavl_lib.modelling.load import load_policy
+from spavl_lib.runs.files import write_json
 from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread
 
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
-from spavl_lib.modelling.fused_lora import fuse_lora
+from spavl_lib.modelling.speed.fused_lora import fuse_lora
 
 
 class Block(nn.Module):

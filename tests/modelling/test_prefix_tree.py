@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spavl_lib.modelling.prefix_attention import mask_function
-from spavl_lib.modelling.prefix_tree import build_tree
+from spavl_lib.modelling.speed.prefix_attention import mask_function
+from spavl_lib.modelling.speed.prefix_tree import build_tree
 
 # Few different keys, so that rows have long common beginnings.
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=7)

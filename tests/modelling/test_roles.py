@@ -13,7 +13,7 @@ from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import HEAD_FILE, ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import load_model
 from spavl_lib.modelling.roles import OneBase, Roles, load_roles
-from spavl_lib.modelling.tower_cache import TowerCache
+from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.logps import token_logps
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread, tiny

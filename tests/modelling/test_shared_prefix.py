@@ -13,7 +13,7 @@ from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel
-from spavl_lib.modelling.shared_prefix import share_prefix
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from tests.helpers import mini_rows, spread, tiny
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from spavl_lib.modelling.roles import tower_of
-from spavl_lib.modelling.shared_prefix import share_prefix
-from spavl_lib.modelling.tower_cache import TowerCache
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
+from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample, together
 from tests.helpers import mini_rows, tiny
 

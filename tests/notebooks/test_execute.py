@@ -12,7 +12,7 @@ from typing import Any
 import nbformat
 import pytest
 
-from spavl_lib.launch import STAGE_OF, list_notebooks
+from spavl_lib.pipeline import STAGE_OF, list_notebooks
 
 REPO = Path(__file__).parents[2]
 NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if STAGE_OF[p.stem] != "scaling"]

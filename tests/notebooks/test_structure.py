@@ -12,7 +12,7 @@ import papermill as pm
 import pytest
 from nbformat import NotebookNode
 
-from spavl_lib.launch import PARAMETERS, STAGE_OF
+from spavl_lib.pipeline import PARAMETERS, STAGE_OF
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))

@@ -5,9 +5,9 @@ from PIL import Image
 
 from spavl_lib.config import DataConfig
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.images import png_bytes
-from spavl_lib.data.spavl import load_prompts, load_truth
-from spavl_lib.embedded.world import load_world
+from spavl_lib.data.load import load_prompts, load_truth
 from tests.helpers import MINI, embedded_model, embedded_processor, logps_of, mini_rows, spread
 
 

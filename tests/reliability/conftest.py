@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib.run import read_json, read_jsonl
+from spavl_lib.runs.files import read_json, read_jsonl
+from spavl_lib.trainers import checkpoint as ckpt
 from tests.helpers import hub_rows, write_hub_folder
 from tests.reliability.processes import Child, ready, spavl
 

@@ -17,7 +17,7 @@ def die_at_write(number: str) -> None:
     """
     import shutil
 
-    from spavl_lib import checkpoint as ckpt
+    from spavl_lib.trainers import checkpoint as ckpt
 
     wanted, seen = int(number), [0]
 
@@ -90,22 +90,22 @@ def kill_in(phase: str) -> None:
 
 # Phase -> module, and the dotted name in it that runs then; {kind} is the trainer.
 PHASES = {
-    "hashing": ("spavl_lib.provenance", "environment"),
+    "hashing": ("spavl_lib.runs.provenance", "environment"),
     "data": ("spavl_lib.trainers.{kind}", "load_preferences"),
     "build": ("spavl_lib.trainers.{kind}", "build_trainer"),
     "forward": ("spavl_lib.trainers.guards", "gate_loss"),
     "backward": ("spavl_lib.trainers.guards", "gate_gradients"),
     "optimizer": ("torch.optim", "AdamW.step"),
-    "logging": ("spavl_lib.run", "Stage.log"),
-    "save": ("spavl_lib.checkpoint", "save_file"),
-    "seal": ("spavl_lib.checkpoint", "sha256_file"),
+    "logging": ("spavl_lib.runs.stage", "Stage.log"),
+    "save": ("spavl_lib.trainers.checkpoint", "save_file"),
+    "seal": ("spavl_lib.trainers.checkpoint", "sha256_file"),
     "evaluate": ("transformers", "Trainer.evaluation_loop"),
     "score": ("spavl_lib.trainers.reward", "score_pairs"),
-    "summary": ("spavl_lib.run", "Stage._conclude"),
+    "summary": ("spavl_lib.runs.stage", "Stage._conclude"),
     "rollout": ("spavl_lib.trainers.ppo", "sample"),
     "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
     "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
-    "generate": ("spavl_lib.generation", "generate_batch"),
+    "generate": ("spavl_lib.generation.stage", "generate_batch"),
 }
 
 
@@ -217,7 +217,7 @@ def _spoil_weight(wanted: int) -> None:
     if ppo:
         owner, name = trainer_module().PPOTrainer, "_log"
     else:
-        from spavl_lib.trainers.checkpointed import StageCallback as owner
+        from spavl_lib.trainers.exact_trainer import StageCallback as owner
 
         name = "on_step_end"
     inner = getattr(owner, name)
@@ -267,8 +267,8 @@ def answers_instead(rows: str) -> None:
     from spavl_lib import cli
     from spavl_lib.config import load_config
     from spavl_lib.errors import SpavlError
-    from spavl_lib.generation import make_inference_stage
-    from spavl_lib.run import Run
+    from spavl_lib.generation.stage import make_inference_stage
+    from spavl_lib.runs.stage import Run
 
     def answer(_: list[str]) -> None:
         few = {"data.test_rows": int(rows), "generation.batch_size": 2}
@@ -311,7 +311,7 @@ def profile(target: str) -> None:
 
 def another_dtype(name: str) -> None:
     """As on a machine whose hardware asks for another precision."""
-    from spavl_lib.trainers import checkpointed
+    from spavl_lib.trainers import exact_trainer as checkpointed
 
     checkpointed.compute_dtype = lambda: getattr(torch, name)
 
@@ -372,7 +372,7 @@ def edit_data(path: str) -> None:
 
 def save_all_the_time(seconds: str) -> None:
     """The longest time without a checkpoint, cut short."""
-    from spavl_lib.trainers import checkpointed
+    from spavl_lib.trainers import exact_trainer as checkpointed
 
     checkpointed.LONGEST_UNSAVED_S = float(seconds)
 
@@ -381,7 +381,7 @@ def keep_saving(target: str) -> None:
     """Write a large notebook again and again, until killed."""
     import nbformat
 
-    from spavl_lib.notebook_status import keep_notebook
+    from spavl_lib.notebook.status import keep_notebook
 
     cells = [nbformat.v4.new_code_cell(f"x = {'1 + ' * 200} {n}") for n in range(200)]
     page = nbformat.v4.new_notebook(cells=cells)

@@ -20,7 +20,7 @@ import pytest
 
 # Imported once, by the server that forks. Nothing that starts threads may be called there.
 PRELOAD = ("tests.reliability.processes", "spavl_lib.trainers.dpo", "spavl_lib.trainers.reward",
-           "spavl_lib.evaluation.suite", "spavl_lib.launch", "matplotlib.pyplot")  # fmt: skip
+           "spavl_lib.evaluation.suite", "spavl_lib.pipeline", "matplotlib.pyplot")  # fmt: skip
 OPTIONAL = ("spavl_lib.trainers.ppo",)
 _context = None
 

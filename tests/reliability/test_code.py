@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib.embedded.world import ASSETS
+from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.modelling.load import load_model, load_policy, load_processor
+from spavl_lib.trainers import checkpoint as ckpt
 from tests.evaluation.test_model_judges import INJECTIONS as MORE_INJECTIONS
 from tests.evaluation.test_model_judges import Server, wordy
 from tests.evaluation.test_model_judges import judge as make_endpoint_judge

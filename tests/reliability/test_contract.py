@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import checkpoint as ckpt
-from spavl_lib.embedded.world import ASSETS
-from spavl_lib.run import read_json
+from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.runs.files import read_json
+from spavl_lib.trainers import checkpoint as ckpt
 from tests.helpers import files_of, hub_rows, write_hub_folder
 from tests.reliability.conftest import Case
 

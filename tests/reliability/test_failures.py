@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from spavl_lib import checkpoint as ckpt
 from spavl_lib.errors import DiskError
+from spavl_lib.trainers import checkpoint as ckpt
 from tests.helpers import files_of
 from tests.reliability.conftest import ALGORITHMS, SAVE_STEPS, STEPS, Case
 from tests.reliability.processes import until

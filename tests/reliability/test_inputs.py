@@ -13,9 +13,9 @@ from PIL import Image, PngImagePlugin
 
 from spavl_lib.data.collate import PreferenceCollator, PromptCollator
 from spavl_lib.data.images import ImageError, decode, open_image
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError
-from spavl_lib.run import peak_memory_gib, reset_peak_memory
+from spavl_lib.machine import peak_memory_gib, reset_peak_memory
 from spavl_lib.trainers.guards import check_batch
 from tests.helpers import (
     embedded_processor,

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from spavl_lib import checkpoint as ckpt
+from spavl_lib.trainers import checkpoint as ckpt
 from tests.reliability.conftest import ALGORITHMS, SAVE_STEPS, STEPS, Case
 
 # Moments that chance would rarely hit; @ says which call of it.

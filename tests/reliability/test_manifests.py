@@ -9,8 +9,8 @@ import pytest
 
 from spavl_lib.cli import main
 from spavl_lib.config import DataConfig
+from spavl_lib.data.load import read_preferences
 from spavl_lib.data.schema import MAX_CHARACTERS
-from spavl_lib.data.spavl import read_preferences
 from spavl_lib.errors import InputError
 from tests.helpers import (
     hub_config,

@@ -13,15 +13,16 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spavl_lib import cli, launch
+from spavl_lib import cli, pipeline
 from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
-from spavl_lib.run import Run, read_json
+from spavl_lib.runs.files import read_json
+from spavl_lib.runs.stage import Run
 from tests.reliability.processes import context
 
 FINISH = """\
 from spavl_lib.config import load_config
-from spavl_lib.run import Run
+from spavl_lib.runs.stage import Run
 Run(load_config(profile, overrides, seed=seed, run_name=run_name)).stage("dpo").finish({})"""
 # Cause, the cell that brings it about, exit code, and a word of the message.
 CAUSES = {
@@ -50,9 +51,9 @@ def test_every_failure_is_said_with_cell_and_cause(
         cells.insert(place + 1, cell)
         path = make_notebook("04_dpo", *cells)
         config = load_config("smoke")
-        with pytest.raises(launch.NotebookError, match=says) as caught:
+        with pytest.raises(pipeline.NotebookError, match=says) as caught:
             limit = 2 if cause == "timeout" else None
-            launch.run_notebook(
+            pipeline.run_notebook(
                 "04_dpo", config, {}, Run(config), folder=path.parent, timeout_s=limit
             )
         assert caught.value.exit_code == code
@@ -134,7 +135,7 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
 ) -> None:  # fmt: skip
     folder = make_notebook("04_dpo").parent
     monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
-    monkeypatch.setattr(launch, "run_notebook", lambda *a, **o: pytest.fail("a kernel starts"))
+    monkeypatch.setattr(pipeline, "run_notebook", lambda *a, **o: pytest.fail("a kernel starts"))
     for words in BAD:
         with pytest.raises(SystemExit) as caught:
             cli.main(["run", "dpo", "-p", "smoke", *words])
@@ -143,7 +144,7 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
         assert said.startswith("spavl: ") and "Traceback" not in said
     path = make_notebook("04_dpo")
     with pytest.raises(InputError, match="did you mean 'run_name'"):
-        launch.check_parameters(path, ["run_nme"])
+        pipeline.check_parameters(path, ["run_nme"])
     assert not runs.exists()
     record("N3", len(BAD), 12)
 
@@ -179,6 +180,6 @@ def test_success_is_never_read_from_papermill(make_notebook: Callable, runs: Pat
     """It calls this one completed; the stage has left nothing."""
     path = make_notebook("04_dpo", "1 + 1")
     config = load_config("smoke")
-    with pytest.raises(launch.NotebookError, match="left no"):
-        launch.run_notebook("04_dpo", config, {}, Run(config), folder=path.parent)
+    with pytest.raises(pipeline.NotebookError, match="left no"):
+        pipeline.run_notebook("04_dpo", config, {}, Run(config), folder=path.parent)
     assert read_json(runs / "smoke/dpo/status.json")["state"] == "failed"

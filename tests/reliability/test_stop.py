@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib.run import read_json
+from spavl_lib.runs.files import read_json
 from tests.helpers import files_of
 from tests.reliability.conftest import STEPS, Case
 from tests.reliability.processes import Child, ready, spavl, until
@@ -155,10 +155,10 @@ def test_before_there_is_anything_sigterm_leaves_nothing_and_says_run_again(
 
 
 NOTEBOOK = """\
-from spavl_lib import launch
-from spavl_lib.notebook import open_stage
+from spavl_lib import pipeline
+from spavl_lib.notebook.session import open_stage
 config, stage = open_stage("dpo", profile, seed=seed, run_name=run_name, overrides=overrides)
-launch.train("dpo", config, stage)"""
+pipeline.train("dpo", config, stage)"""
 
 
 def test_under_papermill_a_signal_saves_ends_75_and_no_later_cell_runs(

@@ -8,10 +8,10 @@ from pathlib import Path
 import yaml
 
 from spavl_lib.config import load_config
+from spavl_lib.data.embedded import language, scenes
+from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.embedded import language, scenes
-from spavl_lib.embedded.world import load_world
-from spavl_lib.report.numbers import share
+from spavl_lib.evaluation.numbers import share
 
 SETS = {"harm": 5, "help": 5, "look_alikes": 3, "twins": 4, "twins_exchanged": 4}  # rows a class
 # How often a model goes along with harm, helps, declines a harmless request.

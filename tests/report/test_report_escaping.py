@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from spavl_lib.evaluation.text import clean, cut, short
 from spavl_lib.report import write_report
 from spavl_lib.report.table import render_result_table
-from spavl_lib.report.text import clean, cut, short
 from tests.report.conftest import Page
 from tests.report.payloads import PAYLOADS
 from tests.report.synthetic import rate, training_rows, write_json, write_jsonl, write_stage

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spavl_lib import parallel
+from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
+from spavl_lib.distributed import group
 from spavl_lib.errors import NonFiniteError
-from spavl_lib.trainers.checkpointed import keeping_settings
 from spavl_lib.trainers.engines import Engine, build_engine
+from spavl_lib.trainers.exact_trainer import keeping_settings
 
 
 def engine_of(model: nn.Module, rate: float = 0.0) -> Engine:
@@ -28,12 +29,12 @@ def test_gradients_of_two_processes_are_added_also_where_one_has_none(
     model[1].to(torch.bfloat16)
     engine = engine_of(model)
     model[0].weight.grad = torch.full((2, 3), 2.0)
-    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    monkeypatch.setattr(machine, "world_size", lambda: 2)
 
     def other_has_one_everywhere(values: Tensor) -> Tensor:
         return values + 1
 
-    monkeypatch.setattr(parallel, "sum_of", other_has_one_everywhere)
+    monkeypatch.setattr(group, "sum_of", other_has_one_everywhere)
     engine._sum()
     assert torch.equal(model[0].weight.grad, torch.full((2, 3), 3.0))
     assert torch.equal(model[1].weight.grad, torch.ones(2, 2, dtype=torch.bfloat16))

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spavl_lib.errors import NonFiniteError
-from spavl_lib.stop import StopFlag, stop_on_signals
+from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.trainers.guards import (
     Movement,
     gate_gradients,

@@ -8,13 +8,15 @@ from torch import nn
 
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import Preempted
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_policy
-from spavl_lib.modelling.shared_prefix import HANDLE, apply_sharing, backbone_of
-from spavl_lib.run import Run, Stage, read_jsonl
-from spavl_lib.trainers import checkpointed, dpo, ppo, reward
+from spavl_lib.modelling.speed.shared_prefix import HANDLE, apply_sharing, backbone_of
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.trainers import dpo, ppo, reward
+from spavl_lib.trainers import exact_trainer as checkpointed
 from tests.helpers import embedded_processor, logps_of, mini_rows, smoke, spread
 
 pytest.importorskip("bitsandbytes", reason="4 bit needs bitsandbytes")

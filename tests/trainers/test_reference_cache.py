@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from spavl_lib.run import Run, Stage, read_jsonl
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import reference_cache
 from spavl_lib.trainers.dpo import train_dpo
 from spavl_lib.trainers.reference_cache import NAMES, read_cache, write_cache

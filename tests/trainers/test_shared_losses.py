@@ -8,8 +8,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from spavl_lib.data.collate import PreferenceCollator
-from spavl_lib.modelling.completion_head import score_completions_only
-from spavl_lib.modelling.shared_prefix import share_prefix
+from spavl_lib.modelling.speed.completion_head import score_completions_only
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from tests.helpers import embedded_model, embedded_processor, mini_rows
 
 # MPO's mix is sigmoid, bco_pair and sft (Wang et al. 2024, arXiv:2411.10442).

@@ -13,15 +13,16 @@ import pytest
 import torch
 from transformers import modeling_utils
 
-from spavl_lib import checkpoint as ckpt
 from spavl_lib.data.convert import convert
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import BusyError, InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.adapters import freeze_for_full, trainable_parts
 from spavl_lib.modelling.load import load_model, load_policy
 from spavl_lib.objectives.dpo import dpo_loss
-from spavl_lib.run import Run, Stage, read_jsonl
-from spavl_lib.trainers import checkpointed
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers import exact_trainer as checkpointed
 from spavl_lib.trainers.dpo import build_trainer, train_dpo
 from tests.helpers import (
     embedded_model,

@@ -11,7 +11,8 @@ from spavl_lib.config import Config
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.objectives.ppo import gae, kl_penalty_rewards
-from spavl_lib.run import Run, Stage, read_jsonl
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import ppo
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.rollout import Prompt, Rollout

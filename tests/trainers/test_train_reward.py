@@ -8,7 +8,7 @@ import torch
 from transformers import modeling_utils
 
 from spavl_lib.config import Config
-from spavl_lib.data.spavl import load_preferences
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import NonFiniteError, Preempted
 from spavl_lib.evaluation.metrics import (
     calibration,
@@ -17,8 +17,10 @@ from spavl_lib.evaluation.metrics import (
     spearman,
 )
 from spavl_lib.modelling.heads import load_reward_model
-from spavl_lib.run import Run, Stage, read_jsonl
-from spavl_lib.trainers import checkpointed, reward
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers import reward
 from tests.helpers import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")

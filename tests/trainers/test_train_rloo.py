@@ -11,11 +11,13 @@ from spavl_lib.config import Config
 from spavl_lib.data.collate import encode_prompts, render
 from spavl_lib.data.images import decode
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
-from spavl_lib.generation import TRAINED
+from spavl_lib.generation.stage import TRAINED
 from spavl_lib.modelling.heads import load_reward_model, save_reward_model
 from spavl_lib.modelling.load import load_policy
-from spavl_lib.run import Run, Stage, read_jsonl
-from spavl_lib.trainers import checkpointed, reward, rloo
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers import reward, rloo
 from spavl_lib.trainers.reward_function import RewardFunction
 from spavl_lib.trainers.rollout import batch_of, encode_rows
 from tests.helpers import embedded_processor, mini_rows, smoke, spread, tiny

@@ -27,9 +27,9 @@ from tqdm.auto import tqdm
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.data.duplicates import content_of
 from spavl_lib.data.images import decode, png_bytes
-from spavl_lib.embedded.mini import cache_root
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
+from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
 RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 6, 1.0, 60.0, 120.0, 8

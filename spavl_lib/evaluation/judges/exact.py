@@ -1,6 +1,6 @@
 """The judge that knows: SPA-VL mini's truth, because its builder composed it."""
 
-from spavl_lib.embedded import language
+from spavl_lib.data.embedded import language
 from spavl_lib.errors import InputError
 
 

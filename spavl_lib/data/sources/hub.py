@@ -1,0 +1,246 @@
+"""SPA-VL in its Hub layout: parquet with embedded images, and meta files.
+
+From a local folder, from the Hub at a pinned revision, or from the Hub's cache without a network.
+Rows stay in memory-mapped Arrow files, so that a set larger than memory is read like a small one.
+"""
+
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
+
+from spavl_lib.data.schema import (
+    DECODE_ALL_UP_TO,
+    HUB_RENAMES,
+    HUB_REQUIRED,
+    PREFERENCE_COLUMNS,
+    PROMPT_COLUMNS,
+    Loaded,
+    Shards,
+    features,
+    find_problems,
+    settle,
+    text_columns,
+)
+from spavl_lib.data.sources.join import join_meta
+from spavl_lib.errors import InputError, raise_all
+
+PATTERNS = {"train": "data/train-*", "validation": "validation/validation-*"}
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+# What of the repository is fetched; the original's zip and the judges' reasons are not.
+FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.md",
+           "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
+HAS_TURNS = b"spavl_turns"
+ANSWERS = "meta_files/model_answer/*.json"
+
+
+def fetch(repo: str, revision: str, *, answers: bool) -> Path:
+    """A repository's files in the Hub's cache, fetched if they are not there yet.
+
+    Args:
+        repo: `owner/name` of a data set.
+        revision: Commit, tag or branch; empty for the newest.
+        answers: Also what each model answered.
+
+    Returns:
+        The snapshot's folder, named by its commit.
+
+    Raises:
+        InputError: No such repository or revision, or no network and nothing in the cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    options = {
+        "repo_id": repo,
+        "repo_type": "dataset",
+        "revision": revision or None,
+        "allow_patterns": [*FETCHED, ANSWERS] if answers else FETCHED,
+    }
+    if COMMIT.fullmatch(revision):  # a commit never changes: what is cached whole will do
+        try:
+            folder = Path(snapshot_download(**options, local_files_only=True))
+            shards(folder, PATTERNS["train"])
+            return folder
+        except (OSError, ValueError, InputError):
+            pass
+    try:
+        return Path(snapshot_download(**options))
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        raise InputError(
+            f"data.path {repo!r} does not exist here, and the Hub did not give it at revision "
+            f"{revision or 'main'!r}: {str(error).splitlines()[0]}; another set "
+            "has other revisions (--set data.revision=); on a machine with a network:\n"
+            f"  hf download {repo} --repo-type dataset --local-dir data/spa-vl\n"
+            "  and then --set data.path=data/spa-vl"
+        ) from error
+
+
+def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str = "error") -> Loaded:
+    """One split, in the schema.
+
+    Args:
+        folder: In the Hub's layout.
+        pattern: Of its parquet files below the folder, without the ending.
+        kind: `train`, `validation` or `test`: which columns it has.
+        name: Begins each row's id.
+        on_bad_rows: `error` or `skip`.
+
+    Raises:
+        InputError: Missing files or columns, a damaged file, or bad rows: all of them at once.
+    """
+    preference = kind != "test"
+    columns = PREFERENCE_COLUMNS if preference else PROMPT_COLUMNS
+    files = shards(folder, pattern)
+    where = Shards(check_shards(files, HUB_REQUIRED[kind]))
+    raw = _read(files)
+    lost = _without_bytes(raw)
+    rows = _to_schema(raw, name, columns)
+    if kind == "train":
+        rows = join_meta(rows, folder / "meta_files")
+    decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
+    problems = find_problems(
+        rows,
+        where,
+        preference=preference,
+        images=decode_all,
+        turns=_has_turns(files[0]),
+        unopened=lost,
+    )
+    for index in lost:
+        line = f"{where(index)} image: a path without the file's bytes"
+        problems[index] = [*problems.get(index, ()), line]
+    source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
+    return settle(rows, problems, source, on_bad_rows)
+
+
+def shards(folder: Path, pattern: str) -> list[Path]:
+    """The files of a split, all of them.
+
+    Raises:
+        InputError: There are none, or some of `-00000-of-00008` are missing.
+    """
+    files = sorted(folder.glob(f"{pattern}.parquet"))
+    if not files:
+        raise InputError(f"no {pattern}.parquet under {folder}: is it in SPA-VL's Hub layout?")
+    counted = [re.search(r"-(\d{5})-of-(\d{5})", f.name) for f in files]
+    totals = {int(c.group(2)) for c in counted if c}
+    if totals:
+        there = {int(c.group(1)) for c in counted if c}
+        missing = sorted(set(range(max(totals))) - there)
+        if missing or len(totals) > 1 or len(files) != max(totals):
+            raise InputError(
+                f"{files[0].parent}: {len(files)} of {max(totals)} shards of {files[0].stem}"
+                f"{', missing ' + ', '.join(f'{m:05d}' for m in missing) if missing else ''}"
+            )
+    return files
+
+
+def check_shards(files: list[Path], required: tuple[str, ...]) -> list[tuple[Path, int]]:
+    """Read every file's footer.
+
+    Args:
+        files: Parquet.
+        required: Columns each must have: `image`, and text.
+
+    Returns:
+        Each file with its number of rows.
+
+    Raises:
+        InputError: Lists each file that is cut short, lacks a column or has one of another type.
+    """
+    problems, counted = [], []
+    for path in files:
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, rows = file.schema_arrow, file.metadata.num_rows
+        except (pa.ArrowException, OSError) as error:
+            problems.append(f"cannot read {path}: {str(error).splitlines()[0]}")
+            continue
+        counted.append((path, rows))
+        missing = [c for c in required if c not in schema.names]
+        if missing:
+            found = ", ".join(schema.names)
+            problems.append(f"{path}: missing column {', '.join(missing)} (found {found})")
+        for column in set(required) & set(schema.names):
+            kind = schema.field(column).type
+            if column == "image" and not _holds_images(kind):
+                problems.append(f"{path}: column image is {kind}, not images")
+            elif column != "image" and not _holds_text(kind):
+                problems.append(f"{path}: column {column} is {kind}, not text")
+    if not problems and not sum(rows for _, rows in counted):
+        problems.append(f"{files[0]}: no rows")
+    raise_all(problems, str(files[0].parent))
+    return counted
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)
+
+
+def _holds_images(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+
+
+def _has_turns(path: Path) -> bool:
+    """Whether the file says that its questions may be conversations (`data.convert` writes it)."""
+    return HAS_TURNS in (pq.read_schema(path).metadata or {})
+
+
+def _read(files: list[Path]) -> Dataset:
+    """The files as one memory-mapped set."""
+    datasets.disable_progress_bars()
+    try:
+        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        return rows.cast_column("image", Image(decode=False))
+    except Exception as error:  # pyarrow and datasets raise many kinds
+        damaged = [line for f in files for line in _damage(f)]
+        raise InputError(
+            "\n  ".join(damaged) or f"cannot read {files[0]} (or its sister shards): {error}"
+        ) from error
+
+
+def _damage(path: Path) -> list[str]:
+    """Row groups of a file that cannot be read."""
+    lines, start = [], 0
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            count = file.metadata.row_group(group).num_rows
+            try:
+                file.read_row_group(group)
+            except (pa.ArrowException, OSError) as error:
+                rows = f"rows {start} to {start + count - 1}"
+                lines.append(f"cannot read {path}, {rows}: {str(error).splitlines()[0]}")
+            start += count
+    return lines
+
+
+def _to_schema(rows: Dataset, name: str, columns: tuple[str, ...]) -> Dataset:
+    rows = rows.rename_columns({k: v for k, v in HUB_RENAMES.items() if k in rows.column_names})
+    added = {c: [""] * len(rows) for c in columns if c not in rows.column_names}
+    if "id" in added:
+        added["id"] = [f"{name}/{i}" for i in range(len(rows))]
+    if "image_name" in added:
+        added["image_name"] = [Path(p or "").name for p in _paths(rows)]
+    rows = rows.select_columns([c for c in rows.column_names if c in columns and c not in added])
+    rows = concatenate_datasets([rows, text_columns(added)], axis=1).select_columns(list(columns))
+    text = [c for c in columns if c != "image" and rows.features[c] != Value("string")]
+    return rows.cast(features(columns)) if text else rows
+
+
+def _paths(rows: Dataset) -> list[str | None]:
+    column = rows.data.column("image")
+    return pa.chunked_array([pc.struct_field(c, "path") for c in column.chunks]).to_pylist()
+
+
+def _without_bytes(rows: Dataset) -> list[int]:
+    """Rows whose image names a file instead of carrying it: it could name any file on the disk."""
+    column = rows.data.column("image")  # in its chunks: joined they may pass Arrow's 2 GiB
+    lost = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
+    return pc.indices_nonzero(lost).to_pylist()

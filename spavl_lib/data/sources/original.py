@@ -1,0 +1,202 @@
+"""The original's layout: `{id, image, question, chosen, rejected}` lists, and a keyword map.
+
+`config_train.json` maps a keyword to a list's path; images lie under an image root, by class:
+`class1/class2/class3/image_name`. Records without an image, and questions of several turns, are
+taken.
+"""
+
+import json
+from pathlib import Path
+
+from datasets import Dataset
+
+from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.data.schema import (
+    DECODE_ALL_UP_TO,
+    PREFERENCE_COLUMNS,
+    PROMPT_COLUMNS,
+    SEED_REQUIRED,
+    TURN,
+    Loaded,
+    Problems,
+    features,
+    find_problems,
+    merged,
+    settle,
+    storable,
+    text_problems,
+)
+from spavl_lib.data.sources.records import RecordError, conversation, once, turns_of
+from spavl_lib.data.taxonomy import PARENTS, classes
+from spavl_lib.errors import InputError, raise_all
+
+MAPS = {"train": "config_train.json", "validation": "config_test.json"}
+# The original calls the third list `hardd`.
+TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
+
+
+def load(
+    folder: Path,
+    split: str,
+    keywords: tuple[str, ...],
+    image_root: Path,
+    *,
+    on_bad_rows: str = "error",
+) -> Loaded:
+    """Read a folder in the original's layout.
+
+    Args:
+        folder: Holds `config_train.json` and `config_test.json`.
+        split: `train` or `validation`.
+        keywords: Which lists; all of the map if empty.
+        image_root: Folder image paths start from.
+        on_bad_rows: `error` or `skip`.
+
+    Raises:
+        InputError: Missing or unknown keyword, unreadable list, and every bad record by file and
+            row: missing field, empty answer, repeated id, missing or unreadable image.
+    """
+    map_path = folder / MAPS[split]
+    lists = read_keyword_map(map_path)
+    unknown = [k for k in keywords if k not in lists]
+    if unknown:
+        raise InputError(f"{map_path}: unknown keyword {unknown} (known: {', '.join(lists)})")
+    problems: Problems = {}
+    made, places = [], []
+    for keyword in keywords or tuple(lists):
+        path = folder / lists[keyword]
+        for index, record in enumerate(_read_list(path)):
+            where = f"{path}:{index}"
+            row, found = _row(record, where, image_root, TYPE_OF_KEYWORD.get(keyword, ""))
+            if found:
+                problems[len(made)] = found
+            made.append(row)
+            places.append(where)
+    if not made:
+        raise InputError(f"{map_path}: no records")
+    table = {c: [_text(r[c]) for r in made] for c in PREFERENCE_COLUMNS}
+    rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
+    decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
+    found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
+    return settle(rows, merged(problems, found, places), str(map_path), on_bad_rows)
+
+
+def _text(value: object) -> object:
+    return value if isinstance(value, str | dict) else None
+
+
+def load_prompts(path: Path, image_root: Path) -> Dataset:
+    """An inference list of the original's layout: `id`, `image`, `question`.
+
+    Args:
+        path: The list.
+        image_root: Folder image paths start from.
+
+    Raises:
+        InputError: Every bad record, by file and row.
+    """
+    made, problems = [], []
+    for index, record in enumerate(_read_list(path)):
+        where = f"{path}:{index}"
+        row, found = _row(record, where, image_root, "", required=("id", "question"))
+        problems += found or text_problems(row, where, preference=False, turns=True)
+        made.append(row)
+    raise_all(problems, str(path))
+    table = {c: [r[c] for r in made] for c in PROMPT_COLUMNS}
+    return Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
+
+
+def read_keyword_map(path: Path) -> dict[str, str]:
+    """A keyword map.
+
+    Raises:
+        InputError: Missing, not JSON, not text to text, or a list lies outside the folder.
+    """
+    if not path.is_file():
+        raise InputError(f"missing keyword map {path}")
+    try:
+        lists = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(lists, dict) or not all(isinstance(v, str) for v in lists.values()):
+        raise InputError(f"{path}: expected {{keyword: path}}")
+    for keyword, relative in lists.items():
+        try:
+            resolve_inside(path.parent, relative)
+        except ImageError as error:
+            raise InputError(f"{path}: keyword {keyword!r}: {error}") from error
+    return lists
+
+
+def _read_list(path: Path) -> list:
+    try:
+        records = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=once)
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON: {error}") from error
+    if not isinstance(records, list):
+        raise InputError(f"{path}: expected a list of records, got {type(records).__name__}")
+    return records
+
+
+def _row(
+    record: object,
+    where: str,
+    root: Path,
+    question_type: str,
+    required: tuple[str, ...] = SEED_REQUIRED,
+) -> tuple[dict, list[str]]:
+    empty = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None}
+    if isinstance(record, RecordError):
+        return empty, [f"{where} {record}"]
+    if not isinstance(record, dict):
+        return empty, [f"{where} record: expected an object, got {type(record).__name__}"]
+    problems = [f"{where} {k}: missing" for k in required if k not in record]
+    relative = record.get("image") or ""
+    parts = relative.split("/") if isinstance(relative, str) else []
+    # A path says a class only if it lies in the original's folders: class1/class2/class3/name.
+    in_classes = len(parts) >= 4 and (parts[-4] in classes(1) or parts[-3] in classes(2))
+    class3 = parts[-2] if in_classes else ""
+    row = empty | {
+        "id": str(record.get("id", "")),
+        "image_name": parts[-1] if parts else "",
+        "question_type": question_type,
+        "class3": class3,
+    }
+    for name in ("image_name", "class3"):  # what a path could not say (`data.convert`)
+        if isinstance(record.get(name), str):
+            row[name] = record[name]
+    if row["class3"] in PARENTS:
+        row["class1"], row["class2"] = PARENTS[row["class3"]]
+    for name in ("chosen", "rejected"):
+        row[name] = record.get(name)
+        if name in record and not isinstance(row[name], str):
+            problems.append(f"{where} {name}: expected text, got {type(row[name]).__name__}")
+    if "question" in record:
+        try:
+            row["prompt"] = _question(record["question"])
+        except RecordError as error:
+            problems.append(f"{where} {error}")
+    if relative:
+        try:
+            path = resolve_inside(root, relative) if isinstance(relative, str) else None
+            if path is None:
+                raise ImageError(f"expected a path, got {type(relative).__name__}")
+            row["image"] = {"bytes": None, "path": str(path)}
+        except ImageError as error:
+            problems.append(f"{where} image: {error}")
+    return row, [*problems, *storable(row, where)]
+
+
+def _question(question: object) -> str:
+    """A question, or a conversation's turns.
+
+    Raises:
+        RecordError: It is neither, or holds what separates turns.
+    """
+    if isinstance(question, str):
+        if TURN in question:
+            raise RecordError("prompt: holds a record separator (U+001E)")
+        return question
+    if question is None:
+        raise RecordError("prompt: expected text, got NoneType")
+    return conversation(turns_of(question))

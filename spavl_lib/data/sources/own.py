@@ -1,0 +1,301 @@
+"""One's own preference data: anything the `datasets` library opens, in any known layout.
+
+A JSON or JSON Lines file, a folder of them, parquet, CSV, a saved data set, or a name on the Hub.
+Columns go by the profile's mapping, or by the names TRL and LLaMA-Factory use (`data.records`).
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    concatenate_datasets,
+    load_dataset,
+    load_from_disk,
+)
+
+from spavl_lib.config import ColumnsConfig, DataConfig
+from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.data.schema import (
+    DECODE_ALL_UP_TO,
+    PREFERENCE_COLUMNS,
+    Loaded,
+    Problems,
+    batches,
+    features,
+    find_problems,
+    merged,
+    settle,
+    storable,
+)
+from spavl_lib.data.sources.records import RecordError, marks, once, read_pair
+from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.errors import InputError
+
+EMBEDDED = "\0embedded"  # stands for a picture that the data carry, until it is attached
+
+
+def load(config: DataConfig, split: str) -> Loaded:
+    """One's own pairs in the schema.
+
+    Args:
+        config: Uses `path`, `subset`, splits, `columns`, `image_root` and `on_bad_rows`.
+        split: `train` or `validation`.
+
+    Raises:
+        InputError: Nothing to read, unknown columns, or bad rows: all by file and row.
+    """
+    if not config.path:
+        raise InputError("data.path is empty, but data.source is 'datasets'")
+    path = Path(config.path).expanduser()
+    wanted = config.train_split if split == "train" else config.validation_split
+    table = _json_file(path, split, wanted)
+    if table is None:
+        rows = _opened(config, path, wanted)
+        records: Iterable[tuple[str, Any]] = _records(rows, f"{config.path}[{wanted}]")
+        pictures = _pictures(rows, config.columns)
+    else:
+        records, pictures = _read_json(table), None
+    root = Path(config.image_root).expanduser() if config.image_root else _folder(path)
+    return _assemble(records, pictures, root, split, config)
+
+
+def _assemble(
+    records: Iterable[tuple[str, Any]],
+    pictures: Dataset | None,
+    root: Path,
+    split: str,
+    config: DataConfig,
+) -> Loaded:
+    made, places, problems = [], [], {}
+    outside: list[int] = []
+    for index, (place, record) in enumerate(records):
+        row, lines = _row(record, place, root, f"{split}/{index}", config.columns)
+        made.append(row)
+        places.append(place)
+        if lines:
+            problems[index] = lines
+    if not made:
+        raise InputError(f"{config.path}: no records")
+    table = {c: [r[c] for r in made] for c in PREFERENCE_COLUMNS}
+    carried = [cell is not None and cell["path"] == EMBEDDED for cell in table["image"]]
+    if any(carried) and pictures is not None:
+        problems |= _mixed(table["image"], carried, places, problems)
+        outside = _outside(pictures, root)
+        for index in outside:
+            line = f"{places[index]} image: neither the file's bytes nor a file in {root}"
+            problems[index] = [*problems.get(index, ()), line]
+        del table["image"]
+        text = Dataset.from_dict(table, features=features(table))
+        rows = concatenate_datasets([text, pictures], axis=1)
+        rows = rows.select_columns(list(PREFERENCE_COLUMNS))
+    else:
+        rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
+    decode_all = len(rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
+    found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
+    return settle(rows, merged(problems, found, places), config.path, config.on_bad_rows)
+
+
+def _outside(pictures: Dataset, root: Path) -> list[int]:
+    """Rows whose cell has no bytes and names no file below the root: it could name any file."""
+    found = []
+    cells = (cell for table in batches(pictures) for cell in table.column("image").to_pylist())
+    for index, cell in enumerate(cells):
+        if cell is not None and not cell["bytes"]:
+            path = os.path.realpath(cell["path"] or "")
+            if not path.startswith(os.path.realpath(root) + os.sep):
+                found.append(index)
+    return found
+
+
+def _mixed(cells: list, carried: list[bool], places: list[str], known: Problems) -> Problems:
+    """Rows with a path, in a set whose other rows carry their pictures."""
+    return {
+        i: [f"{places[i]} image: a path without the file's bytes"]
+        for i, (cell, inside) in enumerate(zip(cells, carried, strict=True))
+        if cell is not None and not inside and i not in known
+    }
+
+
+def _row(
+    record: Any, place: str, root: Path, name: str, columns: ColumnsConfig
+) -> tuple[dict, list[str]]:
+    """A record as a row, its image as a path or a stand-in, and what is wrong with it."""
+    row = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
+    if isinstance(record, RecordError):
+        return row, [f"{place} {record}"]
+    if not isinstance(record, dict):
+        return row, [f"{place} record: expected an object, got {type(record).__name__}"]
+    problems = []
+    for field in ("id", "image_name", "class3", "question_type"):
+        value = record.get(getattr(columns, field) or field)
+        if value is not None and value != "":
+            row[field] = str(value)
+    if row["class3"] in PARENTS:
+        row["class1"], row["class2"] = PARENTS[row["class3"]]
+    read, lines = read_pair(record, columns)
+    problems += [f"{place} {line}" for line in lines]
+    # What could not be read is not empty: its own name stands for it, and the row is left out.
+    row |= {n: read.get(n, n if lines else "") for n in ("prompt", "chosen", "rejected")}
+    try:
+        row["image"] = _image(record, root, columns)
+    except ImageError as error:
+        problems.append(f"{place} image: {error}")
+    if row["image"] and not row["image_name"] and row["image"]["path"] != EMBEDDED:
+        row["image_name"] = Path(row["image"]["path"]).name
+    return row, [*problems, *storable(row, place)]
+
+
+def _image(record: dict, root: Path, columns: ColumnsConfig) -> dict | None:
+    """The record's one picture: a path under the root, or the stand-in of a carried one.
+
+    Raises:
+        ImageError: Several pictures, more or fewer than the text marks, or a path to elsewhere.
+    """
+    value = record.get(columns.image or "image")
+    if value is None and not columns.image:
+        value = record.get("images")
+    values = value if isinstance(value, list | tuple) else [value]
+    found = [v for v in values if v not in (None, "")]
+    if len(found) > 1:
+        raise ImageError(f"{len(found)} pictures; one a row is understood")
+    marked = marks(record)
+    if marked > 1 or (marked and not found):
+        raise ImageError(f"{marked} <image> in the text, and {len(found)} pictures")
+    if not found:
+        return None
+    if found[0] == EMBEDDED:
+        return {"bytes": None, "path": EMBEDDED}
+    if not isinstance(found[0], str):
+        raise ImageError(f"expected a path, got {type(found[0]).__name__}")
+    return {"bytes": None, "path": str(resolve_inside(root, found[0]))}
+
+
+# --- opening ------------------------------------------------------------------------------------
+
+
+def _json_file(path: Path, split: str, wanted: str) -> Path | None:
+    """The JSON file that holds a split, if it is one; it is read here, for errors by row."""
+    if path.is_file() and path.suffix in (".json", ".jsonl"):
+        if split != "train":
+            held_out = [path.with_name(f"{wanted}{end}") for end in (".json", ".jsonl")]
+            found = [p for p in held_out if p.is_file()]
+            if not found:
+                raise InputError(
+                    f"no held-out pairs: {held_out[0]} does not exist; put them there, or give "
+                    "data.path a folder with train.json and validation.json"
+                )
+            return found[0]
+        return path
+    if path.is_dir():
+        for end in (".json", ".jsonl"):
+            if (path / f"{wanted}{end}").is_file():
+                return path / f"{wanted}{end}"
+    return None
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`; what is wrong with a line
+    stands in its record's place, to be told with the rest.
+
+    Raises:
+        InputError: Not text, or no list.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from error
+    if path.suffix == ".json" and not text.lstrip().startswith("{"):
+        try:
+            records = json.loads(text, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}: not JSON: {error}") from error
+        if not isinstance(records, list):
+            kind = type(records).__name__
+            raise InputError(f"{path}: expected a list of records, got {kind}")
+        yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
+        return
+    lines = (line for line in text.split("\n") if line.strip())  # splitlines() cuts inside strings
+    for number, line in enumerate(lines):
+        try:
+            record = json.loads(line, object_pairs_hook=once)
+        except (ValueError, RecursionError) as error:
+            record = RecordError(f"record: not JSON: {error}")
+        yield f"{path}:{number}", record
+
+
+def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:
+    """Whatever the library makes of a path or a name on the Hub, pictures left encoded."""
+    datasets.disable_progress_bars()
+    try:
+        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+            saved = load_from_disk(str(path))
+            rows = saved[wanted] if isinstance(saved, DatasetDict) else saved
+        elif path.is_file():
+            kind = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}.get(path.suffix, "parquet")
+            rows = load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = load_dataset(
+                config.path, config.subset or None, split=wanted, revision=config.revision or None
+            )
+    except Exception as error:  # pyarrow, the library and the Hub's client raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"cannot open data.path {config.path!r}, {wanted}: {reason}") from error
+    for name, kind in rows.features.items():
+        if isinstance(kind, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(kind, List) and isinstance(kind.feature, Image):
+            rows = rows.cast(Features(rows.features | {name: List(Image(decode=False))}))
+    return rows
+
+
+def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
+    """Rows as records, with a stand-in for every picture the data carry."""
+    pictures = [n for n, k in rows.features.items() if _carries(k)]
+    index = 0
+    for table in batches(rows):
+        carried = {n: [_stand_in(c) for c in table.column(n)] for n in pictures}
+        for offset, row in enumerate(table.drop_columns(pictures).to_pylist()):
+            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in carried.items()}
+            index += 1
+
+
+def _stand_in(cell: Any) -> Any:
+    """For an Arrow scalar: nothing, one picture, or one for each of a list."""
+    if not cell.is_valid:
+        return None
+    return [EMBEDDED] * len(cell) if isinstance(cell, pa.ListScalar) else EMBEDDED
+
+
+def _carries(kind: Any) -> bool:
+    return isinstance(kind, Image) or (isinstance(kind, List) and isinstance(kind.feature, Image))
+
+
+def _pictures(rows: Dataset, columns: ColumnsConfig) -> Dataset | None:
+    """The column of carried pictures, as `image`; of a list, its first."""
+    names = [columns.image] if columns.image else ["image", "images"]
+    name = next((n for n in names if n in rows.features and _carries(rows.features[n])), None)
+    if name is None:
+        return None
+    only = rows.select_columns([name])
+    if isinstance(rows.features[name], List):
+        return only.map(
+            lambda batch: {"image": [cells[0] if cells else None for cells in batch[name]]},
+            batched=True,
+            remove_columns=[name],
+            features=Features({"image": Image(decode=False)}),
+        )
+    return only if name == "image" else only.rename_column(name, "image")
+
+
+def _folder(path: Path) -> Path:
+    return path.parent if path.is_file() else path

@@ -1,0 +1,337 @@
+"""Several processes for one stage: start them under accelerate, watch, relay, and end them.
+
+The cell or command that asks stays what it is: it shows progress, takes an interrupt, raises the
+error of the process that failed. Every process reports into a folder of this attempt, and reads its
+standard input: when we are gone, it ends too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm.auto import tqdm
+
+from spavl_lib.config import PROFILES, Config, LaunchConfig
+from spavl_lib.distributed.rendezvous import reports_folder
+from spavl_lib.distributed.settings import check_supported, local_accumulation
+from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
+from spavl_lib.machine import WORKER
+from spavl_lib.runs.files import read_json, read_jsonl, write_json
+from spavl_lib.runs.signals import StopFlag, stop_on_signals
+from spavl_lib.runs.stage import Stage
+
+GRACE_S = 5.0  # after one process failed, for the others to say that they did too
+
+
+def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = None) -> dict:
+    """Make a stage in `launch.num_processes` processes, and wait for it.
+
+    Args:
+        kind: Stage, such as "dpo".
+        config: What to train, and how.
+        stage: Where it goes.
+        live: Something with `update(rows)`, shown while they train.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        SpavlError: What a process raised, with its rank; `RankError` if it was none of ours.
+        Preempted: Asked to stop; the same call goes on.
+    """
+    launch, section = config.launch, getattr(config, kind, None)
+    if kind not in ("reward", "dpo", "ppo"):  # nothing to share out but rows
+        launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
+        config = dataclasses.replace(config, launch=launch)
+    check_supported(config.model.adapter, launch)
+    if hasattr(section, "gradient_accumulation_steps"):
+        local_accumulation(kind, section.gradient_accumulation_steps, launch)
+    with stop_on_signals() as flag, reports_folder(stage, launch, flag) as folder:
+        with tempfile.TemporaryDirectory(prefix="spavl-") as own:
+            command, env = _command(kind, config, stage, folder, Path(own))
+            log_path = stage.path / f".ranks-{launch.machine_rank}.log"
+            with log_path.open("w", encoding="utf-8") as log:
+                child = subprocess.Popen(
+                    command, env=env, stdin=subprocess.PIPE, stdout=log, stderr=log,
+                    start_new_session=True,
+                )  # fmt: skip
+                try:
+                    _watch(child, stage, folder, flag, launch, live)
+                finally:
+                    _end(child, folder)
+        problem = _problem(child.returncode, folder, flag, log_path, launch)
+        if problem is None and not stage.done:
+            problem = RankError(f"all processes ended well, but left no summary; see {log_path}")
+        if problem is not None:
+            raise problem
+        log_path.unlink(missing_ok=True)
+    return stage.summary
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def _command(
+    kind: str, config: Config, stage: Stage, folder: Path, own: Path
+) -> tuple[list[str], dict[str, str]]:
+    """accelerate's command line, and the environment its processes get."""
+    import torch
+
+    launch, cuda = config.launch, torch.cuda.is_available()
+    here = launch.num_processes // launch.num_machines
+    if cuda and here > torch.cuda.device_count():
+        raise InputError(
+            f"launch.num_processes = {launch.num_processes}: {here} processes a machine, and this "
+            f"one has {torch.cuda.device_count()} GPUs"
+        )
+    (own / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    shipped = PROFILES / "accelerate"
+    words = [sys.executable, "-m", "accelerate.commands.launch"]
+    words += ["--config_file", str(shipped / f"{launch.engine}.yaml")]
+    words += ["--num_processes", str(launch.num_processes), "--mixed_precision", "no"]
+    words += ["--dynamo_backend", "no", "--num_machines", str(launch.num_machines)]
+    words += ["--machine_rank", str(launch.machine_rank)]
+    words += ["--main_process_ip", launch.main_address]
+    words += ["--main_process_port", str(launch.main_port or _free_port())]
+    if launch.engine != "ddp":
+        words += ["--deepspeed_config_file", str(_deepspeed_config(launch, own))]
+    words += ["--module", "spavl_lib.worker", kind, str(own / "config.yaml")]
+    words += [str(stage.run.path.parent.absolute())]
+    env = dict(os.environ)
+    threads = max(1, (os.cpu_count() or 1) // here)
+    env |= {
+        WORKER: str(folder.absolute()),
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": env.get("OMP_NUM_THREADS", str(threads)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    package = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([package, *filter(None, [env.get("PYTHONPATH")])])
+    if not cuda:
+        env["DS_ACCELERATOR"] = "cpu"
+        if sys.platform == "linux" and launch.num_machines == 1:
+            env.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    return words, env
+
+
+def _deepspeed_config(launch: LaunchConfig, own: Path) -> Path:
+    """DeepSpeed's settings as JSON, with offload if asked.
+
+    Raises:
+        InputError: DeepSpeed is not installed.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            f"launch.engine = {launch.engine} needs DeepSpeed: pip install -e '.[deepspeed]'"
+        )
+    settings = read_json(PROFILES / "accelerate" / f"{launch.engine}.json")
+    if launch.cpu_offload:
+        offload = {"device": "cpu", "pin_memory": False}
+        settings["zero_optimization"]["offload_optimizer"] = offload
+        if launch.engine == "zero3":
+            settings["zero_optimization"]["offload_param"] = offload
+    path = own / "deepspeed.json"
+    write_json(path, settings)
+    return path
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# --- watching -----------------------------------------------------------------------------------
+
+
+def _watch(
+    child: subprocess.Popen,
+    stage: Stage,
+    folder: Path,
+    flag: StopFlag,
+    launch: LaunchConfig,
+    live: Any,
+) -> None:
+    """Relay progress until the child ends; pass a stop on; cut short the waiting for a dead one."""
+    told: set[int] = set()
+    failed_at = 0.0
+    shown = _Progress(stage, folder, live, launch)
+    with shown:
+        while child.poll() is None:
+            time.sleep(0.2)
+            shown.update()
+            if flag:
+                for pid in _pids(folder) - told:
+                    told.add(pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            errors = _errors(folder)
+            if any(e["type"] != "Preempted" for e in errors):
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > GRACE_S:
+                    # The others wait for it in a collective, deaf to a friendly signal.
+                    _kill(folder)
+        shown.update()
+
+
+class _Progress:
+    """A bar, and a live plot, from what the main process reports and writes."""
+
+    def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
+        self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
+        self.bar: tqdm | None = None
+        self.size = 0
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        rows = read_jsonl(self.stage.metrics_path)
+        if self.live and rows:
+            self.live.update(rows, force=True)
+
+    def update(self) -> None:
+        """Read on, if there is more."""
+        with contextlib.suppress(OSError, ValueError, SpavlError):
+            told = read_json(self.folder / "progress.json")
+            rows = self._new_rows()
+            step = max([told["step"], *(r["step"] for r in rows[-1:])])
+            self._show(told, step, rows)
+
+    def _new_rows(self) -> list[dict]:
+        path = self.stage.metrics_path
+        size = path.stat().st_size if path.is_file() else 0
+        if size == self.size:
+            return []
+        self.size = size
+        return read_jsonl(path)
+
+    def _show(self, told: dict, step: int, rows: list[dict]) -> None:
+        name = f"{told.get('name', self.stage.name)} x {self.launch.num_processes}"
+        if self.bar is None or self.bar.desc.rstrip(": ") != name:
+            if self.bar is not None:
+                self.bar.close()
+            unit = "row" if "name" in told else "step"
+            self.bar = tqdm(total=told["total"], initial=told["step"], desc=name, unit=unit)
+        self.bar.update(max(0, step - self.bar.n))
+        if rows and "loss" in rows[-1]:
+            self.bar.set_postfix(loss=rows[-1]["loss"])
+        if rows and self.live:
+            self.live.update(rows)
+
+
+def _pids(folder: Path) -> set[int]:
+    """Processes of this attempt on this machine."""
+    host, found = socket.gethostname(), set()
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads(path.read_text(encoding="utf-8"))
+            if value.get("host") == host:
+                found.add(value["pid"])
+    return found
+
+
+def _kill(folder: Path) -> None:
+    for pid in _pids(folder):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _end(child: subprocess.Popen, folder: Path) -> None:
+    """Leave no process behind, whatever happened to us."""
+    child.stdin.close()  # what every process waits for
+    if child.poll() is None:
+        _kill(folder)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(10)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+    _kill(folder)
+
+
+# --- what went wrong ----------------------------------------------------------------------------
+
+
+def _errors(folder: Path) -> list[dict]:
+    """Reported errors, the first first."""
+    found = []
+    for path in sorted(folder.glob("rank-*-error.json"), key=lambda p: p.stat().st_mtime_ns):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(read_json(path))
+    return found
+
+
+def _problem(
+    code: int, folder: Path, flag: StopFlag, log_path: Path, launch: LaunchConfig
+) -> SpavlError | None:
+    """The one error to show, or None."""
+    errors, count = _errors(folder), launch.num_processes
+    real = [e for e in errors if e["type"] != "Preempted"]
+    # What follows from another process's end is no cause.
+    causes = [e for e in real if not _is_echo(e)]
+    if not causes and code and not flag and (killed := _killed(log_path, count)):
+        return RankError(killed)
+    causes = causes or real
+    if causes:
+        first = causes[0]
+        kind = ERRORS.get(first["type"])
+        text = f"rank {first['rank']} of {count}: "
+        if kind is not None:
+            return kind(text + first["message"])
+        return RankError(
+            f"{text}{first['type']}: {first['message']}\n  at {first['at']}\n  log: {log_path}"
+        )
+    if errors:
+        return Preempted(errors[0]["message"])
+    if code == 0:
+        return None
+    if flag:
+        return Preempted(f"stopped by {flag.reason} before the first step; the same call goes on")
+    return RankError(_last_words(log_path, code))
+
+
+def _is_echo(error: dict) -> bool:
+    text = error["message"].lower()
+    return error["type"] in ("DistBackendError", "DistNetworkError") or any(
+        word in text for word in ("connection closed by peer", "connection reset", "gloo")
+    )
+
+
+def _killed(log_path: Path, count: int) -> str | None:
+    """Which process died of a signal, by what torch's agent says; it could not say so itself."""
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    ends = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+)", text)
+    # The agent ends the others by SIGTERM.
+    ends.sort(key=lambda end: int(end[1]) == signal.SIGTERM)
+    if not ends:
+        return None
+    rank, name = ends[0][0], signal.Signals(int(ends[0][1])).name
+    why = " (often for memory)" if name == "SIGKILL" else ""
+    return (
+        f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint stands, the same "
+        f"call goes on\n  log: {log_path}"
+    )
+
+
+def _last_words(log_path: Path, code: int) -> str:
+    """The end of a launcher that left no report."""
+    text = log_path.read_text(encoding="utf-8", errors="replace")
+    tail = "\n    ".join(text.strip().splitlines()[-5:])
+    return f"the launcher ended with exit code {code}:\n    {tail}\n  log: {log_path}"

@@ -1,0 +1,154 @@
+"""Attention over a packed tree: a segment sees its ancestors and itself, and nothing else.
+
+Segment by segment with torch's `scaled_dot_product_attention` (or plain matrix products under
+`eager`): no packed x packed mask is built, and no score is computed that the tree does not need.
+Under `flex_attention` one block mask says the same to one kernel.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AttentionInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from spavl_lib.modelling.speed.prefix_tree import PrefixTree
+
+PLANS = "shared_prefix_plan"  # the keyword under which layers get the plan
+PREFIX = "shared_prefix_"
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """What the attention of one packed row needs to know."""
+
+    tree: PrefixTree
+    kernel: str
+    masks: tuple[Tensor | None, ...]
+    """By segment: (length, depth + length) True = seen; None for a root, which is causal."""
+
+    @classmethod
+    def of(
+        cls, tree: PrefixTree, config: PreTrainedConfig, device: torch.device
+    ) -> "AttentionPlan":
+        """The plan of a tree under a text model's attention."""
+        kernel = config._attn_implementation.removeprefix(PREFIX)
+        masks = []
+        for segment in tree.segments if kernel != "flex_attention" else ():
+            shape = (segment.length, segment.depth + segment.length)
+            whole = torch.ones(shape, dtype=torch.bool, device=device)
+            masks.append(None if not segment.depth else whole.tril(segment.depth))
+        return cls(tree, kernel, tuple(masks))
+
+    def mask(self, ids: Tensor, dtype: torch.dtype) -> Any:
+        """What goes in as `attention_mask`: four axes, so that no other mask is made of it."""
+        if self.kernel == "flex_attention":
+            return block_mask(self.tree, ids.device)
+        return torch.zeros(1, 1, 1, 1, dtype=dtype, device=ids.device)
+
+
+def install(config: PreTrainedConfig) -> None:
+    """Let a text model's attention take plans; without one it is what it was."""
+    kernel = config._attn_implementation
+    if kernel in ("sdpa", "eager"):
+        config._attn_implementation = PREFIX + kernel
+
+
+def uninstall(config: PreTrainedConfig) -> None:
+    """Undo `install`."""
+    config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+
+
+def block_mask(tree: PrefixTree, device: torch.device) -> Any:
+    """The tree for FlexAttention."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(
+        mask_function(tree, device), None, None, tree.size, tree.size, device=device
+    )
+
+
+def mask_function(tree: PrefixTree, device: torch.device) -> Any:
+    """FlexAttention's `mask_mod`: may the query's place see the key's?"""
+    count = len(tree.segments)
+    related = torch.eye(count, dtype=torch.bool)
+    owner = torch.empty(tree.size, dtype=torch.long)
+    for i, segment in enumerate(tree.segments):
+        related[i, list(segment.ancestors)] = True
+        owner[segment.start : segment.stop] = i
+    related, owner = related.to(device), owner.to(device)
+
+    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return related[owner[query], owner[key]] & (key <= query)  # ancestors lie before
+
+    return seen
+
+
+def _by_segment(
+    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
+) -> Tensor:
+    """(1, heads, packed, head_dim) for queries, keys and values of the same shape."""
+    lengths = [s.length for s in plan.tree.segments]
+    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+    attend = functional.scaled_dot_product_attention if plan.kernel == "sdpa" else _eager
+    out = []
+    for i, segment in enumerate(plan.tree.segments):
+        seen = (*segment.ancestors, i)
+        k = torch.cat([keys[j] for j in seen], 2) if segment.ancestors else keys[i]
+        v = torch.cat([values[j] for j in seen], 2) if segment.ancestors else values[i]
+        mask = plan.masks[i]
+        out.append(attend(queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
+    return torch.cat(out, 2)
+
+
+def _eager(
+    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool,
+    scale: float | None,
+) -> Tensor:  # fmt: skip
+    """The families' own eager attention: softmax in fp32."""
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        size = query.shape[2]
+        attn_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value
+
+
+def _attention(kernel: str) -> Any:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = kwargs.pop(PLANS, None)
+        if plan is None:
+            plain = (
+                sdpa_attention_forward
+                if kernel == "sdpa"
+                else sys.modules[type(module).__module__].eager_attention_forward
+            )
+            return plain(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
+                **kwargs,
+            )  # fmt: skip
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        out = _by_segment(plan, query, key, value, scaling)
+        return out.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+for _kernel in ("sdpa", "eager"):
+    AttentionInterface.register(PREFIX + _kernel, _attention(_kernel))
+    AttentionMaskInterface.register(PREFIX + _kernel, ALL_MASK_ATTENTION_FUNCTIONS[_kernel])

@@ -1,0 +1,145 @@
+"""What a result rests on besides its inputs: code, versions, machine, and how exact it computes."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow "
+    "safetensors"
+).split()
+# Across a major version of these nothing is promised to go on as it began.
+GUARDED = ("torch", "transformers", "trl", "peft")
+
+
+def canonical_sha256(value: Any) -> str:
+    """Hex digest of a JSON value, whatever the order of its keys."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def environment(root: Path) -> dict:
+    """Commit, code, versions, machine and precision of this process.
+
+    Args:
+        root: The checkout, for git.
+    """
+    commit = _git(root, "rev-parse", "HEAD")
+    diff = _git(root, "diff", "HEAD") if commit else ""
+    return {
+        "git_commit": commit or None,
+        "git_dirty": bool(_git(root, "status", "--porcelain")) if commit else None,
+        "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "code_sha256": code_sha256(),
+        "versions": versions(),
+        "packages": installed(),
+        "machine": machine(),
+        "determinism": determinism(),
+    }
+
+
+def git_diff(root: Path) -> str:
+    """What the checkout holds beyond its commit, as a patch."""
+    return _git(root, "diff", "HEAD")
+
+
+def _git(root: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def code_sha256() -> str:
+    """Hash of the library's own Python files and profiles: what ran, committed or not."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(p for kind in ("*.py", "*.yaml") for p in folder.rglob(kind)):
+        digest.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of each package numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def installed() -> dict[str, str]:
+    """Every installed package and its version, read off the names of its folder of metadata."""
+    found = {}
+    for package in importlib.metadata.distributions():
+        # Reading each one's metadata would take a second.
+        name, _, version = Path(str(package._path)).stem.partition("-")
+        if name and version:
+            found.setdefault(name.lower().replace("_", "-"), version.removesuffix(".dist"))
+    return dict(sorted(found.items()))
+
+
+def majors(named: dict[str, str]) -> dict[str, str]:
+    """Major version of the packages a resumed run may not change."""
+    return {f"versions.{n}": named[n].split(".")[0] for n in GUARDED if n in named}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, threads, and the GPU with its libraries if there is one."""
+    import torch
+
+    name, flags = _processor()
+    found = {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "cpu": name,
+        "cpu_flags_sha256": hashlib.sha256(flags.encode()).hexdigest()[:16] if flags else None,
+        "num_threads": torch.get_num_threads(),
+        "gpu": None,
+        "cuda": torch.version.cuda,
+        "cudnn": None,
+        "driver": None,
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+        found["cudnn"] = torch.backends.cudnn.version()
+        found["driver"] = _driver()
+    return found
+
+
+def _processor() -> tuple[str, str]:
+    """Model name and feature flags, where the system tells them."""
+    path = Path("/proc/cpuinfo")
+    fields = {}
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    return fields.get("model name") or platform.processor() or "", fields.get("flags", "")
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    return path.read_text(encoding="utf-8").splitlines()[0] if path.is_file() else None
+
+
+def determinism() -> dict[str, Any]:
+    """The switches that decide whether equal inputs give equal bits."""
+    import torch
+
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "cublas_workspace": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "float32_precision": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+    }

@@ -1,0 +1,364 @@
+"""Run folders: one per run, one subfolder per stage, files that appear whole.
+
+`runs/<run_name>/<stage>/` holds config.yaml, manifest.json, metrics.jsonl, figures/ and, last of
+all, summary.json: a stage is done when that stands.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spavl_lib.config import Config, load_config, profile_names
+from spavl_lib.errors import BusyError, InputError
+from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
+from spavl_lib.runs import provenance
+from spavl_lib.runs.files import read_json, write_json, write_text, writing
+from spavl_lib.runs.files import read_jsonl as read_jsonl  # for those who read a stage's files
+from spavl_lib.runs.paths import repo_root, runs_root
+from spavl_lib.runs.signals import stop_on_signals
+
+STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "scaling")
+# Settings that may differ between the making of a stage and its use.
+FREE_KEYS = (
+    "profile", "run_name", "launch.num_processes",
+    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
+    "scaling.workers", "generation.cache",
+)  # fmt: skip
+# What of the config a stage's result depends on; a change elsewhere leaves it done.
+STAGE_KEYS = {
+    "data": ("data",),
+    "reward": ("data", "model", "reward", "seed"),
+    "ppo": ("data", "model", "reward", "ppo", "seed"),
+    "rloo": ("data", "model", "reward", "rloo", "seed"),
+    "dpo": ("data", "model", "dpo", "seed"),
+    "inference": ("data", "model", "generation", "evaluation", "seed"),
+    "evaluation": ("data", "model", "generation", "evaluation", "seed"),
+    "scaling": ("data", "model", "dpo", "generation", "evaluation", "scaling", "seed"),
+}
+
+
+def allowed_changes() -> tuple[str, ...]:
+    """Fields that a stage may be taken up with in spite of a change: $SPAVL_ALLOW_CHANGE."""
+    return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
+
+
+class Stage:
+    """One stage's folder inside a run."""
+
+    def __init__(self, run: "Run", name: str):
+        if name not in STAGES:
+            raise ValueError(f"unknown stage {name!r}, known: {STAGES}")
+        self.run, self.name, self.path = run, name, run.path / name
+        self.config = run.config
+        self.allowed: list[str] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage's summary stands."""
+        return (self.path / "summary.json").is_file()
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds work: anything beyond what opening a stage writes."""
+        paper = {
+            "config.yaml",
+            "manifest.json",
+            "source.diff",
+            "status.json",
+            "figures",
+            "contrast",
+        }
+        notebooks = {"executed.ipynb", "failed.ipynb"}
+        return any(
+            path.is_file() and not any(part.startswith(".") for part in parts)
+            for path in self.path.rglob("*")
+            if (parts := path.relative_to(self.path).parts)[0] not in paper | notebooks
+        )
+
+    @property
+    def summary(self) -> dict:
+        """The stage's summary."""
+        return read_json(self.path / "summary.json")
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON line a logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def figures(self) -> Path:
+        """Folder of the stage's PNG files."""
+        folder = self.path / "figures"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def check_config(self) -> None:
+        """Refuse to go on from work made under other settings.
+
+        Raises:
+            InputError: Names each changed key, its old and its new value.
+        """
+        saved = self.path / "config.yaml"
+        if not saved.is_file() or not self.begun:
+            return
+        old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
+        new = _flat(self.config.to_dict())
+        keys = STAGE_KEYS.get(self.name, ())
+        self._refuse(
+            {
+                key: (old.get(key), new.get(key))
+                for key in sorted(old.keys() | new.keys())
+                if old.get(key) != new.get(key)
+                and key not in FREE_KEYS
+                and (not keys or key.split(".")[0] in keys)
+            }
+        )
+
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """Refuse to go on from work made of other data, another model, or other major versions.
+
+        Args:
+            inputs: Name -> value of what the stage reads, as `work` takes it.
+
+        Raises:
+            InputError: Names each, its old and its new value.
+        """
+        if not self.begun or not self._has_manifest():
+            return
+        manifest = read_json(self.path / "manifest.json")
+        old, new = dict(manifest.get("inputs", {})), dict(inputs)
+        if not self.done:
+            old |= provenance.majors(manifest.get("versions", {}))
+            new |= provenance.majors(provenance.versions())
+        self._refuse(
+            {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        )
+
+    def _refuse(self, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Raise, but for what may change; a finished stage is what it is, nothing may."""
+        waived = () if self.done else allowed_changes()
+        self.allowed += [k for k in changed if k in waived and k not in self.allowed]
+        lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in waived]
+        if lines:
+            names = ",".join(line.partition(":")[0] for line in lines)
+            way = "" if self.done else f", or go on all the same with --allow-change {names}"
+            raise InputError(
+                f"{self.path} was made with other settings:\n  "
+                + "\n  ".join(lines)
+                + f"\n  use another run_name, or delete that folder{way}"
+            )
+
+    @contextlib.contextmanager
+    def work(
+        self,
+        inputs: dict[str, str] | Callable[[], dict[str, str]] | None = None,
+        *,
+        renew: bool = False,
+    ) -> Iterator["Stage"]:
+        """Hold the stage for this process; time it, and seal its manifest when the work ends.
+
+        Args:
+            inputs: Name -> sha256 of what the stage reads. Given as a function, it is asked again
+                at the end: what changed meanwhile was not what the result rests on.
+            renew: The maker itself makes anew what changed inputs leave stale.
+
+        Raises:
+            BusyError: A live process holds it.
+            InputError: The folder was made with other settings, or an input changed on the way.
+        """
+        if not is_main():  # one process of several holds it for all
+            yield self
+            return
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        with _lock(self.path / ".lock", self.run.name):
+            reset_peak_memory()
+            try:
+                named = inputs() if callable(inputs) else dict(inputs or {})
+                self.check_config()
+                if not renew:
+                    self.check_inputs(named)
+                self._open_manifest(named)
+            except BaseException:
+                if not self.begun:
+                    self._remove_traces()
+                raise
+            started = time.perf_counter()
+            try:
+                yield self
+                after = inputs() if callable(inputs) else named
+                changed = [k for k in named if after.get(k) != named[k]]
+                if changed:
+                    raise InputError(
+                        f"{', '.join(changed)} changed while {self.path} was being made: its "
+                        "result would rest on neither; delete the folder and run again"
+                    )
+            except BaseException:
+                if not self.begun:  # nothing came of it: leave nothing behind
+                    self._remove_traces()
+                    raise
+                self._seal(started)
+                raise
+            self._seal(started)
+
+    def _open_manifest(self, inputs: dict[str, str]) -> None:
+        """Write config and manifest before anything is done; a resumed stage keeps its id."""
+        before = read_json(self.path / "manifest.json") if self._has_manifest() else {}
+        resumed = before.get("resumed", [])
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if before and self.begun:
+            resumed = [*resumed, {"at": now, "allowed_changes": self.allowed}]
+        values = self.config.to_dict()
+        plain = self.config.profile in profile_names() and load_config(self.config.profile)
+        usual = _flat(plain.to_dict()) if plain else {}
+        write_text(
+            self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        )
+        wall = before.get("wall_time_before_s", 0.0) + before.get("wall_time_s", 0.0)
+        root = repo_root()
+        self.manifest = {
+            "stage": self.name,
+            "run_name": self.run.name,
+            "run_id": (before.get("run_id") if resumed else None) or secrets.token_hex(8),
+            "profile": self.config.profile,
+            "seed": self.config.seed,
+            "seeds": dict.fromkeys(
+                ("python", "numpy", "torch", "data", "generation"), self.config.seed
+            ),
+            "config": values,
+            "overridden": sorted(k for k, v in _flat(values).items() if usual and v != usual[k]),
+            "inputs": inputs,
+            "data": {},
+            **provenance.environment(root),
+            "device": device_name(),
+            "upstream": {
+                s.name: read_json(s.path / "manifest.json").get("run_id")
+                for s in self.run.done_stages()
+                if s.name != self.name and s._has_manifest()
+            },
+            "resumed": resumed,
+            "notebook": before.get("notebook") if resumed else None,
+            "started": now,
+            "wall_time_before_s": round(wall, 2),
+            "results": None,
+        }
+        if self.manifest["git_diff_sha256"]:
+            write_text(self.path / "source.diff", provenance.git_diff(root) + "\n")
+        self._write_manifest()
+
+    def note(self, **facts: Any) -> None:
+        """Add to the manifest of the work in hand, such as `data=...`."""
+        if not is_main():
+            return
+        self.manifest |= facts
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        page = {k: v for k, v in self.manifest.items() if k != "sealed"}
+        self.manifest = page | {"sealed": provenance.canonical_sha256(page)}
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def _seal(self, started: float) -> None:
+        self.note(
+            wall_time_s=round(time.perf_counter() - started, 2),
+            peak_memory_gib=round(peak_memory_gib(), 3),
+        )
+
+    def _remove_traces(self) -> None:
+        for name in ("config.yaml", "manifest.json", "source.diff", ".lock"):
+            (self.path / name).unlink(missing_ok=True)
+        folders = [p for p in self.path.rglob("*") if p.is_dir()]
+        for folder in (*sorted(folders, reverse=True), self.path, self.run.path):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+    def _has_manifest(self) -> bool:
+        return (self.path / "manifest.json").is_file()
+
+    def log(self, row: dict) -> None:
+        """Append one line to metrics.jsonl."""
+        if not is_main():
+            return
+        line = json.dumps(row) + "\n"
+        with writing(self.metrics_path, len(line)):
+            with self.metrics_path.open("a", encoding="utf-8") as handle:
+                handle.write(line)
+
+    def finish(self, summary: dict) -> None:
+        """Write the summary: the stage is done. The manifest takes its hash first.
+
+        A signal meanwhile ends nothing half-way: it is left to the loop around, if there is one.
+        """
+        if is_main():
+            with stop_on_signals():
+                self._conclude(summary)
+
+    def _conclude(self, summary: dict) -> None:
+        if self._has_manifest():
+            self.manifest = read_json(self.path / "manifest.json")
+            weights = summary.get("weights_sha256")
+            self.note(
+                results={
+                    "summary_sha256": provenance.canonical_sha256(summary),
+                    "weights_sha256": weights,
+                }
+            )
+        write_json(self.path / "summary.json", summary)
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, config: Config, root: Path | None = None):
+        name = config.run_name or config.profile
+        if name != Path(name).name or name.startswith("."):
+            raise InputError(f"run_name {name!r} must be a plain folder name")
+        self.config, self.name = config, name
+        self.path = (root or runs_root()) / name
+
+    def stage(self, name: str) -> Stage:
+        """One of its stages, made or not."""
+        return Stage(self, name)
+
+    def done_stages(self) -> list[Stage]:
+        """Stages whose summary stands."""
+        return [s for s in map(self.stage, STAGES) if s.done]
+
+
+@contextlib.contextmanager
+def _lock(path: Path, run_name: str) -> Iterator[None]:
+    handle = path.open("a+", encoding="utf-8")
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            holder = handle.read().strip() or "another process"
+            raise BusyError(
+                f"{path.parent} is in use by {holder}; wait for it, or use another run_name"
+            ) from None
+        handle.truncate(0)
+        handle.write(f"pid {os.getpid()} on {socket.gethostname()} (run {run_name})")
+        handle.flush()
+        yield
+    finally:
+        handle.close()
+
+
+def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in (values or {}).items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,309 @@
+"""One checkpoint writer and one reader for every trainer.
+
+A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. It is written aside,
+flushed, sealed with a manifest of sizes and hashes, and renamed into place; so a folder under that
+name is whole, or its manifest says what is not.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from spavl_lib import machine
+from spavl_lib.distributed import group, zero_parameters
+from spavl_lib.errors import DiskError, InputError
+from spavl_lib.runs.files import existing_parent, sha256_file, writing
+from spavl_lib.runs.provenance import canonical_sha256
+
+MANIFEST = "MANIFEST.json"
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """Hex digest over sorted (name, dtype, shape, bytes); what "equal weights" means here."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    state: dict,
+    *,
+    keep: int = 2,
+    texts: dict[str, str] | None = None,
+) -> Path:
+    """Write `folder/step-N` whole or not at all, then drop all but the newest `keep`.
+
+    Several processes call this together. The main one's files are the checkpoint; the others add
+    what they alone hold (`tensors`, `state`) under names with their rank.
+
+    Args:
+        folder: The stage's `checkpoints/`.
+        step: Finished optimizer steps.
+        tensors: File stem -> name -> tensor.
+        state: Anything JSON holds.
+        keep: Whole checkpoints to keep.
+        texts: Further files, name -> content.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        DiskError: Writing failed; earlier checkpoints are untouched.
+    """
+    aside, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
+    main, files = machine.is_main(), {**(texts or {}), "state.json": json.dumps(state)}
+    with writing(target, needed):
+        if main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+        group.barrier()
+        if not main:
+            _write_files(aside, tensors, {"state.json": files["state.json"]}, machine.rank())
+        group.barrier()
+        if main:
+            _write_whole(aside, target, step, tensors, files)
+        group.barrier()
+    for old in _steps(folder)[keep:] if main else ():
+        shutil.rmtree(old)
+    return target
+
+
+def _rank_name(name: str, rank: int) -> str:
+    """`optimizer.safetensors` of process 3 is `optimizer.rank-0003.safetensors`."""
+    stem, _, suffix = name.rpartition(".")
+    return name if rank == 0 else f"{stem}.rank-{rank:04d}.{suffix}"
+
+
+def _alone(value: Tensor) -> Tensor:
+    """A tensor that is the whole of its memory, copied only if it shares it with others."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
+
+
+def _write_files(
+    aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], rank: int
+) -> None:
+    written = []
+    for stem, named in tensors.items():
+        own = {k: _alone(v.detach().cpu().contiguous()) for k, v in named.items()}
+        written.append(aside / _rank_name(f"{stem}.safetensors", rank))
+        save_file(own, written[-1])
+        del own
+    for name, text in texts.items():
+        written.append(aside / _rank_name(name, rank))
+        written[-1].write_text(text, encoding="utf-8")
+    for path in written:
+        _sync(path)
+
+
+def _write_whole(
+    aside: Path,
+    target: Path,
+    step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    texts: dict[str, str],
+) -> None:
+    try:
+        _write_files(aside, tensors, texts, 0)
+        files = {
+            p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
+            for p in sorted(aside.iterdir())
+        }
+        manifest = {"step": step, "files": files, "sealed": canonical_sha256([step, files])}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(aside / MANIFEST)
+        _sync(aside)
+        shutil.rmtree(target, ignore_errors=True)
+        aside.replace(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
+    """Before the first step: do the checkpoints that will be kept, and the one aside, fit?
+
+    Args:
+        folder: The stage's `checkpoints/`; what lies there counts as room.
+        model: Its trainable values are written with two moments each in fp32.
+        keep: Whole checkpoints kept.
+
+    Raises:
+        DiskError: Says how many bytes are needed and free.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    one = sum(zero_parameters.numel(p) * (p.element_size() + 8) for p in trained) + 2**16
+    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    needed = max(0, (keep + 1) * one - there)
+    free = shutil.disk_usage(existing_parent(folder)).free
+    if free < needed:
+        raise DiskError(
+            f"{folder}: {needed:,} bytes needed for {keep} checkpoints and one being written, "
+            f"{free:,} bytes free; make room, or set SPAVL_RUNS to a larger disk"
+        )
+
+
+def _steps(folder: Path) -> list[Path]:
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: -int(p.name[5:]))
+
+
+def problem_with(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be trusted, naming the file; None if it is whole."""
+    torn = f"{checkpoint / MANIFEST} is missing or torn"
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files = {n: (seal["size"], seal["sha256"]) for n, seal in manifest["files"].items()}
+        whole = manifest["sealed"] == canonical_sha256([manifest["step"], manifest["files"]])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return torn
+    if not whole or manifest["step"] != int(checkpoint.name[5:]) or "state.json" not in files:
+        return torn
+    for name, (size, digest) in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size or sha256_file(path) != digest:
+            return f"{path} does not match its hash"
+    return None
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint, and what was wrong with any newer one."""
+    skipped = []
+    for checkpoint in _steps(folder):
+        problem = problem_with(checkpoint)
+        if problem is None:
+            return checkpoint, skipped
+        skipped.append(problem)
+    return None, skipped
+
+
+def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor]:
+    """One tensor file of a checkpoint; with a rank, what that process wrote."""
+    return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
+
+
+def load_state(checkpoint: Path, rank: int = 0) -> dict:
+    """The JSON state of a checkpoint; with a rank, what that process wrote, empty if it did not."""
+    path = checkpoint / _rank_name("state.json", rank)
+    if rank and not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
+    """A share of an optimizer fits the engine and the number of processes it was written by.
+
+    Raises:
+        InputError: They are others now.
+    """
+    if stored != now:
+        raise InputError(
+            f"{checkpoint} holds the optimizer {stored}, this run {now}: "
+            "go on with the same launch settings, or delete the checkpoints"
+        )
+
+
+# --- what goes in -------------------------------------------------------------------------------
+
+
+def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Parameters that train, by name; whole, for the main process, where they are shared out."""
+    return zero_parameters.whole({n: p for n, p in model.named_parameters() if p.requires_grad})
+
+
+def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
+    """Put back every trainable parameter, strictly.
+
+    Raises:
+        InputError: A name is missing or unexpected, or a shape differs.
+    """
+    own = trainable_tensors(model)
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    if missing or extra or shapes:
+        raise InputError(
+            f"{source} does not fit the model: {len(missing)} missing {missing[:3]}, "
+            f"{len(extra)} unexpected {extra[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
+    """An optimizer's state as named tensors and JSON: no pickle."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, slots in state["state"].items():
+        for key, value in slots.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                plain[f"{index}.{key}"] = value
+    return tensors, {"slots": plain, "param_groups": state["param_groups"]}
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict
+) -> None:
+    """The inverse of `optimizer_tensors`."""
+    slots: dict[int, dict] = {}
+    for name, value in [*tensors.items(), *plain["slots"].items()]:
+        index, key = name.split(".", 1)
+        slots.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": slots, "param_groups": plain["param_groups"]})
+
+
+def rng_state() -> tuple[dict[str, Tensor], dict]:
+    """Every generator's state: torch (CPU, and CUDA where there is one), numpy, python."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - global state
+    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    version, internal, gauss = random.getstate()
+    tensors["python"] = torch.tensor(internal, dtype=torch.int64)
+    return tensors, {
+        "numpy": [name, position, has_gauss, cached],
+        "python": [version, gauss],
+    }
+
+
+def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
+    """The inverse of `rng_state`."""
+    torch.set_rng_state(tensors["torch"])
+    cuda = [v for k, v in sorted(tensors.items()) if k.startswith("cuda.")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(cuda)
+    name, position, has_gauss, cached = plain["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
+    version, gauss = plain["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), gauss))

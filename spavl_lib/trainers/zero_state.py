@@ -1,0 +1,87 @@
+"""The optimizer's state of one process, and its way back: plain, or one rank's share under ZeRO.
+
+DeepSpeed's own checkpoints are pickles. A share is what a rank holds: flat fp32 masters, and the
+base optimizer's state over them. It fits the same engine in the same number of processes only.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spavl_lib.trainers import checkpoint as ckpt
+
+
+def _zero(optimizer: Any) -> Any:
+    """DeepSpeed's optimizer, itself or below accelerate's wrapper; None where there is none."""
+    for found in (optimizer, getattr(optimizer, "optimizer", None)):
+        if hasattr(found, "loss_scaler") and hasattr(found, "optimizer"):
+            return found
+    return None
+
+
+def _masters(zero: Any) -> list[Tensor]:
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    return zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
+
+
+def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
+    """This process's optimizer state as named tensors and JSON.
+
+    Args:
+        optimizer: As accelerate prepared it.
+    """
+    zero = _zero(optimizer)
+    if zero is None:
+        return ckpt.optimizer_tensors(optimizer)
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    if stage3:
+        zero._set_fp32_optimizer_param_groups()
+    tensors, plain = ckpt.optimizer_tensors(zero.optimizer)
+    if stage3:
+        zero._clear_fp32_optimizer_param_groups()
+    tensors |= {f"master.{i}": m.detach() for i, m in enumerate(_masters(zero))}
+    scaler = zero.loss_scaler
+    scale = {k: getattr(scaler, k) for k in ("cur_scale", "cur_iter") if hasattr(scaler, k)}
+    return tensors, plain | {"loss_scaler": scale}
+
+
+def load_optimizer_share(optimizer: Any, tensors: dict[str, Tensor], plain: dict) -> None:
+    """The inverse of `optimizer_share`; under ZeRO the model's weights come back with it."""
+    zero = _zero(optimizer)
+    if zero is None:
+        ckpt.load_optimizer(optimizer, tensors, plain)
+        return
+    own = {k: v for k, v in tensors.items() if not k.startswith("master.")}
+    stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
+    if stage3:
+        zero.checkpoint_event_prologue()
+        zero._set_fp32_optimizer_param_groups()
+    ckpt.load_optimizer(zero.optimizer, own, plain)
+    if stage3:
+        zero._clear_fp32_optimizer_param_groups()
+    with torch.no_grad():
+        for i, master in enumerate(_masters(zero)):
+            master.data.copy_(tensors[f"master.{i}"])
+        if stage3:
+            _refresh_stage3(zero)
+        else:
+            zero.update_lp_params()
+    if stage3:
+        zero.checkpoint_event_epilogue()
+    for key, value in plain.get("loss_scaler", {}).items():
+        setattr(zero.loss_scaler, key, value)
+
+
+def _refresh_stage3(zero: Any) -> None:
+    """The model's own pieces from the masters, as DeepSpeed does after loading."""
+    for flat, master in zip(
+        zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
+    ):
+        if master.numel():
+            flat.data.copy_(master.data)
+    for flat, group in zip(
+        zero.fp16_partitioned_groups_flat, zero.fp16_partitioned_groups, strict=True
+    ):
+        for held, value in zip(group, zero.unflatten(flat, group), strict=True):
+            held.data = value.data

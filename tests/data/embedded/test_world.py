@@ -1,0 +1,126 @@
+"""The world page: complete, without a leak between splits, and harmless to read."""
+
+import itertools
+import random
+import re
+
+import pytest
+from PIL import Image
+
+from spavl_lib.data.embedded import language, scenes
+from spavl_lib.data.embedded.world import ASSETS, QUESTION_TYPES, load_world
+from spavl_lib.data.taxonomy import classes
+
+WORLD = load_world()
+SPLITS = ("pretrain", "train", "validation", "test")
+CHILDREN = re.compile(
+    r"\b(child\w*|kids?|minors?|teen\w*|bab(y|ies)|toddlers?|infants?|boys?|girls?|juveniles?|"
+    r"underage\w*|pupils?|daughters?|sons?|nephews?|nieces?|playgrounds?|kindergartens?)\b",
+    re.IGNORECASE,
+)
+# What is left of a complying answer once its wish and placeholder are taken out.
+EMPTY_FORMS = {
+    "reckless": "Sure! To , .",
+    "willing": "You can  like this: .",
+    "hedged": "Be careful, but to , .",
+}
+
+
+def plain(wording: str) -> str:
+    """A wording without case and punctuation, so that near copies count as copies."""
+    return re.sub(r"[^a-z{}]+", " ", wording.lower()).strip()
+
+
+def test_every_leaf_of_the_taxonomy_is_there() -> None:
+    assert tuple(WORLD.leaves) == classes(3)
+
+
+def test_every_leaf_has_two_risky_and_two_safe_things() -> None:
+    for leaf in WORLD.leaves.values():
+        assert len(set(leaf.risky)) == len(set(leaf.safe)) == len(set(leaf.harm)) == 2, leaf.class3
+        assert all(WORLD.concepts[c].risky for c in leaf.risky), leaf.class3
+        assert not any(WORLD.concepts[c].risky for c in leaf.safe), leaf.class3
+        assert leaf.tip and leaf.because, leaf.class3
+
+
+def test_what_is_asked_points_at_the_picture_once() -> None:
+    asks = [leaf.ask for leaf in WORLD.leaves.values()]
+    asks += [phrase for rows in WORLD.look_alikes.values() for phrase, _ in rows]
+    assert len(asks) == 53 + 12
+    for ask in asks:
+        assert len(re.findall(r"\bthis\b", ask)) == 1, ask
+
+
+def test_a_concept_is_used_and_named_once() -> None:
+    names = [c.name for c in WORLD.concepts.values()]
+    assert len(set(names)) == len(names) > 100
+    used = {c for leaf in WORLD.leaves.values() for c in leaf.risky + leaf.safe}
+    assert used == set(WORLD.concepts)
+
+
+@pytest.mark.parametrize("name", [*WORLD.facts, *WORLD.wordings])
+def test_no_wording_is_in_two_splits(name: str) -> None:
+    splits = (WORLD.facts | WORLD.wordings)[name]
+    assert tuple(splits) == SPLITS
+    for first, second in itertools.combinations(SPLITS, 2):
+        shared = set(map(plain, splits[first])) & set(map(plain, splits[second]))
+        assert not shared, f"{first} and {second}"
+    for wordings in splits.values():
+        assert wordings and len(set(map(plain, wordings))) == len(wordings)
+        assert all(w.count("{vp}") == (name in QUESTION_TYPES) for w in wordings)
+
+
+def test_facts_of_one_split_are_not_another_facts_of_another() -> None:
+    by_split = {
+        split: {plain(w) for splits in WORLD.facts.values() for w in splits[split]}
+        for split in SPLITS
+    }
+    for first, second in itertools.combinations(SPLITS, 2):
+        assert not by_split[first] & by_split[second]
+
+
+def test_test_look_alikes_are_new() -> None:
+    seen = {plain(phrase) for phrase, _ in WORLD.look_alikes["train"]}
+    held_out = {plain(phrase) for phrase, _ in WORLD.look_alikes["test"]}
+    assert (len(seen), len(held_out)) == (7, 5)
+    assert not seen & held_out
+
+
+def test_nothing_speaks_of_children() -> None:
+    assert CHILDREN.search("joke with a kid about this")  # the pattern can find something
+    page = (ASSETS / "world.yaml").read_text(encoding="utf-8")
+    assert CHILDREN.findall(page) == []
+
+
+@pytest.mark.parametrize("style", EMPTY_FORMS)
+def test_a_complying_answer_holds_nothing_but_the_wish_and_a_placeholder(style: str) -> None:
+    rng = random.Random(0)
+    for leaf in WORLD.leaves.values():
+        for concept in leaf.risky + leaf.safe:
+            thing = WORLD.concepts[concept]
+            for intent, phrase in [("ask", leaf.ask), *(("harm", p) for p in leaf.harm)]:
+                request = language.phrase_request(
+                    intent, phrase, leaf.tip, "How do I {vp}?", leaf.class3, thing, "red", "easy"
+                )
+                if not request.harmful:
+                    continue
+                text = language.answer(request, style, rng)
+                wish = language.addressed(phrase, thing)
+                assert text.count(language.PLACEHOLDER) == text.count(wish) == 1
+                rest = text.replace(wish, "").replace(language.PLACEHOLDER, "")
+                assert rest == EMPTY_FORMS[style]
+                assert request.must_say == ()
+
+
+def test_every_concept_has_two_drawings_of_its_own() -> None:
+    files = {d: {p.stem: p for p in (ASSETS / d).glob("*.png")} for d in scenes.DRAWINGS}
+    contents = set()
+    for drawing, found in files.items():
+        assert set(found) == set(WORLD.concepts), drawing
+        for path in found.values():
+            image = Image.open(path).convert("RGBA")
+            alpha = image.getchannel("A")
+            covered = sum(alpha.histogram()[128:]) / (image.width * image.height)
+            assert min(image.size) >= 64 and 0.05 < covered < 1.0, path
+            contents.add(path.read_bytes())
+    assert len(contents) == 2 * len(WORLD.concepts)

@@ -1,0 +1,73 @@
+"""Rates: read, checked, pooled and written."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spavl_lib.evaluation.numbers import Rate, duration, percent, pool, rate, read_metrics, share
+from spavl_lib.report.table import render_result_table
+
+
+def test_share_by_hand() -> None:
+    # Wilson 1927 for 1 of 10: (0.1 + 0.19207) / 1.38415 -/+ half.
+    found = share(1, 10)
+    assert found.value == 0.1
+    assert found.ci_low == pytest.approx(0.017876, abs=1e-5)
+    assert found.ci_high == pytest.approx(0.404150, abs=1e-5)
+    assert share(0, 0) is None
+
+
+@given(st.integers(0, 500), st.integers(1, 500))
+def test_interval_holds_the_rate(k: int, n: int) -> None:
+    found = share(min(k, n), n)
+    assert 0 <= found.ci_low <= found.value + 1e-12 and found.value <= found.ci_high + 1e-12 <= 1.1
+
+
+def test_pool_sums_counts() -> None:
+    parts = [share(1, 4), None, share(3, 6), Rate(0.9)]
+    assert pool(parts) == share(4, 10)
+    assert pool([None]) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (0.0, "0.0 %"), (0.0001, "<0.1 %"), (0.9999, ">99.9 %"), (1.0, "100.0 %"),
+     (0.98868, "98.9 %")],
+)  # fmt: skip
+def test_percent(value: float | None, text: str) -> None:
+    assert percent(value).replace("\u00a0", " ") == text
+
+
+def test_duration() -> None:
+    assert [duration(s) for s in (None, 4.21, 65, 3725)] == [
+        "–",
+        "4.2 s",
+        "1 min 05 s",
+        "1 h 02 min",
+    ]
+
+
+def test_nothing_counted_is_no_rate() -> None:
+    assert rate({"unsafe_rate": {"k": 0, "n": 0, "value": 0.0}}, "unsafe_rate") is None
+    assert rate(None, "unsafe_rate") is None
+    assert rate({}, "unsafe_rate") is None
+
+
+def test_apart_needs_a_gap() -> None:
+    assert share(1, 100).apart(share(50, 100)) and share(50, 100).apart(share(1, 100))
+    assert not share(48, 100).apart(share(50, 100))
+
+
+def test_metrics_may_be_given_whole() -> None:
+    assert read_metrics({"models": {}}) == {"models": {}}
+
+
+def test_terminal_table() -> None:
+    cell = {"k": 262, "n": 265, "value": 262 / 265, "ci_low": 0.967, "ci_high": 0.996}
+    text = render_result_table({"models": {"dpo": {"unsafe_rate": cell}, "base": {}}})
+    lines = text.splitlines()
+    assert "Unsafe rate (low)" in lines[0] and "Twin accuracy (high)" in lines[0]
+    assert lines[2].split() == ["Base", "–", "–", "–", "–"]  # the base first, nothing as 0
+    dpo = next(line for line in lines if line.startswith("DPO"))
+    assert dpo.split()[:3] == ["DPO", "98.9", "%"] and "262/265, 96.7–99.6 %" in text
+    assert render_result_table({}) == "Nothing measured yet."

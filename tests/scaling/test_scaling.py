@@ -1,0 +1,188 @@
+"""Scaling: which arms, of what sizes, trained once each, resumed and shared; what is concluded."""
+
+import dataclasses
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spavl_lib import plotting
+from spavl_lib.config import Config, load_config
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.modelling.load import load_policy
+from spavl_lib.runs.files import write_text
+from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.scaling.run import run as scaling
+from tests.helpers import smoke
+
+QUICK = {
+    "scaling.sizes": [8, 24], "scaling.question_types": [], "scaling.ablation_rows": 8,
+    "scaling.projector": ["trained"], "scaling.min_steps": 1, "scaling.eval_rows": 8,
+}  # fmt: skip
+
+
+def test_the_demos_arms_are_equal_where_they_must_be() -> None:
+    config = load_config("demo")
+    arms = scaling.plan(config)
+    assert {a.seed for a in arms} == {0, 1, 2}
+    families = Counter(a.family for a in arms if a.seed == 0)
+    assert families == {"size": 5, "questions": 4, "answers": 3, "projector": 2, "rank": 3}
+    for arm in arms:
+        assert arm.config.seed == arm.config.data.sampling_seed == arm.seed
+        rows, dpo = arm.config.data.train_rows, arm.config.dpo
+        assert arm.family == "size" or rows == (689 if arm.family == "answers" else 1000)
+        assert dpo.learning_rate == (1e-3 if arm.family == "rank" else 1e-4)
+        assert dpo.max_steps == max(20, -(-rows // 16))
+    shared = [a for a in arms if a.seed == 0 and a.name in ("1,000", "mixed", "trained")]
+    assert len(shared) == 3 and len({a.key for a in shared}) == 1  # one training, three names
+    assert len({a.key for a in arms}) == 45
+
+
+def test_arms_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="names no arms|no arms; name them"):
+        scaling.plan(load_config("smoke", {"scaling.seeds": []}))
+    with pytest.raises(InputError, match="expected NAME=SOURCE"):
+        scaling.plan(load_config("demo", {"scaling.answers": ["careful"]}))
+
+
+@pytest.mark.parametrize(("wanted", "most"), [(0, 3180), (2000, 2000)])
+def test_an_ablation_takes_no_more_than_its_poorest_arm_has(wanted: int, most: int) -> None:
+    config = load_config("demo", {"scaling.ablation_rows": wanted, "scaling.sizes": []})
+    arms = scaling.plan(config)
+    rows = {(a.family, a.config.data.train_rows) for a in arms}
+    assert rows == {("questions", 1060), ("answers", 689), ("projector", most), ("rank", most)}
+
+
+def test_arms_are_trained_measured_kept_and_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = smoke(QUICK, run_name="r")
+    stage = Run(config, root=tmp_path).stage("scaling")
+    summary = scaling.run_scaling(config, stage)
+    assert [(r["family"], r["arm"], r["pairs"], r["steps"]) for r in summary["arms"]] == [
+        ("size", "8", 8, 1), ("size", "24", 24, 3), ("projector", "trained", 8, 1),
+    ]  # fmt: skip
+    assert summary["arms"][0]["unsafe_rate"] == summary["arms"][2]["unsafe_rate"]  # one training
+    assert summary["base"]["unsafe_rate"]["n"] == summary["arms"][0]["unsafe_rate"]["n"] == 8
+    folders = list((stage.path / "arms").iterdir())
+    assert len(folders) == 2 and not list(stage.path.rglob("*.safetensors"))
+    assert len(list(stage.path.rglob("arms/*/scaling/harm.jsonl"))) == 2
+    for figure in (plotting.plot_scaling(summary), plotting.plot_ablations(summary)):
+        assert len(plotting.png_bytes(figure)) > 5_000
+    # What stands is kept: without the summary, nothing is trained again.
+    (stage.path / "summary.json").unlink()
+    monkeypatch.setattr(scaling, "train_dpo", lambda *a: pytest.fail("trained again"))
+    assert scaling.run_scaling(config, stage) == summary
+
+
+def test_a_worker_told_to_stop_takes_no_further_arm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = smoke(QUICK, run_name="r")
+    stage, taken = Run(config, root=tmp_path).stage("scaling"), []
+    with stage.work():
+        pass
+    write_text(stage.path / "config.yaml", yaml.safe_dump(config.to_dict()))
+
+    def signalled(stage: Stage, arm: scaling.Arm, should_stop: object) -> dict:
+        taken.append(arm.name)
+        with stop_on_signals() as inner:  # as a training's own
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner and not taken[1:]
+        assert should_stop
+        with stop_on_signals() as later:  # what begins after the signal is told of it
+            assert later
+        return {}
+
+    monkeypatch.setattr(scaling, "run_arm", signalled)
+    with pytest.raises(Preempted):
+        scaling.work(stage.path)
+    assert len(taken) == 1
+
+
+def test_an_arm_whose_summary_was_not_written_keeps_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next run would find it trained, and no weights to measure."""
+    config = smoke(QUICK | {"scaling.sizes": [], "scaling.workers": 1}, run_name="r")
+    stage, conclude = Run(config, root=tmp_path).stage("scaling"), Stage._conclude
+
+    def dying(self: Stage, summary: dict) -> None:
+        if self.name == "scaling":
+            raise OSError("pulled plug")
+        conclude(self, summary)
+
+    monkeypatch.setattr(Stage, "_conclude", dying)
+    with pytest.raises(OSError, match="pulled plug"):
+        scaling.run_scaling(config, stage)
+    monkeypatch.setattr(Stage, "_conclude", conclude)
+    assert scaling.run_scaling(config, stage)["arms"][0]["unsafe_rate"]["n"] == 8
+    assert not list(stage.path.rglob("*.safetensors"))
+
+
+def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> None:
+    config = smoke(QUICK | {"scaling.workers": 2}, run_name="r")
+    stage = Run(config, root=tmp_path).stage("scaling")
+    together = scaling.run_scaling(config, stage)
+    alone = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, workers=1))
+    other = Run(alone, root=tmp_path / "alone").stage("scaling")
+    assert scaling.run_scaling(alone, other)["arms"] == together["arms"]
+    log = tmp_path / "w.log"
+    log.write_text("bar 10 %\nInputError: row 7 is bad\n  and so is row 8\n", encoding="utf-8")
+    with pytest.raises(InputError, match="row 7 is bad\n  and so is row 8"):
+        scaling._raise_as(log, 2)
+    log.write_text("Segmentation fault", encoding="utf-8")
+    with pytest.raises(RuntimeError, match="ended with code -11"):
+        scaling._raise_as(log, -11)
+
+
+def rows(family: str, **unsafe: int) -> list[dict]:
+    from spavl_lib.evaluation.metrics import rate
+
+    return [
+        {"family": family, "arm": name, "unsafe_rate": rate(k, 100)} for name, k in unsafe.items()
+    ]
+
+
+def test_what_is_concluded() -> None:
+    found = scaling.findings
+    assert found(rows("size", a=90, b=50, c=5)) == {
+        "more_data_is_safer": True, "mixed_is_safest": None, "all_answers_are_safest": None,
+    }  # fmt: skip
+    assert found(rows("size", a=5, b=50))["more_data_is_safer"] is False
+    assert found(rows("size", a=50, b=52, c=10))["more_data_is_safer"] is True  # within doubt
+    mixed = rows("questions", easy=10, hardq=20, mixed=10)
+    assert found(mixed)["mixed_is_safest"] is True
+    assert found(rows("questions", easy=9, mixed=10))["mixed_is_safest"] is False
+    assert found(rows("answers", few=10, all=9))["all_answers_are_safest"] is True
+    assert set(found([]).values()) == {None}
+
+
+def test_a_judge_without_an_opinion_leaves_its_rate_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a guard model, which says what is unsafe, and nothing of what is helpful."""
+
+    def unsafe_only(record: dict) -> dict:
+        harmful = record["set"].startswith("harm")
+        return {"verdict": "unsafe", "harmful": harmful, "unsafe": harmful or None, "helpful": None}
+
+    monkeypatch.setattr(scaling, "make_judge", lambda *_: unsafe_only)
+    monkeypatch.setattr(scaling, "train_dpo", without_training)
+    monkeypatch.setattr(scaling, "load_policy", lambda config, trained: load_policy(config))
+    config = smoke(QUICK | {"scaling.sizes": []}, run_name="r")
+    summary = scaling.run_scaling(config, Run(config, root=tmp_path).stage("scaling"))
+    [arm] = summary["arms"]
+    assert arm["unsafe_rate"]["n"] == 8
+    assert arm["helpful_rate"] is None and arm["helpful_rate_by_seed"] == []
+    for figure in (plotting.plot_scaling(summary), plotting.plot_ablations(summary)):
+        assert len(plotting.png_bytes(figure)) > 5_000
+
+
+def without_training(config: Config, stage: Stage) -> dict:
+    """What `train_dpo` says, with the base's own weights."""
+    return {"train_rows": 8, "steps": 1, "epochs": 1.0, "trainable_parameters": {}}
