@@ -8,7 +8,7 @@ import pytest
 
 from spavl_lib import pipeline
 from spavl_lib.errors import RankError
-from spavl_lib.generation.stage import stage as generation
+from spavl_lib.generation import stage as generation
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from tests.distributed.conftest import alive, config_of, process_of, train, when

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from spavl_lib.generation import compact_decoding as decoding
 from spavl_lib.generation.compact_decoding import GrowingLayer, can_decode, decode
-from spavl_lib.generation.stage import compact_decoding as decoding
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample
 from tests.helpers import mini_rows, tiny

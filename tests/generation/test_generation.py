@@ -12,8 +12,8 @@ from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.load import load_prompts
 from spavl_lib.errors import InputError, Preempted
+from spavl_lib.generation import stage as generation
 from spavl_lib.generation.stage import ahead, generate, generate_batch, make_inference_stage
-from spavl_lib.generation.stage import stage as generation
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run
 from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread

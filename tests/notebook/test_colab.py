@@ -13,7 +13,7 @@ from spavl_lib import machine
 from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
 from spavl_lib.machine import GIB
-from spavl_lib.notebook.session import colab
+from spavl_lib.notebook import colab
 
 
 def cell_of(notebook: Path) -> str:

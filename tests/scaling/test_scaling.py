@@ -16,7 +16,7 @@ from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import write_text
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.scaling.run import run as scaling
+from spavl_lib.scaling import run as scaling
 from tests.helpers import smoke
 
 QUICK = {
