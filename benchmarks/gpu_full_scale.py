@@ -157,16 +157,16 @@ def _settings(case: dict[str, Any], folder: str, dry: bool) -> dict[str, Any]:
 
 
 def _train(kind: str, config: Any, stage: Any, folder: str, cuda: bool) -> tuple[dict, Any]:
-    from spavl_lib import pipeline
+    from spavl_lib.runs.maker import maker_of
     from spavl_lib.trainers import dpo
 
     # A random model does not look at pictures as a trained one does; that is not asked here.
     dpo.reference_probe = lambda *args, **kwargs: {"ids": [], "logps": []}
     if kind == "ppo":
-        pipeline.make_here("reward", config, stage.run.stage("reward"))
+        maker_of("reward")(config, stage.run.stage("reward"))
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    summary = pipeline.make_here(kind, config, stage)
+    summary = maker_of(kind)(config, stage)
     if not cuda:
         return summary, None
     peaks = {

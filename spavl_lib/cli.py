@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 
+from spavl_lib import stages
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
@@ -104,22 +105,22 @@ def run(
       spavl run 04_dpo --profile smoke --set dpo.beta=0.5 --run-name beta05
       spavl run all --profile my.yaml --seed 3 --run-name seed3
     """
-    from spavl_lib import pipeline
+    from spavl_lib.notebook import execute, sequence
 
     _allow(allow_change)
-    notebook = None if name == "all" else pipeline.find_notebook(name)
+    notebook = None if name == "all" else execute.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
-        pipeline.run_all(config, overrides, profile=profile)
+        sequence.run_all(config, overrides, profile=profile)
         return
-    where = pipeline.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
+    where = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
     typer.echo(f"done: {where}")
 
 
 @app.command()
 def train(
     kind: Annotated[
-        str, typer.Argument(help="Trainer: reward, ppo, rloo or dpo.", show_default=False)
+        str, typer.Argument(help=f"Trainer: {', '.join(stages.trainers())}.", show_default=False)
     ],
     profile: Profile,
     sets: Sets = None,
@@ -137,8 +138,7 @@ def train(
 
     _allow(allow_change)
     config, _, _ = _config(profile, sets, seed, run_name)
-    if kind not in pipeline.TRAINERS:
-        pipeline.train(kind, config, None)  # says which there are
+    pipeline.check_trainer(kind)
     stage = Run(config).stage(kind)
     pipeline.train(kind, config, stage)
     typer.echo(f"done: {stage.path}")
@@ -185,13 +185,12 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
-    from spavl_lib import pipeline
+    from spavl_lib.report import write_report
+    from spavl_lib.report.table import print_results
 
     path = _run_path(run)
-    from spavl_lib.report import write_report
-
     write_report(path)
-    pipeline.print_results(path)
+    print_results(path)
 
 
 @data_app.command()

@@ -3,6 +3,7 @@
 Exit codes: 2 bad input or config, 3 non-finite numbers, 73 run folder busy, 74 disk, 75 preempted.
 """
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -44,6 +45,12 @@ class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
     exit_code = 75
 
 
+class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
+    """The user asked for a stop where no checkpoint could be written."""
+
+    exit_code = 130
+
+
 class RankError(SpavlError):
     """One of several training processes failed for a reason that is none of these."""
 
@@ -69,6 +76,12 @@ ERRORS = {
         OutOfMemory,
     )
 }
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'X'?` with the known name nearest to a wrong one; empty if none is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def raise_all(problems: Iterable[str], heading: str) -> None:

@@ -1,674 +1,159 @@
-"""Notebooks through papermill, strictly, and the order they run in.
+"""What a notebook or a command calls: `train` a stage, `make` it, or `ensure` an earlier one.
 
-`spavl run dpo --profile smoke` is `run_notebook`, `spavl run all` is `run_all`. A notebook asks
-`ensure` for what an earlier one makes and `train` for its training. A notebook has succeeded when
-every cell ran without an error and its stage's summary.json stands; nothing papermill says counts.
+All three end in `distributed.launcher.make`, which calls the stage's maker here or in several
+processes. `stages` says what exists and what builds on what.
 """
 
 import contextlib
-import difflib
-import errno
-import importlib
-import json
-import logging
-import os
-import re
 import shlex
-import signal
-import sys
-import threading
 import time
-import types
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
 
+from spavl_lib import stages
 from spavl_lib.config import Config, load_config, profile_names
-from spavl_lib.distributed.settings import in_processes, to_be_started
-from spavl_lib.errors import ERRORS, DiskError, InputError, OutOfMemory, Preempted, SpavlError
-from spavl_lib.notebook.status import (
-    buried_with_us,
-    keep_failed,
-    note_notebook,
-    remove_leftovers,
-    write_status,
-)
-from spavl_lib.runs.files import DISK_ERRORS
-from spavl_lib.runs.paths import repo_root
-from spavl_lib.runs.stage import STAGES, Run, Stage
+from spavl_lib.distributed import launcher
+from spavl_lib.distributed.settings import in_processes
+from spavl_lib.errors import InputError, OutOfMemory, nearest
+from spavl_lib.machine import device_kind
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.runs.text import flatten, say, short_path
 
-STAGE_OF = {
-    "01_data_exploration": "data",
-    "02_reward_model": "reward",
-    "03_ppo": "ppo",
-    "04_dpo": "dpo",
-    "05_inference": "inference",
-    "06_safety_helpfulness": "evaluation",
-    "07_scaling_and_ablations": "scaling",
-}
-# What every notebook's parameters cell declares, and all that the runner sets.
-PARAMETERS = ("profile", "seed", "run_name", "overrides")
-# Each maker is called with (config, stage), holds `stage.work()` and ends with `stage.finish()`.
-STAGE_MAKERS = {
-    "data": "spavl_lib.data.explore:make_data_stage",
-    "reward": "spavl_lib.trainers.reward:train_reward",
-    "ppo": "spavl_lib.trainers.ppo:train_ppo",
-    "rloo": "spavl_lib.trainers.rloo:train_rloo",
-    "dpo": "spavl_lib.trainers.dpo:train_dpo",
-    "inference": "spavl_lib.generation.stage:make_inference_stage",
-    "evaluation": "spavl_lib.evaluation.suite:make_evaluation_stage",
-    "scaling": "spavl_lib.scaling.run:run_scaling",
-}
-# Stages a maker reads; the data are read by all, but nothing waits for their description.
-UPSTREAM = {
-    "ppo": ("reward",), "rloo": ("reward",), "inference": ("dpo", "ppo"),
-    "evaluation": ("inference",),
-}  # fmt: skip
-# Stages that take what there is: in a larger profile any of these before them is enough.
-ANY_OF = {"inference": ("dpo", "ppo", "rloo")}
-TRAINERS = {name: STAGE_MAKERS[name] for name in ("reward", "ppo", "rloo", "dpo")}
-# Stages that several processes make together.
-IN_PROCESSES = ("reward", "ppo", "dpo", "inference")
-# Profiles small enough for a notebook to make what it lacks.
+# Profiles small enough for a notebook to make the earlier stages it needs.
 SMALL_PROFILES = ("smoke", "demo")
-SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is
 
 
-class NotebookError(SpavlError):
-    """A notebook failed for a reason that is not one of `spavl_lib.errors`."""
-
-    exit_code = 1
-
-
-class KernelDied(NotebookError):
-    """The kernel is gone: killed, often for memory, or crashed in native code."""
-
-    exit_code = 138
-
-
-class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
-    """A stop was asked for, and no checkpoint was due."""
-
-    exit_code = 130
-
-
-# --- finding notebooks --------------------------------------------------------------------------
-
-
-def notebooks_folder() -> Path:
-    """Where notebooks are: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
-    return Path(os.environ.get("SPAVL_NOTEBOOKS", "") or repo_root() / "notebooks").absolute()
-
-
-def list_notebooks(folder: Path | None = None) -> list[Path]:
-    """The numbered notebooks of a folder, in order."""
-    return sorted((folder or notebooks_folder()).glob("[0-9][0-9]_*.ipynb"))
-
-
-def stage_of(notebook: Path) -> str:
-    """The stage a notebook makes.
-
-    Raises:
-        InputError: It is none of the workbook's notebooks.
-    """
-    if notebook.stem not in STAGE_OF:
-        raise InputError(f"{notebook} makes no known stage; known notebooks: {', '.join(STAGE_OF)}")
-    return STAGE_OF[notebook.stem]
-
-
-def find_notebook(name: str, folder: Path | None = None) -> Path:
-    """The notebook called `dpo`, `04_dpo`, `04_dpo.ipynb` or by its stage.
+def train(name: str, config: Config, stage: Stage) -> dict:
+    """Train in this process, or in several that accelerate starts; the files are the same.
 
     Args:
-        name: Any of these; a folder in front is ignored.
-        folder: Where to look, `notebooks_folder()` if not given.
-
-    Raises:
-        InputError: None, naming the nearest.
-    """
-    folder = folder or notebooks_folder()
-    wanted, aliases = Path(name).name.removesuffix(".ipynb"), {}
-    for path in list_notebooks(folder):
-        for alias in (path.stem, path.stem[3:], STAGE_OF.get(path.stem, path.stem)):
-            aliases.setdefault(alias, path)
-    if not aliases:
-        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
-    if wanted not in aliases:
-        known = ", ".join(path.stem for path in list_notebooks(folder))
-        raise InputError(
-            f"unknown notebook {name!r}{_nearest(wanted, aliases)} (there are: {known})"
-        )
-    return aliases[wanted]
-
-
-def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
-    """Refuse a notebook that would not take these parameters; papermill only warns.
-
-    Raises:
-        InputError: No parameters cell, or a parameter it does not declare.
-    """
-    import nbformat
-    import papermill as pm
-
-    try:
-        known = pm.inspect_notebook(notebook)
-    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
-        why = str(error).splitlines()[0]
-        raise InputError(f"{notebook} is not a notebook with a kernelspec: {why}") from error
-    if not known:
-        raise InputError(f"{notebook.name} has no cell tagged `parameters`")
-    unknown = [name for name in given if name not in known]
-    if unknown:
-        raise InputError(
-            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}"
-            f"{_nearest(unknown[0], known)} (its parameters cell declares: {', '.join(known)})"
-        )
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-# --- one notebook -------------------------------------------------------------------------------
-
-
-def run_notebook(
-    name: str,
-    config: Config,
-    overrides: dict[str, Any] | None,
-    run: Run,
-    *,
-    profile: str | None = None,
-    parameters: dict[str, Any] | None = None,
-    folder: Path | None = None,
-    timeout_s: int | None = None,
-) -> Path:
-    """Execute a notebook in a kernel of this Python, from the checkout's root.
-
-    SIGINT and SIGTERM go to the kernel alone, as an interrupt, and the kernel is waited for: a
-    training cell gets to write its checkpoint. The third one kills it.
-
-    Args:
-        name: As `find_notebook` takes it.
-        config: What the notebook will resolve; says seed and run name.
-        overrides: What was laid over the profile; the notebook lays the same.
-        run: Its folder takes the executed notebook.
-        profile: Profile name or path for the notebook, `config.profile` if not given.
-        parameters: Further parameters of this notebook.
-        folder: Where notebooks are, `notebooks_folder()` if not given.
-        timeout_s: Longest time a cell may take, none if not given.
+        name: Trainer, such as "dpo".
+        config: What to train, and how.
+        stage: The stage's folder.
 
     Returns:
-        The executed notebook, `runs/<run>/<stage>/executed.ipynb`.
+        The trainer's summary.
 
     Raises:
-        SpavlError: The error the notebook raised, if it is one of ours.
-        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel (`KernelDied`), a
-            timeout, no summary. What was executed is kept as `failed.ipynb`.
-        Preempted: SIGTERM came; the same command goes on.
-        Interrupted: SIGINT came, and the notebook did not say `Preempted`.
+        InputError: Unknown trainer, or bad data, model or settings.
+        SpavlError: What the trainer raises; from several processes, with the rank.
     """
-    import papermill as pm
+    check_trainer(name)
+    from spavl_lib.plotting import LivePlot  # matplotlib: only when something is drawn
 
-    notebook = find_notebook(name, folder)
-    stage = run.stage(stage_of(notebook))
-    values = {
-        "profile": profile or config.profile,
-        "seed": config.seed,
-        "run_name": run.name,
-        "overrides": dict(overrides or {}),
-        **(parameters or {}),
-    }
-    check_parameters(notebook, values)
-    aside = stage.path / f".executed.{os.getpid()}.ipynb"
-    watch = _Watch(notebook, stage)
-    try:
-        stage.path.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(stage)
-        write_status(stage, "running", notebook, 0)
-        with _quiet_papermill(), watch:
-            executed = pm.execute_notebook(
-                notebook,
-                aside,
-                values,
-                kernel_name="python3",
-                progress_bar=False,
-                execution_timeout=timeout_s,
-                kernel_manager_class=_kernel_class(watch, run),
-                on_cell_start=watch.cell_start,
-                on_cell_execute=watch.cell_execute,
-                on_cell_executed=watch.cell_executed,
-            )
-        problem = _verdict(executed, notebook, stage)
-    except Exception as error:
-        problem = _explained(error, watch)
-        if problem is None:
-            raise
-    if problem is None:
-        target = stage.path / "executed.ipynb"
-        aside.replace(target)
-        (stage.path / "failed.ipynb").unlink(missing_ok=True)
-        watch.words.unlink(missing_ok=True)
-        note_notebook(stage, executed, notebook, values)
-        write_status(stage, "done", notebook, watch.cell, exit_code=0)
-        if watch.stops:
-            raise watch.stopped(f"{notebook.name} was at its last cell and is done; stopped after")
-        return target
-    stopped = isinstance(problem, Preempted | Interrupted)
-    with contextlib.suppress(OSError, DiskError):  # the first error is the one to tell
-        kept = stage.path / "failed.ipynb"
-        keep_failed(aside, kept, notebook, str(problem))
-        write_status(
-            stage, "stopped" if stopped else "failed", notebook, watch.cell,
-            cause=str(problem), exit_code=problem.exit_code,
-        )  # fmt: skip
-        if isinstance(problem, NotebookError):
-            problem = type(problem)(f"{problem}\n  as far as it got: {_short(kept)}")
-    raise problem
+    with memory_advice(name, config):
+        return launcher.make(name, config, stage, live=LivePlot())
 
 
-class _Stop(Exception):
-    """Raised between cells once a stop was asked for."""
+def check_trainer(name: str) -> None:
+    """Raise if `spavl train` does not know the name.
 
-
-class _Watch:
-    """A notebook in flight: its cell, its kernel's process, its progress bar, our signals."""
-
-    def __init__(self, notebook: Path, stage: Stage):
-        self.notebook, self.stage = notebook, stage
-        self.words = stage.path / ".kernel.log"
-        self.pid: int | None = None
-        self.cell = 0
-        self.stops = 0
-        self.signal = signal.SIGINT
-        self.busy = False
-        self._cell_started = self._began = 0.0
-        self._over = threading.Event()
-        self.burial = contextlib.ExitStack()
-        self._old_handlers: dict[int, Any] = {}
-
-    @property
-    def place(self) -> str:
-        """Which cell runs, as the executed notebook numbers it."""
-        return f"{self.notebook.name}, cell [{self.cell}]"
-
-    def stopped(self, text: str) -> SpavlError:
-        """The error of a stop: a batch system's SIGTERM means run it again."""
-        return (Preempted if self.signal == signal.SIGTERM else Interrupted)(text)
-
-    def __enter__(self) -> "_Watch":
-        from tqdm import tqdm
-
-        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
-        self._began = time.time()
-        self._code_cells = 1 + sum(c["cell_type"] == "code" for c in cells)
-        # The injected parameters are a cell more. Off where there is no terminal.
-        self._bar = tqdm(
-            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
+    Raises:
+        InputError: Unknown trainer; names the nearest and all there are.
+    """
+    if name not in (known := stages.trainers()):
+        raise InputError(
+            f"unknown trainer {name!r}{nearest(name, known)} (known: {', '.join(known)})"
         )
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old_handlers[number] = signal.signal(number, self._on_signal)
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._ticker.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._ticker.join()
-        self._bar.close()
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        self.burial.close()
-        if self.pid:
-            # The kernel leads its own process group: what it started goes with it.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
-
-    def cell_start(self, cell: Any, cell_index: int) -> None:
-        """Before each cell, prose too: the place where a stop takes hold between cells."""
-        if self.stops:
-            raise _Stop
-        self._bar.update(cell_index - self._bar.n)
-
-    def cell_execute(self, cell: Any, cell_index: int) -> None:
-        """Just before a code cell is sent."""
-        self.cell += 1
-        self.busy = True
-        self._cell_started = time.monotonic()
-        write_status(self.stage, "running", self.notebook, self.cell)
-
-    def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
-        """The kernel has answered, be it with an error."""
-        self.busy = False
-
-    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self.stops += 1
-        self.signal = number
-        todo = "killing" if self.stops > 2 else "interrupting and waiting for"
-        name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: {todo} {self.place} (the third signal kills it)\n")
-        if self.stops > 2:
-            self._signal_kernel(self.cell, signal.SIGKILL)
-            return
-        # A kernel that has not begun the cell is deaf: leave it half a second for that.
-        early = self._cell_started + 0.5 - time.monotonic()
-        if early > 0:
-            threading.Timer(early, self._signal_kernel, (self.cell, signal.SIGINT)).start()
-        else:
-            self._signal_kernel(self.cell, signal.SIGINT)
-
-    def _signal_kernel(self, cell: int, number: int) -> None:
-        if self.pid and self.busy and self.cell == cell and not self._over.is_set():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
-
-    def _tick(self) -> None:
-        said = time.time()
-        while not self._over.wait(1):
-            logged = _last_logged(self.stage.metrics_path, self._began)
-            if not self._bar.disable:
-                self._bar.set_postfix(logged)
-            elif time.time() - said >= SAID_EVERY_S:
-                said = time.time()
-                shown = "".join(f", {key} {value:.6g}" for key, value in logged.items())
-                _say(f"{self.place} of {self._code_cells}, {said - self._began:.0f} s{shown}")
 
 
-def _kernel_class(watch: _Watch, run: Run) -> type:
-    """A kernel of this very Python, in the checkout's root, whose process id the watch knows."""
-    import zmq
-    from jupyter_client.kernelspec import KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
+def make(name: str, config: Config) -> Stage:
+    """Make a notebook's own stage, in any profile, after the stages it builds on.
 
-    class Kernel(AsyncKernelManager):
-        def __init__(self, **kwargs: Any):
-            # No folders searched: a kernel called python3 elsewhere may be another Python.
-            specs = KernelSpecManager(kernel_dirs=[])
-            policy = "auto" if zmq.has("curve") else "disabled"
-            super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
+    Args:
+        name: Stage, such as "inference".
+        config: The notebook's config.
 
-        async def start_kernel(self, **kwargs: Any) -> None:
-            own = {
-                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-                "SPAVL_RUNS": str(run.path.parent.absolute()),
-                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-            }
-            # What the process says beside its cells: a shutdown's farewell, a crash's last words.
-            watch.words.parent.mkdir(parents=True, exist_ok=True)
-            with watch.words.open("w", encoding="utf-8") as said:
-                await super().start_kernel(
-                    env=os.environ | own, cwd=str(repo_root()), stderr=said, **kwargs
-                )
-            watch.pid = self.provisioner.pid
-            watch.burial.enter_context(buried_with_us(watch.pid))
+    Returns:
+        The complete stage.
 
-        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-            # A kernel still in a cell (it took too long) would not hear a request.
-            await super().shutdown_kernel(now=now or watch.busy, restart=restart)
-
-    return Kernel
-
-
-@contextlib.contextmanager
-def _quiet_papermill() -> Iterator[None]:
-    """Its log repeats what we say once."""
-    logger = logging.getLogger("papermill")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
-    """Why a notebook that papermill calls fine is not, or None."""
-    for cell in executed.cells:
-        if cell.cell_type != "code" or not cell.source.strip():
-            continue
-        if any(o.output_type == "error" and o.ename == "SystemExit" for o in cell.outputs):
-            place = f"{notebook.name}, cell [{cell.execution_count}]"
-            return NotebookError(f"{place} called sys.exit, the cells after it never ran")
-        if cell.execution_count is None:
-            line = cell.source.strip().splitlines()[0]
-            return NotebookError(f"{notebook.name} did not run the cell that begins `{line}`")
+    Raises:
+        InputError: As `ensure`, of an earlier stage.
+    """
+    stage = Run(config).stage(name)
+    ensure_before(name, config)
+    with memory_advice(name, config):
+        launcher.make(name, config, stage)
     if not stage.done:
-        missing = _short(stage.path / "summary.json")
-        return NotebookError(f"{notebook.name} ran to its end but left no {missing}")
-    return None
+        raise RuntimeError(f"the maker of {name} returned without summary.json in {stage.path}")
+    return stage
 
 
-def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
-    """The one message for a failed execution; None if it is none of the expected ways to fail."""
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill.exceptions import PapermillExecutionError
-
-    if isinstance(error, PapermillExecutionError):
-        kind = ERRORS.get(error.ename)
-        if kind is not None:
-            return kind(error.evalue)
-        if watch.stops or error.ename == "KeyboardInterrupt":
-            return watch.stopped(f"stopped in {watch.place}; the same command goes on")
-        if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
-            return DiskError(f"{watch.place}: {error.evalue}")
-        return NotebookError(
-            f"{watch.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
-            f"\n  at: {_failing_line(error)}"
-        )
-    if isinstance(error, _Stop) or watch.stops:
-        return watch.stopped(f"stopped after {watch.place}; the same command goes on")
-    if isinstance(error, CellTimeoutError):
-        return NotebookError(f"{watch.place} took longer than it may; the kernel was stopped")
-    if isinstance(error, DeadKernelError):
-        return KernelDied(
-            f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
-            f"\n  its last words: {_short(watch.words)}"
-        )
-    if isinstance(error, RuntimeError) and watch.cell == 0:
-        return NotebookError(f"{watch.notebook.name}: the kernel did not start: {error}")
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return DiskError(f"cannot write {_short(watch.stage.path)}: {error}")
-    return None
-
-
-def _failing_line(error: Any) -> str:
-    """The line of the failing cell nearest to the error."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
-    lines = error.source.splitlines()
-    if numbers and int(numbers[-1]) <= len(lines):
-        return lines[int(numbers[-1]) - 1].strip()
-    return lines[0].strip() if lines else ""
-
-
-def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """What the last line a trainer logged after `since` says, for the progress bar."""
-    try:
-        if path.stat().st_mtime < since:
-            return {}
-        with path.open("rb") as handle:
-            handle.seek(max(0, path.stat().st_size - 4096))
-            row = json.loads(handle.read().splitlines()[-1])
-        keys = {"step": "step", "loss": "loss", "objective/scores": "score", "objective/kl": "kl"}
-        return {name: row[key] for key, name in keys.items() if key in row}
-    except (OSError, ValueError, IndexError, TypeError):
-        return {}
-
-
-def _short(path: Path) -> str:
-    """A path as the caller would type it."""
-    try:
-        return str(path.absolute().relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-
-
-# --- the sequence -------------------------------------------------------------------------------
-
-
-def run_all(
-    config: Config,
-    overrides: dict[str, Any] | None = None,
-    *,
-    profile: str | None = None,
-    folder: Path | None = None,
-) -> Path:
-    """Notebooks 01 to 06 in order, then the report and its headline table.
-
-    Stages that stand, with their executed notebook, are kept; a broken one is run again and takes
-    up its checkpoint. Every notebook and every stage made before is checked before the first runs.
+def ensure(name: str, config: Config) -> Stage:
+    """Return a complete stage of this run; a small profile makes a missing one now.
 
     Args:
-        config: As `run_notebook` takes it.
-        overrides: Likewise.
-        profile: Likewise.
-        folder: Likewise.
+        name: Stage, such as "dpo".
+        config: The config of the stage that needs it.
 
     Returns:
-        The run's folder.
+        The complete stage.
 
     Raises:
-        SpavlError: As `run_notebook`; also when a stage was made with other settings.
+        InputError: The stage was made with other settings, or is missing and the profile is too
+            large to make it on the way; names the command that makes it.
     """
-    run = Run(config)
-    folder = folder or notebooks_folder()
-    stages = {path: run.stage(stage_of(path)) for path in list_notebooks(folder)}
-    stages = {path: stage for path, stage in stages.items() if stage.name != "scaling"}
-    if not stages:
-        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
-    for path, stage in stages.items():
-        check_parameters(path)
-        stage.check_config()
-    remade: set[str] = set()
-    for path, stage in stages.items():
-        stale = remade & set(UPSTREAM.get(stage.name, ()))  # it looks for itself what to redo
-        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
-            _say(f"{stage.name}: done, kept")
-            continue
-        remade.add(stage.name)
-        _say(f"{stage.name}: running {path.name}")
-        started = time.perf_counter()
-        run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)
-        _say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
-    write_report = _loaded("spavl_lib.report:write_report")
-    write_report(run.path)
-    print_results(run.path)
-    return run.path
-
-
-def print_results(run_path: Path) -> None:
-    """The headline table of a run, and where its report lies."""
-    from spavl_lib.report.table import render_result_table
-
-    metrics_path = run_path / "metrics.json"
-    if metrics_path.is_file():
-        _say(f"\n{render_result_table(metrics_path)}\n")
-    else:
-        _say(f"no {_short(metrics_path)}: nothing was evaluated")
-    report = run_path / "report.html"
-    if report.is_file():
-        _say(f"report: {_short(report)}")
-
-
-# --- what a notebook calls ----------------------------------------------------------------------
-
-
-def ensure(stage_name: str, config: Config) -> Stage:
-    """A finished stage of this run: there already, or, in a small profile, made now.
-
-    Args:
-        stage_name: Such as "dpo".
-        config: The caller's own.
-
-    Raises:
-        InputError: The stage was made with other settings, or is missing and too much to make on
-            the way; says the command that makes it.
-    """
-    if stage_name not in STAGES:
-        raise InputError(f"unknown stage {stage_name!r}{_nearest(stage_name, STAGES)}")
-    stage = Run(config).stage(stage_name)
+    stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
     if stage.done:
         return stage
-    if stage_name not in STAGE_MAKERS or config.profile not in SMALL_PROFILES:
-        commands = "".join(f"\n  {run_command(name, config)}" for name in _missing(stage))
-        raise InputError(f"{_short(stage.path)} is not there yet; make it with:{commands}")
-    _say(f"{stage_name}: not there yet, making it first")
+    if config.profile not in SMALL_PROFILES:
+        commands = "".join(f"\n  {run_command(other, config)}" for other in _missing(stage))
+        raise InputError(f"{short_path(stage.path)} is not complete yet; make it with:{commands}")
+    say(f"{name}: not complete yet, making it first")
     started = time.perf_counter()
-    make(stage_name, config)
-    _say(f"{stage_name}: done in {time.perf_counter() - started:.0f} s")
+    make(name, config)
+    say(f"{name}: done in {time.perf_counter() - started:.0f} s")
     return stage
 
 
-def ensure_before(stage_name: str, config: Config) -> list[Stage]:
-    """The finished stages that a stage builds on.
+def ensure_before(name: str, config: Config) -> list[Stage]:
+    """Return the complete stages that a stage builds on.
 
-    A small profile makes all of them; in a larger one, and in several processes, where not every
-    trainer runs, inference answers with every model that is trained, and stops only where none is.
+    A small profile makes all of them. In a larger one, and in several processes, where not every
+    trainer runs, inference answers with every trained model and stops only if there is none.
 
     Args:
-        stage_name: Such as "inference".
-        config: The notebook's.
+        name: Stage, such as "inference".
+        config: The notebook's config.
 
     Raises:
         InputError: As `ensure`, of an earlier stage.
     """
-    names = UPSTREAM.get(stage_name, ())
-    takes_what_is_there = config.profile not in SMALL_PROFILES or in_processes(config.launch)
-    if stage_name in ANY_OF and takes_what_is_there:
-        done = [name for name in ANY_OF[stage_name] if Run(config).stage(name).done]
-        if not done:
-            commands = "".join(f"\n  {run_command(name, config)}" for name in names)
+    spec, run = stages.find(name), Run(config)
+    names = spec.upstream
+    if spec.any_trained and (config.profile not in SMALL_PROFILES or in_processes(config.launch)):
+        trained = tuple(policy for policy in stages.policies() if run.stage(policy).done)
+        if not trained:
+            commands = "".join(f"\n  {run_command(other, config)}" for other in names)
             raise InputError(
-                f"{_short(Run(config).path)} holds no trained model yet; make one with:{commands}"
+                f"{short_path(run.path)} holds no trained model yet; make one with:{commands}"
             )
-        names = done
-    return [ensure(name, config) for name in names]
-
-
-def make(stage_name: str, config: Config) -> Stage:
-    """A notebook's own stage, made in any profile; what it builds on must be there, or be small.
-
-    Args:
-        stage_name: Such as "inference".
-        config: The notebook's.
-
-    Raises:
-        InputError: As `ensure`, of an earlier stage.
-    """
-    stage = Run(config).stage(stage_name)
-    ensure_before(stage_name, config)
-    _make(stage_name, config, stage)
-    if not stage.done:
-        raise RuntimeError(
-            f"{STAGE_MAKERS[stage_name]} returned and left no summary.json in {stage.path}"
-        )
-    return stage
+        names = trained
+    return [ensure(other, config) for other in names]
 
 
 def _missing(stage: Stage) -> list[str]:
-    """An unfinished stage and what it waits for, in the order to make them."""
-    before = [stage.run.stage(name) for name in UPSTREAM.get(stage.name, ())]
-    if stage.name in ANY_OF:
-        made = any(stage.run.stage(name).done for name in ANY_OF[stage.name])
-        before = [] if made else before[:1]
+    """An incomplete stage and the incomplete ones it builds on, in the order to make them."""
+    spec = stages.find(stage.name)
+    before = [stage.run.stage(name) for name in spec.upstream]
+    if spec.any_trained:
+        trained = any(stage.run.stage(name).done for name in stages.policies())
+        before = [] if trained else before[:1]
     return [n for other in before if not other.done for n in _missing(other)] + [stage.name]
 
 
 def run_command(name: str, config: Config) -> str:
-    """The shell command that makes a stage under this very config: its notebook's, or a trainer's.
+    """The shell command that makes a stage under this config: its notebook, or its trainer.
 
     Args:
-        name: Notebook or stage.
+        name: Stage.
         config: What the command must resolve to. A profile of one's own is named by its stem.
     """
-    verb = "train" if name in TRAINERS and name not in STAGE_OF.values() else "run"
+    verb = "run" if stages.find(name).notebook else "train"
     words = ["spavl", verb, name, "--profile", config.profile]
     if config.profile in profile_names():
-        plain = dict(_leaves(load_config(config.profile).to_dict()))
-        for key, value in _leaves(config.to_dict()):
+        plain = flatten(load_config(config.profile).to_dict())
+        for key, value in flatten(config.to_dict()).items():
             if value != plain.get(key) and key not in ("profile", "run_name", "seed"):
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 words += ["--set", f"{key}={text}"]
@@ -679,83 +164,27 @@ def run_command(name: str, config: Config) -> str:
     return shlex.join(words)
 
 
-def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def train(kind: str, config: Config, stage: Stage) -> Any:
-    """Train: in this process, or in several that accelerate starts; the same call, the same files.
+@contextlib.contextmanager
+def memory_advice(name: str, config: Config) -> Iterator[None]:
+    """Add the planner's advice to an out-of-memory error raised inside the block.
 
     Args:
-        kind: Trainer, such as "dpo".
-        config: What to train, and how.
-        stage: Where it goes.
-
-    Returns:
-        The trainer's summary.
+        name: Stage that is made.
+        config: Its config.
 
     Raises:
-        InputError: Unknown trainer.
-        SpavlError: What the trainer raises; from several processes, with the rank.
-    """
-    if kind not in TRAINERS:
-        raise InputError(
-            f"unknown trainer {kind!r}{_nearest(kind, TRAINERS)} (there are: {', '.join(TRAINERS)})"
-        )
-    live = _loaded("spavl_lib.plotting:LivePlot")()
-    return _make(kind, config, stage, live=live)
-
-
-def _make(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
-    if in_processes(config.launch) and kind in TRAINERS and kind not in IN_PROCESSES:
-        raise InputError(f"{kind} in several processes is not there yet: launch.num_processes = 1")
-    if not to_be_started(config.launch) or kind not in IN_PROCESSES:
-        return make_here(kind, config, stage, **options)
-    stage.check_config()
-    if stage.done and kind in TRAINERS:
-        return stage.summary
-    from spavl_lib.distributed import launcher
-
-    return launcher.train_in_processes(kind, config, stage, **options)
-
-
-def make_here(kind: str, config: Config, stage: Stage, **options: Any) -> Any:
-    """A stage's maker, called in this process.
-
-    Args:
-        kind: Stage.
-        config: As the maker takes it.
-        stage: Where it goes.
-        options: Further arguments of the maker.
-
-    Raises:
-        OutOfMemory: The device's memory ran out; checkpoints stand.
+        OutOfMemory: The device's memory ran out; checkpoints are kept.
     """
     try:
-        return _loaded(STAGE_MAKERS[kind])(config, stage, **options)
+        yield
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        from spavl_lib.machine import device_kind
         from spavl_lib.planning.plan import advice_for
 
-        advice = advice_for(kind, config, device_kind()) if kind in ("reward", "dpo", "ppo") else ""
-        text = str(error).splitlines()[0]
+        planned = name in ("reward", "dpo", "ppo")
+        advice = advice_for(name, config, device_kind()) if planned else ""
+        reason = str(error).splitlines()[0]
         raise OutOfMemory(
-            f"{text}\n  {advice or 'take a smaller generation.batch_size'}"
+            f"{reason}\n  {advice or 'set a smaller generation.batch_size'}"
         ) from error
-
-
-def _loaded(target: str) -> Callable[..., Any]:
-    module, name = target.split(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _say(text: str) -> None:
-    """One line for the person at the terminal, or under the notebook's cell, at once."""
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()

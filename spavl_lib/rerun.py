@@ -5,7 +5,7 @@ data, model, threads ...), and does it come out the same?
 """
 
 import contextlib
-import importlib
+import itertools
 import json
 import shutil
 import time
@@ -17,11 +17,12 @@ import yaml
 
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
-from spavl_lib.pipeline import STAGE_MAKERS
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
+from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.paths import repo_root, runs_root
-from spavl_lib.runs.stage import STAGES, Run
+from spavl_lib.runs.stage import Run
+from spavl_lib.stages import stage_names
 
 # Of the clock, the machine's memory, and where things lie: never compared.
 OWN = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
@@ -87,7 +88,7 @@ def rerun(
 
 
 def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
-    done = [n for n in STAGES if (run_path / n / "summary.json").is_file() and n in STAGE_MAKERS]
+    done = [n for n in stage_names() if (run_path / n / "summary.json").is_file()]
     missing = [n for n in only if n not in done]
     if missing or not done:
         raise InputError(
@@ -191,12 +192,11 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
     manifest, config = _read(run_path / name)
     run = Run(config, root=root)
     run.path.mkdir(parents=True, exist_ok=True)
-    for other in STAGES[: STAGES.index(name)]:
+    for other in itertools.takewhile(lambda other: other != name, stage_names()):
         there = run.path / other
         if only and other not in only and (run_path / other).is_dir() and not there.exists():
             there.symlink_to((run_path / other).absolute())
-    module, _, maker = STAGE_MAKERS[name].partition(":")
-    getattr(importlib.import_module(module), maker)(config, run.stage(name))
+    maker_of(name)(config, run.stage(name))
     return list(result_differences(run_path / name, run.path / name))
 
 

@@ -17,6 +17,8 @@ from spavl_lib import machine
 from spavl_lib.config import from_dict
 from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted, SpavlError
+from spavl_lib.runs.maker import maker_of
+from spavl_lib.runs.signals import end_with_parent
 
 
 def main(kind: str, config_path: str, root: str) -> int:
@@ -38,7 +40,8 @@ def main(kind: str, config_path: str, root: str) -> int:
 
         config = from_dict(yaml.safe_load(Path(config_path).read_text(encoding="utf-8")))
         group.join(config.launch)
-        pipeline.make_here(kind, config, Run(config, root=Path(root)).stage(kind))
+        with pipeline.memory_advice(kind, config):
+            maker_of(kind)(config, Run(config, root=Path(root)).stage(kind))
         group.barrier()
     except BaseException as error:  # noqa: BLE001 - all of them are told, with the rank
         group.report(f"rank-{machine.rank()}-error", _told(error))
@@ -58,14 +61,6 @@ def _told(error: BaseException) -> dict:
         "message": str(error),
         "at": f"{Path(last.filename).name}:{last.lineno}: {last.line}",
     }
-
-
-def end_with_parent() -> None:
-    """End this process when its standard input does: whoever holds that open is gone."""
-    # Past Python's buffer: its lock, held here for good, would abort the interpreter's own end.
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import pytest
 
 from spavl_lib import cli, machine, pipeline
 from spavl_lib.config import load_config, profile_names
-from spavl_lib.errors import DiskError, InputError, NonFiniteError, Preempted
+from spavl_lib.errors import DiskError, InputError, Interrupted, NonFiniteError, Preempted
+from spavl_lib.notebook import execute, sequence
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tupl
     seen: list[tuple] = []
     folder = make_notebook("04_dpo").parent
     monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
-    monkeypatch.setattr(pipeline, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
-    monkeypatch.setattr(pipeline, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
+    monkeypatch.setattr(sequence, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
+    monkeypatch.setattr(execute, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
     monkeypatch.setattr(pipeline, "train", lambda *a: seen.append(("train", *a)))
     return seen
 
@@ -134,8 +135,8 @@ def test_bad_input_is_one_message_and_exit_2(
         (NonFiniteError("mend it"), 3),
         (DiskError("mend it"), 74),
         (Preempted("mend it"), 75),
-        (pipeline.NotebookError("mend it"), 1),
-        (pipeline.Interrupted("mend it"), 130),
+        (execute.NotebookError("mend it"), 1),
+        (Interrupted("mend it"), 130),
         (OSError(28, "mend it"), 74),
         (KeyboardInterrupt(), 130),
     ],
@@ -151,7 +152,7 @@ def test_an_error_is_its_message_and_its_exit_code(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(pipeline, "run_all", fail)
+    monkeypatch.setattr(sequence, "run_all", fail)
     got, _, err = spavl("run", "all", "--profile", "smoke")
     assert got == code
     message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
@@ -159,7 +160,7 @@ def test_an_error_is_its_message_and_its_exit_code(
 
 
 def test_a_bug_keeps_its_traceback(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "run_all", lambda *_, **__: {}["bug"])
+    monkeypatch.setattr(sequence, "run_all", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError):
         cli.main(["run", "all", "--profile", "smoke"])
 

@@ -24,8 +24,11 @@ from spavl_lib.errors import (
     OutOfMemory,
     Preempted,
 )
+from spavl_lib.notebook import execute, sequence
 from spavl_lib.runs.files import write_json, write_text
-from spavl_lib.runs.stage import STAGES, Run, Stage
+from spavl_lib.runs.maker import maker_of
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.stages import all_stages, of_notebook, stage_names
 
 # A notebook's last cell, in short: the stage's summary.
 FINISH = """\
@@ -51,7 +54,7 @@ def is_alive(pid: int) -> bool:
 
 def run_one(path: Path, overrides: dict | None = None, **options: object) -> Path:
     config = load_config("smoke", overrides, seed=options.pop("seed", None))
-    return pipeline.run_notebook(
+    return execute.run_notebook(
         path.stem, config, overrides, Run(config), folder=path.parent, **options
     )
 
@@ -62,27 +65,28 @@ def run_one(path: Path, overrides: dict | None = None, **options: object) -> Pat
 def test_every_name_of_a_notebook_finds_it(make_notebook: Callable) -> None:
     dpo, suite = make_notebook("04_dpo"), make_notebook("06_safety_helpfulness")
     for name in ("dpo", "04_dpo", "04_dpo.ipynb", "notebooks/04_dpo.ipynb"):
-        assert pipeline.find_notebook(name, dpo.parent) == dpo
+        assert execute.find_notebook(name, dpo.parent) == dpo
     for name in ("evaluation", "safety_helpfulness"):
-        assert pipeline.find_notebook(name, dpo.parent) == suite
+        assert execute.find_notebook(name, dpo.parent) == suite
 
 
 def test_unknown_notebook_names_the_nearest(make_notebook: Callable) -> None:
     folder = make_notebook("04_dpo").parent
     make_notebook("02_reward_model")
     with pytest.raises(InputError, match="did you mean 'reward_model'"):
-        pipeline.find_notebook("reward_modle", folder)
+        execute.find_notebook("reward_modle", folder)
 
 
 def test_empty_folder_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=str(tmp_path)):
-        pipeline.find_notebook("dpo", tmp_path)
+        execute.find_notebook("dpo", tmp_path)
 
 
 def test_every_notebook_has_a_stage_and_every_stage_a_notebook() -> None:
-    assert tuple(pipeline.STAGE_OF.values()) == tuple(s for s in STAGES if s != "rloo")
+    notebooks = {s.name: s.notebook for s in all_stages().values() if s.notebook}
+    assert tuple(notebooks) == tuple(name for name in stage_names() if name != "rloo")
     assert pipeline.run_command("rloo", load_config("smoke")) == "spavl train rloo --profile smoke"
-    assert list(pipeline.STAGE_OF) == sorted(pipeline.STAGE_OF)
+    assert list(notebooks.values()) == sorted(notebooks.values())
 
 
 def test_unknown_parameter_is_refused_before_a_kernel_starts(
@@ -97,20 +101,20 @@ def test_unknown_parameter_is_refused_before_a_kernel_starts(
 def test_parameter_the_notebook_lacks_is_refused(make_notebook: Callable) -> None:
     path = make_notebook("04_dpo", parameters='profile: str = "smoke"\nsed: int = 0')
     with pytest.raises(InputError, match="did you mean 'sed'"):
-        pipeline.check_parameters(path, ["seed"])
+        execute.check_parameters(path, ["seed"])
 
 
 def test_notebook_without_parameters_cell_is_refused(make_notebook: Callable) -> None:
     path = make_notebook("04_dpo", parameters=None)
     with pytest.raises(InputError, match="no cell tagged `parameters`"):
-        pipeline.check_parameters(path)
+        execute.check_parameters(path)
 
 
 def test_file_that_is_no_notebook_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "04_dpo.ipynb"
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="04_dpo.ipynb"):
-        pipeline.check_parameters(path)
+        execute.check_parameters(path)
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -166,14 +170,14 @@ def test_a_run_lands_in_its_stage_with_its_settings(
         ("raise NonFiniteError('step 3: loss is NaN')", NonFiniteError, "^step 3: loss is NaN$"),
         (
             "def inner():\n    return 1 / 0\n\ninner()",
-            pipeline.NotebookError,
+            execute.NotebookError,
             r"04_dpo.ipynb, cell \[4\]: ZeroDivisionError: division by zero\n"
             r"  at: return 1 / 0\n  as far as it got: .*smoke/dpo/failed.ipynb$",
         ),
-        ("import sys; sys.exit(0)", pipeline.NotebookError, r"cell \[4\] called sys.exit"),
+        ("import sys; sys.exit(0)", execute.NotebookError, r"cell \[4\] called sys.exit"),
         (
             "import os; os.kill(os.getpid(), 9)",
-            pipeline.KernelDied,
+            execute.KernelDied,
             r"cell \[4\]: the kernel died",
         ),
     ],
@@ -201,14 +205,14 @@ def test_cell_that_takes_too_long_fails_and_leaves_no_kernel(
 ) -> None:
     pid = tmp_path / "pid"
     path = make_notebook("04_dpo", PID.format(path=str(pid)), "import time; time.sleep(60)")
-    with pytest.raises(pipeline.NotebookError, match=r"cell \[4\] took longer"):
+    with pytest.raises(execute.NotebookError, match=r"cell \[4\] took longer"):
         run_one(path, timeout_s=2)
     assert not is_alive(int(pid.read_text(encoding="utf-8")))
 
 
 def test_end_without_a_summary_is_a_failure(make_notebook: Callable, runs: Path) -> None:
     path = make_notebook("04_dpo", "1 + 1")
-    with pytest.raises(pipeline.NotebookError, match="left no .*smoke/dpo/summary.json"):
+    with pytest.raises(execute.NotebookError, match="left no .*smoke/dpo/summary.json"):
         run_one(path)
 
 
@@ -314,18 +318,15 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces execution by its effect, and the report by nothing; lists what was executed."""
     names: list[str] = []
 
-    def execute(name: str, config: object, overrides: dict, run: Run, **_: object) -> Path:
-        stage = run.stage(pipeline.STAGE_OF[name])
+    def run_one(name: str, config: object, overrides: dict, run: Run, **_: object) -> Path:
+        stage = run.stage(of_notebook(name).name)
         names.append(stage.name)
         stage.finish({})
         write_text(stage.path / "executed.ipynb", "{}")
         return stage.path / "executed.ipynb"
 
-    monkeypatch.setattr(pipeline, "run_notebook", execute)
-    loaded = pipeline._loaded
-    monkeypatch.setattr(
-        pipeline, "_loaded", lambda t: (lambda path: None) if "report" in t else loaded(t)
-    )
+    monkeypatch.setattr(sequence, "run_notebook", run_one)
+    monkeypatch.setattr(sequence, "write_report", lambda path: None)
     return names
 
 
@@ -335,14 +336,14 @@ def test_all_runs_in_order_and_keeps_what_is_done(
     for name in ("07_scaling_and_ablations", "06_safety_helpfulness", "04_dpo", "05_inference"):
         folder = make_notebook(name).parent
     config = load_config("smoke")
-    pipeline.run_all(config, folder=folder)
+    sequence.run_all(config, folder=folder)
     assert executions == ["dpo", "inference", "evaluation"]
 
     executions.clear()
     (runs / "smoke" / "inference" / "summary.json").unlink()
     (runs / "smoke" / "evaluation" / "executed.ipynb").unlink()
     capsys.readouterr()
-    pipeline.run_all(config, folder=folder)
+    sequence.run_all(config, folder=folder)
     assert executions == ["inference", "evaluation"]
     assert "dpo: done, kept\n" in capsys.readouterr().out
 
@@ -356,7 +357,7 @@ def test_all_refuses_changed_settings_before_it_runs_anything(
     with Run(config).stage("dpo").work() as stage:
         stage.finish({})
     with pytest.raises(InputError, match=r"dpo\.beta: 0\.1 -> 0\.2"):
-        pipeline.run_all(load_config("smoke", {"dpo.beta": 0.2}), folder=folder)
+        sequence.run_all(load_config("smoke", {"dpo.beta": 0.2}), folder=folder)
     assert executions == []
 
 
@@ -366,7 +367,7 @@ def test_all_checks_every_notebook_before_it_runs_anything(
     make_notebook("01_data_exploration")
     folder = make_notebook("06_safety_helpfulness", parameters="seed: int = 0").parent
     with pytest.raises(InputError, match="06_safety_helpfulness.*'profile'"):
-        pipeline.run_all(load_config("smoke"), folder=folder)
+        sequence.run_all(load_config("smoke"), folder=folder)
     assert executions == []
 
 
@@ -375,16 +376,16 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stage makers that only finish their stage."""
     made: list[str] = []
 
-    def load(target: str) -> Callable:
+    def maker_of(name: str) -> Callable:
         def make(config: object, stage: object, *, live: object = None) -> dict:
-            made.append(target)
+            made.append(name)
             with stage.work():
                 stage.finish({"made": True})
             return {"made": True}
 
-        return object if target.endswith(":LivePlot") else make
+        return make
 
-    monkeypatch.setattr(pipeline, "_loaded", load)
+    monkeypatch.setattr(launcher, "maker_of", maker_of)
     return made
 
 
@@ -392,7 +393,7 @@ def test_ensure_makes_what_is_missing_once(runs: Path, makers: list[str]) -> Non
     config = load_config("smoke")
     assert pipeline.ensure("dpo", config).summary == {"made": True}
     assert pipeline.ensure("dpo", config).done
-    assert makers == ["spavl_lib.trainers.dpo:train_dpo"]
+    assert makers == ["dpo"]
 
 
 def test_ensure_refuses_a_stage_of_other_settings(runs: Path, makers: list[str]) -> None:
@@ -427,18 +428,12 @@ def test_ensure_makes_or_names_what_comes_before(runs: Path, makers: list[str]) 
     asked = [line.split()[2] for line in str(caught.value).splitlines()[1:]]
     assert asked == ["dpo", "inference", "evaluation"]
     pipeline.ensure("evaluation", load_config("smoke"))
-    assert [target.rsplit(":")[1] for target in makers] == [
-        "train_dpo",
-        "train_reward",
-        "train_ppo",
-        "make_inference_stage",
-        "make_evaluation_stage",
-    ]
+    assert makers == ["dpo", "reward", "ppo", "inference", "evaluation"]
 
 
 def test_every_maker_and_trainer_is_there() -> None:
-    for target in {*pipeline.STAGE_MAKERS.values(), *pipeline.TRAINERS.values()}:
-        assert callable(pipeline._loaded(target)), target
+    for name in stage_names():
+        assert maker_of(name).__wrapped__.__module__ == all_stages()[name].module
 
 
 def test_plain_command_is_plain() -> None:
@@ -449,8 +444,8 @@ def test_plain_command_is_plain() -> None:
 def test_ensure_catches_a_maker_that_does_not_finish(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "_loaded", lambda target: lambda config, stage: {})
-    with pytest.raises(RuntimeError, match="left no summary.json"):
+    monkeypatch.setattr(launcher, "maker_of", lambda name: lambda config, stage: {})
+    with pytest.raises(RuntimeError, match="returned without summary.json"):
         pipeline.ensure("data", load_config("demo"))
 
 
@@ -528,11 +523,11 @@ def test_out_of_memory_says_what_the_planner_would_change(
     def make(config: Config, stage: Stage) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore words")
 
-    monkeypatch.setattr(pipeline, "_loaded", lambda target: make)
+    monkeypatch.setattr(launcher, "maker_of", lambda name: make)
     config = load_config("colab", {"model.adapter": "full"})
-    monkeypatch.setattr("spavl_lib.machine.device_kind", lambda: "t4")
+    monkeypatch.setattr(pipeline, "device_kind", lambda: "t4")
     with pytest.raises(OutOfMemory) as caught:
-        pipeline.make_here("dpo", config, Run(config).stage("dpo"))
+        pipeline.make("dpo", config)
     text = str(caught.value)
     assert "Tried to allocate 2 GiB." in text and "more words" not in text
     assert "the plan says" in text and "--set model.adapter=lora" in text
@@ -540,10 +535,10 @@ def test_out_of_memory_says_what_the_planner_would_change(
 
 def test_progress_reads_only_this_runs_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert pipeline._last_logged(path, 0) == {}
+    assert execute._last_logged(path, 0) == {}
     path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6, "lr": 1}\n', "utf-8")
-    assert pipeline._last_logged(path, 0) == {"step": 2, "loss": 0.6}
-    assert pipeline._last_logged(path, time.time() + 60) == {}
+    assert execute._last_logged(path, 0) == {"step": 2, "loss": 0.6}
+    assert execute._last_logged(path, time.time() + 60) == {}
     with path.open("a", encoding="utf-8") as handle:
         handle.write('{"step": 3, "lo')
-    assert pipeline._last_logged(path, 0) == {}
+    assert execute._last_logged(path, 0) == {}

@@ -1,6 +1,5 @@
 """The data stage: what the rows are, counted, before anything is trained on them."""
 
-import functools
 import hashlib
 import math
 from collections import Counter, defaultdict
@@ -17,6 +16,7 @@ from spavl_lib.data.load import eval_sets, load_prompts, read_preferences
 from spavl_lib.data.schema import Loaded, column
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.taxonomy import classes
+from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
 
 LISTED = 1_000  # lines of one kind that a report keeps; counts are of all
@@ -186,30 +186,27 @@ def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, in
     }
 
 
+def _inputs(config: Config, stage: Stage) -> dict[str, str]:
+    return source_hashes(config.data, ("train", "validation"))
+
+
+@stage_maker("data", inputs=_inputs)
 def make_data_stage(config: Config, stage: Stage) -> dict:
     """Load every set, describe it, and look for leaks.
 
     Returns:
         The summary.
     """
-    inputs = functools.partial(source_hashes, config.data, ("train", "validation"))
-    if stage.done:
-        stage.check_config()
-        stage.check_inputs(inputs())
-        return stage.summary
-    with stage.work(inputs):
-        loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
-        summary: dict = {
-            name: describe(part) | {"sha256": data_sha256(part.rows)}
-            for name, part in loaded.items()
-        }
-        sets = {name: part.rows for name, part in loaded.items()}
-        for name in eval_sets(config.data, held_out_drawings=False):
-            if name != "twins_exchanged":
-                sets[name] = load_prompts(config.data, name)
-        summary["evaluation_sets"] = {
-            name: len(rows) for name, rows in sets.items() if name not in ("train", "validation")
-        }
-        summary["shared_with_train"] = shared({n: set_keys(rows) for n, rows in sets.items()})
-    stage.finish(summary)
+    loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
+    summary: dict = {
+        name: describe(part) | {"sha256": data_sha256(part.rows)} for name, part in loaded.items()
+    }
+    sets = {name: part.rows for name, part in loaded.items()}
+    for name in eval_sets(config.data, held_out_drawings=False):
+        if name != "twins_exchanged":
+            sets[name] = load_prompts(config.data, name)
+    summary["evaluation_sets"] = {
+        name: len(rows) for name, rows in sets.items() if name not in ("train", "validation")
+    }
+    summary["shared_with_train"] = shared({n: set_keys(rows) for n, rows in sets.items()})
     return summary

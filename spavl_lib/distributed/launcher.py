@@ -22,16 +22,53 @@ from typing import Any
 import yaml
 from tqdm.auto import tqdm
 
+from spavl_lib import stages
 from spavl_lib.config import PROFILES, Config, LaunchConfig
 from spavl_lib.distributed.rendezvous import reports_folder
-from spavl_lib.distributed.settings import check_supported, local_accumulation
+from spavl_lib.distributed.settings import (
+    check_supported,
+    in_processes,
+    local_accumulation,
+    to_be_started,
+)
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
 from spavl_lib.machine import WORKER
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
+from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
 GRACE_S = 5.0  # after one process failed, for the others to say that they did too
+
+
+def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
+    """Make a stage: here, or in the processes that `config.launch` asks for.
+
+    Args:
+        name: Stage, such as "dpo".
+        config: What to make, and how.
+        stage: Its folder.
+        options: Passed to the maker, such as `live`.
+
+    Returns:
+        The stage's summary.
+
+    Raises:
+        InputError: The stage cannot be trained in several processes.
+        SpavlError: What the maker raises; from several processes, with the rank.
+    """
+    spec = stages.find(name)
+    if in_processes(config.launch) and spec.trains and not spec.several_processes:
+        raise InputError(
+            f"{name} cannot train in several processes; set launch.num_processes to 1 and "
+            "launch.engine to ddp"
+        )
+    if not (spec.several_processes and to_be_started(config.launch)) or (
+        stage.done and spec.trains
+    ):
+        return maker_of(name)(config, stage, **options)
+    stage.check_config()
+    return train_in_processes(name, config, stage, **options)
 
 
 def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = None) -> dict:
@@ -54,7 +91,7 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
     if kind not in ("reward", "dpo", "ppo"):  # nothing to share out but rows
         launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
         config = dataclasses.replace(config, launch=launch)
-    check_supported(config.model.adapter, launch)
+    check_supported(kind, config.model.adapter, launch)
     if hasattr(section, "gradient_accumulation_steps"):
         local_accumulation(kind, section.gradient_accumulation_steps, launch)
     with stop_on_signals() as flag, reports_folder(stage, launch, flag) as folder:

@@ -61,12 +61,20 @@ def backend(launch: LaunchConfig) -> dict[str, str]:
     return {} if torch.cuda.is_available() or launch.engine == "ddp" else {"backend": "gloo"}
 
 
-def check_supported(model_adapter: str, launch: LaunchConfig) -> None:
-    """Refuse what no engine does.
+def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None:
+    """Refuse what an engine cannot do.
+
+    Args:
+        name: Stage.
+        model_adapter: The setting `model.adapter`.
+        launch: What was asked for.
 
     Raises:
-        InputError: 4 bit under ZeRO-3, which cannot share out packed weights.
+        InputError: ZeRO-3 cannot partition packed 4-bit weights. Under CPU offload DeepSpeed keeps
+            only the gradients of a step's last backward pass, which for PPO is the value model's.
     """
+    if name == "ppo" and launch.cpu_offload:
+        raise InputError("PPO does not support launch.cpu_offload; set it to false")
     if model_adapter == "qlora" and launch.engine == "zero3":
         raise InputError(
             "model.adapter = qlora under zero3: packed weights cannot be shared out; "

@@ -15,11 +15,20 @@ from spavl_lib.generation.stage import generate_batch
 from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_text
+from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Run, Stage
 
 SHOWN = ("harm", "help", "look_alikes", "twins")  # sets whose pictures the report shows
 
 
+def _inputs(config: Config, stage: Stage) -> dict[str, str]:
+    inference = stage.run.stage("inference")
+    if not inference.done:
+        raise InputError(f"{inference.path} is not complete: run 05_inference first")
+    return inference.summary.get("inputs", {})
+
+
+@stage_maker("evaluation", inputs=_inputs, renew=True, after=lambda stage: write_metrics(stage.run))
 def make_evaluation_stage(config: Config, stage: Stage) -> dict:
     """Judge every answer of the inference stage.
 
@@ -27,36 +36,27 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
         The summary: metrics by model.
 
     Raises:
-        InputError: There is no finished inference stage.
+        InputError: There is no complete inference stage.
     """
-    inference = stage.run.stage("inference")
-    if not inference.done:
-        raise InputError(f"{inference.path} is not finished: run 05_inference first")
-    models, inputs = inference.summary["models"], inference.summary.get("inputs", {})
-    if stage.done and stage.summary.get("inputs", {}) == inputs:
-        stage.check_config()
-        write_metrics(stage.run)
-        return stage.summary
-    with stage.work(inputs, renew=True):
-        judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-        by_model = {}
-        for model in models:
-            verdicts = {}
-            for path in sorted((inference.path / model).glob("*.jsonl")):
-                records = read_jsonl(path)
-                if getattr(judge, "needs_images", False):
-                    records = _with_images(config, path.stem, records)
-                rows = judge_all(judge, records)
-                for row in rows:
-                    row.pop("generation", None)
-                target = stage.path / "verdicts" / model / path.name
-                write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-                verdicts[path.stem] = rows
-            by_model[model] = model_metrics(verdicts)
-        _write_images(config, stage)
-        summary = {"judge": judge.name, "inputs": inputs, "models": by_model}
-    stage.finish(summary)
-    write_metrics(stage.run)
+    inference, inputs = stage.run.stage("inference"), _inputs(config, stage)
+    models = inference.summary["models"]
+    judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
+    by_model = {}
+    for model in models:
+        verdicts = {}
+        for path in sorted((inference.path / model).glob("*.jsonl")):
+            records = read_jsonl(path)
+            if getattr(judge, "needs_images", False):
+                records = _with_images(config, path.stem, records)
+            rows = judge_all(judge, records)
+            for row in rows:
+                row.pop("generation", None)
+            target = stage.path / "verdicts" / model / path.name
+            write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            verdicts[path.stem] = rows
+        by_model[model] = model_metrics(verdicts)
+    _write_images(config, stage)
+    summary = {"judge": judge.name, "inputs": inputs, "models": by_model}
     return summary
 
 

@@ -27,12 +27,13 @@ from spavl_lib.generation.vllm import VLLMModel
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_jsonl, write_json, write_text
-from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.maker import stage_maker
+from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
+from spavl_lib.stages import policies
 
 T, R = TypeVar("T"), TypeVar("R")
 KEPT = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
-TRAINED = ("dpo", "ppo", "rloo")  # stages whose model/ can answer
 
 
 def settings(config: GenerationConfig, seed: int) -> dict:
@@ -209,54 +210,64 @@ def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLL
     return model
 
 
-def make_inference_stage(config: Config, stage: Stage) -> dict:
+def _trained(stage: Stage) -> dict[str, Stage]:
+    """The complete stages of the run whose model can answer, by name."""
+    named = {name: stage.run.stage(name) for name in policies()}
+    return {name: trained for name, trained in named.items() if trained.done}
+
+
+def _asked(config: Config) -> dict[str, str]:
+    """Hashes of the prompts and of the base model."""
+    names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
+    return source_hashes(config.data, names) | {
+        f"model/{name}": digest for name, digest in model_hashes(config.model).items()
+    }
+
+
+def _inputs(config: Config, stage: Stage) -> dict[str, str]:
+    trained = _trained(stage).items()
+    return _asked(config) | {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained}
+
+
+@stage_maker("inference", inputs=_inputs, polls_stop=True, renew=True)
+def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     """Answer every evaluation set with the base model and with each trained one.
 
     Returns:
         The summary: rows and mean answer length by model and set.
     """
-    trained = {n: stage.run.stage(n) for n in TRAINED if stage.run.stage(n).done}
-    models = {"base": None} | {n: s.path / "model" for n, s in trained.items()}
+    models = {"base": None} | {n: s.path / "model" for n, s in _trained(stage).items()}
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
-    asked = source_hashes(config.data, names) | {
-        f"model/{name}": digest for name, digest in model_hashes(config.model).items()
-    }
-    inputs = asked | {f"{n}/weights": s.summary["weights_sha256"] for n, s in trained.items()}
-    # Done only for these very weights and prompts: a model trained anew wants new answers.
-    if stage.done and stage.summary["models"] == list(models) and stage.summary["inputs"] == inputs:
-        stage.check_config()
-        return stage.summary
+    asked, inputs = _asked(config), _inputs(config, stage)
     summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
-    with stage.work(inputs, renew=True), stop_on_signals() as flag:
-        processor = load_processor(config.model)
+    processor = load_processor(config.model)
+    with group.main_first():
+        sets = {name: load_prompts(config.data, name) for name in names}
+    for label, folder in models.items():
+        marker = stage.path / label / "weights.json"
+        weights = {"weights": inputs.get(f"{label}/weights"), "asked": asked}
         with group.main_first():
-            sets = {name: load_prompts(config.data, name) for name in names}
-        for label, folder in models.items():
-            marker = stage.path / label / "weights.json"
-            weights = {"weights": inputs.get(f"{label}/weights"), "asked": asked}
-            with group.main_first():
-                if not marker.is_file() or json.loads(marker.read_text()) != weights:
-                    for old in (stage.path / label).glob("*.jsonl*"):
-                        old.unlink()
-                    write_json(marker, weights)
-            missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
-            model = load_answerer(config, folder) if missing else None
-            for name in names:
-                target = marker.parent / f"{name}.jsonl"
-                if name in missing:
-                    records = generate(
-                        model, processor, sets[name], config.generation, target,
-                        seed=config.seed, labels={"model": label, "set": name},
-                        should_stop=flag, desc=f"{label} {name}",
-                    )  # fmt: skip
-                else:
-                    records = read_jsonl(target)
-                summary["sets"].setdefault(name, {})[label] = {
-                    "rows": len(records),
-                    "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
-                    "unfinished": sum(not r["finished"] for r in records),
-                }
-    stage.finish(summary)
+            if not marker.is_file() or json.loads(marker.read_text()) != weights:
+                for old in (stage.path / label).glob("*.jsonl*"):
+                    old.unlink()
+                write_json(marker, weights)
+        missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
+        model = load_answerer(config, folder) if missing else None
+        for name in names:
+            target = marker.parent / f"{name}.jsonl"
+            if name in missing:
+                records = generate(
+                    model, processor, sets[name], config.generation, target,
+                    seed=config.seed, labels={"model": label, "set": name},
+                    should_stop=flag, desc=f"{label} {name}",
+                )  # fmt: skip
+            else:
+                records = read_jsonl(target)
+            summary["sets"].setdefault(name, {})[label] = {
+                "rows": len(records),
+                "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
+                "unfinished": sum(not r["finished"] for r in records),
+            }
     return summary
 
 

@@ -12,7 +12,7 @@ import yaml
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import SpavlError
 from spavl_lib.runs.files import read_jsonl
-from spavl_lib.runs.stage import STAGES
+from spavl_lib.stages import stage_names
 
 _HERE = ("run_name", "profile")  # said by the command's own options
 
@@ -62,9 +62,11 @@ def read_stages(run_path: Path, problems: list[str]) -> list[StagePage]:
     others = sorted(
         folder.name
         for folder in run_path.iterdir()
-        if folder.is_dir() and folder.name not in STAGES and (folder / "metrics.jsonl").is_file()
+        if folder.is_dir()
+        and folder.name not in stage_names()
+        and (folder / "metrics.jsonl").is_file()
     )
-    return [_read_stage(run_path / name, problems) for name in (*STAGES, *others)]
+    return [_read_stage(run_path / name, problems) for name in (*stage_names(), *others)]
 
 
 def _read_stage(path: Path, problems: list[str]) -> StagePage:

@@ -12,6 +12,7 @@ from spavl_lib.evaluation.numbers import (
     rate,
     read_metrics,
 )
+from spavl_lib.runs.text import say, short_path
 
 
 def render_result_table(metrics: Mapping | Path | str) -> str:
@@ -41,3 +42,17 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
         for line in lines
     ]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]]).replace("\u00a0", " ")
+
+
+def print_results(run_path: Path) -> None:
+    """The headline table of a run, and where its report lies."""
+    from spavl_lib.report.table import render_result_table
+
+    metrics_path = run_path / "metrics.json"
+    if metrics_path.is_file():
+        say(f"\n{render_result_table(metrics_path)}\n")
+    else:
+        say(f"no {short_path(metrics_path)}: nothing was evaluated")
+    report = run_path / "report.html"
+    if report.is_file():
+        say(f"report: {short_path(report)}")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -59,3 +60,11 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(kind, handler)
         if flag.around is not None and flag.reason:
             flag.around.reason = flag.reason
+
+
+def end_with_parent() -> None:
+    """Block until standard input closes, then exit: the process that holds it open has ended."""
+    # os.read, because holding the lock of sys.stdin's buffer would abort the interpreter's exit.
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(1)

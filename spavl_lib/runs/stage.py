@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from spavl_lib import stages
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
@@ -25,25 +26,7 @@ from spavl_lib.runs.files import read_json, write_json, write_text, writing
 from spavl_lib.runs.files import read_jsonl as read_jsonl  # for those who read a stage's files
 from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.signals import stop_on_signals
-
-STAGES = ("data", "reward", "ppo", "rloo", "dpo", "inference", "evaluation", "scaling")
-# Settings that may differ between the making of a stage and its use.
-FREE_KEYS = (
-    "profile", "run_name", "launch.num_processes",
-    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
-    "scaling.workers", "generation.cache",
-)  # fmt: skip
-# What of the config a stage's result depends on; a change elsewhere leaves it done.
-STAGE_KEYS = {
-    "data": ("data",),
-    "reward": ("data", "model", "reward", "seed"),
-    "ppo": ("data", "model", "reward", "ppo", "seed"),
-    "rloo": ("data", "model", "reward", "rloo", "seed"),
-    "dpo": ("data", "model", "dpo", "seed"),
-    "inference": ("data", "model", "generation", "evaluation", "seed"),
-    "evaluation": ("data", "model", "generation", "evaluation", "seed"),
-    "scaling": ("data", "model", "dpo", "generation", "evaluation", "scaling", "seed"),
-}
+from spavl_lib.runs.text import flatten
 
 
 def allowed_changes() -> tuple[str, ...]:
@@ -55,8 +38,7 @@ class Stage:
     """One stage's folder inside a run."""
 
     def __init__(self, run: "Run", name: str):
-        if name not in STAGES:
-            raise ValueError(f"unknown stage {name!r}, known: {STAGES}")
+        stages.find(name)
         self.run, self.name, self.path = run, name, run.path / name
         self.config = run.config
         self.allowed: list[str] = []
@@ -110,16 +92,16 @@ class Stage:
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
             return
-        old = _flat(yaml.safe_load(saved.read_text(encoding="utf-8")))
-        new = _flat(self.config.to_dict())
-        keys = STAGE_KEYS.get(self.name, ())
+        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+        new = flatten(self.config.to_dict())
+        sections = stages.find(self.name).config_keys
         self._refuse(
             {
                 key: (old.get(key), new.get(key))
                 for key in sorted(old.keys() | new.keys())
                 if old.get(key) != new.get(key)
-                and key not in FREE_KEYS
-                and (not keys or key.split(".")[0] in keys)
+                and key not in stages.FREE_KEYS
+                and any(f"{key}.".startswith(f"{section}.") for section in sections)
             }
         )
 
@@ -219,7 +201,7 @@ class Stage:
             resumed = [*resumed, {"at": now, "allowed_changes": self.allowed}]
         values = self.config.to_dict()
         plain = self.config.profile in profile_names() and load_config(self.config.profile)
-        usual = _flat(plain.to_dict()) if plain else {}
+        usual = flatten(plain.to_dict()) if plain else {}
         write_text(
             self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
@@ -235,7 +217,7 @@ class Stage:
                 ("python", "numpy", "torch", "data", "generation"), self.config.seed
             ),
             "config": values,
-            "overridden": sorted(k for k, v in _flat(values).items() if usual and v != usual[k]),
+            "overridden": sorted(k for k, v in flatten(values).items() if usual and v != usual[k]),
             "inputs": inputs,
             "data": {},
             **provenance.environment(root),
@@ -331,7 +313,7 @@ class Run:
 
     def done_stages(self) -> list[Stage]:
         """Stages whose summary stands."""
-        return [s for s in map(self.stage, STAGES) if s.done]
+        return [s for s in map(self.stage, stages.stage_names()) if s.done]
 
 
 @contextlib.contextmanager
@@ -352,13 +334,3 @@ def _lock(path: Path, run_name: str) -> Iterator[None]:
         yield
     finally:
         handle.close()
-
-
-def _flat(values: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in (values or {}).items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

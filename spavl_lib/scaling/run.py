@@ -27,15 +27,16 @@ from tqdm.auto import tqdm
 
 from spavl_lib.config import Config, DataConfig, DPOConfig, ModelConfig, from_dict
 from spavl_lib.data.load import load_preferences, load_prompts, load_truth
+from spavl_lib.distributed import launcher
 from spavl_lib.errors import ERRORS, BusyError, InputError, Preempted
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.metrics import rate
 from spavl_lib.generation.stage import generate
 from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries, weights_sha256
 from spavl_lib.runs.files import write_text
+from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers.dpo import train_dpo
 
 FAMILIES = {
     "size": "data scale",
@@ -200,7 +201,7 @@ def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
             own.finish(own.summary)
             return own.summary
         training = own.run.stage("dpo")
-        trained = train_dpo(own.run.config, training)
+        trained = launcher.make("dpo", own.run.config, training)
         rates = measure(own.run.config, training.path / "model", own.path, should_stop)
         summary = {
             "rows": trained["train_rows"],
@@ -246,7 +247,12 @@ def measure(
 # --- all arms -----------------------------------------------------------------------------------
 
 
-def run_scaling(config: Config, stage: Stage) -> dict:
+def _inputs(config: Config, stage: Stage) -> dict[str, str]:
+    return {f"model/{name}": digest for name, digest in weights_sha256(config.model).items()}
+
+
+@stage_maker("scaling", inputs=_inputs, polls_stop=True)
+def run_scaling(config: Config, stage: Stage, flag: StopFlag) -> dict:
     """Train and measure every arm, and gather them.
 
     Returns:
@@ -256,24 +262,18 @@ def run_scaling(config: Config, stage: Stage) -> dict:
         InputError: As `plan`.
         Preempted: Asked to stop; finished arms are kept.
     """
-    if stage.done:
-        stage.check_config()
-        return stage.summary
     quiet_libraries()
     arms = plan(config)
-    with stage.work({f"model/{k}": v for k, v in weights_sha256(config.model).items()}):
-        with stop_on_signals() as flag:
-            base = _base(config, stage, flag)
-            unique = list({arm.key: arm for arm in arms}.values())
-            todo = [arm for arm in unique if not arm_stage(stage, arm).done]
-            workers = min(config.scaling.workers or workers_here(), max(1, len(todo)))
-            if workers == 1:
-                _run_here(stage, unique, flag)
-            else:
-                _run_apart(stage, unique, workers, flag)
-            results = {arm.key: arm_stage(stage, arm).summary for arm in unique}
-        summary = gather(config, arms, results, base)
-    stage.finish(summary)
+    base = _base(config, stage, flag)
+    unique = list({arm.key: arm for arm in arms}.values())
+    todo = [arm for arm in unique if not arm_stage(stage, arm).done]
+    workers = min(config.scaling.workers or workers_here(), max(1, len(todo)))
+    if workers == 1:
+        _run_here(stage, unique, flag)
+    else:
+        _run_apart(stage, unique, workers, flag)
+    results = {arm.key: arm_stage(stage, arm).summary for arm in unique}
+    summary = gather(config, arms, results, base)
     return summary
 
 
@@ -456,7 +456,7 @@ def work(folder: Path) -> None:
 
 if __name__ == "__main__":
     from spavl_lib.errors import SpavlError
-    from spavl_lib.worker import end_with_parent
+    from spavl_lib.runs.signals import end_with_parent
 
     threading.Thread(target=end_with_parent, daemon=True).start()
     try:

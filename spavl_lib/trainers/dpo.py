@@ -22,7 +22,6 @@ from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.load import load_preferences
 from spavl_lib.distributed import group, settings, zero_parameters
-from spavl_lib.distributed.launcher import train_in_processes
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -41,7 +40,8 @@ from spavl_lib.modelling.load import (
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import write_json, write_text, writing
-from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.maker import stage_maker
+from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.exact_trainer import (
@@ -49,10 +49,9 @@ from spavl_lib.trainers.exact_trainer import (
     RowCollator,
     check_rows_fit,
     drop_stock_callbacks,
-    note_rows,
     number,
-    training_inputs,
 )
+from spavl_lib.trainers.inputs import note_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
 
@@ -86,12 +85,14 @@ def check_reference(logs: dict) -> None:
             raise AssertionError(f"step 1: {key} = {logs[key]}, but the policy has not moved yet")
 
 
-def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+@stage_maker("dpo", inputs=training_inputs, polls_stop=True)
+def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
     """Train, evaluate on the held-out pairs, save the model and its card.
 
     Args:
         config: Uses `data`, `model`, `dpo` and `seed`.
         stage: Where it goes; resumes from its newest whole checkpoint.
+        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
         live: Something with `update(rows)`, such as `plotting.LivePlot`.
 
     Returns:
@@ -102,51 +103,43 @@ def train_dpo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         NonFiniteError: A loss or gradient is no number.
         Preempted: Asked to stop; the same call goes on.
     """
-    if stage.done:
-        stage.check_config()
-        stage.check_inputs(training_inputs(config))
-        return stage.summary
-    if settings.to_be_started(config.launch):
-        return train_in_processes("dpo", config, stage, live=live)
     quiet_libraries()
-    with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        with group.main_first():
-            train_rows = load_preferences(config.data, "train")
-            held_out = load_preferences(config.data, "validation")
-        note_rows(stage, train=train_rows, validation=held_out)
-        processor = load_processor(config.model)
-        trainer = build_trainer(config, stage, processor, train_rows, held_out)
-        parts = assert_freeze_plan(trainer.model, config.model)
-        check_rows_fit(trainer, train_rows, processor)
-        ckpt.check_room(trainer.checkpoints, trainer.model)
-        lora = trainer.ref_model is None
+    with group.main_first():
+        train_rows = load_preferences(config.data, "train")
+        held_out = load_preferences(config.data, "validation")
+    note_rows(stage, train=train_rows, validation=held_out)
+    processor = load_processor(config.model)
+    trainer = build_trainer(config, stage, processor, train_rows, held_out)
+    parts = assert_freeze_plan(trainer.model, config.model)
+    check_rows_fit(trainer, train_rows, processor)
+    ckpt.check_room(trainer.checkpoints, trainer.model)
+    lora = trainer.ref_model is None
+    with zero_parameters.gathered_parameters(trainer.model):
+        trainer.reference = reference_probe(
+            trainer.model if lora else trainer.ref_model, processor, train_rows,
+            playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
+        )  # fmt: skip
+    if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):
-            trainer.reference = reference_probe(
-                trainer.model if lora else trainer.ref_model, processor, train_rows,
-                playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
-            )  # fmt: skip
-        if config.dpo.cache_reference:
-            with zero_parameters.gathered_parameters(trainer.model):
-                use_cached_reference(trainer, config, stage, processor)
-        trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
-        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-        for problem in skipped:
-            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-        trainer.train_from(newest)
-        evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
-        summary = {
-            "steps": trainer.state.global_step,
-            "train_rows": len(train_rows),
-            "validation_rows": len(held_out),
-            "global_batch_size": config.dpo.global_batch_size,
-            "launch": trainer.found,
-            "epochs": round(trainer.state.epoch or 0.0, 3),
-            "trainable_parameters": parts,
-            "validation": evaluation,
-            "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
-        }  # fmt: skip
-        save_trained(trainer.model, processor, stage, config, _card(config, summary))
-    stage.finish(summary)
+            use_cached_reference(trainer, config, stage, processor)
+    trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
+    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
+    for problem in skipped:
+        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+    trainer.train_from(newest)
+    evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
+    summary = {
+        "steps": trainer.state.global_step,
+        "train_rows": len(train_rows),
+        "validation_rows": len(held_out),
+        "global_batch_size": config.dpo.global_batch_size,
+        "launch": trainer.found,
+        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "trainable_parameters": parts,
+        "validation": evaluation,
+        "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
+    }  # fmt: skip
+    save_trained(trainer.model, processor, stage, config, _card(config, summary))
     return summary
 
 

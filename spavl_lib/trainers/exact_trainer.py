@@ -15,14 +15,12 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerState
 
 from spavl_lib import machine
-from spavl_lib.config import Config, LaunchConfig
+from spavl_lib.config import LaunchConfig
 from spavl_lib.data.collate import PreferenceCollator, check_lengths
-from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.grouping import ImageGroupedSampler
 from spavl_lib.distributed import group, settings
-from spavl_lib.errors import InputError, NonFiniteError, Preempted
+from spavl_lib.errors import NonFiniteError, Preempted
 from spavl_lib.machine import peak_memory_gib
-from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.runs.files import read_jsonl, write_text
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
@@ -422,48 +420,3 @@ def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -
     check_batch(
         trainer.data_collator(sample), sample, processor, getattr(config, "image_token_id", None)
     )
-
-
-def training_inputs(config: Config) -> dict[str, str]:
-    """Name -> hash or value of what a training rests on besides its settings.
-
-    A run goes on, and a finished one is taken for this one, only if all are the same.
-    """
-    return {
-        **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
-        **source_hashes(config.data, ("train", "validation")),
-        "dtype": str(compute_dtype()).removeprefix("torch."),
-    }
-
-
-def inputs_with_reward(config: Config, folder: Path) -> dict[str, str]:
-    """`training_inputs`, and the reward model trained against."""
-    weights = {f"reward/{p.name}": ckpt.sha256_file(p) for p in folder.glob("*.safetensors")}
-    return training_inputs(config) | weights
-
-
-def reward_folder(named: str, stage: Stage) -> Path:
-    """The reward model a stage trains against.
-
-    Args:
-        named: The setting `reward_model`; this run's own if empty.
-        stage: Whose.
-
-    Raises:
-        InputError: There is none yet.
-    """
-    if named:
-        return Path(named).expanduser()
-    reward, run = stage.run.stage("reward"), stage.run
-    if not reward.done:
-        raise InputError(
-            f"{reward.path} is not finished: {stage.name} needs a reward model "
-            f"(spavl train reward --profile {run.config.profile} --run-name {run.name}), "
-            f"or name one with {stage.name}.reward_model"
-        )
-    return reward.path / "model"
-
-
-def note_rows(stage: Stage, **splits: Dataset) -> None:
-    """Write down in the manifest what rows a training sees."""
-    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})

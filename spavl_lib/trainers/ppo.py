@@ -8,7 +8,6 @@ step for policy and value model together. trl has had no PPO since 1.13, and nev
 """
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -30,8 +29,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.collate import check_prompt_lengths, completion_ids
 from spavl_lib.data.grouping import image_groups
 from spavl_lib.data.load import load_preferences
-from spavl_lib.distributed import group, settings, zero_parameters
-from spavl_lib.distributed.launcher import train_in_processes
+from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.machine import peak_memory_gib
 from spavl_lib.modelling.load import (
@@ -56,19 +54,16 @@ from spavl_lib.objectives.ppo import (
     masked_whiten,
 )
 from spavl_lib.runs.files import read_jsonl, write_text
-from spavl_lib.runs.signals import StopFlag, stop_on_signals
+from spavl_lib.runs.maker import stage_maker
+from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers import exact_trainer as checkpointed
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.engines import build_engine
-from spavl_lib.trainers.exact_trainer import (
-    inputs_with_reward,
-    note_rows,
-    number,
-    reward_folder,
-)
+from spavl_lib.trainers.exact_trainer import number
 from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
+from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.probe import check_reference_unmoved, reference_probe
 from spavl_lib.trainers.rollout import (
     Prompt,
@@ -82,12 +77,14 @@ from spavl_lib.trainers.rollout import (
 )
 
 
-def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+@stage_maker("ppo", inputs=policy_inputs, polls_stop=True)
+def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
     """Train against this run's reward model (or `ppo.reward_model`), and save the policy.
 
     Args:
         config: Uses `data`, `model`, `ppo` and `seed`.
         stage: Where it goes; resumes from its newest whole checkpoint, bit for bit on a CPU.
+        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
         live: Something with `update(rows)`.
 
     Returns:
@@ -99,28 +96,16 @@ def train_ppo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         Preempted: Asked to stop; the same call goes on.
     """
     folder = reward_folder(config.ppo.reward_model, stage)
-    inputs = functools.partial(inputs_with_reward, config, folder)
-    if stage.done:
-        stage.check_config()
-        stage.check_inputs(inputs())
-        return stage.summary
-    if config.launch.cpu_offload:
-        # It keeps the gradients of a step's last backward pass alone, which is the value model's.
-        raise InputError("launch.cpu_offload: PPO cannot; set it to false")
-    if settings.to_be_started(config.launch):
-        return train_in_processes("ppo", config, stage, live=live)
     quiet_libraries()
-    with stage.work(inputs), stop_on_signals() as flag:
-        with group.main_first():
-            rows = load_preferences(config.data, "train")
-        note_rows(stage, train=rows)
-        trainer = PPOTrainer(config, stage, rows, folder, flag)
-        trainer.check()
-        trainer.train(live)
-        summary = trainer.summary()
-        policy = trainer.model.vlm_of("policy")
-        save_trained(policy, trainer.processor, stage, config, _card(config, summary))
-    stage.finish(summary)
+    with group.main_first():
+        rows = load_preferences(config.data, "train")
+    note_rows(stage, train=rows)
+    trainer = PPOTrainer(config, stage, rows, folder, flag)
+    trainer.check()
+    trainer.train(live)
+    summary = trainer.summary()
+    policy = trainer.model.vlm_of("policy")
+    save_trained(policy, trainer.processor, stage, config, _card(config, summary))
     return summary
 
 

@@ -23,7 +23,6 @@ from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_pictures
 from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
 from spavl_lib.distributed import group, settings, zero_parameters
-from spavl_lib.distributed.launcher import train_in_processes
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.modelling.adapters import (
@@ -43,7 +42,8 @@ from spavl_lib.modelling.load import (
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
 from spavl_lib.runs.files import write_text, writing
-from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.maker import stage_maker
+from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.exact_trainer import (
@@ -51,10 +51,9 @@ from spavl_lib.trainers.exact_trainer import (
     RowCollator,
     check_rows_fit,
     drop_stock_callbacks,
-    note_rows,
     number,
-    training_inputs,
 )
+from spavl_lib.trainers.inputs import note_rows, training_inputs
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
@@ -136,12 +135,14 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         super().log(logs, *args, **kwargs)
 
 
-def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
+@stage_maker("reward", inputs=training_inputs, polls_stop=True)
+def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
     """Train, score the held-out pairs, save head, adapter and projector together.
 
     Args:
         config: Uses `data`, `model`, `reward` and `seed`.
         stage: Where it goes; resumes from its newest whole checkpoint.
+        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
         live: Something with `update(rows)`.
 
     Returns:
@@ -152,61 +153,53 @@ def train_reward(config: Config, stage: Stage, *, live: Any = None) -> dict:
         NonFiniteError: A loss or gradient is no number.
         Preempted: Asked to stop; the same call goes on.
     """
-    if stage.done:
-        stage.check_config()
-        stage.check_inputs(training_inputs(config))
-        return stage.summary
-    if settings.to_be_started(config.launch):
-        return train_in_processes("reward", config, stage, live=live)
     quiet_libraries()
-    with stage.work(lambda: training_inputs(config)), stop_on_signals() as flag:
-        with group.main_first():
-            train_rows = load_preferences(config.data, "train")
-            held_out = load_preferences(config.data, "validation")
-        note_rows(stage, train=train_rows, validation=held_out)
-        processor = load_processor(config.model)
-        trainer = build_trainer(config, stage, processor, train_rows)
-        parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
-        check_rows_fit(trainer, train_rows, processor)
-        ckpt.check_room(trainer.checkpoints, trainer.model)
-        trainer.report_to_stage(stage, flag, logged=LOGGED, live=live)
-        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-        for problem in skipped:
-            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-        trainer.train_from(newest)
-        model, size = trainer.model.eval(), config.reward.per_device_batch_size
-        scored = score_pairs(model, processor, held_out, size, should_stop=flag)
-        moved = exchange_images(held_out)
-        exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    with group.main_first():
+        train_rows = load_preferences(config.data, "train")
+        held_out = load_preferences(config.data, "validation")
+    note_rows(stage, train=train_rows, validation=held_out)
+    processor = load_processor(config.model)
+    trainer = build_trainer(config, stage, processor, train_rows)
+    parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
+    check_rows_fit(trainer, train_rows, processor)
+    ckpt.check_room(trainer.checkpoints, trainer.model)
+    trainer.report_to_stage(stage, flag, logged=LOGGED, live=live)
+    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
+    for problem in skipped:
+        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+    trainer.train_from(newest)
+    model, size = trainer.model.eval(), config.reward.per_device_batch_size
+    scored = score_pairs(model, processor, held_out, size, should_stop=flag)
+    moved = exchange_images(held_out)
+    exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    if machine.is_main():
+        write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
+    metrics = reward_metrics(scored, exchanged, load_truth(config.data))
+    if config.data.source == "mini":
+        twins = load_preferences(config.data, "twins")
+        for key, rows in (
+            ("twin_accuracy", twins),
+            ("twin_accuracy_exchanged", exchange_twins(twins)),
+        ):
+            scored_twins = score_pairs(model, processor, rows, size, should_stop=flag)
+            metrics[key] = pair_of_pairs_accuracy(scored_twins)
+    summary = {
+        "steps": trainer.state.global_step,
+        "train_rows": len(train_rows),
+        "validation_rows": len(held_out),
+        "launch": trainer.found,
+        "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
+        "metrics": metrics,
+        "final_loss": number(
+            next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
+        ),
+        "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(model)),
+    }
+    target = stage.path / "model"
+    with writing(target):
+        save_reward_model(model, target, config.model)
         if machine.is_main():
-            write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
-        metrics = reward_metrics(scored, exchanged, load_truth(config.data))
-        if config.data.source == "mini":
-            twins = load_preferences(config.data, "twins")
-            for key, rows in (
-                ("twin_accuracy", twins),
-                ("twin_accuracy_exchanged", exchange_twins(twins)),
-            ):
-                scored_twins = score_pairs(model, processor, rows, size, should_stop=flag)
-                metrics[key] = pair_of_pairs_accuracy(scored_twins)
-        summary = {
-            "steps": trainer.state.global_step,
-            "train_rows": len(train_rows),
-            "validation_rows": len(held_out),
-            "launch": trainer.found,
-            "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
-            "metrics": metrics,
-            "final_loss": number(
-                next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
-            ),
-            "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(model)),
-        }
-        target = stage.path / "model"
-        with writing(target):
-            save_reward_model(model, target, config.model)
-            if machine.is_main():
-                processor.save_pretrained(target)
-    stage.finish(summary)
+            processor.save_pretrained(target)
     return summary
 
 

@@ -35,17 +35,13 @@ from spavl_lib.modelling.adapters import (
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
 from spavl_lib.runs.files import read_jsonl, write_text
-from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.maker import stage_maker
+from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.dpo import save_trained
-from spavl_lib.trainers.exact_trainer import (
-    CheckedMixin,
-    drop_stock_callbacks,
-    inputs_with_reward,
-    note_rows,
-    reward_folder,
-)
+from spavl_lib.trainers.exact_trainer import CheckedMixin, drop_stock_callbacks
+from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rollout import never_said
 
@@ -140,12 +136,14 @@ def check_first(logs: dict) -> None:
         )
 
 
-def train_rloo(config: Config, stage: Stage, *, live: Any = None) -> dict:
+@stage_maker("rloo", inputs=policy_inputs, polls_stop=True)
+def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
     """Train against this run's reward model (or `rloo.reward_model`), and save the policy.
 
     Args:
         config: Uses `data`, `model`, `rloo` and `seed`.
         stage: Where it goes; resumes from its newest whole checkpoint.
+        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
         live: Something with `update(rows)`.
 
     Returns:
@@ -157,34 +155,26 @@ def train_rloo(config: Config, stage: Stage, *, live: Any = None) -> dict:
         Preempted: Asked to stop; the same call goes on.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
-    if stage.done:
-        stage.check_config()
-        stage.check_inputs(inputs_with_reward(config, folder))
-        return stage.summary
-    if config.launch.num_processes > 1:
-        raise InputError("launch.num_processes: training in several processes is not there yet")
     if config.model.share_prefix == "require":
         raise InputError("model.share_prefix = require: RLOO cannot; set it to auto")
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
-    with stage.work(lambda: inputs_with_reward(config, folder)), stop_on_signals() as flag:
-        rows = load_preferences(config.data, "train")
-        note_rows(stage, train=rows)
-        processor = load_processor(config.model)
-        trainer = build_trainer(config, stage, processor, rows, folder)
-        ckpt.check_room(trainer.checkpoints, trainer.model)
-        trainer.report_to_stage(
-            stage, flag, logged=LOGGED, live=live, accuracy="reward", check_first=check_first
-        )
-        newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-        for problem in skipped:
-            warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-        _take_up_rollouts(stage, ckpt.load_state(newest)["step"] if newest else 0)
-        trainer.train_from(newest)
-        summary = _summary(config, stage, trainer, rows)
-        save_trained(trainer.model, processor, stage, config, _card(config, summary))
-    stage.finish(summary)
+    rows = load_preferences(config.data, "train")
+    note_rows(stage, train=rows)
+    processor = load_processor(config.model)
+    trainer = build_trainer(config, stage, processor, rows, folder)
+    ckpt.check_room(trainer.checkpoints, trainer.model)
+    trainer.report_to_stage(
+        stage, flag, logged=LOGGED, live=live, accuracy="reward", check_first=check_first
+    )
+    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
+    for problem in skipped:
+        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+    _take_up_rollouts(stage, ckpt.load_state(newest)["step"] if newest else 0)
+    trainer.train_from(newest)
+    summary = _summary(config, stage, trainer, rows)
+    save_trained(trainer.model, processor, stage, config, _card(config, summary))
     return summary
 
 

@@ -4,13 +4,9 @@ import dataclasses
 from typing import Any
 
 from spavl_lib.config import Config, LaunchConfig
+from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers.dpo import train_dpo
-from spavl_lib.trainers.exact_trainer import reward_folder
-from spavl_lib.trainers.ppo import train_ppo
-from spavl_lib.trainers.rloo import train_rloo
-
-TRAINERS = {"dpo": train_dpo, "ppo": train_ppo, "rloo": train_rloo}
+from spavl_lib.trainers.inputs import reward_folder
 
 
 def train_contrast(
@@ -40,5 +36,5 @@ def train_contrast(
     settings = dataclasses.replace(settings, **changes)
     other = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
     contrast = Run(other, root=stage.path / "contrast").stage(kind)
-    TRAINERS[kind](other, contrast)
+    maker_of(kind)(other, contrast)
     return contrast

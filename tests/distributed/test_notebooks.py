@@ -2,8 +2,8 @@
 
 import pytest
 
-from spavl_lib import pipeline
 from spavl_lib.config import load_config
+from spavl_lib.notebook import execute
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run
 
@@ -25,7 +25,7 @@ def run_all_of(names: tuple[str, ...], processes: int) -> Run:
     config = load_config("smoke", overrides, run_name=f"notebooks-{processes}")
     run = Run(config)
     for name in names:
-        pipeline.run_notebook(name, config, overrides, run)
+        execute.run_notebook(name, config, overrides, run)
     return run
 
 

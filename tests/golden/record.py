@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from spavl_lib import pipeline
 from spavl_lib.config import load_config
 from spavl_lib.modelling.load import weights_sha256
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run
 
 FOLDER = Path(__file__).parent
@@ -69,8 +69,8 @@ def trajectory(name: str, root: Path) -> dict:
     run = Run(config, root=root)
     if kind == "ppo":
         short = load_config("smoke", {"reward.max_steps": 2}, seed=0, run_name="golden")
-        pipeline._loaded(pipeline.TRAINERS["reward"])(short, Run(short, root=root).stage("reward"))
-    pipeline._loaded(pipeline.TRAINERS[kind])(config, run.stage(kind))
+        maker_of("reward")(short, Run(short, root=root).stage("reward"))
+    maker_of(kind)(config, run.stage(kind))
     rows = read_jsonl(run.stage(kind).metrics_path)
     rows = [row for row in rows if any(k in row for k in KEPT)]
     return {

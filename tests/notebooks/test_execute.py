@@ -12,10 +12,10 @@ from typing import Any
 import nbformat
 import pytest
 
-from spavl_lib.pipeline import STAGE_OF, list_notebooks
+from spavl_lib.notebook.execute import list_notebooks, stage_of
 
 REPO = Path(__file__).parents[2]
-NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if STAGE_OF[p.stem] != "scaling"]
+NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) != "scaling"]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
 
@@ -79,7 +79,7 @@ def check_rate(rate: dict | None, name: str) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_each_notebook_ran_whole_and_left_its_stage(path: Path, chain: tuple[Path, str]) -> None:
-    stage = chain[0] / STAGE_OF[path.stem]
+    stage = chain[0] / stage_of(path)
     assert all(map(math.isfinite, numbers(strict_json(stage / "summary.json"))))
     manifest = strict_json(stage / "manifest.json")
     assert manifest["wall_time_s"] > 0
@@ -111,7 +111,7 @@ def test_metrics_are_whole_and_finite(chain: tuple[Path, str]) -> None:
     assert set(metrics) >= KEYS
     assert (metrics["profile"], metrics["run_name"]) == ("smoke", "chain")
     assert all(map(math.isfinite, numbers(metrics)))
-    trained = {STAGE_OF[p.stem] for p in NOTEBOOKS} & {"dpo", "ppo"}
+    trained = {stage_of(p) for p in NOTEBOOKS} & {"dpo", "ppo"}
     assert set(metrics["models"]) >= {"base"} | trained
     for model, rates in metrics["models"].items():
         for name in RATES:
@@ -121,7 +121,7 @@ def test_metrics_are_whole_and_finite(chain: tuple[Path, str]) -> None:
     if (chain[0] / "reward").is_dir():
         check_rate(metrics["reward_model"]["pair_accuracy"], "pair_accuracy")
         assert 0 <= metrics["reward_model"]["ece"] <= 1
-    stages = {STAGE_OF[p.stem] for p in NOTEBOOKS}
+    stages = {stage_of(p) for p in NOTEBOOKS}
     assert set(metrics["timing_s"]) >= stages | {"total"}
     times = [value for name, value in metrics["timing_s"].items() if name != "total"]
     assert metrics["timing_s"]["total"] == pytest.approx(sum(times), abs=0.1)
@@ -146,7 +146,7 @@ def test_a_second_run_keeps_every_stage(chain: tuple[Path, str], runs: Path) -> 
     done = execute(*ALL, runs=runs)
     assert done.returncode == 0, done.stderr[-4000:]
     for path in NOTEBOOKS:
-        assert f"{STAGE_OF[path.stem]}: done, kept" in done.stdout
+        assert f"{stage_of(path)}: done, kept" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")} == before
 
 

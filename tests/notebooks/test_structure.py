@@ -12,7 +12,8 @@ import papermill as pm
 import pytest
 from nbformat import NotebookNode
 
-from spavl_lib.pipeline import PARAMETERS, STAGE_OF
+from spavl_lib.notebook.execute import PARAMETERS
+from spavl_lib.stages import all_stages
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
@@ -121,7 +122,7 @@ def problems(path: Path) -> list[str]:
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="no notebooks/ in this checkout yet")
 def test_the_folder_holds_the_workbooks_notebooks_and_nothing_else() -> None:
     assert NOTEBOOKS
-    assert {path.stem for path in NOTEBOOKS} <= set(STAGE_OF)
+    assert {path.stem for path in NOTEBOOKS} <= {spec.notebook for spec in all_stages().values()}
     assert {path.parent for path in NOTEBOOKS} == {FOLDER}
 
 

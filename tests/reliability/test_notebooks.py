@@ -16,6 +16,7 @@ import pytest
 from spavl_lib import cli, pipeline
 from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
+from spavl_lib.notebook import execute
 from spavl_lib.runs.files import read_json
 from spavl_lib.runs.stage import Run
 from tests.reliability.processes import context
@@ -51,9 +52,9 @@ def test_every_failure_is_said_with_cell_and_cause(
         cells.insert(place + 1, cell)
         path = make_notebook("04_dpo", *cells)
         config = load_config("smoke")
-        with pytest.raises(pipeline.NotebookError, match=says) as caught:
+        with pytest.raises(execute.NotebookError, match=says) as caught:
             limit = 2 if cause == "timeout" else None
-            pipeline.run_notebook(
+            execute.run_notebook(
                 "04_dpo", config, {}, Run(config), folder=path.parent, timeout_s=limit
             )
         assert caught.value.exit_code == code
@@ -180,6 +181,6 @@ def test_success_is_never_read_from_papermill(make_notebook: Callable, runs: Pat
     """It calls this one completed; the stage has left nothing."""
     path = make_notebook("04_dpo", "1 + 1")
     config = load_config("smoke")
-    with pytest.raises(pipeline.NotebookError, match="left no"):
-        pipeline.run_notebook("04_dpo", config, {}, Run(config), folder=path.parent)
+    with pytest.raises(execute.NotebookError, match="left no"):
+        execute.run_notebook("04_dpo", config, {}, Run(config), folder=path.parent)
     assert read_json(runs / "smoke/dpo/status.json")["state"] == "failed"

@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 
-from spavl_lib import pipeline, rerun
+from spavl_lib import rerun
 from spavl_lib.config import Config
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run
+from spavl_lib.stages import stage_names, trainers
 from spavl_lib.trainers import exact_trainer as checkpointed
 from tests.helpers import hub_rows, smoke, write_hub_folder
 
@@ -49,13 +51,13 @@ class Made:
         }  # fmt: skip
         for kind in ("reward", "dpo"):
             sets |= {f"{kind}.max_steps": 3, f"{kind}.per_device_batch_size": 4}
-        if "ppo" in pipeline.TRAINERS:
+        if "ppo" in trainers():
             sets |= {"ppo.max_steps": 2, "ppo.rollout_batch_size": 4, "ppo.max_new_tokens": 8}
             sets |= {"ppo.per_device_batch_size": 4}
         self.config: Config = smoke(sets, run_name="made")
         self.run = Run(self.config, root=root / "runs")
         # Scaling is many trainings of the same kinds, and wants question types.
-        self.stages = [n for n in pipeline.STAGE_MAKERS if n not in ("data", "scaling")]
+        self.stages = [n for n in stage_names() if n not in ("data", "scaling")]
 
     def _sets(self, name: str) -> None:
         from spavl_lib.data.embedded.mini import mini_folder
@@ -77,7 +79,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         patch.setenv("SPAVL_RUNS", str(root / "runs"))
         whole = Made(root)
         for name in whole.stages:
-            pipeline._loaded(pipeline.STAGE_MAKERS[name])(whole.config, whole.run.stage(name))
+            maker_of(name)(whole.config, whole.run.stage(name))
         yield whole
 
 
@@ -98,7 +100,7 @@ def test_every_stage_records_every_field(made: Made, record: Callable) -> None:
         assert manifest["results"]["summary_sha256"] == summary
         page = {k: v for k, v in manifest.items() if k != "sealed"}
         assert manifest["sealed"] == provenance.canonical_sha256(page)
-        if name in pipeline.TRAINERS:
+        if name in trainers():
             assert {"data/train", "model/model.safetensors", "model/chat_template.jinja"} <= set(
                 manifest["inputs"]
             )

@@ -11,11 +11,11 @@ from spavl_lib.config import Config
 from spavl_lib.data.collate import encode_prompts, render
 from spavl_lib.data.images import decode
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
-from spavl_lib.generation.stage import TRAINED
 from spavl_lib.modelling.heads import load_reward_model, save_reward_model
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.stages import policies
 from spavl_lib.trainers import exact_trainer as checkpointed
 from spavl_lib.trainers import reward, rloo
 from spavl_lib.trainers.reward_function import RewardFunction
@@ -108,7 +108,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 
     records = read_jsonl(straight.path / "rollouts.jsonl")
     assert len(records) == 32 and {r["step"] for r in records} == {1, 2, 3, 4}
-    assert "rloo" in TRAINED  # inference and evaluation take it
+    assert "rloo" in policies()  # inference and evaluation take it
     model = load_policy(config.model, straight.path / "model")
     names = [n for n, _ in model.named_parameters()]
     assert not any(".reward." in n for n in names), "the reward model is not part of the policy"

@@ -15,8 +15,7 @@ from tests.helpers import smoke
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, Stage]]:
     """Trainers that only note what they were asked for."""
     calls: list[tuple[Config, Stage]] = []
-    for kind in contrast.TRAINERS:
-        monkeypatch.setitem(contrast.TRAINERS, kind, lambda c, s: calls.append((c, s)))
+    monkeypatch.setattr(contrast, "maker_of", lambda kind: lambda c, s: calls.append((c, s)))
     return calls
 
 

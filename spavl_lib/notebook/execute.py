@@ -1,0 +1,458 @@
+"""One notebook, executed by papermill in a kernel of this Python, strictly.
+
+A notebook has succeeded when every cell ran without an error and its stage's summary.json exists;
+papermill's own verdict does not count.
+"""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from spavl_lib import stages
+from spavl_lib.config import Config
+from spavl_lib.errors import (
+    ERRORS,
+    DiskError,
+    InputError,
+    Interrupted,
+    Preempted,
+    SpavlError,
+    nearest,
+)
+from spavl_lib.notebook.status import (
+    buried_with_us,
+    keep_failed,
+    note_notebook,
+    remove_leftovers,
+    write_status,
+)
+from spavl_lib.runs.files import DISK_ERRORS
+from spavl_lib.runs.paths import repo_root
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.runs.text import say, short_path
+
+# What every notebook's parameters cell declares, and all that the runner sets.
+PARAMETERS = ("profile", "seed", "run_name", "overrides")
+
+
+SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is
+
+
+class NotebookError(SpavlError):
+    """A notebook failed for a reason that is not one of `spavl_lib.errors`."""
+
+    exit_code = 1
+
+
+class KernelDied(NotebookError):
+    """The kernel is gone: killed, often for memory, or crashed in native code."""
+
+    exit_code = 138
+
+
+def notebooks_folder() -> Path:
+    """Where notebooks are: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
+    return Path(os.environ.get("SPAVL_NOTEBOOKS", "") or repo_root() / "notebooks").absolute()
+
+
+def list_notebooks(folder: Path | None = None) -> list[Path]:
+    """The numbered notebooks of a folder, in order."""
+    return sorted((folder or notebooks_folder()).glob("[0-9][0-9]_*.ipynb"))
+
+
+def stage_of(notebook: Path) -> str:
+    """The stage a notebook makes.
+
+    Raises:
+        InputError: It is none of the workbook's notebooks.
+    """
+    spec = stages.of_notebook(notebook.stem)
+    if spec is None:
+        known = ", ".join(s.notebook for s in stages.all_stages().values() if s.notebook)
+        raise InputError(f"{notebook} makes no known stage; known notebooks: {known}")
+    return spec.name
+
+
+def find_notebook(name: str, folder: Path | None = None) -> Path:
+    """The notebook called `dpo`, `04_dpo`, `04_dpo.ipynb` or by its stage.
+
+    Args:
+        name: Any of these; a folder in front is ignored.
+        folder: Where to look, `notebooks_folder()` if not given.
+
+    Raises:
+        InputError: None, naming the nearest.
+    """
+    folder = folder or notebooks_folder()
+    wanted, aliases = Path(name).name.removesuffix(".ipynb"), {}
+    for path in list_notebooks(folder):
+        spec = stages.of_notebook(path.stem)
+        for alias in (path.stem, path.stem[3:], spec.name if spec else path.stem):
+            aliases.setdefault(alias, path)
+    if not aliases:
+        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    if wanted not in aliases:
+        known = ", ".join(path.stem for path in list_notebooks(folder))
+        raise InputError(
+            f"unknown notebook {name!r}{nearest(wanted, aliases)} (there are: {known})"
+        )
+    return aliases[wanted]
+
+
+def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
+    """Refuse a notebook that would not take these parameters; papermill only warns.
+
+    Raises:
+        InputError: No parameters cell, or a parameter it does not declare.
+    """
+    import nbformat
+    import papermill as pm
+
+    try:
+        known = pm.inspect_notebook(notebook)
+    except (ValueError, KeyError, AttributeError, nbformat.ValidationError) as error:
+        why = str(error).splitlines()[0]
+        raise InputError(f"{notebook} is not a notebook with a kernelspec: {why}") from error
+    if not known:
+        raise InputError(f"{notebook.name} has no cell tagged `parameters`")
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise InputError(
+            f"{notebook.name} has no parameter {', '.join(map(repr, unknown))}"
+            f"{nearest(unknown[0], known)} (its parameters cell declares: {', '.join(known)})"
+        )
+
+
+def run_notebook(
+    name: str,
+    config: Config,
+    overrides: dict[str, Any] | None,
+    run: Run,
+    *,
+    profile: str | None = None,
+    parameters: dict[str, Any] | None = None,
+    folder: Path | None = None,
+    timeout_s: int | None = None,
+) -> Path:
+    """Execute a notebook in a kernel of this Python, from the checkout's root.
+
+    SIGINT and SIGTERM go to the kernel alone, as an interrupt, and the kernel is waited for: a
+    training cell gets to write its checkpoint. The third one kills it.
+
+    Args:
+        name: As `find_notebook` takes it.
+        config: What the notebook will resolve; says seed and run name.
+        overrides: What was laid over the profile; the notebook lays the same.
+        run: Its folder takes the executed notebook.
+        profile: Profile name or path for the notebook, `config.profile` if not given.
+        parameters: Further parameters of this notebook.
+        folder: Where notebooks are, `notebooks_folder()` if not given.
+        timeout_s: Longest time a cell may take, none if not given.
+
+    Returns:
+        The executed notebook, `runs/<run>/<stage>/executed.ipynb`.
+
+    Raises:
+        SpavlError: The error the notebook raised, if it is one of ours.
+        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel (`KernelDied`), a
+            timeout, no summary. What was executed is kept as `failed.ipynb`.
+        Preempted: SIGTERM came; the same command goes on.
+        Interrupted: SIGINT came, and the notebook did not say `Preempted`.
+    """
+    import papermill as pm
+
+    notebook = find_notebook(name, folder)
+    stage = run.stage(stage_of(notebook))
+    values = {
+        "profile": profile or config.profile,
+        "seed": config.seed,
+        "run_name": run.name,
+        "overrides": dict(overrides or {}),
+        **(parameters or {}),
+    }
+    check_parameters(notebook, values)
+    aside = stage.path / f".executed.{os.getpid()}.ipynb"
+    watch = _Watch(notebook, stage)
+    try:
+        stage.path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(stage)
+        write_status(stage, "running", notebook, 0)
+        with _quiet_papermill(), watch:
+            executed = pm.execute_notebook(
+                notebook,
+                aside,
+                values,
+                kernel_name="python3",
+                progress_bar=False,
+                execution_timeout=timeout_s,
+                kernel_manager_class=_kernel_class(watch, run),
+                on_cell_start=watch.cell_start,
+                on_cell_execute=watch.cell_execute,
+                on_cell_executed=watch.cell_executed,
+            )
+        problem = _verdict(executed, notebook, stage)
+    except Exception as error:
+        problem = _explained(error, watch)
+        if problem is None:
+            raise
+    if problem is None:
+        target = stage.path / "executed.ipynb"
+        aside.replace(target)
+        (stage.path / "failed.ipynb").unlink(missing_ok=True)
+        watch.words.unlink(missing_ok=True)
+        note_notebook(stage, executed, notebook, values)
+        write_status(stage, "done", notebook, watch.cell, exit_code=0)
+        if watch.stops:
+            raise watch.stopped(f"{notebook.name} was at its last cell and is done; stopped after")
+        return target
+    stopped = isinstance(problem, Preempted | Interrupted)
+    with contextlib.suppress(OSError, DiskError):  # the first error is the one to tell
+        kept = stage.path / "failed.ipynb"
+        keep_failed(aside, kept, notebook, str(problem))
+        write_status(
+            stage, "stopped" if stopped else "failed", notebook, watch.cell,
+            cause=str(problem), exit_code=problem.exit_code,
+        )  # fmt: skip
+        if isinstance(problem, NotebookError):
+            problem = type(problem)(f"{problem}\n  as far as it got: {short_path(kept)}")
+    raise problem
+
+
+class _Stop(Exception):
+    """Raised between cells once a stop was asked for."""
+
+
+class _Watch:
+    """A notebook in flight: its cell, its kernel's process, its progress bar, our signals."""
+
+    def __init__(self, notebook: Path, stage: Stage):
+        self.notebook, self.stage = notebook, stage
+        self.words = stage.path / ".kernel.log"
+        self.pid: int | None = None
+        self.cell = 0
+        self.stops = 0
+        self.signal = signal.SIGINT
+        self.busy = False
+        self._cell_started = self._began = 0.0
+        self._over = threading.Event()
+        self.burial = contextlib.ExitStack()
+        self._old_handlers: dict[int, Any] = {}
+
+    @property
+    def place(self) -> str:
+        """Which cell runs, as the executed notebook numbers it."""
+        return f"{self.notebook.name}, cell [{self.cell}]"
+
+    def stopped(self, text: str) -> SpavlError:
+        """The error of a stop: a batch system's SIGTERM means run it again."""
+        return (Preempted if self.signal == signal.SIGTERM else Interrupted)(text)
+
+    def __enter__(self) -> "_Watch":
+        from tqdm import tqdm
+
+        cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
+        self._began = time.time()
+        self._code_cells = 1 + sum(c["cell_type"] == "code" for c in cells)
+        # The injected parameters are a cell more. Off where there is no terminal.
+        self._bar = tqdm(
+            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
+        )
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old_handlers[number] = signal.signal(number, self._on_signal)
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+        self._ticker.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._ticker.join()
+        self._bar.close()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        self.burial.close()
+        if self.pid:
+            # The kernel leads its own process group: what it started goes with it.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
+
+    def cell_start(self, cell: Any, cell_index: int) -> None:
+        """Before each cell, prose too: the place where a stop takes hold between cells."""
+        if self.stops:
+            raise _Stop
+        self._bar.update(cell_index - self._bar.n)
+
+    def cell_execute(self, cell: Any, cell_index: int) -> None:
+        """Just before a code cell is sent."""
+        self.cell += 1
+        self.busy = True
+        self._cell_started = time.monotonic()
+        write_status(self.stage, "running", self.notebook, self.cell)
+
+    def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
+        """The kernel has answered, be it with an error."""
+        self.busy = False
+
+    def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
+        self.stops += 1
+        self.signal = number
+        todo = "killing" if self.stops > 2 else "interrupting and waiting for"
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: {todo} {self.place} (the third signal kills it)\n")
+        if self.stops > 2:
+            self._signal_kernel(self.cell, signal.SIGKILL)
+            return
+        # A kernel that has not begun the cell is deaf: leave it half a second for that.
+        early = self._cell_started + 0.5 - time.monotonic()
+        if early > 0:
+            threading.Timer(early, self._signal_kernel, (self.cell, signal.SIGINT)).start()
+        else:
+            self._signal_kernel(self.cell, signal.SIGINT)
+
+    def _signal_kernel(self, cell: int, number: int) -> None:
+        if self.pid and self.busy and self.cell == cell and not self._over.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def _tick(self) -> None:
+        said = time.time()
+        while not self._over.wait(1):
+            logged = _last_logged(self.stage.metrics_path, self._began)
+            if not self._bar.disable:
+                self._bar.set_postfix(logged)
+            elif time.time() - said >= SAID_EVERY_S:
+                said = time.time()
+                shown = "".join(f", {key} {value:.6g}" for key, value in logged.items())
+                say(f"{self.place} of {self._code_cells}, {said - self._began:.0f} s{shown}")
+
+
+def _kernel_class(watch: _Watch, run: Run) -> type:
+    """A kernel of this very Python, in the checkout's root, whose process id the watch knows."""
+    import zmq
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+
+    class Kernel(AsyncKernelManager):
+        def __init__(self, **kwargs: Any):
+            # No folders searched: a kernel called python3 elsewhere may be another Python.
+            specs = KernelSpecManager(kernel_dirs=[])
+            policy = "auto" if zmq.has("curve") else "disabled"
+            super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
+
+        async def start_kernel(self, **kwargs: Any) -> None:
+            own = {
+                "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+                "SPAVL_RUNS": str(run.path.parent.absolute()),
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            }
+            # What the process says beside its cells: a shutdown's farewell, a crash's last words.
+            watch.words.parent.mkdir(parents=True, exist_ok=True)
+            with watch.words.open("w", encoding="utf-8") as said:
+                await super().start_kernel(
+                    env=os.environ | own, cwd=str(repo_root()), stderr=said, **kwargs
+                )
+            watch.pid = self.provisioner.pid
+            watch.burial.enter_context(buried_with_us(watch.pid))
+
+        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+            # A kernel still in a cell (it took too long) would not hear a request.
+            await super().shutdown_kernel(now=now or watch.busy, restart=restart)
+
+    return Kernel
+
+
+@contextlib.contextmanager
+def _quiet_papermill() -> Iterator[None]:
+    """Its log repeats what we say once."""
+    logger = logging.getLogger("papermill")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
+    """Why a notebook that papermill calls fine is not, or None."""
+    for cell in executed.cells:
+        if cell.cell_type != "code" or not cell.source.strip():
+            continue
+        if any(o.output_type == "error" and o.ename == "SystemExit" for o in cell.outputs):
+            place = f"{notebook.name}, cell [{cell.execution_count}]"
+            return NotebookError(f"{place} called sys.exit, the cells after it never ran")
+        if cell.execution_count is None:
+            line = cell.source.strip().splitlines()[0]
+            return NotebookError(f"{notebook.name} did not run the cell that begins `{line}`")
+    if not stage.done:
+        missing = short_path(stage.path / "summary.json")
+        return NotebookError(f"{notebook.name} ran to its end but left no {missing}")
+    return None
+
+
+def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
+    """The one message for a failed execution; None if it is none of the expected ways to fail."""
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
+        kind = ERRORS.get(error.ename)
+        if kind is not None:
+            return kind(error.evalue)
+        if watch.stops or error.ename == "KeyboardInterrupt":
+            return watch.stopped(f"stopped in {watch.place}; the same command goes on")
+        if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
+            return DiskError(f"{watch.place}: {error.evalue}")
+        return NotebookError(
+            f"{watch.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+            f"\n  at: {_failing_line(error)}"
+        )
+    if isinstance(error, _Stop) or watch.stops:
+        return watch.stopped(f"stopped after {watch.place}; the same command goes on")
+    if isinstance(error, CellTimeoutError):
+        return NotebookError(f"{watch.place} took longer than it may; the kernel was stopped")
+    if isinstance(error, DeadKernelError):
+        return KernelDied(
+            f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
+            f"\n  its last words: {short_path(watch.words)}"
+        )
+    if isinstance(error, RuntimeError) and watch.cell == 0:
+        return NotebookError(f"{watch.notebook.name}: the kernel did not start: {error}")
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return DiskError(f"cannot write {short_path(watch.stage.path)}: {error}")
+    return None
+
+
+def _failing_line(error: Any) -> str:
+    """The line of the failing cell nearest to the error."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
+    lines = error.source.splitlines()
+    if numbers and int(numbers[-1]) <= len(lines):
+        return lines[int(numbers[-1]) - 1].strip()
+    return lines[0].strip() if lines else ""
+
+
+def _last_logged(path: Path, since: float) -> dict[str, Any]:
+    """What the last line a trainer logged after `since` says, for the progress bar."""
+    try:
+        if path.stat().st_mtime < since:
+            return {}
+        with path.open("rb") as handle:
+            handle.seek(max(0, path.stat().st_size - 4096))
+            row = json.loads(handle.read().splitlines()[-1])
+        keys = {"step": "step", "loss": "loss", "objective/scores": "score", "objective/kl": "kl"}
+        return {name: row[key] for key, name in keys.items() if key in row}
+    except (OSError, ValueError, IndexError, TypeError):
+        return {}

@@ -1,0 +1,72 @@
+"""Notebooks 01 to 06 in order, then the report."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from spavl_lib import stages
+from spavl_lib.config import Config
+from spavl_lib.errors import InputError
+from spavl_lib.notebook.execute import (
+    check_parameters,
+    list_notebooks,
+    notebooks_folder,
+    run_notebook,
+    stage_of,
+)
+from spavl_lib.report import write_report
+from spavl_lib.report.table import print_results
+from spavl_lib.runs.stage import Run
+from spavl_lib.runs.text import say
+
+FIRST_SIX = ("data", "reward", "ppo", "dpo", "inference", "evaluation")
+
+
+def run_all(
+    config: Config,
+    overrides: dict[str, Any] | None = None,
+    *,
+    profile: str | None = None,
+    folder: Path | None = None,
+) -> Path:
+    """Notebooks 01 to 06 in order, then the report and its headline table.
+
+    A complete stage with its executed notebook is kept. An interrupted one is run again and resumes
+    from its checkpoint. Every notebook and every existing stage is checked before the first runs.
+
+    Args:
+        config: As `run_notebook` takes it.
+        overrides: As `run_notebook` takes it.
+        profile: As `run_notebook` takes it.
+        folder: As `run_notebook` takes it.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        SpavlError: As `run_notebook`; also when a stage was made with other settings.
+    """
+    run = Run(config)
+    folder = folder or notebooks_folder()
+    sequence = {path: run.stage(stage_of(path)) for path in list_notebooks(folder)}
+    sequence = {path: stage for path, stage in sequence.items() if stage.name in FIRST_SIX}
+    if not sequence:
+        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    for path, stage in sequence.items():
+        check_parameters(path)
+        stage.check_config()
+    remade: set[str] = set()
+    for path, stage in sequence.items():
+        # A stage whose upstream was made again runs again, and decides itself what to redo.
+        stale = remade & set(stages.find(stage.name).upstream)
+        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
+            say(f"{stage.name}: done, kept")
+            continue
+        remade.add(stage.name)
+        say(f"{stage.name}: running {path.name}")
+        started = time.perf_counter()
+        run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)
+        say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
+    write_report(run.path)
+    print_results(run.path)
+    return run.path

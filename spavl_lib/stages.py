@@ -1,0 +1,148 @@
+"""The one table of stages: names, notebooks, what each builds on, and what its result depends on.
+
+A stage is one step of a run, such as `dpo`; it owns a folder of the run. The function that makes it
+registers itself with `runs.maker.stage_maker`; `pipeline` brings the two together. A package of its
+own can add a stage: an entry point in the group `spavl.stages` names a module that calls `register`
+and defines the maker.
+"""
+
+import functools
+import importlib.metadata
+from dataclasses import dataclass
+
+from spavl_lib.errors import InputError, nearest
+
+ENTRY_POINTS = "spavl.stages"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSpec:
+    """What the rest of the library needs to know about a stage."""
+
+    name: str
+    """Name of the stage, of its folder in a run and of `spavl train NAME`."""
+    module: str
+    """Module that defines the stage's maker."""
+    config_keys: tuple[str, ...]
+    """Sections of the config that the result depends on; a change elsewhere leaves it complete."""
+    notebook: str = ""
+    """Name of the notebook that makes it, without `.ipynb`; empty if there is none."""
+    upstream: tuple[str, ...] = ()
+    """Stages that must be complete first."""
+    any_trained: bool = False
+    """In a profile that is not small, one complete stage with a trained policy is enough."""
+    trains: bool = False
+    """Whether `spavl train` makes it."""
+    policy: bool = False
+    """Whether its `model/` can answer prompts."""
+    several_processes: bool = False
+    """Whether several processes can make it together."""
+    settings: type | None = None
+    """Dataclass of the settings of a stage from another package; None for the built-in sections."""
+
+
+_DATA_MODEL = ("data", "model", "seed")
+_ANSWERS = (*_DATA_MODEL, "generation", "evaluation")
+_BUILT_IN = (
+    StageSpec(
+        name="data", module="spavl_lib.data.explore", config_keys=("data",),
+        notebook="01_data_exploration",
+    ),
+    StageSpec(
+        name="reward", module="spavl_lib.trainers.reward", config_keys=(*_DATA_MODEL, "reward"),
+        notebook="02_reward_model", trains=True, several_processes=True,
+    ),
+    StageSpec(
+        name="ppo", module="spavl_lib.trainers.ppo", config_keys=(*_DATA_MODEL, "reward", "ppo"),
+        notebook="03_ppo", upstream=("reward",), trains=True, policy=True, several_processes=True,
+    ),
+    StageSpec(
+        name="rloo", module="spavl_lib.trainers.rloo",
+        config_keys=(*_DATA_MODEL, "reward", "rloo"), upstream=("reward",), trains=True,
+        policy=True,
+    ),
+    StageSpec(
+        name="dpo", module="spavl_lib.trainers.dpo", config_keys=(*_DATA_MODEL, "dpo"),
+        notebook="04_dpo", trains=True, policy=True, several_processes=True,
+    ),
+    StageSpec(
+        name="inference", module="spavl_lib.generation.stage", config_keys=_ANSWERS,
+        notebook="05_inference", upstream=("dpo", "ppo"), any_trained=True, several_processes=True,
+    ),
+    StageSpec(
+        name="evaluation", module="spavl_lib.evaluation.suite", config_keys=_ANSWERS,
+        notebook="06_safety_helpfulness", upstream=("inference",),
+    ),
+    StageSpec(
+        name="scaling", module="spavl_lib.scaling.run",
+        config_keys=(*_ANSWERS, "dpo", "scaling"), notebook="07_scaling_and_ablations",
+    ),
+)  # fmt: skip
+# Settings that may differ between making a stage and using it: they do not change the result.
+FREE_KEYS = (
+    "profile", "run_name", "launch.num_processes",
+    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
+    "scaling.workers", "generation.cache",
+)  # fmt: skip
+_registered: dict[str, StageSpec] = {}
+
+
+def register(spec: StageSpec) -> None:
+    """Add a stage from another package; it stands before `inference`.
+
+    Raises:
+        InputError: The name is taken by another stage.
+    """
+    if _registered.get(spec.name, spec) != spec or spec.name in {s.name for s in _BUILT_IN}:
+        raise InputError(f"stage {spec.name!r} exists already; give the new stage another name")
+    _registered[spec.name] = spec
+
+
+@functools.cache
+def _load_plugins() -> None:
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
+def all_stages() -> dict[str, StageSpec]:
+    """Name -> stage, in the order in which a run makes them."""
+    _load_plugins()
+    first = [s for s in _BUILT_IN if s.name not in ("inference", "evaluation", "scaling")]
+    last = [s for s in _BUILT_IN if s not in first]
+    return {s.name: s for s in (*first, *_registered.values(), *last)}
+
+
+def stage_names() -> tuple[str, ...]:
+    """Names of all stages, in the order in which a run makes them."""
+    return tuple(all_stages())
+
+
+def find(name: str) -> StageSpec:
+    """The stage of this name.
+
+    Raises:
+        InputError: There is no such stage; names the nearest.
+    """
+    stages = all_stages()
+    if name not in stages:
+        raise InputError(f"unknown stage {name!r}{nearest(name, stages)}")
+    return stages[name]
+
+
+def trainers() -> tuple[str, ...]:
+    """Names of the stages that `spavl train` makes."""
+    return tuple(s.name for s in all_stages().values() if s.trains)
+
+
+def policies() -> tuple[str, ...]:
+    """Names of the stages whose model can answer prompts, in alphabetical order."""
+    return tuple(sorted(s.name for s in all_stages().values() if s.policy))
+
+
+def of_notebook(stem: str) -> StageSpec | None:
+    """The stage that a notebook makes, None if it is none of the workbook's notebooks.
+
+    Args:
+        stem: The notebook's file name without `.ipynb`.
+    """
+    return next((s for s in all_stages().values() if s.notebook == stem), None)

@@ -1,0 +1,70 @@
+"""What a training reads besides its settings, and which rows it saw."""
+
+from pathlib import Path
+
+from datasets import Dataset
+
+from spavl_lib.config import Config
+from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.load import compute_dtype, model_hashes
+from spavl_lib.runs.files import sha256_file
+from spavl_lib.runs.stage import Stage
+
+
+def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
+    """Name -> hash or value of what a training on preference pairs depends on besides its settings.
+
+    A run is resumed, and a complete one reused, only if all of them are the same.
+
+    Args:
+        config: Uses `model` and `data`.
+        stage: The stage that is trained; any will do.
+    """
+    return {
+        **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
+        **source_hashes(config.data, ("train", "validation")),
+        "dtype": str(compute_dtype()).removeprefix("torch."),
+    }
+
+
+def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
+    """`training_inputs` and the hash of the reward model that the policy is trained against.
+
+    Args:
+        config: Uses `model`, `data` and the section of the stage, for its `reward_model`.
+        stage: The stage that is trained, such as `ppo`.
+
+    Raises:
+        InputError: There is no reward model yet.
+    """
+    folder = reward_folder(getattr(config, stage.name).reward_model, stage)
+    weights = {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
+    return training_inputs(config, stage) | weights
+
+
+def reward_folder(named: str, stage: Stage) -> Path:
+    """The reward model a stage trains against.
+
+    Args:
+        named: The setting `reward_model`; this run's own if empty.
+        stage: Whose.
+
+    Raises:
+        InputError: There is none yet.
+    """
+    if named:
+        return Path(named).expanduser()
+    reward, run = stage.run.stage("reward"), stage.run
+    if not reward.done:
+        raise InputError(
+            f"{reward.path} is not finished: {stage.name} needs a reward model "
+            f"(spavl train reward --profile {run.config.profile} --run-name {run.name}), "
+            f"or name one with {stage.name}.reward_model"
+        )
+    return reward.path / "model"
+
+
+def note_rows(stage: Stage, **splits: Dataset) -> None:
+    """Write down in the manifest what rows a training sees."""
+    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})
