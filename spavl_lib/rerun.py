@@ -130,10 +130,10 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
         return
     from spavl_lib.data.fingerprint import source_hashes
     from spavl_lib.modelling.load import model_hashes
-    from spavl_lib.trainers import exact_trainer as checkpointed
+    from spavl_lib.trainers import inputs as training
 
     splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
-    current = {"dtype": str(checkpointed.compute_dtype()).removeprefix("torch.")}
+    current = {"dtype": str(training.compute_dtype()).removeprefix("torch.")}
     current |= {f"model/{k}": v for k, v in model_hashes(config.model).items()}
     with contextlib.suppress(InputError):  # no such folder any more: every hash is gone
         current |= source_hashes(config.data, splits)

@@ -20,7 +20,7 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run
 from spavl_lib.stages import stage_names, trainers
-from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers import inputs as training
 from tests.helpers import hub_rows, smoke, write_hub_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -235,7 +235,7 @@ def changes(made: Made) -> dict[str, tuple[Callable[[], None], str]]:
         ),
         "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), "num_threads: "),
         "dtype": (
-            patched(checkpointed, "compute_dtype", lambda: torch.bfloat16),
+            patched(training, "compute_dtype", lambda: torch.bfloat16),
             "dtype: 'float32' -> 'bfloat16'",
         ),
         "base bit": (flipped(made.base / "model.safetensors"), "model/model.safetensors: "),

@@ -81,7 +81,7 @@ def test_a_stage_is_done_when_its_summary_stands(runs: Path) -> None:
     assert stage.summary == {"x": 1}
     assert [s.name for s in run.done_stages()] == ["dpo"]
     assert [r["step"] for r in read_jsonl(stage.metrics_path)] == [1, 2]
-    with pytest.raises(ValueError, match="unknown stage"):
+    with pytest.raises(InputError, match="unknown stage .dop.; did you mean .dpo"):
         run.stage("dop")
 
 

@@ -75,7 +75,7 @@ def test_arms_are_trained_measured_kept_and_gathered(
         assert len(plotting.png_bytes(figure)) > 5_000
     # What stands is kept: without the summary, nothing is trained again.
     (stage.path / "summary.json").unlink()
-    monkeypatch.setattr(scaling, "train_dpo", lambda *a: pytest.fail("trained again"))
+    monkeypatch.setattr(scaling.launcher, "make", lambda *a: pytest.fail("trained again"))
     assert scaling.run_scaling(config, stage) == summary
 
 
