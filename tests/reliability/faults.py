@@ -311,9 +311,9 @@ def profile(target: str) -> None:
 
 def another_dtype(name: str) -> None:
     """As on a machine whose hardware asks for another precision."""
-    from spavl_lib.trainers import exact_trainer, inputs
+    from spavl_lib.trainers import inputs
 
-    inputs.compute_dtype = exact_trainer.compute_dtype = lambda: getattr(torch, name)
+    inputs.compute_dtype = lambda: getattr(torch, name)
 
 
 def another_version(named: str) -> None:
