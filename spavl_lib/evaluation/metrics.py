@@ -1,58 +1,39 @@
-"""Rates with their counts and intervals, and the calibration of scores."""
+"""Metrics of a reward model: accuracy on held-out pairs, and the calibration of its margins."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
 
-
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Wilson 1927), 95 % by default.
-
-    Raises:
-        ValueError: `k` is not within 0..n, or n is 0.
-    """
-    if not 0 <= k <= n or n == 0:
-        raise ValueError(f"need 0 <= k <= n and n > 0, got k={k}, n={n}")
-    p, z2 = k / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def rate(k: int, n: int) -> dict | None:
-    """`{"k", "n", "value", "ci_low", "ci_high"}`; None, never 0, when there is nothing to count."""
-    if n == 0:
-        return None
-    low, high = wilson(k, n)
-    return {"k": k, "n": n, "value": k / n, "ci_low": round(low, 6), "ci_high": round(high, 6)}
+from spavl_lib.evaluation.rates import count_rate
 
 
 def calibration(margins: Sequence[float], *, bins: int = 10) -> list[dict]:
-    """How often a pair with a predicted certainty is right, by bins of that certainty.
+    """Compare predicted certainty with the share of pairs ranked correctly, bin by bin.
 
-    The probability that chosen beats rejected is sigmoid(margin); each pair is read from the side
-    the model prefers, so certainty runs from 0.5 to 1.
+    The probability that chosen beats rejected is sigmoid(margin). Each pair is read from the side
+    that the model prefers, so certainty runs from 0.5 to 1.
 
     Args:
-        margins: Score of chosen less that of rejected.
-        bins: Equal steps of certainty.
+        margins: Score of the chosen answer minus the score of the rejected one, one per pair.
+        bins: Number of bins of equal width between 0.5 and 1.
 
     Returns:
-        Per filled bin: `n`, mean `certainty`, share `right`.
+        One row for each bin that holds a pair: `n` pairs, their mean `certainty`, and the share
+        `right` of pairs ranked correctly.
     """
-    found: dict[int, list[tuple[float, bool]]] = {}
+    by_bin: dict[int, list[tuple[float, bool]]] = {}
     for margin in margins:
         certainty = 1 / (1 + math.exp(-min(abs(margin), 700)))
         index = min(bins - 1, int((certainty - 0.5) * 2 * bins))
-        found.setdefault(index, []).append((certainty, margin > 0))
+        by_bin.setdefault(index, []).append((certainty, margin > 0))
     return [
         {
             "n": len(pairs),
             "certainty": sum(c for c, _ in pairs) / len(pairs),
             "right": sum(r for _, r in pairs) / len(pairs),
         }
-        for _, pairs in sorted(found.items())
+        for _, pairs in sorted(by_bin.items())
     ]
 
 
@@ -64,7 +45,7 @@ def expected_calibration_error(margins: Sequence[float], *, bins: int = 10) -> f
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Rank correlation; None where one side does not vary."""
+    """Spearman's rank correlation; None where all values of one side are equal."""
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
     means = [_mean_ranks(np.asarray(v, dtype=float)) for v in (xs, ys)]
@@ -78,31 +59,33 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, dict]) -> dict:
-    """What a reward model's scores of held-out pairs are worth.
+    """All metrics of a reward model on held-out pairs.
 
     Args:
         scored: Rows of `trainers.reward.score_pairs`.
-        exchanged: The same pairs, each over another row's picture.
-        truth: Row id -> what is known of it, for question types; may be empty.
+        exchanged: The same pairs, each scored with the image of another row.
+        truth: Row id -> what is known about the row, used for question types; may be empty.
 
     Returns:
-        `pair_accuracy` overall, `per_class` and `per_question_type`; `ece` and the `calibration`
-        it sums up; `length_correlation` of margin and difference in words, beside the accuracy of
-        preferring the longer answer; accuracy with `swapped` answers and `exchanged` pictures.
+        `pair_accuracy` overall, `per_class`, `per_class1` and `per_question_type`; `ece` and the
+        `calibration` table it summarises; `length_correlation`, the rank correlation of margin and
+        difference in words, and `longer_is_better`, the accuracy of preferring the longer answer;
+        `swapped`, the share of pairs with a negative margin; and `exchanged`, the accuracy with
+        exchanged images.
     """
     margins = [row["chosen_score"] - row["rejected_score"] for row in scored]
     words = [row["chosen_words"] - row["rejected_words"] for row in scored]
 
-    def accuracy(keep: Sequence[bool]) -> dict | None:
-        kept = [m > 0 for m, k in zip(margins, keep, strict=True) if k]
-        return rate(sum(kept), len(kept))
+    def accuracy(selected: Sequence[bool]) -> dict | None:
+        right = [m > 0 for m, keep in zip(margins, selected, strict=True) if keep]
+        return count_rate(sum(right), len(right))
 
     def by(values: list[str]) -> dict[str, dict | None]:
         return {v: accuracy([x == v for x in values]) for v in sorted(set(values)) if v}
 
     known = [truth.get(row["id"], {}).get("question_type", "") for row in scored]
     types = [row["question_type"] or other for row, other in zip(scored, known, strict=True)]
-    moved = [row["chosen_score"] > row["rejected_score"] for row in exchanged]
+    exchanged_right = [row["chosen_score"] > row["rejected_score"] for row in exchanged]
     return {
         "pair_accuracy": accuracy([True] * len(scored)),
         "per_class": by([row["class3"] for row in scored]),
@@ -111,19 +94,20 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
         "ece": expected_calibration_error(margins),
         "calibration": calibration(margins),
         "length_correlation": spearman(margins, words),
-        "longer_is_better": rate(sum(w > 0 for w in words), len(words)),
-        "swapped": rate(sum(m < 0 for m in margins), len(margins)),
-        "exchanged": rate(sum(moved), len(moved)),
+        "longer_is_better": count_rate(sum(w > 0 for w in words), len(words)),
+        "swapped": count_rate(sum(m < 0 for m in margins), len(margins)),
+        "exchanged": count_rate(sum(exchanged_right), len(exchanged_right)),
     }
 
 
 def pair_of_pairs_accuracy(scored: list[dict]) -> dict | None:
-    """Share of twins ranked rightly over both pictures.
+    """Share of twins whose two pairs are both ranked correctly.
 
     Args:
-        scored: Rows of `trainers.reward.score_pairs`, two in sequence making a pair: the same two
-            answers over two pictures, ranked either way. Whoever does not look gets none.
+        scored: Rows of `trainers.reward.score_pairs`. Two rows in sequence are twins: the same two
+            answers with two images, preferred the other way round. A model that ignores the image
+            gets none right.
     """
     right = [row["chosen_score"] > row["rejected_score"] for row in scored]
     both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
-    return rate(sum(both), len(both))
+    return count_rate(sum(both), len(both))

@@ -1,10 +1,13 @@
-"""Text from models, data and files, made fit to be shown: whole, visible, of bearable length."""
+"""Text from models, data and files, prepared for display: complete, visible and not too long."""
 
 import re
 from typing import Any
 
-# Controls, zero-width and direction marks: they hide text, reorder it or drive a terminal.
-_UNSEEN = re.compile(
+MISSING = "–"  # what readers see where a number is missing; never 0
+
+# Control characters, zero-width characters and direction marks hide text, reorder it or drive a
+# terminal.
+_INVISIBLE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
 )
 
@@ -15,18 +18,18 @@ def _visible(match: re.Match) -> str:
 
 
 def clean(value: Any) -> str:
-    """Any value as text in which nothing is hidden: controls and direction marks are spelt out."""
+    """Any value as text that hides nothing: invisible characters are replaced by visible names."""
     text = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
-    return _UNSEEN.sub(_visible, text)
+    return _INVISIBLE.sub(_visible, text)
 
 
 def short(value: Any, limit: int = 60) -> str:
-    """A name that must fit beside others: clean, on one line, at most `limit` characters."""
+    """A name for a label: clean, on one line, at most `limit` characters."""
     text = " ".join(clean(str(value)[: 4 * limit]).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def cut(value: Any, limit: int) -> tuple[str, int]:
-    """Text of at most `limit` characters, and how many were left out."""
+    """The first `limit` characters of a text, and how many characters were left out."""
     text = "" if value is None else str(value)
     return text[:limit], max(0, len(text) - limit)

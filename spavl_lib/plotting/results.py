@@ -12,14 +12,13 @@ from matplotlib.ticker import PercentFormatter
 from spavl_lib.data.taxonomy import PARENTS, TAXONOMY, display
 from spavl_lib.evaluation.numbers import (
     METRICS,
-    Rate,
     model_title,
     models_of,
     percent,
-    pool,
-    rate,
     read_metrics,
+    read_rate,
 )
+from spavl_lib.evaluation.rates import Rate, pool
 from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import (
     INK,
@@ -77,7 +76,7 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     ax.text(0.0, 0.03, "unsafe and\nof no help", va="bottom", **corner)
     points = []
     for index, (name, cells) in enumerate(models.items()):
-        helpful, unsafe = rate(cells, "helpful_rate"), rate(cells, "unsafe_rate")
+        helpful, unsafe = read_rate(cells, "helpful_rate"), read_rate(cells, "unsafe_rate")
         if helpful is None or unsafe is None:
             continue
         x, y = helpful.value, 1 - unsafe.value
@@ -116,7 +115,7 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
         _percent_axis(ax)
         ax.set_title(f"{metric.title} ({'lower' if metric.good == 'low' else 'higher'} is better)")
         for index, (name, cells) in enumerate(models.items()):
-            found = rate(cells, metric.key)
+            found = read_rate(cells, metric.key)
             if found is None:
                 ax.text(0.0, index, "not measured", va="center", color=MUTED, fontsize=9)
                 continue
@@ -143,7 +142,7 @@ def class_rates(cells: Mapping, key: str, level: int) -> dict[str, Rate | None]:
     members: dict[str, list[Rate | None]] = {}
     for class3, rates in (cells.get("per_class") or {}).items():
         name = class3 if level == 3 else PARENTS.get(class3, ("other", "other"))[level - 1]
-        members.setdefault(name, []).append(rate(rates, key))
+        members.setdefault(name, []).append(read_rate(rates, key))
     if level == 3:
         return {name: found[0] for name, found in members.items()}
     return {name: pool(found) for name, found in members.items()}

@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from spavl_lib.evaluation.numbers import percent, share
+from spavl_lib.evaluation.numbers import percent
+from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.style import (
     INK,
     MUTED,
@@ -282,7 +283,7 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
 
 def _share_errors(row: Mapping) -> tuple[float, float]:
     """Distance of a calibration bin's share from the ends of its 95 % interval."""
-    return share(round(row["right"] * row["n"]), row["n"]).errors
+    return Rate.of(round(row["right"] * row["n"]), row["n"]).errors
 
 
 class LivePlot:

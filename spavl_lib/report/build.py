@@ -14,17 +14,16 @@ from spavl_lib.data.taxonomy import display
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import (
     METRICS,
-    MISSING,
     Metric,
-    Rate,
     duration,
     model_title,
     models_of,
     percent,
-    rate,
     read_metrics,
+    read_rate,
 )
-from spavl_lib.evaluation.text import clean, short
+from spavl_lib.evaluation.rates import Rate
+from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.plotting.results import class_order, class_rates
 from spavl_lib.report import collect, gallery
 from spavl_lib.report.charts import saved_figures, svg_uri
@@ -161,7 +160,7 @@ def _results(models: dict) -> list[tuple[str, list[Cell]]]:
         rows.append(
             (
                 model_title(name),
-                [_cell(m, rate(cells, m.key), rate(base, m.key)) for m in METRICS],
+                [_cell(m, read_rate(cells, m.key), read_rate(base, m.key)) for m in METRICS],
             )
         )
     return rows
@@ -173,7 +172,7 @@ def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | No
         (
             model_title(name),
             [
-                (rate(cells.get("held_out_drawings"), m.key), rate(cells, m.key))
+                (read_rate(cells.get("held_out_drawings"), m.key), read_rate(cells, m.key))
                 for m in METRICS
             ],
         )
@@ -184,7 +183,7 @@ def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | No
 
 def _checks(models: dict) -> list[tuple[str, Rate | None, Any]]:
     return [
-        (model_title(name), rate(cells, "twin_accuracy_exchanged"), cells.get("unparsed"))
+        (model_title(name), read_rate(cells, "twin_accuracy_exchanged"), cells.get("unparsed"))
         for name, cells in models.items()
         if "twin_accuracy_exchanged" in cells or "unparsed" in cells
     ]

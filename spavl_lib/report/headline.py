@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from spavl_lib.evaluation.numbers import Rate, model_title, models_of, percent, rate
+from spavl_lib.evaluation.numbers import model_title, models_of, percent, read_rate
+from spavl_lib.evaluation.rates import Rate
 
 
 def headlines(metrics: Mapping) -> list[str]:
@@ -17,10 +18,10 @@ def headlines(metrics: Mapping) -> list[str]:
 
 
 def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
-    unsafe, helpful = rate(cells, "unsafe_rate"), rate(cells, "helpful_rate")
+    unsafe, helpful = read_rate(cells, "unsafe_rate"), read_rate(cells, "helpful_rate")
     if unsafe is None and helpful is None:
         return f"{title} was not measured."
-    was_unsafe, was_helpful = rate(base, "unsafe_rate"), rate(base, "helpful_rate")
+    was_unsafe, was_helpful = read_rate(base, "unsafe_rate"), read_rate(base, "helpful_rate")
     if cells is base or was_unsafe is None or was_helpful is None or None in (unsafe, helpful):
         parts = [
             f"{name} {percent(found)}"

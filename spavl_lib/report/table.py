@@ -5,13 +5,13 @@ from pathlib import Path
 
 from spavl_lib.evaluation.numbers import (
     METRICS,
-    MISSING,
     model_title,
     models_of,
     percent,
-    rate,
     read_metrics,
+    read_rate,
 )
+from spavl_lib.evaluation.text import MISSING
 from spavl_lib.runs.text import say, short_path
 
 
@@ -27,9 +27,9 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
     models = models_of(read_metrics(metrics))
     if not models:
         return "Nothing measured yet."
-    lines = [["", *(f"{m.title} ({'low' if m.good == 'low' else 'high'})" for m in METRICS)]]
+    lines = [["", *(f"{m.title} ({m.good})" for m in METRICS)]]
     for name, cells in models.items():
-        found = [rate(cells, metric.key) for metric in METRICS]
+        found = [read_rate(cells, metric.key) for metric in METRICS]
         lines.append([model_title(name), *map(percent, found)])
         details = [f"{r.counts}, {r.interval}" if r else "" for r in found]
         lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])
@@ -46,8 +46,6 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
 
 def print_results(run_path: Path) -> None:
     """The headline table of a run, and where its report lies."""
-    from spavl_lib.report.table import render_result_table
-
     metrics_path = run_path / "metrics.json"
     if metrics_path.is_file():
         say(f"\n{render_result_table(metrics_path)}\n")

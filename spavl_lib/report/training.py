@@ -6,8 +6,9 @@ from typing import Any
 
 from spavl_lib import plotting
 from spavl_lib.data.taxonomy import display
-from spavl_lib.evaluation.numbers import MISSING, Rate, rate
-from spavl_lib.evaluation.text import short
+from spavl_lib.evaluation.numbers import read_rate
+from spavl_lib.evaluation.rates import Rate
+from spavl_lib.evaluation.text import MISSING, short
 from spavl_lib.plotting.training import TRAINING_GROUPS, key_labels
 from spavl_lib.report.charts import svg_uri
 from spavl_lib.report.collect import StagePage
@@ -51,17 +52,20 @@ def reward_page(found: Any, stage: StagePage) -> dict | None:
     if margins:
         charts["margins"] = svg_uri(plotting.plot_margin_histogram(margins))
     return {
-        "accuracy": rate(found, "pair_accuracy"),
+        "accuracy": read_rate(found, "pair_accuracy"),
         "ece": _number(found.get("ece")),
         "length_correlation": _number(found.get("length_correlation")),
-        "rates": [(title, rate(found, key), words) for key, title, words in REWARD_RATES],
+        "rates": [(title, read_rate(found, key), words) for key, title, words in REWARD_RATES],
         "groups": [(title, _parts(found[key])) for key, title in _GROUPS.items() if found.get(key)],
         "charts": charts,
     }
 
 
 def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
-    return [(_TYPES.get(name) or short(display(name)), rate(cell)) for name, cell in rates.items()]
+    return [
+        (_TYPES.get(name) or short(display(name)), Rate.from_dict(cell))
+        for name, cell in rates.items()
+    ]
 
 
 def policy_page(stage: StagePage) -> dict | None:

@@ -30,7 +30,7 @@ from spavl_lib.data.load import load_preferences, load_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import ERRORS, BusyError, InputError, Preempted
 from spavl_lib.evaluation.judges import judge_all, make_judge
-from spavl_lib.evaluation.metrics import rate
+from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.generation.stage import generate
 from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries, weights_sha256
 from spavl_lib.runs.files import write_text
@@ -240,7 +240,7 @@ def measure(
             should_stop=should_stop,
         )  # fmt: skip
         values = [row[column] for row in judge_all(judge, records) if row[column] is not None]
-        rates[key] = rate(sum(values), len(values))
+        rates[key] = count_rate(sum(values), len(values))
     return rates
 
 
@@ -392,7 +392,7 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
         }
         for key in MEASURED_RATES:
             cells = [result[key] for result in found if result[key]]
-            row[key] = rate(sum(c["k"] for c in cells), sum(c["n"] for c in cells))
+            row[key] = count_rate(sum(c["k"] for c in cells), sum(c["n"] for c in cells))
             row[f"{key}_by_seed"] = [c["value"] for c in cells]
         rows.append(row)
     return {

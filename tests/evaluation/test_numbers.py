@@ -4,28 +4,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spavl_lib.evaluation.numbers import Rate, duration, percent, pool, rate, read_metrics, share
+from spavl_lib.evaluation.numbers import duration, percent, read_metrics, read_rate
+from spavl_lib.evaluation.rates import Rate, pool
 from spavl_lib.report.table import render_result_table
 
 
 def test_share_by_hand() -> None:
     # Wilson 1927 for 1 of 10: (0.1 + 0.19207) / 1.38415 -/+ half.
-    found = share(1, 10)
+    found = Rate.of(1, 10)
     assert found.value == 0.1
     assert found.ci_low == pytest.approx(0.017876, abs=1e-5)
     assert found.ci_high == pytest.approx(0.404150, abs=1e-5)
-    assert share(0, 0) is None
+    assert Rate.of(0, 0) is None
 
 
 @given(st.integers(0, 500), st.integers(1, 500))
 def test_interval_holds_the_rate(k: int, n: int) -> None:
-    found = share(min(k, n), n)
+    found = Rate.of(min(k, n), n)
     assert 0 <= found.ci_low <= found.value + 1e-12 and found.value <= found.ci_high + 1e-12 <= 1.1
 
 
 def test_pool_sums_counts() -> None:
-    parts = [share(1, 4), None, share(3, 6), Rate(0.9)]
-    assert pool(parts) == share(4, 10)
+    parts = [Rate.of(1, 4), None, Rate.of(3, 6), Rate(0.9)]
+    assert pool(parts) == Rate.of(4, 10)
     assert pool([None]) is None
 
 
@@ -48,14 +49,14 @@ def test_duration() -> None:
 
 
 def test_nothing_counted_is_no_rate() -> None:
-    assert rate({"unsafe_rate": {"k": 0, "n": 0, "value": 0.0}}, "unsafe_rate") is None
-    assert rate(None, "unsafe_rate") is None
-    assert rate({}, "unsafe_rate") is None
+    assert read_rate({"unsafe_rate": {"k": 0, "n": 0, "value": 0.0}}, "unsafe_rate") is None
+    assert read_rate(None, "unsafe_rate") is None
+    assert read_rate({}, "unsafe_rate") is None
 
 
 def test_apart_needs_a_gap() -> None:
-    assert share(1, 100).apart(share(50, 100)) and share(50, 100).apart(share(1, 100))
-    assert not share(48, 100).apart(share(50, 100))
+    assert Rate.of(1, 100).apart(Rate.of(50, 100)) and Rate.of(50, 100).apart(Rate.of(1, 100))
+    assert not Rate.of(48, 100).apart(Rate.of(50, 100))
 
 
 def test_metrics_may_be_given_whole() -> None:

@@ -11,7 +11,7 @@ from spavl_lib.config import load_config
 from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.evaluation.numbers import share
+from spavl_lib.evaluation.rates import Rate
 
 SETS = {"harm": 5, "help": 5, "look_alikes": 3, "twins": 4, "twins_exchanged": 4}  # rows a class
 # How often a model goes along with harm, helps, declines a harmless request.
@@ -20,7 +20,7 @@ HABITS = {"base": (0.985, 0.975, 0.01), "dpo": (0.012, 0.968, 0.02), "ppo": (0.0
 
 def rate(k: int, n: int) -> dict:
     """A rate in its JSON form; without a value if nothing was counted."""
-    found = share(k, n)
+    found = Rate.of(k, n)
     if found is None:
         return {"k": k, "n": n, "value": None, "ci_low": None, "ci_high": None}
     return {"k": k, "n": n, "value": found.value, "ci_low": found.ci_low, "ci_high": found.ci_high}

@@ -238,7 +238,7 @@ def test_missing_numbers_are_dashes_never_zero(tmp_path: Path) -> None:
         ({"k": 1, "n": 2, "value": float("nan"), "ci_low": 0, "ci_high": 1}, "nan"),
         ({"k": 1, "n": 2, "value": 0.5, "ci_low": float("-inf"), "ci_high": 1}, "inf"),
         ({"k": 3, "n": 2, "value": 1.5, "ci_low": 0, "ci_high": 1}, "between 0 and 1"),
-        ({"k": 3, "n": 2, "value": 0.5, "ci_low": 0, "ci_high": 1}, "3 of 2 cannot be"),
+        ({"k": 3, "n": 2, "value": 0.5, "ci_low": 0, "ci_high": 1}, "got k=3, n=2"),
         ({"k": 1, "n": 2, "value": "0.5", "ci_low": 0, "ci_high": 1}, "expected a number"),
     ],
 )

@@ -141,10 +141,11 @@ def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> Non
 
 
 def rows(family: str, **unsafe: int) -> list[dict]:
-    from spavl_lib.evaluation.metrics import rate
+    from spavl_lib.evaluation.rates import count_rate
 
     return [
-        {"family": family, "arm": name, "unsafe_rate": rate(k, 100)} for name, k in unsafe.items()
+        {"family": family, "arm": name, "unsafe_rate": count_rate(k, 100)}
+        for name, k in unsafe.items()
     ]
 
 

@@ -1,10 +1,10 @@
-"""Rates and intervals, against numbers worked out by hand."""
+"""Rates and intervals: against numbers worked out by hand, and to JSON and back."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spavl_lib.evaluation.metrics import rate, wilson
+from spavl_lib.evaluation.rates import Rate, count_rate, wilson
 
 Z = 1.959964
 
@@ -55,12 +55,33 @@ def test_impossible_counts_are_refused(k: int, n: int) -> None:
 
 
 def test_a_rate_has_counts_and_interval() -> None:
-    assert rate(5, 10) == {
+    assert count_rate(5, 10) == {
         "k": 5, "n": 10, "value": 0.5,
         "ci_low": pytest.approx(0.236593, abs=1e-6), "ci_high": pytest.approx(0.763407, abs=1e-6),
     }  # fmt: skip
 
 
 def test_nothing_to_count_is_missing_and_not_zero() -> None:
-    assert rate(0, 0) is None
-    assert rate(0, 3)["value"] == 0.0
+    assert count_rate(0, 0) is None
+    assert count_rate(0, 3)["value"] == 0.0
+
+
+@given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_json_and_back(pair: tuple[int, int]) -> None:
+    rate = Rate.of(*pair)
+    cell = rate.to_dict()
+    assert list(cell) == ["k", "n", "value", "ci_low", "ci_high"]
+    assert cell["ci_low"] == round(rate.ci_low, 6) and cell["ci_high"] == round(rate.ci_high, 6)
+    read = Rate.from_dict(cell)
+    assert read.to_dict() == cell
+    assert (read.k, read.n, read.value) == (rate.k, rate.n, rate.value)
+
+
+def test_a_rate_without_counts_keeps_the_keys() -> None:
+    cell = {"k": None, "n": None, "value": 0.5, "ci_low": None, "ci_high": None}
+    assert Rate(0.5).to_dict() == cell and Rate.from_dict(cell) == Rate(0.5)
+
+
+@pytest.mark.parametrize("cell", [None, {}, [], {"value": None, "n": 3}, {"value": 0.0, "n": 0}])
+def test_what_holds_no_value_is_no_rate(cell: object) -> None:
+    assert Rate.from_dict(cell) is None

@@ -1,0 +1,86 @@
+"""Rates: shares of a count, with their 95 % Wilson intervals and their JSON form."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spavl_lib.evaluation.text import MISSING
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % score interval of a proportion (Wilson 1927).
+
+    Raises:
+        ValueError: `k` is not within 0..n, or n is 0.
+    """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"need 0 <= k <= n and n > 0, got k={k}, n={n}")
+    p, z2 = k / n, z * z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share in [0, 1] with its 95 % interval, and the counts `k` of `n` where they are known."""
+
+    value: float
+    ci_low: float | None = None
+    ci_high: float | None = None
+    k: int | None = None
+    n: int | None = None
+
+    @classmethod
+    def of(cls, k: int, n: int) -> "Rate | None":
+        """The share `k` of `n`; None, never 0, when `n` is 0."""
+        return cls(k / n, *wilson(k, n), k, n) if n else None
+
+    @classmethod
+    def from_dict(cls, cell: Any) -> "Rate | None":
+        """A rate from its JSON form; None if `cell` holds no value or counts nothing."""
+        if not isinstance(cell, Mapping) or cell.get("value") is None or cell.get("n") == 0:
+            return None
+        return cls(*(cell.get(name) for name in ("value", "ci_low", "ci_high", "k", "n")))
+
+    def to_dict(self) -> dict:
+        """The JSON form, with the interval rounded to six digits. Tools read these keys."""
+        low, high = (end if end is None else round(end, 6) for end in (self.ci_low, self.ci_high))
+        return {"k": self.k, "n": self.n, "value": self.value, "ci_low": low, "ci_high": high}
+
+    @property
+    def errors(self) -> tuple[float, float]:
+        """Distance from the value down and up to the interval's ends; 0 without an interval."""
+        low = self.value if self.ci_low is None else self.ci_low
+        high = self.value if self.ci_high is None else self.ci_high
+        return max(self.value - low, 0.0), max(high - self.value, 0.0)
+
+    @property
+    def counts(self) -> str:
+        """The counts as `k/n`."""
+        return f"{self.k}/{self.n}" if self.k is not None and self.n is not None else MISSING
+
+    @property
+    def interval(self) -> str:
+        """The interval as `0.1–3.3 %`."""
+        if self.ci_low is None or self.ci_high is None:
+            return MISSING
+        return f"{100 * self.ci_low:.1f}–{100 * self.ci_high:.1f}\u00a0%"
+
+    def apart(self, other: "Rate") -> bool:
+        """Whether the two intervals do not overlap."""
+        low, high = sorted((self, other), key=lambda rate: rate.value)
+        return low.value + low.errors[1] < high.value - high.errors[0]
+
+
+def count_rate(k: int, n: int) -> dict | None:
+    """The share `k` of `n` in its JSON form; None, never 0, when `n` is 0."""
+    rate = Rate.of(k, n)
+    return rate.to_dict() if rate else None
+
+
+def pool(rates: Iterable[Rate | None]) -> Rate | None:
+    """The rate of a whole from the rates of its parts; parts without counts are left out."""
+    counted = [rate for rate in rates if rate is not None and rate.k is not None and rate.n]
+    return Rate.of(sum(rate.k for rate in counted), sum(rate.n for rate in counted))
