@@ -48,14 +48,9 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     """Spearman's rank correlation; None where all values of one side are equal."""
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
-    means = [_mean_ranks(np.asarray(v, dtype=float)) for v in (xs, ys)]
-    return float(np.corrcoef(*means)[0, 1])
+    from scipy.stats import rankdata  # takes a second to import
 
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]
+    return float(np.corrcoef(rankdata(xs), rankdata(ys))[0, 1])
 
 
 def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, dict]) -> dict:

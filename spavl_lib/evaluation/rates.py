@@ -1,6 +1,5 @@
 """Rates: shares of a count, with their 95 % Wilson intervals and their JSON form."""
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from spavl_lib.evaluation.text import MISSING
 
 
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(k: int, n: int) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927).
 
     Raises:
@@ -16,10 +15,10 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     """
     if not 0 <= k <= n or n == 0:
         raise ValueError(f"need 0 <= k <= n and n > 0, got k={k}, n={n}")
-    p, z2 = k / n, z * z
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    from scipy.stats import binomtest  # takes a second to import
+
+    interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
 """Rates and intervals: against numbers worked out by hand, and to JSON and back."""
 
+import json
+import math
+from pathlib import Path
+from statistics import NormalDist
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spavl_lib.evaluation.rates import Rate, count_rate, wilson
 
-Z = 1.959964
+Z = NormalDist().inv_cdf(0.975)
 
 
 # k = 0: upper = z^2 / (n + z^2); k = n: lower = n / (n + z^2);
@@ -32,6 +37,33 @@ def test_wilson_in_closed_form() -> None:
     assert wilson(10, 10)[0] == pytest.approx(10 / (10 + z2), abs=1e-12)
     half = Z / (2 * (10 + z2) ** 0.5)
     assert wilson(5, 10) == pytest.approx((0.5 - half, 0.5 + half), abs=1e-12)
+
+
+def wilson_by_hand(k: int, n: int, z: float = Z) -> tuple[float, float]:
+    """The formula of Wilson 1927, Eq. 4, written out."""
+    p, z2 = k / n, z * z
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@given(st.integers(1, 100_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilson_is_the_formula(pair: tuple[int, int]) -> None:
+    assert wilson(*pair) == pytest.approx(wilson_by_hand(*pair), rel=0, abs=1e-12)
+
+
+def test_the_demos_rates_round_as_published(repo: Path) -> None:
+    """The normal quantile was 1.959964 once; no published interval tells the difference."""
+    cells, pages = [], [json.loads(p.read_text()) for p in (repo / "reports").rglob("*.json")]
+    while pages:
+        page = pages.pop()
+        if isinstance(page, dict) and {"k", "n", "value"} <= page.keys():
+            cells.append(page)
+        elif isinstance(page, dict | list):
+            pages += page.values() if isinstance(page, dict) else page
+    assert len(cells) > 100
+    for cell in cells:
+        assert count_rate(cell["k"], cell["n"]) == cell
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
