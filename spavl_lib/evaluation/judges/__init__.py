@@ -1,39 +1,170 @@
-"""Judges: answers in, verdicts out, behind one call.
+"""Judges: a judge takes records with a response and returns a verdict for each.
 
-A verdict says what an answer does (`refused`, `complied`, `other`) and, where that can be known,
-whether it is unsafe or helpful. Where a judge's own reply cannot be read, `unsafe` is None and
-`unjudged` says why: counted apart, never as safe.
+A verdict says what a response does (`refused`, `complied`, `other`) and, where that can be known,
+whether it is unsafe or helpful. If a judge's own reply cannot be read, `unsafe` is None and
+`unjudged` holds the reply: such a row is counted apart, never as safe.
+
+To add a judge, decorate a function that makes it, and choose it with `evaluation.judge=words`:
+
+    @register_judge("words")
+    def make(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge: ...
+
+A package of its own names that function as an entry point in the group `spavl.judges`; its
+pyproject.toml says `[project.entry-points."spavl.judges"]` and `words = "package.module:make"`.
 """
 
-from collections.abc import Iterable
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from spavl_lib.config import EvaluationConfig
-from spavl_lib.errors import InputError
+from spavl_lib.errors import InputError, nearest
 from spavl_lib.evaluation.judges.exact import ExactJudge, ExactPairJudge
 from spavl_lib.evaluation.judges.phrases import PhraseJudge
 
-__all__ = ["ExactJudge", "ExactPairJudge", "Judge", "PhraseJudge", "judge_all", "make_judge"]
+__all__ = [
+    "JUDGES", "ExactJudge", "ExactPairJudge", "Judge", "PhraseJudge", "check_judge", "judge_all",
+    "judge_names", "make_judge", "register_judge",
+]  # fmt: skip
+ENTRY_POINTS = "spavl.judges"
+VERDICT_KEYS = {"verdict", "harmful", "unsafe", "helpful"}
 
 
 class Judge(Protocol):
-    """Anything that judges answers. One with `many(records)` is given all of them at once."""
+    """Anything that judges responses. A judge with `many(records)` gets all records at once."""
 
     name: str
+    """Names the judge in metrics.json, with its model and version."""
 
     def __call__(self, record: dict) -> dict:
-        """Verdict of one record of `generation`: verdict, harmful, unsafe, helpful."""
+        """The verdict of one record: `verdict`, `harmful`, `unsafe` and `helpful`."""
 
 
-def judge_all(judge: Judge, records: Iterable[dict]) -> list[dict]:
-    """Every record with its verdict, the picture it may have carried left out."""
-    records = list(records)
-    many = getattr(judge, "many", None)
-    verdicts = many(records) if many else [judge(record) for record in records]
-    return [
-        {k: v for k, v in record.items() if k != "image"} | verdict
-        for record, verdict in zip(records, verdicts, strict=True)
-    ]
+Factory = Callable[[EvaluationConfig, dict[str, dict]], Judge]
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """How to make a judge, and what it needs."""
+
+    factory: Factory
+    """Takes the settings and the truth (row id -> facts) and returns the judge."""
+    needs: tuple[str, ...] = ()
+    """Settings of `evaluation` that must not be empty."""
+    needs_truth: bool = False
+    """Whether the judge works only for rows whose truth is known."""
+
+
+JUDGES: dict[str, JudgeSpec] = {}
+
+
+def register_judge(
+    name: str, *, needs: Iterable[str] = (), needs_truth: bool = False
+) -> Callable[[Factory], Factory]:
+    """Register the decorated function as the factory of a judge.
+
+    Args:
+        name: Value of `evaluation.judge` that chooses this judge.
+        needs: Settings of `evaluation` that must not be empty, such as `judge_model`.
+        needs_truth: Whether the judge works only for rows whose truth is known.
+
+    Raises:
+        InputError: Another factory has this name.
+    """
+
+    def decorate(factory: Factory) -> Factory:
+        known = JUDGES.get(name)
+        # The same function again, as when a notebook's cell is run twice, replaces the first.
+        if known and _path_of(known.factory) != _path_of(factory):
+            raise InputError(f"judge {name!r} exists already; give the new judge another name")
+        JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth)
+        return factory
+
+    return decorate
+
+
+def _path_of(factory: Factory) -> tuple[str, str]:
+    return factory.__module__, factory.__qualname__
+
+
+@register_judge("exact", needs_truth=True)
+def _exact(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    return ExactJudge(truth)
+
+
+@register_judge("phrases")
+def _phrases(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    return PhraseJudge(settings.judge_phrases)
+
+
+@register_judge("guard", needs=["judge_model"])
+def _guard(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    from spavl_lib.evaluation.judges.guard import GuardJudge
+
+    return GuardJudge(settings)
+
+
+@register_judge("endpoint", needs=["judge_model", "judge_url"])
+def _endpoint(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    from spavl_lib.evaluation.judges.endpoint import EndpointJudge
+
+    return EndpointJudge(settings)
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def judge_names() -> list[str]:
+    """Names of all judges, those of other packages included."""
+    return sorted({*JUDGES, *_entry_points()})
+
+
+def _find(name: str) -> JudgeSpec:
+    entry = _entry_points().get(name)
+    if name not in JUDGES and entry:
+        try:
+            factory = entry.load()
+        except Exception as error:
+            raise InputError(
+                f"evaluation.judge: cannot load judge {name!r} from {entry.value}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if name not in JUDGES:  # unless the function is decorated
+            register_judge(name)(factory)
+    if name not in JUDGES:
+        known = judge_names()
+        raise InputError(
+            f"evaluation.judge: unknown judge {name!r}{nearest(name, known)} "
+            f"(known: {', '.join(known)})"
+        )
+    return JUDGES[name]
+
+
+def check_judge(settings: EvaluationConfig, truth: Mapping | None = None) -> None:
+    """Check before any training that the configured judge exists and has what it needs.
+
+    Args:
+        settings: The config's section `evaluation`.
+        truth: Row id -> facts; empty if nothing is known about the rows. None skips this check.
+
+    Raises:
+        InputError: The judge is unknown, or a setting or the truth that it needs is missing.
+    """
+    _checked(settings.judge, settings, truth)
+
+
+def _checked(name: str, settings: EvaluationConfig, truth: Mapping | None) -> JudgeSpec:
+    spec = _find(name)
+    for field in spec.needs:
+        if not getattr(settings, field):
+            raise InputError(f"evaluation.judge: {name} needs evaluation.{field}")
+    if spec.needs_truth and truth is not None and not truth:
+        raise InputError(
+            f"evaluation.judge: {name} knows only SPA-VL mini; use phrases, guard or endpoint"
+        )
+    return spec
 
 
 def make_judge(
@@ -42,26 +173,33 @@ def make_judge(
     """A judge by its config name.
 
     Args:
-        name: exact, phrases, guard or endpoint.
-        truth: Of every row of mini, for the exact judge.
-        settings: Which model, and where, for guard and endpoint.
+        name: Name of a registered judge, such as exact, phrases, guard or endpoint.
+        truth: Row id -> facts about every row of mini; empty for other data.
+        settings: The config's section `evaluation`; None for the defaults.
 
     Raises:
-        InputError: The exact judge was asked for data whose truth nobody knows; or no model named.
+        InputError: As `check_judge`; or the judge cannot be made.
     """
     settings = settings or EvaluationConfig()
-    if name == "phrases":
-        return PhraseJudge(settings.judge_phrases)
-    if name in ("guard", "endpoint") and not settings.judge_model:
-        raise InputError(f"evaluation.judge: {name} needs evaluation.judge_model")
-    if name == "guard":
-        from spavl_lib.evaluation.judges.guard import GuardJudge
+    judge = _checked(name, settings, truth).factory(settings, truth)
+    if not isinstance(getattr(judge, "name", None), str):
+        raise InputError(f"judge {name!r} has no `name`; metrics.json needs one")
+    return judge
 
-        return GuardJudge(settings)
-    if name == "endpoint":
-        from spavl_lib.evaluation.judges.endpoint import EndpointJudge
 
-        return EndpointJudge(settings)
-    if not truth:
-        raise InputError("evaluation.judge: exact knows only SPA-VL mini; use phrases")
-    return ExactJudge(truth)
+def judge_all(judge: Judge, records: Iterable[dict]) -> list[dict]:
+    """Every record with its verdict, without the image it may hold.
+
+    Raises:
+        InputError: A verdict lacks one of its keys.
+    """
+    records = list(records)
+    many = getattr(judge, "many", None)
+    verdicts = many(records) if many else [judge(record) for record in records]
+    for verdict in verdicts:
+        if missing := VERDICT_KEYS - verdict.keys():
+            raise InputError(f"{judge}: a verdict lacks {', '.join(sorted(missing))}")
+    return [
+        {k: v for k, v in record.items() if k != "image"} | verdict
+        for record, verdict in zip(records, verdicts, strict=True)
+    ]
