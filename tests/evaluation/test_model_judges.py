@@ -7,12 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tenacity
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import judge_all, make_judge, rubric
+from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
 from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge, EndpointPairJudge
 from spavl_lib.evaluation.judges.guard import GuardJudge, form_of, read_reply
 from spavl_lib.evaluation.suite import model_metrics
@@ -78,7 +79,8 @@ class Server:
     def __init__(self) -> None:
         self.asked: list[dict] = []
         self.keys: list[str | None] = []
-        self.script: list[object] = []  # status codes, raw bodies or replies, one a call
+        # One for each request: a reply, a raw body, a status code, or (status code, header, body).
+        self.script: list[object] = []
         self.reply = lambda body: '{"verdict": "safe"}'
         outer = self
 
@@ -88,10 +90,14 @@ class Server:
                 outer.asked.append(body)
                 outer.keys.append(self.headers.get("Authorization"))
                 step = outer.script.pop(0) if outer.script else outer.reply(body)
-                status = step if isinstance(step, int) else 200
-                page = {"choices": [{"message": {"content": step}}]}
-                text = step if isinstance(step, bytes) else json.dumps(page).encode()
+                status, headers, text = step if isinstance(step, tuple) else (200, {}, step)
+                if isinstance(step, int):
+                    status, text = step, b""
+                page = {"choices": [{"message": {"content": text}}]}
+                text = text if isinstance(text, bytes) else json.dumps(page).encode()
                 self.send_response(status)
+                for header in headers.items():
+                    self.send_header(*header)
                 self.send_header("Content-Length", str(len(text)))
                 self.end_headers()
                 self.wfile.write(text)
@@ -162,14 +168,62 @@ def test_passing_failures_are_tried_again(server: Server, tmp_path: Path) -> Non
 
 def test_lasting_failures_say_what_to_do(server: Server, tmp_path: Path) -> None:
     server.script = [500] * 7
-    with pytest.raises(InputError, match="did not answer after 7 tries .HTTP 500.*goes on"):
+    with pytest.raises(InputError, match="did not answer after 7 tries .HTTP 500.*same command"):
         judge(server, tmp_path)(record("x"))
     server.script = [401]
     with pytest.raises(InputError, match=r"refuses the key.*set \$SPAVL_JUDGE_KEY"):
         judge(server, tmp_path)(record("x"))
-    server.script = [404]
-    with pytest.raises(InputError, match="no model 'm' there"):
+    server.script = [(404, {}, b"unknown model m")]
+    with pytest.raises(InputError, match="has no model 'm' .HTTP 404: unknown model m.; check"):
         judge(server, tmp_path)(record("x"))
+
+
+def test_a_retry_waits_as_long_as_the_endpoint_asks(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(tenacity.nap.time, "sleep", waits.append)
+    monkeypatch.setattr(endpoint.time, "time", lambda: 1_000_000_000.0)
+    asked = ["7", "Sun, 09 Sep 2001 01:47:10 GMT", "Sun, 09 Sep 2001 01:00:00 GMT", "9999", "soon"]
+    server.script = [(429, {"Retry-After": text}, b"") for text in asked]
+    assert judge(server, tmp_path)(record("x"))["unsafe"] is False
+    assert [round(w) for w in waits] == [7, 30, 0, 60, 0]  # one in the past; one cut; one unclear
+
+
+def test_waits_grow(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(tenacity.nap.time, "sleep", waits.append)
+    server.script = [500] * 6
+    assert Client(server.url, "m", cache=tmp_path / "c", first_wait_s=4)([]).startswith("{")
+    assert all(b >= a for a, b in zip(waits, waits[1:], strict=False)) and waits[-1] == 60
+    assert 4 <= waits[0] <= 8 and 8 <= waits[1] <= 12 and len(waits) == 6
+
+
+def test_an_endless_reply_is_cut(server: Server, tmp_path: Path) -> None:
+    server.script = [b" " * (1 << 20) + b"{}", b"[" * 100_000, '{"verdict": "unsafe"}']
+    assert judge(server, tmp_path)(record("x"))["unsafe"] is True and len(server.asked) == 3
+
+
+def test_a_rejected_request_shows_the_endpoints_own_words(server: Server, tmp_path: Path) -> None:
+    rejection = (400, {}, b"max_tokens is not supported, use max_completion_tokens")
+    server.script = [rejection] * 4
+    with pytest.raises(InputError, match="misjudged 4 of 4.*HTTP 400: max_tokens is not supp"):
+        judge(server, tmp_path, judge_canaries=True)(record("x"))
+    server.script = [rejection] * 20
+    with pytest.raises(InputError, match="20 of 20 replies.*HTTP 400: max_tokens is not supp"):
+        judge(server, tmp_path).many([record(str(n)) for n in range(20)])
+
+
+def test_requests_go_through_the_environments_proxy(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert Client("http://judge.invalid/v1", "m", cache=tmp_path / "c")([]).startswith("{")
+    monkeypatch.setenv("HTTP_PROXY", "what://proxy")
+    with pytest.raises(InputError, match="proxy in the environment is unusable"):
+        Client("http://judge.invalid/v1", "m")
 
 
 def test_unreadable_verdicts_are_counted_apart_and_never_safe(
@@ -206,10 +260,27 @@ def test_the_key_comes_from_the_environment_alone(
     judge(server, tmp_path)(record("x"))
     assert server.keys == ["Bearer s3cret"]
     assert "s3cret" not in (tmp_path / "cache.jsonl").read_text()
-    with pytest.raises(InputError, match="holds a password"):
-        Client("http://me:s3cret@host/v1", "m")
-    with pytest.raises(InputError, match="no http address"):
-        Client("file:///etc/passwd", "m")
+    server.script = [(400, {}, b"the key s3cret may not do this")]
+    assert (
+        judge(server, tmp_path)(record("y"))["unjudged"]
+        == "HTTP 400: the key [key] may not do this"
+    )
+    with pytest.raises(InputError, match="holds a password") as caught:
+        Client("http://me:s3cret@host:x/v1", "m")
+    assert "s3cret" not in str(caught.value)
+    for key in ("s3cret\nX: y", "s3crét"):
+        monkeypatch.setenv("SPAVL_JUDGE_KEY", key)
+        with pytest.raises(InputError, match=r"\$SPAVL_JUDGE_KEY holds a char") as caught:
+            Client(server.url, "m")
+        assert "s3cr" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["file:///etc/passwd", "localhost:8000/v1", "http://", "http://[::1"]
+)
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InputError, match=r"judge_url.*(expected an http|is unusable)"):
+        Client(url, "m")
 
 
 def test_pictures_go_along_only_if_asked(server: Server, tmp_path: Path) -> None:

@@ -1,27 +1,27 @@
-"""A judge behind an OpenAI-compatible endpoint: a hosted model, or vLLM on one's own machine.
+"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a vLLM server of your own.
 
-    export SPAVL_JUDGE_KEY=...    # the key comes from the environment alone
+    export SPAVL_JUDGE_KEY=...    # the key is read from the environment only
     spavl run 06 --profile colab --set evaluation.judge=endpoint \\
       --set evaluation.judge_model=NAME --set evaluation.judge_url=http://localhost:8000/v1
 
-Replies are kept under a hash of all that was asked, so that a repeated or interrupted judging asks
-nothing twice.
+Proxies are read from the environment (HTTPS_PROXY, NO_PROXY). Every reply is cached under a hash of
+the request, so a repeated or interrupted evaluation never sends the same request twice.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import os
-import random
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
-from urllib.parse import urlsplit
 
+import httpx2
+import tenacity
 from tqdm.auto import tqdm
 
 from spavl_lib.config import EvaluationConfig
@@ -32,43 +32,89 @@ from spavl_lib.evaluation.judges import rubric
 from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
-RETRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 6, 1.0, 60.0, 120.0, 8
-PASSING = {408, 409, 425, 429, 500, 502, 503, 504}
+TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 7, 1.0, 60.0, 120.0, 8
+TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP status codes worth another try
 
 
-class Refused(Exception):
-    """The endpoint will not answer this very request, such as a content filter."""
+class RefusedRequest(Exception):
+    """The endpoint rejects this one request, for example because of a content filter."""
+
+
+class TransientFailure(Exception):
+    """The request failed in a way that may pass; the endpoint asks to wait `after_s` seconds."""
+
+    def __init__(self, problem: str, after_s: float = 0.0):
+        super().__init__(problem)
+        self.after_s = after_s
 
 
 class Client:
-    """Chat completions of one model, at temperature 0, with retries and a cache."""
+    """Chat completions of one model at temperature 0, with retries and a cache."""
 
     def __init__(
         self, url: str, model: str, *, cache: Path | None = None, first_wait_s: float = FIRST_WAIT_S
     ):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"evaluation.judge_url {url!r} is no http address")
-        if parts.username or parts.password:
-            raise InputError("evaluation.judge_url holds a password; put it into $SPAVL_JUDGE_KEY")
-        self.url, self.model, self.first_wait_s = url.rstrip("/"), model, first_wait_s
-        self.key = next((os.environ[k] for k in KEYS if os.environ.get(k)), "")
+        """Check the address; read the key, the proxies and the cache.
+
+        Args:
+            url: Address of the endpoint, up to `/v1`.
+            model: The model's name at the endpoint.
+            cache: JSONL file of replies; None for a file in the cache folder.
+            first_wait_s: Seconds before the second try. Every further wait is twice as long.
+
+        Raises:
+            InputError: The address, the key or the proxies cannot be used.
+        """
+        if "@" in url:
+            raise InputError(
+                f"evaluation.judge_url holds a password; remove it and set ${KEYS[0]} to the key"
+            )
+        self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        try:
+            address = httpx2.URL(self.url)
+            self.http = httpx2.Client(headers=headers, timeout=TIMEOUT_S)
+        except (httpx2.InvalidURL, ImportError, ValueError) as error:
+            raise InputError(
+                f"evaluation.judge_url {url!r} or a proxy in the environment is unusable: {error}"
+            ) from error
+        if address.scheme not in ("http", "https") or not address.host:
+            raise InputError(f"evaluation.judge_url {url!r}: expected an http or https address")
         name = hashlib.sha256(f"{self.url}\x1f{model}".encode()).hexdigest()[:16]
         self.cache = cache or cache_root() / "judges" / f"{name}.jsonl"
         self.lock = threading.Lock()
         self.replies = self._read_cache()
+        backoff = tenacity.wait_exponential_jitter(
+            max=LONGEST_WAIT_S, jitter=first_wait_s, multiplier=first_wait_s
+        )
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            return min(max(backoff(state), state.outcome.exception().after_s), LONGEST_WAIT_S)
+
+        self.retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(TRIES), wait=wait, reraise=True,
+            retry=tenacity.retry_if_exception_type(TransientFailure),
+        )  # fmt: skip
 
     def __call__(self, messages: list[dict]) -> str:
         """The reply to these turns.
 
         Raises:
-            Refused: The endpoint refuses this request for good.
-            InputError: It cannot be reached, or refuses every request.
+            RefusedRequest: The endpoint rejects this request.
+            InputError: The endpoint cannot be reached, or rejects every request.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 64}
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if key not in self.replies:
-            reply = self._ask(body)
+            try:
+                reply = self.retrying(self._post, body)
+            except TransientFailure as error:
+                raise InputError(
+                    f"{self.url} did not answer after {TRIES} tries ({error}). Finished replies "
+                    "are cached: run the same command again to continue"
+                ) from None
             with self.lock:
                 self.replies[key] = reply
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -80,61 +126,61 @@ class Client:
         replies = {}
         if self.cache.is_file():
             for line in self.cache.read_text(encoding="utf-8").split("\n"):
-                try:
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by an interrupt
                     page = json.loads(line)
                     replies[page["key"]] = page["reply"]
-                except (ValueError, KeyError, TypeError):  # torn by an interrupt
-                    continue
         return replies
 
-    def _ask(self, body: dict) -> str:
-        wait = self.first_wait_s
-        for attempt in range(RETRIES + 1):
-            try:
-                return self._once(body)
-            except urllib.error.HTTPError as error:
-                with error:
-                    said = error.read(500).decode("utf-8", "replace")
-                    after = error.headers.get("Retry-After") or ""
-                if error.code in (401, 403):
-                    raise InputError(
-                        f"{self.url} refuses the key (HTTP {error.code}); set ${KEYS[0]}"
-                    ) from None
-                if error.code == 404:
-                    raise InputError(f"{self.url}: no model {self.model!r} there") from None
-                if error.code not in PASSING:
-                    raise Refused(f"HTTP {error.code}: {said}") from None
-                problem = f"HTTP {error.code}"
-                wait = max(wait, float(after)) if after.isdigit() else wait
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            if attempt < RETRIES:
-                time.sleep(min(wait, LONGEST_WAIT_S) * random.uniform(0.8, 1.2))
-                wait *= 2
-        raise InputError(
-            f"{self.url} did not answer after {RETRIES + 1} tries ({problem}); what was judged is "
-            "kept, the same command goes on"
-        )
+    def _post(self, body: dict) -> str:
+        url, content = f"{self.url}/chat/completions", json.dumps(body).encode()
+        try:
+            with self.http.stream("POST", url, content=content) as answer:
+                text = next(answer.iter_text(1 << 20), "")  # a longer answer is cut, so no JSON
+        except httpx2.HTTPError as error:
+            raise TransientFailure(f"{type(error).__name__}: {error}") from None
+        status, shown = answer.status_code, text[:500]
+        problem = f"HTTP {status}: {shown.replace(self.key, '[key]') if self.key else shown}"
+        if status in (401, 403):
+            raise InputError(f"{self.url} refuses the key (HTTP {status}); set ${KEYS[0]}")
+        if status == 404:
+            raise InputError(
+                f"{self.url} has no model {self.model!r} ({problem}); check evaluation.judge_model "
+                "and evaluation.judge_url"
+            )
+        if status in TRANSIENT:
+            raise TransientFailure(problem, wait_of(answer.headers.get("Retry-After", "")))
+        if not answer.is_success:
+            raise RefusedRequest(problem)
+        try:
+            reply = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise TransientFailure(f"{type(error).__name__}: {error}") from None
+        return reply if isinstance(reply, str) else ""
 
-    def _once(self, body: dict) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), headers
-        )
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
-            page = json.loads(answer.read(1 << 20))
-        content = page["choices"][0]["message"]["content"]
-        return content if isinstance(content, str) else ""
+
+def _read_key() -> str:
+    for name in KEYS:
+        if key := os.environ.get(name, "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise InputError(f"${name} holds a character that no key has; set it again")
+            return key
+    return ""
+
+
+def wait_of(retry_after: str) -> float:
+    """Seconds to wait by a Retry-After header, a number or a date (RFC 9110); 0 if unreadable."""
+    if retry_after.isdecimal():
+        return float(retry_after)
+    with contextlib.suppress(ValueError, OverflowError):
+        if date := parsedate_tz(retry_after):
+            return max(0.0, mktime_tz(date) - time.time())
+    return 0.0
 
 
 class EndpointJudge:
-    """Safe or unsafe, by a model behind an endpoint."""
+    """Safe or unsafe, by the model behind an endpoint."""
 
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
-        if client is None and not settings.judge_url:
-            raise InputError("evaluation.judge: endpoint needs evaluation.judge_url")
         self.client = client or Client(settings.judge_url, settings.judge_model)
         self.needs_images = settings.judge_images
         self.canaries = settings.judge_canaries
@@ -149,20 +195,18 @@ class EndpointJudge:
         """Judge records, several at a time.
 
         Raises:
-            InputError: The endpoint fails, misjudges a canary, or too many replies are no verdict.
+            InputError: The endpoint fails, misjudges a canary, or too many replies hold no verdict.
         """
         if self.canaries:
-            asked = [{"prompt": q, "response": a} for q, a, _ in rubric.CANARIES]
-            rubric.check_canaries(self.name, [self._unsafe(r)[0] for r in asked])
+            rubric.check_canaries(self.name, [self._opinion(r) for r in rubric.canary_records()])
             self.canaries = False
         with ThreadPoolExecutor(WORKERS) as pool:
-            said = list(
-                tqdm(pool.map(self._unsafe, records), total=len(records), desc="judge", leave=False)
-            )
-        rubric.check_share(self.name, sum(u is None for u, _ in said), len(said))
-        return [rubric.verdict_of(r, *s) for r, s in zip(records, said, strict=True)]
+            answers = pool.map(self._opinion, records)
+            opinions = list(tqdm(answers, total=len(records), desc="judge", leave=False))
+        rubric.check_share(self.name, opinions)
+        return [rubric.verdict_of(r, *o) for r, o in zip(records, opinions, strict=True)]
 
-    def _unsafe(self, record: dict) -> tuple[bool | None, str]:
+    def _opinion(self, record: dict) -> tuple[bool | None, str]:
         messages = rubric.safety_messages(record["prompt"], record["response"])
         if self.needs_images and record.get("image") is not None:
             messages[1]["content"] = [
@@ -171,23 +215,32 @@ class EndpointJudge:
             ]
         try:
             reply = self.client(messages)
-        except Refused as error:
+        except RefusedRequest as error:
             return None, str(error)
         verdict = rubric.read_verdict(reply, "verdict", ("safe", "unsafe"))
         return (None, reply) if verdict is None else (verdict == "unsafe", "")
 
 
 class EndpointPairJudge:
-    """Which of two answers is better, by a model behind an endpoint."""
+    """Which of two responses is better, by the model behind an endpoint."""
 
     def __init__(self, client: Client):
         self.client, self.name = client, f"endpoint-pairs:{client.model}"
 
     def __call__(self, record: dict, first: str, second: str) -> str | None:
-        """`first`, `second`, `tie`, or None if the reply is none of them."""
+        """Compare two responses to one prompt.
+
+        Args:
+            record: Holds the `prompt`.
+            first: One response.
+            second: The other response.
+
+        Returns:
+            `first`, `second`, `tie`, or None if the reply is none of them.
+        """
         try:
             reply = self.client(rubric.pair_messages(record["prompt"], first, second))
-        except Refused:
+        except RefusedRequest:
             return None
         return rubric.read_verdict(reply, "better", ("first", "second", "tie"))
 

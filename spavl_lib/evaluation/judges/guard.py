@@ -82,22 +82,21 @@ class GuardJudge:
             InputError: The model misjudges a canary, or too many replies are no verdict.
         """
         if self.canaries:
-            asked = [{"prompt": q, "response": a} for q, a, _ in rubric.CANARIES]
-            rubric.check_canaries(self.name, [u for u, _ in self._judged(asked)])
+            rubric.check_canaries(self.name, self._opinions(rubric.canary_records()))
             self.canaries = False
-        said = self._judged(records)
-        rubric.check_share(self.name, sum(u is None for u, _ in said), len(said))
-        return [rubric.verdict_of(r, *s) for r, s in zip(records, said, strict=True)]
+        opinions = self._opinions(records)
+        rubric.check_share(self.name, opinions)
+        return [rubric.verdict_of(r, *o) for r, o in zip(records, opinions, strict=True)]
 
-    def _judged(self, records: Sequence[dict]) -> list[tuple[bool | None, str]]:
-        said: list[tuple[bool | None, str]] = []
+    def _opinions(self, records: Sequence[dict]) -> list[tuple[bool | None, str]]:
+        opinions: list[tuple[bool | None, str]] = []
         size = self.settings.judge_batch_size
         starts = range(0, len(records), size)
         for start in tqdm(starts, desc="judge", leave=False, disable=len(records) <= size):
             for reply in self.replies(records[start : start + size]):
                 verdict = read_reply(reply, self.form)
-                said.append((None, reply) if verdict is None else (verdict == "unsafe", ""))
-        return said
+                opinions.append((None, reply) if verdict is None else (verdict == "unsafe", ""))
+        return opinions
 
     @torch.no_grad()
     def replies(self, records: Sequence[dict]) -> list[str]:
