@@ -1,6 +1,6 @@
 # From nothing but Python 3.11 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test soak check format lab clean
+.PHONY: help setup demo scaling test soak mutants check format lab clean
 
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -43,6 +43,9 @@ test: check .venv/.engines  ## lint, then all tests, with every notebook in the 
 
 soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md
 	$(BIN)/python -m tests.reliability.soak
+
+mutants: setup  ## small faults put into the code one by one: do the tests notice? 40 minutes
+	$(BIN)/python scripts/mutants.py
 
 check: setup  ## lint and format of code and notebooks; notebooks without outputs
 	$(BIN)/ruff check
