@@ -1,6 +1,6 @@
 # From nothing but Python 3.11 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test soak mutants check format lab clean
+.PHONY: help setup demo scaling test unit slow soak mutants check format lab clean
 
 IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
@@ -38,8 +38,20 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 		$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,deepspeed]'; then touch $@; else \
 		echo "DeepSpeed does not install here: the tests of its engines will be skipped" >&2; fi
 
-test: check .venv/.engines  ## lint, then all tests, with every notebook in the smoke profile
-	$(BIN)/python -m pytest
+# Two processes, a thread each; a file's tests stay together, because they share what they train.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tests/plotting \
+	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \
+	tests/test_pins.py tests/test_readme.py tests/notebooks/test_structure.py
+
+test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 12 minutes
+	$(PYTEST)
+
+unit: setup  ## the fast tests alone: formulas, settings, data, judges, figures; 2 minutes
+	$(PYTEST) $(UNIT)
+
+slow: .venv/.engines  ## tests that take minutes: every engine, kills of every trainer; 35 minutes
+	$(PYTEST) -m "slow and not gpu"
 
 soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md
 	$(BIN)/python -m tests.reliability.soak

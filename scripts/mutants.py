@@ -185,11 +185,11 @@ def change_of(tree: Path, found: dict) -> str:
     return "  ".join(" ".join(n.split()) for n in lines if n.startswith(("- ", "+ ")))
 
 
-# --- a worker: loads the libraries once, then forks a child for every mutant ----------------------
+# --- a worker: loads the libraries once, then forks a child for every mutant --------------------
 
 
 def work(tree: Path, scratch: Path) -> None:
-    """Take jobs as JSON lines, make each mutant, test it in a forked child, and restore the file."""
+    """Take jobs as JSON lines; make each mutant, test it in a forked child, restore the file."""
     os.chdir(tree)
     sys.path[:0] = [str(tree)]
     _preload(tree)

@@ -5,7 +5,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# 25 examples a property; the soak and $SPAVL_EXAMPLES ask for more.
+hypothesis.settings.register_profile(
+    "workbook", max_examples=int(os.environ.get("SPAVL_EXAMPLES", 25)), deadline=None
+)
+hypothesis.settings.load_profile("workbook")
 
 # Before anything imports the hub's client.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,6 +30,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Options of `make soak`."""
     parser.addoption("--soak", action="store_true", help="tests/reliability in its long form")
     parser.addoption("--figures", default="", help="file that takes what tests/reliability measure")
+
+
+# Tests that share costly fixtures run in one process; the groups that take longest start first.
+SHARED = {
+    "tests/notebooks/test_execute.py": "notebooks",
+    "tests/reliability/test_contract.py": "reliability",
+    "tests/reliability/test_failures.py": "reliability",
+    "tests/reliability/test_kill9.py": "reliability",
+    "tests/reliability/test_stop.py": "reliability",
+    "tests/distributed/": "distributed",
+}
+LONGEST_FIRST = (
+    "notebooks", "reliability", "distributed", "tests/trainers/test_train_dpo.py",
+    "tests/trainers/test_train_ppo.py", "tests/golden/test_golden.py", "tests/trainers/",
+    "tests/reliability/", "tests/",
+)  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep each file's tests in one process, and start the longest groups first."""
+
+    def group_of(item: pytest.Item) -> str:
+        path = item.nodeid.partition("::")[0]
+        return next((group for place, group in SHARED.items() if path.startswith(place)), path)
+
+    def place_of(item: pytest.Item) -> int:
+        group = group_of(item)
+        return next(n for n, start in enumerate(LONGEST_FIRST) if group.startswith(start))
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    items.sort(key=place_of)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -49,6 +49,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_hosts_on_loopback_train_what_one_process_does(alone: Callable[[str], Result]) -> None:
     both = {"launch__num_machines": 2, "launch__main_port": free_port(), "launch__timeout_s": 120}
     parents = [start("hosts", machine, **both) for machine in (0, 1)]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from spavl_lib.modelling.speed.prefix_attention import mask_function
@@ -12,7 +12,6 @@ from spavl_lib.modelling.speed.prefix_tree import build_tree
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=7)
 
 
-@settings(max_examples=150, deadline=None)
 @given(ROWS, st.integers(1, 5))
 def test_a_token_sees_its_own_rows_beginning_and_nothing_else(
     rows: list[list[int]], min_shared: int
@@ -34,7 +33,6 @@ def test_a_token_sees_its_own_rows_beginning_and_nothing_else(
     assert torch.equal(flex, torch.from_numpy(allowed))
 
 
-@settings(max_examples=100, deadline=None)
 @given(ROWS)
 def test_nothing_common_is_run_twice(rows: list[list[int]]) -> None:
     """With segments of any length there are as many tokens as different beginnings."""

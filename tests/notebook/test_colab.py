@@ -65,6 +65,7 @@ def run_cell(python: Path, cell: str, folder: Path, colab_too: bool) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_cell_installs_on_colab_and_nowhere_else(repo: Path, tmp_path: Path) -> None:
     import shutil
 

@@ -157,6 +157,7 @@ def test_changed_settings_are_refused(chain: tuple[Path, str], runs: Path) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     "06_safety_helpfulness" not in [p.stem for p in NOTEBOOKS], reason="no notebook 06 yet"
 )
@@ -175,6 +176,7 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
     assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None
 
 
+@pytest.mark.slow
 def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path) -> None:
     out = tmp_path / "out.ipynb"
     done = execute(

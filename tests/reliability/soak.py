@@ -8,6 +8,7 @@ python -m tests.reliability.soak --page        only the page, from the figures a
 
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -22,6 +23,7 @@ import yaml
 REPO = Path(__file__).parents[2]
 FIGURES = Path(__file__).parent / "figures.jsonl"
 GOALS = Path(__file__).parent / "goals.yaml"
+MANY = os.environ | {"SPAVL_EXAMPLES": "200"}  # examples of a property
 PAGE = REPO / "docs/reliability.md"
 HEAD = """\
 # What is promised, and what was measured
@@ -109,7 +111,7 @@ def elsewhere(row: str, test: str) -> dict:
             page = Path(folder) / "junit.xml"
             first, *more = shlex.split(part)
             command = [sys.executable, "-m", "pytest", "-q", f"tests/{first}", *more]
-            subprocess.run([*command, f"--junitxml={page}"], cwd=REPO, check=False)
+            subprocess.run([*command, f"--junitxml={page}"], cwd=REPO, env=MANY, check=False)
             suite = ElementTree.parse(page).getroot().find("testsuite")
         cases += int(suite.get("tests")) - int(suite.get("skipped"))
         bad += int(suite.get("failures")) + int(suite.get("errors"))
@@ -143,7 +145,7 @@ def main() -> None:
     goals = yaml.safe_load(GOALS.read_text(encoding="utf-8"))
     rows = words.elsewhere
     if not (words.page or rows):
-        form = [] if words.short else ["--soak"]
+        form = [] if words.short else ["--soak", "-m", "not gpu"]
         with tempfile.TemporaryDirectory() as folder:
             # Outside the checkout: a run's conditions include what is changed in it.
             new = Path(folder) / "figures.jsonl"
@@ -151,7 +153,7 @@ def main() -> None:
                        "--figures", str(new), "--ignore=tests/reliability/test_page.py",
                        *(["-k", words.k] if words.k else [])]  # fmt: skip
             try:
-                code = subprocess.run(command, cwd=REPO, check=False).returncode
+                code = subprocess.run(command, cwd=REPO, env=MANY, check=False).returncode
             finally:
                 if new.is_file():
                     add_figures(new.read_text(encoding="utf-8"))

@@ -45,7 +45,11 @@ def compare(case: Case, name: str) -> None:
     assert case.ended(name) == case.straight, name
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+# One trainer in every test run, the others among the slow tests and in the soak.
+EACH = [pytest.param(a, marks=() if a == "dpo_lora" else pytest.mark.slow) for a in ALGORITHMS]
+
+
+@pytest.mark.parametrize("algorithm", EACH)
 def test_killed_at_any_time_it_ends_in_the_same_bits(
     cases: Callable[[str], Case], algorithm: str, soak: bool, dice: random.Random, record: Callable
 ) -> None:
@@ -74,7 +78,7 @@ def test_killed_at_any_time_it_ends_in_the_same_bits(
     record("R1", killed, kills, algorithm, after_a_first_step=inside)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", EACH)
 def test_killed_in_a_phase_it_ends_in_the_same_bits(
     cases: Callable[[str], Case], algorithm: str, soak: bool, record: Callable
 ) -> None:

@@ -150,6 +150,7 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
     record("N3", len(BAD), 12)
 
 
+@pytest.mark.slow
 def test_the_notebook_can_be_read_at_every_instant(
     tmp_path: Path, soak: bool, record: Callable
 ) -> None:

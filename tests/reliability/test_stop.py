@@ -88,6 +88,7 @@ def test_a_signal_from_outside_is_heard_within_a_step(
 PPO_PHASES = ("rollout@2", "reward@3", "update@2", "update@9", "save@2")
 
 
+@pytest.mark.slow
 def test_ppo_hears_a_signal_in_rollout_reward_update_and_save(
     cases: Callable[[str], Case], soak: bool, record: Callable
 ) -> None:

@@ -124,6 +124,7 @@ def test_an_arm_whose_summary_was_not_written_keeps_its_weights(
     assert not list(stage.path.rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> None:
     config = smoke(QUICK | {"scaling.workers": 2}, run_name="r")
     stage = Run(config, root=tmp_path).stage("scaling")

@@ -91,6 +91,7 @@ def assert_four_bit(model: nn.Module) -> None:
     assert kinds == {torch.uint8}
 
 
+@pytest.mark.slow
 def test_a_reward_model_resumes_and_scores_the_same_when_loaded(
     rewarded: Stage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +111,7 @@ def test_a_reward_model_resumes_and_scores_the_same_when_loaded(
     assert len({r["chosen_score"] for r in trained}) > 1
 
 
-@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+@pytest.mark.parametrize("kind", ["dpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_policy_resumes_and_says_the_same_when_loaded(
     kind: str, rewarded: Stage, batch: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +140,7 @@ def test_a_policy_resumes_and_says_the_same_when_loaded(
     assert torch.equal(logps_of(policy, batch), trained)
 
 
-@pytest.mark.parametrize("kind", ["reward", "dpo"])
+@pytest.mark.parametrize("kind", [pytest.param("reward", marks=pytest.mark.slow), "dpo"])
 def test_shared_prefixes_give_the_same_losses_over_four_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_computed_once_and_the_training_is_the_same(
             train(rows, tmp_path, f"other{next(iter(change))}", **change)
 
 
+@pytest.mark.slow
 def test_a_full_fine_tuning_lets_its_reference_go(rows: Path, tmp_path: Path) -> None:
     changes = {"model__adapter": "full", "dpo__max_steps": 2}
     cached = train(rows, tmp_path, "cached", **changes)

@@ -257,7 +257,7 @@ def test_the_reference_is_the_base_and_stays_it(
 # --- the same again -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_run_bit_by_bit(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str
 ) -> None:
@@ -320,7 +320,7 @@ def test_accumulated_batches_give_the_gradient_of_the_whole(
 # --- interruption -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_end(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str
 ) -> None:
@@ -334,7 +334,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert_same_run(make(settings(rows, adapter), tmp_path), straight[adapter])
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_crashed_run_goes_on_from_its_last_checkpoint(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str
 ) -> None:
@@ -357,6 +357,7 @@ make(json.loads(sys.argv[1]), Path(sys.argv[2]), live=kill)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_in_another(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, repo: Path
 ) -> None:
@@ -369,7 +370,9 @@ def test_a_killed_process_goes_on_in_another(
     assert_same_run(make(overrides, tmp_path), straight["lora"])
 
 
-@pytest.mark.parametrize("damaged", [("step-4",), ("step-4", "step-2")])
+@pytest.mark.parametrize(
+    "damaged", [pytest.param(("step-4",), marks=pytest.mark.slow), ("step-4", "step-2")]
+)
 def test_a_damaged_checkpoint_is_passed_over_and_said(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, damaged: tuple[str, ...]
 ) -> None:
@@ -388,7 +391,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(
     assert_same_run(stage, straight["lora"])
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str,
     monkeypatch: pytest.MonkeyPatch,

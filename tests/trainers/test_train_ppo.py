@@ -61,7 +61,7 @@ class Killed(Exception):
     """What stands for a kill: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     adapter: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +200,7 @@ def toy(trainer: PPOTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.model, "forward", rewarding)
 
 
+@pytest.mark.slow
 def test_a_toy_reward_rises_and_a_huge_kl_price_forbids_it(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,7 +42,7 @@ def rows_of(stage: Stage) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_jsonl(stage.metrics_path)]
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,7 +70,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert resumed["weights_sha256"] == expected["weights_sha256"]
 
 
-@pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_recomputing_activations_changes_no_number(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

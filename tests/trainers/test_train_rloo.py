@@ -68,7 +68,7 @@ def rows_of(stage: Stage) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_jsonl(stage.metrics_path)]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str,
     reward_folders: dict[str, Path],
