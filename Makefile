@@ -1,10 +1,11 @@
-# From nothing but Python 3.11 and make. `make help` lists what there is.
+# From nothing but Python 3.11, 3.12 or 3.13 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo scaling test unit slow soak mutants check format lab clean
 
-IS_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
-	$$p -c '$(IS_311)' >/dev/null 2>&1 && echo $$p && break; done)
+KNOWN := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c '$(KNOWN)' >/dev/null 2>&1 && echo $$p && break; done)
+MINOR := import sys; print(sys.version_info[:2])
 # Handed to pip, such as an index with CPU builds of torch (see pyproject.toml).
 PIP_FLAGS ?=
 BIN := .venv/bin
@@ -19,10 +20,12 @@ help:  ## this list
 setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.toml changed
 
 .venv/.stamp: pyproject.toml
-	@if ! $(PYTHON) -c '$(IS_311)' 2>/dev/null; then \
-		echo "Python 3.11 is needed: install it, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
+	@if ! $(PYTHON) -c '$(KNOWN)' 2>/dev/null; then \
+		echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it:" \
+			"make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi
-	@$(BIN)/python -c '$(IS_311)' 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@[ "$$($(BIN)/python -c '$(MINOR)' 2>/dev/null)" = "$$($(PYTHON) -c '$(MINOR)')" ] || \
+		$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
 	@touch $@
 
