@@ -78,10 +78,6 @@ class ScalarHeadModel(nn.Module):
         sums = torch.zeros_like(scores).index_add(0, owner, logps.to(scores.dtype))
         return scores, sums / said.sum(1).clamp(min=1)
 
-    def values(self, **batch: Tensor) -> Tensor:
-        """The head at every position (batch, seq): value of the state after that token."""
-        return in_fp32(self.score, self.hidden_states(**batch))
-
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
     """Write adapter or weights, projector and head together, as safetensors."""

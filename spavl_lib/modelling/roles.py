@@ -54,7 +54,7 @@ class Roles(nn.Module):
         """The image-text-to-text model that plays a role."""
         raise NotImplementedError
 
-    def playing(self, role: str) -> contextlib.AbstractContextManager:
+    def as_role(self, role: str) -> contextlib.AbstractContextManager:
         """Within it, `vlm_of(role)` is that role."""
         raise NotImplementedError
 
@@ -96,9 +96,9 @@ class Roles(nn.Module):
         if recording and self._waiting not in (None, role):
             raise RuntimeError(
                 f"{role} was asked for while {self._waiting} waits for its backward: its gradient "
-                "would be lost. Call backward, then `settled()`, before the next role."
+                "would be lost. Call backward, then `after_backward()`, before the next role."
             )
-        with self.playing(role):
+        with self.as_role(role):
             hidden = _backbone(self.vlm_of(role))(**batch, use_cache=False).last_hidden_state
             if recording:
                 self._waiting = role
@@ -118,7 +118,7 @@ class Roles(nn.Module):
         ids = batch["input_ids"][:, -width:]
         return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
 
-    def settled(self) -> None:
+    def after_backward(self) -> None:
         """Say that the last role's backward was called."""
         self._waiting = None
 
@@ -148,7 +148,7 @@ class OneBase(Roles):
         return self.vlm
 
     @contextlib.contextmanager
-    def playing(self, role: str) -> Iterator[None]:
+    def as_role(self, role: str) -> Iterator[None]:
         """Switch to a role's adapter, and leave it on: its backward may recompute with it."""
         if role == "reference":
             with self.vlm.disable_adapter():
@@ -199,7 +199,7 @@ class SeparateModels(Roles):
         """The role's own model."""
         return getattr(self, role)
 
-    def playing(self, role: str) -> contextlib.AbstractContextManager:
+    def as_role(self, role: str) -> contextlib.AbstractContextManager:
         """Nothing to do: every role has its model."""
         return contextlib.nullcontext()
 

@@ -11,7 +11,6 @@ def bradley_terry_loss(
     chosen_scores: Float[Tensor, " batch"],
     rejected_scores: Float[Tensor, " batch"],
     *,
-    margin: Float[Tensor, " batch"] | None = None,
     center_coef: float = 0.0,
     seed_form: bool = False,
 ) -> Float[Tensor, " batch"]:
@@ -20,7 +19,6 @@ def bradley_terry_loss(
     Args:
         chosen_scores: Score of the preferred answer, unitless.
         rejected_scores: Score of the other.
-        margin: How much apart they should at least be.
         center_coef: Weight of the squared mean score, which pins the scale's zero; 0 for none.
         seed_form: The original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient dies where the
             model is most wrong: at d = -20 it is -0.0002, where logsigmoid's is -1.
@@ -31,8 +29,6 @@ def bradley_terry_loss(
     Source: Bradley and Terry 1952; centring: Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2.
     """
     difference = chosen_scores - rejected_scores
-    if margin is not None:
-        difference = difference - margin
     if seed_form:
         loss = -torch.log(torch.sigmoid(difference) + SEED_EPSILON)
     else:

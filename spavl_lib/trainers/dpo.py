@@ -117,7 +117,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     with zero_parameters.gathered_parameters(trainer.model):
         trainer.reference = reference_probe(
             trainer.model if lora else trainer.ref_model, processor, train_rows,
-            playing=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
+            as_reference=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
         )  # fmt: skip
     if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):

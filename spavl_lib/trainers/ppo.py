@@ -205,9 +205,11 @@ class PPOTrainer:
 
     def train(self, live: Any = None) -> None:
         """All steps that are left."""
-        vlm, playing = self.model.vlm_of("reference"), self.model.playing("reference")
+        vlm, as_reference = self.model.vlm_of("reference"), self.model.as_role("reference")
         with self.engine.whole():
-            self.reference = reference_probe(vlm, self.processor, self.rows, playing=playing)
+            self.reference = reference_probe(
+                vlm, self.processor, self.rows, as_reference=as_reference
+            )
         self._resume()
         group.report("progress", {"step": self.step, "total": self.total_steps})
         movement = None if self.step else Movement(self.model)
@@ -263,7 +265,7 @@ class PPOTrainer:
             if not rows:
                 continue
             batch = self._batch(prompts, responses, rows)
-            with self.model.playing("policy"), cache.rows(_pictures(prompts, rows), batch):
+            with self.model.as_role("policy"), cache.rows(_pictures(prompts, rows), batch):
                 with autocast():
                     said = sample(
                         self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
@@ -408,7 +410,7 @@ class PPOTrainer:
                 gate_loss(loss, self.step + 1, [rollout.prompts[i].row_id for i in piece])
                 last = role == "value" and turn == self._turns(pieces)
                 self.engine.backward(loss * share, last=last)
-                self.model.settled()
+                self.model.after_backward()
                 for key, value in parts.items():
                     stats[key] = stats.get(key, 0.0) + value * share
             if role == "policy" and self.settings.sft_coef:
@@ -473,7 +475,7 @@ class PPOTrainer:
             mask = chosen.mask[part, :width].to(logps.device)
             loss = -counts * (logps * mask).sum() / tokens
             self.engine.backward(self.settings.sft_coef * loss, last=False)
-            self.model.settled()
+            self.model.after_backward()
             mean += loss.item()
         return mean
 

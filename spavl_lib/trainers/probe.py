@@ -25,7 +25,7 @@ def reference_probe(
     processor: ProcessorMixin,
     rows: Dataset,
     *,
-    playing: contextlib.AbstractContextManager,
+    as_reference: contextlib.AbstractContextManager,
 ) -> dict[str, list]:
     """Log-probabilities of eight pairs under the reference, one pair at a time.
 
@@ -33,7 +33,7 @@ def reference_probe(
         model: The reference, or the policy whose base it is.
         processor: Its processor.
         rows: Training rows; eight spread evenly over them are taken.
-        playing: Within it `model` is the reference, such as `model.disable_adapter()`.
+        as_reference: Within it `model` is the reference, such as `model.disable_adapter()`.
 
     Returns:
         `ids`, and `logps` in nats, chosen and rejected of each pair.
@@ -46,7 +46,7 @@ def reference_probe(
     training, logps, effects = model.training, [], []
     model.eval()
     try:
-        with playing:
+        with as_reference:
             for row in picked:
                 batch = {k: v.to(device) for k, v in collate([row]).items()}
                 values = _logps(model, batch)

@@ -13,6 +13,7 @@ from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import (
     HEAD_FILE,
     ScalarHeadModel,
+    in_fp32,
     last_token_index,
     load_reward_model,
     save_reward_model,
@@ -55,11 +56,11 @@ def test_padding_on_either_side_gives_the_score_of_the_row_alone(family: str) ->
 
 
 @torch.no_grad()
-def test_values_at_the_last_token_are_the_scores() -> None:
+def test_the_head_at_the_last_token_gives_the_scores() -> None:
     torch.manual_seed(0)
     scorer = ScalarHeadModel(embedded_model()).eval()
     batch = batch_of(embedded_processor(), spread(mini_rows(), 2))
-    values = scorer.values(**batch)
+    values = in_fp32(scorer.score, scorer.hidden_states(**batch))
     last = last_token_index(batch["attention_mask"])
     torch.testing.assert_close(values[torch.arange(4), last], scorer(**batch))
 

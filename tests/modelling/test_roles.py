@@ -134,10 +134,10 @@ def test_gradients_equal_those_of_separate_models(
         roles("reward", **inputs)  # other roles before: as in a rollout
     logps, _ = roles("policy", width=width, **inputs)
     (logps * mask).sum().backward()
-    roles.settled()
+    roles.after_backward()
     (values,) = roles("value", width=width, **inputs)
     ((values - 1) ** 2 * mask).sum().backward()
-    roles.settled()
+    roles.after_backward()
 
     logits = policy.vlm(**inputs).logits
     (token_logps(logits, inputs["input_ids"])[:, -width:] * mask).sum().backward()
@@ -165,7 +165,7 @@ def test_another_role_before_the_backward_is_refused(folders: dict[str, Path]) -
     with torch.no_grad():
         roles("policy", width=width, **inputs)
     logps.sum().backward()
-    roles.settled()
+    roles.after_backward()
     roles("value", width=width, **inputs)
 
 

@@ -214,11 +214,11 @@ def test_a_reward_head_scores_the_same() -> None:
     scorer = ScalarHeadModel(model)
     batch = collated(processor, rows_of(), "left")
     batch.pop("completion_mask")
-    plain, values = scorer(**batch), scorer.values(**batch)
+    plain, hidden = scorer(**batch), scorer.hidden_states(**batch)
     handle = share_prefix(scorer, strict=True)
     assert (scorer(**batch) - plain).abs().max() < 1e-5
     real = batch["attention_mask"].bool()
-    assert (scorer.values(**batch) - values)[real].abs().max() < 1e-4
+    assert (scorer.hidden_states(**batch) - hidden)[real].abs().max() < 1e-4
     assert handle.stats["shared"] == 2 and plain.std() > 0
 
 

@@ -38,9 +38,3 @@ def test_only_the_difference_counts_unless_centred() -> None:
     centred = bradley_terry_loss(chosen, rejected, center_coef=0.5)
     torch.testing.assert_close(centred - plain, torch.tensor([0.5 * 0.16, 0.5 * 1.0]))
     assert (bradley_terry_loss(chosen + 5, rejected + 5, center_coef=0.5) > centred).all()
-
-
-def test_a_margin_asks_for_more() -> None:
-    chosen, rejected = torch.tensor([2.0]), torch.tensor([0.0])
-    asked = bradley_terry_loss(chosen, rejected, margin=torch.tensor([2.0]))
-    assert asked.item() == pytest.approx(math.log(2))
