@@ -51,7 +51,7 @@ METRICS = (
     ),
 )
 # The families of arms that the scaling stage compares, and the rates it measures for each arm.
-FAMILIES = {
+SCALING_FAMILIES = {
     "size": "data scale",
     "questions": "question types",
     "answers": "answer sources",

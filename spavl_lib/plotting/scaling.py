@@ -1,4 +1,4 @@
-"""Figures of the scaling stage: rates over data size, and of each ablation's arms."""
+"""Figures of the scaling stage: rates over the number of pairs, and the arms of each ablation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from spavl_lib.evaluation.numbers import METRICS, SCALING_FAMILIES, SCALING_RATES, read_rate
+from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.style import (
     BASE_COLOUR,
     INK,
@@ -20,14 +22,12 @@ from spavl_lib.plotting.style import (
     styled,
 )
 
-RATES = {"unsafe_rate": "unsafe, lower is better", "helpful_rate": "helpful, higher is better"}
-SEEDS = "each seed, and their range"
-TITLES = {
-    "questions": "question types",
-    "answers": "answer sources",
-    "projector": "projector",
-    "rank": "LoRA rank",
+_LABELS = {
+    metric.key: f"{metric.key.removesuffix('_rate')}, {metric.direction}"
+    for metric in METRICS
+    if metric.key in SCALING_RATES
 }
+_SEEDS = "each seed, and their range"
 
 
 def _percent(ax: Axes, axis: str) -> None:
@@ -36,49 +36,49 @@ def _percent(ax: Axes, axis: str) -> None:
     getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
 
 
-def _reach(cell: Mapping) -> list[list[float]]:
-    return [[cell["value"] - cell["ci_low"]], [cell["ci_high"] - cell["value"]]]
+def _errors(rate: Rate) -> np.ndarray:
+    """The interval as error bars of shape (2, 1): distance down and up."""
+    return np.array(rate.errors)[:, None]
 
 
 @styled
 def plot_scaling(summary: Mapping[str, Any]) -> Figure:
-    """Unsafe and helpful rate over the number of pairs: ours with intervals, the paper's beside.
+    """Unsafe and helpful rate over the number of pairs, with the paper's numbers for comparison.
 
     Args:
-        summary: The scaling stage's.
+        summary: The scaling stage's summary.
     """
     rows = [r for r in summary["arms"] if r["family"] == "size"]
     fig = new_figure(9.6, 3.9)
     axes = fig.subplots(1, 2)
-    for index, (ax, (key, label)) in enumerate(zip(axes, RATES.items(), strict=True)):
+    for index, (ax, (key, label)) in enumerate(zip(axes, _LABELS.items(), strict=True)):
         _percent(ax, "y")
         ax.set(xscale="log", xlabel="training pairs", title=label)
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         if not rows:
-            note(ax, "no arms of data scale")
+            note(ax, "no data-scale arms")
             continue
-        base = summary["base"][key]
-        if base:
-            ax.axhline(base["value"], color=BASE_COLOUR, lw=1.3, ls="--", label="our base model")
-        found = [r for r in rows if r[key]]
-        xs = [r["pairs"] for r in found]
-        ax.plot(xs, [r[key]["value"] for r in found], color=PALETTE[index], lw=1.5)
-        for number, row in enumerate(found):
+        if base := read_rate(summary["base"], key):
+            ax.axhline(base.value, color=BASE_COLOUR, lw=1.3, ls="--", label="our base model")
+        measured = [(row, rate) for row in rows if (rate := read_rate(row, key))]
+        xs = [row["pairs"] for row, _ in measured]
+        ax.plot(xs, [rate.value for _, rate in measured], color=PALETTE[index], lw=1.5)
+        for number, (row, rate) in enumerate(measured):
             ax.errorbar(
-                row["pairs"], row[key]["value"], yerr=_reach(row[key]), fmt="o", ms=7, capsize=3,
+                row["pairs"], rate.value, yerr=_errors(rate), fmt="o", ms=7, capsize=3,
                 color=PALETTE[index], markeredgecolor=PAPER, zorder=3,
                 label="ours, 95 % interval" if not number else None,
             )  # fmt: skip
             seeds = row[f"{key}_by_seed"]
             ax.plot([row["pairs"]] * len(seeds), seeds, ".-", color=INK, ms=4, lw=0.8, alpha=0.6,
-                    zorder=4, label=SEEDS if not number else None)  # fmt: skip
+                    zorder=4, label=_SEEDS if not number else None)  # fmt: skip
         _paper(ax, summary["paper"], key)
         ax.legend(fontsize=8.5)
     return fig
 
 
 def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:
-    """The paper's points: another model, another set, another judge; for the shape alone."""
+    """The paper's points, measured with another model, test set and judge: compare the shape."""
     if key == "unsafe_rate":
         ax.axhline(paper["base"]["harm_eval"] / 100, color=MUTED, lw=1, ls=(0, (1, 3)),
                    label="paper: its base model")  # fmt: skip
@@ -93,12 +93,13 @@ def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:
 
 @styled
 def plot_ablations(summary: Mapping[str, Any]) -> Figure:
-    """Each ablation's arms: unsafe and helpful rate with 95 % intervals, and every seed.
+    """Unsafe and helpful rate of each ablation's arms, with 95 % intervals and every seed.
 
     Args:
-        summary: The scaling stage's.
+        summary: The scaling stage's summary.
     """
-    families = [f for f in TITLES if any(r["family"] == f for r in summary["arms"])]
+    families = [f for f in SCALING_FAMILIES if f != "size"]
+    families = [f for f in families if any(r["family"] == f for r in summary["arms"])]
     arms = {f: [r for r in summary["arms"] if r["family"] == f] for f in families}
     heights = [len(a) + 0.8 for a in arms.values()] or [1.0]
     fig = new_figure(8.6, 0.9 + 0.36 * sum(heights) + 0.35 * len(heights))
@@ -109,23 +110,25 @@ def plot_ablations(summary: Mapping[str, Any]) -> Figure:
     for ax, family in zip(axes, families, strict=False):
         _percent(ax, "x")
         pairs = sorted({r["pairs"] for r in arms[family]})
-        ax.set_title(f"{TITLES[family]}, {' to '.join(f'{p:,}' for p in pairs)} pairs an arm")
+        title = SCALING_FAMILIES[family]
+        ax.set_title(f"{title}, {' to '.join(f'{p:,}' for p in pairs)} pairs an arm")
         names = [r["arm"] for r in arms[family]]
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
-        for index, (key, label) in enumerate(RATES.items()):
+        for index, (key, label) in enumerate(_LABELS.items()):
             for y, row in enumerate(arms[family]):
-                if not row[key]:
+                rate = read_rate(row, key)
+                if rate is None:
                     continue
                 place = y + (0.15 if index else -0.15)
                 ax.errorbar(
-                    row[key]["value"], place, xerr=_reach(row[key]), fmt=marker(index), ms=6,
+                    rate.value, place, xerr=_errors(rate), fmt=marker(index), ms=6,
                     capsize=3, color=PALETTE[index], markeredgecolor=PAPER, zorder=3,
                     label=label if not y else None,
                 )  # fmt: skip
                 seeds = row[f"{key}_by_seed"]
                 ax.plot(seeds, [place] * len(seeds), ".-", color=INK, ms=4, lw=0.8, alpha=0.6,
-                        zorder=4, label=SEEDS if not y and index else None)  # fmt: skip
+                        zorder=4, label=_SEEDS if not y and index else None)  # fmt: skip
     if families:
         axes[0].legend(fontsize=8.5, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return fig

@@ -9,14 +9,17 @@ from pathlib import Path
 import pytest
 import yaml
 
-from spavl_lib import plotting
+from spavl_lib import machine, plotting
 from spavl_lib.config import Config, load_config
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import write_text
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.scaling import run as scaling
+from spavl_lib.scaling import training, workers
+from spavl_lib.scaling.arms import Arm, plan
+from spavl_lib.scaling.findings import findings
+from spavl_lib.scaling.run import run_scaling
 from tests.helpers import smoke
 
 QUICK = {
@@ -27,7 +30,7 @@ QUICK = {
 
 def test_the_demos_arms_are_equal_where_they_must_be() -> None:
     config = load_config("demo")
-    arms = scaling.plan(config)
+    arms = plan(config)
     assert {a.seed for a in arms} == {0, 1, 2}
     families = Counter(a.family for a in arms if a.seed == 0)
     assert families == {"size": 5, "questions": 4, "answers": 3, "projector": 2, "rank": 3}
@@ -43,16 +46,16 @@ def test_the_demos_arms_are_equal_where_they_must_be() -> None:
 
 
 def test_arms_that_cannot_be_are_refused() -> None:
-    with pytest.raises(InputError, match="names no arms|no arms; name them"):
-        scaling.plan(load_config("smoke", {"scaling.seeds": []}))
+    with pytest.raises(InputError, match="names no arms; set scaling.seeds"):
+        plan(load_config("smoke", {"scaling.seeds": []}))
     with pytest.raises(InputError, match="expected NAME=SOURCE"):
-        scaling.plan(load_config("demo", {"scaling.answers": ["careful"]}))
+        plan(load_config("demo", {"scaling.answers": ["careful"]}))
 
 
 @pytest.mark.parametrize(("wanted", "most"), [(0, 3180), (2000, 2000)])
 def test_an_ablation_takes_no_more_than_its_poorest_arm_has(wanted: int, most: int) -> None:
     config = load_config("demo", {"scaling.ablation_rows": wanted, "scaling.sizes": []})
-    arms = scaling.plan(config)
+    arms = plan(config)
     rows = {(a.family, a.config.data.train_rows) for a in arms}
     assert rows == {("questions", 1060), ("answers", 689), ("projector", most), ("rank", most)}
 
@@ -62,7 +65,7 @@ def test_arms_are_trained_measured_kept_and_gathered(
 ) -> None:
     config = smoke(QUICK, run_name="r")
     stage = Run(config, root=tmp_path).stage("scaling")
-    summary = scaling.run_scaling(config, stage)
+    summary = run_scaling(config, stage)
     assert [(r["family"], r["arm"], r["pairs"], r["steps"]) for r in summary["arms"]] == [
         ("size", "8", 8, 1), ("size", "24", 24, 3), ("projector", "trained", 8, 1),
     ]  # fmt: skip
@@ -75,8 +78,8 @@ def test_arms_are_trained_measured_kept_and_gathered(
         assert len(plotting.png_bytes(figure)) > 5_000
     # What stands is kept: without the summary, nothing is trained again.
     (stage.path / "summary.json").unlink()
-    monkeypatch.setattr(scaling.launcher, "make", lambda *a: pytest.fail("trained again"))
-    assert scaling.run_scaling(config, stage) == summary
+    monkeypatch.setattr(training.launcher, "make", lambda *a: pytest.fail("trained again"))
+    assert run_scaling(config, stage) == summary
 
 
 def test_a_worker_told_to_stop_takes_no_further_arm(
@@ -88,7 +91,7 @@ def test_a_worker_told_to_stop_takes_no_further_arm(
         pass
     write_text(stage.path / "config.yaml", yaml.safe_dump(config.to_dict()))
 
-    def signalled(stage: Stage, arm: scaling.Arm, should_stop: object) -> dict:
+    def signalled(stage: Stage, arm: Arm, should_stop: object) -> dict:
         taken.append(arm.name)
         with stop_on_signals() as inner:  # as a training's own
             os.kill(os.getpid(), signal.SIGTERM)
@@ -98,9 +101,9 @@ def test_a_worker_told_to_stop_takes_no_further_arm(
             assert later
         return {}
 
-    monkeypatch.setattr(scaling, "run_arm", signalled)
+    monkeypatch.setattr(workers, "run_arm", signalled)
     with pytest.raises(Preempted):
-        scaling.work(stage.path)
+        workers.work(stage.path)
     assert len(taken) == 1
 
 
@@ -118,27 +121,43 @@ def test_an_arm_whose_summary_was_not_written_keeps_its_weights(
 
     monkeypatch.setattr(Stage, "_conclude", dying)
     with pytest.raises(OSError, match="pulled plug"):
-        scaling.run_scaling(config, stage)
+        run_scaling(config, stage)
     monkeypatch.setattr(Stage, "_conclude", conclude)
-    assert scaling.run_scaling(config, stage)["arms"][0]["unsafe_rate"]["n"] == 8
+    assert run_scaling(config, stage)["arms"][0]["unsafe_rate"]["n"] == 8
     assert not list(stage.path.rglob("*.safetensors"))
 
 
 @pytest.mark.slow
-def test_workers_share_the_arms_and_relay_what_stops_them(tmp_path: Path) -> None:
+def test_workers_share_the_arms(tmp_path: Path) -> None:
     config = smoke(QUICK | {"scaling.workers": 2}, run_name="r")
     stage = Run(config, root=tmp_path).stage("scaling")
-    together = scaling.run_scaling(config, stage)
+    together = run_scaling(config, stage)
     alone = dataclasses.replace(config, scaling=dataclasses.replace(config.scaling, workers=1))
     other = Run(alone, root=tmp_path / "alone").stage("scaling")
-    assert scaling.run_scaling(alone, other)["arms"] == together["arms"]
+    assert run_scaling(alone, other)["arms"] == together["arms"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "gib", "expected"),
+    [(0, 2, 64, 2), (0, 64, 10, 3), (0, 8, 1, 1), (2, 64, 512, 1)],
+)
+def test_workers_fit_the_machine(
+    gpus: int, cores: int, gib: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [("gpu", 2**34)] * gpus)
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    monkeypatch.setattr(machine, "memory_bytes", lambda: gib * 2**30)
+    assert workers.default_workers() == expected
+
+
+def test_a_workers_error_is_raised_again(tmp_path: Path) -> None:
     log = tmp_path / "w.log"
     log.write_text("bar 10 %\nInputError: row 7 is bad\n  and so is row 8\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 7 is bad\n  and so is row 8"):
-        scaling._raise_as(log, 2)
+        workers._raise_from_log(log, 2)
     log.write_text("Segmentation fault", encoding="utf-8")
-    with pytest.raises(RuntimeError, match="ended with code -11"):
-        scaling._raise_as(log, -11)
+    with pytest.raises(RuntimeError, match="ended with exit code -11"):
+        workers._raise_from_log(log, -11)
 
 
 def rows(family: str, **unsafe: int) -> list[dict]:
@@ -151,17 +170,16 @@ def rows(family: str, **unsafe: int) -> list[dict]:
 
 
 def test_what_is_concluded() -> None:
-    found = scaling.findings
-    assert found(rows("size", a=90, b=50, c=5)) == {
+    assert findings(rows("size", a=90, b=50, c=5)) == {
         "more_data_is_safer": True, "mixed_is_safest": None, "all_answers_are_safest": None,
     }  # fmt: skip
-    assert found(rows("size", a=5, b=50))["more_data_is_safer"] is False
-    assert found(rows("size", a=50, b=52, c=10))["more_data_is_safer"] is True  # within doubt
+    assert findings(rows("size", a=5, b=50))["more_data_is_safer"] is False
+    assert findings(rows("size", a=50, b=52, c=10))["more_data_is_safer"] is True  # within doubt
     mixed = rows("questions", easy=10, hardq=20, mixed=10)
-    assert found(mixed)["mixed_is_safest"] is True
-    assert found(rows("questions", easy=9, mixed=10))["mixed_is_safest"] is False
-    assert found(rows("answers", few=10, all=9))["all_answers_are_safest"] is True
-    assert set(found([]).values()) == {None}
+    assert findings(mixed)["mixed_is_safest"] is True
+    assert findings(rows("questions", easy=9, mixed=10))["mixed_is_safest"] is False
+    assert findings(rows("answers", few=10, all=9))["all_answers_are_safest"] is True
+    assert set(findings([]).values()) == {None}
 
 
 def test_a_judge_without_an_opinion_leaves_its_rate_open(
@@ -173,11 +191,11 @@ def test_a_judge_without_an_opinion_leaves_its_rate_open(
         harmful = record["set"].startswith("harm")
         return {"verdict": "unsafe", "harmful": harmful, "unsafe": harmful or None, "helpful": None}
 
-    monkeypatch.setattr(scaling, "make_judge", lambda *_: unsafe_only)
-    monkeypatch.setattr(scaling, "train_dpo", without_training)
-    monkeypatch.setattr(scaling, "load_policy", lambda config, trained: load_policy(config))
+    monkeypatch.setattr(training, "make_judge", lambda *_: unsafe_only)
+    monkeypatch.setattr(training.launcher, "make", without_training)
+    monkeypatch.setattr(training, "load_policy", lambda config, trained: load_policy(config))
     config = smoke(QUICK | {"scaling.sizes": []}, run_name="r")
-    summary = scaling.run_scaling(config, Run(config, root=tmp_path).stage("scaling"))
+    summary = run_scaling(config, Run(config, root=tmp_path).stage("scaling"))
     [arm] = summary["arms"]
     assert arm["unsafe_rate"]["n"] == 8
     assert arm["helpful_rate"] is None and arm["helpful_rate_by_seed"] == []
@@ -185,6 +203,6 @@ def test_a_judge_without_an_opinion_leaves_its_rate_open(
         assert len(plotting.png_bytes(figure)) > 5_000
 
 
-def without_training(config: Config, stage: Stage) -> dict:
-    """What `train_dpo` says, with the base's own weights."""
+def without_training(name: str, config: Config, stage: Stage) -> dict:
+    """The summary of a DPO training, with the base's own weights."""
     return {"train_rows": 8, "steps": 1, "epochs": 1.0, "trainable_parameters": {}}

@@ -1,0 +1,131 @@
+"""The arms of the scaling stage: trainings that differ in one thing, each with its whole config.
+
+A family varies one thing: the number of pairs, the question types, the answer sources, whether the
+projector trains, or the rank of the adapter. Every arm starts from the same base model.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spavl_lib.config import Config, DataConfig, DPOConfig, ModelConfig
+from spavl_lib.data.load import load_preferences
+from spavl_lib.errors import InputError
+from spavl_lib.evaluation.numbers import SCALING_FAMILIES
+from spavl_lib.runs.stage import Run, Stage
+
+VALIDATION_ROWS = 32  # for the trainer's own progress; no result uses them
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training: the family it belongs to, its name there, and its whole config."""
+
+    family: str
+    name: str
+    seed: int
+    config: Config
+
+    @property
+    def key(self) -> str:
+        """Name of the arm's folder; equal for arms that would train exactly the same thing."""
+        settings = self.config.to_dict()
+        for free in ("run_name", "scaling"):
+            settings.pop(free)
+        text = json.dumps(settings, sort_keys=True)
+        return f"seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def arm_stage(stage: Stage, arm: Arm) -> Stage:
+    """The stage that holds an arm's result: a run of its own below the scaling stage."""
+    config = dataclasses.replace(arm.config, run_name=arm.key)
+    return Run(config, stage.path / "arms").stage("scaling")
+
+
+def distinct(arms: list[Arm]) -> list[Arm]:
+    """The arms without those that would repeat another one's training."""
+    return list({arm.key: arm for arm in arms}.values())
+
+
+def plan(config: Config) -> list[Arm]:
+    """Every arm for every seed.
+
+    Raises:
+        InputError: The config names no arms, or an arm that cannot be made.
+    """
+    scaling = config.scaling
+    variants = list(_variants(config))
+    if not variants or not scaling.seeds:
+        raise InputError(
+            f"profile {config.profile} names no arms; set scaling.seeds and at least one of "
+            "scaling.sizes, question_types, answers, projector and lora_ranks, as "
+            "profiles/demo.yaml does"
+        )
+    sizes = _equal_sizes(config, variants)
+    arms = []
+    for seed in scaling.seeds:
+        for family, name, data, model in variants:
+            rows = data.train_rows if family == "size" else sizes[family]
+            arm_data = dataclasses.replace(
+                data, train_rows=rows, sampling_seed=seed, test_rows=scaling.eval_rows,
+                validation_rows=VALIDATION_ROWS,
+            )  # fmt: skip
+            arm_config = dataclasses.replace(
+                config, data=arm_data, model=model, seed=seed, dpo=_dpo(config, family, rows)
+            )
+            arms.append(Arm(family, name, seed, arm_config))
+    return arms
+
+
+def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfig]]:
+    """(family, name, data, model) of every arm, before sizes are equalised and seeds set."""
+    scaling, data, model = config.scaling, config.data, config.model
+    available = len(load_preferences(dataclasses.replace(data, train_rows=0), "train"))
+    for size in scaling.sizes:
+        rows = min(size or available, available)
+        yield "size", f"{rows:,}", dataclasses.replace(data, train_rows=rows), model
+    for name in scaling.question_types:
+        types = () if name == "mixed" else (name,)
+        yield "questions", name, dataclasses.replace(data, question_types=types), model
+    for text in scaling.answers:
+        name, sign, listed = text.partition("=")
+        if not sign:
+            raise InputError(f"scaling.answers {text!r}: expected NAME=SOURCE+SOURCE or NAME=all")
+        sources = () if listed.strip() == "all" else tuple(s.strip() for s in listed.split("+"))
+        chosen = dataclasses.replace(data, answer_sources=sources)
+        yield "answers", name.strip(), chosen, model
+    for name in scaling.projector:
+        trained = dataclasses.replace(model, train_projector=name == "trained")
+        yield "projector", name, data, trained
+    for rank in scaling.lora_ranks:
+        adapter = "qlora" if model.adapter == "qlora" else "lora"
+        lora = dataclasses.replace(model, adapter=adapter, lora_rank=rank, lora_alpha=2 * rank)
+        yield "rank", str(rank), data, lora
+
+
+def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
+    """Pairs of every arm of an ablation: as many as the arm with the fewest pairs has, at most."""
+    limit, sizes, available = config.scaling.ablation_rows, {}, {}
+    for family in SCALING_FAMILIES:
+        datas = [d for f, _, d, _ in variants if f == family and family != "size"]
+        if datas:
+            for data in set(datas) - available.keys():
+                all_rows = dataclasses.replace(data, train_rows=0)
+                available[data] = len(load_preferences(all_rows, "train"))
+            fewest = min(available[d] for d in datas)
+            sizes[family] = min(limit, fewest) if limit else fewest
+    return sizes
+
+
+def _dpo(config: Config, family: str, rows: int) -> DPOConfig:
+    """Settings for one pass over the rows, or for `scaling.min_steps` steps if that is more."""
+    learning_rate = config.scaling.lora_learning_rate if family == "rank" else 0.0
+    batch = config.dpo.global_batch_size
+    steps = max(config.scaling.min_steps, -(-rows // batch))
+    return dataclasses.replace(
+        config.dpo, max_steps=steps, warmup_steps=min(config.dpo.warmup_steps, steps // 4),
+        save_steps=max(steps, 1), eval_steps=0,
+        learning_rate=learning_rate or config.dpo.learning_rate,
+    )  # fmt: skip

@@ -1,0 +1,82 @@
+"""One arm of the scaling stage: train it, measure it, and keep its numbers."""
+
+import shutil
+from pathlib import Path
+
+from spavl_lib.config import Config
+from spavl_lib.data.load import load_prompts, load_truth
+from spavl_lib.distributed import launcher
+from spavl_lib.evaluation.judges import judge_all, make_judge
+from spavl_lib.evaluation.rates import count_rate
+from spavl_lib.generation.stage import generate
+from spavl_lib.modelling.load import load_policy, load_processor
+from spavl_lib.runs.stage import Stage
+from spavl_lib.scaling.arms import Arm, arm_stage
+
+MEASURED = {"harm": "unsafe", "help": "helpful"}  # set of prompts -> the verdict that is counted
+
+
+def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
+    """Train and measure one arm; its numbers and responses are kept, its weights are not.
+
+    Args:
+        stage: The scaling stage.
+        arm: The arm to run. A complete one is returned as it is.
+        should_stop: Becomes true when a stop is requested; polled between batches of responses.
+
+    Returns:
+        The arm's `rows`, `steps`, `epochs`, `trainable_parameters` and rates.
+
+    Raises:
+        BusyError: Another worker runs this arm.
+        Preempted: A stop was requested; the same call continues the arm.
+    """
+    result = arm_stage(stage, arm)
+    if result.done:
+        return result.summary
+    with result.work():
+        if result.done:  # another worker held the lock until now and completed the arm
+            result.finish(result.summary)
+            return result.summary
+        config, training = result.run.config, result.run.stage("dpo")
+        trained = launcher.make("dpo", config, training)
+        rates = measure(config, training.path / "model", result.path, should_stop)
+        summary = {
+            "rows": trained["train_rows"],
+            "steps": trained["steps"],
+            "epochs": trained["epochs"],
+            "trainable_parameters": trained["trainable_parameters"],
+            **rates,
+        }
+        result.finish(summary)  # before the weights are deleted: without it they are needed again
+        for folder in (training.path / "model", training.path / "checkpoints"):
+            shutil.rmtree(folder, ignore_errors=True)
+    return summary
+
+
+def measure(
+    config: Config, trained: Path | None, target: Path, should_stop: object = False
+) -> dict:
+    """Generate and judge responses to the harmful and the harmless prompts.
+
+    Args:
+        config: The arm's config.
+        trained: Folder of the arm's weights; None for the base model.
+        target: Folder for the responses.
+        should_stop: Becomes true when a stop is requested; polled between batches.
+
+    Returns:
+        `unsafe_rate` and `helpful_rate`, each None if the judge has no opinion.
+    """
+    processor, model = load_processor(config.model), load_policy(config.model, trained)
+    judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
+    rates = {}
+    for name, column in MEASURED.items():
+        records = generate(
+            model, processor, load_prompts(config.data, name), config.generation,
+            target / f"{name}.jsonl", seed=config.seed, labels={"set": name}, desc=name,
+            should_stop=should_stop,
+        )  # fmt: skip
+        values = [row[column] for row in judge_all(judge, records) if row[column] is not None]
+        rates[f"{column}_rate"] = count_rate(sum(values), len(values))
+    return rates
