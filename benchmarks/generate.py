@@ -16,7 +16,8 @@ from benchmarks import common
 from spavl_lib.config import DataConfig, GenerationConfig, load_config
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.load import load_prompts
-from spavl_lib.generation.stage import generate, generate_batch, load_answerer
+from spavl_lib.generation.generate import generate, generate_batch
+from spavl_lib.generation.stage import load_answerer
 from spavl_lib.modelling.load import load_processor
 
 PROMPTS = 265  # of SPA-VL's harm evaluation

@@ -11,7 +11,7 @@ from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.rates import count_rate
-from spavl_lib.generation.stage import generate_batch
+from spavl_lib.generation.generate import generate_batch
 from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_text

@@ -1,10 +1,10 @@
-"""Greedy decoding in which an answer that has ended leaves the batch.
+"""Decoding that removes a row from the batch once its answer has ended.
 
-`model.generate` carries every row to the end of the longest answer, and its dynamic cache copies
-all keys and values at every token. Here keys and values lie in buffers with room to grow, and
-ended rows are taken out of them once a quarter has ended. What is chosen for a row depends on its
-logits and its number alone, so its answer is `generate`'s up to rounding, whatever rows are left
-beside it: equal in fp32, while in half precision ties may fall the other way.
+`model.generate` computes every row until the longest answer ends, and its dynamic cache copies all
+keys and values at every token. Here keys and values lie in buffers that grow in steps, and ended
+rows are removed once a quarter of the rows has ended. A token depends only on the logits and the
+number of its row, so the answers equal those of `generate` in fp32, whichever rows remain in the
+batch. In half precision rounding may decide a tie differently.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from spavl_lib.modelling.speed.shared_prefix import backbone_of, unsupported
 
 ROOM = 32  # tokens by which a buffer grows
-KEPT = 0.75  # part of the rows still at work below which the others leave
-# Settings a model may bring along that change nothing here: who decodes says when an answer ends,
-# and how a token is chosen.
+MIN_ACTIVE = 0.75  # ended rows are removed when a smaller share of the rows is active
+# Settings in a model's generation config that have no effect here, because the caller of `decode`
+# decides when an answer ends and how a token is chosen.
 OVERRULED = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
 })  # fmt: skip
-# What does nothing at 1, and what nothing at 0; all others do nothing at False or None alone.
+# Settings without effect at 1, and at 0. Any other setting is without effect only at False or None.
 IDLE_AT_ONE = frozenset({
     "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences",
     "num_beam_groups", "length_penalty", "guidance_scale",
@@ -38,35 +38,43 @@ IDLE_AT_ZERO = frozenset({
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of a layer as the filled part of larger buffers."""
+    """Keys and values of one layer, stored as the filled part of larger buffers."""
 
     buffers: tuple[Tensor, Tensor] | None = None
     length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple:
-        """Append (rows, heads, new, head_dim); the whole, as views."""
+        """Append keys and values.
+
+        Args:
+            key_states: New keys (rows, heads, new tokens, head_dim).
+            value_states: New values, of the same shape.
+
+        Returns:
+            All keys and all values (rows, heads, tokens, head_dim), as views of the buffers.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[2]
         if self.buffers is None or self.buffers[0].shape[2] < end:
-            self._lay_out(key_states, value_states, end + ROOM)
+            self._allocate(key_states, value_states, end + ROOM)
         for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = new
         self.length = end
-        self._show()
+        self._set_views()
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order."""
+        """Keep the rows at `indices` (int64), in this order."""
         self.buffers = tuple(b.index_select(0, indices) for b in self.buffers)
-        self._show()
+        self._set_views()
 
     def _unsupported(self, *_: object) -> None:
-        raise NotImplementedError("a growing layer only grows, and lets rows go")
+        raise NotImplementedError("GrowingLayer supports only update() and batch_select_indices()")
 
     crop = reorder_cache = reset = batch_repeat_interleave = _unsupported
 
-    def _lay_out(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
+    def _allocate(self, key_states: Tensor, value_states: Tensor, size: int) -> None:
         larger = tuple(
             x.new_empty(*x.shape[:2], size, x.shape[3]) for x in (key_states, value_states)
         )
@@ -74,13 +82,16 @@ class GrowingLayer(DynamicLayer):
             buffer[:, :, : self.length] = old[:, :, : self.length]
         self.buffers = larger
 
-    def _show(self) -> None:
+    def _set_views(self) -> None:
         self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
 
 
 def can_decode(model: PreTrainedModel) -> bool:
-    """Whether `decode` gives what `generate` would: positions count one by one, settings idle."""
-    settings = model.generation_config.to_diff_dict()  # whatever differs from the library's own
+    """Whether `decode` gives the same answers as `model.generate`.
+
+    It does if positions count up one by one and no setting of the model changes the logits.
+    """
+    settings = model.generation_config.to_diff_dict()  # settings that differ from the defaults
     idle = all(
         value is None
         or value is False
@@ -101,14 +112,19 @@ def decode(
     max_new_tokens: int,
     eos_id: int,
 ) -> list[list[int]]:
-    """Answers' ids, each up to and with its EOS, or `max_new_tokens` long.
+    """Generate answers for a batch of prompts.
 
     Args:
-        model: In evaluation mode; `can_decode`.
-        batch: Left-padded prompts (rows, length), with mask and image tensors.
-        choose: From fp32 logits (rows at work, vocabulary) and those rows' numbers, a token each.
-        max_new_tokens: Longest answer.
-        eos_id: Ends an answer.
+        model: A model in evaluation mode for which `can_decode` is true.
+        batch: `input_ids` and `attention_mask` (rows, length), int64 and padded on the left, and
+            the image tensors.
+        choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
+            returns a token id for each (active rows,).
+        max_new_tokens: Longest answer in tokens.
+        eos_id: The token that ends an answer.
+
+    Returns:
+        Token ids of each answer. An answer ends with EOS or has `max_new_tokens` tokens.
     """
     mask = batch["attention_mask"]
     cache = DynamicCache()
@@ -117,20 +133,22 @@ def decode(
     inputs, position = batch | {"position_ids": positions}, positions[:, -1:]
     answers: list[list[int]] = [[] for _ in mask]
     rows = list(range(len(mask)))
-    going = set(rows)
+    active = set(rows)
     while True:
         out = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         chosen = choose(out.logits[:, -1].float(), rows)
         for row, token in zip(rows, chosen.tolist(), strict=True):
-            if row in going:
+            if row in active:
                 answers[row].append(token)
-        going = {r for r in going if answers[r][-1] != eos_id and len(answers[r]) < max_new_tokens}
-        if not going:
+        active = {
+            r for r in active if answers[r][-1] != eos_id and len(answers[r]) < max_new_tokens
+        }
+        if not active:
             return answers
-        if len(going) < KEPT * len(rows):
-            left = torch.tensor([i for i, r in enumerate(rows) if r in going], device=mask.device)
+        if len(active) < MIN_ACTIVE * len(rows):
+            left = torch.tensor([i for i, r in enumerate(rows) if r in active], device=mask.device)
             mask, position, chosen = (x[left] for x in (mask, position, chosen))
-            rows = [r for r in rows if r in going]
+            rows = [r for r in rows if r in active]
             for layer in cache.layers:
                 layer.batch_select_indices(left)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)

@@ -1,7 +1,7 @@
-"""Answers through vLLM: the same rows in, the same records out. Linux with a GPU; optional.
+"""Generate with vLLM instead of transformers: the same rows in, the same records out.
 
-vLLM takes LoRA weights by name over one base, and knows nothing of a trained projector: an adapter
-that holds one is merged into a copy of the base first.
+vLLM is optional and needs Linux and a GPU. It serves LoRA weights over one base but cannot load a
+trained projector, so an adapter with a projector is first merged into a copy of the base.
 """
 
 import importlib
@@ -20,14 +20,14 @@ MERGED = "merged"
 
 
 class VLLMModel:
-    """A base in vLLM, and at most one adapter over it."""
+    """A base model in vLLM, with at most one adapter."""
 
     def __init__(self, config: ModelConfig, trained: Path | None = None):
         """Start the engine.
 
         Args:
-            config: Of the base.
-            trained: A trainer's `model/`: an adapter, or a whole model.
+            config: The base model.
+            trained: A trainer's `model/` with an adapter or a whole model; None for the base alone.
 
         Raises:
             InputError: vLLM is not installed, or the base is 4-bit.
@@ -36,11 +36,13 @@ class VLLMModel:
             self.vllm = importlib.import_module("vllm")
         except ImportError as error:
             raise InputError(
-                "generation.backend = vllm, but vLLM is not installed (pip install vllm; Linux "
-                "with a GPU); generation.backend = transformers runs everywhere"
+                "generation.backend = vllm, but vLLM is not installed. It needs Linux and a GPU "
+                "(pip install vllm). Set generation.backend=transformers to run anywhere."
             ) from error
         if config.adapter == "qlora":
-            raise InputError("generation.backend = vllm reads no 4-bit base: model.adapter = lora")
+            raise InputError(
+                "generation.backend = vllm does not load a 4-bit base; set model.adapter = lora"
+            )
         base, self.adapter = served(config, trained)
         lora = {}
         if self.adapter is not None:
@@ -51,7 +53,18 @@ class VLLMModel:
     def answer(
         self, processor: ProcessorMixin, rows: list[dict], config: GenerationConfig, *, seed: int
     ) -> list[dict]:
-        """Answers of the rows: `response`, `num_tokens`, and `finished` (EOS was said)."""
+        """Answer prompt rows.
+
+        Args:
+            processor: The model's processor.
+            rows: Prompt rows in the schema of `data.schema`.
+            config: Length and sampling.
+            seed: Seed of sampling.
+
+        Returns:
+            For each row `response`, `num_tokens` without EOS, and `finished`: whether EOS was
+            generated.
+        """
         prompts = []
         for row, image in zip(rows, decode_images(rows), strict=True):
             ids = prompt_ids(processor, row["prompt"], image=image is not None)
@@ -73,7 +86,15 @@ class VLLMModel:
 
 
 def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]:
-    """Which weights vLLM loads, and which adapter it lays over them."""
+    """The weights that vLLM loads, and the adapter that it adds to them.
+
+    Args:
+        config: The base model.
+        trained: A trainer's `model/`, or None.
+
+    Returns:
+        A path or Hub id, and an adapter's folder or None.
+    """
     if trained is None:
         return model_path(config), None
     if not (trained / "adapter_config.json").is_file():
@@ -81,7 +102,7 @@ def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]
     if not PeftConfig.from_pretrained(trained).modules_to_save:
         return model_path(config), trained
     merged = trained.parent / MERGED
-    if not (merged / "processor_config.json").is_file():  # written last
+    if not (merged / "processor_config.json").is_file():  # this file is written last
         model = PeftModel.from_pretrained(load_model(config), trained).merge_and_unload()
         model.save_pretrained(merged)
         _processor_of(trained).save_pretrained(merged)

@@ -8,7 +8,7 @@ from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.rates import count_rate
-from spavl_lib.generation.stage import generate
+from spavl_lib.generation.generate import generate
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.stage import Stage
 from spavl_lib.scaling.arms import Arm, arm_stage

@@ -8,7 +8,8 @@ import pytest
 
 from spavl_lib import pipeline
 from spavl_lib.errors import RankError
-from spavl_lib.generation import stage as generation
+from spavl_lib.generation import generate as generation
+from spavl_lib.generation.stage import make_inference_stage
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from tests.distributed.conftest import alive, config_of, process_of, train, when
@@ -33,7 +34,7 @@ def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool
     name = f"answers-{sampled}"
     alone = config_of("dpo", f"{name}-alone", **quick)
     train("dpo", alone)
-    generation.make_inference_stage(alone, Run(alone).stage("inference"))  # of DPO's model alone
+    make_inference_stage(alone, Run(alone).stage("inference"))  # of DPO's model alone
     expected = answers(Run(alone).stage("inference"))
     assert len(expected) >= 6 and all(b.count(b"\n") >= 10 for b in expected.values())
 

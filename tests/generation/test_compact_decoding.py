@@ -82,7 +82,7 @@ def test_sampled_rows_are_those_of_generate(family: str, monkeypatch: pytest.Mon
         own(self, indices)
 
     monkeypatch.setattr(GrowingLayer, "batch_select_indices", noted)
-    monkeypatch.setattr(decoding, "KEPT", 1.0)  # out at once, one as it may be
+    monkeypatch.setattr(decoding, "MIN_ACTIVE", 1.0)  # a row is removed at once
     assert sample(model, batch, seeds, eos_id=eos, **options) == expected
     assert taken_out and taken_out[0] < 9
 

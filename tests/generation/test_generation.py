@@ -12,8 +12,9 @@ from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.load import load_prompts
 from spavl_lib.errors import InputError, Preempted
-from spavl_lib.generation import stage as generation
-from spavl_lib.generation.stage import ahead, generate, generate_batch, make_inference_stage
+from spavl_lib.generation import generate as generation
+from spavl_lib.generation.generate import ahead, generate, generate_batch
+from spavl_lib.generation.stage import make_inference_stage
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run
 from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread
@@ -60,9 +61,9 @@ def test_every_row_is_answered_in_order_with_every_field(rows: list[dict], whole
     assert [r["id"] for r in records] == [r["id"] for r in rows]
     for row, record in zip(rows, records, strict=True):
         assert list(record) == [
-            *generation.KEPT, "model", "set", "response", "num_tokens", "finished", "generation",
+            *generation.COPIED, "model", "set", "response", "num_tokens", "finished", "generation",
         ]  # fmt: skip
-        for name in generation.KEPT:
+        for name in generation.COPIED:
             assert record[name] == row[name], name
         assert (record["model"], record["set"]) == ("base", "harm")
         assert record["generation"] == {"max_new_tokens": 24, "do_sample": False}

@@ -9,7 +9,8 @@ from peft import get_peft_model
 
 from spavl_lib.config import GenerationConfig, ModelConfig
 from spavl_lib.errors import InputError
-from spavl_lib.generation.stage import generate, load_answerer
+from spavl_lib.generation.generate import generate
+from spavl_lib.generation.stage import load_answerer
 from spavl_lib.generation.vllm import VLLMModel, served
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.load import load_policy, model_path
@@ -93,7 +94,7 @@ def test_an_adapter_goes_by_name_only_with_a_frozen_projector(vllm: list, tmp_pa
 
 
 def test_without_vllm_and_with_four_bits_it_says_what_to_do(vllm: list) -> None:
-    with pytest.raises(InputError, match="adapter = lora"):
+    with pytest.raises(InputError, match="4-bit base; set model.adapter = lora"):
         VLLMModel(ModelConfig(name="embedded", adapter="qlora"))
     sys.modules["vllm"] = None
     with pytest.raises(InputError, match="pip install vllm"):

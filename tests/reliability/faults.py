@@ -105,7 +105,7 @@ PHASES = {
     "rollout": ("spavl_lib.trainers.ppo", "sample"),
     "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
     "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
-    "generate": ("spavl_lib.generation.stage", "generate_batch"),
+    "generate": ("spavl_lib.generation.generate", "generate_batch"),
 }
 
 

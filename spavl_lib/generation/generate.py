@@ -1,0 +1,286 @@
+"""Answer prompts in batches and write the answers to a JSONL file.
+
+The file is the same however often the call was interrupted: finished batches are kept in a partial
+file, and every batch has a seed of its own.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from spavl_lib import machine
+from spavl_lib.config import GenerationConfig
+from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.grouping import image_groups
+from spavl_lib.distributed import group
+from spavl_lib.errors import Preempted
+from spavl_lib.generation.compact_decoding import can_decode, decode
+from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.runs.files import write_text
+
+T, R = TypeVar("T"), TypeVar("R")
+# Columns of a prompt row that are copied into its record.
+COPIED = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
+
+
+def settings(config: GenerationConfig, seed: int) -> dict:
+    """The settings that decide an answer, given model and prompt. Every record holds them."""
+    chosen = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample}
+    if config.do_sample:
+        chosen |= {"temperature": config.temperature, "top_p": config.top_p, "seed": seed}
+    return chosen
+
+
+def generate(
+    model: PreTrainedModel | VLLMModel,
+    processor: ProcessorMixin,
+    rows: Dataset | Iterable[dict],
+    config: GenerationConfig,
+    target: Path,
+    *,
+    seed: int = 0,
+    labels: dict[str, str] | None = None,
+    should_stop: object = False,
+    desc: str = "generate",
+) -> list[dict]:
+    """Answer every row and write one JSON line per row, in the order of the rows.
+
+    Several processes share the batches. Each writes a partial file, and the main process joins
+    them.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: The model's processor.
+        rows: Prompt rows in the schema of `data.schema`.
+        config: Batch size and sampling.
+        target: The JSONL file. `TARGET.partial` holds the batches finished so far; the same call
+            continues from it.
+        seed: Seed of sampling. Each batch derives a seed of its own from it, so an interruption
+            does not change the answers.
+        labels: Fields to add to every record, such as model and set.
+        should_stop: Truthy once the process is asked to stop. It is polled between batches.
+        desc: Name of the progress bar.
+
+    Returns:
+        The records.
+
+    Raises:
+        Preempted: The process was asked to stop. Finished batches are kept.
+    """
+    rows = list(rows)
+    batches = _batches(rows, config.batch_size)
+    header = _header(rows, config, seed, labels)
+    partial = _partial(target, machine.rank())
+    done = _resume(partial, header)
+    for other in _partials(target):  # an earlier call may have had another number of processes
+        done |= {} if other == partial else _finished(other, header)
+    group.barrier()
+    collate = PromptCollator(processor)
+    with tqdm(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
+        todo = [n for n in range(len(batches)) if n not in done]
+        mine = todo[machine.rank() :: machine.world_size()]
+        rows_of = [[rows[i] for i in batches[number]] for number in mine]
+        prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
+        for number, batch in zip(mine, ahead(prepare, rows_of, should_stop), strict=False):
+            indices, batch_seed = batches[number], _batch_seed(seed, number)
+            if isinstance(model, VLLMModel):
+                answers = model.answer(processor, batch, config, seed=batch_seed)
+            else:
+                answers = generate_batch(model, processor, batch, config, seed=batch_seed)
+            done[number] = [
+                {k: rows[i].get(k, "") for k in COPIED}
+                | (labels or {})
+                | answer
+                | {"generation": settings(config, seed)}
+                for i, answer in zip(indices, answers, strict=True)
+            ]
+            with partial.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps({"batch": number, "records": done[number]}) + "\n")
+            bar.update(len(indices))
+            group.report("progress", {"step": _count(done), "total": len(rows), "name": desc})
+    if group.any_of(any(n not in done for n in mine)):
+        raise Preempted(
+            f"stopped with {_count(done)} of {len(rows)} answers written; run the same command to "
+            "continue"
+        )
+    if machine.world_size() > 1:
+        for other in _partials(target):
+            done |= _finished(other, header)
+    place = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
+    records = [done[n][j] for n, j in (place[i] for i in range(len(rows)))]
+    if machine.is_main():
+        write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+    group.barrier()
+    partial.unlink(missing_ok=True)
+    if machine.is_main():
+        for left in _partials(target):  # written by processes of an earlier call
+            left.unlink(missing_ok=True)
+    return records
+
+
+def ahead(work: Callable[[T], R], items: Sequence[T], should_stop: object) -> Iterator[R]:
+    """Like `map`, but a thread computes the next result while the caller uses this one.
+
+    Args:
+        work: The function to call.
+        items: Its arguments.
+        should_stop: Once truthy, the iterator ends and waits for nothing.
+
+    Yields:
+        `work(item)` for each item, in order.
+    """
+    pool = ThreadPoolExecutor(1)
+    try:
+        waiting: Future[R] | None = None
+        for number, item in enumerate(items):
+            if should_stop:
+                return
+            result = (waiting or pool.submit(work, item)).result()
+            more = number + 1 < len(items)
+            waiting = pool.submit(work, items[number + 1]) if more else None
+            yield result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    batch: dict[str, Tensor],
+    config: GenerationConfig,
+    *,
+    seed: int = 0,
+) -> list[dict]:
+    """Answer one batch of prompts.
+
+    Args:
+        model: The model, in evaluation mode.
+        processor: The model's processor.
+        batch: `input_ids` and `attention_mask` (batch, length), int64 and padded on the left, and
+            the image tensors.
+        config: Length and sampling.
+        seed: Seed of sampling.
+
+    Returns:
+        For each row `response`, `num_tokens` without EOS, and `finished`: whether EOS was generated
+        within `max_new_tokens`.
+    """
+    tokenizer = processor.tokenizer
+    eos = tokenizer.eos_token_id
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+    if config.cache == "compact" and not config.do_sample and can_decode(model):
+        generated = decode(
+            model, batch, lambda logits, _: logits.argmax(-1),
+            max_new_tokens=config.max_new_tokens, eos_id=eos,
+        )  # fmt: skip
+    else:
+        generated = _generated(model, batch, config, eos, tokenizer.pad_token_id, seed)
+    answers = []
+    for row in generated:
+        finished = eos in row
+        ids = row[: row.index(eos)] if finished else row
+        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
+    return answers
+
+
+def _generated(
+    model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig, eos_id: int,
+    pad_id: int, seed: int,
+) -> list[list[int]]:  # fmt: skip
+    """New token ids of every row by `model.generate`, padded to the longest answer."""
+    options = {"do_sample": False}
+    if config.do_sample:
+        torch.manual_seed(seed)
+        options = {
+            "do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0,
+        }  # fmt: skip
+    if config.cache == "static":
+        options["cache_implementation"] = "static"
+    out = model.generate(
+        **batch,
+        **options,
+        max_new_tokens=config.max_new_tokens,
+        eos_token_id=eos_id,
+        pad_token_id=pad_id,
+    )
+    return out[:, batch["input_ids"].shape[1] :].tolist()
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+def _batches(rows: list[dict], size: int) -> list[list[int]]:
+    """Row indices in batches of similar length. The longest come first, so that memory is short at
+    once or never.
+
+    The rows of an image stay together, placed by the longest of them, so that a batch encodes the
+    image once.
+    """
+    groups = image_groups([r.get("image_name", "") for r in rows])
+    longest = [max(len(rows[i]["prompt"]) for i in group) for group in groups]
+    order = [
+        i
+        for _, _, group in sorted(zip((-n for n in longest), itertools.count(), groups))
+        for i in group
+    ]
+    return [order[i : i + size] for i in range(0, len(order), size)]
+
+
+def _batch_seed(seed: int, number: int) -> int:
+    return int(hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:8], 16)
+
+
+# --- partial files --------------------------------------------------------------------------------
+
+
+def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict | None) -> str:
+    """Hash of the rows and settings; a partial file of another hash is not used."""
+    key = [[r["id"], r["prompt"]] for r in rows], settings(config, seed), config.batch_size, labels
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+def _partial(target: Path, rank: int) -> Path:
+    return target.with_name(f"{target.name}.partial" + (f"-{rank}" if rank else ""))
+
+
+def _partials(target: Path) -> list[Path]:
+    return sorted(target.parent.glob(f"{target.name}.partial*"))
+
+
+def _count(done: dict[int, list[dict]]) -> int:
+    return sum(map(len, done.values()))
+
+
+def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
+    """Finished batches of an interrupted call with the same rows and settings."""
+    done = _finished(partial, header)
+    # The file is written again, because a torn last line would spoil the next line.
+    lines = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
+    write_text(partial, "".join(json.dumps(line) + "\n" for line in lines))
+    return done
+
+
+def _finished(partial: Path, header: str) -> dict[int, list[dict]]:
+    """Batch number -> records in a partial file; empty if rows or settings differ."""
+    lines = []
+    if partial.is_file():
+        for line in partial.read_text(encoding="utf-8").split("\n"):
+            try:
+                lines.append(json.loads(line))
+            except ValueError:  # the line is torn, so what follows cannot be trusted
+                break
+    if lines and lines[0].get("header") == header:
+        return {line["batch"]: line["records"] for line in lines[1:]}
+    return {}
