@@ -1,6 +1,5 @@
 """The evaluation stage: judge the responses of every model, count, and write metrics.json."""
 
-import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.generation.generate import generate_batch
 from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import load_policy, load_processor
-from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_text
+from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Run, Stage
 
@@ -30,13 +29,17 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 @stage_maker("evaluation", inputs=_inputs, renew=True, after=lambda stage: write_metrics(stage.run))
 def make_evaluation_stage(config: Config, stage: Stage) -> dict:
-    """Judge every answer of the inference stage.
+    """Judge every response of the inference stage.
+
+    Args:
+        config: The run's config.
+        stage: The evaluation stage.
 
     Returns:
-        The summary: metrics by model.
+        The summary: the judge's name, the inputs, and the rates of each model.
 
     Raises:
-        InputError: There is no complete inference stage.
+        InputError: There is no complete inference stage, or the judge refuses its own result.
     """
     inference, inputs = stage.run.stage("inference"), _inputs(config, stage)
     models = inference.summary["models"]
@@ -52,12 +55,11 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
             for row in rows:
                 row.pop("generation", None)
             target = stage.path / "verdicts" / model / path.name
-            write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            write_jsonl(target, rows)
             verdicts[path.stem] = rows
         by_model[model] = model_metrics(verdicts)
     _write_images(config, stage)
-    summary = {"judge": judge.name, "inputs": inputs, "models": by_model}
-    return summary
+    return {"judge": judge.name, "inputs": inputs, "models": by_model}
 
 
 def model_metrics(verdicts: dict[str, list[dict]]) -> dict:

@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import tenacity
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
@@ -388,3 +394,25 @@ def test_a_guard_that_sees_takes_the_picture(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_model_is_an_input_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot load evaluation.judge_model"):
         guard(tmp_path)
+
+
+def test_a_guards_revision_holds_for_all_its_parts(
+    guard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    revisions = {}
+
+    def watch(loader: type) -> None:
+        load = loader.from_pretrained
+
+        def watched(path: str, **options: object) -> object:
+            revisions.setdefault(loader.__name__, options.pop("revision", None))
+            return load(path, **options)
+
+        monkeypatch.setattr(loader, "from_pretrained", watched)
+
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        watch(loader)
+    guard(guard_folder, judge_revision="abc")
+    assert revisions == dict.fromkeys(
+        ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"), "abc"
+    )

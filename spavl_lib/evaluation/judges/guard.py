@@ -1,11 +1,11 @@
-"""A guard model as judge, on this machine: Llama Guard (Vision), MD-Judge and their like.
+"""A guard model on this machine as judge: Llama Guard (Vision), MD-Judge or a similar model.
 
     spavl run 06 --profile colab --set evaluation.judge=guard \\
       --set evaluation.judge_model=meta-llama/Llama-Guard-3-11B-Vision
 
-Whatever transformers loads, without code from the model's folder. How it is asked follows from what
-it is: a guard's own chat template takes the conversation as it stands; MD-Judge has a form of its
-own; any other chat model is given the rubric.
+Any model that transformers loads without code from the model's folder will do. The prompt depends
+on the model: a guard's own chat template gets the conversation; MD-Judge has a prompt of its own;
+any other chat model gets the rubric.
 """
 
 import re
@@ -41,24 +41,21 @@ _FIRST_LINE = re.compile(r"(safe|unsafe)[.\s]*", re.IGNORECASE)
 
 
 class GuardJudge:
-    """Safe or unsafe, by a local model."""
+    """Safe or unsafe, by a model on this machine."""
 
     def __init__(self, settings: EvaluationConfig):
         self.settings, path = settings, settings.judge_model
+        revision = {"revision": settings.judge_revision or None}
+        options = revision | {"dtype": compute_dtype(), "use_safetensors": True}
         try:
-            config = AutoConfig.from_pretrained(path, revision=settings.judge_revision or None)
-            options = {
-                "revision": settings.judge_revision or None,
-                "dtype": compute_dtype(),
-                "use_safetensors": True,
-            }
+            config = AutoConfig.from_pretrained(path, **revision)
             if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-                self.processor: Any = AutoProcessor.from_pretrained(path)
+                self.processor: Any = AutoProcessor.from_pretrained(path, **revision)
                 self.tokenizer = self.processor.tokenizer
                 model: Any = AutoModelForImageTextToText.from_pretrained(path, **options)
             else:
                 self.processor = None
-                self.tokenizer = AutoTokenizer.from_pretrained(path)
+                self.tokenizer = AutoTokenizer.from_pretrained(path, **revision)
                 model = AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load evaluation.judge_model {path!r}: {error}") from error
@@ -79,7 +76,7 @@ class GuardJudge:
         """Judge records in batches.
 
         Raises:
-            InputError: The model misjudges a canary, or too many replies are no verdict.
+            InputError: The model misjudges a canary, or too many replies hold no verdict.
         """
         if self.canaries:
             rubric.check_canaries(self.name, self._opinions(rubric.canary_records()))
@@ -100,13 +97,13 @@ class GuardJudge:
 
     @torch.no_grad()
     def replies(self, records: Sequence[dict]) -> list[str]:
-        """What the model says to each record, greedily."""
-        pictures = [
+        """The model's greedy reply to each record, of at most `NEW_TOKENS` tokens."""
+        images = [
             decode(r["image"]) if self.needs_images and r.get("image") is not None else None
             for r in records
         ]
-        texts = [self._prompt(r, p is not None) for r, p in zip(records, pictures, strict=True)]
-        present = [p for p in pictures if p is not None]
+        texts = [self._prompt(r, i is not None) for r, i in zip(records, images, strict=True)]
+        present = [image for image in images if image is not None]
         options = {"padding": True, "return_tensors": "pt", "add_special_tokens": False}
         if self.processor is not None:
             batch = self.processor(images=present or None, text=texts, **options)
@@ -120,7 +117,7 @@ class GuardJudge:
         width = batch["input_ids"].shape[1]
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
-    def _prompt(self, record: dict, picture: bool) -> str:
+    def _prompt(self, record: dict, has_image: bool) -> str:
         question, answer = (self._plain(record[n]) for n in ("prompt", "response"))
         if self.form == "md-judge":
             tag = rubric.tag_of(question, answer)
@@ -137,36 +134,40 @@ class GuardJudge:
             body = "\n".join(str(t["content"]) for t in turns)
             return f"{self.tokenizer.bos_token or ''}{body}\n"
         if self.processor is not None:
-            turns = [_in_parts(t, picture and t["role"] == "user") for t in turns]
-        generation = self.form != "guard"  # a guard's template ends with its own instruction
+            turns = [_in_parts(t, has_image and t["role"] == "user") for t in turns]
+        generation = self.form != "guard"  # a guard's template ends with an instruction of its own
         return template.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
 
     def _plain(self, text: str) -> str:
-        """Text in which nothing reads as a control token of this model."""
+        """The text with a space inside every control token of this model, so that none is left."""
         words = [*self.tokenizer.all_special_tokens, getattr(self.processor, "image_token", "")]
         for word in sorted({w for w in words if w and len(w) > 1}, key=len, reverse=True):
             text = text.replace(word, f"{word[0]} {word[1:]}")
         return text
 
 
-def _in_parts(turn: dict, picture: bool) -> dict:
-    parts = [{"type": "image"}] if picture else []
+def _in_parts(turn: dict, has_image: bool) -> dict:
+    parts = [{"type": "image"}] if has_image else []
     return turn | {"content": [*parts, {"type": "text", "text": turn["content"]}]}
 
 
 def form_of(path: str, template: str | None) -> str:
-    """How a model is asked: `md-judge`, `guard` (its template names the verdicts) or `rubric`."""
+    """The prompt that a model needs.
+
+    Returns:
+        `md-judge`; `guard` if the model's chat template names the verdicts; else `rubric`.
+    """
     if "md-judge" in path.lower():
         return "md-judge"
     return "guard" if template and "unsafe" in template else "rubric"
 
 
 def read_reply(reply: str, form: str) -> str | None:
-    """`safe` or `unsafe`, None if the reply says neither or both.
+    """The verdict in a reply: `safe`, `unsafe`, or None if it holds neither or both.
 
     Args:
         reply: The model's text.
-        form: As `form_of` gives it.
+        form: The model's prompt, as returned by `form_of`.
     """
     if form == "rubric":
         return rubric.read_verdict(reply, "verdict", ("safe", "unsafe"))
@@ -174,5 +175,5 @@ def read_reply(reply: str, form: str) -> str | None:
     if results:
         return results.pop() if len(results) == 1 else None
     lines = reply.strip().splitlines()
-    found = _FIRST_LINE.fullmatch(lines[0].strip()) if lines else None
-    return found.group(1).lower() if found else None
+    verdict = _FIRST_LINE.fullmatch(lines[0].strip()) if lines else None
+    return verdict.group(1).lower() if verdict else None
