@@ -371,6 +371,15 @@ def test_all_checks_every_notebook_before_it_runs_anything(
     assert executions == []
 
 
+def test_all_checks_the_judge_before_it_runs_anything(
+    make_notebook: Callable, runs: Path, executions: list[str]
+) -> None:
+    folder = make_notebook("01_data_exploration").parent
+    with pytest.raises(InputError, match="guard needs evaluation.judge_model"):
+        sequence.run_all(load_config("smoke", {"evaluation.judge": "guard"}), folder=folder)
+    assert executions == []
+
+
 @pytest.fixture
 def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Stage makers that only finish their stage."""

@@ -6,7 +6,9 @@ from typing import Any
 
 from spavl_lib import stages
 from spavl_lib.config import Config
+from spavl_lib.data.load import load_truth
 from spavl_lib.errors import InputError
+from spavl_lib.evaluation.judges import check_judge
 from spavl_lib.notebook.execute import (
     check_parameters,
     list_notebooks,
@@ -32,7 +34,8 @@ def run_all(
     """Notebooks 01 to 06 in order, then the report and its headline table.
 
     A complete stage with its executed notebook is kept. An interrupted one is run again and resumes
-    from its checkpoint. Every notebook and every existing stage is checked before the first runs.
+    from its checkpoint. Every notebook, every existing stage and the judge are checked before the
+    first notebook runs.
 
     Args:
         config: As `run_notebook` takes it.
@@ -52,6 +55,7 @@ def run_all(
     sequence = {path: stage for path, stage in sequence.items() if stage.name in FIRST_SIX}
     if not sequence:
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    check_judge(config.evaluation, load_truth(config.data))
     for path, stage in sequence.items():
         check_parameters(path)
         stage.check_config()
