@@ -379,6 +379,7 @@ def run(
     Raises:
         SystemExit: A group's tests fail, or take too long, without any mutant.
     """
+    data = data | {"tree": tree}
     finder, jobs, pages = Finder(data, tree), [], []
     mutants = [m for m in data["mutants"] if not only or m["id"].startswith(tuple(only))]
     for mutant in mutants:
@@ -437,10 +438,12 @@ def _shared_out(
             except queue.Empty:
                 return
             about = data["groups"][page["group"] if page else job["id"]]
+            # Files that are there: the first run met the tests of an earlier layout.
+            tests = [name for name in about["tests"] if (data["tree"] / name).exists()]
             try:
                 result = worker.ask(
                     job
-                    | {"tests": about["tests"], "options": about.get("options", [])}
+                    | {"tests": tests, "options": about.get("options", [])}
                     | {"limit_s": data["limit_s"] if page else 5 * data["limit_s"]}
                 )
             except Exception as error:
