@@ -194,8 +194,9 @@ def matmul_tflops(dtype: torch.dtype) -> float:
 
 def _speed(config: Any, case: dict[str, Any], stage: Any, rate: float) -> dict[str, Any]:
     """From the log's clock, the first step left out; work counted as the planner counts it."""
-    from spavl_lib.planning import plan as planner
     from spavl_lib.planning import shapes
+    from spavl_lib.planning.devices import Device
+    from spavl_lib.planning.time import step_time
     from spavl_lib.runs.files import read_jsonl
 
     rows = [r for r in read_jsonl(stage.metrics_path) if "time_s" in r]
@@ -204,8 +205,8 @@ def _speed(config: Any, case: dict[str, Any], stage: Any, rate: float) -> dict[s
     step = (rows[-1]["time_s"] - rows[0]["time_s"]) / (rows[-1]["step"] - rows[0]["step"] or 1)
     shape = shapes.shape_of(shapes.model_config(config.model), config.model.lora_targets)
     tokens = shape.image_tokens + 100
-    device = shapes.Device("measured", 1e9, rate, 1e9, "none")
-    ideal, _ = planner._time(case["kind"], config, shape, device, 2, tokens)
+    device = Device("measured", 1e9, rate, 1e9, "none")
+    ideal, _ = step_time(case["kind"], config, shape, device, 2, tokens)
     section = getattr(config, case["kind"])
     done = 2 * section.per_device_batch_size * section.gradient_accumulation_steps * tokens
     return {

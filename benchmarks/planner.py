@@ -119,10 +119,10 @@ def planned(name: str, model: str, batch: Any) -> Any:
     """What the planner says of a shape and the batch it met."""
     from spavl_lib.config import load_config
     from spavl_lib.planning import plan as planner
-    from spavl_lib.planning import shapes
+    from spavl_lib.planning.devices import Device
 
     config = load_config("smoke", overrides(SHAPES[name], model))
-    device = shapes.Device("cpu", 1e9, 0.1, 20, "none")
+    device = Device("cpu", 1e9, 0.1, 20, "none")
     return planner.plan(SHAPES[name]["kind"], config, device, batch=batch)
 
 
@@ -131,7 +131,7 @@ def measure(name: str) -> dict[str, Any]:
     import torch
 
     from spavl_lib.config import load_config
-    from spavl_lib.planning.plan import Batch
+    from spavl_lib.planning.memory import Batch
     from spavl_lib.runs.stage import Run
     from spavl_lib.trainers import ppo
 
@@ -171,7 +171,7 @@ def measure(name: str) -> dict[str, Any]:
 
 def _note_batches(shape: dict[str, Any], met: list) -> None:
     """Keep the shape of every batch that is trained on."""
-    from spavl_lib.planning.plan import Batch
+    from spavl_lib.planning.memory import Batch
     from spavl_lib.trainers.exact_trainer import CheckedMixin
     from spavl_lib.trainers.ppo import PPOTrainer
 

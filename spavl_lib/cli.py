@@ -263,12 +263,12 @@ def check(
 @app.command()
 def doctor() -> None:
     """Say what this machine has, what differs from the pins, and which profiles it can run."""
-    from spavl_lib import machine
+    from spavl_lib.planning import doctor as examination
 
-    for name, value in machine.describe_machine().items():
+    for name, value in examination.describe_machine().items():
         typer.echo(f"{name:<10} {value}")
-    pins = machine.read_pins()
-    differing = machine.differing_pins(pins)
+    pins = examination.read_pins()
+    differing = examination.differing_pins(pins)
     if not pins:
         typer.echo("pins       unknown: no checkout and no installed package")
     elif differing:
@@ -277,10 +277,10 @@ def doctor() -> None:
             typer.echo(f"{'':<11}{line}")
     else:
         typer.echo(f"pins       all {len(pins)} as pinned")
-    for name, value in machine.engines().items():
+    for name, value in examination.engines().items():
         typer.echo(f"{name:<10} {value}")
     typer.echo("profiles")
-    verdicts = {name: machine.cannot_run(name) for name in profile_names()}
+    verdicts = {name: examination.cannot_run(name) for name in profile_names()}
     for name, reasons in verdicts.items():
         typer.echo(f"  {name:<9}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     if all(verdicts.values()):
@@ -311,10 +311,10 @@ def plan(
     """
     from spavl_lib import machine
     from spavl_lib.planning import plan as planner
-    from spavl_lib.planning import shapes
+    from spavl_lib.planning.devices import device_named
 
     config, _, _ = _config(profile, sets, None, "")
-    where = shapes.device_named(device or machine.device_kind())
+    where = device_named(device or machine.device_kind())
     kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
     plans = [planner.plan(k, config, where, tokens=tokens) for k in kinds]
     typer.echo("\n".join(planner.render(p) for p in plans))

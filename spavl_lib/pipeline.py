@@ -180,10 +180,12 @@ def memory_advice(name: str, config: Config) -> Iterator[None]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        from spavl_lib.planning.plan import advice_for
+        from spavl_lib.planning.advice import advice_for
+        from spavl_lib.planning.devices import device_named
+        from spavl_lib.planning.plan import plan
 
         planned = name in ("reward", "dpo", "ppo")
-        advice = advice_for(name, config, device_kind()) if planned else ""
+        advice = advice_for(plan(name, config, device_named(device_kind()))) if planned else ""
         reason = str(error).splitlines()[0]
         raise OutOfMemory(
             f"{reason}\n  {advice or 'set a smaller generation.batch_size'}"

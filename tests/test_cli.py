@@ -11,6 +11,7 @@ from spavl_lib import cli, machine, pipeline
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Interrupted, NonFiniteError, Preempted
 from spavl_lib.notebook import execute, sequence
+from spavl_lib.planning import doctor
 
 
 @pytest.fixture
@@ -201,25 +202,25 @@ def test_doctor_says_what_runs_here_and_why_not(
     monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.setattr(machine, "memory_bytes", lambda: 8 * machine.GIB)
     assert spavl("doctor")[0] == 0
-    assert set(machine.NEEDS) == set(profile_names())
-    assert machine.cannot_run("demo") == []
-    assert machine.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, there is none here"]
+    assert set(doctor.NEEDS) == set(profile_names())
+    assert doctor.cannot_run("demo") == []
+    assert doctor.cannot_run("colab") == ["needs a CUDA GPU of 16 GiB, this machine has none"]
     # A T4 says 14.7 GiB; it is what the colab profile is made for.
     monkeypatch.setattr(machine, "gpus", lambda: [("Tesla T4", int(14.7 * machine.GIB))])
-    assert machine.cannot_run("colab") == []
-    assert "the largest here has 15" in machine.cannot_run("full")[-1]
+    assert doctor.cannot_run("colab") == []
+    assert "the largest here has 15" in doctor.cannot_run("full")[-1]
     monkeypatch.setattr(machine, "memory_bytes", lambda: machine.GIB)
     code, out, _ = spavl("doctor")
     assert code == 1
-    assert "needs 4 GiB of memory, here are 1.0" in out
+    assert "needs 4 GiB of memory, this machine has 1.0" in out
     assert "Tesla T4 (15 GiB)" in out
 
 
 def test_doctor_compares_with_the_pins() -> None:
-    pins = machine.read_pins()
+    pins = doctor.read_pins()
     assert pins["torch"] == "2.13.0"
     assert len(pins) > 20
-    lines = machine.differing_pins({"pytest": "0.0.1", "no-such-package-here": "1.0"})
+    lines = doctor.differing_pins({"pytest": "0.0.1", "no-such-package-here": "1.0"})
     assert lines[0] == "no-such-package-here: 1.0 pinned, missing"
     assert lines[1].startswith("pytest: 0.0.1 pinned, ")
-    assert machine.differing_pins({"torch": pins["torch"]}) == []
+    assert doctor.differing_pins({"torch": pins["torch"]}) == []

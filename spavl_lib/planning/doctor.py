@@ -1,4 +1,4 @@
-"""Whether this machine can run a profile, and how its packages differ from the pins."""
+"""What this machine has, which profiles it can run, and which packages differ from the pins."""
 
 import importlib.metadata
 import importlib.util
@@ -7,30 +7,33 @@ import shutil
 import sys
 import tomllib
 
+import torch
+
+from spavl_lib import machine
 from spavl_lib.config import load_config
 from spavl_lib.distributed.settings import local_processes
-from spavl_lib.machine import GIB, cores, gpus, memory_bytes
+from spavl_lib.machine import GIB
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.files import existing_parent
 from spavl_lib.runs.paths import repo_root, runs_root
 
-# What a shipped profile is made for: memory of the machine, and of one CUDA GPU, in GiB.
+# What each shipped profile needs, in GiB: main memory, and memory of one CUDA GPU (0: no GPU).
 NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
+# Machines and cards report a little less than the size they are sold by.
+REPORTED_SHARE = 0.9
 
 
 def describe_machine() -> dict[str, str]:
-    """Python, torch, devices, memory, cores and disk, a line each."""
-    import torch
-
-    devices = [f"{name} ({memory / GIB:.0f} GiB)" for name, memory in gpus()]
+    """Python, torch, devices, memory, cores and disk, one line each."""
+    devices = [f"{name} ({memory / GIB:.0f} GiB)" for name, memory in machine.gpus()]
     free = shutil.disk_usage(existing_parent(runs_root())).free
     return {
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.system()} {platform.machine()}",
         "torch": str(torch.__version__),
         "devices": ", ".join(devices) or "cpu only",
-        "cores": str(cores()),
-        "memory": f"{memory_bytes() / GIB:.1f} GiB",
+        "cores": str(machine.cores()),
+        "memory": f"{machine.memory_bytes() / GIB:.1f} GiB",
         "disk": f"{free / GIB:.1f} GiB free under {runs_root()}",
     }
 
@@ -51,38 +54,36 @@ def read_pins() -> dict[str, str]:
 
 
 def differing_pins(pins: dict[str, str]) -> list[str]:
-    """A line for each package that is missing or of another version than its pin.
+    """A line for each package that is missing or whose version differs from its pin.
 
     Args:
         pins: Package -> version. A local part, as in 2.13.0+cpu, is no difference.
     """
     lines = []
-    for name, wanted in sorted(pins.items()):
+    for name, pinned in sorted(pins.items()):
         try:
-            found = importlib.metadata.version(name)
+            installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name}: {wanted} pinned, missing")
+            lines.append(f"{name}: {pinned} pinned, missing")
             continue
-        if found.split("+")[0] != wanted:
-            lines.append(f"{name}: {wanted} pinned, {found} installed")
+        if installed.split("+")[0] != pinned:
+            lines.append(f"{name}: {pinned} pinned, {installed} installed")
     return lines
 
 
 def cannot_run(profile: str) -> list[str]:
-    """Why this machine cannot run a shipped profile; empty if it can, as far as can be told.
-
-    Args:
-        profile: Its name.
-    """
+    """Reasons why this machine cannot run a shipped profile; empty if none is known."""
     config, (memory, gpu) = load_config(profile), NEEDS[profile]
     reasons = []
-    # Machines and cards hold a little less than the number they are sold by.
-    if memory_bytes() < 0.9 * memory * GIB:
-        reasons.append(f"needs {memory} GiB of memory, here are {memory_bytes() / GIB:.1f}")
-    largest = max((size for _, size in gpus()), default=0)
-    if gpu and largest < 0.9 * gpu * GIB:
-        there = f"the largest here has {largest / GIB:.0f}" if largest else "there is none here"
-        reasons.append(f"needs a CUDA GPU of {gpu} GiB, {there}")
+    available = machine.memory_bytes()
+    if available < REPORTED_SHARE * memory * GIB:
+        reasons.append(f"needs {memory} GiB of memory, this machine has {available / GIB:.1f}")
+    largest = max((size for _, size in machine.gpus()), default=0)
+    if gpu and largest < REPORTED_SHARE * gpu * GIB:
+        present = (
+            f"the largest here has {largest / GIB:.0f}" if largest else "this machine has none"
+        )
+        reasons.append(f"needs a CUDA GPU of {gpu} GiB, {present}")
     if shutil.disk_usage(existing_parent(runs_root())).free < GIB:
         reasons.append(f"needs 1 GiB of disk under {runs_root()}")
     if config.model.adapter == "qlora" and not importlib.util.find_spec("bitsandbytes"):
@@ -91,25 +92,24 @@ def cannot_run(profile: str) -> list[str]:
 
 
 def engines() -> dict[str, str]:
-    """Ways of training in several processes, and of answering, and why not more."""
+    """Ways of training in several processes and of generating, and how to install those missing."""
 
-    def has(name: str) -> bool:
+    def installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
 
-    extra = "not installed: pip install -e '.[deepspeed]'"
+    processes = "one per GPU" if machine.gpus() else "one per core, to try it out"
+    missing = "not installed: pip install -e '.[deepspeed]'"
     return {
-        "processes": f"up to {local_processes()} on this machine "
-        f"({'one a GPU' if gpus() else 'one a core, for trying out'})",
-        "zero2/3": "yes" if has("deepspeed") else extra,
-        "4 bit": "yes" if has("bitsandbytes") else "no: bitsandbytes is not installed",
+        "processes": f"up to {local_processes()} on this machine ({processes})",
+        "zero2/3": "yes" if installed("deepspeed") else missing,
+        "4 bit": "yes" if installed("bitsandbytes") else "no: bitsandbytes is not installed",
         "16 bit": half_precision(),
-        "vllm": "yes" if has("vllm") else "not installed; transformers answers",
+        "vllm": "yes" if installed("vllm") else "not installed; transformers generates the answers",
     }
 
 
 def half_precision() -> str:
-    """The 16-bit type training would use here."""
-
-    if not gpus():
+    """The 16-bit type that training would use on this machine."""
+    if not machine.gpus():
         return "no: fp32 on the CPU"
     return str(compute_dtype()).removeprefix("torch.")

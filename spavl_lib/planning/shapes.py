@@ -1,71 +1,21 @@
-"""What the planner plans with: devices by name, and a model's sizes counted on the meta device."""
+"""Sizes of a model: counted on the meta device, so nothing is loaded."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+)
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
-
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Device:
-    """One accelerator, or this machine's CPU."""
-
-    name: str
-    memory_gib: float
-    """What a process may use, driver and CUDA context taken off."""
-    tflops: float
-    """Dense matmul peak in the training precision, from the maker's data sheet; CPU: measured."""
-    bandwidth_gbs: float
-    """Memory bandwidth, GB/s."""
-    half: str = "bf16"
-    """Its 16-bit type; "none" on the CPU."""
-
-
-DEVICES = {
-    "t4": Device("t4", 14.6, 65, 320, "fp16"),
-    "l4": Device("l4", 22.0, 121, 300),
-    "a100-40": Device("a100-40", 39.0, 312, 1555),
-    "a100-80": Device("a100-80", 78.8, 312, 2039),
-    "h100": Device("h100", 78.8, 989, 3350),
-    "h200": Device("h200", 139.0, 989, 4800),
-}
-# Share of the peak that steps of this kind reach; rough, replaced by measured rates where they are.
-UTILISATION = 0.35
-
-
-def device_named(name: str) -> Device:
-    """A device by name; `cpu` is this machine.
-
-    Raises:
-        InputError: Unknown, naming those there are.
-    """
-    if name == "cpu":
-        from spavl_lib.machine import memory_bytes
-
-        return Device("cpu", memory_bytes() / GIB, cpu_tflops(), 20, "none")
-    if name not in DEVICES:
-        raise InputError(f"unknown device {name!r} (there are: cpu, {', '.join(DEVICES)})")
-    return DEVICES[name]
-
-
-def cpu_tflops() -> float:
-    """This CPU's matmul rate in fp32, measured in a blink."""
-    import time
-
-    a = torch.randn(768, 768)
-    a @ a
-    started = time.perf_counter()
-    for _ in range(4):
-        a @ a
-    return 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e12
-
-
-# --- the model's shape --------------------------------------------------------------------------
+from spavl_lib.modelling.adapters import part_of
+from spavl_lib.modelling.load import model_path, why
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
@@ -76,68 +26,66 @@ def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str,
     }  # fmt: skip
 
 
-# For planning without the Hub.
+# Sizes of well-known models, so that a plan needs no network.
 KNOWN = {
     "llava-hf/llava-1.5-7b-hf": _llama(4096, 11008, 32, 32),
     "llava-hf/llava-1.5-13b-hf": _llama(5120, 13824, 40, 40),
 }
 
 
-def model_config(config: ModelConfig) -> Any:
-    """The architecture's config: of a known name, a folder, or the Hub.
+def model_config(config: ModelConfig) -> PreTrainedConfig:
+    """The architecture's config: of a known model, a folder, or a Hub id.
 
     Raises:
-        InputError: None of these.
+        InputError: The name is none of these.
     """
-    from transformers import AutoConfig, LlamaConfig, LlavaConfig
-
-    from spavl_lib.modelling.load import model_path, why
-
     if config.name in KNOWN:
         return LlavaConfig(text_config=LlamaConfig(**KNOWN[config.name]))
     try:
         return AutoConfig.from_pretrained(model_path(config), revision=config.revision or None)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"cannot read the config of {config.name!r}: {why(error)} (known without the Hub: "
+            f"cannot read the config of {config.name!r}: {why(error)} (these models need no Hub: "
             f"{', '.join(KNOWN)})"
         ) from error
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides memory and time; counts are values, not bytes."""
+    """The sizes of a model that decide memory and time. Counts are numbers of values, not bytes."""
 
     parts: dict[str, int]
     """Values by part: tower, projector, language, head."""
     linears: int
-    """Values in the language model's linears, which 4 bit takes."""
+    """Values in the language model's linear layers, which QLoRA stores in 4 bits."""
     lora_inputs: int
-    """Sum over adapted linears of inputs plus outputs: adapters hold this times their rank."""
+    """Inputs plus outputs, summed over the adapted linear layers. LoRA has this many values times
+    the rank."""
     layers: int
+    """Decoder layers of the language model."""
     hidden: int
+    """Width of the residual stream."""
     intermediate: int
+    """Width inside an MLP."""
     kv_width: int
-    """Width of keys, and of values, in one layer."""
+    """Width of the keys of one layer, and of the values."""
     heads: int
+    """Attention heads for queries."""
     vocabulary: int
+    """Token ids that have a logit."""
     image_tokens: int
-    tower_width: int
+    """Tokens that an image adds to a row."""
     tower_tokens: int
-    tied: bool
+    """Patches of an image in the vision tower, plus its class token."""
 
 
-def shape_of(config: Any, targets: tuple[str, ...]) -> Shape:
+def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
     """Count a model on the meta device.
 
     Args:
-        config: Of transformers.
-        targets: Names of the linears that take adapters.
+        config: The architecture's config.
+        targets: Names of the linear layers that take adapters.
     """
-    from transformers import AutoModelForImageTextToText
-
-    from spavl_lib.modelling.adapters import part_of
-
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     parts: dict[str, int] = {}
@@ -164,7 +112,5 @@ def shape_of(config: Any, targets: tuple[str, ...]) -> Shape:
         heads=heads,
         vocabulary=text.vocab_size,
         image_tokens=getattr(config, "image_seq_length", None) or patches,
-        tower_width=vision.hidden_size,
         tower_tokens=patches + 1,
-        tied=bool(getattr(text, "tie_word_embeddings", False)),
     )

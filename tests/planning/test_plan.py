@@ -11,11 +11,12 @@ from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import freeze_for_full, trainable_parts
 from spavl_lib.modelling.load import model_path
+from spavl_lib.planning import memory, shapes
 from spavl_lib.planning import plan as planner
-from spavl_lib.planning import shapes
+from spavl_lib.planning.devices import DEVICES, Device, device_named
 from tests.helpers import embedded_model, smoke
 
-T4, A100 = shapes.DEVICES["t4"], shapes.DEVICES["a100-80"]
+T4, A100 = DEVICES["t4"], DEVICES["a100-80"]
 
 
 def test_the_7b_shape_is_counted_as_published() -> None:
@@ -33,10 +34,10 @@ def test_counts_are_the_models_own() -> None:
     shape = shapes.shape_of(embedded_model().config, config.model.lora_targets)
     model = embedded_model(own=True)
     freeze_for_full(model, config.model)
-    assert planner.trained_values("dpo", config.model, shape) == trainable_parts(model)
+    assert memory.trained_values("dpo", config.model, shape) == trainable_parts(model)
 
 
-def total(kind: str = "dpo", device: shapes.Device = A100, **changes: object) -> float:
+def total(kind: str = "dpo", device: Device = A100, **changes: object) -> float:
     dotted = {k.replace("__", "."): v for k, v in changes.items()}
     return planner.plan(kind, load_config("colab", dotted), device).total_gib
 
@@ -100,7 +101,7 @@ def test_a_rank_is_halved_as_often_as_it_must() -> None:
 
 
 def test_shared_prefixes_are_counted_once() -> None:
-    batch = planner.Batch(rows=4, tokens=700, answer=100)
+    batch = memory.Batch(rows=4, tokens=700, answer=100)
     assert batch.positions(shared=False) == 2800
     assert batch.positions(shared=True) == 2 * (600 + 100 + 100)
     plain = {"model__share_prefix": "off", "model__gradient_checkpointing": False}
@@ -120,14 +121,14 @@ def test_plans_agree_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
     """Planned anew, so that a changed formula is held against the committed measurements."""
     page = json.loads(measured.RESULTS.read_text())
     base = AutoConfig.from_pretrained(model_path(load_config("smoke").model))
-    cpu, met = shapes.Device("cpu", 1e9, 0.1, 20, "none"), set()
+    cpu, met = Device("cpu", 1e9, 0.1, 20, "none"), set()
     for row in page["metrics"]["shapes"]:
         shape = measured.SHAPES[row["shape"]]
         monkeypatch.setattr(
             planner, "model_config", lambda _, shape=shape: measured.model_config(shape, base)
         )
         config = load_config("smoke", measured.overrides(shape, "embedded"))
-        batch = planner.Batch(row["rows"], row["tokens"], row["answer"])
+        batch = memory.Batch(row["rows"], row["tokens"], row["answer"])
         made = planner.plan(shape["kind"], config, cpu, batch=batch)
         assert row["measured_gib"] >= 2
         assert made.total_gib == pytest.approx(row["measured_gib"], rel=0.15), row["shape"]
@@ -138,7 +139,7 @@ def test_plans_agree_with_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_refusals() -> None:
     with pytest.raises(InputError, match="unknown device 'tpu'"):
-        shapes.device_named("tpu")
+        device_named("tpu")
     with pytest.raises(InputError, match="cannot plan 'sft'"):
         planner.plan("sft", load_config("colab"), T4)
     config = load_config("colab", {"model.name": "org/none"})

@@ -1,0 +1,61 @@
+"""The devices the planner knows: memory, speed and bandwidth."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from spavl_lib.errors import InputError
+from spavl_lib.machine import GIB, memory_bytes
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or this machine's CPU."""
+
+    name: str
+    memory_gib: float
+    """Memory a process may use, in GiB, without what the driver and the CUDA context take."""
+    tflops: float
+    """Peak rate of dense matrix products in the training precision, in 10^12 FLOP/s."""
+    bandwidth_gbs: float
+    """Memory bandwidth, in 10^9 bytes/s."""
+    half: str = "bf16"
+    """The device's 16-bit type; "none" on the CPU."""
+
+
+# Rates and bandwidths are those of NVIDIA's data sheets, dense (half of the figure with sparsity),
+# SXM where there are several forms. Memory is what a process can allocate: the nominal size less
+# about 1 GiB for driver and CUDA context.
+DEVICES = {
+    "t4": Device("t4", 14.6, 65, 320, "fp16"),
+    "l4": Device("l4", 22.0, 121, 300),
+    "a100-40": Device("a100-40", 39.0, 312, 1555),
+    "a100-80": Device("a100-80", 78.8, 312, 2039),
+    "h100": Device("h100", 78.8, 989, 3350),
+    "h200": Device("h200", 139.0, 989, 4800),
+}
+CPU_BANDWIDTH_GBS = 20  # a rough estimate for laptops; only the time of sampling depends on it
+
+
+def device_named(name: str) -> Device:
+    """A device by its name; `cpu` is this machine.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if name == "cpu":
+        return Device("cpu", memory_bytes() / GIB, cpu_tflops(), CPU_BANDWIDTH_GBS, "none")
+    if name not in DEVICES:
+        raise InputError(f"unknown device {name!r} (known: cpu, {', '.join(DEVICES)})")
+    return DEVICES[name]
+
+
+def cpu_tflops() -> float:
+    """This CPU's rate of fp32 matrix products, in 10^12 FLOP/s, measured in milliseconds."""
+    a = torch.randn(768, 768)
+    a @ a
+    started = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 768**3 / (time.perf_counter() - started) / 1e12

@@ -1,0 +1,81 @@
+"""Time of a training, from counted floating-point operations and bytes read. An estimate."""
+
+from spavl_lib.config import Config
+from spavl_lib.planning.devices import Device
+from spavl_lib.planning.memory import batches_per_step
+from spavl_lib.planning.shapes import Shape
+
+# Shares of the device's rates that a step reaches. Rough assumptions, not measured.
+GPU_UTILISATION = 0.35  # of the data sheet's matrix-product rate
+CPU_UTILISATION = 0.7  # of the matrix-product rate measured on this machine
+BANDWIDTH_UTILISATION = 0.5
+# Bytes read per weight and sampled token.
+HALF_BYTES, NF4_BYTES = 2.0, 0.6
+
+
+def step_time(
+    kind: str, config: Config, shape: Shape, device: Device, rows: int, tokens: int
+) -> tuple[float, int | None]:
+    """Time of an optimizer step, and how many steps there are.
+
+    Args:
+        kind: reward, dpo or ppo.
+        config: The run's config.
+        shape: Sizes of the model.
+        device: The device of each process.
+        rows: Rows computed at once.
+        tokens: Tokens of the longest row, with image tokens.
+
+    Returns:
+        Seconds of a step (of PPO: a rollout and its updates), and the steps of the run if the
+        config says.
+    """
+    model, launch = config.model, config.launch
+    matmul = shape.linears + (shape.parts.get("head", 0) if kind != "reward" else 0)
+    attention = shape.layers * 2 * tokens * shape.hidden  # multiply-adds a token, both products
+    forward = 2.0 * rows * tokens * (matmul + attention)
+    forward += 2.0 * rows * shape.tower_tokens * shape.parts.get("tower", 0)
+    backward = (2.0 if model.adapter == "full" else 1.0) * forward
+    if model.gradient_checkpointing:
+        backward += forward
+    passes = forward + backward + (forward if kind == "dpo" else 0.0)
+    batches = max(1, batches_per_step(kind, config) // launch.num_processes)
+    rate = device.tflops * 1e12 * (CPU_UTILISATION if device.half == "none" else GPU_UTILISATION)
+    if kind == "ppo":
+        return _rollout_time(config, shape, device, forward, backward, rate), _steps(kind, config)
+    return passes * batches / rate, _steps(kind, config)
+
+
+def _rollout_time(
+    config: Config, shape: Shape, device: Device, forward: float, backward: float, rate: float
+) -> float:
+    """Seconds of a PPO step: sampling, one pass by each of the four roles, and every update.
+
+    Args:
+        config: The run's config.
+        shape: Sizes of the model.
+        device: The device of each process.
+        forward: FLOPs of a batch's forward pass.
+        backward: FLOPs of its backward pass.
+        rate: FLOPs per second.
+    """
+    ppo = config.ppo
+    batches = ppo.rollout_batch_size / ppo.per_device_batch_size / config.launch.num_processes
+    # Each inner pass trains policy and value model. The prefill of sampling is a forward pass too.
+    work = batches * (5 * forward + ppo.ppo_epochs * 2 * (forward + backward))
+    # Sampling reads every weight for each token.
+    bytes_per_weight = NF4_BYTES if config.model.adapter == "qlora" else HALF_BYTES
+    weights = sum(shape.parts.values()) * bytes_per_weight
+    read = batches * ppo.max_new_tokens * weights
+    return work / rate + read / (device.bandwidth_gbs * 1e9 * BANDWIDTH_UTILISATION)
+
+
+def _steps(kind: str, config: Config) -> int | None:
+    """Optimizer steps, or PPO's rollouts, of the whole run; None if the config does not say."""
+    section = getattr(config, kind)
+    size = section.per_device_batch_size * batches_per_step(kind, config)
+    if kind == "ppo":
+        size = section.rollout_batch_size
+    if section.max_steps or not config.data.train_rows:
+        return section.max_steps or None
+    return max(1, round(config.data.train_rows * section.num_epochs / size))
