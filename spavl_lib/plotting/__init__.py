@@ -1,8 +1,8 @@
 """Every figure of the project: `plot_*(file, frame or rows) -> Figure`, in one style.
 
-Figures are objects of their own (no pyplot, so no global state) and show themselves in a notebook.
-They know no model: what they draw stands in a run folder. A missing number is left out, never drawn
-as 0.
+Figures do not use pyplot, so there is no global state, and they display themselves in a notebook.
+They need no model: everything they draw is read from a run folder. A missing number is left out,
+never drawn as 0.
 """
 
 from spavl_lib.plotting.data import (

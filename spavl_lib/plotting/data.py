@@ -1,4 +1,4 @@
-"""Figures of preference data: what it is about, how long its answers are, what is pictured."""
+"""Figures of preference data: its classes, the lengths of its answers, and its images."""
 
 import math
 import textwrap
@@ -18,8 +18,8 @@ from spavl_lib.data.taxonomy import TAXONOMY, classes, display
 from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
 
-_SMALLEST = 6.0  # points; a leaf whose label would be smaller shares a tile with its like
-_LINE = 0.78  # text size over the room a line takes
+_SMALLEST = 6.0  # points; tertiary classes whose labels would be smaller share one tile
+_LINE = 0.78  # font size divided by line height
 
 
 def _counts(source: Any, column: str) -> Counter:
@@ -30,7 +30,7 @@ def _counts(source: Any, column: str) -> Counter:
 
 @styled
 def plot_class_counts(source: Any) -> Figure:
-    """Rows per harm class: class1, class2 and class3 side by side, heights in proportion.
+    """Rows per harm class: class1, class2 and class3 side by side, with proportional heights.
 
     Args:
         source: Rows or a frame with `class3`, the column itself, or class3 -> count.
@@ -39,9 +39,9 @@ def plot_class_counts(source: Any) -> Figure:
     tree = {
         one: {two: list(three) for two, three in inner.items()} for one, inner in TAXONOMY.items()
     }
-    strange = sorted(counts.keys() - set(classes(3)))
-    if strange:
-        tree["other"] = {"other": strange}
+    unknown = sorted(counts.keys() - set(classes(3)))
+    if unknown:
+        tree["other"] = {"other": unknown}
     total = counts.total()
     height = 9.2
     fig = new_figure(9.4, height)
@@ -58,7 +58,7 @@ def plot_class_counts(source: Any) -> Figure:
         y1 = y
         for class2, thirds in seconds.items():
             y2 = y
-            for text, size in _leaves({c: counts[c] for c in thirds if counts[c]}, points):
+            for text, size in _tertiary_tiles({c: counts[c] for c in thirds if counts[c]}, points):
                 box = (edges[2], y, edges[3] - edges[2], size)
                 _tile(ax, box, f"{text}  {size:,}", colour, 0.16, points)
                 y += size
@@ -71,17 +71,17 @@ def plot_class_counts(source: Any) -> Figure:
     return fig
 
 
-def _leaves(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
-    """(label, rows) of one class2, the largest first; those too low for a label in one."""
+def _tertiary_tiles(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
+    """(label, rows) of each tertiary class of one class2, largest first; small ones together."""
     order = sorted(counts, key=lambda c: -counts[c])
     large = [c for c in order if _LINE * points * counts[c] >= _SMALLEST]
     small = order[len(large) :]
-    leaves = [(display(c), counts[c]) for c in large]
+    tiles = [(display(c), counts[c]) for c in large]
     if small:
         names = ", ".join(display(c) if i == 0 else display(c).lower() for i, c in enumerate(small))
         text = names if len(names) <= 44 else f"{len(small)} more: {names}"
-        leaves.append((textwrap.shorten(text, 44, placeholder=" …"), sum(counts[c] for c in small)))
-    return leaves
+        tiles.append((textwrap.shorten(text, 44, placeholder=" …"), sum(counts[c] for c in small)))
+    return tiles
 
 
 def _tile(
@@ -95,7 +95,7 @@ def _tile(
     width: int = 48,
     bold: bool = False,
 ) -> None:
-    """One rectangle, labelled if its height allows."""
+    """Draw one rectangle, with its label if the height allows."""
     x, y, across, down = box
     if not down:
         return
@@ -119,7 +119,7 @@ def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
 
     Args:
         source: Rows or a frame, the column itself, or value -> count.
-        column: Which column of rows.
+        column: The column of rows to count.
     """
     counts = _counts(source, column)
     fig = new_figure(6.2, 1.0 + 0.42 * max(1, len(counts)))
@@ -141,12 +141,12 @@ def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
 def plot_length_histogram(
     chosen: Sequence[float], rejected: Sequence[float], *, unit: str = "words"
 ) -> Figure:
-    """Lengths of chosen and of rejected answers over one another, with their medians.
+    """Histograms of the lengths of chosen and rejected answers, with their medians.
 
     Args:
-        chosen: One length a pair.
-        rejected: One length a pair.
-        unit: What was counted.
+        chosen: Length of the chosen answer of each pair.
+        rejected: Length of the rejected answer of each pair.
+        unit: The unit of the lengths.
     """
     named = {
         "chosen": np.asarray(list(chosen), float),
@@ -178,16 +178,18 @@ def plot_length_histogram(
 def plot_image_grid(
     images: Sequence[Any], captions: Sequence[str] | None = None, columns: int = 4
 ) -> Figure:
-    """Pictures in rows, each with its caption.
+    """Images in a grid, each with its caption.
 
     Args:
-        images: PIL images, arrays, paths or `{"bytes", "path"}` cells; `None` for an empty tile.
-        captions: One text an image; each of its lines is wrapped, to six lines at most.
-        columns: Pictures a row.
+        images: PIL images, arrays, paths or `{"bytes", "path"}` cells; None for an empty tile.
+        captions: One text for each image. Each line of it is wrapped, to at most six lines.
+        columns: Number of images in a row.
     """
     captions = [""] * len(images) if captions is None else list(captions)
     if len(captions) != len(images):
-        raise ValueError(f"{len(images)} images, {len(captions)} captions")
+        raise ValueError(
+            f"expected one caption per image, got {len(captions)} captions and {len(images)} images"
+        )
     columns = max(1, min(columns, len(images)))
     lines = max(1, math.ceil(len(images) / columns))
     width = 28 if columns > 3 else 38
@@ -199,19 +201,19 @@ def plot_image_grid(
     ]
     tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
     across = 2.2 if columns > 3 else 3.0
-    pictures = [None if i is None else _array(i) for i in images]
-    shapes = [p.shape[0] / p.shape[1] for p in pictures if p is not None]
-    high = across * min(max(shapes, default=1.0), 2.0)  # no caption is cut by a tall picture
+    arrays = [None if i is None else _array(i) for i in images]
+    shapes = [a.shape[0] / a.shape[1] for a in arrays if a is not None]
+    high = across * min(max(shapes, default=1.0), 2.0)  # a tall image must not cut a caption
     fig = new_figure(across * columns, lines * (high + 0.17 * tallest))
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set(xticks=[], yticks=[], anchor="N")
         ax.spines[:].set_visible(False)
-    for ax, picture, caption in zip(axes, pictures, wrapped, strict=False):
-        if picture is None:
+    for ax, array, caption in zip(axes, arrays, wrapped, strict=False):
+        if array is None:
             note(ax, "no image")
         else:
-            ax.imshow(picture)
+            ax.imshow(array)
         ax.set_xlabel(caption, loc="left", fontsize=8.5)
     return fig
 
@@ -226,12 +228,12 @@ def _array(image: Any) -> np.ndarray:
 def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Median words of chosen and rejected answers, by class and by question type.
 
-    The number at the right is the share of pairs whose chosen answer is the longer one: 50 % says
-    nothing about length, 100 % says that length alone tells the answers apart.
+    The number on the right is the share of pairs whose chosen answer is longer. At 50 %, length
+    says nothing about which answer was chosen; at 100 %, length alone decides it.
 
     Args:
-        lengths: Column -> value -> `chosen_median`, `rejected_median`, `chosen_longer_share`, as
-            the data stage's summary has it.
+        lengths: Column -> value -> `chosen_median`, `rejected_median`, `chosen_longer_share`, as in
+            the data stage's summary.
     """
     groups = [(column, rows) for column, rows in lengths.items() if rows]
     sizes = [len(rows) + 0.8 for _, rows in groups] or [1.0]
@@ -244,14 +246,14 @@ def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     for ax, (column, rows) in zip(axes, groups, strict=True):
         names = list(rows)
         for y, name in enumerate(names):
-            found = rows[name]
-            ends = (found["rejected_median"], found["chosen_median"])
+            row = rows[name]
+            ends = (row["rejected_median"], row["chosen_median"])
             ax.plot(ends, (y, y), color=MUTED, lw=1.5, zorder=1)
             for x, colour, shape, label in zip(
                 ends, (PALETTE[1], PALETTE[0]), "so", ("rejected", "chosen"), strict=True
             ):
                 ax.plot(x, y, shape, color=colour, ms=7, zorder=2, label=None if y else label)
-            share = found["chosen_longer_share"]
+            share = row["chosen_longer_share"]
             text = "" if share is None else f"{share:.0%} longer"
             ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center",
                         fontsize=8.5, color=MUTED)  # fmt: skip

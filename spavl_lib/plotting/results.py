@@ -1,4 +1,4 @@
-"""Figures of metrics.json: rates with their intervals, whole and per class."""
+"""Figures of metrics.json: rates with their intervals, overall and per class."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +46,7 @@ def _dot(ax: Axes, x: float, y: float, colour: str, index: int, **errors: Any) -
 
 
 def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
-    """Heights moved as little as keeps labels apart: down from the top half, up from the other."""
+    """Heights at which labels do not overlap: moved down in the top half, up in the bottom half."""
     placed: dict[int, float] = {}
     for index in sorted(range(len(heights)), key=lambda i: -abs(heights[i] - 0.5)):
         height, step = heights[index], -gap if heights[index] > 0.5 else gap
@@ -58,10 +58,10 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 
 @styled
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
-    """Each model by its helpful rate (x) and safe rate (y, 1 − unsafe), with 95 % intervals.
+    """Each model at its helpful rate (x) and its safe rate (y, 1 − unsafe), with 95 % intervals.
 
     Args:
-        source: metrics.json, or what it holds.
+        source: The path of metrics.json, or its contents.
     """
     models = models_of(read_metrics(source))
     colours = model_colours(models)
@@ -73,7 +73,7 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
     ax.text(0.815, 0.82, "safe and helpful", **corner)
     ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
-    ax.text(0.0, 0.03, "unsafe and\nof no help", va="bottom", **corner)
+    ax.text(0.0, 0.03, "unsafe and\nuseless", va="bottom", **corner)
     points = []
     for index, (name, cells) in enumerate(models.items()):
         helpful, unsafe = read_rate(cells, "helpful_rate"), read_rate(cells, "unsafe_rate")
@@ -98,11 +98,11 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
 @styled
 def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figure:
-    """The four rates of every model as dots with 95 % intervals, one panel a rate.
+    """The four rates of every model with 95 % intervals, one panel for each rate.
 
     Args:
-        source: metrics.json, or what it holds.
-        section: Read the rates from this part of each model, such as `held_out_drawings`.
+        source: The path of metrics.json, or its contents.
+        section: Key of each model's numbers that holds the rates, such as `held_out_drawings`.
     """
     models = models_of(read_metrics(source))
     if section:
@@ -113,17 +113,17 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
     axes = fig.subplots(2, 2, sharey=True).ravel()
     for ax, metric in zip(axes, METRICS, strict=True):
         _percent_axis(ax)
-        ax.set_title(f"{metric.title} ({'lower' if metric.good == 'low' else 'higher'} is better)")
+        ax.set_title(f"{metric.title} ({metric.direction})")
         for index, (name, cells) in enumerate(models.items()):
-            found = read_rate(cells, metric.key)
-            if found is None:
+            rate = read_rate(cells, metric.key)
+            if rate is None:
                 ax.text(0.0, index, "not measured", va="center", color=MUTED, fontsize=9)
                 continue
-            errors = np.array(found.errors)[:, None]
-            _dot(ax, found.value, index, colours[name], index, xerr=errors)
-            left = found.value > 0.6
-            edge = found.value - errors[0, 0] if left else found.value + errors[1, 0]
-            ax.annotate(percent(found), (edge, index), (-6 if left else 6, 0), va="center",
+            errors = np.array(rate.errors)[:, None]
+            _dot(ax, rate.value, index, colours[name], index, xerr=errors)
+            left = rate.value > 0.6
+            edge = rate.value - errors[0, 0] if left else rate.value + errors[1, 0]
+            ax.annotate(percent(rate), (edge, index), (-6 if left else 6, 0), va="center",
                         ha="right" if left else "left", textcoords="offset points")  # fmt: skip
         ax.set_yticks(range(len(models)), [model_title(name) for name in models])
         ax.grid(False, axis="y")
@@ -132,28 +132,28 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
 
 
 def class_rates(cells: Mapping, key: str, level: int) -> dict[str, Rate | None]:
-    """A model's rate in each class of a level, pooled from its class3 counts.
+    """A model's rate in each class of one level, pooled from the counts of its tertiary classes.
 
     Args:
         cells: One model's entry in metrics.json.
-        key: Rate, such as `unsafe_rate`.
-        level: 1, 2 or 3.
+        key: Name of the rate, such as `unsafe_rate`.
+        level: Level of the classes: 1, 2 or 3.
     """
     members: dict[str, list[Rate | None]] = {}
     for class3, rates in (cells.get("per_class") or {}).items():
         name = class3 if level == 3 else PARENTS.get(class3, ("other", "other"))[level - 1]
         members.setdefault(name, []).append(read_rate(rates, key))
     if level == 3:
-        return {name: found[0] for name, found in members.items()}
-    return {name: pool(found) for name, found in members.items()}
+        return {name: parts[0] for name, parts in members.items()}
+    return {name: pool(parts) for name, parts in members.items()}
 
 
 def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
-    """Classes as (class1, class) in the taxonomy's order, unknown ones last.
+    """(class1, class) of each class, in the order of the taxonomy, unknown classes last.
 
     Args:
-        names: Which classes there are.
-        level: Their level, 1, 2 or 3.
+        names: The classes to order.
+        level: Their level: 1, 2 or 3.
     """
     known = []
     for class1, seconds in TAXONOMY.items():
@@ -166,16 +166,16 @@ def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
 
 @styled
 def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
-    """Unsafe rate per harm class, models side by side, with 95 % Wilson intervals.
+    """Unsafe rate of every model per harm class, with 95 % Wilson intervals.
 
     Args:
-        source: metrics.json, or what it holds.
-        level: 1 (6 classes), 2 (15) or 3 (53).
+        source: The path of metrics.json, or its contents.
+        level: Level of the classes: 1 (6 classes), 2 (15) or 3 (53).
     """
     models = models_of(read_metrics(source))
     colours = model_colours(models)
     rates = {name: class_rates(cells, "unsafe_rate", level) for name, cells in models.items()}
-    order = class_order({c for found in rates.values() for c in found}, level)
+    order = class_order({c for by_class in rates.values() for c in by_class}, level)
     places, labels, y, above = [], [], 0.0, None
     for class1, _ in order:
         if class1 != above and level > 1:
@@ -191,9 +191,9 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     ax.set_xlim(0, 1.03)
     ax.spines["left"].set_visible(False)
     height = 0.78 / max(1, len(models))
-    for index, (name, found) in enumerate(rates.items()):
+    for index, (name, by_class) in enumerate(rates.items()):
         at = [p - 0.39 + height * (index + 0.5) for p in places]
-        shown = [(p, found.get(c)) for p, (_, c) in zip(at, order, strict=True)]
+        shown = [(p, by_class.get(c)) for p, (_, c) in zip(at, order, strict=True)]
         shown = [(p, r) for p, r in shown if r is not None]
         ax.barh([p for p, _ in shown], [r.value for _, r in shown], height, color=colours[name],
                 label=model_title(name))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures of speed, from what the benchmarks write."""
+"""Figures of speed, from the results of the benchmarks."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ PANELS = (("image_tokens", "Image tokens"), ("answer_tokens", "Tokens of each an
 
 @styled
 def plot_growth(source: Path | str | dict) -> Figure:
-    """Seconds of a DPO step by image tokens and by answer length, trl's and ours.
+    """Seconds of a DPO step by image tokens and by answer length, for trl and for this library.
 
     Args:
-        source: `growth.json`, or what it holds.
+        source: The path of `growth.json`, or its contents.
     """
     page = source if isinstance(source, dict) else read_json(Path(source))
     metrics = page["metrics"]

@@ -1,6 +1,7 @@
-"""The one style: a figure that carries it, its colours, and how figures become files.
+"""The style of all figures: settings, colours, and how a figure becomes a file.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; markers differ too.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers differ
+too.
 """
 
 import functools
@@ -54,12 +55,13 @@ Source = Path | str | Iterable[Mapping]
 
 
 class Drawing(Figure):
-    """A figure drawn in the house style wherever and whenever it is drawn."""
+    """A figure that keeps this style whenever and wherever it is drawn."""
 
     def draw(self, renderer: Any) -> None:
-        """Draw, with what matplotlib makes only now in our style too."""
+        """Draw in this style, which also sets what matplotlib creates only while drawing."""
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a name in a script we lack
+            # The font may lack the script of a name.
+            warnings.filterwarnings("ignore", message="Glyph")
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
@@ -67,6 +69,8 @@ class Drawing(Figure):
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Decorate a function so that it builds its figure in this style."""
+
     @functools.wraps(plot)
     def wrapped(*args: Any, **kwargs: Any) -> Figure:
         with matplotlib.rc_context(STYLE):
@@ -76,27 +80,27 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def png_bytes(fig: Figure, dpi: int = 110) -> bytes:
-    """A figure as PNG, with at most 256 colours where it would pass 200 kB."""
+    """A figure as PNG; reduced to 256 colours if it would exceed 200 kB."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     if buffer.tell() > 200_000:
-        picture = Image.open(buffer).convert("RGB").quantize(256)
+        image = Image.open(buffer).convert("RGB").quantize(256)
         buffer = io.BytesIO()
-        picture.save(buffer, format="PNG", optimize=True)
+        image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
-    """Write a figure as PNG: aside, then renamed, so that the file is never half there.
+    """Write a figure as PNG to a temporary file and rename it, so that the file is always whole.
 
     Args:
-        fig: Any figure.
-        path: Target, ending in .png; folders are made.
-        dpi: Pixels an inch.
+        fig: The figure.
+        path: The target, ending in .png; missing folders are created.
+        dpi: Resolution in pixels per inch.
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"figures are saved as .png, got {path.name!r}")
+        raise ValueError(f"expected a file name that ends in .png, got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_bytes(png_bytes(fig, dpi))
@@ -105,7 +109,7 @@ def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
 
 
 def rows_of(source: Source) -> list[dict]:
-    """Rows of a JSONL file, a DataFrame (its NaN are gaps, not values) or a list."""
+    """Rows of a JSONL file, of a DataFrame (NaN counts as missing) or of a list."""
     if isinstance(source, str | Path):
         return read_jsonl(Path(source))
     if hasattr(source, "to_dict"):
@@ -114,7 +118,7 @@ def rows_of(source: Source) -> list[dict]:
 
 
 def column_of(source: Any, column: str) -> list:
-    """One column of rows or of a frame; a plain sequence is the column itself."""
+    """One column of rows or of a frame; a plain sequence is returned as it is."""
     if hasattr(source, "columns"):
         return source[column].tolist()
     values = list(source)
@@ -122,6 +126,13 @@ def column_of(source: Any, column: str) -> list:
 
 
 def new_figure(width: float, height: float, title: str = "") -> Drawing:
+    """An empty figure.
+
+    Args:
+        width: In inches.
+        height: In inches.
+        title: Text above the figure.
+    """
     fig = Drawing(figsize=(width, height), layout="constrained")
     fig.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
     if title:
@@ -130,13 +141,14 @@ def new_figure(width: float, height: float, title: str = "") -> Drawing:
 
 
 def note(ax: Axes, text: str) -> None:
+    """Write a text in the middle of an empty panel."""
     ax.text(
         0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=MUTED, wrap=True
     )
 
 
 def model_colours(models: Iterable[str]) -> dict[str, str]:
-    """Model name -> colour: grey for the base, dpo and ppo always alike, others in turn."""
+    """Model name -> colour: grey for the base, fixed colours for dpo and ppo, others in turn."""
     fixed = {"base": BASE_COLOUR, "dpo": PALETTE[0], "ppo": PALETTE[1]}
     names = list(models)
     others = [name for name in names if name not in fixed]
@@ -145,4 +157,5 @@ def model_colours(models: Iterable[str]) -> dict[str, str]:
 
 
 def marker(index: int) -> str:
+    """The marker of the model or series with this index."""
     return "osD^vPX"[index % 7]

@@ -1,4 +1,4 @@
-"""Figures of training: curves, margins, and a plot that lives in a notebook while it goes on."""
+"""Figures of training: curves, margins, calibration, and a live plot for notebooks."""
 
 import base64
 import logging
@@ -28,11 +28,11 @@ from spavl_lib.plotting.style import (
     styled,
 )
 
-# Panels of the training figure: title, keys, y label. Keys that a file lacks are left out.
+# Panels of the training figure: title, keys, y label. Keys that are not logged are left out.
 TRAINING_GROUPS = (
     ("Loss", ("loss",), "nats a pair"),
     ("Margin, chosen − rejected", ("rewards/margins",), "reward"),
-    ("Pairs ranked rightly", ("rewards/accuracies",), "share"),
+    ("Pairs ranked correctly", ("rewards/accuracies",), "share"),
     ("Log-probability of the answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
     ("Score (band: one sd)", ("objective/scores",), "reward model's score"),
     ("KL to the reference", ("objective/kl",), "nats an answer"),
@@ -44,9 +44,9 @@ TRAINING_GROUPS = (
     ("Policy loss", ("loss/policy_avg",), "advantage × ratio"),
     ("Value loss", ("loss/value_avg",), "half a squared score"),
     ("Explained variance", ("val/explained_variance",), "share of the returns'"),
-    ("Price of KL", ("objective/kl_coef",), "score a nat"),
+    ("KL coefficient", ("objective/kl_coef",), "score a nat"),
     ("Cross-entropy of chosen answers", ("loss/sft_avg",), "nats a token"),
-    ("Reward of an answer (band: one sd)", ("reward",), "score less penalties"),
+    ("Reward of an answer (band: one sd)", ("reward",), "score minus penalties"),
     ("KL to the reference, a token", ("kl",), "nats a token"),
     ("Mean answer length", ("completions/mean_length",), "tokens, EOS included"),
     ("Cut off, and scored all alike", ("completions/clipped_ratio", "frac_reward_zero_std"),
@@ -54,21 +54,21 @@ TRAINING_GROUPS = (
     ("Gradient norm", ("grad_norm", "grad_norm/policy", "grad_norm/value"), "before clipping"),
     ("Learning rate", ("learning_rate",), "a step"),
 )  # fmt: skip
-# Logged, and told by another panel: not drawn by themselves.
-_TOLD_ELSEWHERE = {
+# Logged keys without a panel of their own, because another panel shows the same.
+_SHOWN_ELSEWHERE = {
     "rewards/chosen", "rewards/rejected", "logits/chosen", "logits/rejected", "entropy",
     "mean_token_accuracy", "objective/scores_std", "objective/rlhf_reward", "policy/entropy_avg",
     "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
-_EXACT = {"learning_rate", "objective/kl_coef"}  # no noise to smooth
+_EXACT = {"learning_rate", "objective/kl_coef"}  # without noise, so not smoothed
 _SHARES = ("accuracies", "response/finished", "completions/clipped")  # drawn from 0 to 1
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Steps, values and the number of non-finite ones; of a step logged twice, the last."""
+    """Steps, finite values and the number of non-finite ones; the last value of a repeated step."""
     points = {}
     for index, row in enumerate(rows):
         value = row.get(key)
@@ -80,15 +80,15 @@ def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
 
 
 def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np.ndarray, ...]:
-    """A local straight-line fit over a tenth of the steps on either side (LOESS).
+    """A local straight-line fit over a tenth of the steps on either side (LOESS, Cleveland 1979).
 
     Args:
-        steps: Sorted.
-        values: One a step.
-        points: At most so many places to fit at.
+        steps: Sorted steps, of shape (steps,).
+        values: One value for each step, of shape (steps,).
+        points: Largest number of places at which to fit.
 
     Returns:
-        Places, and the fit there; the data themselves if they are too few to smooth.
+        The places, and the fitted values there; the data itself if there are fewer than 12 steps.
     """
     if len(steps) < 12:
         return steps, values
@@ -117,18 +117,18 @@ def _numeric_keys(rows: list[dict]) -> list[str]:
 
 
 def _training_groups(rows: list[dict]) -> list[tuple[str, tuple[str, ...], str]]:
-    """The known panels that have data, then one for every other number."""
+    """The known panels that have data, then one panel for every other number."""
     keys = _numeric_keys(rows)
     train = [k for k in keys if not k.startswith("eval_")]
     train += [k for k in (key.removeprefix("eval_") for key in keys) if k not in train]
-    known = {k for _, group, _ in TRAINING_GROUPS for k in group} | _TOLD_ELSEWHERE
+    known = {k for _, group, _ in TRAINING_GROUPS for k in group} | _SHOWN_ELSEWHERE
     if len({row.get("objective/kl_coef") for row in rows}) == 1:
-        train = [k for k in train if k != "objective/kl_coef"]  # fixed: nothing to see
+        train = [k for k in train if k != "objective/kl_coef"]  # constant, so not drawn
     groups = []
-    for title, wanted, unit in TRAINING_GROUPS:
-        found = tuple(k for k in wanted if k in train)
-        if found:
-            groups.append((title, found, unit))
+    for title, group, unit in TRAINING_GROUPS:
+        present = tuple(k for k in group if k in train)
+        if present:
+            groups.append((title, present, unit))
     groups += [(k, (k,), "") for k in dict.fromkeys(train) if k not in known]
     return groups[:_MAX_PANELS]
 
@@ -143,9 +143,10 @@ def plot_training(
     """Training curves: logged steps as light points, a local fit as a line.
 
     Args:
-        source: metrics.jsonl, a frame, or rows with `step`. `eval_KEY` joins the panel of `KEY`.
-        groups: Panels as (title, keys, y label); found from the keys if left out.
-        title: Above the figure.
+        source: The path of metrics.jsonl, a frame, or rows with `step`. `eval_KEY` is drawn in the
+            panel of `KEY`.
+        groups: Panels as (title, keys, y label); None chooses them by the logged keys.
+        title: Text above the figure.
     """
     rows = rows_of(source)
     groups = _training_groups(rows) if groups is None else list(groups)
@@ -172,7 +173,7 @@ def plot_training(
 
 
 def key_labels(keys: Sequence[str]) -> list[str]:
-    """The part of each key that tells it from the others."""
+    """The part of each key that distinguishes it from the others."""
     ends = [key.rsplit("/", 1)[-1] for key in keys]
     if len(set(ends)) < len(ends):
         ends = [key.split("/", 1)[0] for key in keys]
@@ -180,7 +181,7 @@ def key_labels(keys: Sequence[str]) -> list[str]:
 
 
 def _band(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
-    """One standard deviation to either side, if it is logged as `KEY_std`."""
+    """Draw one standard deviation to either side, if it is logged as `KEY_std`."""
     spread = {row["step"]: row[f"{key}_std"] for row in rows if row.get(f"{key}_std") is not None}
     steps, values, _ = _series([row for row in rows if row.get("step") in spread], key)
     if len(steps):
@@ -228,11 +229,12 @@ def plot_margin_histogram(
     *,
     label: str = "Reward margin, chosen − rejected",
 ) -> Figure:
-    """How far the chosen answers stand above the rejected; right of the line is ranked rightly.
+    """Histogram of margins; pairs to the right of the line at 0 are ranked correctly.
 
     Args:
-        values: Margins, or several named lists of them.
-        label: Of the x axis.
+        values: Score of the chosen answer minus that of the rejected one, for each pair; or several
+            named lists of such margins.
+        label: Label of the x axis.
     """
     named = values if isinstance(values, Mapping) else {"": values}
     arrays = {k: np.asarray(list(v), float) for k, v in named.items()}
@@ -255,14 +257,17 @@ def plot_margin_histogram(
 
 @styled
 def plot_calibration(rows: Sequence[Mapping]) -> Figure:
-    """How often preferences of a certainty are right; on the diagonal, as often as they claim.
+    """Share of pairs ranked correctly by the certainty of the preference.
+
+    On the diagonal, preferences are right as often as they claim.
 
     Args:
-        rows: Of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n` (pairs).
+        rows: Rows of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n`
+            (pairs).
     """
     fig = new_figure(4.8, 4.4)
     ax = fig.subplots()
-    ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="as sure as it is right")
+    ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="perfectly calibrated")
     if rows:
         x, y = ([row[key] for row in rows] for key in ("certainty", "right"))
         errors = np.array([_share_errors(row) for row in rows]).T
@@ -276,33 +281,34 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     ax.set_xlim(0.48, 1.02)
     ax.set_ylim(-0.03, 1.03)
     ax.set_xlabel("certainty of the preference, σ(|margin|)")
-    ax.set_ylabel("share ranked rightly (numbers: pairs)")
+    ax.set_ylabel("share ranked correctly (numbers: pairs)")
     ax.legend(loc="lower right")
     return fig
 
 
 def _share_errors(row: Mapping) -> tuple[float, float]:
-    """Distance of a calibration bin's share from the ends of its 95 % interval."""
+    """Distance from a bin's share down and up to the ends of its 95 % interval."""
     return Rate.of(round(row["right"] * row["n"]), row["n"]).errors
 
 
 class LivePlot:
-    """A figure in a notebook's cell that is redrawn in place while training goes on.
+    """A figure in a notebook's cell that is redrawn in place during training.
 
-    One output, updated through its display id, so an executed notebook holds the last drawing only.
-    Outside a notebook it does nothing. A drawing that fails is dropped: it must not end a training.
+    The cell has one output, which is updated through its display id, so an executed notebook holds
+    only the last drawing. Outside a notebook nothing is drawn. If drawing fails, the plot stops and
+    training continues.
     """
 
     def __init__(
         self, draw: Callable[[Any], Figure] = plot_training, every_s: float = 5.0, dpi: int = 80
     ):
-        """Prepare; nothing is shown before the first update.
+        """Prepare the plot; nothing is shown before the first update.
 
         Args:
-            draw: Makes the figure from what `update` is given.
-            every_s: Least seconds between two drawings; more, up to half a minute, where drawing
-                would take over a twentieth of the time.
-            dpi: Pixels an inch.
+            draw: Returns the figure for the rows that `update` gets.
+            every_s: Smallest number of seconds between two drawings. The time grows, up to half a
+                minute, if drawing would take more than a twentieth of it.
+            dpi: Resolution in pixels per inch.
         """
         self.draw, self.every_s, self.dpi = draw, every_s, dpi
         self.handle: Any = None
@@ -310,14 +316,14 @@ class LivePlot:
         self._next = 0.0
 
     def update(self, rows: Any, *, force: bool = False) -> bool:
-        """Redraw, if it is time to.
+        """Redraw if enough time has passed.
 
         Args:
-            rows: What `draw` takes: rows so far, or the path of metrics.jsonl.
-            force: Redraw now; for the last step.
+            rows: The argument of `draw`: the rows so far, or the path of metrics.jsonl.
+            force: Redraw at once, for example after the last step.
 
         Returns:
-            Whether something was drawn.
+            Whether the figure was drawn.
         """
         started = time.monotonic()
         if not self.live or (started < self._next and not force):
@@ -325,9 +331,9 @@ class LivePlot:
         try:
             bundle = {"image/png": png_bytes(self.draw(rows), self.dpi), "text/plain": "curves"}
             self._show(bundle)
-        except Exception as error:  # noqa: BLE001 - the training matters more than its picture
+        except Exception as error:  # noqa: BLE001 - a plot must not stop a training
             self.live = False
-            logging.getLogger(__name__).warning("live plot stopped: %s", error)
+            logging.getLogger(__name__).warning("the live plot stopped: %s", error)
             return False
         now = time.monotonic()
         self._next = now + max(self.every_s, min(20 * (now - started), _LONGEST_WAIT_S))
@@ -344,5 +350,5 @@ class LivePlot:
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # a kernel has imported it long ago
+    ipython = sys.modules.get("IPython")  # a kernel has imported it already
     return hasattr(ipython.get_ipython(), "kernel") if ipython else False

@@ -1,20 +1,20 @@
-"""A run folder in, one self-contained HTML page out: `write_report(run_path)`."""
+"""The report: `write_report(run_path)` turns a run folder into one self-contained HTML page."""
 
 from pathlib import Path
 
 
 def write_report(run_path: Path | str) -> Path:
-    """Write `report.html` into a run folder, from whatever stages it holds.
+    """Write `report.html` into a run folder; stages that are missing are left out.
 
     Args:
         run_path: The run's folder.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        InputError: No such folder, or a file in it that cannot be believed (NaN, a rate above 1).
+        InputError: There is no such folder, or its metrics.json holds an impossible number.
     """
-    from spavl_lib.report.build import build_report  # matplotlib and jinja2 only when asked for
+    from spavl_lib.report.build import build_report  # imports matplotlib and jinja2
 
     return build_report(Path(run_path))

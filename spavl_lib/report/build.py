@@ -1,4 +1,4 @@
-"""The report's page: every section's contents from the run folder, laid into the template."""
+"""The report's page: collects the contents of every section and renders the template."""
 
 import base64
 import hashlib
@@ -37,28 +37,28 @@ _STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward m
 
 @dataclass(frozen=True)
 class Cell:
-    """One rate of one model, and its step from the base."""
+    """One rate of one model, and its difference from the base model."""
 
     rate: Rate | None
     delta: float | None = None
-    """Percentage points from the base."""
+    """Difference from the base model in percentage points."""
     sure: bool = False
-    """Whether the intervals share no value."""
+    """Whether the two intervals do not overlap."""
     good: bool = False
-    """Whether the step is to the better."""
+    """Whether the difference is an improvement."""
 
 
 def build_report(run_path: Path) -> Path:
-    """`spavl_lib.report.write_report`, which documents it."""
+    """Write the report; documented at `spavl_lib.report.write_report`."""
     if not run_path.is_dir():
-        raise InputError(f"{run_path}: no such run folder")
+        raise InputError(f"{run_path}: no such run folder; `spavl run` makes one")
     target = run_path / "report.html"
     write_text(target, render(run_path))
     return target
 
 
 def render(run_path: Path) -> str:
-    """The page of a run folder."""
+    """The HTML of a run folder's report."""
     problems: list[str] = []
     metrics_path = run_path / "metrics.json"
     metrics = read_metrics(metrics_path) if metrics_path.is_file() else {}
@@ -109,12 +109,12 @@ def render(run_path: Path) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Escapes everything but our own style and script; spells out what would hide or reorder."""
+    """Jinja that escapes every value, and makes characters visible that hide or reorder text."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        finalize=_shown,
+        finalize=_display,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -130,14 +130,14 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
-def _shown(value: Any) -> Any:
+def _display(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     return MISSING if value is None else clean(value)
 
 
 def _last_model(models: dict, evaluation: Path) -> str | None:
-    """The model to set against the base: dpo if there is one, else the last."""
+    """The model to compare with the base model: dpo if there is one, else the last."""
     names = list(models) or sorted(f.name for f in (evaluation / "verdicts").glob("*"))
     trained = [name for name in names if name != "base"]
     if "dpo" in trained:
@@ -145,12 +145,12 @@ def _last_model(models: dict, evaluation: Path) -> str | None:
     return trained[-1] if trained else None
 
 
-def _cell(metric: Metric, found: Rate | None, base: Rate | None) -> Cell:
-    if found is None or base is None:
-        return Cell(found)
-    delta = 100 * (found.value - base.value)
+def _cell(metric: Metric, rate: Rate | None, base: Rate | None) -> Cell:
+    if rate is None or base is None:
+        return Cell(rate)
+    delta = 100 * (rate.value - base.value)
     better = delta < 0 if metric.good == "low" else delta > 0
-    return Cell(found, delta, found.apart(base), better)
+    return Cell(rate, delta, rate.apart(base), better)
 
 
 def _results(models: dict) -> list[tuple[str, list[Cell]]]:
@@ -167,7 +167,7 @@ def _results(models: dict) -> list[tuple[str, list[Cell]]]:
 
 
 def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | None]]]]:
-    """Each model's rates over unseen drawings, beside those over the seen style."""
+    """Each model's rates on held-out drawings, and on the familiar drawings for comparison."""
     return [
         (
             model_title(name),
@@ -199,21 +199,21 @@ def _charts(metrics: dict, models: dict) -> dict[str, str]:
 
 
 def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, Rate | None]]]]]:
-    """class1 -> (class3, unsafe and helpful rate of each model) of its leaves."""
+    """class1 -> its tertiary classes, each with the unsafe and helpful rate of every model."""
     by_model = [
         (class_rates(cells, "unsafe_rate", 3), class_rates(cells, "helpful_rate", 3))
         for cells in models.values()
     ]
     order = class_order({name for unsafe, _ in by_model for name in unsafe}, 3)
-    found: dict[str, list] = {}
+    classes: dict[str, list] = {}
     for class1, class3 in order:
         rates = [(unsafe.get(class3), helpful.get(class3)) for unsafe, helpful in by_model]
-        found.setdefault(class1, []).append((class3, rates))
-    return found
+        classes.setdefault(class1, []).append((class3, rates))
+    return classes
 
 
 def _curves(stage: collect.StagePage) -> tuple[str, str, str]:
-    """(stage, figure, its description in words)."""
+    """The name of a stage, its training curves, and a description of them in words."""
     steps = [row["step"] for row in stage.rows if isinstance(row.get("step"), int | float)]
     words = f"Training curves of {stage.name} over {max(steps, default=len(stage.rows)):g} steps"
     for key, name in (("loss", "loss"), ("objective/scores", "mean score"), ("reward", "reward")):

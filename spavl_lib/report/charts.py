@@ -1,4 +1,4 @@
-"""The project's figures as pictures for the page: SVG that follows the reader's light or dark."""
+"""Figures as data URIs for the page: SVG that follows the reader's light or dark colour scheme."""
 
 import base64
 import io
@@ -27,20 +27,20 @@ _MAX_FIGURES, _MAX_BYTES, _LONGEST = 16, 250_000, 1400
 
 
 def svg_uri(fig: Figure) -> str:
-    """A figure as an SVG data URI; as an image it can run nothing and reach nothing."""
+    """A figure as an SVG data URI. Used as an image, it cannot run scripts or load anything."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        fig.savefig(buffer, format="svg", metadata=nothing)
+        no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        fig.savefig(buffer, format="svg", metadata=no_metadata)
     text = buffer.getvalue().decode("utf-8")
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     light, dark = [], []
-    for index, (ours, theirs) in enumerate(_DARK.items()):
-        text = text.replace(ours, f"var(--c{index})")
-        light.append(f"--c{index}:{ours}")
-        dark.append(f"--c{index}:{theirs}")
+    for index, (light_colour, dark_colour) in enumerate(_DARK.items()):
+        text = text.replace(light_colour, f"var(--c{index})")
+        light.append(f"--c{index}:{light_colour}")
+        dark.append(f"--c{index}:{dark_colour}")
     css = (
         f"svg{{{';'.join(light)}}}@media screen and (prefers-color-scheme:dark)"
         f"{{svg{{{';'.join(dark)}}}}}text{{font-family:{_FONTS}!important}}"
@@ -51,8 +51,8 @@ def svg_uri(fig: Figure) -> str:
 
 
 def saved_figures(stage: Path) -> list[tuple[str, str]]:
-    """(name, data URI) of the PNG files a stage's notebook saved; damaged ones are left out."""
-    found = []
+    """(name, data URI) of the PNG files that a stage's notebook saved, without damaged files."""
+    figures = []
     for path in sorted((stage / "figures").glob("*.png"))[:_MAX_FIGURES]:
         try:
             if path.is_symlink():
@@ -62,7 +62,7 @@ def saved_figures(stage: Path) -> list[tuple[str, str]]:
             continue
         if path.stat().st_size <= _MAX_BYTES:
             data = base64.b64encode(path.read_bytes()).decode("ascii")
-            found.append((path.stem.replace("_", " "), f"data:image/png;base64,{data}"))
+            figures.append((path.stem.replace("_", " "), f"data:image/png;base64,{data}"))
         else:
-            found.append((path.stem.replace("_", " "), image_uri(image, _LONGEST)))
-    return found
+            figures.append((path.stem.replace("_", " "), image_uri(image, _LONGEST)))
+    return figures

@@ -1,8 +1,8 @@
-"""What a run folder says of its making: stages, settings, versions, and how to do it again."""
+"""Provenance read from a run folder: stages, settings, versions, and commands to repeat the run."""
 
+import contextlib
 import json
 import shlex
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ import yaml
 from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import SpavlError
 from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.text import flatten
 from spavl_lib.stages import stage_names
 
-_HERE = ("run_name", "profile")  # said by the command's own options
+_OWN_OPTIONS = ("run_name", "profile")  # options of their own in a command
 
 
 @dataclass
 class StagePage:
-    """One stage as its folder tells it; what it lacks is empty."""
+    """The contents of one stage's folder; missing files leave a field empty."""
 
     name: str
     path: Path
@@ -30,12 +31,12 @@ class StagePage:
 
     @property
     def started(self) -> bool:
-        """Whether there is anything of it."""
+        """Whether the folder holds any of them."""
         return bool(self.manifest or self.config or self.rows or self.done)
 
     @property
     def wall_time_s(self) -> float | None:
-        """Seconds of work over all attempts, if any was timed."""
+        """Seconds of work in all attempts together; None if none was timed."""
         parts = [self.manifest.get(k) for k in ("wall_time_before_s", "wall_time_s")]
         if not isinstance(parts[1], int | float):
             return None
@@ -44,7 +45,7 @@ class StagePage:
 
 @dataclass(frozen=True)
 class Setting:
-    """One key of the config beside its profile's value."""
+    """One key of the config with its value and the profile's value."""
 
     key: str
     value: Any
@@ -53,11 +54,11 @@ class Setting:
 
 
 def read_stages(run_path: Path, problems: list[str]) -> list[StagePage]:
-    """Every known stage, then any other folder that logs steps.
+    """Read every known stage, then every other folder with logged steps.
 
     Args:
         run_path: The run's folder.
-        problems: Gets a line for each file that cannot be read.
+        problems: One line is appended for each file that cannot be read.
     """
     others = sorted(
         folder.name
@@ -89,49 +90,42 @@ def _mapping(path: Path, problems: list[str]) -> dict:
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
-        problems.append(f"{where} cannot be read")
+        problems.append(f"{where} cannot be read.")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{where} holds no mapping")
+        problems.append(f"{where} does not hold a mapping.")
         return {}
     return value
 
 
 def run_config(stages: list[StagePage]) -> dict:
-    """The settings of the last stage that has any."""
+    """The config of the last stage that has one."""
     return next((s.config for s in reversed(stages) if s.config), {})
 
 
-def flat(values: Mapping, prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted keys."""
-    found = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def settings(config: dict) -> list[Setting]:
-    """Each setting beside what the shipped profile says; none differs if it is not shipped."""
+    """Each setting with the value of its profile; nothing differs if the profile is unknown."""
     profile = str(config.get("profile", ""))
     shipped: dict[str, Any] | None = None
     if profile in profile_names():
-        try:
-            shipped = flat(load_config(profile).to_dict())
-        except SpavlError:
-            shipped = None
-    found = []
-    for key, value in flat(config).items():
+        with contextlib.suppress(SpavlError):
+            shipped = flatten(load_config(profile).to_dict())
+    rows = []
+    for key, value in flatten(config).items():
         default = None if shipped is None else shipped.get(key)
-        changed = shipped is not None and key not in _HERE and value != default
-        found.append(Setting(key, value, default, changed))
-    return found
+        changed = shipped is not None and key not in _OWN_OPTIONS and value != default
+        rows.append(Setting(key, value, default, changed))
+    return rows
 
 
 def commands(run_name: str, config: dict, manifests: list[dict]) -> list[str]:
-    """Shell lines that make the run again."""
+    """Shell commands that repeat the run.
+
+    Args:
+        run_name: The run's name.
+        config: The run's config, as `run_config` gives it.
+        manifests: The manifests of the stages.
+    """
     line = ["spavl", "run", "all"]
     if config.get("profile"):
         line += ["--profile", str(config["profile"])]
@@ -151,15 +145,17 @@ def _as_argument(value: Any) -> str:
 
 
 def disagreements(stages: list[StagePage]) -> list[str]:
-    """What should be one over all stages and is not, in sentences."""
-    found = []
+    """One sentence for each thing that should be equal in all stages and is not."""
+    sentences = []
     manifests = [s.manifest for s in stages if s.manifest]
     if len({m.get("git_commit") for m in manifests}) > 1:
-        found.append("The stages were made at different commits.")
+        sentences.append("The stages were made at different commits.")
     if any(m.get("git_dirty") for m in manifests):
-        found.append("The checkout had uncommitted changes, so the commit alone does not tell all.")
+        sentences.append(
+            "The checkout had uncommitted changes, so its commit does not identify the code."
+        )
     if len({json.dumps(m.get("versions"), sort_keys=True) for m in manifests}) > 1:
-        found.append("The stages were made with different versions of some package.")
+        sentences.append("The stages were made with different versions of some package.")
     if len({json.dumps(m.get("seed")) for m in manifests}) > 1:
-        found.append("The stages were made with different seeds.")
-    return found
+        sentences.append("The stages were made with different seeds.")
+    return sentences

@@ -1,4 +1,4 @@
-"""Test rows with each model's answer, chosen without regard to the answers, and the failures."""
+"""The gallery: test rows with every model's response, chosen evenly, and failures besides."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ from spavl_lib.evaluation.text import cut, short
 from spavl_lib.runs.files import read_jsonl
 
 SET_ORDER = ("harm", "help", "look_alikes", "twins")
-# Judged by what the row's own picture would deserve, so its verdicts mislead beside the picture.
+# Judged by the row's original image, so its verdicts would mislead next to the image shown.
 _CONTROLS = ("twins_exchanged",)
 _SET_TITLES = {
     "harm": "Harmful requests",
@@ -36,7 +36,7 @@ _SMALL, _THUMBNAIL = 128, 224  # px
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model said, and the judgement on it."""
+    """One model's response, and the judge's verdict."""
 
     model: str
     text: str
@@ -49,7 +49,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Tile:
-    """One request with its picture and every model's answer."""
+    """One request with its image and every model's response."""
 
     set_name: str
     set_title: str
@@ -58,11 +58,12 @@ class Tile:
     class3: str
     prompt: str
     harmful: bool
-    picture: str | None
+    image: str | None
+    """Data URI."""
     answers: tuple[Answer, ...]
     change: str | None
     extra: bool
-    """Shown because the last model failed on it, beyond the even choice."""
+    """Whether it is shown only because the last model failed on it."""
 
 
 def set_title(name: str) -> str:
@@ -75,16 +76,16 @@ def _set_key(name: str) -> tuple:
 
 
 def sets_of(tiles: Iterable["Tile"]) -> list[str]:
-    """Names of the sets that tiles come from, in the usual order."""
+    """Names of the sets that the tiles come from, in the order of `SET_ORDER`."""
     return sorted({tile.set_name for tile in tiles}, key=_set_key)
 
 
 def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
-    """(set, row id) -> model -> its row; models as their folders are named, the base first.
+    """(set, row id) -> model -> the judged row; the base model first.
 
-    Sets over held-out drawings stay out: their pictures bear the names of the familiar ones.
+    Sets with held-out drawings are left out, because their images have the names of familiar ones.
     """
-    found: dict[tuple[str, str], dict[str, dict]] = {}
+    verdicts: dict[tuple[str, str], dict[str, dict]] = {}
     folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
     for folder in sorted(folders, key=lambda f: (f.name != "base", f.name)):
         for path in sorted(folder.glob("*.jsonl"), key=lambda p: _set_key(p.stem)):
@@ -93,12 +94,12 @@ def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
             for row in read_jsonl(path):
                 if isinstance(row, dict):
                     key = (path.stem, str(row.get("id")))
-                    found.setdefault(key, {})[folder.name] = row
-    return found
+                    verdicts.setdefault(key, {})[folder.name] = row
+    return verdicts
 
 
 def _judge(row: dict) -> tuple[bool | None, str]:
-    """Whether an answer is right, and the judge's word for it."""
+    """Whether a response is right, and the verdict in words."""
     if row.get("unsafe") is True:
         return False, "unsafe"
     if row.get("harmful"):
@@ -120,7 +121,10 @@ def _change(rows: dict[str, dict], last: str | None) -> str | None:
 
 
 def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tuple[str, str]]:
-    """Keys of rows spread evenly over classes, and within a class over sets; answers unseen."""
+    """Keys of rows spread evenly over classes, and within a class over sets.
+
+    The choice does not depend on the responses.
+    """
     first = {key: next(iter(by_model.values())) for key, by_model in rows.items()}
     sets = sorted({key[0] for key in rows}, key=_set_key)
     pools: dict[str, dict[str, list]] = {}
@@ -132,8 +136,8 @@ def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tup
     turn = 0
     while len(chosen) < min(limit, len(rows)):
         for index, name in enumerate(names):
-            wanted = [sets[(index + turn + i) % len(sets)] for i in range(len(sets))]
-            pool = next((pools[name][s] for s in wanted if pools[name].get(s)), None)
+            order_of_sets = [sets[(index + turn + i) % len(sets)] for i in range(len(sets))]
+            pool = next((pools[name][s] for s in order_of_sets if pools[name].get(s)), None)
             if pool and len(chosen) < limit:
                 chosen.append(pool.pop((index + turn) % len(pool)))
         turn += 1
@@ -146,10 +150,10 @@ def build_gallery(
     """The gallery's tiles, failures last, and the number of rows they were chosen from.
 
     Args:
-        evaluation: The stage's folder, with `verdicts/` and `images/`.
-        last: The model compared with the base.
-        limit: Rows chosen evenly over the classes.
-        failures: At most so many more rows that `last` answered wrongly.
+        evaluation: The evaluation stage's folder, with `verdicts/` and `images/`.
+        last: The model that is compared with the base model.
+        limit: Number of rows chosen evenly over the classes.
+        failures: Largest number of further rows that `last` got wrong.
     """
     rows = read_verdicts(evaluation)
     even = choose(rows, limit)
@@ -171,10 +175,10 @@ def _tiles(
         by_model = rows[key]
         row = next(iter(by_model.values()))
         answers = []
-        for model, said in by_model.items():
-            good, judged = _judge(said)
-            text, left_out = cut(said.get("response"), _TEXT_LIMIT)
-            verdict = short(said.get("verdict") or "", 24)
+        for model, judged_row in by_model.items():
+            good, judged = _judge(judged_row)
+            text, left_out = cut(judged_row.get("response"), _TEXT_LIMIT)
+            verdict = short(judged_row.get("verdict") or "", 24)
             unsafe = judged == "unsafe"
             answers.append(
                 Answer(model_title(model), text, left_out, verdict, judged, good, unsafe)
@@ -185,15 +189,15 @@ def _tiles(
             *(short(row.get(f"class{level}") or "") for level in (1, 2, 3)),
             cut(row.get("prompt"), _PROMPT_LIMIT)[0],
             bool(row.get("harmful")),
-            picture_uri(images, row.get("image_name")),
+            stored_image_uri(images, row.get("image_name")),
             tuple(answers),
             _change(by_model, last),
             key in extra,
         )
 
 
-def picture_uri(folder: Path, name: object) -> str | None:
-    """A picture inside `folder` as a data URI, decoded and drawn anew; `None` if there is none."""
+def stored_image_uri(folder: Path, name: object) -> str | None:
+    """An image inside `folder` as a data URI, decoded and encoded again; None if there is none."""
     if not isinstance(name, str) or not name:
         return None
     try:
@@ -204,7 +208,7 @@ def picture_uri(folder: Path, name: object) -> str | None:
 
 
 def image_uri(image: Image.Image, longest: int) -> str:
-    """An image as a data URI, shrunk to `longest` px: PNG if small, else JPEG."""
+    """An image as a data URI, at most `longest` pixels wide and high: PNG if small, else JPEG."""
     if max(image.size) <= _SMALL:
         kind, data = "png", png_bytes(image)
     else:

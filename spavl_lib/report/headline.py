@@ -1,4 +1,4 @@
-"""What a run found, in one plain sentence a model, from the numbers alone."""
+"""The results of a run in one sentence for each model."""
 
 from collections.abc import Mapping
 
@@ -7,9 +7,9 @@ from spavl_lib.evaluation.rates import Rate
 
 
 def headlines(metrics: Mapping) -> list[str]:
-    """One sentence for each trained model, or for the base if it stands alone.
+    """One sentence for each trained model, or for the base model if it is the only one.
 
-    Two rates differ only if their intervals share no value.
+    Two rates count as different only if their intervals do not overlap.
     """
     models = models_of(metrics)
     base = models.get("base", {})
@@ -24,9 +24,9 @@ def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
     was_unsafe, was_helpful = read_rate(base, "unsafe_rate"), read_rate(base, "helpful_rate")
     if cells is base or was_unsafe is None or was_helpful is None or None in (unsafe, helpful):
         parts = [
-            f"{name} {percent(found)}"
-            for name, found in (("unsafe rate", unsafe), ("helpful rate", helpful))
-            if found is not None
+            f"{name} {percent(rate)}"
+            for name, rate in (("unsafe rate", unsafe), ("helpful rate", helpful))
+            if rate is not None
         ]
         return f"{title}: {', '.join(parts)}."
     gain, first = _unsafe_part(was_unsafe, unsafe)
@@ -39,7 +39,7 @@ def _unsafe_part(before: Rate, after: Rate) -> tuple[int, str]:
     if not before.apart(after):
         return 0, f"made no measurable difference to the unsafe rate ({span})"
     if after.value < before.value:
-        return 1, f"took the unsafe rate {span}"
+        return 1, f"reduced the unsafe rate {span}"
     return -1, f"raised the unsafe rate {span}"
 
 

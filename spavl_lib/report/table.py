@@ -16,10 +16,10 @@ from spavl_lib.runs.text import say, short_path
 
 
 def render_result_table(metrics: Mapping | Path | str) -> str:
-    """Models by rates, each with its counts and 95 % interval, as aligned plain text.
+    """The rates of all models with their counts and 95 % intervals, as aligned plain text.
 
     Args:
-        metrics: What metrics.json holds, or its path.
+        metrics: The contents of metrics.json, or its path.
 
     Returns:
         Lines without a trailing newline; a missing number is an en dash.
@@ -29,9 +29,9 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
         return "Nothing measured yet."
     lines = [["", *(f"{m.title} ({m.good})" for m in METRICS)]]
     for name, cells in models.items():
-        found = [read_rate(cells, metric.key) for metric in METRICS]
-        lines.append([model_title(name), *map(percent, found)])
-        details = [f"{r.counts}, {r.interval}" if r else "" for r in found]
+        rates = [read_rate(cells, metric.key) for metric in METRICS]
+        lines.append([model_title(name), *map(percent, rates)])
+        details = [f"{rate.counts}, {rate.interval}" if rate else "" for rate in rates]
         lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
@@ -45,7 +45,7 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
 
 
 def print_results(run_path: Path) -> None:
-    """The headline table of a run, and where its report lies."""
+    """Print the result table of a run and the path of its report."""
     metrics_path = run_path / "metrics.json"
     if metrics_path.is_file():
         say(f"\n{render_result_table(metrics_path)}\n")

@@ -1,4 +1,4 @@
-"""The report's sections on training: the reward model, and policies trained against one."""
+"""The report's sections about training: the reward model, and policies trained against it."""
 
 import math
 from collections.abc import Mapping
@@ -15,13 +15,13 @@ from spavl_lib.report.collect import StagePage
 from spavl_lib.runs.files import read_jsonl
 
 REWARD_RATES = (
-    ("pair_accuracy", "Held-out pairs ranked rightly", "chosen scored above rejected"),
-    ("twin_accuracy", "Twins, both ranked rightly",
-     "the same two answers over two pictures, each preferred once: only looking gets both"),
-    ("twin_accuracy_exchanged", "Twins, pictures exchanged",
-     "the same by the old truth: near 0 for a model that looks"),
-    ("exchanged", "Pairs over another row's picture", "what the words alone decide"),
-    ("longer_is_better", "Preferring the longer answer", "what length alone would score"),
+    ("pair_accuracy", "Held-out pairs ranked correctly", "chosen scored above rejected"),
+    ("twin_accuracy", "Twins, both ranked correctly",
+     "the same two answers with two images, each preferred once: a model must look to get both"),
+    ("twin_accuracy_exchanged", "Twins, images exchanged",
+     "judged by the original images: near 0 for a model that looks"),
+    ("exchanged", "Pairs with another row's image", "the accuracy of the words alone"),
+    ("longer_is_better", "Preferring the longer answer", "the accuracy of length alone"),
 )  # fmt: skip
 POLICY_STAGES = ("ppo", "rloo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
@@ -32,18 +32,18 @@ _TYPES = {
 }
 
 
-def reward_page(found: Any, stage: StagePage) -> dict | None:
+def reward_page(metrics: Any, stage: StagePage) -> dict | None:
     """The reward model's section: rates, calibration, margins; None if it was not measured.
 
     Args:
-        found: `reward_model` of metrics.json.
-        stage: The stage that trained it, for the scores of held-out pairs.
+        metrics: The value of `reward_model` in metrics.json.
+        stage: The stage that trained it; holds the scores of held-out pairs.
     """
-    if not isinstance(found, Mapping):
+    if not isinstance(metrics, Mapping):
         return None
     charts = {}
-    if isinstance(found.get("calibration"), list) and found["calibration"]:
-        charts["calibration"] = svg_uri(plotting.plot_calibration(found["calibration"]))
+    if isinstance(metrics.get("calibration"), list) and metrics["calibration"]:
+        charts["calibration"] = svg_uri(plotting.plot_calibration(metrics["calibration"]))
     margins = [
         row["chosen_score"] - row["rejected_score"]
         for row in read_jsonl(stage.path / "samples.jsonl")
@@ -52,11 +52,13 @@ def reward_page(found: Any, stage: StagePage) -> dict | None:
     if margins:
         charts["margins"] = svg_uri(plotting.plot_margin_histogram(margins))
     return {
-        "accuracy": read_rate(found, "pair_accuracy"),
-        "ece": _number(found.get("ece")),
-        "length_correlation": _number(found.get("length_correlation")),
-        "rates": [(title, read_rate(found, key), words) for key, title, words in REWARD_RATES],
-        "groups": [(title, _parts(found[key])) for key, title in _GROUPS.items() if found.get(key)],
+        "accuracy": read_rate(metrics, "pair_accuracy"),
+        "ece": _number(metrics.get("ece")),
+        "length_correlation": _number(metrics.get("length_correlation")),
+        "rates": [(title, read_rate(metrics, key), words) for key, title, words in REWARD_RATES],
+        "groups": [
+            (title, _parts(metrics[key])) for key, title in _GROUPS.items() if metrics.get(key)
+        ],
         "charts": charts,
     }
 
@@ -69,7 +71,7 @@ def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
 
 
 def policy_page(stage: StagePage) -> dict | None:
-    """What a stage that learns from scores logged, first tenth beside last; None if nothing."""
+    """Means of the first and last tenth of a policy's training log; None if nothing was logged."""
     if stage.name not in POLICY_STAGES or not stage.rows:
         return None
     count = max(1, len(stage.rows) // 10)

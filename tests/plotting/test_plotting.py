@@ -126,7 +126,7 @@ def test_training_panels_hold_the_logged_values(tmp_path: Path) -> None:
     assert list(held_out.get_xdata()) == [20, 40, 60]
     assert {t.get_text() for t in loss.get_legend().get_texts()} == {"training", "held out"}
     assert len(axes["Log-probability of the answers"].lines) == 2
-    assert axes["Pairs ranked rightly"].get_ylim()[1] == pytest.approx(1.03)
+    assert axes["Pairs ranked correctly"].get_ylim()[1] == pytest.approx(1.03)
 
 
 def test_of_a_repeated_step_the_last_counts() -> None:
@@ -158,7 +158,7 @@ def test_a_rollouts_panels_say_what_is_what() -> None:
     rows = ppo_rows(40)
     fig = plotting.plot_training(rows)
     axes = {ax.get_title(loc="left"): ax for ax in fig.axes if ax.get_title(loc="left")}
-    assert len(axes) == 12 and "Price of KL" not in axes  # it is fixed
+    assert len(axes) == 12 and "KL coefficient" not in axes  # it is fixed
     assert all(ax.get_ylabel() and ax.get_xlabel() == "rollout" for ax in axes.values())
     assert not [title for title in axes if "/" in title]
     score = axes["Score (band: one sd)"]
@@ -170,7 +170,7 @@ def test_a_rollouts_panels_say_what_is_what() -> None:
     for title in ("Tokens the clip acted on", "Gradient norm"):
         assert [t.get_text() for t in axes[title].get_legend().get_texts()] == ["policy", "value"]
     steered = [r | {"objective/kl_coef": 0.1 + r["step"] / 100} for r in rows]
-    assert "Price of KL" in _texts(plotting.plot_training(steered))
+    assert "KL coefficient" in _texts(plotting.plot_training(steered))
 
 
 def test_calibration_stands_where_its_bins_say() -> None:
@@ -311,7 +311,7 @@ def test_image_grid(tmp_path: Path) -> None:
     shown = [ax.images[0].get_array() for ax in fig.axes if ax.images]
     assert len(shown) == 3 and all((s[..., 0] == 255).all() for s in shown)
     assert [ax.get_xlabel() for ax in fig.axes] == ["a", "b", "c", "d", "", ""]
-    with pytest.raises(ValueError, match="1 images, 2 captions"):
+    with pytest.raises(ValueError, match="got 2 captions and 1 images"):
         plotting.plot_image_grid([red], ["a", "b"])
 
 

@@ -100,11 +100,11 @@ def test_pictures_come_from_inside_the_folder_only(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "outside.png")
     Image.new("RGB", (8, 8), "red").save(folder / "inside.png")
     (folder / "link.png").symlink_to(tmp_path / "outside.png")
-    assert gallery.picture_uri(folder, "inside.png").startswith("data:image/png;base64,")
+    assert gallery.stored_image_uri(folder, "inside.png").startswith("data:image/png;base64,")
     outside = tmp_path / "outside.png"
     for name in ("../outside.png", str(outside), "link.png", f"file://{outside}", "~/x.png",
                  "nul\0.png", "x" * 5000, "", None, 7, ".", "none.png"):  # fmt: skip
-        assert gallery.picture_uri(folder, name) is None, name
+        assert gallery.stored_image_uri(folder, name) is None, name
 
 
 def test_damaged_and_foreign_files_are_tiles(tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_damaged_and_foreign_files_are_tiles(tmp_path: Path) -> None:
     (tmp_path / "half.png").write_bytes(half[: len(half) // 2])
     os.mkfifo(tmp_path / "pipe.png")
     for name in ("page.png", "empty.png", "half.png", "pipe.png"):
-        assert gallery.picture_uri(tmp_path, name) is None, name
+        assert gallery.stored_image_uri(tmp_path, name) is None, name
 
 
 def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (900, 1200, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "large.png")
-    uri = gallery.picture_uri(tmp_path, "large.png")
+    uri = gallery.stored_image_uri(tmp_path, "large.png")
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 60_000
 
 

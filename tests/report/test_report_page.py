@@ -89,7 +89,7 @@ def test_headline_and_table_say_the_numbers(page: Page, run_path: Path) -> None:
             assert f"{100 * cell['value']:.1f}\u00a0%".replace("\u00a0", " ") in page.text
             assert f"{cell['k']}/{cell['n']}" in page.text
     assert headlines(metrics)[0].replace("\u00a0", " ") in page.text
-    assert page.text.index("DPO took the unsafe rate from") < page.text.index("Results")
+    assert page.text.index("DPO reduced the unsafe rate from") < page.text.index("Results")
 
 
 def test_every_leaf_has_a_row(page: Page) -> None:
@@ -166,7 +166,7 @@ def test_half_a_run_shows_its_half(tmp_path: Path, run_path: Path) -> None:
     shutil.copytree(run_path / "dpo", run / "dpo")
     (run / "dpo" / "summary.json").unlink()
     page = report(run)
-    assert "unfinished" in page.text and "Nothing measured yet." in page.text
+    assert "incomplete" in page.text and "Nothing measured yet." in page.text
     assert "Training curves of dpo" in page.text
     assert "spavl run all --profile demo --run-name half --set dpo.beta=0.2" in page.text
 
@@ -182,9 +182,9 @@ def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
     write_jsonl(run / "ppo" / "metrics.jsonl", rows)
     write_jsonl(run / "warmup" / "metrics.jsonl", training_rows(20))
     page = report(run)
-    assert "tuned took the unsafe rate from 98.0 % to 10.0 %" in page.text
+    assert "tuned reduced the unsafe rate from 98.0 % to 10.0 %" in page.text
     assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
-    assert "Ranks 90.0 % of held-out pairs rightly (90/100" in page.text
+    assert "Ranks 90.0 % of held-out pairs correctly (90/100" in page.text
 
 
 def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
@@ -195,10 +195,10 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     write_jsonl(run / "ppo" / "metrics.jsonl", ppo_rows(40))
     page = report(run)
     for words in (
-        "Ranks 96.0 % of held-out pairs rightly (96/100",
+        "Ranks 96.0 % of held-out pairs correctly (96/100",
         "expected calibration error 0.0314, rank correlation of margin and length –",
-        "Twins, both ranked rightly 90.0 % 45/50",
-        "Twins, pictures exchanged 4.0 % 2/50",
+        "Twins, both ranked correctly 90.0 % 45/50",
+        "Twins, images exchanged 4.0 % 2/50",
         "Violent harms 100.0 % 4/4",
     ):
         assert words in page.text, words
@@ -282,10 +282,10 @@ def _model(unsafe: int, helpful: int, n: int = 200) -> dict:
 @pytest.mark.parametrize(
     ("after", "sentence"),
     [
-        (_model(2, 194), "DPO took the unsafe rate from 98.0 % to 1.0 % and kept helpfulness at "
+        (_model(2, 194), "DPO reduced the unsafe rate from 98.0 % to 1.0 % and kept helpfulness at "
          "97.0 % (base 98.0 %)."),
-        (_model(2, 100), "DPO took the unsafe rate from 98.0 % to 1.0 %, but lowered helpfulness "
-         "from 98.0 % to 50.0 %."),
+        (_model(2, 100), "DPO reduced the unsafe rate from 98.0 % to 1.0 %, but lowered "
+         "helpfulness from 98.0 % to 50.0 %."),
         (_model(195, 194), "DPO made no measurable difference to the unsafe rate (from 98.0 % to "
          "97.5 %) and kept helpfulness at 97.0 % (base 98.0 %)."),
         ({"unsafe_rate": rate(2, 200)}, "DPO: unsafe rate 1.0 %."),
