@@ -111,7 +111,7 @@ def run(
     notebook = None if name == "all" else execute.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
-        sequence.run_all(config, overrides, profile=profile)
+        _report(sequence.run_all(config, overrides, profile=profile))
         return
     where = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
     typer.echo(f"done: {where}")
@@ -185,12 +185,7 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
-    from spavl_lib.report import write_report
-    from spavl_lib.report.table import print_results
-
-    path = _run_path(run)
-    write_report(path)
-    print_results(path)
+    _report(_run_path(run))
 
 
 @data_app.command()
@@ -389,6 +384,15 @@ def _run_path(run: str) -> Path:
         there = f"there are: {', '.join(known)}" if known else "there are none yet"
         raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({there})")
     return path
+
+
+def _report(run_path: Path) -> None:
+    """Write a run's report and print its headline table."""
+    from spavl_lib.report import write_report
+    from spavl_lib.report.table import print_results
+
+    write_report(run_path)
+    print_results(run_path)
 
 
 def _allow(fields: list[str] | None) -> None:

@@ -33,7 +33,13 @@ def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tupl
     seen: list[tuple] = []
     folder = make_notebook("04_dpo").parent
     monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
-    monkeypatch.setattr(sequence, "run_all", lambda *a, **k: seen.append(("all", *a, k)))
+
+    def run_all(*args: object, **options: object) -> str:
+        seen.append(("all", *args, options))
+        return "the run"
+
+    monkeypatch.setattr(sequence, "run_all", run_all)
+    monkeypatch.setattr(cli, "_report", lambda path: seen.append(("report", path)))
     monkeypatch.setattr(execute, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
     monkeypatch.setattr(pipeline, "train", lambda *a: seen.append(("train", *a)))
     return seen
@@ -61,8 +67,9 @@ def test_run_all_hands_over_the_path_of_ones_own_profile(
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert spavl("run", "all", "-p", "mine.yaml")[0] == 0
-    [(kind, config, overrides, options)] = calls
+    [(kind, config, overrides, options), reported] = calls
     assert (kind, config.profile, overrides) == ("all", "mine", {})
+    assert reported == ("report", "the run")
     assert options == {"profile": str(tmp_path / "mine.yaml")}
 
 

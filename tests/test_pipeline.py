@@ -326,7 +326,6 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return stage.path / "executed.ipynb"
 
     monkeypatch.setattr(sequence, "run_notebook", run_one)
-    monkeypatch.setattr(sequence, "write_report", lambda path: None)
     return names
 
 

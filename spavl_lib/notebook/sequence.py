@@ -1,4 +1,4 @@
-"""Notebooks 01 to 06 in order, then the report."""
+"""Notebooks 01 to 06 in order."""
 
 import time
 from pathlib import Path
@@ -16,8 +16,6 @@ from spavl_lib.notebook.execute import (
     run_notebook,
     stage_of,
 )
-from spavl_lib.report import write_report
-from spavl_lib.report.table import print_results
 from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
 
@@ -31,7 +29,7 @@ def run_all(
     profile: str | None = None,
     folder: Path | None = None,
 ) -> Path:
-    """Notebooks 01 to 06 in order, then the report and its headline table.
+    """Execute notebooks 01 to 06 in order.
 
     A complete stage with its executed notebook is kept. An interrupted one is run again and resumes
     from its checkpoint. Every notebook, every existing stage and the judge are checked before the
@@ -71,6 +69,4 @@ def run_all(
         started = time.perf_counter()
         run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)
         say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
-    write_report(run.path)
-    print_results(run.path)
     return run.path
