@@ -70,7 +70,8 @@ def first_batch(folder: str) -> dict:
     from torch.utils.data import DataLoader
 
     from spavl_lib.config import load_config
-    from spavl_lib.data.collate import PreferenceCollator, check_lengths
+    from spavl_lib.data.collate import PreferenceCollator
+    from spavl_lib.data.lengths import check_lengths
     from spavl_lib.data.load import load_preferences
     from spavl_lib.modelling.load import load_processor
 

@@ -9,9 +9,9 @@ from typing import Any
 from datasets import Dataset
 
 from spavl_lib.config import Config
-from spavl_lib.data.collate import pair_lengths
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
 from spavl_lib.data.fingerprint import source_hashes
+from spavl_lib.data.lengths import pair_lengths
 from spavl_lib.data.load import eval_sets, load_prompts, read_preferences
 from spavl_lib.data.schema import Loaded, column
 from spavl_lib.data.sources.join import unmatched, unmatched_rows

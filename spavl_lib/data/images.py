@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from spavl_lib.errors import InputError
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000  # larger is refused from the header: a bomb, or a mistake
 
@@ -92,6 +94,23 @@ def decode(cell: Any) -> Image.Image:
     if not cell:
         raise ImageError("no image")
     return open_image(Path(cell))
+
+
+def decode_images(rows: list[dict]) -> list[Image.Image | None]:
+    """The images of some rows, None for a text-only row.
+
+    Raises:
+        InputError: Names each row whose image cannot be used.
+    """
+    images, problems = [], []
+    for row in rows:
+        try:
+            images.append(None if row.get("image") is None else decode(row["image"]))
+        except ImageError as error:
+            problems.append(f"row {row.get('id')} ({row.get('image_name')}): {error}")
+    if problems:
+        raise InputError("; ".join(problems))
+    return images
 
 
 def png_bytes(image: Image.Image) -> bytes:

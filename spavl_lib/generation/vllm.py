@@ -12,7 +12,8 @@ from peft import PeftConfig, PeftModel
 from transformers import ProcessorMixin
 
 from spavl_lib.config import GenerationConfig, ModelConfig
-from spavl_lib.data.collate import decode_images, prompt_ids
+from spavl_lib.data.images import decode_images
+from spavl_lib.data.templates import prompt_ids
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_model, model_path
 

@@ -16,8 +16,9 @@ from transformers import ProcessorMixin, Trainer, TrainerCallback, TrainerState
 
 from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
-from spavl_lib.data.collate import PreferenceCollator, check_lengths
+from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.grouping import ImageGroupedSampler
+from spavl_lib.data.lengths import check_lengths
 from spavl_lib.distributed import group, settings
 from spavl_lib.errors import NonFiniteError, Preempted
 from spavl_lib.machine import peak_memory_gib

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 
-from spavl_lib.data.collate import PromptCollator, neutralise
+from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 

@@ -26,9 +26,10 @@ from transformers import ProcessorMixin, get_scheduler, set_seed
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.collate import check_prompt_lengths, completion_ids
 from spavl_lib.data.grouping import image_groups
+from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.machine import peak_memory_gib

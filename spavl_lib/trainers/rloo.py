@@ -23,8 +23,10 @@ from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, RLOOConfig
-from spavl_lib.data.collate import check_prompt_lengths, decode_images, encode_prompts, neutralise
+from spavl_lib.data.images import decode_images
+from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.templates import encode_prompts, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,

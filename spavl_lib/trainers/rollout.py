@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
-from spavl_lib.data.collate import decode_images, encode_prompts, pad_rows, stack_vision
+from spavl_lib.data.collate import pad_rows, stack_vision
+from spavl_lib.data.images import decode_images
+from spavl_lib.data.templates import encode_prompts
 from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.modelling.roles import NEVER
 

@@ -8,17 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from spavl_lib.data.collate import (
-    PreferenceCollator,
-    PromptCollator,
-    completion_ids,
-    encode_prompts,
-    neutralise,
-    pad_rows,
-    render,
-)
+from spavl_lib.data.collate import PreferenceCollator, PromptCollator, pad_rows
 from spavl_lib.data.images import png_bytes
 from spavl_lib.data.schema import TURN
+from spavl_lib.data.templates import completion_ids, encode_prompts, neutralise, render
 from spavl_lib.errors import InputError
 from spavl_lib.trainers.guards import check_batch
 from tests.helpers import embedded_processor, mini_rows, png, spread, tiny

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from spavl_lib.config import Config
-from spavl_lib.data.collate import encode_prompts, render
 from spavl_lib.data.images import decode
+from spavl_lib.data.templates import encode_prompts, render
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.heads import load_reward_model, save_reward_model
 from spavl_lib.modelling.load import load_policy
