@@ -41,7 +41,8 @@ class Rate:
         """A rate from its JSON form; None if `cell` holds no value or counts nothing."""
         if not isinstance(cell, Mapping) or cell.get("value") is None or cell.get("n") == 0:
             return None
-        return cls(*(cell.get(name) for name in ("value", "ci_low", "ci_high", "k", "n")))
+        bounds, counts = (cell.get("ci_low"), cell.get("ci_high")), (cell.get("k"), cell.get("n"))
+        return cls(cell["value"], *bounds, *counts)
 
     def to_dict(self) -> dict:
         """The JSON form, with the interval rounded to six digits. Tools read these keys."""
@@ -49,10 +50,15 @@ class Rate:
         return {"k": self.k, "n": self.n, "value": self.value, "ci_low": low, "ci_high": high}
 
     @property
+    def ends(self) -> tuple[float, float]:
+        """The ends of the interval; the value itself without an interval."""
+        low = self.value if self.ci_low is None else self.ci_low
+        return low, self.value if self.ci_high is None else self.ci_high
+
+    @property
     def errors(self) -> tuple[float, float]:
         """Distance from the value down and up to the interval's ends; 0 without an interval."""
-        low = self.value if self.ci_low is None else self.ci_low
-        high = self.value if self.ci_high is None else self.ci_high
+        low, high = self.ends
         return max(self.value - low, 0.0), max(high - self.value, 0.0)
 
     @property
@@ -81,5 +87,5 @@ def count_rate(k: int, n: int) -> dict | None:
 
 def pool(rates: Iterable[Rate | None]) -> Rate | None:
     """The rate of a whole from the rates of its parts; parts without counts are left out."""
-    counted = [rate for rate in rates if rate is not None and rate.k is not None and rate.n]
-    return Rate.of(sum(rate.k for rate in counted), sum(rate.n for rate in counted))
+    counts = [(rate.k, rate.n) for rate in rates if rate and rate.k is not None and rate.n]
+    return Rate.of(sum(k for k, _ in counts), sum(n for _, n in counts))

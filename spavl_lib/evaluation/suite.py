@@ -179,7 +179,7 @@ def _write_images(config: Config, stage: Stage) -> None:
                     target.write_bytes(png_bytes(image))
 
 
-def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str, dict]:
+def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str, dict | None]:
     """A first look at a model: its unsafe and helpful rate on a few prompts of each set.
 
     Args:

@@ -192,9 +192,12 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     ax.spines["left"].set_visible(False)
     height = 0.78 / max(1, len(models))
     for index, (name, by_class) in enumerate(rates.items()):
-        at = [p - 0.39 + height * (index + 0.5) for p in places]
-        shown = [(p, by_class.get(c)) for p, (_, c) in zip(at, order, strict=True)]
-        shown = [(p, r) for p, r in shown if r is not None]
+        offset = height * (index + 0.5) - 0.39
+        shown = [
+            (place + offset, rate)
+            for place, (_, class_name) in zip(places, order, strict=True)
+            if (rate := by_class.get(class_name)) is not None
+        ]
         ax.barh([p for p, _ in shown], [r.value for _, r in shown], height, color=colours[name],
                 label=model_title(name))  # fmt: skip
         errors = np.array([r.errors for _, r in shown]).T.reshape(2, -1)
@@ -202,8 +205,8 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
                     ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
                     color=colours[name], mec=PAPER, clip_on=False, zorder=3)  # fmt: skip
     ax.set_yticks(places, [short(display(name), 44) for _, name in order])
-    for at, text in labels:
-        ax.text(0, at, text, va="center", weight="bold", fontsize=9.5,
+    for place, text in labels:
+        ax.text(0, place, text, va="center", weight="bold", fontsize=9.5,
                 bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip
     ax.set_ylim(max(y, 1) - 0.3, -0.6)
     ax.grid(False, axis="y")

@@ -51,7 +51,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "spavl",
 }
-Source = Path | str | Iterable[Mapping]
+Source = Path | str | Iterable[dict]
 
 
 class Drawing(Figure):

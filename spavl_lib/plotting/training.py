@@ -108,7 +108,7 @@ def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np
 
 
 def _numeric_keys(rows: list[dict]) -> list[str]:
-    keys = {}
+    keys: dict[str, None] = {}
     for row in rows:
         for key, value in row.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
@@ -288,7 +288,8 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
 
 def _share_errors(row: Mapping) -> tuple[float, float]:
     """Distance from a bin's share down and up to the ends of its 95 % interval."""
-    return Rate.of(round(row["right"] * row["n"]), row["n"]).errors
+    rate = Rate.of(round(row["right"] * row["n"]), row["n"])
+    return rate.errors if rate else (0.0, 0.0)
 
 
 class LivePlot:

@@ -184,15 +184,17 @@ def _tiles(
                 Answer(model_title(model), text, left_out, verdict, judged, good, unsafe)
             )
         yield Tile(
-            key[0],
-            set_title(key[0]),
-            *(short(row.get(f"class{level}") or "") for level in (1, 2, 3)),
-            cut(row.get("prompt"), _PROMPT_LIMIT)[0],
-            bool(row.get("harmful")),
-            stored_image_uri(images, row.get("image_name")),
-            tuple(answers),
-            _change(by_model, last),
-            key in extra,
+            set_name=key[0],
+            set_title=set_title(key[0]),
+            class1=short(row.get("class1") or ""),
+            class2=short(row.get("class2") or ""),
+            class3=short(row.get("class3") or ""),
+            prompt=cut(row.get("prompt"), _PROMPT_LIMIT)[0],
+            harmful=bool(row.get("harmful")),
+            image=stored_image_uri(images, row.get("image_name")),
+            answers=tuple(answers),
+            change=_change(by_model, last),
+            extra=key in extra,
         )
 
 

@@ -22,7 +22,7 @@ def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
     if unsafe is None and helpful is None:
         return f"{title} was not measured."
     was_unsafe, was_helpful = read_rate(base, "unsafe_rate"), read_rate(base, "helpful_rate")
-    if cells is base or was_unsafe is None or was_helpful is None or None in (unsafe, helpful):
+    if cells is base or not (unsafe and helpful and was_unsafe and was_helpful):
         parts = [
             f"{name} {percent(rate)}"
             for name, rate in (("unsafe rate", unsafe), ("helpful rate", helpful))

@@ -76,8 +76,8 @@ def policy_page(stage: StagePage) -> dict | None:
         return None
     count = max(1, len(stage.rows) // 10)
     lines = []
-    for title, keys, unit in TRAINING_GROUPS:
-        keys = [key for key in keys if any(key in row for row in stage.rows)]
+    for title, group, unit in TRAINING_GROUPS:
+        keys = [key for key in group if any(key in row for row in stage.rows)]
         for key, role in zip(keys, key_labels(keys), strict=True):
             first, last = (_mean(part, key) for part in (stage.rows[:count], stage.rows[-count:]))
             if first is not None or last is not None:

@@ -100,14 +100,17 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
         trained = dataclasses.replace(model, train_projector=name == "trained")
         yield "projector", name, data, trained
     for rank in scaling.lora_ranks:
-        adapter = "qlora" if model.adapter == "qlora" else "lora"
-        lora = dataclasses.replace(model, adapter=adapter, lora_rank=rank, lora_alpha=2 * rank)
+        lora = dataclasses.replace(
+            model, adapter="qlora" if model.adapter == "qlora" else "lora",
+            lora_rank=rank, lora_alpha=2 * rank,
+        )  # fmt: skip
         yield "rank", str(rank), data, lora
 
 
 def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
     """Pairs of every arm of an ablation: as many as the arm with the fewest pairs has, at most."""
-    limit, sizes, available = config.scaling.ablation_rows, {}, {}
+    limit, sizes = config.scaling.ablation_rows, {}
+    available: dict[DataConfig, int] = {}
     for family in SCALING_FAMILIES:
         datas = [d for f, _, d, _ in variants if f == family and family != "size"]
         if datas:

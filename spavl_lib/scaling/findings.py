@@ -85,7 +85,7 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
         value = others.pop(arm, None)
         return all(value <= v for v in others.values()) if value is not None and others else None
 
-    rises = any(b.ci_low > a.ci_high for a, b in zip(sizes, sizes[1:], strict=False))
+    rises = any(b.ends[0] > a.ends[1] for a, b in zip(sizes, sizes[1:], strict=False))
     return {
         "more_data_is_safer": not rises and sizes[-1].value < sizes[0].value
         if len(sizes) > 1

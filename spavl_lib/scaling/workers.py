@@ -81,8 +81,9 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
         try:
             codes = [process.wait() for process in processes]
         finally:
-            for process in processes:
-                process.stdin.close()  # not earlier: the worker ends when it closes
+            for process in processes:  # not earlier: a worker ends when its input closes
+                if process.stdin:
+                    process.stdin.close()
     if flag:
         raise Preempted("stopped before all arms were complete; run the same command to continue")
     for code, log in zip(codes, logs, strict=True):

@@ -91,7 +91,8 @@ class Client:
         )
 
         def wait(state: tenacity.RetryCallState) -> float:
-            return min(max(backoff(state), state.outcome.exception().after_s), LONGEST_WAIT_S)
+            failure = state.outcome.exception() if state.outcome else None
+            return min(max(backoff(state), getattr(failure, "after_s", 0.0)), LONGEST_WAIT_S)
 
         self.retrying = tenacity.Retrying(
             stop=tenacity.stop_after_attempt(TRIES), wait=wait, reraise=True,
