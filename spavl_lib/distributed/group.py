@@ -1,7 +1,7 @@
-"""One process or many: which one this is, and what they can only do together.
+"""Collectives: what several training processes reduce, gather and wait for together.
 
-A child of `children.train_in_processes` knows itself by its environment; anywhere else there is
-one process, and every function here is the plain thing.
+With a single process every function returns its argument. Every process must call a collective;
+otherwise the others wait until `launch.timeout_s`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def join(launch: LaunchConfig) -> None:
-    """Meet the other processes of a child's group."""
+    """Join the process group of the other processes; does nothing in a single process."""
     if not in_processes(launch):
         return
     import datetime
@@ -40,42 +40,42 @@ def _device() -> Any:
     return torch.device("cpu")
 
 
-def _together() -> bool:
+def _has_group() -> bool:
     import torch
 
     return world_size() > 1 and torch.distributed.is_initialized()
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has reached this call."""
     any_of(False)
 
 
 def any_of(flag: bool) -> bool:
-    """Whether any process says yes; all get the same answer."""
-    if not _together():
+    """Whether the flag is true in any process (logical or); every process gets the same answer."""
+    if not _has_group():
         return flag
     import torch
 
-    said = torch.tensor([int(flag)], device=_device())
-    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
-    return bool(said.item())
+    highest = torch.tensor([int(flag)], device=_device())
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return bool(highest.item())
 
 
 def any_of_each(flags: "Tensor") -> "Tensor":
-    """`any_of`, elementwise, of a boolean tensor of the same shape in every process."""
-    if not _together():
+    """`any_of` for each element of a boolean tensor, which has the same shape in every process."""
+    if not _has_group():
         return flags
     import torch
 
-    said = flags.to(_device(), torch.int32)
-    torch.distributed.all_reduce(said, op=torch.distributed.ReduceOp.MAX)
-    return said.bool().cpu()
+    highest = flags.to(_device(), torch.int32)
+    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
+    return highest.bool().cpu()
 
 
 def sum_of(values: "Tensor") -> "Tensor":
-    """The sum over processes of a tensor of the same shape in each."""
-    if not _together():
+    """The sum of a tensor over all processes; it has the same shape in each."""
+    if not _has_group():
         return values
     import torch
 
@@ -85,8 +85,8 @@ def sum_of(values: "Tensor") -> "Tensor":
 
 
 def mean_of(values: dict[str, float]) -> dict[str, float]:
-    """The mean over processes of each value; the keys must be the same everywhere."""
-    if not _together() or not values:
+    """The mean of each value over all processes; every process must pass the same keys."""
+    if not _has_group() or not values:
         return values
     import torch
 
@@ -97,8 +97,8 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
 
 
 def gathered(rows: list) -> list[list]:
-    """Every process's rows, by rank."""
-    if not _together():
+    """The rows of every process, as one list per rank."""
+    if not _has_group():
         return [rows]
     import torch
 
@@ -109,7 +109,7 @@ def gathered(rows: list) -> list[list]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """The main process goes first: it fills a cache that the others then find."""
+    """Run the block in the main process first, so that the others find the cache it fills."""
     if not is_main():
         barrier()
     try:
@@ -120,15 +120,14 @@ def main_first() -> Iterator[None]:
 
 
 def report(name: str, value: dict) -> None:
-    """Tell the parent something, under a name; of progress only the main process does."""
+    """Write a report for the parent process; ranks report for themselves, the main one for all.
+
+    Args:
+        name: Name of the report's file, such as `progress` or `rank-0`.
+        value: What to report, as JSON.
+    """
     if WORKER in os.environ and (is_main() or name.startswith("rank-")):
         target = Path(os.environ[WORKER]) / f"{name}.json"
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         aside.write_text(json.dumps(value), encoding="utf-8")
         aside.replace(target)
-
-
-# --- settings -----------------------------------------------------------------------------------
-
-
-# --- parameters that ZeRO-3 holds in pieces -----------------------------------------------------

@@ -1,8 +1,8 @@
-"""Several processes for one stage: start them under accelerate, watch, relay, and end them.
+"""Make a stage here or in several processes: start them under accelerate, watch them, end them.
 
-The cell or command that asks stays what it is: it shows progress, takes an interrupt, raises the
-error of the process that failed. Every process reports into a folder of this attempt, and reads its
-standard input: when we are gone, it ends too.
+The calling cell or command shows their progress, passes an interrupt on, and raises the error of
+the process that failed. Every process reports into a folder of this attempt. It also reads its
+standard input, so that it ends when this process does.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
-GRACE_S = 5.0  # after one process failed, for the others to say that they did too
+GRACE_S = 5.0  # after one process has failed, the time the others have to report that they did
 
 
 def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
@@ -84,19 +84,19 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
         The stage's summary.
 
     Raises:
-        SpavlError: What a process raised, with its rank; `RankError` if it was none of ours.
-        Preempted: Asked to stop; the same call goes on.
+        SpavlError: What a process raised, with its rank; `RankError` for any other error.
+        Preempted: A stop was requested; the same call resumes.
     """
     launch, section = config.launch, getattr(config, kind, None)
-    if kind not in ("reward", "dpo", "ppo"):  # nothing to share out but rows
+    if kind not in ("reward", "dpo", "ppo"):  # only rows are divided among the processes
         launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
         config = dataclasses.replace(config, launch=launch)
     check_supported(kind, config.model.adapter, launch)
     if hasattr(section, "gradient_accumulation_steps"):
         local_accumulation(kind, section.gradient_accumulation_steps, launch)
     with stop_on_signals() as flag, reports_folder(stage, launch, flag) as folder:
-        with tempfile.TemporaryDirectory(prefix="spavl-") as own:
-            command, env = _command(kind, config, stage, folder, Path(own))
+        with tempfile.TemporaryDirectory(prefix="spavl-") as scratch:
+            command, env = _command(kind, config, stage, folder, Path(scratch))
             log_path = stage.path / f".ranks-{launch.machine_rank}.log"
             with log_path.open("w", encoding="utf-8") as log:
                 child = subprocess.Popen(
@@ -109,7 +109,9 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
                     _end(child, folder)
         problem = _problem(child.returncode, folder, flag, log_path, launch)
         if problem is None and not stage.done:
-            problem = RankError(f"all processes ended well, but left no summary; see {log_path}")
+            problem = RankError(
+                f"all processes ended without an error, but wrote no summary; see {log_path}"
+            )
         if problem is not None:
             raise problem
         log_path.unlink(missing_ok=True)
@@ -120,19 +122,19 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
 
 
 def _command(
-    kind: str, config: Config, stage: Stage, folder: Path, own: Path
+    kind: str, config: Config, stage: Stage, folder: Path, scratch: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """accelerate's command line, and the environment its processes get."""
+    """The command line of accelerate, and the environment of its processes."""
     import torch
 
     launch, cuda = config.launch, torch.cuda.is_available()
-    here = launch.num_processes // launch.num_machines
-    if cuda and here > torch.cuda.device_count():
+    local = launch.num_processes // launch.num_machines
+    if cuda and local > torch.cuda.device_count():
         raise InputError(
-            f"launch.num_processes = {launch.num_processes}: {here} processes a machine, and this "
-            f"one has {torch.cuda.device_count()} GPUs"
+            f"launch.num_processes = {launch.num_processes} means {local} processes on each "
+            f"machine, but this one has {torch.cuda.device_count()} GPUs; set a smaller number"
         )
-    (own / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    (scratch / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     shipped = PROFILES / "accelerate"
     words = [sys.executable, "-m", "accelerate.commands.launch"]
     words += ["--config_file", str(shipped / f"{launch.engine}.yaml")]
@@ -142,11 +144,11 @@ def _command(
     words += ["--main_process_ip", launch.main_address]
     words += ["--main_process_port", str(launch.main_port or _free_port())]
     if launch.engine != "ddp":
-        words += ["--deepspeed_config_file", str(_deepspeed_config(launch, own))]
-    words += ["--module", "spavl_lib.worker", kind, str(own / "config.yaml")]
+        words += ["--deepspeed_config_file", str(_deepspeed_config(launch, scratch))]
+    words += ["--module", "spavl_lib.worker", kind, str(scratch / "config.yaml")]
     words += [str(stage.run.path.parent.absolute())]
     env = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // here)
+    threads = max(1, (os.cpu_count() or 1) // local)
     env |= {
         WORKER: str(folder.absolute()),
         "TQDM_DISABLE": "1",
@@ -163,8 +165,8 @@ def _command(
     return words, env
 
 
-def _deepspeed_config(launch: LaunchConfig, own: Path) -> Path:
-    """DeepSpeed's settings as JSON, with offload if asked.
+def _deepspeed_config(launch: LaunchConfig, scratch: Path) -> Path:
+    """Write DeepSpeed's settings as JSON, with offload if the config asks for it.
 
     Raises:
         InputError: DeepSpeed is not installed.
@@ -181,7 +183,7 @@ def _deepspeed_config(launch: LaunchConfig, own: Path) -> Path:
         settings["zero_optimization"]["offload_optimizer"] = offload
         if launch.engine == "zero3":
             settings["zero_optimization"]["offload_param"] = offload
-    path = own / "deepspeed.json"
+    path = scratch / "deepspeed.json"
     write_json(path, settings)
     return path
 
@@ -203,30 +205,30 @@ def _watch(
     launch: LaunchConfig,
     live: Any,
 ) -> None:
-    """Relay progress until the child ends; pass a stop on; cut short the waiting for a dead one."""
-    told: set[int] = set()
+    """Relay progress until the child ends, pass a stop on, and kill those that await a dead one."""
+    signalled: set[int] = set()
     failed_at = 0.0
-    shown = _Progress(stage, folder, live, launch)
-    with shown:
+    progress = _Progress(stage, folder, live, launch)
+    with progress:
         while child.poll() is None:
             time.sleep(0.2)
-            shown.update()
+            progress.update()
             if flag:
-                for pid in _pids(folder) - told:
-                    told.add(pid)
+                for pid in _pids(folder) - signalled:
+                    signalled.add(pid)
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGTERM)
             errors = _errors(folder)
             if any(e["type"] != "Preempted" for e in errors):
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > GRACE_S:
-                    # The others wait for it in a collective, deaf to a friendly signal.
+                    # The others wait for it in a collective, where they ignore SIGTERM.
                     _kill(folder)
-        shown.update()
+        progress.update()
 
 
 class _Progress:
-    """A bar, and a live plot, from what the main process reports and writes."""
+    """A progress bar and a live plot, fed by what the main process reports and logs."""
 
     def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
         self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
@@ -244,12 +246,12 @@ class _Progress:
             self.live.update(rows, force=True)
 
     def update(self) -> None:
-        """Read on, if there is more."""
+        """Show what has been reported and logged since the last call."""
         with contextlib.suppress(OSError, ValueError, SpavlError):
-            told = read_json(self.folder / "progress.json")
+            report = read_json(self.folder / "progress.json")
             rows = self._new_rows()
-            step = max([told["step"], *(r["step"] for r in rows[-1:])])
-            self._show(told, step, rows)
+            step = max([report["step"], *(r["step"] for r in rows[-1:])])
+            self._show(report, step, rows)
 
     def _new_rows(self) -> list[dict]:
         path = self.stage.metrics_path
@@ -259,13 +261,13 @@ class _Progress:
         self.size = size
         return read_jsonl(path)
 
-    def _show(self, told: dict, step: int, rows: list[dict]) -> None:
-        name = f"{told.get('name', self.stage.name)} x {self.launch.num_processes}"
+    def _show(self, report: dict, step: int, rows: list[dict]) -> None:
+        name = f"{report.get('name', self.stage.name)} x {self.launch.num_processes}"
         if self.bar is None or self.bar.desc.rstrip(": ") != name:
             if self.bar is not None:
                 self.bar.close()
-            unit = "row" if "name" in told else "step"
-            self.bar = tqdm(total=told["total"], initial=told["step"], desc=name, unit=unit)
+            unit = "row" if "name" in report else "step"
+            self.bar = tqdm(total=report["total"], initial=report["step"], desc=name, unit=unit)
         self.bar.update(max(0, step - self.bar.n))
         if rows and "loss" in rows[-1]:
             self.bar.set_postfix(loss=rows[-1]["loss"])
@@ -274,14 +276,14 @@ class _Progress:
 
 
 def _pids(folder: Path) -> set[int]:
-    """Processes of this attempt on this machine."""
-    host, found = socket.gethostname(), set()
+    """Ids of this attempt's processes on this machine."""
+    host, pids = socket.gethostname(), set()
     for path in folder.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError):
             value = json.loads(path.read_text(encoding="utf-8"))
             if value.get("host") == host:
-                found.add(value["pid"])
-    return found
+                pids.add(value["pid"])
+    return pids
 
 
 def _kill(folder: Path) -> None:
@@ -291,8 +293,8 @@ def _kill(folder: Path) -> None:
 
 
 def _end(child: subprocess.Popen, folder: Path) -> None:
-    """Leave no process behind, whatever happened to us."""
-    child.stdin.close()  # what every process waits for
+    """End every process that may still run."""
+    child.stdin.close()  # every process exits when its standard input closes
     if child.poll() is None:
         _kill(folder)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -307,25 +309,25 @@ def _end(child: subprocess.Popen, folder: Path) -> None:
 
 
 def _errors(folder: Path) -> list[dict]:
-    """Reported errors, the first first."""
-    found = []
+    """Errors that processes have reported, the oldest first."""
+    errors = []
     for path in sorted(folder.glob("rank-*-error.json"), key=lambda p: p.stat().st_mtime_ns):
         with contextlib.suppress(OSError, ValueError):
-            found.append(read_json(path))
-    return found
+            errors.append(read_json(path))
+    return errors
 
 
 def _problem(
     code: int, folder: Path, flag: StopFlag, log_path: Path, launch: LaunchConfig
 ) -> SpavlError | None:
-    """The one error to show, or None."""
+    """The error to raise, or None."""
     errors, count = _errors(folder), launch.num_processes
-    real = [e for e in errors if e["type"] != "Preempted"]
-    # What follows from another process's end is no cause.
-    causes = [e for e in real if not _is_echo(e)]
+    failures = [e for e in errors if e["type"] != "Preempted"]
+    # An error that only follows from the end of another process is not the cause.
+    causes = [e for e in failures if not _is_echo(e)]
     if not causes and code and not flag and (killed := _killed(log_path, count)):
         return RankError(killed)
-    causes = causes or real
+    causes = causes or failures
     if causes:
         first = causes[0]
         kind = ERRORS.get(first["type"])
@@ -340,7 +342,7 @@ def _problem(
     if code == 0:
         return None
     if flag:
-        return Preempted(f"stopped by {flag.reason} before the first step; the same call goes on")
+        return Preempted(f"stopped by {flag.reason} before the first step; the same call resumes")
     return RankError(_last_words(log_path, code))
 
 
@@ -352,23 +354,23 @@ def _is_echo(error: dict) -> bool:
 
 
 def _killed(log_path: Path, count: int) -> str | None:
-    """Which process died of a signal, by what torch's agent says; it could not say so itself."""
+    """The process that a signal killed, read from the log of torch's agent; None if there is none."""
     text = log_path.read_text(encoding="utf-8", errors="replace")
     ends = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+)", text)
-    # The agent ends the others by SIGTERM.
+    # The agent ends the other processes by SIGTERM, so the cause comes first.
     ends.sort(key=lambda end: int(end[1]) == signal.SIGTERM)
     if not ends:
         return None
     rank, name = ends[0][0], signal.Signals(int(ends[0][1])).name
-    why = " (often for memory)" if name == "SIGKILL" else ""
+    why = " (often because memory ran out)" if name == "SIGKILL" else ""
     return (
-        f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint stands, the same "
-        f"call goes on\n  log: {log_path}"
+        f"rank {rank} of {count} was killed by {name}{why}; the last checkpoint is kept, and the "
+        f"same call resumes from it\n  log: {log_path}"
     )
 
 
 def _last_words(log_path: Path, code: int) -> str:
-    """The end of a launcher that left no report."""
+    """The last lines of a launcher's log, for an error that no process reported."""
     text = log_path.read_text(encoding="utf-8", errors="replace")
     tail = "\n    ".join(text.strip().splitlines()[-5:])
     return f"the launcher ended with exit code {code}:\n    {tail}\n  log: {log_path}"

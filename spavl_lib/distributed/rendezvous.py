@@ -1,7 +1,8 @@
-"""Machines that train together meet over the run folder, which all of them see.
+"""Rendezvous: machines that train together find each other through the shared run folder.
 
-Each keeps a file of its own fresh. Machine 0, having seen all, says who is in, so that a file left
-by an earlier attempt misleads nobody. torch's own rendezvous waits without saying for whom.
+Each machine keeps renewing a file of its own. Once machine 0 has seen all of them, it writes which
+ones take part, so that a file left by an earlier attempt counts for nothing. torch's own rendezvous
+waits without naming the missing machines.
 """
 
 import contextlib
@@ -18,12 +19,18 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 
-FRESH_S = 5.0  # a machine that has not been seen for so long is not there
+FRESH_S = 5.0  # a machine whose file is older has gone
 
 
 @contextlib.contextmanager
 def reports_folder(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterator[Path]:
-    """A folder of this attempt where all processes, on all machines, report."""
+    """A folder for this attempt, in which the processes of all machines report.
+
+    Args:
+        stage: The stage that is trained.
+        launch: Number of machines, and which of them this is.
+        flag: Stop flag; polled while other machines are awaited.
+    """
     base = stage.path / ".ranks"
     base.mkdir(parents=True, exist_ok=True)
     mine = base / f"machine-{launch.machine_rank}.json"
@@ -35,18 +42,16 @@ def reports_folder(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterat
         mine.unlink(missing_ok=True)
         if launch.machine_rank == 0:
             shutil.rmtree(base, ignore_errors=True)
-        with contextlib.suppress(OSError):  # nothing came of it: leave nothing behind
+        with contextlib.suppress(OSError):  # not empty: work is kept, and only empty folders go
             stage.path.rmdir()
             stage.run.path.rmdir()
 
 
 def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
-    """Wait for every machine; returns the name they agree on for this attempt.
-
-    Each keeps a file of its own fresh. Machine 0, having seen all, says who is in.
+    """Wait for every machine, and return the name of this attempt that all agree on.
 
     Raises:
-        InputError: The port is taken, or machines are missing; says which.
+        InputError: The port is in use, or machines are missing; names them.
     """
     token = uuid.uuid4().hex[:12]
     if launch.machine_rank == 0 and launch.main_port:
@@ -68,9 +73,9 @@ def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
             {"host": socket.gethostname(), "token": token},
         )
         now = (base / f"machine-{launch.machine_rank}.json").stat().st_mtime
-        there = _machines(base, now)
-        if launch.machine_rank == 0 and len(there) == launch.num_machines:
-            tokens = [there[r]["token"] for r in sorted(there)]
+        present = _machines(base, now)
+        if launch.machine_rank == 0 and len(present) == launch.num_machines:
+            tokens = [present[r]["token"] for r in sorted(present)]
             write_json(base / "go.json", {"tokens": tokens})
             return token
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -80,20 +85,20 @@ def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
         if flag:
             raise Preempted(f"stopped by {flag.reason} while waiting for the other machines")
         if time.monotonic() > until:
-            missing = sorted(set(range(launch.num_machines)) - set(there))
-            present = ", ".join(f"{r} ({m['host']})" for r, m in sorted(there.items()))
+            missing = sorted(set(range(launch.num_machines)) - set(present))
+            seen = ", ".join(f"{r} ({m['host']})" for r, m in sorted(present.items()))
             raise InputError(
                 f"waited {launch.timeout_s} s (launch.timeout_s) for {launch.num_machines} "
-                f"machines: missing {', '.join(map(str, missing))}; here are {present}. Do they "
-                f"all see {base.parent}?"
+                f"machines: missing {', '.join(map(str, missing))}; here are {seen}. Check that "
+                f"all of them see {base.parent}"
             )
         time.sleep(0.3)
 
 
 def _machines(base: Path, now: float) -> dict[int, dict]:
-    there = {}
+    present = {}
     for path in base.glob("machine-*.json"):
         with contextlib.suppress(OSError, ValueError):
             if now - path.stat().st_mtime < FRESH_S:
-                there[int(path.stem.split("-")[1])] = read_json(path)
-    return there
+                present[int(path.stem.split("-")[1])] = read_json(path)
+    return present

@@ -1,4 +1,4 @@
-"""How a launch is set up: what runs in several processes, and what trainers must be told."""
+"""What `config.launch` means: how many processes run, under which engine, and with what limits."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,50 +12,55 @@ if TYPE_CHECKING:
 
 
 def in_processes(launch: LaunchConfig) -> bool:
-    """Whether training runs in child processes: several of them, or under DeepSpeed."""
+    """Whether training runs in child processes: in several, or in any number under DeepSpeed."""
     return launch.num_processes > 1 or launch.engine != "ddp"
 
 
 def to_be_started(launch: LaunchConfig) -> bool:
-    """Whether this is the process that has yet to start the others."""
+    """Whether this process must start the others; false inside a child process."""
     return in_processes(launch) and WORKER not in os.environ
 
 
 def local_processes() -> int:
-    """How many processes this machine has devices for."""
+    """Number of processes that this machine has devices for: its GPUs, or its cores without one."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
 
 
 def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
-    """Batches that one process sums into an optimizer step.
+    """Number of micro-batches that one process accumulates for an optimizer step.
 
-    A profile's `gradient_accumulation_steps` are shared out, so that a run on eight devices takes
-    the very steps of a run on one.
+    The profile's `gradient_accumulation_steps` are divided among the processes, so that a run on
+    eight devices takes the same optimizer steps as a run on one.
+
+    Args:
+        section: Section of the config, such as "dpo".
+        steps: The section's `gradient_accumulation_steps`.
+        launch: Says how many processes there are.
 
     Raises:
-        InputError: They cannot be shared out evenly.
+        InputError: The number of processes does not divide the steps.
     """
     if steps % launch.num_processes:
         raise InputError(
-            f"{section}.gradient_accumulation_steps = {steps} cannot be shared out among "
-            f"launch.num_processes = {launch.num_processes}: an optimizer step keeps its size "
-            f"whatever the number of processes, so make it a multiple, and "
-            f"{section}.per_device_batch_size smaller"
+            f"{section}.gradient_accumulation_steps = {steps} must be a multiple of "
+            f"launch.num_processes = {launch.num_processes}, because an optimizer step has the "
+            f"same size with any number of processes; set a multiple, and a smaller "
+            f"{section}.per_device_batch_size"
         )
     return steps // launch.num_processes
 
 
 def plain_cpu(launch: LaunchConfig) -> bool:
-    """Whether accelerate is to be told that it runs on the CPU: told so, it forgets DeepSpeed."""
+    """Whether accelerate gets its `cpu` flag. With the flag it would ignore DeepSpeed."""
     import torch
 
     return not torch.cuda.is_available() and launch.engine == "ddp"
 
 
 def backend(launch: LaunchConfig) -> dict[str, str]:
-    """Under DeepSpeed on the CPU accelerate must be told, or it counts one process."""
+    """The backend accelerate needs for DeepSpeed on the CPU; without it, it counts one process."""
     import torch
 
     return {} if torch.cuda.is_available() or launch.engine == "ddp" else {"backend": "gloo"}
@@ -77,15 +82,21 @@ def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None
         raise InputError("PPO does not support launch.cpu_offload; set it to false")
     if model_adapter == "qlora" and launch.engine == "zero3":
         raise InputError(
-            "model.adapter = qlora under zero3: packed weights cannot be shared out; "
-            "use zero2 or ddp"
+            "model.adapter = qlora does not work under zero3, which cannot partition packed 4-bit "
+            "weights; set launch.engine to zero2 or ddp"
         )
 
 
 def launch_arguments(section: str, steps: int, launch: LaunchConfig) -> dict[str, Any]:
-    """What transformers' `TrainingArguments` must know of several processes.
+    """The fields of transformers' `TrainingArguments` that depend on `launch`.
 
-    Make the arguments before the model: under ZeRO-3 it is loaded in pieces.
+    Make the arguments before the model: under ZeRO-3 they decide that the model is partitioned
+    while it is loaded.
+
+    Args:
+        section: Section of the config, such as "dpo".
+        steps: The section's `gradient_accumulation_steps`.
+        launch: Number of processes and engine.
     """
     arguments: dict[str, Any] = {
         "gradient_accumulation_steps": local_accumulation(section, steps, launch),
@@ -99,31 +110,34 @@ def launch_arguments(section: str, steps: int, launch: LaunchConfig) -> dict[str
 
 
 def check_engine(wrapped: "nn.Module", launch: LaunchConfig) -> dict[str, Any]:
-    """Make sure that what was asked for is what runs; launchers fall back without a word.
+    """Check that the engine and the world size are those of the config.
+
+    Launchers fall back to one process or to plain DDP without a message.
 
     Args:
         wrapped: The model as accelerate prepared it.
-        launch: What was asked for.
+        launch: The requested engine and number of processes.
 
     Returns:
-        `engine` and `world_size` as found.
+        `engine` and `world_size` of this run.
 
     Raises:
-        RuntimeError: Another engine, stage or number of processes.
+        RuntimeError: Another engine, ZeRO stage or number of processes is running.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if hasattr(wrapped, "zero_optimization_stage"):
-        found = f"zero{wrapped.zero_optimization_stage()}"
+        engine = f"zero{wrapped.zero_optimization_stage()}"
     elif isinstance(wrapped, DistributedDataParallel):
-        found = "ddp"
+        engine = "ddp"
     else:
-        found = "none"
-    wanted = launch.engine if in_processes(launch) else "none"
-    if size != launch.num_processes or world_size() != size or found != wanted:
+        engine = "none"
+    requested = launch.engine if in_processes(launch) else "none"
+    if size != launch.num_processes or world_size() != size or engine != requested:
         raise RuntimeError(
-            f"asked for {wanted} in {launch.num_processes} processes, got {found} in {size}"
+            f"expected engine {requested} in {launch.num_processes} processes, but {engine} runs "
+            f"in {size}"
         )
-    return {"engine": found, "world_size": size}
+    return {"engine": engine, "world_size": size}

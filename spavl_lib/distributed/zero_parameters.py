@@ -11,20 +11,20 @@ if TYPE_CHECKING:
 
 
 def numel(parameter: "Tensor") -> int:
-    """Values of a parameter, whole, even where this process holds a piece of it."""
+    """Number of values of a whole parameter, also where this process holds only a shard of it."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
-def piece(parameter: "Tensor") -> "Tensor":
-    """What this process holds of a parameter: all of it, or its piece under ZeRO-3."""
-    held = getattr(parameter, "ds_tensor", None)
-    return parameter.detach() if held is None else held.detach()
+def shard(parameter: "Tensor") -> "Tensor":
+    """The part of a parameter that this process holds: its shard under ZeRO-3, else all of it."""
+    part = getattr(parameter, "ds_tensor", None)
+    return parameter.detach() if part is None else part.detach()
 
 
 def whole(named: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Parameters as whole tensors; under ZeRO-3 gathered, one at a time, for the main process.
+    """Parameters as whole tensors; under ZeRO-3 the main process gathers them one at a time.
 
-    Every process must call this. Where nothing is in pieces, the same tensors come back.
+    Every process must call this. Parameters that are not partitioned are returned as they are.
     """
     if not any(hasattr(p, "ds_id") for p in named.values()):
         return {name: p.detach() for name, p in named.items()}
@@ -35,8 +35,9 @@ def whole(named: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
         if not hasattr(parameter, "ds_id"):
             out[name] = parameter.detach()
             continue
-        there = parameter.ds_status.name == "AVAILABLE"  # gathered by a caller, who ends it too
-        with deepspeed.zero.GatheredParameters([parameter], enabled=not there):
+        # A caller that has gathered the parameter also releases it.
+        gathered = parameter.ds_status.name == "AVAILABLE"
+        with deepspeed.zero.GatheredParameters([parameter], enabled=not gathered):
             if is_main():
                 out[name] = parameter.detach().cpu().clone()
     return out
@@ -44,25 +45,25 @@ def whole(named: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
 
 @contextlib.contextmanager
 def gathered_parameters(model: "nn.Module") -> Iterator[None]:
-    """Inside the block every process holds a ZeRO-3 model whole, as before its engine exists."""
-    pieces = [p for p in model.parameters() if hasattr(p, "ds_id")]
-    if not pieces:
+    """Within the block every process holds the whole parameters of a ZeRO-3 model."""
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(pieces):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
 
 
 def for_saving(model: "nn.Module") -> dict[str, Any]:
-    """Arguments that `save_pretrained` needs where ZeRO-3 holds a model in pieces; else none.
+    """Arguments that `save_pretrained` needs for a model partitioned by ZeRO-3; empty otherwise.
 
     Every process must call this, and the main one saves.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(hasattr(p, "ds_id") for p in named.values()):
         return {}
-    kept = model.state_dict().keys()
-    buffers = {k: v for k, v in model.named_buffers() if k in kept}
-    return {"state_dict": {k: v for k, v in whole(named).items() if k in kept} | buffers}
+    saved = model.state_dict().keys()
+    buffers = {k: v for k, v in model.named_buffers() if k in saved}
+    return {"state_dict": {k: v for k, v in whole(named).items() if k in saved} | buffers}

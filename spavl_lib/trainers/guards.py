@@ -109,7 +109,7 @@ class Movement:
 
     @staticmethod
     def _mark(parameter: Tensor) -> tuple[float, float]:
-        value = zero_parameters.piece(parameter)
+        value = zero_parameters.shard(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
         value = value.double()

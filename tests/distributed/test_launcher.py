@@ -167,7 +167,7 @@ def test_deepspeed_missing_and_four_bit_under_zero3_are_said(
     import importlib.util
 
     config, stage = stage_of("four-bit", launch__engine="zero3", model__adapter="qlora")
-    with pytest.raises(InputError, match="qlora under zero3"):
+    with pytest.raises(InputError, match="qlora does not work under zero3"):
         pipeline.train("dpo", config, stage)
     find = importlib.util.find_spec
     monkeypatch.setattr(
