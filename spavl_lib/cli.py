@@ -455,7 +455,7 @@ def _sigterm_interrupts() -> Iterator[list]:
 def _code_of(args: Sequence[str] | None, terminated: list) -> int:
     def interrupted() -> int:
         if terminated:
-            return _fail("stopped by SIGTERM; the same command goes on", Preempted.exit_code)
+            return _fail("stopped by SIGTERM; the same command resumes", Preempted.exit_code)
         return _fail("interrupted", 130)
 
     try:

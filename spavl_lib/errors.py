@@ -40,7 +40,7 @@ class DiskError(SpavlError):
 
 
 class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
-    """A stop was asked for; a checkpoint stands and the same command goes on."""
+    """A stop was requested; a checkpoint is kept, and the same command resumes from it."""
 
     exit_code = 75
 

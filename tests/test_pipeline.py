@@ -172,7 +172,7 @@ def test_a_run_lands_in_its_stage_with_its_settings(
             "def inner():\n    return 1 / 0\n\ninner()",
             execute.NotebookError,
             r"04_dpo.ipynb, cell \[4\]: ZeroDivisionError: division by zero\n"
-            r"  at: return 1 / 0\n  as far as it got: .*smoke/dpo/failed.ipynb$",
+            r"  at: return 1 / 0\n  the cells executed so far: .*smoke/dpo/failed.ipynb$",
         ),
         ("import sys; sys.exit(0)", execute.NotebookError, r"cell \[4\] called sys.exit"),
         (
@@ -212,7 +212,7 @@ def test_cell_that_takes_too_long_fails_and_leaves_no_kernel(
 
 def test_end_without_a_summary_is_a_failure(make_notebook: Callable, runs: Path) -> None:
     path = make_notebook("04_dpo", "1 + 1")
-    with pytest.raises(execute.NotebookError, match="left no .*smoke/dpo/summary.json"):
+    with pytest.raises(execute.NotebookError, match="did not write .*smoke/dpo/summary.json"):
         run_one(path)
 
 

@@ -354,7 +354,7 @@ def _is_echo(error: dict) -> bool:
 
 
 def _killed(log_path: Path, count: int) -> str | None:
-    """The process that a signal killed, read from the log of torch's agent; None if there is none."""
+    """The process that a signal killed, as torch's agent logged it; None if there is none."""
     text = log_path.read_text(encoding="utf-8", errors="replace")
     ends = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+)", text)
     # The agent ends the other processes by SIGTERM, so the cause comes first.

@@ -1,4 +1,4 @@
-"""Google Colab: settings by the GPU it lent, runs on Drive, and a word when a restart is due.
+"""Google Colab: settings by GPU, runs on Drive, and a message if the runtime needs a restart.
 
 Each notebook's second cell installs the package, with its pins, on Colab alone, and calls `set_up`.
 """
@@ -11,11 +11,12 @@ from typing import Any
 
 from spavl_lib.errors import InputError
 from spavl_lib.machine import device_kind, gpus
+from spavl_lib.runs.text import say
 
 DRIVE = Path("/content/drive/MyDrive")
-# Modules that Colab's kernel has loaded before any cell runs.
+# Modules that Colab's kernel loads before the first cell runs.
 LOADED_EARLY = {"numpy": "numpy", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow"}
-# The same steps on each: batch times accumulation stays what profile `colab` says.
+# Batch size times accumulation is the same on each, so that the steps are those of the profile.
 SETTINGS: dict[str, dict[str, Any]] = {
     "t4": {},
     "l4": {
@@ -37,29 +38,27 @@ def on_colab() -> bool:
 
 
 def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Make ready on Colab, and say what was chosen; elsewhere nothing.
+    """On Colab, choose settings for the GPU and the runs folder, and print both.
 
     Args:
-        profile: The notebook's. Only `colab` takes settings by GPU.
-        overrides: The notebook's; they win over what is chosen here.
+        profile: The notebook's profile. Only `colab` gets settings by GPU.
+        overrides: The notebook's overrides; they take precedence over the chosen settings.
 
     Returns:
-        The overrides to go on with.
+        The overrides that the notebook should use; outside of Colab those that were passed.
 
     Raises:
-        InputError: Modules in memory are older than those installed: restart the runtime. Or
-            profile `colab` without a GPU.
+        InputError: A loaded module is older than the installed one, so the runtime needs a
+            restart; or the profile is `colab` and there is no GPU.
     """
     if not on_colab():
         return overrides
     _check_loaded()
     if DRIVE.is_dir():
         os.environ.setdefault("SPAVL_RUNS", str(DRIVE / "spavl-runs"))
-        _say(f"runs      {os.environ['SPAVL_RUNS']}: after a disconnect run the same cells again")
+        say(f"runs      {os.environ['SPAVL_RUNS']}: after a disconnect run the same cells again")
     else:
-        _say(
-            "runs      on this machine only, and gone with it: mount Drive (the folder icon) first"
-        )
+        say("runs      on this machine only, and lost with it; mount Drive (the folder icon) first")
     if profile != "colab":
         return overrides
     if not gpus():
@@ -69,22 +68,18 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
         )
     kind = device_kind()
     chosen = SETTINGS["a100" if kind not in SETTINGS else kind]
-    _say(f"GPU       {gpus()[0][0]}: " + (", ".join(f"{k}={v}" for k, v in chosen.items()) or kind))
+    say(f"GPU       {gpus()[0][0]}: " + (", ".join(f"{k}={v}" for k, v in chosen.items()) or kind))
     return chosen | overrides
 
 
 def _check_loaded() -> None:
     stale = []
     for module, package in LOADED_EARLY.items():
-        here = getattr(sys.modules.get(module), "__version__", None)
+        loaded = getattr(sys.modules.get(module), "__version__", None)
         installed = importlib.metadata.version(package)
-        if here is not None and here != installed:
-            stale.append(f"{package} {here} in memory, {installed} installed")
+        if loaded is not None and loaded != installed:
+            stale.append(f"{package} {loaded} in memory, {installed} installed")
     if stale:
         raise InputError(
             f"restart the runtime (Runtime > Restart session) and run again: {'; '.join(stale)}"
         )
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")

@@ -31,8 +31,8 @@ from spavl_lib.errors import (
     nearest,
 )
 from spavl_lib.notebook.status import (
-    buried_with_us,
     keep_failed,
+    killed_with_this_process,
     note_notebook,
     remove_leftovers,
     write_status,
@@ -42,11 +42,11 @@ from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.runs.text import say, short_path
 
-# What every notebook's parameters cell declares, and all that the runner sets.
+# The parameters that every notebook declares and that the runner sets.
 PARAMETERS = ("profile", "seed", "run_name", "overrides")
 
 
-SAID_EVERY_S = 15.0  # without a terminal there is no bar; a line now and then is
+STATUS_EVERY_S = 15.0  # without a terminal, a line of status replaces the progress bar
 
 
 class NotebookError(SpavlError):
@@ -56,13 +56,13 @@ class NotebookError(SpavlError):
 
 
 class KernelDied(NotebookError):
-    """The kernel is gone: killed, often for memory, or crashed in native code."""
+    """The kernel died: it was killed, often because memory ran out, or it crashed."""
 
     exit_code = 138
 
 
 def notebooks_folder() -> Path:
-    """Where notebooks are: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
+    """The folder of the notebooks: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
     return Path(os.environ.get("SPAVL_NOTEBOOKS", "") or repo_root() / "notebooks").absolute()
 
 
@@ -72,7 +72,7 @@ def list_notebooks(folder: Path | None = None) -> list[Path]:
 
 
 def stage_of(notebook: Path) -> str:
-    """The stage a notebook makes.
+    """The stage that a notebook makes.
 
     Raises:
         InputError: It is none of the workbook's notebooks.
@@ -85,36 +85,34 @@ def stage_of(notebook: Path) -> str:
 
 
 def find_notebook(name: str, folder: Path | None = None) -> Path:
-    """The notebook called `dpo`, `04_dpo`, `04_dpo.ipynb` or by its stage.
+    """Find a notebook by its name, with or without its number and ending, or by its stage.
 
     Args:
-        name: Any of these; a folder in front is ignored.
-        folder: Where to look, `notebooks_folder()` if not given.
+        name: Such as `dpo`, `04_dpo` or `04_dpo.ipynb`; a folder in front is ignored.
+        folder: Folder to search, `notebooks_folder()` if not given.
 
     Raises:
-        InputError: None, naming the nearest.
+        InputError: There is no such notebook; names the nearest.
     """
     folder = folder or notebooks_folder()
-    wanted, aliases = Path(name).name.removesuffix(".ipynb"), {}
+    asked, aliases = Path(name).name.removesuffix(".ipynb"), {}
     for path in list_notebooks(folder):
         spec = stages.of_notebook(path.stem)
         for alias in (path.stem, path.stem[3:], spec.name if spec else path.stem):
             aliases.setdefault(alias, path)
     if not aliases:
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
-    if wanted not in aliases:
+    if asked not in aliases:
         known = ", ".join(path.stem for path in list_notebooks(folder))
-        raise InputError(
-            f"unknown notebook {name!r}{nearest(wanted, aliases)} (there are: {known})"
-        )
-    return aliases[wanted]
+        raise InputError(f"unknown notebook {name!r}{nearest(asked, aliases)} (known: {known})")
+    return aliases[asked]
 
 
 def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
-    """Refuse a notebook that would not take these parameters; papermill only warns.
+    """Raise if a notebook does not declare the given parameters; papermill only warns.
 
     Raises:
-        InputError: No parameters cell, or a parameter it does not declare.
+        InputError: The notebook has no parameters cell, or does not declare a parameter.
     """
     import nbformat
     import papermill as pm
@@ -147,28 +145,28 @@ def run_notebook(
 ) -> Path:
     """Execute a notebook in a kernel of this Python, from the checkout's root.
 
-    SIGINT and SIGTERM go to the kernel alone, as an interrupt, and the kernel is waited for: a
-    training cell gets to write its checkpoint. The third one kills it.
+    SIGINT and SIGTERM interrupt the kernel, and this process then waits for it, so that a training
+    cell can write its checkpoint. The third signal kills the kernel.
 
     Args:
-        name: As `find_notebook` takes it.
-        config: What the notebook will resolve; says seed and run name.
-        overrides: What was laid over the profile; the notebook lays the same.
-        run: Its folder takes the executed notebook.
+        name: Name of the notebook, as for `find_notebook`.
+        config: The config that the notebook will resolve; its seed and run name are passed on.
+        overrides: Overrides of the profile, passed on to the notebook.
+        run: The run; the executed notebook is written into its folder.
         profile: Profile name or path for the notebook, `config.profile` if not given.
         parameters: Further parameters of this notebook.
-        folder: Where notebooks are, `notebooks_folder()` if not given.
-        timeout_s: Longest time a cell may take, none if not given.
+        folder: Folder of the notebooks, `notebooks_folder()` if not given.
+        timeout_s: Longest time of a cell in seconds; no limit if not given.
 
     Returns:
-        The executed notebook, `runs/<run>/<stage>/executed.ipynb`.
+        Path of the executed notebook, `runs/<run>/<stage>/executed.ipynb`.
 
     Raises:
-        SpavlError: The error the notebook raised, if it is one of ours.
+        SpavlError: The notebook raised this error of the library.
         NotebookError: Any other failure: an error, `sys.exit`, a dead kernel (`KernelDied`), a
-            timeout, no summary. What was executed is kept as `failed.ipynb`.
-        Preempted: SIGTERM came; the same command goes on.
-        Interrupted: SIGINT came, and the notebook did not say `Preempted`.
+            timeout, no summary. The cells executed so far are kept in `failed.ipynb`.
+        Preempted: SIGTERM came; the same command resumes.
+        Interrupted: SIGINT came, and the notebook did not raise `Preempted`.
     """
     import papermill as pm
 
@@ -183,12 +181,12 @@ def run_notebook(
     }
     check_parameters(notebook, values)
     aside = stage.path / f".executed.{os.getpid()}.ipynb"
-    watch = _Watch(notebook, stage)
+    execution = _Execution(notebook, stage)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
         remove_leftovers(stage)
         write_status(stage, "running", notebook, 0)
-        with _quiet_papermill(), watch:
+        with _quiet_papermill(), execution:
             executed = pm.execute_notebook(
                 notebook,
                 aside,
@@ -196,49 +194,51 @@ def run_notebook(
                 kernel_name="python3",
                 progress_bar=False,
                 execution_timeout=timeout_s,
-                kernel_manager_class=_kernel_class(watch, run),
-                on_cell_start=watch.cell_start,
-                on_cell_execute=watch.cell_execute,
-                on_cell_executed=watch.cell_executed,
+                kernel_manager_class=_kernel_class(execution, run),
+                on_cell_start=execution.cell_start,
+                on_cell_execute=execution.cell_execute,
+                on_cell_executed=execution.cell_executed,
             )
         problem = _verdict(executed, notebook, stage)
     except Exception as error:
-        problem = _explained(error, watch)
+        problem = _explained(error, execution)
         if problem is None:
             raise
     if problem is None:
         target = stage.path / "executed.ipynb"
         aside.replace(target)
         (stage.path / "failed.ipynb").unlink(missing_ok=True)
-        watch.words.unlink(missing_ok=True)
+        execution.kernel_log.unlink(missing_ok=True)
         note_notebook(stage, executed, notebook, values)
-        write_status(stage, "done", notebook, watch.cell, exit_code=0)
-        if watch.stops:
-            raise watch.stopped(f"{notebook.name} was at its last cell and is done; stopped after")
+        write_status(stage, "done", notebook, execution.cell, exit_code=0)
+        if execution.stops:
+            raise execution.stopped(
+                f"{notebook.name} was at its last cell and is done; stopped after"
+            )
         return target
     stopped = isinstance(problem, Preempted | Interrupted)
-    with contextlib.suppress(OSError, DiskError):  # the first error is the one to tell
+    with contextlib.suppress(OSError, DiskError):  # the first error is the one to report
         kept = stage.path / "failed.ipynb"
         keep_failed(aside, kept, notebook, str(problem))
         write_status(
-            stage, "stopped" if stopped else "failed", notebook, watch.cell,
+            stage, "stopped" if stopped else "failed", notebook, execution.cell,
             cause=str(problem), exit_code=problem.exit_code,
         )  # fmt: skip
         if isinstance(problem, NotebookError):
-            problem = type(problem)(f"{problem}\n  as far as it got: {short_path(kept)}")
+            problem = type(problem)(f"{problem}\n  the cells executed so far: {short_path(kept)}")
     raise problem
 
 
 class _Stop(Exception):
-    """Raised between cells once a stop was asked for."""
+    """Raised between cells after a stop was requested."""
 
 
-class _Watch:
-    """A notebook in flight: its cell, its kernel's process, its progress bar, our signals."""
+class _Execution:
+    """The execution of a notebook: current cell, kernel process, progress bar, signals."""
 
     def __init__(self, notebook: Path, stage: Stage):
         self.notebook, self.stage = notebook, stage
-        self.words = stage.path / ".kernel.log"
+        self.kernel_log = stage.path / ".kernel.log"
         self.pid: int | None = None
         self.cell = 0
         self.stops = 0
@@ -246,25 +246,25 @@ class _Watch:
         self.busy = False
         self._cell_started = self._began = 0.0
         self._over = threading.Event()
-        self.burial = contextlib.ExitStack()
+        self.guards = contextlib.ExitStack()
         self._old_handlers: dict[int, Any] = {}
 
     @property
     def place(self) -> str:
-        """Which cell runs, as the executed notebook numbers it."""
+        """The notebook and the number of its current cell, as in the executed notebook."""
         return f"{self.notebook.name}, cell [{self.cell}]"
 
     def stopped(self, text: str) -> SpavlError:
-        """The error of a stop: a batch system's SIGTERM means run it again."""
+        """The error for a stop: `Preempted` after SIGTERM, else `Interrupted`."""
         return (Preempted if self.signal == signal.SIGTERM else Interrupted)(text)
 
-    def __enter__(self) -> "_Watch":
+    def __enter__(self) -> "_Execution":
         from tqdm import tqdm
 
         cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
         self._began = time.time()
         self._code_cells = 1 + sum(c["cell_type"] == "code" for c in cells)
-        # The injected parameters are a cell more. Off where there is no terminal.
+        # The injected parameters add a cell. `disable=None` hides the bar without a terminal.
         self._bar = tqdm(
             total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
         )
@@ -281,39 +281,39 @@ class _Watch:
         self._bar.close()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self.burial.close()
+        self.guards.close()
         if self.pid:
-            # The kernel leads its own process group: what it started goes with it.
+            # The kernel leads a process group, so that this also kills what it started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, signal.SIGKILL)
 
     def cell_start(self, cell: Any, cell_index: int) -> None:
-        """Before each cell, prose too: the place where a stop takes hold between cells."""
+        """Called before each cell, also of text; a stop between cells takes effect here."""
         if self.stops:
             raise _Stop
         self._bar.update(cell_index - self._bar.n)
 
     def cell_execute(self, cell: Any, cell_index: int) -> None:
-        """Just before a code cell is sent."""
+        """Called before a code cell is sent to the kernel."""
         self.cell += 1
         self.busy = True
         self._cell_started = time.monotonic()
         write_status(self.stage, "running", self.notebook, self.cell)
 
     def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
-        """The kernel has answered, be it with an error."""
+        """Called when the kernel has answered, also with an error."""
         self.busy = False
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
         self.stops += 1
         self.signal = number
-        todo = "killing" if self.stops > 2 else "interrupting and waiting for"
+        action = "killing" if self.stops > 2 else "interrupting and waiting for"
         name = signal.Signals(number).name
-        sys.stderr.write(f"\n{name}: {todo} {self.place} (the third signal kills it)\n")
+        sys.stderr.write(f"\n{name}: {action} {self.place} (the third signal kills it)\n")
         if self.stops > 2:
             self._signal_kernel(self.cell, signal.SIGKILL)
             return
-        # A kernel that has not begun the cell is deaf: leave it half a second for that.
+        # A kernel ignores an interrupt until it has begun the cell; that takes up to half a second.
         early = self._cell_started + 0.5 - time.monotonic()
         if early > 0:
             threading.Timer(early, self._signal_kernel, (self.cell, signal.SIGINT)).start()
@@ -326,55 +326,55 @@ class _Watch:
                 os.kill(self.pid, number)
 
     def _tick(self) -> None:
-        said = time.time()
+        shown_at = time.time()
         while not self._over.wait(1):
             logged = _last_logged(self.stage.metrics_path, self._began)
             if not self._bar.disable:
                 self._bar.set_postfix(logged)
-            elif time.time() - said >= SAID_EVERY_S:
-                said = time.time()
-                shown = "".join(f", {key} {value:.6g}" for key, value in logged.items())
-                say(f"{self.place} of {self._code_cells}, {said - self._began:.0f} s{shown}")
+            elif time.time() - shown_at >= STATUS_EVERY_S:
+                shown_at = time.time()
+                values = "".join(f", {key} {value:.6g}" for key, value in logged.items())
+                say(f"{self.place} of {self._code_cells}, {shown_at - self._began:.0f} s{values}")
 
 
-def _kernel_class(watch: _Watch, run: Run) -> type:
-    """A kernel of this very Python, in the checkout's root, whose process id the watch knows."""
+def _kernel_class(execution: _Execution, run: Run) -> type:
+    """Kernel class that runs this Python in the checkout's root and notes its process id."""
     import zmq
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs: Any):
-            # No folders searched: a kernel called python3 elsewhere may be another Python.
+            # No folder is searched, because a kernel named python3 elsewhere may be another Python.
             specs = KernelSpecManager(kernel_dirs=[])
             policy = "auto" if zmq.has("curve") else "disabled"
             super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
 
         async def start_kernel(self, **kwargs: Any) -> None:
-            own = {
+            variables = {
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             }
-            # What the process says beside its cells: a shutdown's farewell, a crash's last words.
-            watch.words.parent.mkdir(parents=True, exist_ok=True)
-            with watch.words.open("w", encoding="utf-8") as said:
+            # The log takes what the kernel prints outside of cells, such as a crash's message.
+            execution.kernel_log.parent.mkdir(parents=True, exist_ok=True)
+            with execution.kernel_log.open("w", encoding="utf-8") as log:
                 await super().start_kernel(
-                    env=os.environ | own, cwd=str(repo_root()), stderr=said, **kwargs
+                    env=os.environ | variables, cwd=str(repo_root()), stderr=log, **kwargs
                 )
-            watch.pid = self.provisioner.pid
-            watch.burial.enter_context(buried_with_us(watch.pid))
+            execution.pid = self.provisioner.pid
+            execution.guards.enter_context(killed_with_this_process(execution.pid))
 
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-            # A kernel still in a cell (it took too long) would not hear a request.
-            await super().shutdown_kernel(now=now or watch.busy, restart=restart)
+            # A kernel that still runs a cell, because of a timeout, would not answer a request.
+            await super().shutdown_kernel(now=now or execution.busy, restart=restart)
 
     return Kernel
 
 
 @contextlib.contextmanager
 def _quiet_papermill() -> Iterator[None]:
-    """Its log repeats what we say once."""
+    """Silence papermill's log, which repeats our messages."""
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -385,24 +385,24 @@ def _quiet_papermill() -> Iterator[None]:
 
 
 def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
-    """Why a notebook that papermill calls fine is not, or None."""
+    """The reason why a notebook failed although papermill reports success; None if it succeeded."""
     for cell in executed.cells:
         if cell.cell_type != "code" or not cell.source.strip():
             continue
         if any(o.output_type == "error" and o.ename == "SystemExit" for o in cell.outputs):
             place = f"{notebook.name}, cell [{cell.execution_count}]"
-            return NotebookError(f"{place} called sys.exit, the cells after it never ran")
+            return NotebookError(f"{place} called sys.exit, so the cells after it did not run")
         if cell.execution_count is None:
             line = cell.source.strip().splitlines()[0]
             return NotebookError(f"{notebook.name} did not run the cell that begins `{line}`")
     if not stage.done:
         missing = short_path(stage.path / "summary.json")
-        return NotebookError(f"{notebook.name} ran to its end but left no {missing}")
+        return NotebookError(f"{notebook.name} ran to its end but did not write {missing}")
     return None
 
 
-def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
-    """The one message for a failed execution; None if it is none of the expected ways to fail."""
+def _explained(error: Exception, execution: _Execution) -> SpavlError | None:
+    """The error to raise for a failed execution; None if the failure is an unexpected one."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -410,27 +410,30 @@ def _explained(error: Exception, watch: _Watch) -> SpavlError | None:
         kind = ERRORS.get(error.ename)
         if kind is not None:
             return kind(error.evalue)
-        if watch.stops or error.ename == "KeyboardInterrupt":
-            return watch.stopped(f"stopped in {watch.place}; the same command goes on")
+        if execution.stops or error.ename == "KeyboardInterrupt":
+            return execution.stopped(f"stopped in {execution.place}; the same command resumes")
         if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
-            return DiskError(f"{watch.place}: {error.evalue}")
+            return DiskError(f"{execution.place}: {error.evalue}")
         return NotebookError(
-            f"{watch.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
+            f"{execution.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
             f"\n  at: {_failing_line(error)}"
         )
-    if isinstance(error, _Stop) or watch.stops:
-        return watch.stopped(f"stopped after {watch.place}; the same command goes on")
+    if isinstance(error, _Stop) or execution.stops:
+        return execution.stopped(f"stopped after {execution.place}; the same command resumes")
     if isinstance(error, CellTimeoutError):
-        return NotebookError(f"{watch.place} took longer than it may; the kernel was stopped")
+        return NotebookError(
+            f"{execution.place} took longer than the timeout, so the kernel was stopped"
+        )
     if isinstance(error, DeadKernelError):
         return KernelDied(
-            f"{watch.place}: the kernel died (killed, often for memory, or crashed in native code)"
-            f"\n  its last words: {short_path(watch.words)}"
+            f"{execution.place}: the kernel died: it was killed, often because memory ran out, or "
+            "crashed"
+            f"\n  its last output: {short_path(execution.kernel_log)}"
         )
-    if isinstance(error, RuntimeError) and watch.cell == 0:
-        return NotebookError(f"{watch.notebook.name}: the kernel did not start: {error}")
+    if isinstance(error, RuntimeError) and execution.cell == 0:
+        return NotebookError(f"{execution.notebook.name}: the kernel did not start: {error}")
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
-        return DiskError(f"cannot write {short_path(watch.stage.path)}: {error}")
+        return DiskError(f"cannot write {short_path(execution.stage.path)}: {error}")
     return None
 
 
@@ -445,7 +448,7 @@ def _failing_line(error: Any) -> str:
 
 
 def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """What the last line a trainer logged after `since` says, for the progress bar."""
+    """Values for the progress bar from the last line that a trainer logged after `since`."""
     try:
         if path.stat().st_mtime < since:
             return {}

@@ -1,4 +1,4 @@
-"""What every notebook opens with: its stage, and safe previews."""
+"""What every notebook uses: its stage, and safe previews of images and text."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from spavl_lib.runs.stage import Run, Stage
 def open_stage(
     name: str, profile: str, *, seed: int = -1, run_name: str = "", overrides: dict | None = None
 ) -> tuple[Config, Stage]:
-    """Resolve a notebook's parameters, and say what they resolve to.
+    """Resolve a notebook's parameters and print the result.
 
     Args:
         name: Stage, such as `dpo`.
@@ -45,16 +45,28 @@ def open_stage(
 
 
 def safe_image(cell: Any, *, reveal: bool = False) -> Image.Image:
-    """A row's image, blurred unless asked."""
+    """A row's image, blurred unless `reveal` is set."""
     image = decode(cell)
     return image if reveal else image.filter(ImageFilter.GaussianBlur(max(image.size) / 16))
 
 
 def safe_text(text: str, *, reveal: bool = False, limit: int = 60) -> str:
-    """A row's text, cut short unless asked."""
+    """A row's text, cut after some characters unless `reveal` is set.
+
+    Args:
+        text: The text.
+        reveal: Return the whole text.
+        limit: Number of characters to keep.
+    """
     return text if reveal or len(text) <= limit else f"{text[:limit].rstrip()} [...]"
 
 
 def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False) -> str:
-    """Some of a row's fields, a line each, for under its picture."""
+    """Some fields of a row, one line each, as a caption for its image.
+
+    Args:
+        row: The row.
+        fields: Names of the fields; empty ones are left out.
+        reveal: Do not cut texts.
+    """
     return "\n".join(f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f))

@@ -19,12 +19,12 @@ from spavl_lib.runs.stage import Stage
 
 
 def write_status(stage: Stage, state: str, notebook: Path, cell: int, **more: Any) -> None:
-    """Say how it stands; a process that dies leaves `running`, its pid and the cell it was in.
+    """Write `status.json`. After a process has died it still says `running`, the pid and the cell.
 
     Args:
-        stage: Whose `status.json`.
+        stage: The stage that the notebook makes.
         state: running, done, failed or stopped.
-        notebook: Which.
+        notebook: The notebook's path.
         cell: Number of the code cell that runs, or ran last.
         more: `cause` and `exit_code`.
     """
@@ -33,14 +33,14 @@ def write_status(stage: Stage, state: str, notebook: Path, cell: int, **more: An
     write_json(stage.path / "status.json", page | {"at": at} | more)
 
 
-def keep_failed(aside: Path, kept: Path, source: Path, cause: str) -> None:
-    """Keep as much as was executed, under a banner that says why it ended; never half a file.
+def keep_failed(aside: Path, target: Path, source: Path, cause: str) -> None:
+    """Keep the executed part of a failed notebook, with the cause in a banner on top.
 
     Args:
-        aside: What papermill wrote, whole, torn or missing.
-        kept: Where it goes.
-        source: The notebook, where nothing whole was written.
-        cause: One or a few lines.
+        aside: File that papermill wrote; it may be damaged or missing.
+        target: File to write.
+        source: The original notebook, used if `aside` cannot be read.
+        cause: The error's message.
     """
     import nbformat
 
@@ -56,12 +56,12 @@ def keep_failed(aside: Path, kept: Path, source: Path, cause: str) -> None:
         f"## This execution failed\n\n{quoted}", metadata={"tags": ["spavl-failed"]}
     )
     page.cells.insert(0, banner)
-    keep_notebook(page, kept)
+    keep_notebook(page, target)
     aside.unlink(missing_ok=True)
 
 
 def keep_notebook(page: Any, target: Path) -> None:
-    """Write a notebook so that at every instant the old or the new one can be read."""
+    """Write a notebook so that a reader sees the old or the new file, never half of one."""
     import nbformat
 
     from spavl_lib.runs.files import write_text
@@ -70,7 +70,7 @@ def keep_notebook(page: Any, target: Path) -> None:
 
 
 def remove_leftovers(stage: Stage) -> None:
-    """Drop what executions left aside whose process is gone."""
+    """Remove files of executions whose process no longer runs."""
     for path in stage.path.glob(".executed.*.ipynb"):
         pid = path.name.split(".")[2]
         if pid.isdigit() and pid != str(os.getpid()):
@@ -78,12 +78,19 @@ def remove_leftovers(stage: Stage) -> None:
                 os.kill(int(pid), 0)
             except ProcessLookupError:
                 path.unlink(missing_ok=True)
-            except PermissionError:  # it lives, and is somebody else's
+            except PermissionError:  # the process runs, and belongs to another user
                 continue
 
 
 def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[str, Any]) -> None:
-    """Write into the stage's manifest which notebook made it, and how long its cells took."""
+    """Record in the manifest which notebook made the stage, and how long its cells took.
+
+    Args:
+        stage: The stage.
+        executed: The executed notebook.
+        source: Path of the original notebook.
+        parameters: The parameters that were passed to it.
+    """
     if not (stage.path / "manifest.json").is_file():
         return
     cells = json.loads(source.read_text(encoding="utf-8"))["cells"]
@@ -107,11 +114,11 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
 
 
 @contextlib.contextmanager
-def buried_with_us(group: int) -> Iterator[None]:
-    """While the block runs: if this process dies, so does a process group, children and all.
+def killed_with_this_process(group: int) -> Iterator[None]:
+    """Within the block, kill a process group as soon as this process dies.
 
-    A kernel notices within a second that its parent is gone and ends, but what it started does not.
-    The shell waits at a pipe that only we hold open.
+    A kernel ends by itself within a second of its parent's death, but its child processes do not.
+    A shell waits on a pipe that only this process holds open.
     """
     watch = subprocess.Popen(
         ["sh", "-c", f"read _; kill -s KILL -- -{group} 2>/dev/null"],

@@ -1,4 +1,4 @@
-"""Files that appear whole, and errors that say which could not be written."""
+"""Reading and writing files: a reader sees the old or the new file, never half of one."""
 
 import contextlib
 import errno
@@ -20,19 +20,19 @@ DISK_ERRORS = (
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn a failed write inside the block into one message.
+    """Turn an error of the file system inside the block into one clear message.
 
     Args:
-        path: What is being written.
-        needed: Bytes it takes, if known.
+        path: The file or folder that is written.
+        needed: Its size in bytes, if known.
 
     Raises:
-        DiskError: Names path, needed and free bytes.
+        DiskError: Names the path, the needed bytes and the free bytes.
     """
     try:
         yield
     except Exception as error:
-        # safetensors raises an error of its own that only quotes the system's.
+        # safetensors raises its own error, which only quotes that of the system.
         quoted = str(error).rpartition("(os error ")[2].rstrip(")")
         number = getattr(error, "errno", None) or (int(quoted) if quoted.isdigit() else None)
         if number not in DISK_ERRORS:
@@ -43,15 +43,15 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself, or the nearest folder above it that exists."""
+    """The path itself if it exists, else the nearest folder above it that does."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write aside, flush, rename: the file is the old or the new one, never half.
+    """Write a text file by writing another one, flushing it and renaming it.
 
     Raises:
-        DiskError: No space, or no permission; the old file stands.
+        DiskError: There is no space or no permission; the old file is kept.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, len(text)):
@@ -68,7 +68,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_text` of indented JSON; NaN is refused."""
+    """Write indented JSON by `write_text`; a NaN raises ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -78,26 +78,28 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """JSON of a file."""
+    """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file, none if it is not there; a torn last line is dropped.
+    """Rows of a JSONL file; none if there is no file. An incomplete last line is dropped.
 
     Raises:
-        InputError: Another line is no JSON: the file is damaged.
+        InputError: Another line is not JSON, so the file is damaged.
     """
     if not path.is_file():
         return []
-    # Not splitlines(): text may hold line separators of its own.
+    # Not splitlines(), because a text may contain other line separators.
     *lines, last = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines):
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise InputError(f"{path}:{number}: not JSON: {error}") from error
+            raise InputError(
+                f"{path}:{number}: expected one JSON object a line: {error}"
+            ) from error
     with contextlib.suppress(ValueError):
         rows += [json.loads(last)] if last else []
     return rows

@@ -1,4 +1,4 @@
-"""A stop flag: set by a signal, polled between steps and batches."""
+"""A stop flag, which a signal sets and which loops poll between steps and batches."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 
 class StopFlag:
-    """Set by SIGTERM or SIGINT; loops poll it, save, and raise `Preempted`.
+    """True once SIGTERM or SIGINT has come; loops then save and raise `Preempted`.
 
     Args:
-        around: The flag of the block this one's lies in; set, it sets this one too.
+        around: The flag of the enclosing block. This flag is true whenever that one is.
     """
 
     def __init__(self, around: "StopFlag | None" = None) -> None:
@@ -23,7 +23,7 @@ class StopFlag:
 
     @property
     def reason(self) -> str:
-        """The signal's name; empty while there was none."""
+        """The name of the signal; empty before one has come."""
         return self._own or (self.around.reason if self.around else "")
 
     @reason.setter
@@ -31,20 +31,20 @@ class StopFlag:
         self._own = name
 
     def set(self, signum: int, _frame: object = None) -> None:
-        """Signal handler; a second signal takes the usual course."""
+        """Handle a signal: the first sets the flag, a second raises KeyboardInterrupt."""
         if self._own:
             raise KeyboardInterrupt
         self._own = signal.Signals(signum).name
-        # A plain write: a signal may come in the middle of anything else that prints.
+        # os.write, because the signal may interrupt any other code that prints.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.reason}: stopping when this step is done and saved\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """A flag that SIGTERM and SIGINT set while the block runs (main thread only).
+    """Yield a flag that SIGTERM and SIGINT set while the block runs, in the main thread only.
 
-    A block inside another is told what that was told, and hands on what it is told itself.
+    Nested blocks share the flag: a signal seen by either stops both.
     """
     around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
     flag = StopFlag(around if isinstance(around, StopFlag) else None)

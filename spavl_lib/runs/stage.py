@@ -1,7 +1,7 @@
-"""Run folders: one per run, one subfolder per stage, files that appear whole.
+"""Run folders: one folder per run, one subfolder per stage.
 
-`runs/<run_name>/<stage>/` holds config.yaml, manifest.json, metrics.jsonl, figures/ and, last of
-all, summary.json: a stage is done when that stands.
+`runs/<run_name>/<stage>/` holds config.yaml, manifest.json, metrics.jsonl and figures/. A stage is
+complete once its summary.json exists.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from spavl_lib.runs.text import flatten
 
 
 def allowed_changes() -> tuple[str, ...]:
-    """Fields that a stage may be taken up with in spite of a change: $SPAVL_ALLOW_CHANGE."""
+    """Settings and inputs that may change when a stage is resumed, from $SPAVL_ALLOW_CHANGE."""
     return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
 class Stage:
-    """One stage's folder inside a run."""
+    """The folder of one stage of a run."""
 
     def __init__(self, run: "Run", name: str):
         stages.find(name)
@@ -45,12 +45,12 @@ class Stage:
 
     @property
     def done(self) -> bool:
-        """Whether the stage's summary stands."""
+        """Whether the stage is complete: its summary exists."""
         return (self.path / "summary.json").is_file()
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds work: anything beyond what opening a stage writes."""
+        """Whether the folder holds work, beyond the files that opening a stage writes."""
         paper = {
             "config.yaml",
             "manifest.json",
@@ -68,26 +68,26 @@ class Stage:
 
     @property
     def summary(self) -> dict:
-        """The stage's summary."""
+        """The summary of a complete stage."""
         return read_json(self.path / "summary.json")
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON line a logged step."""
+        """File with one JSON line for each logged step."""
         return self.path / "metrics.jsonl"
 
     @property
     def figures(self) -> Path:
-        """Folder of the stage's PNG files."""
+        """Folder of the stage's PNG files; it is made if missing."""
         folder = self.path / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def check_config(self) -> None:
-        """Refuse to go on from work made under other settings.
+        """Raise if the folder holds work made with other settings.
 
         Raises:
-            InputError: Names each changed key, its old and its new value.
+            InputError: Names each changed key with its old and its new value.
         """
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
@@ -106,13 +106,13 @@ class Stage:
         )
 
     def check_inputs(self, inputs: dict[str, str]) -> None:
-        """Refuse to go on from work made of other data, another model, or other major versions.
+        """Raise if the folder's work used other data, another model or other major versions.
 
         Args:
-            inputs: Name -> value of what the stage reads, as `work` takes it.
+            inputs: Name -> hash or value of what the stage reads, as passed to `work`.
 
         Raises:
-            InputError: Names each, its old and its new value.
+            InputError: Names each changed input with its old and its new value.
         """
         if not self.begun or not self._has_manifest():
             return
@@ -126,13 +126,13 @@ class Stage:
         )
 
     def _refuse(self, changed: dict[str, tuple[Any, Any]]) -> None:
-        """Raise, but for what may change; a finished stage is what it is, nothing may."""
+        """Raise for changes, except those allowed; of a complete stage nothing may change."""
         waived = () if self.done else allowed_changes()
         self.allowed += [k for k in changed if k in waived and k not in self.allowed]
         lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in waived]
         if lines:
             names = ",".join(line.partition(":")[0] for line in lines)
-            way = "" if self.done else f", or go on all the same with --allow-change {names}"
+            way = "" if self.done else f", or resume in spite of it with --allow-change {names}"
             raise InputError(
                 f"{self.path} was made with other settings:\n  "
                 + "\n  ".join(lines)
@@ -146,18 +146,19 @@ class Stage:
         *,
         renew: bool = False,
     ) -> Iterator["Stage"]:
-        """Hold the stage for this process; time it, and seal its manifest when the work ends.
+        """Lock the stage for this process, time the block, and seal the manifest at its end.
 
         Args:
-            inputs: Name -> sha256 of what the stage reads. Given as a function, it is asked again
-                at the end: what changed meanwhile was not what the result rests on.
-            renew: The maker itself makes anew what changed inputs leave stale.
+            inputs: Name -> hash of what the stage reads, or a function that returns it. A function
+                is called again at the end, because an input that changed meanwhile makes the
+                result invalid.
+            renew: The maker itself replaces what changed inputs leave outdated.
 
         Raises:
-            BusyError: A live process holds it.
-            InputError: The folder was made with other settings, or an input changed on the way.
+            BusyError: A live process holds the lock.
+            InputError: The folder was made with other settings, or an input changed meanwhile.
         """
-        if not is_main():  # one process of several holds it for all
+        if not is_main():  # the main process holds the lock for all of them
             yield self
             return
         with writing(self.path):
@@ -181,11 +182,11 @@ class Stage:
                 changed = [k for k in named if after.get(k) != named[k]]
                 if changed:
                     raise InputError(
-                        f"{', '.join(changed)} changed while {self.path} was being made: its "
-                        "result would rest on neither; delete the folder and run again"
+                        f"{', '.join(changed)} changed while {self.path} was being made, so its "
+                        "result belongs to neither version; delete the folder and run again"
                     )
             except BaseException:
-                if not self.begun:  # nothing came of it: leave nothing behind
+                if not self.begun:  # there is no work to keep
                     self._remove_traces()
                     raise
                 self._seal(started)
@@ -193,7 +194,7 @@ class Stage:
             self._seal(started)
 
     def _open_manifest(self, inputs: dict[str, str]) -> None:
-        """Write config and manifest before anything is done; a resumed stage keeps its id."""
+        """Write config and manifest before the work starts; a resumed stage keeps its run id."""
         before = read_json(self.path / "manifest.json") if self._has_manifest() else {}
         resumed = before.get("resumed", [])
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -238,7 +239,7 @@ class Stage:
         self._write_manifest()
 
     def note(self, **facts: Any) -> None:
-        """Add to the manifest of the work in hand, such as `data=...`."""
+        """Add facts to the manifest of the running work, such as `data=...`."""
         if not is_main():
             return
         self.manifest |= facts
@@ -276,9 +277,9 @@ class Stage:
                 handle.write(line)
 
     def finish(self, summary: dict) -> None:
-        """Write the summary: the stage is done. The manifest takes its hash first.
+        """Write the summary, which makes the stage complete; the manifest records its hash first.
 
-        A signal meanwhile ends nothing half-way: it is left to the loop around, if there is one.
+        A signal during the writing waits until both files are written.
         """
         if is_main():
             with stop_on_signals():
@@ -298,7 +299,7 @@ class Stage:
 
 
 class Run:
-    """One run's folder."""
+    """The folder of one run."""
 
     def __init__(self, config: Config, root: Path | None = None):
         name = config.run_name or config.profile
@@ -308,11 +309,11 @@ class Run:
         self.path = (root or runs_root()) / name
 
     def stage(self, name: str) -> Stage:
-        """One of its stages, made or not."""
+        """The stage of this name, whether complete or not."""
         return Stage(self, name)
 
     def done_stages(self) -> list[Stage]:
-        """Stages whose summary stands."""
+        """The complete stages of this run."""
         return [s for s in map(self.stage, stages.stage_names()) if s.done]
 
 

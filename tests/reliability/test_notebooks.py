@@ -182,6 +182,6 @@ def test_success_is_never_read_from_papermill(make_notebook: Callable, runs: Pat
     """It calls this one completed; the stage has left nothing."""
     path = make_notebook("04_dpo", "1 + 1")
     config = load_config("smoke")
-    with pytest.raises(execute.NotebookError, match="left no"):
+    with pytest.raises(execute.NotebookError, match="did not write"):
         execute.run_notebook("04_dpo", config, {}, Run(config), folder=path.parent)
     assert read_json(runs / "smoke/dpo/status.json")["state"] == "failed"

@@ -150,7 +150,7 @@ def test_before_there_is_anything_sigterm_leaves_nothing_and_says_run_again(
     case = cases("dpo_lora")
     child = case.start("early", fault="signal_in:SIGTERM/hashing")
     assert child.wait() == 75, child.said[-2000:]
-    assert "stopped by SIGTERM; the same command goes on" in child.said
+    assert "stopped by SIGTERM; the same command resumes" in child.said
     assert not case.stage("early").exists()
     record("R11", 1, 1, "before the first row was read")
 
