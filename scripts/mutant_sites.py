@@ -405,23 +405,22 @@ def find(
         )
         whole = mutant["kind"] == "statement"
         for how, rule in rules:
-            hits = [
-                (path, node)
-                for path, source in sources.items()
-                for node in source.nodes
-                if node.text == wanted["node"]
-                and isinstance(node.tree, ast.stmt) == whole
-                and rule(node, wanted)
-            ]
-            if how == "exact":
-                hits = [(p, n) for p, n in hits if n.occurrence == mutant["occurrence"]]
-            elif how == "moved":
-                same = {(p, n.function) for p, n in hits}
-                hits = [(p, n) for p, n in hits if n.occurrence == mutant["occurrence"]]
-                hits = hits if len(same) == 1 else []
-            if len(hits) == 1:
-                [(path, node)] = hits
-                return path, node.tree, wanted["replacement"], how
+            for path, source in sources.items():  # the file it was in, or went to, comes first
+                hits = [
+                    node
+                    for node in source.nodes
+                    if node.text == wanted["node"]
+                    and isinstance(node.tree, ast.stmt) == whole
+                    and rule(node, wanted)
+                ]
+                if how == "exact":
+                    hits = [n for n in hits if n.occurrence == mutant["occurrence"]]
+                elif how == "moved":
+                    same = {n.function for n in hits}
+                    hits = [n for n in hits if n.occurrence == mutant["occurrence"]]
+                    hits = hits if len(same) == 1 else []
+                if len(hits) == 1:
+                    return path, hits[0].tree, wanted["replacement"], how
     return None
 
 
