@@ -54,7 +54,8 @@ def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> N
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
     from spavl_lib.config import ModelConfig, load_config
-    from spavl_lib.modelling.load import llava_pictures, load_processor
+    from spavl_lib.modelling.families import llava_images
+    from spavl_lib.modelling.load import load_processor
     from spavl_lib.planning import shapes
 
     embedded = load_processor(load_config("smoke").model)
@@ -81,7 +82,7 @@ def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> N
     torch.set_default_dtype(before)
     model.save_pretrained(target, max_shard_size="2GB")
     LlavaProcessor(
-        image_processor=llava_pictures(vision.image_size),
+        image_processor=llava_images(vision.image_size),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",

@@ -93,14 +93,15 @@ def write_model(name: str, target: Path) -> None:
     from transformers import AutoConfig, LlavaForConditionalGeneration
 
     from spavl_lib.config import load_config
-    from spavl_lib.modelling.load import llava_pictures, load_processor, model_path
+    from spavl_lib.modelling.families import llava_images
+    from spavl_lib.modelling.load import load_processor, model_path
 
     plain = load_config("smoke").model
     torch.manual_seed(0)
     config = model_config(SHAPES[name], AutoConfig.from_pretrained(model_path(plain)))
     LlavaForConditionalGeneration(config).half().save_pretrained(target)
     processor = load_processor(plain)
-    processor.image_processor = llava_pictures(IMAGE)
+    processor.image_processor = llava_images(IMAGE)
     processor.save_pretrained(target)
 
 

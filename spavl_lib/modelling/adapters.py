@@ -1,6 +1,7 @@
-"""What trains: the language model whole or through LoRA, the projector or not, the tower never."""
+"""Which parameters train: the language model, whole or through LoRA, and the projector if asked.
 
-import re
+The vision tower never trains.
+"""
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,43 +12,40 @@ from transformers import PreTrainedModel
 from spavl_lib.config import ModelConfig
 from spavl_lib.distributed.zero_parameters import numel
 from spavl_lib.errors import InputError
-
-TOWER = re.compile(r"(^|\.)(vision_tower|vision_model|visual)\.")
-PROJECTOR = re.compile(r"(^|\.)(multi_modal_projector|connector|merger)\.")
-HEAD = re.compile(r"(^|\.)lm_head\.")
-
-
-def part_of(name: str) -> str:
-    """Which part a parameter belongs to: tower, projector, head or language."""
-    for part, pattern in (("projector", PROJECTOR), ("tower", TOWER), ("head", HEAD)):
-        if pattern.search(name):
-            return part
-    return "language"
+from spavl_lib.modelling.families import family_of
 
 
 def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
-    """LoRA on the seven linears of the language model, and the projector trained whole.
+    """LoRA on the language model's linear layers, and the projector trained whole.
 
-    `all-linear` would put half its adapters on the tower, so targets are listed by full name.
+    The layers are listed by full name, because `all-linear` would put half the adapters on the
+    tower.
+
+    Args:
+        model: The base model.
+        config: Rank, scale, layers, and whether the projector trains.
 
     Raises:
-        InputError: The model has no such linears.
+        InputError: The language model has no such layers.
     """
+    family = family_of(model)
     targets = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
         and name.rsplit(".", 1)[-1] in config.lora_targets
-        and part_of(f"{name}.weight") == "language"
+        and family.part_of(f"{name}.weight") == "language"
     ]
     if not targets:
         raise InputError(
-            f"{type(model).__name__}: found none of {config.lora_targets} in the language model"
+            f"{type(model).__name__}: the language model has none of the linear layers in "
+            f"model.lora_targets ({', '.join(config.lora_targets)})"
         )
     projectors = {
         name.rsplit(".", 1)[-1]
         for name, _ in model.named_modules()
-        if PROJECTOR.search(f"{name}.") and not PROJECTOR.search(f"{name.rpartition('.')[0]}.")
+        if family.part_of(f"{name}.weight") == "projector"
+        and family.part_of(f"{name.rpartition('.')[0]}.weight") != "projector"
     }
     return LoraConfig(
         r=config.lora_rank,
@@ -61,19 +59,25 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
 
 
 def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Without adapters: language model and head, unless frozen, and the projector if asked."""
+    """Set which parameters train without adapters.
+
+    Args:
+        model: The model; changed in place.
+        config: `adapter: full` trains language model and head; `train_projector` the projector.
+    """
+    family = family_of(model)
     trained = {"language", "head"} if config.adapter == "full" else set()
     trained |= {"projector"} if config.train_projector else set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trained)
+        parameter.requires_grad_(family.part_of(name) in trained)
 
 
 @torch.no_grad()
 def train_in_fp32(model: PeftModel) -> None:
-    """Undo trl's rounding of what trains over 4 bit to bf16, before an optimizer holds it.
+    """Undo trl's cast of trained parameters to bf16 over a 4-bit base. For a fresh model only.
 
-    The projector starts from the base's again: rounded, the policy would not start as its
-    reference. For a fresh model only.
+    The projector starts again from the base's values: rounded to bf16, the policy would differ from
+    its reference before the first step. Call it before an optimizer holds the parameters.
     """
     masters_in_fp32(model)
     for module in model.modules():
@@ -82,48 +86,63 @@ def train_in_fp32(model: PeftModel) -> None:
                 copy.load_state_dict(module.original_module.state_dict())
 
 
+def masters_in_fp32(model: nn.Module) -> None:
+    """Cast trained parameters to fp32: in half precision small updates are lost to rounding.
+
+    Autocast casts for each matrix product anyway. DeepSpeed keeps fp32 masters of its own.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def trainable_parts(model: nn.Module) -> dict[str, int]:
-    """Number of trainable values, by part; LoRA's counted under the part they adapt."""
+    """Number of trained values by part. LoRA's values count under the part they adapt."""
+    family = family_of(model)
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parts[part_of(name)] = parts.get(part_of(name), 0) + numel(parameter)
+            part = family.part_of(name)
+            parts[part] = parts.get(part, 0) + numel(parameter)
     return parts
 
 
 def assert_four_bit(model: nn.Module) -> None:
-    """Check by module that the language model's linears are in 4 bit, and nothing else is.
+    """Check that the language model's linear layers are in 4 bits, and nothing else is.
 
-    Names to skip that match nothing quantise the tower without a word.
+    Names to skip that match no module would quantise the tower without a warning.
 
     Raises:
-        AssertionError: Names a module on the wrong side.
+        AssertionError: Names a layer in the wrong precision.
     """
+    family = family_of(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            four = type(module).__name__ == "Linear4bit"
-            if four != (part_of(f"{name}.weight") == "language"):
-                raise AssertionError(f"{name}: in 4 bit = {four}, and it is {part_of(name + '.')}")
+            part, four = family.part_of(f"{name}.weight"), type(module).__name__ == "Linear4bit"
+            if four != (part == "language"):
+                bits = "in 4 bits" if four else "not in 4 bits"
+                raise AssertionError(f"{name} is {bits}, but it belongs to the {part}")
 
 
 def assert_freeze_plan(
     model: nn.Module, config: ModelConfig, *, head: bool = True
 ) -> dict[str, int]:
-    """Check by name that what should train does, and nothing else.
+    """Check by name that exactly the parameters train that the config says.
 
     Args:
-        model: With its parameters set to train or not.
-        config: The plan.
-        head: Whether full fine-tuning trains the language-model head; a reward model has none.
+        model: A model whose parameters are set to train or not.
+        config: What should train.
+        head: Whether full fine-tuning trains the language-model head. A reward model has none.
 
     Returns:
         `trainable_parts`.
 
     Raises:
-        AssertionError: Names a parameter on the wrong side.
+        AssertionError: Names a parameter that trains and should not, or the reverse.
     """
+    family = family_of(model)
     for name, parameter in model.named_parameters():
-        part, lora = part_of(name), "lora_" in name
+        part, lora = family.part_of(name), "lora_" in name
         if not config.with_lora:
             language = config.adapter == "full"
             expected = (language and part in (("language", "head") if head else ("language",))) or (
@@ -135,24 +154,13 @@ def assert_freeze_plan(
                 part == "projector" and copied and config.train_projector
             )
         if lora and part != "language":
-            raise AssertionError(f"{name}: LoRA reaches the {part}")
+            raise AssertionError(f"{name}: LoRA on the {part}; only the language model takes it")
         if parameter.requires_grad != expected:
             raise AssertionError(
-                f"{name}: trains = {parameter.requires_grad}, expected {expected} "
-                f"({config.adapter}, projector {config.train_projector})"
+                f"{name}: requires_grad is {parameter.requires_grad}, expected {expected} "
+                f"(model.adapter {config.adapter}, train_projector {config.train_projector})"
             )
     parts = trainable_parts(model)
     if config.adapter != "frozen" and not parts.get("language"):
-        raise AssertionError("nothing of the language model trains")
+        raise AssertionError("no parameter of the language model trains")
     return parts
-
-
-def masters_in_fp32(model: nn.Module) -> None:
-    """What trains, in fp32: half-precision weights lose small updates, and stop a loss scaler.
-
-    Autocast casts for each product anyway, also where there is no bf16, as on a T4. DeepSpeed keeps
-    masters of its own.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()

@@ -15,6 +15,7 @@ from torch import nn
 
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.families import Family
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.files import read_json, write_json, write_text, writing
 
@@ -100,8 +101,6 @@ def check_vllm_adapter(folder: Path) -> list[str]:
     """
     from safetensors import safe_open
 
-    from spavl_lib.modelling.adapters import part_of
-
     settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     problems = [
         f"{key} = {settings[key]!r}"
@@ -117,8 +116,8 @@ def check_vllm_adapter(folder: Path) -> list[str]:
         other = name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("?", "B")
         if not plain or other not in names:
             problems.append(f"{name} is no half of a LoRA pair")
-        elif part_of(name) != "language":
-            problems.append(f"{name} is on the {part_of(name)}")
+        elif Family.part_of(name) != "language":
+            problems.append(f"{name} is on the {Family.part_of(name)}")
     return problems
 
 

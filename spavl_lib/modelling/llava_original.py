@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.families import llava_images
 from spavl_lib.runs.files import read_json, write_json, writing
 
 NAMES = (
@@ -213,12 +214,10 @@ def _new_config(
 def _processor(config: Any, tokenizer: Any) -> Any:
     from transformers import LlavaProcessor
 
-    from spavl_lib.modelling.load import llava_pictures
-
     vision = config.vision_config
     template = (ASSETS / "model" / "chat_template.jinja").read_text(encoding="utf-8")
     return LlavaProcessor(
-        image_processor=llava_pictures(vision.image_size),
+        image_processor=llava_images(vision.image_size),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy="default",

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import freeze_for_full, lora_config, masters_in_fp32
+from spavl_lib.modelling.families import tower_of
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
     check_reward_model,
@@ -272,18 +273,6 @@ def load_reward_adapter(
             f"{folder} does not fit the base: {len(lost)} missing {lost[:3]}, "
             f"{len(result.unexpected_keys)} unexpected {result.unexpected_keys[:3]}"
         )
-
-
-def tower_of(vlm: nn.Module) -> nn.Module:
-    """The vision tower of any family, by its name.
-
-    Raises:
-        InputError: The model has none of the known names.
-    """
-    for name, module in vlm.named_modules():
-        if name.rsplit(".", 1)[-1] in ("vision_tower", "vision_model", "visual"):
-            return module
-    raise InputError(f"{type(vlm).__name__}: found no vision tower")
 
 
 def _backbone(vlm: nn.Module) -> nn.Module:

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForImageTextToText,
     LlamaConfig,
     LlavaConfig,
@@ -14,8 +13,8 @@ from transformers import (
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.adapters import part_of
-from spavl_lib.modelling.load import model_path, why
+from spavl_lib.modelling.families import family_of
+from spavl_lib.modelling.load import architecture
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int) -> dict[str, Any]:
@@ -42,12 +41,9 @@ def model_config(config: ModelConfig) -> PreTrainedConfig:
     if config.name in KNOWN:
         return LlavaConfig(text_config=LlamaConfig(**KNOWN[config.name]))
     try:
-        return AutoConfig.from_pretrained(model_path(config), revision=config.revision or None)
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read the config of {config.name!r}: {why(error)} (these models need no Hub: "
-            f"{', '.join(KNOWN)})"
-        ) from error
+        return architecture(config)
+    except InputError as error:
+        raise InputError(f"{error} (these models need no Hub: {', '.join(KNOWN)})") from error
 
 
 @dataclass(frozen=True)
@@ -88,12 +84,13 @@ def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    parts: dict[str, int] = {}
+    family, parts = family_of(config), {}
     for name, parameter in model.named_parameters():
-        parts[part_of(name)] = parts.get(part_of(name), 0) + parameter.numel()
+        part = family.part_of(name)
+        parts[part] = parts.get(part, 0) + parameter.numel()
     linears = lora = 0
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and part_of(f"{name}.weight") == "language":
+        if isinstance(module, torch.nn.Linear) and family.part_of(f"{name}.weight") == "language":
             linears += module.weight.numel()
             if name.rsplit(".", 1)[-1] in targets:
                 lora += module.in_features + module.out_features

@@ -16,9 +16,9 @@ from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
     lora_config,
-    part_of,
     trainable_parts,
 )
+from spavl_lib.modelling.families import Family
 from spavl_lib.modelling.load import load_model, load_policy, model_path
 from tests.helpers import embedded_model, embedded_processor, mini_rows, spread, tiny
 
@@ -112,7 +112,7 @@ def test_every_family_keeps_its_tower_and_head_frozen(family: str) -> None:
     ],
 )  # fmt: skip
 def test_parts_by_name(name: str, part: str) -> None:
-    assert part_of(name) == part
+    assert Family.part_of(name) == part
 
 
 def test_a_wrong_plan_is_named() -> None:
@@ -133,7 +133,7 @@ def test_a_wrong_plan_is_named() -> None:
 
 
 def test_a_model_without_such_linears_is_refused() -> None:
-    with pytest.raises(InputError, match="found none of"):
+    with pytest.raises(InputError, match="has none of the linear layers"):
         lora_config(nn.Sequential(nn.Linear(2, 2)), LORA)
 
 

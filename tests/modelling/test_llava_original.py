@@ -17,8 +17,9 @@ from transformers import (
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.families import Llava
 from spavl_lib.modelling.llava_original import import_llava, new_name
-from spavl_lib.modelling.load import as_llava, load_model, load_processor
+from spavl_lib.modelling.load import load_model, load_processor
 from tests.helpers import LLAMA_TOKENS, byte_tokenizer, tiny
 
 
@@ -216,5 +217,5 @@ def test_the_stock_template_becomes_vicunas(tmp_path: Path) -> None:
 def test_other_processors_stay_as_they_are(family: str) -> None:
     processor = tiny(family)[1]
     pictures, template = processor.image_processor, processor.chat_template
-    assert as_llava(processor) is processor
+    assert Llava.prepare_processor(processor) is processor
     assert processor.image_processor is pictures and processor.chat_template == template

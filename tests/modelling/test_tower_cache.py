@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from spavl_lib.modelling.roles import tower_of
+from spavl_lib.modelling.families import tower_of
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample, together

@@ -31,6 +31,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.families import FAMILIES, family_of, tower_of
 from spavl_lib.modelling.speed.fused_lora import fuse_lora
 from spavl_lib.modelling.speed.prefix_attention import (
     PLANS,
@@ -42,7 +43,6 @@ from spavl_lib.modelling.speed.prefix_attention import (
 from spavl_lib.modelling.speed.prefix_tree import PrefixTree, build_tree
 from spavl_lib.modelling.speed.vision_once import ImageGroups, VisionMemory, active_dropout
 
-FAMILIES = ("llava", "llava_next")
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 # Frequencies of these follow the longest position in the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
@@ -62,7 +62,7 @@ class SharedPrefix:
         self.plain_forward = backbone.forward
         self.plain_features = backbone.get_image_features
         self.signature = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
-        self.vision = VisionMemory(backbone.vision_tower)
+        self.vision = VisionMemory(tower_of(backbone))
         self.text = backbone.language_model
         self.said: set[str] = set()
         self.stats = {"batches": 0, "shared": 0, "rows_tokens": 0, "packed_tokens": 0}
@@ -291,8 +291,9 @@ def backbone_of(model: nn.Module) -> nn.Module:
 def unsupported(backbone: nn.Module) -> str:
     """Why a backbone cannot share prefixes exactly; empty if it can."""
     config = backbone.config
-    if config.model_type not in FAMILIES:
-        return f"{config.model_type} is not one of {', '.join(FAMILIES)}, which were shown exact"
+    if not family_of(config).shares_prefixes:
+        exact = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
+        return f"{config.model_type} is not one of {', '.join(exact)}, which give equal results"
     text = config.get_text_config()
     if text.model_type not in TEXT_MODELS:
         return f"the text model {text.model_type} is not one of {', '.join(TEXT_MODELS)}"

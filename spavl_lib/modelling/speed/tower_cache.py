@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from spavl_lib.modelling.families import family_of
+
 
 class _Layers:
     """Hidden states of the layers that were kept, under the indices the model asks for."""
@@ -37,12 +39,10 @@ class TowerCache:
     """
 
     def __init__(self, model: nn.Module, towers: list[nn.Module]):
-        config = model.config
-        layers = getattr(config, "vision_feature_layer", None)
+        self.family, self.config = family_of(model), model.config
+        layers = getattr(self.config, "vision_feature_layer", None)
         self.layers = [layers] if isinstance(layers, int) else list(layers or [])
-        self.works = config.model_type in ("llava", "llava_next") and bool(self.layers)
-        self.pinpoints = getattr(config, "image_grid_pinpoints", None)
-        self.tile = getattr(getattr(config, "vision_config", None), "image_size", 0)
+        self.works = self.family.picks_hidden_states and bool(self.layers)
         self.towers = towers
         self.hits = self.misses = 0
         self._kept: dict[Hashable, dict[int, Tensor]] = {}
@@ -75,22 +75,12 @@ class TowerCache:
             pictures: A key for each row that has a picture; equal keys mean equal pixels.
             batch: Their image tensors.
         """
-        self._pictures, self._entries = pictures, self._entries_of(pictures, batch)
+        self._pictures = pictures
+        self._entries = self.family.tower_inputs(self.config, batch, len(pictures))
         try:
             yield
         finally:
             self._pictures = []
-
-    def _entries_of(self, pictures: list[Hashable], batch: dict[str, Any]) -> list[int]:
-        """How many tower inputs each row has: one, or its tiles."""
-        if "image_sizes" not in batch or self.pinpoints is None:
-            return [1] * len(pictures)
-        from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-        return [
-            image_size_to_num_patches(size, self.pinpoints, self.tile)
-            for size in batch["image_sizes"]
-        ]
 
     def _standing_in(self, forward: Any) -> Any:
         def cached(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
