@@ -1,4 +1,4 @@
-"""`spavl`: every verb is a library call; errors are one message and an exit code."""
+"""The command `spavl`: each command calls the library; an error is one message and an exit code."""
 
 import contextlib
 import os
@@ -28,8 +28,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(model_app, name="model", help="Bring original checkpoints in, trained ones out.")
-app.add_typer(data_app, name="data", help="Convert preference data, or check your own.")
+app.add_typer(model_app, name="model", help="Import original checkpoints, export trained models.")
+app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
 
 Profile = Annotated[
     str,
@@ -45,14 +45,14 @@ Sets = Annotated[
         help="Replace one value of the profile, such as dpo.beta=0.2. Repeatable.",
     ),
 ]
-Seed = Annotated[int | None, typer.Option(help="Of weights, data order and sampling.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed of weights, data order and sampling.")]
 AllowChange = Annotated[
     list[str] | None,
     typer.Option(
         "--allow-change",
         metavar="FIELD",
-        help="Take up a broken run in spite of this changed setting or input. Repeatable; recorded "
-        "in the manifest.",
+        help="Resume an interrupted run although this setting or input has changed. Repeatable; "
+        "recorded in the manifest.",
     ),
 ]
 RunName = Annotated[
@@ -73,13 +73,13 @@ def _spavl() -> None:
       spavl report demo                     write a run's report again
       spavl rerun demo                      make a run again and compare every number
 
-    Everything lands in runs/<run name>/ ($SPAVL_RUNS replaces runs/). Repeating a command goes on
-    where it stopped.
+    Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). Repeating a command
+    resumes where it stopped.
 
     \b
-    Exit codes: 0 done, 1 failed, 2 bad input or config, 3 not a number, 73 run folder busy,
-    74 disk, 75 stopped by a signal and run again to go on (a training has saved its last step),
-    130 interrupted where nothing was there to save, 138 the notebook's kernel died.
+    Exit codes: 0 done, 1 failed, 2 bad input or config, 3 a number is NaN or infinite, 73 run
+    folder busy, 74 disk error, 75 stopped by a signal after saving (repeat the command to resume),
+    130 interrupted before anything could be saved, 138 the notebook's kernel died.
     """
 
 
@@ -96,8 +96,8 @@ def run(
 ) -> None:
     """Execute one notebook, or all of 01 to 06 and then the report.
 
-    Done stages are kept; a broken one goes on from its checkpoint. Settings may not change within
-    a run: use another --run-name.
+    Complete stages are kept; an interrupted one resumes from its checkpoint. Settings cannot change
+    within a run: use another --run-name.
 
     \b
     Examples:
@@ -128,7 +128,7 @@ def train(
     run_name: RunName = "",
     allow_change: AllowChange = None,
 ) -> None:
-    """Train without a notebook; goes on from the newest whole checkpoint.
+    """Train without a notebook; resumes from the newest whole checkpoint.
 
     \b
     Example:
@@ -154,15 +154,15 @@ def rerun(
     check: Annotated[
         str,
         typer.Option(
-            help="exact: make the stages again and compare every number; conditions: only look "
-            "whether code, versions, data, model and machine are as they were."
+            help="exact: make the stages again and compare every number; conditions: only compare "
+            "code, versions, data, model and machine with the records."
         ),
     ] = "exact",
 ) -> None:
-    """Make a run again from its manifests, and compare: on a CPU every bit must come again.
+    """Make a run again from its manifests, and compare: on a CPU results are bit-identical.
 
-    Names what is not as it was then, and what came out otherwise. Exits with 1 if a result differs
-    or a record was changed.
+    Lists every difference in conditions and in results. Exits with 1 if a result differs or a
+    record was changed.
 
     \b
     Examples:
@@ -257,7 +257,7 @@ def check(
 
 @app.command()
 def doctor() -> None:
-    """Say what this machine has, what differs from the pins, and which profiles it can run."""
+    """Show what this machine has, how packages differ from the pins, which profiles it can run."""
     from spavl_lib.planning import doctor as examination
 
     for name, value in examination.describe_machine().items():
@@ -296,7 +296,7 @@ def plan(
     ] = 0,
     sets: Sets = None,
 ) -> None:
-    """Say what memory and time a profile would take on a device, before anything is loaded.
+    """Show the memory and time that a profile would take on a device, before anything is loaded.
 
     \b
     Examples:
@@ -325,7 +325,7 @@ def import_model(
         Path | None, typer.Option(help="CLIP's folder, where SRC does not hold the tower.")
     ] = None,
 ) -> None:
-    """Rewrite a checkpoint of the original LLaVA code so that transformers, and spavl, load it."""
+    """Convert a checkpoint of the original LLaVA code so that transformers and spavl load it."""
     from spavl_lib.modelling.llava_original import import_llava
 
     _show(import_llava(source, target, tower))
@@ -342,7 +342,7 @@ def export_model(
         str, typer.Option(help="merged: one model; vllm: a base and an adapter that vLLM serves.")
     ] = "merged",
 ) -> None:
-    """Write a trained policy as other tools load it, with its card."""
+    """Export a trained policy, with its card, in a form that other tools load."""
     from spavl_lib.modelling.export import export
 
     _show(export(stage, target, form))
@@ -352,7 +352,7 @@ def export_model(
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, str]:
-    """`key=value` texts as a dict; the config parses the values by their field's type.
+    """Parse `key=value` texts; the config parses the values by the type of their field.
 
     Args:
         sets: Such as `["dpo.beta=0.2"]`.
@@ -376,13 +376,13 @@ def _run_path(run: str) -> Path:
     """A run's folder from its path or name.
 
     Raises:
-        InputError: It is neither; names the runs there are.
+        InputError: There is no such run; names those that exist.
     """
     path = Path(run) if Path(run).is_dir() else runs_root() / run
     if not path.is_dir():
         known = sorted(p.name for p in runs_root().glob("*/") if not p.name.startswith("."))
-        there = f"there are: {', '.join(known)}" if known else "there are none yet"
-        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({there})")
+        existing = f"existing runs: {', '.join(known)}" if known else "no run exists yet"
+        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({existing})")
     return path
 
 
@@ -396,7 +396,7 @@ def _report(run_path: Path) -> None:
 
 
 def _allow(fields: list[str] | None) -> None:
-    """For this process and the kernels it starts."""
+    """Allow changed fields in this process and in the kernels that it starts."""
     if fields:
         os.environ["SPAVL_ALLOW_CHANGE"] = ",".join(fields)
 
@@ -426,7 +426,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: Words after `spavl`; the process's own if not given.
     """
-    # Waiting threads that spin take the cores from those that work, where others work too.
+    # Threads that wait by spinning would take cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _sigterm_interrupts() as terminated:
         code = _code_of(args, terminated)
@@ -435,7 +435,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[list]:
-    """Outside of what polls a stop flag, SIGTERM unwinds as SIGINT does: no half-made folder."""
+    """Let SIGTERM raise KeyboardInterrupt, so that blocks clean up; a stop flag replaces this."""
     terminated: list[bool] = []
 
     def terminate(*_: object) -> None:
@@ -475,7 +475,7 @@ def _code_of(args: Sequence[str] | None, terminated: list) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    is_help = message.startswith("Usage:")  # what typer raises when a verb is missing
+    is_help = message.startswith("Usage:")  # typer raises it when the command is missing
     sys.stderr.write(f"{message}\n" if is_help else f"spavl: {message}\n")
     return code
 

@@ -1,7 +1,7 @@
 """One process of several: `accelerate launch -m spavl_lib.worker KIND CONFIG ROOT`.
 
-Started by `children.train_in_processes`, which holds our standard input open: when that ends, so do
-we, whatever killed it.
+`distributed.launcher` starts it and holds its standard input open. When that closes, because the
+parent has ended for any reason, this process exits.
 """
 
 import os
@@ -22,15 +22,15 @@ from spavl_lib.runs.signals import end_with_parent
 
 
 def main(kind: str, config_path: str, root: str) -> int:
-    """Make a stage's part of this process.
+    """Do this process's part of making a stage.
 
     Args:
         kind: Stage, such as "dpo".
-        config_path: A resolved config.
-        root: Folder of the runs.
+        config_path: YAML file of the resolved config.
+        root: Folder that holds the runs.
 
     Returns:
-        The exit code; what failed is reported to the parent.
+        The exit code; an error is reported to the parent.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     group.report(f"rank-{machine.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
@@ -43,16 +43,16 @@ def main(kind: str, config_path: str, root: str) -> int:
         with pipeline.memory_advice(kind, config):
             maker_of(kind)(config, Run(config, root=Path(root)).stage(kind))
         group.barrier()
-    except BaseException as error:  # noqa: BLE001 - all of them are told, with the rank
-        group.report(f"rank-{machine.rank()}-error", _told(error))
+    except BaseException as error:  # noqa: BLE001 - every error is reported, with the rank
+        group.report(f"rank-{machine.rank()}-error", _described(error))
         traceback.print_exc()
         if isinstance(error, Preempted):
-            group.barrier()  # the launcher kills the rest as soon as one ends
+            group.barrier()  # the launcher kills the other processes as soon as one ends
         return error.exit_code if isinstance(error, SpavlError) else 1
     return 0
 
 
-def _told(error: BaseException) -> dict:
+def _described(error: BaseException) -> dict:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if "spavl_lib" in f.filename]
     last = (frames or traceback.extract_tb(error.__traceback__))[-1]
     return {
@@ -67,4 +67,4 @@ if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # no teardown of process groups that others may have left already
+    os._exit(code)  # skips the teardown of process groups, which other processes may have left
