@@ -65,6 +65,7 @@ mutants: setup  ## small faults put into the code one by one: do the tests notic
 check: setup  ## lint and format of code and notebooks; notebooks without outputs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/lint-imports --no-cache
 	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
 
 format: setup  ## mend what `check` finds, as far as tools can

@@ -88,9 +88,11 @@ def first_batch(folder: str) -> dict:
 def check(folder: str) -> dict:
     """The checker, decoding and counting tokens."""
     from spavl_lib.data.check import check as check_data
+    from spavl_lib.modelling.load import load_counter
 
     started = time.perf_counter()
-    report = check_data(folder, model="embedded", max_length=2048)
+    processor, longest = load_counter("embedded", 2048)
+    report = check_data(folder, model="embedded", processor=processor, max_length=longest)
     spent = time.perf_counter() - started
     rows = report["splits"]["train"]["rows"]
     return {"check_rows": rows, "check_s": spent, "check_rows_per_s": rows / spent}

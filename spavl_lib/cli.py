@@ -244,9 +244,14 @@ def check(
     from spavl_lib.data.check import check, table
     from spavl_lib.runs.files import write_json
 
+    processor = None
+    if model:
+        from spavl_lib.modelling.load import load_counter
+
+        processor, max_length = load_counter(model, max_length)
     report = check(
-        path, source=source, image_root=image_root, model=model, max_length=max_length,
-        revision=revision,
+        path, source=source, image_root=image_root, revision=revision, model=model,
+        processor=processor, max_length=max_length,
     )  # fmt: skip
     if json_file:
         write_json(json_file, report)

@@ -24,9 +24,10 @@ def check(
     *,
     source: str = "",
     image_root: str = "",
-    model: str = "",
-    max_length: int = 0,
     revision: str = "",
+    model: str = "",
+    processor: Any = None,
+    max_length: int = 0,
 ) -> dict:
     """Read a data set as a training run would, and describe it.
 
@@ -35,9 +36,10 @@ def check(
             own file.
         source: A `data.source`; recognised if empty.
         image_root: Folder that image paths start from; `PATH/images` or PATH if empty.
-        model: Whose tokens are counted, such as `embedded`; none if empty.
-        max_length: Tokens a sequence may have; the model's context if 0.
-        revision: Of a name on the Hub.
+        revision: Commit of a name on the Hub.
+        model: Name of the processor's model, for the report.
+        processor: Processor that counts tokens; without it none are counted.
+        max_length: Largest number of tokens of a sequence; 0 for no limit.
 
     Returns:
         `problems` (their number; the lines are with each split), per split what `explore.describe`
@@ -49,16 +51,15 @@ def check(
     config = config_for(path, source=source, image_root=image_root, revision=revision)
     if config.source == "hub_layout" and not Path(path).exists():
         config = dataclasses.replace(config, path=str(folder_of(config)))
-    processor, longest = _tokenizer(model, max_length)
     report: dict = {"path": config.path or path, "source": config.source, "splits": {}}
     if processor is not None:
-        report |= {"model": model, "max_length": longest}
+        report |= {"model": model, "max_length": max_length}
     keys: dict[str, tuple[set[str], set[str]]] = {}
     for split in SPLITS:
         loaded = _read(config, split)
         if loaded is None:
             continue
-        found = describe(loaded, processor, longest)
+        found = describe(loaded, processor, max_length)
         report["splits"][split] = found
         keys[split] = set_keys(loaded.rows) if loaded.rows is not None else (set(), set())
     for name in ("harm", "help"):
@@ -96,22 +97,6 @@ def _recognised(path: str, folder: Path) -> str:
         if not list(folder.glob("data/train-*.parquet")):
             return "datasets"
     return "hub_layout"
-
-
-def _tokenizer(model: str, max_length: int) -> tuple[Any, int]:
-    if not model:
-        return None, 0
-    from transformers import AutoConfig
-
-    from spavl_lib.config import ModelConfig
-    from spavl_lib.modelling.load import load_processor, model_path
-
-    named = ModelConfig(name=model, adapter="full")
-    processor = load_processor(named)
-    if not max_length:
-        page = AutoConfig.from_pretrained(model_path(named)).get_text_config()
-        max_length = getattr(page, "max_position_embeddings", 0)
-    return processor, max_length
 
 
 def _read(config: DataConfig, split: str) -> Loaded | None:

@@ -267,3 +267,17 @@ def model_hashes(config: ModelConfig) -> dict[str, str]:
         return {"commit": commit} if commit else {}
     files = [p for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES and p.is_file()]
     return {p.name: sha256_file(p) for p in files}
+
+
+def load_counter(name: str, max_length: int = 0) -> tuple[ProcessorMixin, int]:
+    """The processor of a model, and the largest number of tokens of a sequence.
+
+    Args:
+        name: Model, as in the setting `model.name`.
+        max_length: The limit; 0 for the model's context.
+    """
+    config = ModelConfig(name=name, adapter="full")
+    if not max_length:
+        page = AutoConfig.from_pretrained(model_path(config)).get_text_config()
+        max_length = getattr(page, "max_position_embeddings", 0)
+    return load_processor(config), max_length

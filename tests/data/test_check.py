@@ -9,11 +9,16 @@ from spavl_lib import cli
 from spavl_lib.data.check import check, table
 from spavl_lib.data.duplicates import dhash, near_groups
 from spavl_lib.data.explore import balance
-from tests.helpers import hub_rows, png, write_hub_folder
+from tests.helpers import embedded_processor, hub_rows, png, write_hub_folder
+
+
+def counted() -> dict:
+    """How the command counts tokens unless told otherwise."""
+    return {"model": "embedded", "processor": embedded_processor(), "max_length": 512}
 
 
 def test_mini_is_described_whole() -> None:
-    report = check("mini", model="embedded")
+    report = check("mini", **counted())
     train = report["splits"]["train"]
     assert report["problems"] == 0 and report["max_length"] == 512
     assert (train["rows"], train["images"], train["duplicates"]) == (3180, 1060, 0)
@@ -34,7 +39,7 @@ def test_every_kind_of_problem_is_listed(tmp_path: Path) -> None:
     rows[5]["chosen"] = "word " * 600  # longer than the model takes
     rows[7] = dict(rows[6])
     folder = write_hub_folder(tmp_path, rows)
-    report = check(str(folder), model="embedded")
+    report = check(str(folder), **counted())
     train = report["splits"]["train"]
     assert report["problems"] == 3 == train["problem_count"]
     assert train["rows"] == 6 and train["duplicates"] == train["duplicate_rows"] == 1
