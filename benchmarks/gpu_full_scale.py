@@ -134,10 +134,12 @@ def _use_dtype(load: Any, half: torch.dtype) -> None:
     """Take this precision everywhere, whatever the card would choose: fp16 is the T4's."""
     import spavl_lib.trainers.dpo
     import spavl_lib.trainers.ppo
-    import spavl_lib.trainers.reward
+    import spavl_lib.trainers.reward  # noqa: F401 - so that every trainer's modules are loaded
 
-    for module in (load, spavl_lib.trainers.dpo, spavl_lib.trainers.ppo, spavl_lib.trainers.reward):
-        module.compute_dtype = lambda: half
+    plain = load.compute_dtype
+    for name, module in list(sys.modules.items()):
+        if name.startswith("spavl_lib.") and getattr(module, "compute_dtype", None) is plain:
+            module.compute_dtype = lambda: half
 
 
 def _settings(case: dict[str, Any], folder: str, dry: bool) -> dict[str, Any]:

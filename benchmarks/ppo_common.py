@@ -19,8 +19,8 @@ from spavl_lib.modelling.heads import ScalarHeadModel
 from spavl_lib.modelling.load import compute_dtype, load_processor
 from spavl_lib.modelling.roles import ADAPTERS, NEVER, OneBase, Roles, SeparateModels
 from spavl_lib.runs.stage import Run
-from spavl_lib.trainers import ppo
-from spavl_lib.trainers.rollout import Prompt, picture_digest
+from spavl_lib.trainers import ppo, ppo_rollout
+from spavl_lib.trainers.rollout import Prompt, digest_of_image
 
 
 def settings(shape: common.Shape, prompts: int, new_tokens: int, batch: int) -> Config:
@@ -141,7 +141,7 @@ def prompts_of(shape: common.Shape, count: int, questions: int) -> list[Prompt]:
             side = shape.grid * shape.patch
             pixels = torch.randn(1, 3, side, side, generator=chance).to(compute_dtype())
             vision = {"pixel_values": pixels}
-            picture = picture_digest({"pixel_values": pixels.float()})
+            picture = digest_of_image({"pixel_values": pixels.float()})
         low, high = int(shape.prompt * 0.8), int(shape.prompt * 1.2)
         length = int(torch.randint(low, high + 1, (1,), generator=chance))
         words = torch.randint(22, shape.vocabulary, (length,), generator=chance).tolist()
@@ -162,11 +162,18 @@ def trainer(config: Config, roles: object, prompts: list[Prompt]) -> Iterator[pp
         prompts: Of every rollout.
     """
     by_id = {p.row_id: p for p in prompts}
-    rows = Dataset.from_list([{"id": p.row_id, "image_name": p.picture} for p in prompts])
+    rows = Dataset.from_list([{"id": p.row_id, "image_name": p.image_digest} for p in prompts])
+
+    def load_roles(model: object, where: Path, forbidden: tuple[int, ...], **_: object) -> object:
+        return roles((*forbidden, 1))
+
+    def encode_rows(_: object, rows: list[dict]) -> list[Prompt]:
+        return [by_id[row["id"]] for row in rows]
+
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(ppo, "load_roles", lambda model, where, never, **_: roles((*never, 1))),
-        mock.patch.object(ppo, "encode_rows", lambda _, rows: [by_id[r["id"]] for r in rows]),
+        mock.patch.object(ppo_rollout, "load_roles", load_roles),
+        mock.patch.object(ppo_rollout, "encode_rows", encode_rows),
     ):
         stage = Run(config, root=Path(folder)).stage("ppo")
         yield ppo.PPOTrainer(config, stage, rows, Path(folder), False)

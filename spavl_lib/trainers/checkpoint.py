@@ -5,12 +5,16 @@ flushed, sealed with a manifest of sizes and hashes, and renamed into place; so 
 name is whole, or its manifest says what is not.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -204,6 +208,14 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint, None if there is none; warns of newer ones that are damaged."""
+    newest, problems = latest_checkpoint(folder)
+    for problem in problems:
+        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
+    return newest
+
+
 def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor]:
     """One tensor file of a checkpoint; with a rank, what that process wrote."""
     return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
@@ -296,6 +308,15 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
     }
 
 
+def restore_rng(checkpoint: Path) -> None:
+    """Restore this process's generators.
+
+    A process that did not exist when the checkpoint was written keeps what its seed gave it.
+    """
+    if state := load_state(checkpoint, machine.rank()):
+        load_rng(load_tensors(checkpoint, "rng", machine.rank()), state["rng"])
+
+
 def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
     """The inverse of `rng_state`."""
     torch.set_rng_state(tensors["torch"])
@@ -307,3 +328,24 @@ def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
     np.random.set_state((name, keys, position, has_gauss, cached))  # noqa: NPY002
     version, gauss = plain["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), gauss))
+
+
+@contextlib.contextmanager
+def keeping_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
+    """Load a checkpoint inside this block; changed learning rates and weight decay take effect.
+
+    Args:
+        optimizer: The optimizer whose state is loaded, with the settings of this run.
+        scheduler: Its learning-rate scheduler.
+    """
+    rates = list(scheduler.base_lrs)
+    decays = [parameters["weight_decay"] for parameters in optimizer.param_groups]
+    yield
+    if rates != scheduler.base_lrs:
+        scheduler.base_lrs = rates
+        scheduler._last_lr = scheduler.get_lr()
+        current = scheduler.get_last_lr()
+        for parameters, peak, rate in zip(optimizer.param_groups, rates, current, strict=True):
+            parameters["initial_lr"], parameters["lr"] = peak, rate
+    for parameters, decay in zip(optimizer.param_groups, decays, strict=True):
+        parameters["weight_decay"] = decay

@@ -7,7 +7,6 @@ that resume exactly, and the checks of the first steps.
 """
 
 import contextlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from trl import DPOTrainer
 from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.load import load_preferences
-from spavl_lib.distributed import group, settings, zero_parameters
+from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -34,7 +33,6 @@ from spavl_lib.modelling.load import (
     load_model,
     load_processor,
     model_hashes,
-    model_path,
     quiet_libraries,
 )
 from spavl_lib.modelling.speed.completion_head import score_completions_only
@@ -44,15 +42,12 @@ from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers.exact_trainer import (
-    CheckedMixin,
-    RowCollator,
-    check_rows_fit,
-    drop_stock_callbacks,
-    number,
-)
+from spavl_lib.trainers.arguments import common_arguments
+from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
+from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import note_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
+from spavl_lib.trainers.progress import drop_stock_callbacks, number
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
 
 LOGGED = (
@@ -69,7 +64,7 @@ class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """trl's loss; one that is no number ends the run."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.gated(model, loss[0] if isinstance(loss, tuple) else loss)
+        self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
 
 
@@ -123,17 +118,14 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
     trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
-    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-    for problem in skipped:
-        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-    trainer.train_from(newest)
+    trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
     summary = {
         "steps": trainer.state.global_step,
         "train_rows": len(train_rows),
         "validation_rows": len(held_out),
         "global_batch_size": config.dpo.global_batch_size,
-        "launch": trainer.found,
+        "launch": trainer.engine_found,
         "epochs": round(trainer.state.epoch or 0.0, 3),
         "trainable_parameters": parts,
         "validation": evaluation,
@@ -147,38 +139,17 @@ def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset, held_out: Dataset
 ) -> CheckedDPOTrainer:
     """trl's trainer over our collator; the reference is the base with adapters off, or a copy."""
-    dpo, dtype = config.dpo, compute_dtype()
+    dpo = config.dpo
     arguments = TRLConfig(
-        output_dir=str(stage.path / "checkpoints"),
-        max_steps=dpo.max_steps or -1,
-        num_train_epochs=dpo.num_epochs,
-        per_device_train_batch_size=dpo.per_device_batch_size,
+        **common_arguments("dpo", config, stage),
         per_device_eval_batch_size=dpo.per_device_batch_size,
-        **settings.launch_arguments("dpo", dpo.gradient_accumulation_steps, config.launch),
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
-        learning_rate=dpo.learning_rate,
-        lr_scheduler_type=dpo.lr_scheduler,
-        warmup_steps=dpo.warmup_steps,
-        weight_decay=dpo.weight_decay,
-        max_grad_norm=dpo.max_grad_norm,
         max_length=None,  # cutting could take image tokens or the EOS; the collator refuses instead
         gradient_checkpointing=config.model.gradient_checkpointing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=dpo.save_steps,
         eval_strategy="steps" if dpo.eval_steps else "no",
         eval_steps=dpo.eval_steps or None,
-        remove_unused_columns=False,
-        dataloader_num_workers=config.data.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
     )
     policy = load_model(config.model)
     lora = config.model.with_lora
@@ -241,28 +212,15 @@ def save_trained(
 
 
 def _card(config: Config, summary: dict) -> str:
-    evaluation = "\n".join(f"| {k} | {v} |" for k, v in summary["validation"].items())
-    base = model_path(config.model)
-    lora = "library_name: peft\n" if config.model.with_lora else ""
-    name = "the embedded demonstration model" if config.model.name == "embedded" else base
-    return f"""---
-base_model: {config.model.name}
-{lora}tags: [dpo, trl, safety, vision-language]
----
-
-# DPO-aligned {name}
-
-Trained by `spavl train dpo --profile {config.profile}` on `{config.data.source}`:
-{summary["train_rows"]} pairs, {summary["steps"]} steps of {summary["global_batch_size"]},
-losses {list(config.dpo.loss_type)} weighted {list(config.dpo.loss_weights)},
-beta {config.dpo.beta},
-peak rate {config.dpo.learning_rate}, seed {config.seed}, {config.model.adapter} fine-tuning,
-projector {"trained" if config.model.train_projector else "frozen"}, vision tower frozen.
-
-| held-out pairs | value |
-|---|---|
-{evaluation}
-
-A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
-Use it under the licences of its base model and data.
-"""
+    dpo = config.dpo
+    return model_card(
+        config, "dpo", tags=("trl",), source="", table="held-out pairs",
+        facts=[
+            f"{summary['train_rows']} pairs",
+            f"{summary['steps']} steps of {summary['global_batch_size']}",
+            f"losses {list(dpo.loss_type)} weighted {list(dpo.loss_weights)}",
+            f"beta {dpo.beta}",
+            f"peak rate {dpo.learning_rate}",
+        ],
+        results=summary["validation"],
+    )  # fmt: skip

@@ -61,7 +61,7 @@ class Engine:
     ):
         self.model, self.groups, self.optimizer = model, groups, optimizer
         self.scaler = torch.amp.GradScaler(enabled=compute_dtype() == torch.float16)
-        self.found = self._start(launch)
+        self.engine_found = self._start(launch)
 
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
         group = torch.distributed

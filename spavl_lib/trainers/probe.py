@@ -1,10 +1,12 @@
-"""Eight pairs under the reference: stored with every checkpoint, and looked at before going on.
+"""Log-probabilities of eight pairs under the reference, stored with every checkpoint.
 
-A reference that moves is the quietest fault of preference training: losses still fall.
+A run that is resumed compares them with the reference that it loaded. Without this check a changed
+reference would go unnoticed, because the losses still fall.
 """
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 
 import torch
 from datasets import Dataset
@@ -16,7 +18,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
-IMAGE_EFFECT = 1e-3  # nats; blanking a picture moves a model that looks by tenths and more
+IMAGE_EFFECT = 1e-3  # nats; a model that uses the image changes by 0.1 and more
 
 
 @torch.no_grad()
@@ -30,16 +32,17 @@ def reference_probe(
     """Log-probabilities of eight pairs under the reference, one pair at a time.
 
     Args:
-        model: The reference, or the policy whose base it is.
-        processor: Its processor.
-        rows: Training rows; eight spread evenly over them are taken.
-        as_reference: Within it `model` is the reference, such as `model.disable_adapter()`.
+        model: The reference, or the policy whose base is the reference.
+        processor: The model's processor.
+        rows: Training rows; eight of them are taken, spread evenly.
+        as_reference: A context in which `model` is the reference, such as
+            `model.disable_adapter()`.
 
     Returns:
-        `ids`, and `logps` in nats, chosen and rejected of each pair.
+        `ids` of the rows, and `logps` in nats: chosen and rejected answer of each pair.
 
     Raises:
-        InputError: The model does not look at the pictures.
+        InputError: The model ignores the images.
     """
     picked = [rows[i] for i in range(0, len(rows), max(1, len(rows) // PROBE_ROWS))][:PROBE_ROWS]
     collate, device = PreferenceCollator(processor), next(model.parameters()).device
@@ -61,9 +64,9 @@ def reference_probe(
         model.train(training)
     if effects and max(effects) < IMAGE_EFFECT:
         raise InputError(
-            f"the model does not look: blanking the pictures of {len(effects)} pairs moved no "
-            f"answer's log-probability by {IMAGE_EFFECT} nats; is the projector loaded, is it the "
-            "right processor?"
+            f"the model ignores the images: blanking those of {len(effects)} pairs changed no "
+            f"answer's log-probability by {IMAGE_EFFECT} nats; check that the projector's weights "
+            "were loaded and that the processor belongs to the model"
         )
     return {"ids": [row["id"] for row in picked], "logps": logps}
 
@@ -77,28 +80,34 @@ def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def check_reference_unmoved(
-    stored: dict[str, list] | None, now: dict[str, list], *, waived: bool = False
+    stored: dict[str, list] | None,
+    current: dict[str, list],
+    *,
+    allowed_changes: Sequence[str] = (),
 ) -> None:
-    """Compare a checkpoint's probe with the reference at hand: on a CPU to the bit.
+    """Compare a checkpoint's probe with that of the loaded reference; on a CPU they must be equal.
 
     Args:
-        stored: What the checkpoint holds, None if it was written without.
-        now: `reference_probe`.
-        waived: Whether data or base were allowed to change.
+        stored: The probe in the checkpoint, None if it holds none.
+        current: `reference_probe` of the loaded reference.
+        allowed_changes: Inputs that the user allowed to change. If data or base model are among
+            them, nothing is compared.
 
     Raises:
-        InputError: The reference is not the one the run began with.
+        InputError: The reference is not the one that the run started with.
     """
-    if stored is None or waived:
-        if waived:
-            warnings.warn("the reference was allowed to change: not compared", stacklevel=2)
+    if any(name.startswith(("data/", "model/")) for name in allowed_changes):
+        warnings.warn("the reference was allowed to change, so it is not compared", stacklevel=2)
+        return
+    if stored is None:
         return
     tolerance = 0.0 if not torch.cuda.is_available() else 0.05
-    pairs = zip(stored["logps"], now["logps"], strict=False)
+    pairs = zip(stored["logps"], current["logps"], strict=False)
     furthest = max((abs(a - b) for a, b in pairs), default=0.0)
-    if stored["ids"] != now["ids"] or not furthest <= tolerance:
+    if stored["ids"] != current["ids"] or not furthest <= tolerance:
         raise InputError(
-            f"the reference is not the one this run began with: over {len(now['ids'])} probe pairs "
-            f"its log-probabilities are up to {furthest:.6g} nats off; use the same base model and "
-            "data, or begin anew under another run_name"
+            f"the reference is not the one that this run started with: over "
+            f"{len(current['ids'])} probe pairs its log-probabilities differ by up to "
+            f"{furthest:.6g} nats; use the same base model and data, or start under another "
+            "run_name"
         )

@@ -8,7 +8,6 @@ is transformers' `Trainer` with a loss.
 """
 
 import itertools
-import warnings
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_pictures
 from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
-from spavl_lib.distributed import group, settings, zero_parameters
+from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.modelling.adapters import (
@@ -34,30 +33,25 @@ from spavl_lib.modelling.adapters import (
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import (
     autocast,
-    compute_dtype,
     load_model,
     load_processor,
     quiet_libraries,
 )
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
-from spavl_lib.runs.files import write_text, writing
+from spavl_lib.runs.files import write_jsonl, writing
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers.exact_trainer import (
-    CheckedMixin,
-    RowCollator,
-    check_rows_fit,
-    drop_stock_callbacks,
-    number,
-)
+from spavl_lib.trainers.arguments import common_arguments
+from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
 from spavl_lib.trainers.inputs import note_rows, training_inputs
+from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
-    "rewards/chosen", "rewards/rejected", "eval_loss",
+    "rewards/chosen", "rewards/rejected",
 )  # fmt: skip
 
 
@@ -96,7 +90,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         ).mean()
         if coef:
             loss = loss - coef * logps[: len(chosen)].mean()
-        self.gated(model, loss)
+        self.check_loss(model, loss)
         if model.training:
             margins = (chosen - rejected).detach()
             for key, value in (
@@ -118,14 +112,6 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
             mirror=self.settings.mirror,
         )
         return torch.cat([half, half])
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None, None]:
-        """Loss alone: the scores are gathered apart."""
-        with torch.no_grad():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
 
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
         """Add the means since the last line."""
@@ -164,16 +150,13 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     check_rows_fit(trainer, train_rows, processor)
     ckpt.check_room(trainer.checkpoints, trainer.model)
     trainer.report_to_stage(stage, flag, logged=LOGGED, live=live)
-    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-    for problem in skipped:
-        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-    trainer.train_from(newest)
+    trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     model, size = trainer.model.eval(), config.reward.per_device_batch_size
     scored = score_pairs(model, processor, held_out, size, should_stop=flag)
     moved = exchange_images(held_out)
     exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
     if machine.is_main():
-        write_text(stage.path / "samples.jsonl", "".join(_line(row) for row in scored))
+        write_jsonl(stage.path / "samples.jsonl", scored)
     metrics = reward_metrics(scored, exchanged, load_truth(config.data))
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
@@ -187,7 +170,7 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         "steps": trainer.state.global_step,
         "train_rows": len(train_rows),
         "validation_rows": len(held_out),
-        "launch": trainer.found,
+        "launch": trainer.engine_found,
         "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
         "metrics": metrics,
         "final_loss": number(
@@ -226,37 +209,13 @@ def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset
 ) -> VLMRewardTrainer:
     """transformers' trainer over our collator and model."""
-    reward, dtype = config.reward, compute_dtype()
-    arguments = TrainingArguments(
-        output_dir=str(stage.path / "checkpoints"),
-        max_steps=reward.max_steps or -1,
-        num_train_epochs=reward.num_epochs,
-        per_device_train_batch_size=reward.per_device_batch_size,
-        **settings.launch_arguments("reward", reward.gradient_accumulation_steps, config.launch),
-        learning_rate=reward.learning_rate,
-        lr_scheduler_type=reward.lr_scheduler,
-        warmup_steps=reward.warmup_steps,
-        weight_decay=reward.weight_decay,
-        max_grad_norm=reward.max_grad_norm,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=reward.save_steps,
-        remove_unused_columns=False,
-        dataloader_num_workers=config.data.num_workers,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
-    )
+    arguments = TrainingArguments(**common_arguments("reward", config, stage))
     model = build_model(config)
     context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
     trainer = VLMRewardTrainer(
         model=model,
         args=arguments,
-        data_collator=RowCollator(processor, reward.max_length or context),
+        data_collator=RowCollator(processor, config.reward.max_length or context),
         train_dataset=train_rows,
         config=config,
     )
@@ -319,9 +278,3 @@ def exchange_images(rows: Dataset) -> Dataset:
     """Rows with their pictures moved on by half the set: what is left without the right one?"""
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])
-
-
-def _line(row: dict) -> str:
-    import json
-
-    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -4,7 +4,6 @@ It scores sampled ids over the pixels and the prompt it was trained on, never de
 same template, BOS and EOS, and the score is read at an answer's true last token, as in PPO.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from spavl_lib.modelling.heads import (
 )
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.modelling.roles import load_reward_adapter
+from spavl_lib.runs.files import append_jsonl
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 
 
@@ -96,9 +96,10 @@ class RewardFunction:
         finished = [c[-1:] == [tokenizer.eos_token_id] for c in completion_ids]
         rewards = scores - self.missing_eos_penalty * ~torch.tensor(finished)
         if self.log and trainer_state is not None:
-            with self.log.open("a", encoding="utf-8") as handle:
-                for i, row_id in enumerate(id):
-                    record = {
+            append_jsonl(
+                self.log,
+                [
+                    {
                         "step": trainer_state.global_step + 1,
                         "id": row_id,
                         "prompt": question[i],
@@ -107,7 +108,9 @@ class RewardFunction:
                         "num_tokens": len(completion_ids[i]),
                         "finished": finished[i],
                     }
-                    handle.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    for i, row_id in enumerate(id)
+                ],
+            )
         return rewards.tolist()
 
     def scores(

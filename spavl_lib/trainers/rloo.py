@@ -9,7 +9,6 @@ vLLM it does not: its sampler keeps its own random state.
 """
 
 import importlib.util
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,19 @@ from spavl_lib.modelling.adapters import (
 )
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
-from spavl_lib.runs.files import read_jsonl, write_text
+from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.dpo import save_trained
-from spavl_lib.trainers.exact_trainer import CheckedMixin, drop_stock_callbacks
+from spavl_lib.trainers.exact_trainer import CheckedMixin
+from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
+from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
-from spavl_lib.trainers.rollout import never_said
+from spavl_lib.trainers.rollout import forbidden_token_ids
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl",
@@ -76,7 +78,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """trl's loss, if it is a number."""
-        return self.gated(model, super().compute_loss(model, *args, **options))
+        return self.check_loss(model, super().compute_loss(model, *args, **options))
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict:
         self.row_ids = list(dict.fromkeys(row["id"] for row in inputs))
@@ -170,10 +172,8 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     trainer.report_to_stage(
         stage, flag, logged=LOGGED, live=live, accuracy="reward", check_first=check_first
     )
-    newest, skipped = ckpt.latest_checkpoint(trainer.checkpoints)
-    for problem in skipped:
-        warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
-    _take_up_rollouts(stage, ckpt.load_state(newest)["step"] if newest else 0)
+    newest = ckpt.newest_checkpoint(trainer.checkpoints)
+    keep_steps(stage.path / "rollouts.jsonl", ckpt.load_state(newest)["step"] if newest else 0)
     trainer.train_from(newest)
     summary = _summary(config, stage, trainer, rows)
     save_trained(trainer.model, processor, stage, config, _card(config, summary))
@@ -254,30 +254,23 @@ def _as_trl_wants(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str
 
 
 def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLConfig:
-    rloo, dtype, never = config.rloo, compute_dtype(), never_said(processor)
+    rloo, never = config.rloo, forbidden_token_ids(processor)
     if rloo.use_vllm:
         sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(never, -100.0)}
     else:
         sampling = {"suppress_tokens": list(never)}
     # Only the full fine-tuning's reference is loaded by trl, from the base's own path.
     revision = {"revision": config.model.revision} if config.model.revision else None
+    # trl's loader draws prompts itself; worker processes are left to the trainers of pairs.
+    common = common_arguments("rloo", config, stage) | {"dataloader_num_workers": 0}
     return TRLConfig(
-        output_dir=str(stage.path / "checkpoints"),
-        max_steps=rloo.max_steps or -1,
-        num_train_epochs=rloo.num_epochs,
-        per_device_train_batch_size=rloo.per_device_batch_size,
-        gradient_accumulation_steps=rloo.gradient_accumulation_steps,
+        **common,
         num_generations=rloo.num_generations,
         max_completion_length=rloo.max_new_tokens,
         generation_kwargs=sampling,
         temperature=rloo.temperature,
         beta=rloo.beta,
         normalize_advantages=rloo.normalize_advantages,
-        learning_rate=rloo.learning_rate,
-        lr_scheduler_type=rloo.lr_scheduler,
-        warmup_steps=rloo.warmup_steps,
-        weight_decay=rloo.weight_decay,
-        max_grad_norm=rloo.max_grad_norm,
         model_init_kwargs=None if config.model.with_lora else revision,
         use_vllm=rloo.use_vllm,
         vllm_mode=rloo.vllm_mode,
@@ -285,74 +278,36 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         vllm_gpu_memory_utilization=rloo.vllm_gpu_memory_utilization,
         disable_dropout=True,
         gradient_checkpointing=config.model.gradient_checkpointing,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=not torch.cuda.is_available(),
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_steps=rloo.save_steps,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        report_to=[],
-        disable_tqdm=True,
     )
-
-
-def _take_up_rollouts(stage: Stage, step: int) -> None:
-    """Drop answers of steps that were never checkpointed; they are sampled again."""
-    path = stage.path / "rollouts.jsonl"
-    kept = [r for r in read_jsonl(path) if r["step"] <= step]
-    write_text(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
 
 
 def _summary(config: Config, stage: Stage, trainer: CheckedRLOOTrainer, rows: Dataset) -> dict:
     logged = [r for r in read_jsonl(stage.metrics_path) if "reward" in r]
-    tail = logged[-max(1, len(logged) // 10) :]
-
-    def mean(lines: list[dict], key: str) -> float | None:
-        values = [r[key] for r in lines if r.get(key) is not None]
-        return round(sum(values) / len(values), 6) if values else None
-
     return {
         "steps": trainer.state.global_step,
         "prompts": len(rows),
         "answers": trainer.state.global_step * config.rloo.global_batch_size,
         "trainable_parameters": trainer.parts,
-        "reward": {
-            "first_steps": mean(logged[: len(tail)], "reward"),
-            "last_steps": mean(tail, "reward"),
-        },
-        "kl_a_token": {"last_steps": mean(tail, "kl")},
+        "reward": first_and_last_tenth(logged, "reward"),
+        "kl_a_token": {"last_steps": first_and_last_tenth(logged, "kl")["last_steps"]},
         "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
     }
 
 
 def _card(config: Config, summary: dict) -> str:
-    rloo = config.rloo
-    name = "the embedded demonstration model" if config.model.name == "embedded" else (
-        config.model.name
+    rloo, reward = config.rloo, summary["reward"]
+    return model_card(
+        config, "rloo", tags=("trl", "rlhf"), source="prompts of ", table="result",
+        facts=[
+            f"{summary['answers']} answers",
+            f"{rloo.num_generations} to a prompt",
+            f"{summary['steps']} steps",
+            f"peak rate {rloo.learning_rate}",
+            f"beta {rloo.beta}",
+        ],
+        results={
+            "mean reward, first tenth of the steps": reward["first_steps"],
+            "mean reward, last tenth": reward["last_steps"],
+            "KL to the reference, last tenth, nats a token": summary["kl_a_token"]["last_steps"],
+        },
     )  # fmt: skip
-    lora = "library_name: peft\n" if config.model.with_lora else ""
-    return f"""---
-base_model: {config.model.name}
-{lora}tags: [rloo, trl, rlhf, safety, vision-language]
----
-
-# RLOO-aligned {name}
-
-Trained by `spavl train rloo --profile {config.profile}` on prompts of `{config.data.source}`:
-{summary["answers"]} answers, {rloo.num_generations} to a prompt, in {summary["steps"]} steps, peak
-rate {rloo.learning_rate}, beta {rloo.beta}, seed {config.seed}, {config.model.adapter} fine-tuning,
-projector {"trained" if config.model.train_projector else "frozen"}, vision tower frozen.
-
-| | value |
-|---|---|
-| mean reward, first tenth of the steps | {summary["reward"]["first_steps"]} |
-| mean reward, last tenth | {summary["reward"]["last_steps"]} |
-| KL to the reference, last tenth, nats a token | {summary["kl_a_token"]["last_steps"]} |
-
-A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
-Use it under the licences of its base model and data.
-"""

@@ -6,7 +6,7 @@ number of processes, and after any interruption.
 """
 
 import hashlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from spavl_lib.modelling.roles import NEVER
 class Prompt:
     """One row's prompt, encoded alone: ids without padding, and its image tensors.
 
-    `picture` is a digest of the image tensors, empty without an image.
+    `image_digest` is a digest of the image tensors, empty without an image.
     """
 
     row_id: str
@@ -33,7 +33,7 @@ class Prompt:
     ids: list[int]
     token_types: list[int] | None
     vision: dict[str, Any]
-    picture: str = ""
+    image_digest: str = ""
 
 
 @dataclass
@@ -70,12 +70,13 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
         types = encoded.token_types[0] if encoded.token_types else None
-        picture, vision = picture_digest(encoded.vision), encoded.vision
-        prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, picture))
+        vision = encoded.vision
+        digest = digest_of_image(vision)
+        prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, digest))
     return prompts
 
 
-def picture_digest(vision: dict[str, Tensor]) -> str:
+def digest_of_image(vision: dict[str, Tensor]) -> str:
     """Equal for equal image tensors alone; empty for none."""
     if not vision:
         return ""
@@ -87,25 +88,7 @@ def picture_digest(vision: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def together(lengths: list[int], pictures: list[str], size: int) -> Iterator[list[int]]:
-    """Places in batches of `size`: like lengths, and questions about one picture side by side.
-
-    Longest first: memory runs out at once or never.
-
-    Args:
-        lengths: Of each row, in tokens.
-        pictures: Of each row; a row without one stands alone.
-        size: Rows of a batch.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        groups.setdefault(pictures[i] or i, []).append(i)
-    order = [i for group in groups.values() for i in group]
-    for start in range(0, len(order), size):
-        yield order[start : start + size]
-
-
-def never_said(processor: ProcessorMixin) -> tuple[int, ...]:
+def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
     """Ids that would break a sequence: image slots, BOS, padding (if it is not EOS)."""
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
@@ -146,7 +129,7 @@ def batch_of(
     return {k: v.to(device) for k, v in batch.items()}
 
 
-def row_seed(*parts: object) -> int:
+def seed_from(*parts: object) -> int:
     """A seed that depends on all its parts and nothing else."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -9,7 +9,7 @@ from torch import Tensor
 from spavl_lib.generation import compact_decoding as decoding
 from spavl_lib.generation.compact_decoding import GrowingLayer, can_decode, decode
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
-from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample
+from spavl_lib.trainers.rollout import batch_of, encode_rows, forbidden_token_ids, sample
 from tests.helpers import mini_rows, tiny
 
 CPU = torch.device("cpu")
@@ -66,7 +66,8 @@ def test_greedy_answers_are_those_of_generate(family: str, shared: bool) -> None
 def test_sampled_rows_are_those_of_generate(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor, batch = asked(family)
     options = {
-        "max_new_tokens": 16, "temperature": 1.5, "forbidden_ids": list(never_said(processor)),
+        "max_new_tokens": 16, "temperature": 1.5,
+        "forbidden_ids": list(forbidden_token_ids(processor)),
         "pad_id": processor.tokenizer.pad_token_id,
     }  # fmt: skip
     seeds = [100 + i for i in range(9)]

@@ -8,7 +8,8 @@ import torch
 from spavl_lib.modelling.families import tower_of
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.modelling.speed.tower_cache import TowerCache
-from spavl_lib.trainers.rollout import batch_of, encode_rows, never_said, sample, together
+from spavl_lib.trainers.ppo_batches import micro_batches
+from spavl_lib.trainers.rollout import batch_of, encode_rows, forbidden_token_ids, sample
 from tests.helpers import mini_rows, tiny
 
 CPU = torch.device("cpu")
@@ -18,7 +19,7 @@ def asked(family: str) -> tuple:
     """Seven prompts about three pictures, and a model of one's own."""
     model, processor = tiny(family)
     prompts = encode_rows(processor, [mini_rows()[i] for i in range(7)])
-    assert len({p.picture for p in prompts}) == 3
+    assert len({p.image_digest for p in prompts}) == 3
     return copy.deepcopy(model), processor, prompts
 
 
@@ -41,7 +42,7 @@ def test_a_picture_passes_the_tower_once_whoever_asks(family: str, shared: bool)
         for rows in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 0], [3]):
             part = [prompts[i] for i in rows], [answers[i] for i in rows]
             inputs = batch_of(*part, processor.tokenizer.pad_token_id, CPU)
-            with cache.rows([prompts[i].picture for i in rows], inputs):
+            with cache.rows([prompts[i].image_digest for i in rows], inputs):
                 logits = model(**inputs).logits[:, -3:]
             torch.testing.assert_close(logits, plain[rows], atol=2e-4, rtol=2e-4)
     assert len(runs) == 1 and cache.misses == 3
@@ -54,7 +55,8 @@ def test_generation_prefills_what_prompts_have_in_common_once(family: str) -> No
     tokenizer = processor.tokenizer
     batch = batch_of(prompts, [[] for _ in prompts], tokenizer.pad_token_id, CPU)
     options = {
-        "max_new_tokens": 10, "temperature": 1.0, "forbidden_ids": list(never_said(processor)),
+        "max_new_tokens": 10, "temperature": 1.0,
+        "forbidden_ids": list(forbidden_token_ids(processor)),
         "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
     }  # fmt: skip
     plain = sample(model, batch, list(range(7)), **options)
@@ -66,9 +68,9 @@ def test_generation_prefills_what_prompts_have_in_common_once(family: str) -> No
 
 def test_questions_about_a_picture_come_in_one_batch() -> None:
     lengths, pictures = [5, 9, 7, 3, 8], ["a", "b", "a", "", "b"]
-    assert list(together(lengths, pictures, 2)) == [[1, 4], [2, 0], [3]]
-    alone = list(together(lengths, ["", "", "", "", ""], 2))
+    assert micro_batches(lengths, pictures, 2) == [[1, 4], [2, 0], [3]]
+    alone = micro_batches(lengths, ["", "", "", "", ""], 2)
     assert alone == [[1, 4], [2, 0], [3]]
-    assert list(together([5, 9, 7], ["a", "b", "a"], 3)) == [[1, 2, 0]]
-    assert list(together([5, 9, 7, 8], ["a", "b", "a", "b"], 2)) == [[1, 3], [2, 0]]
-    assert list(together([9, 5, 7, 8], ["a", "a", "b", "b"], 2)) == [[0, 1], [3, 2]]
+    assert micro_batches([5, 9, 7], ["a", "b", "a"], 3) == [[1, 2, 0]]
+    assert micro_batches([5, 9, 7, 8], ["a", "b", "a", "b"], 2) == [[1, 3], [2, 0]]
+    assert micro_batches([9, 5, 7, 8], ["a", "a", "b", "b"], 2) == [[0, 1], [3, 2]]

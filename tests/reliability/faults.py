@@ -102,8 +102,8 @@ PHASES = {
     "evaluate": ("transformers", "Trainer.evaluation_loop"),
     "score": ("spavl_lib.trainers.reward", "score_pairs"),
     "summary": ("spavl_lib.runs.stage", "Stage._conclude"),
-    "rollout": ("spavl_lib.trainers.ppo", "sample"),
-    "reward": ("spavl_lib.trainers.ppo", "PPOTrainer._reward"),
+    "rollout": ("spavl_lib.trainers.ppo_rollout", "sample"),
+    "reward": ("spavl_lib.trainers.ppo_rollout", "add_advantages"),
     "update": ("spavl_lib.trainers.ppo", "PPOTrainer.minibatch"),
     "generate": ("spavl_lib.generation.generate", "generate_batch"),
 }
@@ -199,16 +199,16 @@ def poison(where: str) -> None:
 
 def _spoil_column(name: str, wanted: int) -> None:
     """One number of PPO's rollout, before its gate."""
-    from spavl_lib.trainers.ppo import PPOTrainer
+    from spavl_lib.trainers import ppo_rollout
 
-    inner = PPOTrainer._gate
+    inner = ppo_rollout.check_finite
 
-    def spoilt(self: Any, rollout: Any) -> None:
-        if self.step + 1 == wanted:
+    def spoilt(rollout: Any, step: int) -> None:
+        if step == wanted:
             rollout.columns[name].view(-1)[0] = math.inf
-        inner(self, rollout)
+        inner(rollout, step)
 
-    PPOTrainer._gate = spoilt
+    ppo_rollout.check_finite = spoilt
 
 
 def _spoil_weight(wanted: int) -> None:
@@ -217,7 +217,7 @@ def _spoil_weight(wanted: int) -> None:
     if ppo:
         owner, name = trainer_module().PPOTrainer, "_log"
     else:
-        from spavl_lib.trainers.exact_trainer import StageCallback as owner
+        from spavl_lib.trainers.progress import StageCallback as owner
 
         name = "on_step_end"
     inner = getattr(owner, name)
@@ -372,9 +372,9 @@ def edit_data(path: str) -> None:
 
 def save_all_the_time(seconds: str) -> None:
     """The longest time without a checkpoint, cut short."""
-    from spavl_lib.trainers import exact_trainer as checkpointed
+    from spavl_lib.trainers import progress
 
-    checkpointed.LONGEST_UNSAVED_S = float(seconds)
+    progress.LONGEST_UNSAVED_S = float(seconds)
 
 
 def keep_saving(target: str) -> None:

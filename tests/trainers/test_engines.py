@@ -8,8 +8,8 @@ from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
 from spavl_lib.distributed import group
 from spavl_lib.errors import NonFiniteError
+from spavl_lib.trainers.checkpoint import keeping_settings
 from spavl_lib.trainers.engines import Engine, build_engine
-from spavl_lib.trainers.exact_trainer import keeping_settings
 
 
 def engine_of(model: nn.Module, rate: float = 0.0) -> Engine:

@@ -16,7 +16,7 @@ from spavl_lib.modelling.speed.shared_prefix import HANDLE, apply_sharing, backb
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, reward
-from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers.progress import StageCallback
 from tests.helpers import embedded_processor, logps_of, mini_rows, smoke, spread
 
 pytest.importorskip("bitsandbytes", reason="4 bit needs bitsandbytes")
@@ -69,13 +69,13 @@ def stopped_after_one_step(kind: str, patch: pytest.MonkeyPatch) -> None:
 
         patch.setattr(ppo.PPOTrainer, "_log", asked)
         return
-    end = checkpointed.StageCallback.on_step_end
+    end = StageCallback.on_step_end
 
     def on_step_end(self: object, *args: object, **more: object) -> object:
         self.flag.reason = "SIGTERM"
         return end(self, *args, **more)
 
-    patch.setattr(checkpointed.StageCallback, "on_step_end", on_step_end)
+    patch.setattr(StageCallback, "on_step_end", on_step_end)
 
 
 def resumed(kind: str, config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> Stage:

@@ -10,8 +10,8 @@ from spavl_lib.trainers.rollout import (
     SeededSampling,
     batch_of,
     encode_rows,
-    row_seed,
     sample,
+    seed_from,
 )
 from tests.helpers import embedded_model, embedded_processor, mini_rows, spread
 
@@ -44,7 +44,7 @@ def test_an_answer_is_the_same_alone_and_among_others() -> None:
     processor, model = embedded_processor(), embedded_model()
     tokenizer = processor.tokenizer
     prompts = encode_rows(processor, spread(mini_rows(), 4))
-    seeds = [row_seed(0, n) for n in range(4)]
+    seeds = [seed_from(0, n) for n in range(4)]
     options = {
         "max_new_tokens": 12, "temperature": 1.0, "forbidden_ids": [tokenizer.bos_token_id],
         "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
@@ -57,7 +57,7 @@ def test_an_answer_is_the_same_alone_and_among_others() -> None:
     together = said([0, 1, 2, 3])
     assert [said([i])[0] for i in range(4)] == together
     assert said([3, 1]) == [together[3], together[1]]
-    other = sample(model, batch_of([prompts[0]], [[]], 0, CPU), [row_seed(1, 0)], **options)
+    other = sample(model, batch_of([prompts[0]], [[]], 0, CPU), [seed_from(1, 0)], **options)
     assert other[0] != together[0]
 
 

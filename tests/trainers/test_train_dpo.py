@@ -22,7 +22,7 @@ from spavl_lib.objectives.dpo import dpo_loss
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers import exact_trainer as checkpointed
+from spavl_lib.trainers import exact_trainer
 from spavl_lib.trainers.dpo import build_trainer, train_dpo
 from tests.helpers import (
     embedded_model,
@@ -396,7 +396,7 @@ def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, adapter: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    class Poisoned(checkpointed.StageCallback):
+    class Poisoned(exact_trainer.StageCallback):
         def on_step_end(self, args, state, control, model=None, **more):
             control = super().on_step_end(args, state, control, model=model, **more)
             if state.global_step == 3:
@@ -405,7 +405,7 @@ def test_a_weight_that_is_no_number_stops_the_run_and_spoils_no_checkpoint(
             return control
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointed, "StageCallback", Poisoned)
+        patch.setattr(exact_trainer, "StageCallback", Poisoned)
         with pytest.raises(NonFiniteError, match=r"step 4: loss is nan on rows train") as caught:
             make(settings(rows, adapter), tmp_path)
     assert caught.value.exit_code == 3

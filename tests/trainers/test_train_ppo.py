@@ -13,17 +13,18 @@ from spavl_lib.modelling.load import load_policy
 from spavl_lib.objectives.ppo import gae, kl_penalty_rewards
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers import ppo
+from spavl_lib.trainers import ppo, ppo_rollout
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
+from spavl_lib.trainers.ppo_terms import add_advantages
 from spavl_lib.trainers.rollout import Prompt, Rollout
 from tests.helpers import mini_rows, smoke
 from tests.modelling.test_roles import reward_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOCK = ("time_s", "peak_memory_gib")
-PHASES = ("sample", "_measure", "_reward", "minibatch", "_log")
+PHASES = ("sample", "_measure", "add_advantages", "minibatch", "_log")
 # Calls that go well: the first two die in step 1, then in steps 1 and 2, the last before a save.
-DIES_AT = {"sample": 1, "_measure": 0, "_reward": 1, "minibatch": 5, "_log": 0}
+DIES_AT = {"sample": 1, "_measure": 0, "add_advantages": 1, "minibatch": 5, "_log": 0}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     assert len(read_jsonl(straight.path / "rollouts.jsonl")) == 18
     phases = PHASES if adapter == "lora" else PHASES[3:4]
     for phase in phases:
-        place = ppo if phase == "sample" else PPOTrainer
+        place = PPOTrainer if hasattr(PPOTrainer, phase) else ppo_rollout
         old, left = getattr(place, phase), iter(range(DIES_AT[phase]))
 
         def dying(*args: object, old: object = old, left: object = left, **more: object) -> object:
@@ -156,12 +157,11 @@ def test_losses_leave_the_other_role_alone(folders: dict[str, Path], tmp_path: P
     assert any(p.grad is not None and p.grad.any() for p in trainer.engine.groups["policy"])
 
 
-def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path]) -> None:
     config = settings(
         folders["lora"], ppo__length_penalty=0.1, ppo__missing_eos_penalty=2.0,
         ppo__whiten_advantages=False, ppo__kl_coef=0.5, ppo__kl_target=0.0, ppo__gae_lambda=0.9,
     )  # fmt: skip
-    trainer = trainer_of(config, tmp_path)
     prompts = [Prompt(str(i), "", [1], None, {}) for i in range(2)]
     rollout = Rollout(prompts, [[5, 6, 2], [7, 8]], ["a", "b"], [True, False])
     logps = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
@@ -171,7 +171,7 @@ def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path], tmp_
         "values": torch.tensor([[0.5, 0.25, 0.0], [1.0, 0.0, 0.0]]),
         "scores": torch.tensor([1.0, 3.0]),
     }
-    trainer._reward(rollout)
+    add_advantages(rollout, config.ppo, config.ppo.kl_coef)
     # 1 - 3 x 0.1 at the last token of the first; 3 - 2 x 0.1 - 2 at that of the second.
     expected = torch.tensor([[-0.1, 0.0, 0.7 + 0.2], [0.0, 0.8 - 0.5, 0.0]])
     torch.testing.assert_close(rollout.columns["rewards"], expected)
@@ -248,14 +248,14 @@ def test_a_reward_that_is_no_number_stops_before_the_update(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(folders["lora"])
-    old = PPOTrainer._gate
+    old = ppo_rollout.check_finite
 
-    def spoilt(self: PPOTrainer, rollout: Rollout) -> None:
-        if self.step == 1:
+    def spoilt(rollout: Rollout, step: int) -> None:
+        if step == 2:
             rollout.columns["scores"][3] = float("nan")
-        old(self, rollout)
+        old(rollout, step)
 
-    monkeypatch.setattr(PPOTrainer, "_gate", spoilt)
+    monkeypatch.setattr(ppo_rollout, "check_finite", spoilt)
     with pytest.raises(NonFiniteError, match=r"step 2: scores is not finite on rows train/\d+"):
         train(config, tmp_path)
     assert [p.name for p in (tmp_path / "p/ppo/checkpoints").iterdir()] == ["step-1"]
@@ -264,8 +264,10 @@ def test_a_reward_that_is_no_number_stops_before_the_update(
 def test_a_policy_that_says_nothing_at_all_is_stopped(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ppo, "sample", lambda model, batch, seeds, eos_id, **_: [[eos_id]] * len(
-        seeds))  # fmt: skip
+    def nothing(model: object, batch: dict, seeds: list, eos_id: int, **_: object) -> list:
+        return [[eos_id]] * len(seeds)
+
+    monkeypatch.setattr(ppo_rollout, "sample", nothing)
     with pytest.raises(InputError, match="every answer is empty"):
         train(settings(folders["lora"]), tmp_path)
 

@@ -19,8 +19,8 @@ from spavl_lib.evaluation.metrics import (
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers import exact_trainer as checkpointed
 from spavl_lib.trainers import reward
+from spavl_lib.trainers.progress import StageCallback
 from tests.helpers import smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -54,7 +54,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert rows_of(again) == rows_of(straight)
     assert repeated["weights_sha256"] == expected["weights_sha256"]
 
-    old = checkpointed.StageCallback.on_step_end
+    old = StageCallback.on_step_end
 
     def stop_at_three(self: object, args: object, state: object, *rest: object, **more: object):  # noqa: ANN202
         if state.global_step == 3:
@@ -62,7 +62,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         return old(self, args, state, *rest, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointed.StageCallback, "on_step_end", stop_at_three)
+        patch.setattr(StageCallback, "on_step_end", stop_at_three)
         with pytest.raises(Preempted, match="after step 3 of 6"):
             train(config, tmp_path / "cut")
     cut, resumed = train(config, tmp_path / "cut")

@@ -16,8 +16,8 @@ from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.stages import policies
-from spavl_lib.trainers import exact_trainer as checkpointed
 from spavl_lib.trainers import reward, rloo
+from spavl_lib.trainers.progress import StageCallback
 from spavl_lib.trainers.reward_function import RewardFunction
 from spavl_lib.trainers.rollout import batch_of, encode_rows
 from tests.helpers import embedded_processor, mini_rows, smoke, spread, tiny
@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     first_epoch = {i for r in lines[:2] for i in r["row_ids"]}
     assert len(first_epoch) == 8, "an epoch asks every prompt once"
 
-    old = checkpointed.StageCallback.on_step_end
+    old = StageCallback.on_step_end
 
     for at in (1, 3):  # in the first epoch, and in the second
 
@@ -95,11 +95,11 @@ def test_a_stopped_run_goes_on_to_the_same_end(
                 self.flag.reason = "SIGTERM"
             return old(self, args, state, *rest, **more)
 
-        monkeypatch.setattr(checkpointed.StageCallback, "on_step_end", stop)
+        monkeypatch.setattr(StageCallback, "on_step_end", stop)
         stage = Run(config, root=tmp_path / f"stopped{at}").stage("rloo")
         with pytest.raises(Preempted):
             rloo.train_rloo(config, stage)
-        monkeypatch.setattr(checkpointed.StageCallback, "on_step_end", old)
+        monkeypatch.setattr(StageCallback, "on_step_end", old)
         summary = rloo.train_rloo(config, stage)
         assert rows_of(stage) == lines
         assert summary["weights_sha256"] == expected["weights_sha256"]

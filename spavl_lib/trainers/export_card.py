@@ -1,0 +1,61 @@
+"""The model card, `model/README.md`, of a trained policy."""
+
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from spavl_lib.config import Config
+
+
+def model_card(
+    config: Config,
+    stage: str,
+    *,
+    tags: Sequence[str],
+    source: str,
+    facts: Sequence[str],
+    table: str,
+    results: dict[str, Any],
+) -> str:
+    """Write the model card of a stage.
+
+    Args:
+        config: Config of the run.
+        stage: Stage that was trained, such as "dpo".
+        tags: Hub tags after the stage's own.
+        source: What the stage was trained on, such as "prompts of ".
+        facts: Sizes and settings, in the order in which they are told.
+        table: Heading of the results.
+        results: Name of each result and its value.
+
+    Returns:
+        Markdown with the front matter that the Hub reads.
+    """
+    model = config.model
+    name = "the embedded demonstration model" if model.name == "embedded" else model.name
+    library = "library_name: peft\n" if model.with_lora else ""
+    projector = "trained" if model.train_projector else "frozen"
+    details = [*facts, f"seed {config.seed}", f"{model.adapter} fine-tuning"]
+    details += [f"projector {projector}", "vision tower frozen"]
+    text = textwrap.fill(
+        f"Trained by `spavl train {stage} --profile {config.profile}` on "
+        f"{source}`{config.data.source}`: {', '.join(details)}.",
+        width=100, break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
+    return f"""---
+base_model: {model.name}
+{library}tags: [{", ".join((stage, *tags))}, safety, vision-language]
+---
+
+# {stage.upper()}-aligned {name}
+
+{text}
+
+| {table} | value |
+|---|---|
+{rows}
+
+A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+Use it under the licences of its base model and data.
+"""

@@ -1,0 +1,84 @@
+"""What a PPO run writes: log rows, rollouts.jsonl, and the figures of its summary."""
+
+from spavl_lib.config import Config
+from spavl_lib.objectives.ppo import explained_variance, kl_estimate, masked_mean
+from spavl_lib.trainers.export_card import model_card
+from spavl_lib.trainers.progress import first_and_last_tenth
+from spavl_lib.trainers.rollout import Rollout
+
+
+def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
+    """Log values of a rollout before any update.
+
+    Args:
+        rollout: A rollout with scores, rewards, values and returns.
+        kl_coef: The KL coefficient that its rewards were computed with.
+
+    Returns:
+        Means over answers (`objective/`, `response/`), KL and entropy in nats, lengths in tokens.
+    """
+    columns, mask = rollout.columns, rollout.mask
+    scores, lengths = columns["scores"], mask.sum(1).float()
+    kl = (kl_estimate(columns["logps"], columns["ref_logps"], kind="k1") * mask).sum(1)
+    return {
+        "objective/scores": scores.mean().item(),
+        "objective/scores_std": scores.std(unbiased=False).item(),
+        "objective/rlhf_reward": columns["rewards"].sum(1).mean().item(),
+        "objective/kl": kl.mean().item(),
+        "objective/entropy": masked_mean(columns["entropy"], mask).item(),
+        "objective/kl_coef": kl_coef,
+        "response/length": lengths.mean().item(),
+        "response/finished": sum(rollout.finished) / len(rollout),
+        "response/empty": sum(not text for text in rollout.texts) / len(rollout),
+        "val/explained_variance": explained_variance(columns["values"], columns["returns"], mask),
+    }
+
+
+def rollout_records(rollout: Rollout, step: int) -> list[dict]:
+    """Rows of rollouts.jsonl: each answer with its score and its KL to the reference, in nats."""
+    columns = rollout.columns
+    kl = (columns["logps"] - columns["ref_logps"]).sum(1).tolist()
+    return [
+        {
+            "step": step,
+            "id": prompt.row_id,
+            "prompt": prompt.text,
+            "response": rollout.texts[i],
+            "reward": round(columns["scores"][i].item(), 6),
+            "kl": round(kl[i], 6),
+            "num_tokens": len(rollout.responses[i]),
+            "finished": rollout.finished[i],
+        }
+        for i, prompt in enumerate(rollout.prompts)
+    ]
+
+
+def summary_figures(log_rows: list[dict]) -> dict[str, dict]:
+    """Scores and KL of a finished run, from its rows of metrics.jsonl."""
+    kl = first_and_last_tenth(log_rows, "objective/kl")
+    return {
+        "scores": first_and_last_tenth(log_rows, "objective/scores"),
+        "kl": {
+            "last_steps": kl["last_steps"],
+            "highest": max(row["objective/kl"] for row in log_rows),
+        },
+    }
+
+
+def card(config: Config, summary: dict) -> str:
+    """The model card of a finished run."""
+    settings, scores = config.ppo, summary["scores"]
+    return model_card(
+        config, "ppo", tags=("rlhf",), source="prompts of ", table="result",
+        facts=[
+            f"{summary['rollouts']} answers in {summary['steps']} rollouts",
+            f"{summary['optimizer_steps']} optimizer steps",
+            f"peak rate {settings.learning_rate}",
+            f"kl_coef {settings.kl_coef} ({settings.kl_estimator})",
+        ],
+        results={
+            "mean score, first tenth of the steps": scores["first_steps"],
+            "mean score, last tenth": scores["last_steps"],
+            "KL to the reference, last tenth, nats an answer": summary["kl"]["last_steps"],
+        },
+    )  # fmt: skip

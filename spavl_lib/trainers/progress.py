@@ -1,0 +1,235 @@
+"""Progress of a training: bar, metrics.jsonl, live plot, stop flag, checks of the first steps."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+
+from spavl_lib import machine
+from spavl_lib.distributed import group
+from spavl_lib.errors import NonFiniteError, Preempted
+from spavl_lib.machine import peak_memory_gib
+from spavl_lib.runs.files import read_jsonl, write_jsonl
+from spavl_lib.runs.signals import StopFlag
+from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers.guards import Movement
+
+# Longest time without a checkpoint, in seconds, whatever save_steps says: a runtime may vanish.
+LONGEST_UNSAVED_S = 600.0
+
+
+class StageCallback(TrainerCallback):
+    """Reports a transformers `Trainer` to its stage, and stops it when asked to.
+
+    Args:
+        stage: The stage that is trained.
+        flag: Stop flag, polled after every step, save and evaluation batch.
+        model: The model whose parameters are watched over the first three steps.
+        logged: Names of the values that go into metrics.jsonl.
+        trainer: The trainer that this callback is added to.
+        live: Object with `update(rows, force=...)`, such as `plotting.LivePlot`, or None.
+        accuracy: Name of the logged value that the bar shows beside the loss.
+        check_first: Called with the logged values of step 1.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        flag: StopFlag,
+        model: nn.Module,
+        *,
+        logged: tuple[str, ...],
+        trainer: Trainer,
+        live: Any = None,
+        accuracy: str = "rewards/accuracies",
+        check_first: Callable[[dict], None] | None = None,
+    ):
+        self.stage, self.flag, self.live, self.trainer = stage, flag, live, trainer
+        self.logged, self.accuracy, self.check_first = logged, accuracy, check_first
+        self.model = model
+        self.movement: Movement | None = None
+        self.bar: tqdm | None = None
+        self.started = self.saved = time.monotonic()
+        self.rows = read_jsonl(stage.metrics_path)
+        self.rows_at_checkpoint = 0
+        self.step_rows: list[list[str]] = []
+        self.training = False
+
+    def resume_log(self, step: int) -> None:
+        """Drop logged rows that are newer than the checkpoint, and let the clock run on from it.
+
+        Args:
+            step: Steps that the checkpoint holds; 0 for a new run.
+        """
+        self.rows = self.rows[: self.rows_at_checkpoint] if step else []
+        if machine.is_main():
+            write_jsonl(self.stage.metrics_path, self.rows)
+        self.saved = time.monotonic()
+        self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
+
+    def close(self) -> None:
+        """Close the bar, so that the next printed line does not continue it."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar, and drop logged steps that were never checkpointed."""
+        self.resume_log(state.global_step)
+        self.training = True
+        if state.global_step == 0 and state.max_steps >= 3:
+            self.movement = Movement(self.model)  # now, because ZeRO has partitioned the model
+        if machine.is_main():
+            name, total = self.stage.name, state.max_steps
+            self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
+            group.report("progress", {"step": state.global_step, "total": total})
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Set the sampler's epoch; accelerate's own call does not reach a resumed loader."""
+        if self.trainer.image_sampler is not None:
+            self.trainer.image_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any
+    ) -> None:
+        """Write one line to metrics.jsonl for each logged step.
+
+        Raises:
+            NonFiniteError: The gradient of step 1 is 0, so nothing would be learnt.
+        """
+        values = {k: v for k, v in (logs or {}).items() if k in self.logged}
+        if not values:
+            return
+        if state.global_step == 1 and "loss" in values:
+            if self.check_first:
+                self.check_first(values)
+            if not float(values.get("grad_norm", 1.0)) > 0:
+                raise NonFiniteError(
+                    "step 1: the gradient is 0, so nothing would be learnt; check that the mask "
+                    "covers the answer tokens and that the learning rate and the model's trainable "
+                    "parts are as intended"
+                )
+        row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
+        if "loss" in values:
+            row_ids = _in_order(group.gathered(self.step_rows))
+            row["row_ids"], self.step_rows = list(dict.fromkeys(row_ids)), []
+        row["time_s"] = round(time.monotonic() - self.started, 2)
+        row["peak_memory_gib"] = round(peak_memory_gib(), 3)
+        self.stage.log(row)
+        self.rows.append(row)
+        if self.live:
+            self.live.update(self.rows)
+        if self.bar is not None and "loss" in values:
+            accuracy = f"{values.get(self.accuracy, 0):.2f}"
+            name = self.accuracy.rsplit("/", 1)[-1]
+            self.bar.set_postfix({"loss": f"{values['loss']:.3f}", name: accuracy})
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
+        """Advance the bar, and save and stop after this step if asked to."""
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.movement and state.global_step == 3:
+            self.movement.check(self.model)
+            self.movement = None
+        if asked_to_stop(self.flag):
+            control.should_save = control.should_training_stop = True
+        if group.any_of(time.monotonic() - self.saved > LONGEST_UNSAVED_S):
+            control.should_save = True
+        return control
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+        """Stop here if asked to while the checkpoint was written: no further step is needed."""
+        if asked_to_stop(self.flag):
+            control.should_training_stop = True
+        return control
+
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
+    ) -> None:
+        """Between batches of an evaluation, save the last step and stop if asked to.
+
+        Raises:
+            Preempted: Asked to stop.
+        """
+        if not asked_to_stop(self.flag):
+            return
+        if self.training:
+            self.trainer._save_checkpoint(model)
+        raise stopped(self.flag, f"while evaluating after step {state.global_step}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar, and draw every step in the live plot."""
+        self.training = False
+        self.close()
+        if self.live and self.rows:
+            self.live.update(self.rows, force=True)
+
+
+def _in_order(by_rank: list[list[list[str]]]) -> list[str]:
+    """Row ids of a step in the order of a single process: processes take batches in turn."""
+    return [row for turn in zip(*by_rank, strict=True) for batch in turn for row in batch]
+
+
+def drop_stock_callbacks(trainer: Trainer) -> None:
+    """Remove transformers' own printers, because `StageCallback` reports."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback).__name__ in (
+            "PrinterCallback",
+            "ProgressCallback",
+            "NotebookProgressCallback",
+        ):
+            trainer.remove_callback(callback)
+
+
+def asked_to_stop(flag: StopFlag | bool) -> bool:
+    """Whether any process was asked to stop; then all processes get True after the same step."""
+    stop = group.any_of(bool(flag))
+    if stop and not flag:
+        flag.reason = "a stop in another process"
+    return stop
+
+
+def stopped(flag: StopFlag, where: str) -> Preempted:
+    """The error of a training that was stopped and has saved a checkpoint.
+
+    Args:
+        flag: The stop flag, for its reason.
+        where: Where it stopped, such as "after step 3 of 6".
+    """
+    return Preempted(
+        f"stopped by {flag.reason} {where}; checkpoint written, run the same command to continue"
+    )
+
+
+def number(value: Any) -> float | None:
+    """A value as it is logged: rounded to six decimals, None if it is not finite."""
+    value = float(value)
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def keep_steps(path: Path, step: int) -> None:
+    """Drop a JSONL file's rows of steps after `step`; they were never checkpointed."""
+    write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
+
+
+def first_and_last_tenth(rows: Sequence[dict], key: str) -> dict[str, float | None]:
+    """Means of a logged value over the first and the last tenth of the steps.
+
+    Args:
+        rows: Rows of metrics.jsonl.
+        key: Name of the value. Rows where it is missing or None do not count.
+
+    Returns:
+        `first_steps` and `last_steps`, None where no row has a value.
+    """
+    tenth = max(1, len(rows) // 10)
+
+    def mean(part: Sequence[dict]) -> float | None:
+        values = [row[key] for row in part if row.get(key) is not None]
+        return round(sum(values) / len(values), 6) if values else None
+
+    return {"first_steps": mean(rows[:tenth]), "last_steps": mean(rows[-tenth:])}
