@@ -21,7 +21,7 @@ from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.paths import repo_root, runs_root
-from spavl_lib.runs.stage import Run
+from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
 from spavl_lib.stages import stage_names
 
 # Of the clock, the machine's memory, and where things lie: never compared.
@@ -208,7 +208,7 @@ def result_differences(then: Path, now: Path) -> Iterator[str]:
         p.relative_to(stage)
         for stage in (then, now)
         for p in stage.rglob("*.jsonl")
-        if "contrast" not in p.relative_to(stage).parts
+        if not set(VARIANT_FOLDERS) & set(p.relative_to(stage).parts)
     }
     for name in sorted(names):
         if not ((then / name).is_file() and (now / name).is_file()):

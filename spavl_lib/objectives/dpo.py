@@ -1,4 +1,7 @@
-"""Direct preference optimisation: the loss of a pair, as formula and check of the trainer's."""
+"""Direct preference optimisation: the loss of a pair.
+
+The trainer uses trl's loss. This one is the formula, which notebook and tests compare it with.
+"""
 
 from typing import NamedTuple
 
@@ -8,7 +11,7 @@ from torch import Tensor
 
 
 class DPOTerms(NamedTuple):
-    """What DPO computes of each pair; `loss` in nats, rewards detached and with beta in them."""
+    """Loss of each pair, in nats, and implicit rewards beta * (logp - reference logp), detached."""
 
     loss: Float[Tensor, " batch"]
     chosen_rewards: Float[Tensor, " batch"]
@@ -27,10 +30,11 @@ def dpo_loss(
 
     Args:
         policy_chosen_logps: Summed log-probability of the chosen answer, in nats.
-        policy_rejected_logps: Of the rejected one.
-        ref_chosen_logps: The same under the reference.
-        ref_rejected_logps: The same under the reference.
-        beta: KL strength, > 0, no unit. Higher keeps the policy nearer the reference.
+        policy_rejected_logps: Summed log-probability of the rejected answer, in nats.
+        ref_chosen_logps: That of the chosen answer under the reference.
+        ref_rejected_logps: That of the rejected answer under the reference.
+        beta: Strength of the KL term, above 0, no unit. A higher value keeps the policy closer to
+            the reference.
 
     Returns:
         Terms per pair; the loss is not reduced.

@@ -1,4 +1,4 @@
-"""Log-probabilities of answers: per token, and summed over an answer."""
+"""Log-probabilities of answers: of each token, and summed over an answer."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,11 +8,11 @@ from torch import Tensor
 def token_logps(
     logits: Float[Tensor, "batch seq vocab"], input_ids: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq-1"]:
-    """Log-probability of each token given those before it, in nats.
+    """Log-probability of each token given the tokens before it, in nats.
 
     Args:
-        logits: Position t predicts token t + 1.
-        input_ids: The tokens.
+        logits: Logits of the model; position t predicts token t + 1.
+        input_ids: Token ids.
 
     Returns:
         Entry t is the log-probability of token t + 1.
@@ -29,11 +29,11 @@ def sequence_logps(
     """Summed log-probability of each row's completion, in nats.
 
     Args:
-        logits: Position t predicts token t + 1.
-        input_ids: The tokens.
-        completion_mask: True = this token is part of the answer (its EOS included).
+        logits: Logits of the model; position t predicts token t + 1.
+        input_ids: Token ids.
+        completion_mask: True for tokens of the answer, EOS included.
 
     Returns:
-        Sums, not means: a long answer has a lower one. 0 for a row without completion.
+        Sums, not means, so a longer answer usually has a lower one. 0 for a row without answer.
     """
     return (token_logps(logits, input_ids) * completion_mask[:, 1:]).sum(-1)

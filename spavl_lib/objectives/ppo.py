@@ -1,8 +1,8 @@
-"""PPO's pieces, each a pure function of (batch, response) tensors.
+"""The formulas of PPO, each a pure function of (batch, response) tensors.
 
-Notation: `batch` answers, `response` token positions of the longest; `mask` is True where a
-position holds a token of the answer, its EOS included. Values and rewards at position t belong to
-the state before token t was said.
+Notation: `batch` answers, and `response` token positions of the longest. `mask` is True where a
+position holds a token of the answer, EOS included. The value at position t is that of the state
+before token t; the reward at position t is paid for token t.
 """
 
 from typing import NamedTuple
@@ -21,9 +21,17 @@ def masked_mean(values: Tokens, mask: Mask) -> Float[Tensor, ""]:
 
 
 def masked_whiten(values: Tokens, mask: Mask, *, shift_mean: bool = True) -> Tokens:
-    """Values scaled to unit variance over the answer tokens, and shifted to mean 0 if asked.
+    """Scale values to variance 1 over the answer tokens of the batch.
 
-    Padding neither counts nor changes: it comes out 0.
+    Args:
+        values: One value for each token.
+        mask: Answer tokens.
+        shift_mean: Whether to shift the mean to 0 too, as for advantages; rewards keep theirs.
+
+    Returns:
+        Scaled values, 0 on padding.
+
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), whiten() in the code published with it.
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
@@ -37,15 +45,15 @@ def kl_estimate(logps: Tokens, ref_logps: Tokens, *, kind: str) -> Tokens:
     """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats.
 
     Args:
-        logps: Under the policy.
-        ref_logps: Under the reference.
-        kind: ``k1``: log ratio, unbiased, of either sign. ``k3``: r - 1 - log r with
-            r = reference / policy; unbiased, never negative, less spread.
+        logps: Log-probabilities under the policy, in nats.
+        ref_logps: Log-probabilities under the reference, in nats.
+        kind: ``k1``: the log ratio; unbiased, of either sign. ``k3``: r - 1 - log r with
+            r = reference / policy; unbiased, never negative, with less variance.
 
     Raises:
-        ValueError: Another kind.
+        ValueError: Unknown kind.
 
-    Source: Schulman 2020, "Approximating KL divergence".
+    Source: Schulman 2020, "Approximating KL Divergence", http://joschu.net/blog/kl-approx.html.
     """
     log_ratio = logps - ref_logps
     if kind == "k1":
@@ -64,18 +72,18 @@ def kl_penalty_rewards(
     kl_coef: float,
     kind: str = "k1",
 ) -> Tokens:
-    """Reward of each token: minus the KL penalty, and the answer's score on its true last token.
+    """Reward of each token: minus the KL penalty, plus the answer's score at its last token.
 
     Args:
-        scores: The reward model's score of each whole answer.
-        logps: Under the policy that sampled.
-        ref_logps: Under the reference.
+        scores: The reward model's score of each answer.
+        logps: Log-probabilities under the policy that sampled, in nats.
+        ref_logps: Log-probabilities under the reference, in nats.
         mask: Answer tokens.
-        kl_coef: Price of a nat, >= 0.
-        kind: As `kl_estimate`.
+        kl_coef: The KL coefficient, at least 0, in units of reward for each nat.
+        kind: Estimator of the KL, as in `kl_estimate`.
 
     Returns:
-        0 on padding. An answer without tokens gets nothing.
+        Rewards, 0 on padding. An answer without tokens gets no score.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, Eq. 2.
     """
@@ -87,7 +95,7 @@ def kl_penalty_rewards(
 
 
 class Advantages(NamedTuple):
-    """What GAE gives: advantages, and returns = advantages + values. 0 on padding."""
+    """Advantages, and returns = advantages + values; both 0 on padding."""
 
     advantages: Tokens
     returns: Tokens
@@ -99,11 +107,12 @@ def gae(
     """Generalised advantage estimation; the value after the last answer token is 0.
 
     Args:
-        rewards: Of each token.
-        values: V(state before token t).
-        mask: Answer tokens, contiguous.
-        gamma: Discount, 0..1.
-        gae_lambda: 1: return minus value, no bias; 0: one-step error, little variance.
+        rewards: Reward of each token.
+        values: Value of the state before each token.
+        mask: Answer tokens, contiguous from the first position.
+        gamma: Discount of later rewards, 0 to 1.
+        gae_lambda: 0 to 1. At 1 the advantage is return minus value, without bias; at 0 it is the
+            one-step error, with little variance.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, Eq. 16.
     """
@@ -121,7 +130,7 @@ def gae(
 
 
 class ClippedLoss(NamedTuple):
-    """A mean loss over answer tokens, and the share of tokens on which the clip acted."""
+    """Mean loss over answer tokens, and the share of tokens where the clip was active."""
 
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
@@ -133,11 +142,11 @@ def clipped_policy_loss(
     """PPO's clipped surrogate, as a loss.
 
     Args:
-        logps: Under the policy being updated.
-        old_logps: Under the policy that sampled.
-        advantages: Of each token, detached.
+        logps: Log-probabilities under the policy that is updated, in nats.
+        old_logps: Log-probabilities under the policy that sampled, in nats.
+        advantages: Advantage of each token, detached.
         mask: Answer tokens.
-        clip_range: How far the probability ratio may profit from moving, such as 0.2.
+        clip_range: How far from 1 the probability ratio can go before the gain stops, such as 0.2.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
     """
@@ -151,16 +160,18 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values: Tokens, old_values: Tokens, returns: Tokens, mask: Mask, *, value_clip_range: float
 ) -> ClippedLoss:
-    """Half the squared error of the values, which may not move further than the clip range.
+    """Half the squared error of the values, or of clipped values where that is larger.
 
     Args:
-        values: Of the model being updated.
-        old_values: At rollout.
-        returns: What they should be.
+        values: Values of the model that is updated.
+        old_values: Values at the time of the rollout.
+        returns: Targets.
         mask: Answer tokens.
-        value_clip_range: In units of reward; 0 for no clip.
+        value_clip_range: Furthest a value is moved from its old one, in units of reward; 0 for no
+            clip.
 
-    Source: Ouyang et al. 2022 (arXiv:2203.02155) and their predecessors' code.
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), in the code published with it; the clip is from
+    OpenAI Baselines' ppo2.
     """
     plain = (values - returns) ** 2
     if value_clip_range <= 0:
@@ -172,19 +183,39 @@ def clipped_value_loss(
 
 
 def approx_kl(logps: Tokens, old_logps: Tokens, mask: Mask) -> Float[Tensor, ""]:
-    """Mean k3 estimate of the KL between the policy and the one that sampled, in nats a token."""
+    """Mean k3 estimate of the KL from the policy that sampled to the current one, in nats a token.
+
+    Args:
+        logps: Log-probabilities under the current policy, in nats.
+        old_logps: Log-probabilities under the policy that sampled, in nats.
+        mask: Answer tokens.
+    """
     return masked_mean(kl_estimate(old_logps, logps, kind="k3"), mask).detach()
 
 
 def explained_variance(values: Tokens, returns: Tokens, mask: Mask) -> float:
-    """1 - Var(returns - values) / Var(returns) over answer tokens; NaN if returns do not vary."""
-    kept_returns, error = returns[mask], (returns - values)[mask]
-    variance = kept_returns.var(unbiased=False).item()
+    """1 - Var(returns - values) / Var(returns) over answer tokens.
+
+    Args:
+        values: Values at the time of the rollout.
+        returns: Returns of the rollout.
+        mask: Answer tokens.
+
+    Returns:
+        1 for exact values, 0 for values no better than a constant; NaN if all returns are equal.
+    """
+    error = (returns - values)[mask]
+    variance = returns[mask].var(unbiased=False).item()
     return 1 - error.var(unbiased=False).item() / variance if variance > 0 else float("nan")
 
 
 class KLController:
-    """The KL price: fixed, or steered so that the measured KL nears a target.
+    """The KL coefficient: fixed, or steered so that the measured KL approaches a target.
+
+    Args:
+        kl_coef: The coefficient at the start, in units of reward for each nat.
+        target: Mean KL of an answer to steer to, in nats; 0 keeps the coefficient fixed.
+        horizon: Number of answers over which the steering acts.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
@@ -193,15 +224,15 @@ class KLController:
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Steer by the mean KL of an answer, in nats, seen over `num_samples` answers."""
+        """Steer by the mean KL of an answer, `kl` in nats, measured over `num_samples` answers."""
         if self.target > 0:
             error = max(-0.2, min(0.2, kl / self.target - 1))
             self.kl_coef *= 1 + error * num_samples / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """The inverse of `state_dict`."""
+        """Load `state_dict`."""
         self.kl_coef = state["kl_coef"]

@@ -17,11 +17,12 @@ def bradley_terry_loss(
     """Negative log-likelihood of each preference.
 
     Args:
-        chosen_scores: Score of the preferred answer, unitless.
-        rejected_scores: Score of the other.
-        center_coef: Weight of the squared mean score, which pins the scale's zero; 0 for none.
-        seed_form: The original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient dies where the
-            model is most wrong: at d = -20 it is -0.0002, where logsigmoid's is -1.
+        chosen_scores: Score of the preferred answer, no unit.
+        rejected_scores: Score of the other answer.
+        center_coef: Weight of the squared sum of both scores, which keeps scores around 0; 0 for
+            none.
+        seed_form: Use the original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient vanishes where
+            the model is most wrong: at d = -20 it is -0.0002, while logsigmoid's is -1.
 
     Returns:
         Loss of each pair in nats, not reduced.

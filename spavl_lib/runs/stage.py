@@ -34,6 +34,10 @@ def allowed_changes() -> tuple[str, ...]:
     return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
+# Short trainings with other settings, beside a stage's own; "contrast" in older runs.
+VARIANT_FOLDERS = ("variants", "contrast")
+
+
 class Stage:
     """The folder of one stage of a run."""
 
@@ -57,7 +61,7 @@ class Stage:
             "source.diff",
             "status.json",
             "figures",
-            "contrast",
+            *VARIANT_FOLDERS,
         }
         notebooks = {"executed.ipynb", "failed.ipynb"}
         return any(

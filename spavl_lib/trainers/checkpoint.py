@@ -1,8 +1,8 @@
 """One checkpoint writer and one reader for every trainer.
 
-A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. It is written aside,
-flushed, sealed with a manifest of sizes and hashes, and renamed into place; so a folder under that
-name is whole, or its manifest says what is not.
+A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. It is written under a
+temporary name, flushed, sealed with a manifest of sizes and hashes, and renamed. So a folder with
+that name is whole, or differs from its manifest.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hex digest over sorted (name, dtype, shape, bytes); what "equal weights" means here."""
+    """Hex digest over sorted (name, dtype, shape, bytes): weights are equal if it is equal."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -57,17 +57,17 @@ def save_checkpoint(
     keep: int = 2,
     texts: dict[str, str] | None = None,
 ) -> Path:
-    """Write `folder/step-N` whole or not at all, then drop all but the newest `keep`.
+    """Write `folder/step-N` whole or not at all, then remove all but the newest `keep`.
 
-    Several processes call this together. The main one's files are the checkpoint; the others add
-    what they alone hold (`tensors`, `state`) under names with their rank.
+    All processes call this together. The main process writes the checkpoint; the others add what
+    only they hold (`tensors`, `state`) under names with their rank.
 
     Args:
         folder: The stage's `checkpoints/`.
-        step: Finished optimizer steps.
+        step: Number of finished optimizer steps.
         tensors: File stem -> name -> tensor.
-        state: Anything JSON holds.
-        keep: Whole checkpoints to keep.
+        state: JSON values.
+        keep: Number of checkpoints to keep.
         texts: Further files, name -> content.
 
     Returns:
@@ -97,13 +97,13 @@ def save_checkpoint(
 
 
 def _rank_name(name: str, rank: int) -> str:
-    """`optimizer.safetensors` of process 3 is `optimizer.rank-0003.safetensors`."""
+    """The file name of a rank: 3 writes `optimizer.rank-0003.safetensors`, 0 the plain name."""
     stem, _, suffix = name.rpartition(".")
     return name if rank == 0 else f"{stem}.rank-{rank:04d}.{suffix}"
 
 
 def _alone(value: Tensor) -> Tensor:
-    """A tensor that is the whole of its memory, copied only if it shares it with others."""
+    """A tensor that fills its storage; a copy if it is a view of a larger one."""
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if whole else value.clone()
 
@@ -113,10 +113,10 @@ def _write_files(
 ) -> None:
     written = []
     for stem, named in tensors.items():
-        own = {k: _alone(v.detach().cpu().contiguous()) for k, v in named.items()}
+        copies = {k: _alone(v.detach().cpu().contiguous()) for k, v in named.items()}
         written.append(aside / _rank_name(f"{stem}.safetensors", rank))
-        save_file(own, written[-1])
-        del own
+        save_file(copies, written[-1])
+        del copies
     for name, text in texts.items():
         written.append(aside / _rank_name(name, rank))
         written[-1].write_text(text, encoding="utf-8")
@@ -150,20 +150,20 @@ def _write_whole(
 
 
 def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
-    """Before the first step: do the checkpoints that will be kept, and the one aside, fit?
+    """Raise before the first step if the disk has no room for the checkpoints.
 
     Args:
-        folder: The stage's `checkpoints/`; what lies there counts as room.
-        model: Its trainable values are written with two moments each in fp32.
-        keep: Whole checkpoints kept.
+        folder: The stage's `checkpoints/`; what it holds already counts as free.
+        model: Model whose trainable values are written, each with two fp32 moments (8 bytes).
+        keep: Number of checkpoints that are kept; one more is written beside them.
 
     Raises:
         DiskError: Says how many bytes are needed and free.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     one = sum(zero_parameters.numel(p) * (p.element_size() + 8) for p in trained) + 2**16
-    there = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-    needed = max(0, (keep + 1) * one - there)
+    present = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    needed = max(0, (keep + 1) * one - present)
     free = shutil.disk_usage(existing_parent(folder)).free
     if free < needed:
         raise DiskError(
@@ -173,12 +173,13 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: -int(p.name[5:]))
+    """Folders of checkpoints, newest first."""
+    checkpoints = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    return sorted(checkpoints, key=lambda p: -int(p.name[5:]))
 
 
 def problem_with(checkpoint: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, naming the file; None if it is whole."""
+    """What is wrong with a checkpoint, naming the file; None if it is whole."""
     torn = f"{checkpoint / MANIFEST} is missing or torn"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -198,7 +199,7 @@ def problem_with(checkpoint: Path) -> str | None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, and what was wrong with any newer one."""
+    """The newest whole checkpoint, None if there is none, and the problems of newer ones."""
     skipped = []
     for checkpoint in _steps(folder):
         problem = problem_with(checkpoint)
@@ -217,12 +218,12 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor]:
-    """One tensor file of a checkpoint; with a rank, what that process wrote."""
+    """Load a tensor file of a checkpoint, as the process `rank` wrote it."""
     return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
 
 
 def load_state(checkpoint: Path, rank: int = 0) -> dict:
-    """The JSON state of a checkpoint; with a rank, what that process wrote, empty if it did not."""
+    """Load the JSON state of a checkpoint; empty if the process `rank` wrote none."""
     path = checkpoint / _rank_name("state.json", rank)
     if rank and not path.is_file():
         return {}
@@ -230,47 +231,59 @@ def load_state(checkpoint: Path, rank: int = 0) -> dict:
 
 
 def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
-    """A share of an optimizer fits the engine and the number of processes it was written by.
+    """Check that the optimizer state was written by the same engine in as many processes.
+
+    Args:
+        checkpoint: The checkpoint, for the message.
+        stored: How the checkpoint's optimizer state is held, such as "by zero2 in 2 processes".
+        now: How this run holds it.
 
     Raises:
-        InputError: They are others now.
+        InputError: They differ.
     """
     if stored != now:
         raise InputError(
-            f"{checkpoint} holds the optimizer {stored}, this run {now}: "
-            "go on with the same launch settings, or delete the checkpoints"
+            f"{checkpoint} holds the optimizer state {stored}, but this run holds it {now}; use "
+            "the launch settings that the run started with, or delete the checkpoints"
         )
 
 
-# --- what goes in -------------------------------------------------------------------------------
+# --- what a checkpoint holds --------------------------------------------------------------------
 
 
 def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters that train, by name; whole, for the main process, where they are shared out."""
+    """Trainable parameters by name; under ZeRO-3 whole tensors in the main process only."""
     return zero_parameters.whole({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
 def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Put back every trainable parameter, strictly.
+    """Load every trainable parameter.
+
+    Args:
+        model: The model to load into.
+        tensors: Tensors by parameter name.
+        source: The checkpoint, for the message.
 
     Raises:
         InputError: A name is missing or unexpected, or a shape differs.
     """
-    own = trainable_tensors(model)
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    shapes = [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+    current = trainable_tensors(model)
+    missing = sorted(current.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - current.keys())
+    shapes = [k for k in current.keys() & tensors.keys() if current[k].shape != tensors[k].shape]
     if missing or extra or shapes:
         raise InputError(
             f"{source} does not fit the model: {len(missing)} missing {missing[:3]}, "
-            f"{len(extra)} unexpected {extra[:3]}, {len(shapes)} of another shape {shapes[:3]}"
+            f"{len(extra)} unexpected {extra[:3]}, {len(shapes)} of another shape {shapes[:3]}; "
+            "use another run_name, or delete the checkpoints"
         )
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in current.items():
             value.copy_(tensors[name])
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as named tensors and JSON: no pickle."""
+    """An optimizer's state as named tensors and JSON values, so that no pickle is needed."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, slots in state["state"].items():
@@ -285,7 +298,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def load_optimizer(
     optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict
 ) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """Load an optimizer's state.
+
+    Args:
+        optimizer: The optimizer to load into.
+        tensors: Tensors of `optimizer_tensors`.
+        plain: JSON values of `optimizer_tensors`.
+    """
     slots: dict[int, dict] = {}
     for name, value in [*tensors.items(), *plain["slots"].items()]:
         index, key = name.split(".", 1)
@@ -294,7 +313,7 @@ def load_optimizer(
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:
-    """Every generator's state: torch (CPU, and CUDA where there is one), numpy, python."""
+    """States of all random generators, as tensors and JSON: torch, CUDA, numpy and Python."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -318,7 +337,7 @@ def restore_rng(checkpoint: Path) -> None:
 
 
 def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
-    """The inverse of `rng_state`."""
+    """Restore the generators from `rng_state`."""
     torch.set_rng_state(tensors["torch"])
     cuda = [v for k, v in sorted(tensors.items()) if k.startswith("cuda.")]
     if cuda and torch.cuda.is_available():

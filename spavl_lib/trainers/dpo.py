@@ -2,8 +2,8 @@
 
     spavl train dpo --profile demo
 
-trl computes the losses. Ours are the batch (BOS, EOS, one image slot), what trains, checkpoints
-that resume exactly, and the checks of the first steps.
+trl computes the losses. Ours are the batch (BOS, EOS, one image slot), the choice of trainable
+parameters, checkpoints that resume exactly, and the checks of the first steps.
 """
 
 import contextlib
@@ -59,17 +59,20 @@ LOGGED = (
 
 
 class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
-    """trl's trainer with our checkpoints, and gates before every update."""
+    """trl's trainer with our checkpoints, and checks before every update."""
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """trl's loss; one that is no number ends the run."""
+        """trl's loss; raises if it is NaN or infinite."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
 
 
 def check_reference(logs: dict) -> None:
-    """At the first step nothing was updated: policy and reference must be the same model.
+    """Check at step 1, before any update, that policy and reference are the same model.
+
+    Args:
+        logs: Logged values of step 1; rewards are beta times log-ratios, so all must be 0.
 
     Raises:
         AssertionError: They differ: dropout is on, or the reference is not the base.
@@ -77,7 +80,10 @@ def check_reference(logs: dict) -> None:
     tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         if abs(float(logs[key])) > tolerance:
-            raise AssertionError(f"step 1: {key} = {logs[key]}, but the policy has not moved yet")
+            raise AssertionError(
+                f"step 1: {key} = {logs[key]}, but it must be 0 before the first update; is "
+                "dropout on, or is the reference another model?"
+            )
 
 
 @stage_maker("dpo", inputs=training_inputs, polls_stop=True)
@@ -86,17 +92,17 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 
     Args:
         config: Uses `data`, `model`, `dpo` and `seed`.
-        stage: Where it goes; resumes from its newest whole checkpoint.
+        stage: Stage to write into. Training resumes from its newest whole checkpoint.
         flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Something with `update(rows)`, such as `plotting.LivePlot`.
+        live: Object with `update(rows)`, such as `plotting.LivePlot`.
 
     Returns:
         The stage's summary.
 
     Raises:
         InputError: Bad data, model or settings.
-        NonFiniteError: A loss or gradient is no number.
-        Preempted: Asked to stop; the same call goes on.
+        NonFiniteError: A loss or gradient is NaN or infinite.
+        Preempted: Asked to stop; the same call continues.
     """
     quiet_libraries()
     with group.main_first():
@@ -138,7 +144,18 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset, held_out: Dataset
 ) -> CheckedDPOTrainer:
-    """trl's trainer over our collator; the reference is the base with adapters off, or a copy."""
+    """Build trl's trainer over our collator.
+
+    Args:
+        config: Config of the run.
+        stage: Stage to write into.
+        processor: Processor of the model.
+        train_rows: Preference rows to train on.
+        held_out: Preference rows to evaluate on.
+
+    Returns:
+        The trainer. With LoRA its reference is the base with the adapters off, else a frozen copy.
+    """
     dpo = config.dpo
     arguments = TRLConfig(
         **common_arguments("dpo", config, stage),
@@ -146,7 +163,8 @@ def build_trainer(
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
-        max_length=None,  # cutting could take image tokens or the EOS; the collator refuses instead
+        # Truncation could drop image tokens or the EOS; the collator refuses long rows instead.
+        max_length=None,
         gradient_checkpointing=config.model.gradient_checkpointing,
         eval_strategy="steps" if dpo.eval_steps else "no",
         eval_steps=dpo.eval_steps or None,
@@ -155,8 +173,8 @@ def build_trainer(
     lora = config.model.with_lora
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
-        # fp32 masters: in half precision small updates round to nothing. Autocast does the rest.
-        if config.launch.engine == "ddp":  # DeepSpeed keeps masters of its own
+        # fp32 master weights: in half precision, small updates are rounded away.
+        if config.launch.engine == "ddp":  # DeepSpeed keeps its own master weights
             policy = policy.float()
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
@@ -184,7 +202,14 @@ def build_trainer(
 def use_cached_reference(
     trainer: CheckedDPOTrainer, config: Config, stage: Stage, processor: ProcessorMixin
 ) -> None:
-    """Give every row the reference's log-probs, from the file beside the runs or into it."""
+    """Add the reference's log-probabilities to every row, from the cache file beside the runs.
+
+    Args:
+        trainer: The trainer whose rows they are added to. It no longer needs its reference.
+        config: Config of the run.
+        stage: Stage that is trained; the cache is beside its run.
+        processor: Processor of the model.
+    """
     folder, size = stage.run.path.parent / "reference_logps", config.dpo.per_device_batch_size
     for split in ("train_dataset", "eval_dataset"):
         rows = getattr(trainer, split)
@@ -192,13 +217,24 @@ def use_cached_reference(
         key = cache_key(config, processor, rows)
         setattr(trainer, split, with_reference(trainer, rows, folder, key, size, desc))
     trainer.precompute_ref_logps = True
-    trainer.ref_model = None  # nothing asks it any more
+    trainer.ref_model = None  # free its memory
 
 
 def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
-    """Write `model/`: a PEFT adapter or a whole model, processor and card, as safetensors."""
+    """Write `model/`: a PEFT adapter or a whole model as safetensors, its processor and its card.
+
+    Args:
+        model: The trained policy.
+        processor: Its processor.
+        stage: Stage to write into.
+        config: Config of the run.
+        card: Text of the model card.
+
+    Returns:
+        The folder.
+    """
     target, state = stage.path / "model", zero_parameters.for_saving(model)
     if not machine.is_main():
         return target

@@ -1,8 +1,8 @@
-"""What a hand-written training loop does alike in one process and in several.
+"""Engines: backward pass, clipping, optimizer step and checkpoints of a hand-written loop.
 
-One loop, three engines: a process holds everything (alone, or in step with others that hold the
-same), or DeepSpeed shares out optimizer state and gradients (ZeRO-2) and parameters too (ZeRO-3).
-A loop that goes through this takes the same optimizer steps under each.
+`Engine` holds everything in every process, whether there is one or several. `ZeroEngine` lets
+DeepSpeed shard optimizer state and gradients (ZeRO-2), and parameters too (ZeRO-3). A loop takes
+the same optimizer steps with each of them.
 """
 
 import contextlib
@@ -31,26 +31,33 @@ Groups = dict[str, list[nn.Parameter]]
 def build_engine(
     model: nn.Module, groups: Groups, optimizer: torch.optim.Optimizer, launch: LaunchConfig
 ) -> "Engine":
-    """The engine that was asked for.
+    """Build the engine that `launch.engine` names.
 
     Args:
-        model: Every parameter that is used, trained or not.
-        groups: The parameters that are clipped together, by name.
-        optimizer: Over the groups, in this order.
-        launch: Which engine, in how many processes.
+        model: Module that holds every parameter in use, trained or not.
+        groups: Parameters that are clipped together, by the group's name.
+        optimizer: Optimizer over the groups, in this order.
+        launch: Engine and number of processes.
 
     Raises:
-        RuntimeError: Another number of processes runs than was asked for.
+        RuntimeError: The number of running processes is not `launch.num_processes`.
     """
     kind = Engine if launch.engine == "ddp" else ZeroEngine
     return kind(model, groups, optimizer, launch)
 
 
 class Engine:
-    """Every process holds everything; gradients are summed over the processes before a step."""
+    """Every process holds all tensors; gradients are summed over the processes before a step.
+
+    Args:
+        model: As `build_engine`.
+        groups: As `build_engine`.
+        optimizer: As `build_engine`.
+        launch: As `build_engine`.
+    """
 
     lockstep = False
-    """Whether a forward is a matter of all processes: parameters come in pieces."""
+    """Whether all processes must call the model together, because its parameters are sharded."""
 
     def __init__(
         self,
@@ -68,35 +75,35 @@ class Engine:
         size = group.get_world_size() if group.is_initialized() else 1
         if not size == machine.world_size() == launch.num_processes:
             raise RuntimeError(
-                f"asked for {launch.num_processes} processes, got {size}: a trainer of several is "
-                "made by `launch.train`, which starts them"
+                f"asked for {launch.num_processes} processes, got {size}; call `pipeline.train`, "
+                "which starts them"
             )
         return {"engine": "ddp" if size > 1 else "none", "world_size": size}
 
     @property
     def sharing(self) -> str:
-        """How the optimizer's state is held: whole in every process, or in shares."""
+        """How the optimizer's state is held: `whole` in every process, or sharded."""
         return "whole"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, for a backward pass."""
+        """The model's forward pass, for a backward pass."""
         return self.model(*args, **kwargs)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Within it every process may call the model by itself, without gradients."""
+        """Inside this block every process may call the model alone, without gradients."""
         yield
 
     def zero_grad(self) -> None:
-        """Before a step's first backward pass."""
+        """Clear the gradients, before a step's first backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of this process's share of a step's loss.
+        """Add the gradient of a part of the step's loss.
 
         Args:
-            loss: Summed over shares and processes it is the step's.
-            last: Whether the step's last one.
+            loss: The part (). All parts, over all processes, add up to the step's loss.
+            last: Whether this is the step's last part in this process.
         """
         self.scaler.scale(loss).backward()
 
@@ -104,19 +111,19 @@ class Engine:
         """Check, clip and apply the gradients.
 
         Args:
-            max_norm: Of each group's gradient.
-            number: The step, for messages.
-            row_ids: Its rows, for messages.
+            max_norm: Largest norm of each group's gradient.
+            number: Number of the step, for messages.
+            row_ids: Rows of the step, for messages.
 
         Returns:
-            Each group's norm before clipping.
+            Norm of each group's gradient before clipping.
 
         Raises:
-            NonFiniteError: A gradient is no number; nothing was updated.
+            NonFiniteError: A gradient is NaN or infinite; nothing was updated.
         """
         self._sum()
         self.scaler.unscale_(self.optimizer)
-        if not self.scaler.is_enabled():  # one that looks for its scale skips such steps itself
+        if not self.scaler.is_enabled():  # while it searches its scale, the scaler skips such steps
             gate_gradients(self.model, number, list(row_ids))
         norms = {
             name: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
@@ -127,21 +134,21 @@ class Engine:
         return norms
 
     def _sum(self) -> None:
-        """Over the processes, one tensor a group; where a process has none, it is zero."""
+        """Sum the gradients over the processes, a group at a time; a missing gradient is zero."""
         if machine.world_size() == 1:
             return
         for parameters in self.groups.values():
-            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            total = group.sum_of(torch.cat([part.reshape(-1) for part in parts]))
-            for parameter, part in zip(
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            total = group.sum_of(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            for parameter, summed in zip(
                 parameters, total.split([p.numel() for p in parameters]), strict=True
             ):
-                parameter.grad = part.view_as(parameter).to(parameter.dtype, copy=True)
+                parameter.grad = summed.view_as(parameter).to(parameter.dtype, copy=True)
 
     # --- checkpoints --------------------------------------------------------------------------
 
     def tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """What a checkpoint holds of weights and optimizer; of this process, where shared out."""
+        """Weights and optimizer state for a checkpoint; only what this process has to write."""
         optimizer, plain = optimizer_share(self.optimizer)
         tensors = {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer}
         if not machine.is_main():
@@ -149,10 +156,14 @@ class Engine:
         return tensors, {"optimizer": plain, "scaler": self.scaler.state_dict()}
 
     def load(self, source: Any, state: dict) -> None:
-        """The inverse of `tensors`, strictly.
+        """Load a checkpoint.
+
+        Args:
+            source: The checkpoint.
+            state: Its JSON state.
 
         Raises:
-            InputError: Another model's.
+            InputError: It does not fit the model.
         """
         ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
         ckpt.load_optimizer(
@@ -162,10 +173,16 @@ class Engine:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's ZeRO, with a step of our own: two groups clipped apart, several backward passes.
+    """DeepSpeed's ZeRO with a step of our own: groups are clipped apart, after several backwards.
 
-    The boundary of accumulation is set false for all passes but the last, so that one step follows
-    however many forwards and backwards, of whichever adapter.
+    DeepSpeed's boundary of gradient accumulation is set at the last backward pass only, so that one
+    optimizer step follows any number of passes through any adapter.
+
+    Args:
+        model: As `build_engine`.
+        groups: As `build_engine`.
+        optimizer: As `build_engine`.
+        launch: As `build_engine`.
     """
 
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
@@ -175,7 +192,7 @@ class ZeroEngine(Engine):
         settings["bf16"]["enabled"] = compute_dtype() == torch.bfloat16
         settings["fp16"]["enabled"] = compute_dtype() == torch.float16
         settings |= {
-            "gradient_clipping": 0.0,  # by group, in `step`
+            "gradient_clipping": 0.0,  # `step` clips each group
             "gradient_accumulation_steps": 1,
             "train_micro_batch_size_per_gpu": 1,
             "train_batch_size": launch.num_processes,
@@ -199,7 +216,7 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """ZeRO-3's parameters gathered, and its hooks off: processes go their own ways."""
+        """Gather ZeRO-3's parameters and remove its hooks inside this block."""
         if self.name != "zero3":
             yield
             return
@@ -216,27 +233,44 @@ class ZeroEngine(Engine):
         """As `Engine.zero_grad`."""
         self.engine.zero_grad()
         if self.lockstep:
-            # ZeRO-3 overwrites its gradients in a step's first backward pass and adds in later
-            # ones: an adapter that comes second would be added to its gradient of the last step.
+            # In a step's first backward pass ZeRO-3 overwrites gradients, later it adds to them. So
+            # the second adapter's gradient would be added to that of the previous step.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """As `Engine.backward`; DeepSpeed takes the mean over processes, not the sum."""
+        """As `Engine.backward`, times the processes: DeepSpeed takes their mean, not the sum.
+
+        Args:
+            loss: As `Engine.backward`.
+            last: As `Engine.backward`.
+        """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * machine.world_size())
 
     def step(self, max_norm: float, number: int, row_ids: Sequence[str]) -> dict[str, float]:
-        """As `Engine.step`."""
+        """As `Engine.step`.
+
+        Args:
+            max_norm: As `Engine.step`.
+            number: As `Engine.step`.
+            row_ids: As `Engine.step`.
+
+        Returns:
+            Norm of each group's gradient before clipping.
+
+        Raises:
+            NonFiniteError: A gradient is NaN or infinite; nothing was updated.
+        """
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
-        norms, scaled = {}, self.engine.optimizer.loss_scale  # 1 but in fp16
+        norms, loss_scale = {}, self.engine.optimizer.loss_scale  # 1 except in fp16
         for name, parameters in self.groups.items():
             squares = 0.0
             for parameter in parameters:
                 gradient = safe_get_full_grad(parameter)
                 if gradient is not None:
                     squares += gradient.float().square().sum().item()
-            norms[name] = math.sqrt(squares) / scaled if math.isfinite(squares) else squares
+            norms[name] = math.sqrt(squares) / loss_scale if math.isfinite(squares) else squares
             scale = max_norm / (norms[name] + 1e-6)  # as torch's clip_grad_norm_
             if scale < 1:
                 for parameter in parameters:
@@ -259,6 +293,6 @@ class ZeroEngine(Engine):
         return tensors, {"optimizer": plain, "scaler": {}}
 
     def load(self, source: Any, state: dict) -> None:
-        """As `Engine.load`; the weights come back through the optimizer's masters."""
+        """As `Engine.load`; the weights are restored from the optimizer's master weights."""
         share = ckpt.load_tensors(source, "optimizer", machine.rank())
         load_optimizer_share(self.engine.optimizer, share, state["optimizer"])

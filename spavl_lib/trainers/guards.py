@@ -1,6 +1,6 @@
-"""What every trainer does to lose nothing and to be silently wrong about nothing.
+"""Sanity checks that every trainer runs: finite numbers, right masks, the right parameters moving.
 
-A gate that lets no NaN through, and the checks of the first steps.
+`gate_` functions raise on NaN or infinity before anything is updated or saved.
 """
 
 import unicodedata
@@ -16,7 +16,12 @@ from spavl_lib.errors import NonFiniteError
 
 
 def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
-    """Refuse a loss that is no number, before anything is updated.
+    """Raise if the loss is NaN or infinite, before the optimizer step.
+
+    Args:
+        loss: The loss ().
+        step: Number of the step, for the message.
+        row_ids: Rows of the batch, for the message.
 
     Raises:
         NonFiniteError: Names step and rows.
@@ -29,7 +34,12 @@ def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
 
 
 def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
-    """Refuse gradients that are no numbers, before the optimizer step.
+    """Raise if a gradient is NaN or infinite, before the optimizer step.
+
+    Args:
+        model: The model whose gradients are checked.
+        step: Number of the step, for the message.
+        row_ids: Rows of the batch, for the message.
 
     Raises:
         NonFiniteError: Names step, tensors and rows.
@@ -47,7 +57,12 @@ def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
 
 
 def gate_weights(named: dict[str, Tensor], step: int, row_ids: list[str]) -> None:
-    """Refuse to save weights that are no numbers: the last update may have made them so.
+    """Raise if a weight is NaN or infinite after the last update, before it is saved.
+
+    Args:
+        named: Weights by name.
+        step: Number of the step, for the message.
+        row_ids: Rows of the last batch, for the message.
 
     Raises:
         NonFiniteError: Names step, tensors and rows.
@@ -68,6 +83,12 @@ def check_batch(
 ) -> None:
     """Read a collated batch of pairs back and compare it with its rows.
 
+    Args:
+        batch: Tensors of a collator, chosen rows first: ids and masks (2 pairs, seq).
+        rows: The preference rows of the batch (pairs).
+        processor: Processor that the collator uses.
+        image_token_id: Id of an image slot, None if the model has none.
+
     Raises:
         AssertionError: A mask does not cover exactly answer and EOS; BOS is doubled or missing;
             image slots are missing.
@@ -79,36 +100,43 @@ def check_batch(
     for i, expected in enumerate(answers):
         ids = batch["input_ids"][i]
         mask = batch["completion_mask"][i].bool()
-        kept = ids[batch["attention_mask"][i].bool()].tolist()
+        real = ids[batch["attention_mask"][i].bool()].tolist()
         scored = ids[mask].tolist()
-        # Some tokenizers compose letters; that loses nothing.
-        said = unicodedata.normalize("NFC", tokenizer.decode(scored[:-1])).strip()
-        if said != unicodedata.normalize("NFC", neutralise(expected, processor)).strip():
-            raise AssertionError(f"row {i}: mask covers {said!r}, expected {expected!r}")
+        # Some tokenizers compose Unicode characters, which changes nothing that is read.
+        text = unicodedata.normalize("NFC", tokenizer.decode(scored[:-1])).strip()
+        if text != unicodedata.normalize("NFC", neutralise(expected, processor)).strip():
+            raise AssertionError(f"row {i}: the mask covers {text!r}, expected {expected!r}")
         if scored[-1] != tokenizer.eos_token_id or scored.count(tokenizer.eos_token_id) != 1:
             raise AssertionError(f"row {i}: the answer does not end in exactly one EOS")
         bos = tokenizer.bos_token_id
-        if bos is not None and (kept[0] != bos or kept.count(bos) != 1):
-            raise AssertionError(f"row {i}: {kept.count(bos)} BOS, expected one at the start")
+        if bos is not None and (real[0] != bos or real.count(bos) != 1):
+            raise AssertionError(f"row {i}: {real.count(bos)} BOS, expected one at the start")
         has_image = rows[i % len(rows)].get("image") is not None
-        slots = kept.count(image_token_id)
+        slots = real.count(image_token_id)
         if image_token_id is not None and has_image != (slots > 0):
-            raise AssertionError(f"row {i}: image {has_image}, image tokens {not has_image}")
+            raise AssertionError(
+                f"row {i}: it has {'an' if has_image else 'no'} image, but {slots} image tokens"
+            )
         if image_token_id is not None and slots != expected_slots[i % len(rows)]:
             raise AssertionError(
-                f"row {i}: {slots} image tokens, its prompt alone has "
+                f"row {i}: {slots} image tokens, but its prompt alone has "
                 f"{expected_slots[i % len(rows)]}"
             )
 
 
 class Movement:
-    """Which parameters moved since the start: all that train should, none that are frozen."""
+    """Checks which parameters moved since the start: all that train must, none that are frozen.
+
+    Args:
+        model: The model at the start.
+    """
 
     def __init__(self, model: nn.Module):
-        self.start = {n: self._mark(p) for n, p in model.named_parameters()}
+        self.start = {n: self._fingerprint(p) for n, p in model.named_parameters()}
 
     @staticmethod
-    def _mark(parameter: Tensor) -> tuple[float, float]:
+    def _fingerprint(parameter: Tensor) -> tuple[float, float]:
+        """Sum and sum of squares of this process's shard, in fp64."""
         value = zero_parameters.shard(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
@@ -116,14 +144,14 @@ class Movement:
         return (float(value.sum()), float((value * value).sum()))
 
     def check(self, model: nn.Module) -> None:
-        """Compare with the start.
+        """Compare the model with the start.
 
         Raises:
             AssertionError: Names a frozen parameter that moved or a trained one that did not.
         """
         moved, still = [], []
-        changes = [self._mark(p) != self.start[n] for n, p in model.named_parameters()]
-        # Where processes hold pieces, a piece may stand still.
+        changes = [self._fingerprint(p) != self.start[n] for n, p in model.named_parameters()]
+        # Under ZeRO-3 one process's shard may be unchanged while another's moved.
         anywhere = group.any_of_each(torch.tensor(changes)).tolist()
         for (name, parameter), changed in zip(model.named_parameters(), anywhere, strict=True):
             if changed and not parameter.requires_grad:
@@ -131,4 +159,7 @@ class Movement:
             if parameter.requires_grad and not changed:
                 still.append(name)
         if moved or still:
-            raise AssertionError(f"frozen but moved: {moved[:5]}; trains but still: {still[:5]}")
+            raise AssertionError(
+                f"frozen parameters that moved: {moved[:5]}; trained parameters that did not: "
+                f"{still[:5]}"
+            )

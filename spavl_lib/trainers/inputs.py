@@ -1,4 +1,4 @@
-"""What a training reads besides its settings, and which rows it saw."""
+"""The inputs of a training besides its settings: data, model, precision, reward model."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from spavl_lib.runs.stage import Stage
 
 
 def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """Name -> hash or value of what a training on preference pairs depends on besides its settings.
+    """Name -> hash or value of all that a training depends on besides its settings.
 
-    A run is resumed, and a complete one reused, only if all of them are the same.
+    A run is resumed, and a complete one reused, only if all of them are unchanged.
 
     Args:
         config: Uses `model` and `data`.
-        stage: The stage that is trained; any will do.
+        stage: Not used; every `inputs` function of `@stage_maker` takes it.
     """
     return {
         **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
@@ -44,27 +44,27 @@ def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def reward_folder(named: str, stage: Stage) -> Path:
-    """The reward model a stage trains against.
+    """The folder of the reward model that a stage trains against.
 
     Args:
-        named: The setting `reward_model`; this run's own if empty.
-        stage: Whose.
+        named: The setting `reward_model`; empty for this run's own reward model.
+        stage: Stage that is trained.
 
     Raises:
-        InputError: There is none yet.
+        InputError: This run's reward model is not complete.
     """
     if named:
         return Path(named).expanduser()
     reward, run = stage.run.stage("reward"), stage.run
     if not reward.done:
         raise InputError(
-            f"{reward.path} is not finished: {stage.name} needs a reward model "
-            f"(spavl train reward --profile {run.config.profile} --run-name {run.name}), "
-            f"or name one with {stage.name}.reward_model"
+            f"{stage.name} needs a reward model, and {reward.path} is not complete; run "
+            f"spavl train reward --profile {run.config.profile} --run-name {run.name}, or set "
+            f"{stage.name}.reward_model to a folder"
         )
     return reward.path / "model"
 
 
 def note_rows(stage: Stage, **splits: Dataset) -> None:
-    """Write down in the manifest what rows a training sees."""
+    """Write the digests of the rows that a training uses into the manifest."""
     stage.note(data={name: row_digests(rows) for name, rows in splits.items()})

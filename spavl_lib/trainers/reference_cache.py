@@ -1,7 +1,7 @@
-"""The reference's log-probabilities of every pair, computed once and kept beside the runs.
+"""The reference's log-probabilities of every pair, computed once and stored beside the runs.
 
-trl refuses this for images by its flag, yet takes `ref_chosen_logps` and `ref_rejected_logps` from
-the collator once `precompute_ref_logps` is set on the trainer.
+trl's own flag for this does not support images. But once `precompute_ref_logps` is set on the
+trainer, it takes `ref_chosen_logps` and `ref_rejected_logps` from the collator.
 """
 
 import hashlib
@@ -35,16 +35,21 @@ SAVED_EVERY_S = 120.0
 
 
 def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
-    """Everything the numbers rest on; another value anywhere is another file."""
-    tokenizer = processor.tokenizer
-    words = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    """Everything that the log-probabilities depend on; a change gives another cache file.
+
+    Args:
+        config: Config of the run.
+        processor: Processor of the model.
+        rows: Preference rows.
+    """
+    tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     model = config.model
     return {
         "model": {"name": model.name, "revision": model.revision, "files": model_hashes(model)},
         "adapter": "4-bit base" if model.adapter == "qlora" else "base",
         "dtype": str(compute_dtype()).removeprefix("torch."),
         "template": processor.chat_template,
-        "tokenizer": words,
+        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "image_processor": processor.image_processor.to_dict(),
         "rows": row_digests(rows),
         "max_length": config.dpo.max_length,
@@ -57,18 +62,21 @@ def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
 def with_reference(
     trainer: DPOTrainer, rows: Dataset, folder: Path, key: dict, batch_size: int, desc: str
 ) -> Dataset:
-    """The rows with the reference's log-probabilities as two more columns.
+    """Add the reference's log-probabilities to rows, as two columns.
 
-    Always computed in the same batches, so that the numbers do not hang on who asked first. What
-    an interrupted call had done is taken up.
+    The batches are always the same, so the numbers do not depend on which run computed them. A call
+    that was interrupted continues where it stopped.
 
     Args:
-        trainer: Its `ref_model`, or its policy with adapters off, is the reference.
+        trainer: Trainer whose `ref_model`, or policy with adapters off, is the reference.
         rows: Preference rows.
-        folder: Where the file is kept.
-        key: `cache_key`.
-        batch_size: Pairs at once.
+        folder: Folder of the cache files.
+        key: `cache_key` of config, processor and rows.
+        batch_size: Pairs of a batch.
         desc: Name of the progress bar.
+
+    Returns:
+        The rows with the columns `NAMES`, summed log-probabilities in nats.
     """
     text = json.dumps(key, sort_keys=True, default=str)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
@@ -101,13 +109,13 @@ def _fill(
     try:
         bar = tqdm(range(0, len(missing), world), desc=desc, leave=False, disable=rank > 0)
         for start in bar:
-            mine = missing[start : start + world][rank : rank + 1]
-            found = []
-            for indices in mine:
+            own_batches = missing[start : start + world][rank : rank + 1]
+            computed = []
+            for indices in own_batches:
                 batch = trainer.data_collator([rows[i] for i in indices])
                 pair = trainer.compute_ref_log_probs(reference, trainer._prepare_inputs(batch))
-                found.append((indices, [side.float().tolist() for side in pair]))
-            for indices, pair in gather_object(found) if world > 1 else found:
+                computed.append((indices, [side.float().tolist() for side in pair]))
+            for indices, pair in gather_object(computed) if world > 1 else computed:
                 for name, side in zip(NAMES, pair, strict=True):
                     values[name][indices] = torch.tensor(side)
             if rank == 0 and time.monotonic() - saved > SAVED_EVERY_S:
@@ -115,30 +123,47 @@ def _fill(
                 saved = time.monotonic()
     finally:
         reference.train(training)
-        if rank == 0:  # interrupted or done: what is there is right
+        if rank == 0:  # also after an interruption: every value up to here is right
             write_cache(path, text, values)
 
 
 def read_cache(path: Path, key: str, count: int) -> dict[str, Tensor]:
-    """What a file holds of these rows; NaN where nothing is known, everywhere if it is torn."""
+    """Read a cache file.
+
+    Args:
+        path: The cache file.
+        key: JSON of `cache_key`.
+        count: Number of rows.
+
+    Returns:
+        A tensor (count,) for each of `NAMES`; NaN where a value is missing, everywhere if there is
+        no usable file.
+    """
     empty = {n: torch.full((count,), torch.nan) for n in NAMES}
     if not path.is_file():
         return empty
     try:
         with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
             values = {n: file.get_tensor(n) for n in NAMES}
     except (SafetensorError, OSError, ValueError) as error:
-        warnings.warn(f"{path} is damaged ({error}): computed anew", stacklevel=2)
+        warnings.warn(f"{path} is damaged ({error}): computed again", stacklevel=2)
         return empty
-    if about.get("sha256") != tensors_sha256(values) or about.get("key") != key:
-        warnings.warn(f"{path} does not hold what was written: computed anew", stacklevel=2)
+    if metadata.get("sha256") != tensors_sha256(values) or metadata.get("key") != key:
+        warnings.warn(
+            f"{path} does not match its hash or its settings: computed again", stacklevel=2
+        )
         return empty
     return values if all(len(v) == count for v in values.values()) else empty
 
 
 def write_cache(path: Path, key: str, values: dict[str, Tensor]) -> None:
-    """Write the file whole or not at all.
+    """Write a cache file whole or not at all.
+
+    Args:
+        path: The cache file.
+        key: JSON of `cache_key`.
+        values: Tensor (rows,) for each of `NAMES`, NaN where unknown.
 
     Raises:
         DiskError: No space, or no permission.

@@ -2,9 +2,9 @@
 
     spavl train reward --profile demo
 
-A linear head on the backbone's last hidden state at the last real token, trained so that the chosen
-answer of each pair scores higher (Bradley-Terry). trl's RewardTrainer never sees an image; this one
-is transformers' `Trainer` with a loss.
+A linear head reads the backbone's last hidden state at the last real token. It is trained so that
+the chosen answer of each pair scores higher (Bradley-Terry). trl's RewardTrainer does not support
+images, so this is transformers' `Trainer` with a loss of our own.
 """
 
 import itertools
@@ -56,7 +56,13 @@ LOGGED = (
 
 
 class VLMRewardTrainer(CheckedMixin, Trainer):
-    """transformers' trainer with the Bradley-Terry loss over collated pairs."""
+    """transformers' trainer with the Bradley-Terry loss over collated pairs.
+
+    Args:
+        config: Config of the run; its `reward` section sets the loss.
+        args: As `Trainer`.
+        kwargs: As `Trainer`.
+    """
 
     def __init__(self, *args: Any, config: Config, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -70,10 +76,10 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss of the pairs; chosen rows come first, as the collator lays them."""
+        """Mean loss (), in nats; the first half of a batch are chosen rows, the second rejected."""
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
         if model.training and (self.settings.shift_px or self.settings.mirror):
-            batch["pixel_values"] = self._moved(batch["pixel_values"])
+            batch["pixel_values"] = self._augmented(batch["pixel_values"])
         coef = self.settings.sft_coef
         if coef:
             mask = inputs["completion_mask"].clone()
@@ -102,8 +108,8 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
                 self.sums.setdefault(key, []).append(float(value))
         return (loss, {"scores": chosen}) if return_outputs else loss
 
-    def _moved(self, pixels: Tensor) -> Tensor:
-        """Training pictures moved; chosen and rejected of a pair keep one picture between them."""
+    def _augmented(self, pixels: Tensor) -> Tensor:
+        """Training images (2 pairs, ...) shifted and mirrored, alike for both answers of a pair."""
         place = f"{self.args.seed}/{self.state.global_step}"
         half = moved_pictures(
             pixels[: len(pixels) // 2],
@@ -114,7 +120,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         return torch.cat([half, half])
 
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
-        """Add the means since the last line."""
+        """Add the means since the last logged step, over all processes."""
         if "loss" in logs:
             logs |= group.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
@@ -127,17 +133,17 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
 
     Args:
         config: Uses `data`, `model`, `reward` and `seed`.
-        stage: Where it goes; resumes from its newest whole checkpoint.
+        stage: Stage to write into. Training resumes from its newest whole checkpoint.
         flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Something with `update(rows)`.
+        live: Object with `update(rows)`, such as `plotting.LivePlot`.
 
     Returns:
         The stage's summary; `metrics` holds pair accuracy, calibration and controls.
 
     Raises:
         InputError: Bad data, model or settings.
-        NonFiniteError: A loss or gradient is no number.
-        Preempted: Asked to stop; the same call goes on.
+        NonFiniteError: A loss or gradient is NaN or infinite.
+        Preempted: Asked to stop; the same call continues.
     """
     quiet_libraries()
     with group.main_first():
@@ -187,14 +193,14 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
 
 
 def build_model(config: Config) -> ScalarHeadModel:
-    """The base with a fresh head, and what trains set to train."""
+    """The base model with a new head; `requires_grad` is set on what trains."""
     vlm = load_model(config.model)
-    set_seed(config.seed)  # loading in pieces draws numbers of its own
+    set_seed(config.seed)  # loading in shards draws random numbers
     if not config.model.with_lora:
-        if config.launch.engine == "ddp":  # DeepSpeed keeps fp32 masters of its own
-            vlm = vlm.float()  # fp32 masters, as in DPO
+        if config.launch.engine == "ddp":  # DeepSpeed keeps its own fp32 master weights
+            vlm = vlm.float()  # fp32 master weights, as in DPO
         freeze_for_full(vlm, config.model)
-        vlm.get_output_embeddings().requires_grad_(False)  # the score never passes through it
+        vlm.get_output_embeddings().requires_grad_(False)  # scores do not depend on it
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
         if config.launch.engine == "ddp":
@@ -208,7 +214,14 @@ def build_model(config: Config) -> ScalarHeadModel:
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset
 ) -> VLMRewardTrainer:
-    """transformers' trainer over our collator and model."""
+    """Build transformers' trainer over our collator and model.
+
+    Args:
+        config: Config of the run.
+        stage: Stage to write into.
+        processor: Processor of the model.
+        train_rows: Preference rows to train on.
+    """
     arguments = TrainingArguments(**common_arguments("reward", config, stage))
     model = build_model(config)
     context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
@@ -234,22 +247,35 @@ def score_pairs(
     *,
     should_stop: object = False,
 ) -> list[dict]:
-    """Both scores of every pair, with the row's ids, classes and answer lengths in words.
+    """Score both answers of every pair.
 
-    Several processes share the batches out, and all get all rows.
+    Several processes share the batches out, and each gets all rows back.
+
+    Args:
+        model: Reward model, in evaluation mode.
+        processor: Its processor.
+        rows: Preference rows.
+        batch_size: Pairs of a batch.
+        should_stop: Stop flag.
+
+    Returns:
+        For each pair its id, prompt and classes, both scores, and the answers' lengths in words.
 
     Raises:
         Preempted: `should_stop` became true; polled between batches.
     """
     collate, starts = RowCollator(processor), range(0, len(rows), batch_size)
-    rounds = range(-(-len(starts) // machine.world_size()))
+    turns = range(-(-len(starts) // machine.world_size()))
     done: list[tuple[int, list[dict]]] = []
-    for turn in tqdm(rounds, desc="score", leave=False):
+    for turn in tqdm(turns, desc="score", leave=False):
         if group.any_of(bool(should_stop)):
-            raise Preempted("stopped while scoring held-out pairs; run the same command to go on")
-        mine, scored = turn * machine.world_size() + machine.rank(), []
-        # Under ZeRO-3 all must call the model equally often: one that has run out repeats the last.
-        start = starts[min(mine, len(starts) - 1)]
+            raise Preempted(
+                "stopped while scoring held-out pairs; run the same command to continue"
+            )
+        place, scored = turn * machine.world_size() + machine.rank(), []
+        # Under ZeRO-3 all processes must call the model equally often, so one without a batch
+        # repeats the last one.
+        start = starts[min(place, len(starts) - 1)]
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
@@ -257,24 +283,23 @@ def score_pairs(
         with autocast():
             chosen, rejected = model(**batch).chunk(2)
         for row, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
-            kept = {k: row[k] for k in ("id", "prompt", "class1", "class2", "class3")}
+            columns = ("id", "prompt", "class1", "class2", "class3", "question_type")
             scored.append(
-                kept
+                {name: row[name] for name in columns}
                 | {
-                    "question_type": row["question_type"],
                     "chosen_score": c,
                     "rejected_score": r,
                     "chosen_words": len(row["chosen"].split()),
                     "rejected_words": len(row["rejected"].split()),
                 }
             )
-        if mine < len(starts):
-            done.append((mine, scored))
-    together = sorted(itertools.chain(*group.gathered(done)), key=lambda item: item[0])
-    return [row for _, scored in together for row in scored]
+        if place < len(starts):
+            done.append((place, scored))
+    in_order = sorted(itertools.chain(*group.gathered(done)), key=lambda item: item[0])
+    return [row for _, scored in in_order for row in scored]
 
 
 def exchange_images(rows: Dataset) -> Dataset:
-    """Rows with their pictures moved on by half the set: what is left without the right one?"""
+    """Give every row the image of the row half the set away, to measure what the image adds."""
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])

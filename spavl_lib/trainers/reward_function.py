@@ -1,7 +1,7 @@
 """Our reward model as the reward function of trl's trainers.
 
-It scores sampled ids over the pixels and the prompt it was trained on, never decoded texts: the
-same template, BOS and EOS, and the score is read at an answer's true last token, as in PPO.
+It scores the sampled token ids, not decoded texts: with the images, the template, BOS and EOS that
+it was trained with. The score is read at the answer's last token, as in PPO.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,15 @@ from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 
 
 class RewardFunction:
-    """Our reward model as trl calls it: the ids and pixels it was trained on, not texts.
+    """Our reward model, callable as trl expects it.
 
     Args:
-        score: A left-padded batch -> score of each row (rows,), read at its last real token.
-        processor: Of model and reward model.
-        batch_size: Answers scored at once.
-        missing_eos_penalty: Taken from an answer that did not end.
-        log: JSONL file of rollouts, one line an answer.
+        score: Function from a padded batch to the score of each row (rows,), which is read at the
+            row's last real token.
+        processor: Processor of policy and reward model.
+        batch_size: Number of answers scored at once.
+        missing_eos_penalty: Subtracted from the score of an answer without EOS.
+        log: JSONL file for the rollouts, one line for each answer; None to write none.
     """
 
     __name__ = "reward_model"
@@ -58,26 +59,29 @@ class RewardFunction:
         completions: list,
         completion_ids: list[list[int]],
         *,
-        id: list[str],  # noqa: A002 - trl hands over columns by their names
+        id: list[str],  # noqa: A002 - trl passes columns by their names
         question: list[str],
         image: list[Any],
         trainer_state: Any = None,
         **_: Any,
     ) -> list[float]:
-        """Score of each answer, less the penalty of one that did not end.
+        """Score every answer.
 
         Args:
-            prompts: Conversations; the questions say it all.
-            completions: Answers as trl decodes them; the ids say it all.
-            completion_ids: Sampled ids, EOS included where it was said.
-            id: Of each row.
-            question: Of each row.
-            image: Of each row.
-            trainer_state: For the log.
+            prompts: Conversations, not used; `question` has the original text.
+            completions: Decoded answers, not used; `completion_ids` are exact.
+            completion_ids: Sampled token ids of each answer, with EOS if it was sampled.
+            id: Row id of each answer.
+            question: Question of each answer.
+            image: Image of each answer.
+            trainer_state: State of the trainer, for the step in the log; None to log nothing.
+
+        Returns:
+            Score of each answer, less the penalty if it has no EOS.
 
         Raises:
             InputError: Every answer is empty.
-            NonFiniteError: A score is no number; trl would leave its answer out without a word.
+            NonFiniteError: A score is NaN or infinite; trl would silently drop such an answer.
         """
         tokenizer = self.processor.tokenizer
         texts = [tokenizer.decode(c, skip_special_tokens=True).strip() for c in completion_ids]
@@ -116,7 +120,17 @@ class RewardFunction:
     def scores(
         self, ids: list[str], questions: list[str], images: list[Any], answers: list[list[int]]
     ) -> Tensor:
-        """Scores (rows,) of sampled ids, each prompt encoded once."""
+        """Score sampled ids; each prompt is encoded once.
+
+        Args:
+            ids: Row id of each answer.
+            questions: Question of each answer.
+            images: Image of each answer.
+            answers: Token ids of each answer.
+
+        Returns:
+            Scores (rows,), fp32, on the CPU.
+        """
         encoded: dict[str, Prompt] = {}
         for row_id, question, image in zip(ids, questions, images, strict=True):
             if row_id not in encoded:
@@ -136,11 +150,11 @@ class RewardFunction:
 
 
 class Scorer:
-    """A reward model's forward, beside the policy or on its own base.
+    """The forward pass of a reward model that has its own base or shares the policy's.
 
     Args:
         model: The reward model.
-        adapter: Its adapter's name where it lives on the policy's base.
+        adapter: Name of its adapter on the policy's base; empty for a base of its own.
     """
 
     def __init__(self, model: ScalarHeadModel, adapter: str = ""):
@@ -148,7 +162,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """Scores (rows,) of a padded batch."""
+        """Score each row (rows,) of a padded batch (rows, seq)."""
         vlm, dtype = self.model.vlm, compute_dtype()
         training, batch = vlm.training, {k: v.to(self.model.device) for k, v in batch.items()}
         vlm.eval()
@@ -167,10 +181,15 @@ class Scorer:
 
 
 def build_scorer(policy: nn.Module, config: Config, folder: Path) -> Scorer:
-    """The reward model: an adapter and a head more on the policy's base, or a model of its own.
+    """Load the reward model: with LoRA onto the policy's base, else as a model of its own.
+
+    Args:
+        policy: The policy that is trained.
+        config: Config of the run.
+        folder: Reward model, a reward trainer's `model/`.
 
     Raises:
-        InputError: It was trained on another base, or does not fit.
+        InputError: It was trained on another base model, or its weights do not fit.
     """
     check_reward_model(config.model, folder)
     if not config.model.with_lora:

@@ -1,11 +1,12 @@
-"""RLOO on trl's `RLOOTrainer`, driven by our reward model: PPO's goal without a critic.
+"""RLOO on trl's `RLOOTrainer` with our reward model: PPO's objective without a value model.
 
     spavl train rloo --profile demo
 
-trl samples, holds each answer against the mean score of its prompt's others, and updates. Ours are
-the prompt's ids, the score, checkpoints and the checks. Every optimizer step samples anew, so a
-checkpoint never falls between an answer and its update: on a CPU a resumed run ends bit-equal. With
-vLLM it does not: its sampler keeps its own random state.
+trl samples several answers to a prompt, compares each score with the mean score of the others, and
+updates. Ours are the prompt's token ids, the score, the checkpoints and the checks. Every optimizer
+step samples new answers, so no checkpoint falls between an answer and its update, and on a CPU a
+resumed run ends with bit-identical weights. With vLLM it does not, because its sampler keeps a
+random state of its own.
 """
 
 import importlib.util
@@ -57,17 +58,18 @@ LOGGED = (
 
 
 class _EpochSampler(RepeatSampler):
-    """trl's order, from seed and epoch alone: a resumed run is in the right epoch's."""
+    """trl's sampler with an order that depends on seed and epoch alone, so runs can resume."""
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the order of an epoch."""
         self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
 class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
-    """trl's trainer with our prompts, our checkpoints, and gates before every update."""
+    """trl's trainer with our prompts, our checkpoints, and checks before every update."""
 
-    compared = False
-    parts: dict[str, int]
+    prompts_compared = False
+    trainable_counts: dict[str, int]
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         sampler = super()._get_train_sampler(dataset)
@@ -77,7 +79,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         )  # fmt: skip
 
     def compute_loss(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """trl's loss, if it is a number."""
+        """trl's loss; raises if it is NaN or infinite."""
         return self.check_loss(model, super().compute_loss(model, *args, **options))
 
     def _prepare_inputs(self, inputs: list[dict]) -> dict:
@@ -85,58 +87,67 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         return RLOOTrainer._prepare_inputs(self, inputs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
-        """Our ids, whatever the template leaves out; trl would write what it is given."""
+        """Token ids as in training the reward model, which trl's own tokenisation can miss."""
         questions = [p[-1]["content"][-1]["text"] for p in prompts]
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
         encoded = encode_prompts(self.processing_class, questions, images)
         fields: dict[str, Any] = dict(encoded.vision)
         if encoded.token_types is not None:
             fields["mm_token_type_ids"] = encoded.token_types
-        if not self.compared:
-            self.compared = True
-            theirs = super()._tokenize_prompts(prompts)[0]
-            compare_prompts(encoded.ids, theirs, typed=encoded.token_types is not None)
+        if not self.prompts_compared:
+            self.prompts_compared = True
+            trl_ids = super()._tokenize_prompts(prompts)[0]
+            compare_prompts(encoded.ids, trl_ids, has_types=encoded.token_types is not None)
         return encoded.ids, [[image] for image in images], fields
 
 
-def compare_prompts(ours: list[list[int]], theirs: list[list[int]], *, typed: bool) -> None:
-    """At the first step: does the chat template write prompts as the reward model knows them?
+def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]], *, has_types: bool) -> None:
+    """Check at the first step whether trl would tokenise the prompts as our reward model saw them.
 
     Args:
-        ours: Ids that are used.
-        theirs: Ids that trl would use.
-        typed: Whether trl's own token types go into the update.
+        ours: Token ids that are used.
+        trl_ids: Token ids that trl would use.
+        has_types: Whether trl's token types, which belong to its own ids, enter the update.
 
     Raises:
-        InputError: They differ where trl's would be used in part.
+        InputError: They differ, and the token types would not fit.
     """
-    differing = sum(list(a) != list(b) for a, b in zip(ours, theirs, strict=True))
+    differing = sum(list(a) != list(b) for a, b in zip(ours, trl_ids, strict=True))
     if not differing:
         return
-    what = (
-        f"{differing} of {len(ours)} prompts come out of trl's own tokenisation differently "
-        f"(begins {list(theirs[0])[:4]}, ends {list(theirs[0])[-4:]}; ours {ours[0][:4]}, "
-        f"{ours[0][-4:]})"
+    problem = (
+        f"trl's own tokenisation gives other ids for {differing} of {len(ours)} prompts "
+        f"(they begin {list(trl_ids[0])[:4]} and end {list(trl_ids[0])[-4:]}; ours begin "
+        f"{ours[0][:4]} and end {ours[0][-4:]})"
     )
-    if typed:
-        raise InputError(f"{what}, and this family's token types come with it: use spavl train ppo")
-    warnings.warn(f"{what}: ours are used, as in training the reward model", stacklevel=2)
+    if has_types:
+        raise InputError(
+            f"{problem}, and the token types that this model family needs belong to those; use "
+            "`spavl train ppo` instead"
+        )
+    warnings.warn(f"{problem}; ours are used, as in training the reward model", stacklevel=2)
 
 
 def check_first(logs: dict) -> None:
-    """At the first step nothing was updated: policy and reference must be the same model.
+    """Check at step 1 that policy and reference are the same model, and that scores differ.
+
+    Args:
+        logs: Logged values of step 1.
 
     Raises:
-        AssertionError: They differ.
-        InputError: Every prompt's answers scored alike: there is nothing to learn from.
+        AssertionError: Policy and reference differ before any update.
+        InputError: All answers to each prompt have equal scores, so there is nothing to learn.
     """
     tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
     if abs(float(logs.get("kl", 0.0))) > tolerance:
-        raise AssertionError(f"step 1: kl = {logs['kl']}, but the policy has not moved yet")
+        raise AssertionError(
+            f"step 1: kl = {logs['kl']}, but it must be 0 before the first update; is dropout on, "
+            "or is the reference another model?"
+        )
     if float(logs["frac_reward_zero_std"]) == 1.0:
         raise InputError(
-            "step 1: every prompt's answers scored alike, so none is better than another: raise "
-            "rloo.temperature or rloo.num_generations, or look at the reward model"
+            "step 1: for every prompt, all answers have the same score, so there is nothing to "
+            "learn; raise rloo.temperature or rloo.num_generations, or check the reward model"
         )
 
 
@@ -146,21 +157,24 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
 
     Args:
         config: Uses `data`, `model`, `rloo` and `seed`.
-        stage: Where it goes; resumes from its newest whole checkpoint.
+        stage: Stage to write into. Training resumes from its newest whole checkpoint.
         flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Something with `update(rows)`.
+        live: Object with `update(rows)`, such as `plotting.LivePlot`.
 
     Returns:
         The stage's summary.
 
     Raises:
         InputError: Bad data, model, reward model or settings.
-        NonFiniteError: A score, loss or gradient is no number.
-        Preempted: Asked to stop; the same call goes on.
+        NonFiniteError: A score, loss or gradient is NaN or infinite.
+        Preempted: Asked to stop; the same call continues.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
-        raise InputError("model.share_prefix = require: RLOO cannot; set it to auto")
+        raise InputError(
+            "model.share_prefix = require does not work for RLOO, because trl computes the forward "
+            "passes; set it to auto"
+        )
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
@@ -181,54 +195,74 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
 
 
 def check_vllm(rloo: RLOOConfig) -> None:
-    """Whether vLLM can sample here.
+    """Raise if `rloo.use_vllm` is set and vLLM cannot sample on this machine.
 
     Raises:
-        InputError: It was asked for and cannot.
+        InputError: There is no CUDA GPU, or the package is missing.
     """
     if not rloo.use_vllm:
         return
     if not torch.cuda.is_available():
-        raise InputError("rloo.use_vllm wants a CUDA GPU, and there is none here; set it to false")
+        raise InputError(
+            "rloo.use_vllm needs a CUDA GPU, and this machine has none; set it to false"
+        )
     if not importlib.util.find_spec("vllm"):
-        raise InputError("rloo.use_vllm wants the vllm package: pip install vllm, or set it false")
+        raise InputError(
+            "rloo.use_vllm needs the vllm package; run pip install vllm, or set it to false"
+        )
 
 
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset, folder: Path
 ) -> CheckedRLOOTrainer:
-    """trl's trainer over our prompts; with LoRA the reward model lives on the policy's base."""
+    """Build trl's trainer over our prompts; with LoRA the reward model shares the policy's base.
+
+    Args:
+        config: Config of the run.
+        stage: Stage to write into.
+        processor: Processor of the model.
+        rows: Training rows; their prompts are answered.
+        folder: Reward model, a reward trainer's `model/`.
+
+    Raises:
+        InputError: Too few rows for a step, a row without an image, or a prompt without room for an
+            answer.
+    """
     rloo, lora = config.rloo, config.model.with_lora
     prompts_a_step = rloo.global_batch_size // rloo.num_generations
     if len(rows) < prompts_a_step:
-        raise InputError(f"{len(rows)} training rows, but a step takes {prompts_a_step} prompts")
+        raise InputError(
+            f"{len(rows)} training rows, but a step takes {prompts_a_step} prompts; raise "
+            "data.train_rows, or lower rloo.per_device_batch_size or "
+            "rloo.gradient_accumulation_steps"
+        )
     without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
     if without:
         raise InputError(
-            f"trl's RLOO wants a picture with every prompt; {len(without)} rows have none: "
-            f"{', '.join(without[:20])} (spavl train ppo takes them)"
+            f"trl's RLOO needs an image with every prompt, and {len(without)} rows have none: "
+            f"{', '.join(without[:20])}; leave them out, or use `spavl train ppo`, which takes them"
         )
     reward = RewardFunction(
-        _not_yet, processor, batch_size=rloo.per_device_batch_size,
+        _no_scorer_yet, processor, batch_size=rloo.per_device_batch_size,
         missing_eos_penalty=rloo.missing_eos_penalty, log=stage.path / "rollouts.jsonl",
     )  # fmt: skip
     policy = load_model(config.model)
     if not lora:
-        policy = policy.float()  # fp32 masters, as in DPO
+        policy = policy.float()  # fp32 master weights, as in DPO
         freeze_for_full(policy, config.model)
     trainer = CheckedRLOOTrainer(
         model=policy,
         reward_funcs=reward,
         args=_arguments(config, stage, processor),
         train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
-            lambda batch: _as_trl_wants(processor, batch)
+            lambda batch: _for_trl(processor, batch)
         ),
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
     if lora:
         train_in_fp32(trainer.model)
-    trainer.parts = assert_freeze_plan(trainer.model, config.model)
+    trainer.trainable_counts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
     check_prompt_lengths(processor, rows, rloo.max_new_tokens, context, stage="rloo")
@@ -237,28 +271,28 @@ def build_trainer(
     return trainer
 
 
-def _not_yet(batch: dict[str, Tensor]) -> Tensor:
-    raise RuntimeError("the reward model is loaded once the trainer has made the policy")
+def _no_scorer_yet(batch: dict[str, Tensor]) -> Tensor:
+    raise RuntimeError("the reward model is loaded after the trainer has built the policy")
 
 
-def _as_trl_wants(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, list]:
-    """Rows as conversations with a decoded picture; the question beside it as it was."""
+def _for_trl(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, list]:
+    """Columns for trl: conversations, decoded images, and the original question and id."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    words = [[{"role": "user", "content": neutralise(q, processor)}] for q in batch["prompt"]]
+    chats = [[{"role": "user", "content": neutralise(q, processor)}] for q in batch["prompt"]]
     return {
         "id": batch["id"],
         "question": batch["prompt"],
-        "prompt": words,
+        "prompt": chats,
         "image": decode_images(rows),
     }
 
 
 def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLConfig:
-    rloo, never = config.rloo, forbidden_token_ids(processor)
+    rloo, forbidden = config.rloo, forbidden_token_ids(processor)
     if rloo.use_vllm:
-        sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(never, -100.0)}
+        sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(forbidden, -100.0)}
     else:
-        sampling = {"suppress_tokens": list(never)}
+        sampling = {"suppress_tokens": list(forbidden)}
     # Only the full fine-tuning's reference is loaded by trl, from the base's own path.
     revision = {"revision": config.model.revision} if config.model.revision else None
     # trl's loader draws prompts itself; worker processes are left to the trainers of pairs.
@@ -287,7 +321,7 @@ def _summary(config: Config, stage: Stage, trainer: CheckedRLOOTrainer, rows: Da
         "steps": trainer.state.global_step,
         "prompts": len(rows),
         "answers": trainer.state.global_step * config.rloo.global_batch_size,
-        "trainable_parameters": trainer.parts,
+        "trainable_parameters": trainer.trainable_counts,
         "reward": first_and_last_tenth(logged, "reward"),
         "kl_a_token": {"last_steps": first_and_last_tenth(logged, "kl")["last_steps"]},
         "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),

@@ -1,8 +1,8 @@
-"""A rollout: answers sampled from the policy, row by row reproducible, as tensors of one width.
+"""Rollouts: prompts, answers sampled from the policy, and tensors over their tokens.
 
-Sampling is greedy decoding over logits with Gumbel noise, which is sampling from the softmax; the
-noise of a row depends on nothing but its seed, so a row's answer is the same in any batch, on any
-number of processes, and after any interruption.
+Greedy decoding over logits plus Gumbel noise samples from the softmax (Gumbel-max trick, Maddison
+et al. 2014, arXiv:1411.0030). The noise of a row depends only on the row's seed, so its answer is
+the same in any batch, with any number of processes, and after any interruption.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from spavl_lib.modelling.roles import NEVER
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's prompt, encoded alone: ids without padding, and its image tensors.
+    """One row's prompt, encoded alone: token ids without padding, and its image tensors.
 
     `image_digest` is a digest of the image tensors, empty without an image.
     """
@@ -38,9 +38,10 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """Prompts with sampled answers, and what was computed of them.
+    """Prompts with sampled answers, and the columns computed for them.
 
-    Tensors are (rows, width) on the CPU, 0 where `mask` is False: a position past the answer's end.
+    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). They are 0 where
+    `mask` is False, past the end of an answer.
     """
 
     prompts: list[Prompt]
@@ -54,18 +55,18 @@ class Rollout:
 
     @property
     def width(self) -> int:
-        """Tokens of the longest answer."""
+        """Number of tokens of the longest answer."""
         return max(map(len, self.responses))
 
     @property
     def mask(self) -> Tensor:
-        """True = a token of the answer, its EOS included (rows, width)."""
+        """Boolean (rows, width), True for tokens of the answer, EOS included."""
         lengths = torch.tensor([len(r) for r in self.responses])
         return torch.arange(self.width)[None] < lengths[:, None]
 
 
 def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
-    """Each row's prompt, encoded by itself."""
+    """Encode each row's prompt by itself."""
     prompts = []
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
@@ -77,7 +78,7 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
 
 
 def digest_of_image(vision: dict[str, Tensor]) -> str:
-    """Equal for equal image tensors alone; empty for none."""
+    """Hex digest of image tensors, empty if there are none."""
     if not vision:
         return ""
     digest = hashlib.blake2b(digest_size=16)
@@ -89,7 +90,7 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
-    """Ids that would break a sequence: image slots, BOS, padding (if it is not EOS)."""
+    """Ids that must not be sampled: image slots, BOS, and padding if it is not EOS."""
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
     ids.add(getattr(processor, "image_token_id", None))
@@ -102,13 +103,26 @@ def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
 def batch_of(
     prompts: list[Prompt], responses: list[list[int]], pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """One padded batch: prompts end, and answers begin, in the same column of every row.
+    """Build a padded batch in which all answers begin in the same column.
+
+    Prompts are padded on the left and answers on the right, to the longest of the batch:
+
+        input_ids        pad pad P1 P2 | R1 R2 EOS pad
+        attention_mask    0   0  1  1  | 1  1   1   0
+
+    So the answers are the last `width` columns, where `width` is the longest answer, and the
+    logits that predict them are one column to the left, `[:, -width - 1 : -1]`.
 
     Args:
-        prompts: Padded on the left.
-        responses: Padded on the right; may be empty lists, for generation.
-        pad_id: What padding holds; the mask says where it is.
-        device: Where the tensors go.
+        prompts: Encoded prompts of the rows.
+        responses: Token ids of the answers; all empty for a batch to generate from.
+        pad_id: Id that fills padding.
+        device: Device of the tensors.
+
+    Returns:
+        `input_ids` and `attention_mask` (rows, longest prompt + width), int64;
+        `mm_token_type_ids` of the same shape for model families that use them; and the image
+        tensors, stacked over those rows that have an image.
     """
     width = max(map(len, responses))
 
@@ -130,19 +144,19 @@ def batch_of(
 
 
 def seed_from(*parts: object) -> int:
-    """A seed that depends on all its parts and nothing else."""
+    """A seed, 0 to 2^63 - 1, that depends on all parts and on nothing else."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, with noise of each row's own.
+    """Turns greedy decoding into sampling, with separate noise for each row.
 
     Args:
-        seeds: One a row.
-        temperature: Divides the logits.
-        forbidden_ids: Never said.
-        device: Where the logits will be.
+        seeds: Seed of each row.
+        temperature: Divisor of the logits.
+        forbidden_ids: Token ids that are never sampled.
+        device: Device of the logits.
     """
 
     def __init__(
@@ -152,15 +166,18 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.forbidden_ids = temperature, forbidden_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """What `generate` asks of a logits processor."""
+        """Process logits (rows, vocabulary), as transformers' `generate` calls it."""
         return self.noisy(scores, range(len(scores)))
 
     def noisy(self, scores: Tensor, rows: Iterable[int]) -> Tensor:
-        """Logits over temperature, plus Gumbel noise: their argmax is a sample.
+        """Divide logits by the temperature and add Gumbel noise; the argmax is then a sample.
 
         Args:
             scores: Logits (rows, vocabulary).
-            rows: Whose they are, as numbers of seeds.
+            rows: Index of each row's seed.
+
+        Returns:
+            Logits with noise (rows, vocabulary), fp32.
         """
         scores = scores.float() / self.temperature
         scores[:, self.forbidden_ids] = NEVER
@@ -184,18 +201,21 @@ def sample(
     pad_id: int,
     compact: bool = True,
 ) -> list[list[int]]:
-    """The answers' ids: exactly the new tokens, cut after the first EOS.
+    """Sample an answer to each prompt of a batch.
 
     Args:
-        model: In evaluation mode.
-        batch: Left-padded prompts.
-        seeds: One a row.
-        max_new_tokens: Longest answer.
-        temperature: Divides the logits.
-        forbidden_ids: Never said.
-        eos_id: Ends an answer, and belongs to it.
-        pad_id: Fills rows that ended early; may be the same as EOS.
-        compact: Whether answers that have ended may leave the batch (`modelling.decoding`).
+        model: Policy, in evaluation mode.
+        batch: Left-padded prompts (rows, seq).
+        seeds: Seed of each row.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Divisor of the logits.
+        forbidden_ids: Token ids that are never sampled.
+        eos_id: Id that ends an answer, and is part of it.
+        pad_id: Id that fills rows which ended early; may be the EOS id.
+        compact: Whether ended answers may leave the batch (`generation.compact_decoding`).
+
+    Returns:
+        New token ids of each row, cut after the first EOS.
     """
     noise = SeededSampling(seeds, temperature, forbidden_ids, batch["input_ids"].device)
     if compact and can_decode(model):

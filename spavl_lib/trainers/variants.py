@@ -1,40 +1,42 @@
-"""Short trainings with other settings, beside the real one: what does a setting do?"""
+"""Short trainings with other settings, to show beside a stage what one setting does."""
 
 import dataclasses
 from typing import Any
 
 from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.runs.maker import maker_of
-from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.runs.stage import VARIANT_FOLDERS, Run, Stage
 from spavl_lib.trainers.inputs import reward_folder
 
+WARMUP_STEPS = 5
 
-def train_contrast(
+
+def train_variant(
     kind: str, config: Config, stage: Stage, name: str, *, steps: int = 40, **changes: Any
 ) -> Stage:
-    """A short training with other settings, in this process, under `contrast/<name>/` of a stage.
+    """Train a short variant of a stage in this process, under `variants/<name>/` of its folder.
 
     Args:
-        kind: `dpo`, `ppo` or `rloo`. The latter two use the run's own reward model.
-        config: Of the run.
-        stage: The stage it is held against.
-        name: Folder of the contrast.
-        steps: At most so many are trained, and never more than the run's own.
-        changes: Fields of that kind's config.
+        kind: Trainer, `dpo`, `ppo` or `rloo`. The latter two use the run's own reward model.
+        config: Config of the run.
+        stage: Stage that the variant is compared with.
+        name: Name of the variant and of its folder.
+        steps: Largest number of steps. The variant is never longer than the run.
+        changes: Settings of the trainer's section that differ, by name.
 
     Returns:
-        The contrast's own stage.
+        The variant's own stage, complete.
 
     Raises:
-        InputError: As the trainer; a setting that cannot be.
+        InputError: A setting is invalid, or the trainer raises it.
     """
     settings = getattr(config, kind)
-    short = min(steps, settings.max_steps or steps)
-    changes = {"max_steps": short, "warmup_steps": min(5, short)} | changes
+    steps = min(steps, settings.max_steps or steps)
+    changes = {"max_steps": steps, "warmup_steps": min(WARMUP_STEPS, steps)} | changes
     if hasattr(settings, "reward_model"):
         changes.setdefault("reward_model", str(reward_folder(settings.reward_model, stage)))
     settings = dataclasses.replace(settings, **changes)
-    other = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
-    contrast = Run(other, root=stage.path / "contrast").stage(kind)
-    maker_of(kind)(other, contrast)
-    return contrast
+    varied = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
+    variant = Run(varied, root=stage.path / VARIANT_FOLDERS[0]).stage(kind)
+    maker_of(kind)(varied, variant)
+    return variant

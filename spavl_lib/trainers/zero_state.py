@@ -1,7 +1,7 @@
-"""The optimizer's state of one process, and its way back: plain, or one rank's share under ZeRO.
+"""The optimizer state of one process: whole, or one rank's shard under ZeRO.
 
-DeepSpeed's own checkpoints are pickles. A share is what a rank holds: flat fp32 masters, and the
-base optimizer's state over them. It fits the same engine in the same number of processes only.
+DeepSpeed's own checkpoints are pickles. A shard is what a rank holds: flat fp32 master weights and
+the base optimizer's state over them. It fits only the same engine in as many processes.
 """
 
 from typing import Any
@@ -13,23 +13,24 @@ from spavl_lib.trainers import checkpoint as ckpt
 
 
 def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer, itself or below accelerate's wrapper; None where there is none."""
-    for found in (optimizer, getattr(optimizer, "optimizer", None)):
-        if hasattr(found, "loss_scaler") and hasattr(found, "optimizer"):
-            return found
+    """DeepSpeed's optimizer, with or without accelerate's wrapper; None without DeepSpeed."""
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        if hasattr(candidate, "loss_scaler") and hasattr(candidate, "optimizer"):
+            return candidate
     return None
 
 
 def _masters(zero: Any) -> list[Tensor]:
+    """The flat fp32 master weights of this rank."""
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     return zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
 
 
 def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
-    """This process's optimizer state as named tensors and JSON.
+    """This process's optimizer state as named tensors and JSON values.
 
     Args:
-        optimizer: As accelerate prepared it.
+        optimizer: The optimizer, as accelerate prepared it.
     """
     zero = _zero(optimizer)
     if zero is None:
@@ -47,17 +48,23 @@ def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_optimizer_share(optimizer: Any, tensors: dict[str, Tensor], plain: dict) -> None:
-    """The inverse of `optimizer_share`; under ZeRO the model's weights come back with it."""
+    """Load `optimizer_share`; under ZeRO this restores the model's weights too.
+
+    Args:
+        optimizer: The optimizer, as accelerate prepared it.
+        tensors: Tensors of `optimizer_share`.
+        plain: JSON values of `optimizer_share`.
+    """
     zero = _zero(optimizer)
     if zero is None:
         ckpt.load_optimizer(optimizer, tensors, plain)
         return
-    own = {k: v for k, v in tensors.items() if not k.startswith("master.")}
+    slots = {k: v for k, v in tensors.items() if not k.startswith("master.")}
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     if stage3:
         zero.checkpoint_event_prologue()
         zero._set_fp32_optimizer_param_groups()
-    ckpt.load_optimizer(zero.optimizer, own, plain)
+    ckpt.load_optimizer(zero.optimizer, slots, plain)
     if stage3:
         zero._clear_fp32_optimizer_param_groups()
     with torch.no_grad():
@@ -74,7 +81,7 @@ def load_optimizer_share(optimizer: Any, tensors: dict[str, Tensor], plain: dict
 
 
 def _refresh_stage3(zero: Any) -> None:
-    """The model's own pieces from the masters, as DeepSpeed does after loading."""
+    """Copy the master weights into the model's shards, as DeepSpeed does after loading."""
     for flat, master in zip(
         zero.fp16_partitioned_groups_flat, zero.fp32_partitioned_groups_flat, strict=True
     ):

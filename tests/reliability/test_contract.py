@@ -119,7 +119,7 @@ def test_a_reference_that_moved_is_refused(broken: Case, record: Callable) -> No
             assert broken.ended(name) == broken.straight
         else:
             assert child.wait() == 2, child.said[-2000:]
-            assert "the reference is not the one this run began with" in child.said
+            assert "the reference is not the one that this run started with" in child.said
             after = untouched(broken, name)
             assert {k for k in after if after[k] != before.get(k)} <= {"manifest.json"}
     record("R4", 2, 2, "moved by 1e-3 refused; unmoved equal to the bit")
@@ -127,7 +127,7 @@ def test_a_reference_that_moved_is_refused(broken: Case, record: Callable) -> No
 
 def test_a_model_that_does_not_look_is_refused(broken: Case) -> None:
     child = broken.start("blind", fault="blind:")
-    assert child.wait() == 2 and "the model does not look" in child.said
+    assert child.wait() == 2 and "the model ignores the images" in child.said
     assert not broken.stage("blind").exists()
 
 

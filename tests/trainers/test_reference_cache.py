@@ -62,7 +62,7 @@ def test_computed_once_and_the_training_is_the_same(
     train(rows, tmp_path, "beta", dpo__beta=0.5)
     assert [f.stat().st_mtime_ns for f in files] == stamps
     for change in ({"data__train_rows": 8}, {"dpo__max_length": 200}):
-        with pytest.raises(AssertionError, match="computed again"):
+        with pytest.raises(AssertionError, match="computed anew"):
             train(rows, tmp_path, f"other{next(iter(change))}", **change)
 
 
@@ -104,12 +104,12 @@ def test_a_torn_or_foreign_file_is_told_and_not_used(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for name in NAMES:
         assert torch.equal(read_cache(path, "key", 2)[name], values[name])
-    with pytest.warns(UserWarning, match="does not hold"):
+    with pytest.warns(UserWarning, match="does not match its hash"):
         assert read_cache(path, "another key", 2)[NAMES[0]].isnan().all()
     for broken in (whole[:-3], b"", whole[:-1] + bytes([whole[-1] ^ 1])):
         path.write_bytes(broken)
-        with pytest.warns(UserWarning, match="computed anew"):
+        with pytest.warns(UserWarning, match="computed again"):
             assert read_cache(path, "key", 2)[NAMES[0]].isnan().all()
     save_file({"ref_chosen_logps": torch.zeros(2)}, path)
-    with pytest.warns(UserWarning, match="computed anew"):
+    with pytest.warns(UserWarning, match="computed again"):
         assert read_cache(path, "key", 2)[NAMES[0]].isnan().all()

@@ -187,10 +187,10 @@ def test_a_template_without_bos_is_noticed() -> None:
     theirs = processor(images=[image], text=[text], add_special_tokens=False)["input_ids"]
     assert ours[0] != theirs[0]
     with pytest.warns(UserWarning, match="1 of 1 prompts"):
-        rloo.compare_prompts(ours, theirs, typed=False)
+        rloo.compare_prompts(ours, theirs, has_types=False)
     with pytest.raises(InputError, match="token types"):
-        rloo.compare_prompts(ours, theirs, typed=True)
-    rloo.compare_prompts(ours, ours, typed=True)
+        rloo.compare_prompts(ours, theirs, has_types=True)
+    rloo.compare_prompts(ours, ours, has_types=True)
 
 
 def test_bad_input(reward_folders: dict[str, Path], tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_bad_input(reward_folders: dict[str, Path], tmp_path: Path) -> None:
     (other / "score_head.safetensors").unlink()
     with pytest.raises(InputError, match="score_head.safetensors is missing"):
         train(settings("lora", other), tmp_path)
-    with pytest.raises(InputError, match="use_vllm wants a CUDA GPU"):
+    with pytest.raises(InputError, match="use_vllm needs a CUDA GPU"):
         train(settings("lora", reward_folders["lora"], rloo__use_vllm=True), tmp_path)
     with pytest.raises(InputError, match="8 training rows, but a step takes 16"):
         changes = {"rloo__per_device_batch_size": 16}
