@@ -62,7 +62,7 @@ def test_computed_once_and_the_training_is_the_same(
     train(rows, tmp_path, "beta", dpo__beta=0.5)
     assert [f.stat().st_mtime_ns for f in files] == stamps
     for change in ({"data__train_rows": 8}, {"dpo__max_length": 200}):
-        with pytest.raises(AssertionError, match="computed anew"):
+        with pytest.raises(AssertionError, match="computed again"):
             train(rows, tmp_path, f"other{next(iter(change))}", **change)
 
 
