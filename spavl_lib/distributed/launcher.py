@@ -92,8 +92,8 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
         launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
         config = dataclasses.replace(config, launch=launch)
     check_supported(kind, config.model.adapter, launch)
-    if hasattr(section, "gradient_accumulation_steps"):
-        local_accumulation(kind, section.gradient_accumulation_steps, launch)
+    if steps := getattr(section, "gradient_accumulation_steps", None):
+        local_accumulation(kind, steps, launch)
     with stop_on_signals() as flag, reports_folder(stage, launch, flag) as folder:
         with tempfile.TemporaryDirectory(prefix="spavl-") as scratch:
             command, env = _command(kind, config, stage, folder, Path(scratch))
@@ -294,7 +294,8 @@ def _kill(folder: Path) -> None:
 
 def _end(child: subprocess.Popen, folder: Path) -> None:
     """End every process that may still run."""
-    child.stdin.close()  # every process exits when its standard input closes
+    if child.stdin:
+        child.stdin.close()  # every process exits when its standard input closes
     if child.poll() is None:
         _kill(folder)
         with contextlib.suppress(subprocess.TimeoutExpired):

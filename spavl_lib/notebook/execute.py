@@ -95,7 +95,8 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
         InputError: There is no such notebook; names the nearest.
     """
     folder = folder or notebooks_folder()
-    asked, aliases = Path(name).name.removesuffix(".ipynb"), {}
+    asked = Path(name).name.removesuffix(".ipynb")
+    aliases: dict[str, Path] = {}
     for path in list_notebooks(folder):
         spec = stages.of_notebook(path.stem)
         for alias in (path.stem, path.stem[3:], spec.name if spec else path.stem):
@@ -242,7 +243,7 @@ class _Execution:
         self.pid: int | None = None
         self.cell = 0
         self.stops = 0
-        self.signal = signal.SIGINT
+        self.signal: int = signal.SIGINT
         self.busy = False
         self._cell_started = self._began = 0.0
         self._over = threading.Event()
@@ -350,7 +351,7 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
             policy = "auto" if zmq.has("curve") else "disabled"
             super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
 
-        async def start_kernel(self, **kwargs: Any) -> None:
+        async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
             variables = {
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
@@ -362,10 +363,13 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
                 await super().start_kernel(
                     env=os.environ | variables, cwd=str(repo_root()), stderr=log, **kwargs
                 )
-            execution.pid = self.provisioner.pid
-            execution.guards.enter_context(killed_with_this_process(execution.pid))
+            execution.pid = getattr(self.provisioner, "pid", None)
+            if execution.pid:
+                execution.guards.enter_context(killed_with_this_process(execution.pid))
 
-        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        async def shutdown_kernel(  # type: ignore[override]
+            self, now: bool = False, restart: bool = False
+        ) -> None:
             # A kernel that still runs a cell, because of a timeout, would not answer a request.
             await super().shutdown_kernel(now=now or execution.busy, restart=restart)
 

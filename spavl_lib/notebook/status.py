@@ -129,4 +129,5 @@ def killed_with_this_process(group: int) -> Iterator[None]:
     finally:
         watch.kill()
         watch.wait()
-        watch.stdin.close()
+        if watch.stdin:
+            watch.stdin.close()

@@ -1,4 +1,4 @@
-"""What a result rests on besides its inputs: code, versions, machine, and how exact it computes."""
+"""What a result depends on besides its inputs: code, versions, machine and precision."""
 
 import contextlib
 import hashlib
@@ -45,7 +45,7 @@ def environment(root: Path) -> dict:
 
 
 def git_diff(root: Path) -> str:
-    """What the checkout holds beyond its commit, as a patch."""
+    """Uncommitted changes of the checkout, as a patch."""
     return _git(root, "diff", "HEAD")
 
 
@@ -60,7 +60,7 @@ def _git(root: Path, *args: str) -> str:
 
 
 def code_sha256() -> str:
-    """Hash of the library's own Python files and profiles: what ran, committed or not."""
+    """Hash of the library's Python files and profiles, committed or not."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(p for kind in ("*.py", "*.yaml") for p in folder.rglob(kind)):
@@ -69,7 +69,7 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package numbers depend on."""
+    """Version of Python and of each package that numbers depend on."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -78,23 +78,24 @@ def versions() -> dict[str, str]:
 
 
 def installed() -> dict[str, str]:
-    """Every installed package and its version, read off the names of its folder of metadata."""
-    found = {}
+    """Name -> version of every installed package, from the names of the metadata folders."""
+    packages: dict[str, str] = {}
     for package in importlib.metadata.distributions():
-        # Reading each one's metadata would take a second.
-        name, _, version = Path(str(package._path)).stem.partition("-")
+        # Reading the metadata itself would take a second.
+        folder = getattr(package, "_path", "")
+        name, _, version = Path(str(folder)).stem.partition("-")
         if name and version:
-            found.setdefault(name.lower().replace("_", "-"), version.removesuffix(".dist"))
-    return dict(sorted(found.items()))
+            packages.setdefault(name.lower().replace("_", "-"), version.removesuffix(".dist"))
+    return dict(sorted(packages.items()))
 
 
 def majors(named: dict[str, str]) -> dict[str, str]:
-    """Major version of the packages a resumed run may not change."""
+    """Major versions of the packages that may not change when a run is resumed."""
     return {f"versions.{n}": named[n].split(".")[0] for n in GUARDED if n in named}
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, and the GPU with its libraries if there is one."""
+    """Processor, threads, and the GPU with its libraries, if there is one."""
     import torch
 
     name, flags = _processor()
@@ -117,9 +118,9 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> tuple[str, str]:
-    """Model name and feature flags, where the system tells them."""
+    """Name and feature flags of the processor, where the system tells them."""
     path = Path("/proc/cpuinfo")
-    fields = {}
+    fields: dict[str, str] = {}
     if path.is_file():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             key, _, value = line.partition(":")
@@ -133,7 +134,7 @@ def _driver() -> str | None:
 
 
 def determinism() -> dict[str, Any]:
-    """The switches that decide whether equal inputs give equal bits."""
+    """The settings that decide whether equal inputs give bit-identical results."""
     import torch
 
     return {
