@@ -1,7 +1,8 @@
-"""A run made again from its manifests, and compared: to the bit on a CPU, clock and memory aside.
+"""Make a run again from its manifests, and compare; on a CPU results are bit-identical.
 
-Two questions, apart: do the conditions still hold that the run was made under (code, versions,
-data, model, threads ...), and does it come out the same?
+Two questions are answered apart: whether the conditions of the run still hold (code, versions,
+data, model, threads and so on), and whether its results are the same. Times and memory are not
+compared.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
 from spavl_lib.stages import stage_names
 
-# Of the clock, the machine's memory, and where things lie: never compared.
+# Times, memory and device names; never compared.
 OWN = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
 CONDITIONS = (
     "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
@@ -39,20 +40,20 @@ def rerun(
     check: str = "exact",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Compare a run with its records and, if asked, with itself made again.
+    """Compare a run with its records and, if asked, with a second making of it.
 
     Args:
         run_path: The run's folder.
-        only: Stages to make again, all finished ones if empty.
-        check: `exact` makes the stages again; `conditions` only looks at what they rested on.
-        say: Takes a line at a time.
+        only: Stages to make again; all complete ones if empty.
+        check: `exact` makes the stages again; `conditions` only compares conditions and records.
+        say: Called with each line of output.
 
     Returns:
-        `records`, `conditions` and `results`: by stage, lines that each name one difference.
-        `equal` is whether records and results have none.
+        `records`, `conditions` and `results`: for each stage a list of differences. `equal` says
+        whether records and results have none.
 
     Raises:
-        InputError: The folder holds no finished stage, or not one that was named.
+        InputError: The folder holds no complete stage, or a named stage is not complete.
     """
     stages = _finished(run_path, only)
     found: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
@@ -107,7 +108,7 @@ def _read(stage: Path) -> tuple[dict, Config]:
 
 
 def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
-    """Where a stage's own files contradict each other: somebody changed one afterwards."""
+    """Contradictions between a stage's files, which show that one was changed afterwards."""
     page = {k: v for k, v in manifest.items() if k != "sealed"}
     if provenance.canonical_sha256(page) != manifest.get("sealed"):
         yield "manifest.json: changed since it was sealed"
@@ -117,11 +118,17 @@ def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
     summary = read_json(stage / "summary.json")
     results = manifest.get("results") or {}
     if provenance.canonical_sha256(summary) != results.get("summary_sha256"):
-        yield "summary.json: not the one that was written when the stage was finished"
+        yield "summary.json: changed since the stage was completed"
 
 
 def condition_differences(manifest: dict, config: Config, name: str) -> Iterator[str]:
-    """What a stage rested on and is otherwise now: code, versions, machine, model, data."""
+    """Conditions of a stage that have changed: code, versions, machine, model, data.
+
+    Args:
+        manifest: The stage's manifest.
+        config: The stage's config.
+        name: The stage.
+    """
     now = provenance.environment(repo_root())
     for key in CONDITIONS:
         yield from differences({key: manifest.get(key)}, {key: now[key]})
@@ -147,15 +154,15 @@ def _comparable(name: str) -> bool:
 
 
 def _data_differences(then: dict, config: Config) -> Iterator[str]:
-    """In words: texts, pictures, their order."""
+    """Changes of the data in words: texts, images, order."""
     from spavl_lib.data.fingerprint import row_digests
     from spavl_lib.data.load import load_preferences
 
     words = {
         "rows": "the number of rows",
         "texts": "the text of a row",
-        "images": "the bytes of a picture",
-        "order": "the order of rows, or which picture a row has",
+        "images": "the bytes of an image",
+        "order": "the order of rows, or which image a row has",
     }
     for split, digests in then.items():
         try:
@@ -171,7 +178,13 @@ def _data_differences(then: dict, config: Config) -> Iterator[str]:
 
 
 def differences(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
-    """`key: then -> now` for every leaf of two nested mappings that differs."""
+    """Lines `key: then -> now` for every value in which two nested mappings differ.
+
+    Args:
+        then: The first mapping, or a value.
+        now: The second one.
+        prefix: Text before each key.
+    """
     if isinstance(then, dict) and isinstance(now, dict):
         for key in sorted(then.keys() | now.keys(), key=str):
             inner = prefix if prefix == "" or prefix.endswith(" ") else f"{prefix}."
@@ -181,13 +194,13 @@ def differences(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
 
 
 def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()) -> list[str]:
-    """Make one stage anew under `root`, from its manifest; the lines in which it differs.
+    """Make one stage again under `root`, and return the differences.
 
     Args:
         run_path: The run.
         name: The stage.
-        root: Takes the second run; earlier stages are looked for there.
-        only: Stages that are made again; what these build on is taken from the run itself.
+        root: Folder of the second run, which also holds its earlier stages.
+        only: Stages that are made again; the stages they build on are taken from the first run.
     """
     manifest, config = _read(run_path / name)
     run = Run(config, root=root)
@@ -201,9 +214,10 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
 
 
 def result_differences(then: Path, now: Path) -> Iterator[str]:
-    """Two makings of a stage, file by file: summary, logs and answers line by line, weights."""
+    """Differences between two makings of a stage, in summary, logs, responses and weights."""
     summaries = [_plain(read_json(stage / "summary.json")) for stage in (then, now)]
-    yield from differences(*summaries, "summary.json ")
+    first, second = summaries
+    yield from differences(first, second, "summary.json ")
     names = {
         p.relative_to(stage)
         for stage in (then, now)
@@ -224,9 +238,9 @@ def _line_differences(name: Path, then: list[dict], now: list[dict]) -> Iterator
     if len(then) != len(now):
         yield f"{name}: {len(then)} lines -> {len(now)}"
     for number, rows in enumerate(zip(then, now, strict=False), 1):
-        found = list(differences(*map(_plain, rows), f"{name} line {number} "))
-        if found:
-            yield found[0] + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+        lines = list(differences(_plain(rows[0]), _plain(rows[1]), f"{name} line {number} "))
+        if lines:
+            yield lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
             return
 
 

@@ -96,7 +96,7 @@ def build_preferences(
             continue
         fate, better = compare_both_ways(judge, question, texts)
         fates[fate] += 1
-        if fate == "kept":
+        if fate == "kept" and better is not None:
             chosen, rejected = (better, 1 - better)
             rows.append(
                 question.more

@@ -80,7 +80,9 @@ def to_seed(config: DataConfig, target: Path) -> dict[str, int]:
         if split == "validation" and not _has(config, "validation/validation-*.parquet"):
             continue
         rows = load_preferences(config, split)
-        lists: dict[str, list] = {k: [] for k in (*map(KEYWORDS.get, QUESTION_TYPES), "untyped")}
+        lists: dict[str, list] = {
+            k: [] for k in (*(KEYWORDS[kind] for kind in QUESTION_TYPES), "untyped")
+        }
         for row in tqdm(rows, desc=split):
             keyword = KEYWORDS.get(row["question_type"], "untyped")
             answers = {"chosen": row["chosen"], "rejected": row["rejected"]}

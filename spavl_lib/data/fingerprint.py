@@ -104,8 +104,8 @@ def row_digests(rows: Dataset) -> dict[str, str | int]:
         content = json.dumps({k: row[k] for k in sorted(row)})
         texts.append(hashlib.sha256(content.encode()).hexdigest())
     for cell in rows["image"]:
-        content = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
-        images.append(hashlib.sha256(content).hexdigest())
+        image = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
+        images.append(hashlib.sha256(image).hexdigest())
     return {
         "rows": len(rows),
         "texts": _rolled(sorted(texts)),

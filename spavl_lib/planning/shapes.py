@@ -84,7 +84,8 @@ def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    family, parts = family_of(config), {}
+    family = family_of(config)
+    parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = family.part_of(name)
         parts[part] = parts.get(part, 0) + parameter.numel()

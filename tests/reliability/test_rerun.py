@@ -216,7 +216,7 @@ def changes(made: Made) -> dict[str, tuple[Callable[[], None], str]]:
         return "f" * 40 if words[0] == "rev-parse" else git(root, *words)
 
     return {
-        "image byte": (edited_rows(made, one_byte), "the bytes of a picture changed"),
+        "image byte": (edited_rows(made, one_byte), "the bytes of an image changed"),
         "row swapped": (edited_rows(made, swapped), "the text of a row changed"),
         "row order": (edited_rows(made, lambda r: r[::-1]), "the order of rows"),
         "seed": (edited_config(made, seed=1), "config.yaml seed: 0 -> 1"),

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, Features, Image, Value
@@ -100,7 +101,7 @@ class _Maker:
                 self.used.add(key)
                 return Scene(concept, composition, canvas, flip, image_name)
 
-    def _next(self, pool: str, options: list) -> object:
+    def _next(self, pool: str, options: list) -> Any:
         """Options in turn, so that each is used about equally."""
         self.turn[pool] = self.turn.get(pool, -1) + 1
         return options[self.turn[pool] % len(options)]
@@ -334,7 +335,7 @@ def _key() -> str:
     digest = hashlib.sha256()
     for path in (
         world.ASSETS / "world.yaml",
-        *(Path(m.__file__) for m in (scenes, language, world)),
+        *(Path(str(m.__file__)) for m in (scenes, language, world)),
         Path(__file__),
     ):
         digest.update(path.read_bytes())

@@ -6,6 +6,7 @@ Rows stay in memory-mapped Arrow files, so that a set larger than memory is read
 
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -55,7 +56,7 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    options = {
+    options: dict[str, Any] = {
         "repo_id": repo,
         "repo_type": "dataset",
         "revision": revision or None,

@@ -62,7 +62,8 @@ def load(
     if unknown:
         raise InputError(f"{map_path}: unknown keyword {unknown} (known: {', '.join(lists)})")
     problems: Problems = {}
-    made, places = [], []
+    made: list[dict] = []
+    places: list[str] = []
     for keyword in keywords or tuple(lists):
         path = folder / lists[keyword]
         for index, record in enumerate(_read_list(path)):
@@ -77,8 +78,10 @@ def load(
     table = {c: [_text(r[c]) for r in made] for c in PREFERENCE_COLUMNS}
     rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
-    found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
-    return settle(rows, merged(problems, found, places), str(map_path), on_bad_rows)
+    further = find_problems(
+        rows, places.__getitem__, preference=True, images=decode_all, turns=True
+    )
+    return settle(rows, merged(problems, further, places), str(map_path), on_bad_rows)
 
 
 def _text(value: object) -> object:
@@ -95,7 +98,8 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
     Raises:
         InputError: Every bad record, by file and row.
     """
-    made, problems = [], []
+    made: list[dict] = []
+    problems: list[str] = []
     for index, record in enumerate(_read_list(path)):
         where = f"{path}:{index}"
         row, found = _row(record, where, image_root, "", required=("id", "question"))
@@ -181,7 +185,7 @@ def _row(
             path = resolve_inside(root, relative) if isinstance(relative, str) else None
             if path is None:
                 raise ImageError(f"expected a path, got {type(relative).__name__}")
-            row["image"] = {"bytes": None, "path": str(path)}
+            row["image"] = {"bytes": None, "path": str(path)}  # type: ignore[assignment]
         except ImageError as error:
             problems.append(f"{where} image: {error}")
     return row, [*problems, *storable(row, where)]

@@ -130,7 +130,7 @@ def _row(
     record: Any, place: str, root: Path, name: str, columns: ColumnsConfig
 ) -> tuple[dict, list[str]]:
     """A record as a row, its image as a path or a stand-in, and what is wrong with it."""
-    row = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
+    row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
     if isinstance(record, RecordError):
         return row, [f"{place} {record}"]
     if not isinstance(record, dict):
