@@ -29,7 +29,7 @@ def settings(shape: common.Shape, prompts: int, new_tokens: int, batch: int) -> 
         "smoke",
         {
             "model.adapter": "lora", "model.lora_rank": shape.lora_rank,
-            "model.lora_alpha": 2 * shape.lora_rank, "ppo.preset": "seed",
+            "model.lora_alpha": 2 * shape.lora_rank, "ppo.preset": "original",
             "model.gradient_checkpointing": shape.gradient_checkpointing,
             "ppo.max_steps": 1, "ppo.rollout_batch_size": prompts,
             "ppo.max_new_tokens": new_tokens, "ppo.per_device_batch_size": batch,

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear message, an exit code, no traceback of ours.
+"""Errors that the user can fix: each has one clear message and an exit code, and no traceback.
 
 Exit codes: 2 bad input or config, 3 non-finite numbers, 73 run folder busy, 74 disk, 75 preempted.
 """
@@ -8,17 +8,17 @@ from collections.abc import Iterable
 
 
 class SpavlError(Exception):
-    """Base of every error with a message written for the person running the command."""
+    """Base class of errors whose message is written for the person who runs the command."""
 
     exit_code = 2
 
     def _render_traceback_(self) -> list[str]:
-        """What IPython shows instead of a traceback: the message alone."""
+        """Lines that IPython shows instead of a traceback: only the message."""
         return [f"{type(self).__name__}: {self}"]
 
 
 class InputError(SpavlError):
-    """Bad input: data, parameter, profile or key."""
+    """The data, a parameter, the profile or a key is wrong."""
 
 
 class NonFiniteError(SpavlError):
@@ -28,13 +28,13 @@ class NonFiniteError(SpavlError):
 
 
 class BusyError(SpavlError):
-    """Another live run holds the folder, or it holds another run's work."""
+    """A live process uses the run folder, or the folder holds another run's work."""
 
     exit_code = 73
 
 
 class DiskError(SpavlError):
-    """Writing failed: no space, no permission."""
+    """Writing a file failed, for lack of space or of permission."""
 
     exit_code = 74
 
@@ -46,19 +46,19 @@ class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
 
 
 class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
-    """The user asked for a stop where no checkpoint could be written."""
+    """The user asked for a stop at a point where no checkpoint could be written."""
 
     exit_code = 130
 
 
 class RankError(SpavlError):
-    """One of several training processes failed for a reason that is none of these."""
+    """One of several training processes failed for a reason that no other class here covers."""
 
     exit_code = 1
 
 
 class OutOfMemory(SpavlError):  # noqa: N818 - the name every framework gives it
-    """The device's memory ran out; says what the planner would change."""
+    """The device ran out of memory; the message says what the planner would change."""
 
     exit_code = 1
 
@@ -79,17 +79,22 @@ ERRORS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'X'?` with the known name nearest to a wrong one; empty if none is near."""
+    """The hint `; did you mean 'X'?` with the nearest known name; empty if none is near.
+
+    Args:
+        name: The unknown name.
+        known: All known names.
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def raise_all(problems: Iterable[str], heading: str) -> None:
-    """Raise one `InputError` listing every problem, if there is any.
+    """Raise one `InputError` that lists all problems, if there are any.
 
     Args:
         problems: One line each, `FILE:ROW field: reason`.
-        heading: What was being read.
+        heading: Name of what was read.
     """
     lines = list(problems)
     if lines:

@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 
 from spavl_lib import stages
-from spavl_lib.config import Config, load_config, profile_names
+from spavl_lib.config import Config, flatten, load_config, profile_names
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
 from spavl_lib.machine import device_kind
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.runs.text import flatten, say, short_path
+from spavl_lib.runs.text import say, short_path
 
 # Profiles small enough for a notebook to make the earlier stages it needs.
 SMALL_PROFILES = ("smoke", "demo")

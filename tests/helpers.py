@@ -115,7 +115,7 @@ def write_hub_folder(folder: Path, train: list[dict], validation: list[dict] | N
     return folder
 
 
-def seed_record(number: int = 0, **changes: object) -> dict:
+def original_record(number: int = 0, **changes: object) -> dict:
     """A record of the original's layout."""
     record = {
         "id": number,
@@ -127,7 +127,7 @@ def seed_record(number: int = 0, **changes: object) -> dict:
     return {k: v for k, v in record.items() if v is not ...}
 
 
-def write_seed_folder(folder: Path, lists: dict[str, list], *, images: bool = True) -> Path:
+def write_original_folder(folder: Path, lists: dict[str, list], *, images: bool = True) -> Path:
     """Lists by keyword in the original's layout, and a picture for every relative image path."""
     folder.mkdir(parents=True, exist_ok=True)
     for keyword, records in lists.items():
@@ -143,10 +143,10 @@ def write_seed_folder(folder: Path, lists: dict[str, list], *, images: bool = Tr
     return folder
 
 
-def seed_config(folder: Path, **changes: object) -> DataConfig:
-    """How a folder of `write_seed_folder` is read."""
+def original_config(folder: Path, **changes: object) -> DataConfig:
+    """How a folder of `write_original_folder` is read."""
     values = {"train_rows": 0, "validation_rows": 0, "test_rows": 0} | changes
-    return DataConfig(source="seed_json", path=str(folder), **values)
+    return DataConfig(source="original", path=str(folder), **values)
 
 
 def hub_config(folder: Path, **changes: object) -> DataConfig:

@@ -107,7 +107,7 @@ def test_report_takes_a_folder_or_a_name(
         ("run dop --profile smoke", "did you mean 'dpo'"),
         ("run dpo --profile smok", "did you mean 'smoke'"),
         ("run dpo --profile smoke --set dpo.betta=1", "did you mean 'dpo.beta'"),
-        ("run dpo --profile smoke --set dpo.beta=high", "dpo.beta must be float, got 'high'"),
+        ("run dpo --profile smoke --set dpo.beta=high", "beta must be a valid number, got 'high'"),
         ("run dpo --profile smoke --set dpo.beta", "expected KEY=VALUE"),
         ("run dpo --profile smoke --set =1", "expected KEY=VALUE"),
         ("run dpo --profile smoke --set seed=1 --set seed=1", "seed is given twice"),

@@ -1,3 +1,32 @@
-"""Frozen configuration: sections, presets of the original code, and strict profiles."""
+"""Frozen configuration: sections of settings, presets of the original code, strict profiles."""
 
-from spavl_lib.config.sections import *  # noqa: F403
+from spavl_lib.config.loading import (
+    PROFILES,
+    current_names,
+    from_dict,
+    load_config,
+    profile_names,
+)
+from spavl_lib.config.sections import (
+    LINEARS,
+    ColumnsConfig,
+    Config,
+    DataConfig,
+    DPOConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    LaunchConfig,
+    ModelConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    ScalingConfig,
+)
+from spavl_lib.config.validation import flatten, section
+
+__all__ = [
+    "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
+    "EvaluationConfig", "GenerationConfig", "LaunchConfig", "ModelConfig", "PPOConfig",
+    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "flatten", "from_dict",
+    "load_config", "profile_names", "section",
+]  # fmt: skip

@@ -92,7 +92,7 @@ def _recognised(path: str, folder: Path) -> str:
     if path == "mini":
         return "mini"
     if (folder / MAPS["train"]).is_file():
-        return "seed_json"
+        return "original"
     if folder.is_file() or any(folder.glob("*.json*")) or (folder / "state.json").is_file():
         if not list(folder.glob("data/train-*.parquet")):
             return "datasets"

@@ -22,7 +22,7 @@ from spavl_lib.config import DataConfig
 from spavl_lib.data.duplicates import content_of
 from spavl_lib.data.load import folder_of, load_preferences, load_prompts
 from spavl_lib.data.schema import HUB_REQUIRED, QUESTION_TYPES, TURN
-from spavl_lib.data.sources import original as seed_json
+from spavl_lib.data.sources import original
 from spavl_lib.data.sources.hub import HAS_TURNS
 from spavl_lib.data.sources.original import MAPS
 from spavl_lib.data.taxonomy import PARENTS
@@ -187,7 +187,7 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
     for split, map_name in MAPS.items():
         if not (source / map_name).is_file():
             continue
-        rows = _in_order(load_preferences(_all_rows("seed_json", str(source), root), split))
+        rows = _in_order(load_preferences(_all_rows("original", str(source), root), split))
         folder = {"train": "data", "validation": "validation"}[split]
         _write_parquet(target / folder, split, rows)
         if split == "train":
@@ -195,7 +195,7 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
         counts[split] = len(rows)
     for path in sorted(source.glob(PROMPTS.format("*"))):
         name = path.stem.removeprefix("infer_")
-        rows = seed_json.load_prompts(path, Path(root or source))
+        rows = original.load_prompts(path, Path(root or source))
         _write_parquet(target / "test", name, rows)
         counts[name] = len(rows)
     return counts

@@ -11,7 +11,7 @@ from datasets import Dataset
 from spavl_lib.config import DataConfig
 from spavl_lib.data.images import ImageError, resolve_inside
 from spavl_lib.data.load import folder_of
-from spavl_lib.data.sources import original as seed_json
+from spavl_lib.data.sources import original
 from spavl_lib.errors import InputError
 
 PATTERNS = {
@@ -30,11 +30,11 @@ def source_sha256(config: DataConfig, split: str) -> str:
     Raises:
         InputError: The folder or its keyword map is not there.
     """
-    if split not in PATTERNS and config.source in ("seed_json", "datasets"):
+    if split not in PATTERNS and config.source in ("original", "datasets"):
         config = dataclasses.replace(config, source="mini", path="")  # those of mini stand in
     if config.source == "datasets":
         files: Iterable[Path] = _below(Path(config.path).expanduser())
-    elif config.source == "seed_json":
+    elif config.source == "original":
         files = _listed(folder_of(config), split, config)
     else:
         base, twemoji, _ = split.removesuffix("_exchanged").partition("_twemoji")
@@ -56,8 +56,8 @@ def _below(path: Path) -> list[Path]:
 
 def _listed(folder: Path, split: str, config: DataConfig) -> list[Path]:
     """Keyword map, lists, and every picture they name; what is unreadable, loading will say."""
-    map_path = folder / seed_json.MAPS[split]
-    lists = seed_json.read_keyword_map(map_path)
+    map_path = folder / original.MAPS[split]
+    lists = original.read_keyword_map(map_path)
     root = Path(config.image_root or config.path).expanduser()
     files = [map_path]
     for keyword in config.keywords or tuple(lists):

@@ -10,8 +10,7 @@ from spavl_lib.config import DataConfig
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.sampling import of_sources, of_types, subset
 from spavl_lib.data.schema import QUESTION_TYPES, Loaded, features
-from spavl_lib.data.sources import hub, own
-from spavl_lib.data.sources import original as seed_json
+from spavl_lib.data.sources import hub, original, own
 from spavl_lib.data.sources.join import answer_sources, unmatched, unmatched_rows
 from spavl_lib.errors import InputError
 
@@ -61,12 +60,10 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
     Raises:
         InputError: As `load_preferences`; also, no row passes the filters.
     """
-    if config.source == "seed_json":
+    if config.source == "original":
         folder = folder_of(config)
         root = Path(config.image_root or config.path).expanduser()
-        loaded = seed_json.load(
-            folder, split, config.keywords, root, on_bad_rows=config.on_bad_rows
-        )
+        loaded = original.load(folder, split, config.keywords, root, on_bad_rows=config.on_bad_rows)
     elif config.source == "datasets":
         loaded = own.load(config, split)
     else:
@@ -93,7 +90,7 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
     Raises:
         InputError: The source has no such set.
     """
-    if config.source in ("seed_json", "datasets"):  # they have none: those of mini stand in
+    if config.source in ("original", "datasets"):  # they have none: those of mini stand in
         config = dataclasses.replace(config, source="mini", path="")
     base, _, drawing = name.partition("_twemoji")
     exchanged = base == "twins_exchanged"

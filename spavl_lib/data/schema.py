@@ -31,7 +31,7 @@ HUB_REQUIRED = {
     "validation": ("image", "question", "chosen", "rejected", "class1", "class2", "class3"),
     "test": ("image", "question", "class1", "class2", "class3"),
 }
-SEED_REQUIRED = ("id", "question", "chosen", "rejected")
+ORIGINAL_REQUIRED = ("id", "question", "chosen", "rejected")
 QUESTION_TYPES = ("easy", "hardq", "hards")
 DECODE_ALL_UP_TO = 5_000  # rows; above it images are decoded as batches are made
 MAX_CHARACTERS = 50_000  # of one text; no model here reads a tenth of it

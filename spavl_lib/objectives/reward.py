@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-SEED_EPSILON = 1e-5
+ORIGINAL_EPSILON = 1e-5
 
 
 def bradley_terry_loss(
@@ -12,7 +12,7 @@ def bradley_terry_loss(
     rejected_scores: Float[Tensor, " batch"],
     *,
     center_coef: float = 0.0,
-    seed_form: bool = False,
+    original_form: bool = False,
 ) -> Float[Tensor, " batch"]:
     """Negative log-likelihood of each preference.
 
@@ -21,8 +21,8 @@ def bradley_terry_loss(
         rejected_scores: Score of the other answer.
         center_coef: Weight of the squared sum of both scores, which keeps scores around 0; 0 for
             none.
-        seed_form: Use the original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient vanishes where
-            the model is most wrong: at d = -20 it is -0.0002, while logsigmoid's is -1.
+        original_form: Use the original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient vanishes
+            where the model is most wrong: at d = -20 it is -0.0002, while logsigmoid's is -1.
 
     Returns:
         Loss of each pair in nats, not reduced.
@@ -30,8 +30,8 @@ def bradley_terry_loss(
     Source: Bradley and Terry 1952; centring: Eisenstein et al. 2023, arXiv:2312.09244, Eq. 2.
     """
     difference = chosen_scores - rejected_scores
-    if seed_form:
-        loss = -torch.log(torch.sigmoid(difference) + SEED_EPSILON)
+    if original_form:
+        loss = -torch.log(torch.sigmoid(difference) + ORIGINAL_EPSILON)
     else:
         loss = -torch.nn.functional.logsigmoid(difference)
     if center_coef:

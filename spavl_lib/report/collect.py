@@ -9,10 +9,9 @@ from typing import Any
 
 import yaml
 
-from spavl_lib.config import load_config, profile_names
+from spavl_lib.config import current_names, flatten, load_config, profile_names
 from spavl_lib.errors import SpavlError
 from spavl_lib.runs.files import read_jsonl
-from spavl_lib.runs.text import flatten
 from spavl_lib.stages import stage_names
 
 _OWN_OPTIONS = ("run_name", "profile")  # options of their own in a command
@@ -77,7 +76,7 @@ def _read_stage(path: Path, problems: list[str]) -> StagePage:
         path,
         (path / "summary.json").is_file(),
         _mapping(path / "manifest.json", problems),
-        _mapping(path / "config.yaml", problems),
+        current_names(_mapping(path / "config.yaml", problems)),
         rows,
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from spavl_lib import stages
-from spavl_lib.config import Config, load_config, profile_names
+from spavl_lib.config import Config, current_names, flatten, load_config, profile_names
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
 from spavl_lib.runs import provenance
@@ -26,7 +26,6 @@ from spavl_lib.runs.files import read_json, write_json, write_text, writing
 from spavl_lib.runs.files import read_jsonl as read_jsonl  # for those who read a stage's files
 from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.signals import stop_on_signals
-from spavl_lib.runs.text import flatten
 
 
 def allowed_changes() -> tuple[str, ...]:
@@ -96,7 +95,7 @@ class Stage:
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
             return
-        old = flatten(yaml.safe_load(saved.read_text(encoding="utf-8")) or {})
+        old = flatten(current_names(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}))
         new = flatten(self.config.to_dict())
         sections = stages.find(self.name).config_keys
         self._refuse(

@@ -92,7 +92,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
             chosen,
             rejected,
             center_coef=self.settings.center_coef,
-            seed_form=self.settings.seed_form,
+            original_form=self.settings.original_form,
         ).mean()
         if coef:
             loss = loss - coef * logps[: len(chosen)].mean()

@@ -10,7 +10,14 @@ import pytest
 import yaml
 
 from spavl_lib import config as module
-from spavl_lib.config import PROFILES, Config, from_dict, load_config, profile_names
+from spavl_lib.config import (
+    PROFILES,
+    Config,
+    DPOConfig,
+    from_dict,
+    load_config,
+    profile_names,
+)
 from spavl_lib.errors import InputError
 
 SHIPPED = ["colab", "demo", "full", "smoke"]
@@ -138,9 +145,99 @@ def test_unknown_key_names_the_nearest(key: str, nearest: str) -> None:
 def test_unknown_key_in_a_file_names_file_and_nearest(profile: Path) -> None:
     text = profile.read_text(encoding="utf-8").replace("max_steps", "max_stepps")
     profile.write_text(text, encoding="utf-8")
-    told = r"mine.yaml: unknown key 'reward.max_stepps'; did you mean"
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError) as refused:
         load_config(str(profile))
+    heading, missing, *unknown = str(refused.value).splitlines()
+    assert heading == f"{profile}: 5 problems"
+    for number, kind in enumerate(("reward", "dpo", "ppo", "rloo")):
+        assert f"{kind}.max_steps" in missing
+        start = f"  unknown key '{kind}.max_stepps'; did you mean '{kind}.max_steps'?"
+        assert unknown[number].startswith(start)
+
+
+def test_all_faults_are_listed_at_once(profile: Path) -> None:
+    text = profile.read_text(encoding="utf-8").replace("lora_rank: 8", "lora_rank: many")
+    profile.write_text(text, encoding="utf-8")
+    overrides = {
+        "dpo.beta": "0", "dpo.betta": 1, "data.train_rows": -3, "model.adapter": "lorra",
+        "ppo.num_minibatches": 9, "launch.num_machines": 2, "reward.mirror": "yes", "seed": -1,
+    }  # fmt: skip
+    with pytest.raises(InputError) as refused:
+        load_config(str(profile), overrides)
+    assert str(refused.value).splitlines() == [
+        f"{profile}: 10 problems",
+        "  data.train_rows must be greater than or equal to 0, got -3",
+        "  model.adapter must be 'full', 'lora', 'qlora' or 'frozen', got 'lorra'; "
+        "did you mean 'lora'?",
+        "  model.lora_rank must be a valid integer, got 'many'",
+        "  reward.mirror: expected true or false, got 'yes'",
+        "  dpo.beta must be greater than 0, got '0'",
+        "  unknown key 'dpo.betta'; did you mean 'dpo.beta'?",
+        "  ppo: num_minibatches = 9 for a rollout of 8 prompts: some would be empty",
+        "  launch: num_processes = 1 must be a multiple of num_machines = 2",
+        "  launch: main_port: several machines need a port that all of them know",
+        "  seed must be greater than or equal to 0, got -1",
+    ]
+
+
+def test_a_section_made_in_code_is_checked_alike() -> None:
+    config = load_config("smoke")
+    for change in (
+        lambda: dataclasses.replace(config.dpo, beta=0, max_steps="many"),
+        lambda: DPOConfig(per_device_batch_size=1, beta=0, max_steps="many"),
+    ):
+        with pytest.raises(InputError) as refused:
+            change()
+        assert str(refused.value).splitlines()[1:] == [
+            "  dpo.max_steps must be a valid integer, got 'many'",
+            "  dpo.beta must be greater than 0, got 0",
+        ]
+        assert refused.value.__suppress_context__  # pydantic's error is not shown above ours
+    with pytest.raises(InputError, match="unknown key 'dpo.betta'; did you mean 'dpo.beta'"):
+        dataclasses.replace(config.dpo, betta=1)
+    with pytest.raises(InputError, match="dpo must be a mapping, got 3"):
+        dataclasses.replace(config, dpo=3)
+    assert dataclasses.replace(config.dpo, max_steps=4.0).max_steps == 4
+
+
+def test_numbers_and_booleans_are_not_mixed() -> None:
+    for key, value in [
+        ("seed", True), ("dpo.beta", False), ("dpo.loss_weights", [1, True]),
+        ("scaling.sizes", (True,)), ("model.train_projector", 1), ("model.train_projector", "on"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=f"{key}: expected"):
+            load_config("smoke", {key: value})
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("\ndpo: {beta: 0.2}\n", "'dpo' stands twice"),
+        ("\nevaluation: {judge: exact, judge: exact}\n", "'judge' stands twice"),
+        ("\n1: 2\n", "'1' must be text"),
+    ],
+)
+def test_a_key_stands_once_in_a_profile_and_is_text(profile: Path, text: str, reason: str) -> None:
+    profile.write_text(profile.read_text(encoding="utf-8") + text, encoding="utf-8")
+    with pytest.raises(InputError, match=f"mine.yaml: .*{reason}"):
+        load_config(str(profile))
+
+
+def test_sections_may_share_values_by_an_anchor(profile: Path) -> None:
+    page = yaml.safe_load(profile.read_text(encoding="utf-8"))
+    page["dpo"] = page["reward"]  # written as an anchor and an alias
+    profile.write_text(yaml.safe_dump(page), encoding="utf-8")
+    assert "&id" in profile.read_text(encoding="utf-8")
+    config = load_config(str(profile), {"dpo.max_steps": 5})
+    assert (config.reward.max_steps, config.dpo.max_steps) == (6, 5)
+
+
+def test_a_nested_override_leaves_the_other_keys_of_its_section_alone() -> None:
+    nested = load_config("smoke", {"model": {"lora_rank": 4}, "dpo": {"preset": "original"}})
+    dotted = load_config("smoke", {"model.lora_rank": 4, "dpo.preset": "original"})
+    assert nested == dotted
+    assert (nested.model.lora_rank, nested.model.lora_alpha) == (4, 16)
+    assert nested.dpo.loss_type == ("sigmoid",)
 
 
 @pytest.mark.parametrize(
@@ -219,14 +316,14 @@ def test_global_batch_is_derived() -> None:
 # --- presets and documentation ------------------------------------------------------------------
 
 
-def test_seed_preset_is_the_originals_and_yields_to_an_explicit_value() -> None:
+def test_the_original_preset_is_the_originals_and_yields_to_an_explicit_value() -> None:
     ours = load_config("smoke")
-    seed = load_config("smoke", {"dpo.preset": "seed"})
-    assert seed.dpo.loss_type == ("sigmoid",) != ours.dpo.loss_type
-    assert seed.dpo.learning_rate == 2e-5
-    assert load_config("demo", {"dpo.preset": "seed"}).dpo.learning_rate == 1e-6
-    assert seed.dpo.max_steps == ours.dpo.max_steps
-    explicit = load_config("smoke", {"dpo.preset": "seed", "dpo.beta": 0.3})
+    original = load_config("smoke", {"dpo.preset": "original"})
+    assert original.dpo.loss_type == ("sigmoid",) != ours.dpo.loss_type
+    assert original.dpo.learning_rate == 2e-5
+    assert load_config("demo", {"dpo.preset": "original"}).dpo.learning_rate == 1e-6
+    assert original.dpo.max_steps == ours.dpo.max_steps
+    explicit = load_config("smoke", {"dpo.preset": "original", "dpo.beta": 0.3})
     assert (explicit.dpo.beta, explicit.dpo.loss_weights) == (0.3, (1.0,))
 
 

@@ -16,10 +16,10 @@ from spavl_lib.data.taxonomy import PARENTS
 from tests.helpers import (
     files_of,
     hub_config,
+    original_record,
     png,
-    seed_record,
     write_hub_folder,
-    write_seed_folder,
+    write_original_folder,
 )
 
 CLASSES = {"class1": "", "class2": "", "class3": ""}
@@ -37,8 +37,8 @@ def fields(rows: Dataset) -> list[tuple]:
 
 
 def there_and_back(source: Path | str, tmp_path: Path) -> Path:
-    convert(str(source), tmp_path / "seed")
-    convert(str(tmp_path / "seed"), tmp_path / "hub")
+    convert(str(source), tmp_path / "original")
+    convert(str(tmp_path / "original"), tmp_path / "hub")
     return tmp_path / "hub"
 
 
@@ -96,9 +96,9 @@ def test_pictures_of_one_name_in_several_classes_keep_their_class(tmp_path: Path
     """As in the original's folders, where every class may have its own 170.jpg."""
     kinds = ("theft", "hate", "cyber")
     records = [
-        seed_record(n, image="/".join([*PARENTS[c], c, "170.jpg"])) for n, c in enumerate(kinds)
+        original_record(n, image="/".join([*PARENTS[c], c, "170.jpg"])) for n, c in enumerate(kinds)
     ]
-    source = write_seed_folder(tmp_path / "in", {"easy": records})
+    source = write_original_folder(tmp_path / "in", {"easy": records})
     (source / "config_test.json").unlink()
     convert(str(source), tmp_path / "hub")
     rows = load_preferences(hub_config(tmp_path / "hub"), "train")
@@ -107,21 +107,23 @@ def test_pictures_of_one_name_in_several_classes_keep_their_class(tmp_path: Path
 
 
 def test_the_originals_layout_comes_back_file_by_file(tmp_path: Path) -> None:
-    convert("mini", tmp_path / "seed")
-    convert(str(tmp_path / "seed"), tmp_path / "hub")
+    convert("mini", tmp_path / "original")
+    convert(str(tmp_path / "original"), tmp_path / "hub")
     convert(str(tmp_path / "hub"), tmp_path / "again")
-    assert files_of(tmp_path / "seed") == files_of(tmp_path / "again")
+    assert files_of(tmp_path / "original") == files_of(tmp_path / "again")
 
 
 def test_turns_odd_ids_and_missing_pictures_come_back_file_by_file(tmp_path: Path) -> None:
     turns = [{"from": "Human", "value": "One?"}, {"from": "Assistant", "value": "1."},
              {"from": "Human", "value": "Two?"}]  # fmt: skip
     records = [
-        seed_record(7, question=turns),
-        seed_record(3, image=...),
-        seed_record("x", image=...),
+        original_record(7, question=turns),
+        original_record(3, image=...),
+        original_record("x", image=...),
     ]
-    source = write_seed_folder(tmp_path / "in", {"easy": records, "hardd": [seed_record(1)]})
+    source = write_original_folder(
+        tmp_path / "in", {"easy": records, "hardd": [original_record(1)]}
+    )
     (source / "config_test.json").unlink()
     convert(str(source), tmp_path / "hub")
     rows = load_preferences(hub_config(tmp_path / "hub"), "train")

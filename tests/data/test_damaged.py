@@ -21,7 +21,7 @@ from PIL import Image
 from spavl_lib.data.load import load_preferences, read_preferences
 from spavl_lib.data.schema import MAX_CHARACTERS, TURN
 from spavl_lib.errors import InputError
-from tests.helpers import hub_config, png, seed_config, seed_record
+from tests.helpers import hub_config, original_config, original_record, png
 
 ROWS = 12
 OPENED: list[str] = []
@@ -73,7 +73,7 @@ ODD_TEXTS = {
 }  # fmt: skip
 
 
-def seed_case(draw: random.Random, folder: Path) -> tuple[set[int], int]:
+def original_case(draw: random.Random, folder: Path) -> tuple[set[int], int]:
     """A set in the original's layout with damaged and odd rows; which are damaged."""
     folder.mkdir()
     (folder.parent / "secret.png").write_bytes(png((1, 2, 3)))
@@ -82,7 +82,7 @@ def seed_case(draw: random.Random, folder: Path) -> tuple[set[int], int]:
     records = []
     damaged: set[int] = set()
     for n in range(ROWS):
-        record = seed_record(n)
+        record = original_record(n)
         path = folder / record["image"]
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(draw.choice(list(GOOD_PICTURES.values())))
@@ -102,10 +102,10 @@ def seed_case(draw: random.Random, folder: Path) -> tuple[set[int], int]:
                 )  # fmt: skip
             else:
                 record = draw.choice(
-                    (seed_record(n, chosen=...), seed_record(n, question=["x"]), "text", None, [1],
-                     seed_record(n, chosen={"a": 1}), seed_record(n, rejected="\ud800"),
-                     seed_record(n, image=7),
-                     seed_record(n, image=f"Malicious Use/Illegal activities/thievery/{n}.png"))
+                    (original_record(n, chosen=...), original_record(n, question=["x"]), "text",
+                     None, [1], original_record(n, chosen={"a": 1}),
+                     original_record(n, rejected="\ud800"), original_record(n, image=7),
+                     original_record(n, image=f"Malicious Use/Illegal activities/thievery/{n}.png"))
                 )  # fmt: skip
         records.append(record)
     (folder / "easy.json").write_text(json.dumps(records), encoding="utf-8")
@@ -151,8 +151,8 @@ def test_the_originals_layout(tmp_path: Path, seed: int) -> None:
     for n in range(seed, seed + 20):
         folder = tmp_path / str(n) / "set"
         folder.parent.mkdir()
-        damaged, _ = seed_case(random.Random(n), folder)
-        check_case(lambda folder=folder, **k: seed_config(folder, **k), damaged, "easy.json")
+        damaged, _ = original_case(random.Random(n), folder)
+        check_case(lambda folder=folder, **k: original_config(folder, **k), damaged, "easy.json")
 
 
 def own_case(draw: random.Random, folder: Path) -> set[int]:
@@ -203,8 +203,8 @@ def record_in(form: str, texts: dict, image: str) -> dict:
 @pytest.mark.parametrize("seed", range(0, 100, 20))
 def test_ones_own_layouts(tmp_path: Path, seed: int) -> None:
     def config(folder: Path, **changes: object) -> object:
-        base = vars(seed_config(folder)) | {"source": "datasets"} | changes
-        return type(seed_config(folder))(**base)
+        base = vars(original_config(folder)) | {"source": "datasets"} | changes
+        return type(original_config(folder))(**base)
 
     for n in range(seed, seed + 20):
         folder = tmp_path / str(n) / "set"
@@ -319,7 +319,7 @@ def test_a_column_of_another_type_is_named_with_its_file(tmp_path: Path, kind: s
 
 
 def test_files_of_text_that_are_no_lists(tmp_path: Path) -> None:
-    good = json.dumps([seed_record(image=...)]).encode()
+    good = json.dumps([original_record(image=...)]).encode()
     (tmp_path / "config_train.json").write_text('{"easy": "easy.json"}')
     for n in range(30):
         draw = random.Random(n)
@@ -329,4 +329,4 @@ def test_files_of_text_that_are_no_lists(tmp_path: Path) -> None:
         )  # fmt: skip
         (tmp_path / "easy.json").write_bytes(content)
         with pytest.raises(InputError, match="easy.json"):
-            load_preferences(seed_config(tmp_path), "train")
+            load_preferences(original_config(tmp_path), "train")

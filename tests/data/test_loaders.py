@@ -30,14 +30,14 @@ from tests.helpers import (
     hub_config,
     hub_rows,
     mini_rows,
+    original_config,
+    original_record,
     png,
     problems_of,
-    seed_config,
-    seed_record,
     smoke,
     write_hub_folder,
+    write_original_folder,
     write_parquet,
-    write_seed_folder,
 )
 
 HUB_ROW = {"image": png(), "question": "Q?", "chosen": "Yes.", "rejected": "No.", "image_name": "a"}
@@ -341,7 +341,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def converted_config(folder: Path, **changes: object) -> object:
-    return seed_config(folder, image_root=str(folder / "images"), **changes)
+    return original_config(folder, image_root=str(folder / "images"), **changes)
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
@@ -434,12 +434,12 @@ def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
         {"from": "Human", "value": "And then?"},
     ]
     small = [t | {"from": t["from"].lower()} for t in turns]
-    folder = write_seed_folder(
+    folder = write_original_folder(
         tmp_path,
-        {"easy": [seed_record(0, image=...), *(seed_record(n + 1, question=t)
+        {"easy": [original_record(0, image=...), *(original_record(n + 1, question=t)
                   for n, t in enumerate((turns, small)))]},
     )  # fmt: skip
-    rows = load_preferences(seed_config(folder), "train")
+    rows = load_preferences(original_config(folder), "train")
     assert rows[2]["prompt"] == rows[1]["prompt"]
     assert rows[0]["image"] is None and rows[0]["image_name"] == ""
     assert rows[1]["prompt"].split(schema.TURN) == ["First?", "An answer.", "And then?"]
@@ -450,42 +450,49 @@ def test_text_only_and_multi_turn_records(tmp_path: Path) -> None:
 def test_pictures_need_not_lie_in_class_folders(tmp_path: Path) -> None:
     """One's own data: a deep path is no claim to a class."""
     names = ["1.png", "coco/1.png", "coco/train/images/1.png", "a/b/c/d/e/1.png"]
-    records = [seed_record(i, image=name) for i, name in enumerate(names)]
-    rows = load_preferences(seed_config(write_seed_folder(tmp_path, {"easy": records})), "train")
+    records = [original_record(i, image=name) for i, name in enumerate(names)]
+    rows = load_preferences(
+        original_config(write_original_folder(tmp_path, {"easy": records})), "train"
+    )
     assert list(rows["class3"]) == [""] * 4 and list(rows["image_name"]) == ["1.png"] * 4
 
 
 BAD_RECORDS = {
-    "missing field": (seed_record(chosen=...), "chosen: missing"),
-    "empty answer": (seed_record(rejected=" \n"), "rejected: empty"),
-    "answer of another type": (seed_record(chosen=["Yes"]), "chosen: expected text, got list"),
-    "null question": (seed_record(question=None), "prompt: expected text, got NoneType"),
+    "missing field": (original_record(chosen=...), "chosen: missing"),
+    "empty answer": (original_record(rejected=" \n"), "rejected: empty"),
+    "answer of another type": (original_record(chosen=["Yes"]), "chosen: expected text, got list"),
+    "null question": (original_record(question=None), "prompt: expected text, got NoneType"),
     "turn without text": (
-        seed_record(question=[{"from": "Human", "value": None}]), "prompt: expected text"),
+        original_record(question=[{"from": "Human", "value": None}]), "prompt: expected text"),
     "unknown speaker": (
-        seed_record(question=[{"from": "Narrator", "value": "Q?"}]), "prompt: "),
-    "turn of another type": (seed_record(question=["Q?"]), "prompt: "),
-    "equal answers": (seed_record(chosen="Same.", rejected=" Same."), "rejected: equal to chosen"),
-    "NUL": (seed_record(question="a\0b"), "prompt: holds a NUL character"),
-    "lone surrogate": (seed_record(question="\ud800"), "prompt: "),
-    "missing image": (seed_record(image="gone.png"), "image: missing image 'gone.png'"),
-    "image of another type": (seed_record(image=["a.png"]), "image: expected a path, got list"),
-    "path traversal": (seed_record(image="../../x.png"), "image: image path '../../x.png' leaves"),
-    "absolute path": (seed_record(image="/etc/passwd"), "image: image path '/etc/passwd' must be"),
-    "web address": (seed_record(image="http://h/x.png"), "image: image path 'http://h/x.png' must"),
-    "unreadable image": (seed_record(image="text.png"), "image: unreadable image"),
-    "truncated image": (seed_record(image="cut.png"), "image: unreadable image"),
-    "empty image": (seed_record(image="zero.png"), "image: unreadable image"),
-    "folder as image": (seed_record(image="folder"), "image: image path 'folder' is not a file"),
+        original_record(question=[{"from": "Narrator", "value": "Q?"}]), "prompt: "),
+    "turn of another type": (original_record(question=["Q?"]), "prompt: "),
+    "equal answers": (
+        original_record(chosen="Same.", rejected=" Same."), "rejected: equal to chosen"),
+    "NUL": (original_record(question="a\0b"), "prompt: holds a NUL character"),
+    "lone surrogate": (original_record(question="\ud800"), "prompt: "),
+    "missing image": (original_record(image="gone.png"), "image: missing image 'gone.png'"),
+    "image of another type": (original_record(image=["a.png"]), "image: expected a path, got list"),
+    "path traversal": (
+        original_record(image="../../x.png"), "image: image path '../../x.png' leaves"),
+    "absolute path": (
+        original_record(image="/etc/passwd"), "image: image path '/etc/passwd' must be"),
+    "web address": (
+        original_record(image="http://h/x.png"), "image: image path 'http://h/x.png' must"),
+    "unreadable image": (original_record(image="text.png"), "image: unreadable image"),
+    "truncated image": (original_record(image="cut.png"), "image: unreadable image"),
+    "empty image": (original_record(image="zero.png"), "image: unreadable image"),
+    "folder as image": (
+        original_record(image="folder"), "image: image path 'folder' is not a file"),
     "unknown class": (
-        seed_record(image="Malicious Use/Illegal activities/thievery/0.png"),
+        original_record(image="Malicious Use/Illegal activities/thievery/0.png"),
         "class3: unknown class 'thievery'"),
     "no object": ("record", "record: expected an object, got str"),
 }  # fmt: skip
 
 
 def write_bad_images(folder: Path) -> None:
-    (folder / seed_record(0)["image"]).write_bytes(png())
+    (folder / original_record(0)["image"]).write_bytes(png())
     thievery = folder / BAD_RECORDS["unknown class"][0]["image"]
     thievery.parent.mkdir(parents=True)
     thievery.write_bytes(png())
@@ -498,12 +505,12 @@ def write_bad_images(folder: Path) -> None:
 @pytest.mark.parametrize("name", BAD_RECORDS)
 def test_a_bad_record_is_named_by_file_and_row(tmp_path: Path, name: str) -> None:
     record, message = BAD_RECORDS[name]
-    good = seed_record(7)
-    folder = write_seed_folder(tmp_path, {"easy": [good]})
+    good = original_record(7)
+    folder = write_original_folder(tmp_path, {"easy": [good]})
     (folder / "easy.json").write_text(json.dumps([good, record]), encoding="utf-8")
     write_bad_images(folder)
     with pytest.raises(InputError) as caught:
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
     (line,) = problems_of(caught.value)
     assert line.startswith(f"{folder / 'easy.json'}:1 {message}")
 
@@ -511,13 +518,15 @@ def test_a_bad_record_is_named_by_file_and_row(tmp_path: Path, name: str) -> Non
 def test_all_bad_records_are_listed_in_one_error(tmp_path: Path) -> None:
     kept = [n for n in BAD_RECORDS if n not in ("no object", "lone surrogate", "turn without text")]
     records = [BAD_RECORDS[n][0] | {"id": i} for i, n in enumerate(kept)]
-    repeated = seed_record(0, image=...)
-    folder = write_seed_folder(tmp_path, {"easy": [seed_record(99)], "hardq": [seed_record(98)]})
+    repeated = original_record(0, image=...)
+    folder = write_original_folder(
+        tmp_path, {"easy": [original_record(99)], "hardq": [original_record(98)]}
+    )
     (folder / "easy.json").write_text(json.dumps(records), encoding="utf-8")
     (folder / "hardq.json").write_text(json.dumps([repeated]), encoding="utf-8")
     write_bad_images(folder)
     with pytest.raises(InputError) as caught:
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
     lines = problems_of(caught.value)
     expected = {f"{folder / 'easy.json'}:{i} {BAD_RECORDS[n][1]}" for i, n in enumerate(kept)}
     expected.add(f"{folder / 'hardq.json'}:0 id: 0 repeats {folder / 'easy.json'}:0")
@@ -532,10 +541,10 @@ def test_all_bad_records_are_listed_in_one_error(tmp_path: Path) -> None:
     ids=["empty", "torn", "quotes", "utf-16", "half", "object", "null"],
 )
 def test_a_list_that_is_no_list_is_an_input_error(tmp_path: Path, content: bytes) -> None:
-    folder = write_seed_folder(tmp_path, {"easy": [seed_record()]})
+    folder = write_original_folder(tmp_path, {"easy": [original_record()]})
     (folder / "easy.json").write_bytes(content)
     with pytest.raises(InputError, match=r"easy.json: (not JSON|expected a list)"):
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
 
 
 @pytest.mark.parametrize(
@@ -544,26 +553,26 @@ def test_a_list_that_is_no_list_is_an_input_error(tmp_path: Path, content: bytes
      '{"easy": "/etc/passwd"}'],
 )  # fmt: skip
 def test_a_bad_keyword_map_is_an_input_error(tmp_path: Path, content: str) -> None:
-    folder = write_seed_folder(tmp_path / "set", {"easy": [seed_record()]})
+    folder = write_original_folder(tmp_path / "set", {"easy": [original_record()]})
     (tmp_path / "easy.json").write_text("[]", encoding="utf-8")
     (folder / "config_train.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match="config_train.json: "):
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
 
 
 def test_missing_map_and_empty_lists_are_input_errors(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="missing keyword map"):
-        load_preferences(seed_config(tmp_path), "train")
-    folder = write_seed_folder(tmp_path / "set", {"easy": []})
+        load_preferences(original_config(tmp_path), "train")
+    folder = write_original_folder(tmp_path / "set", {"easy": []})
     with pytest.raises(InputError, match="no records"):
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
 
 
 def test_a_long_list_of_problems_is_cut_but_counted(tmp_path: Path) -> None:
-    records = [seed_record(i, chosen="", image=...) for i in range(70)]
-    folder = write_seed_folder(tmp_path, {"easy": records})
+    records = [original_record(i, chosen="", image=...) for i in range(70)]
+    folder = write_original_folder(tmp_path, {"easy": records})
     with pytest.raises(InputError, match="70 problems") as caught:
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
     lines = problems_of(caught.value)
     assert len(lines) == 51 and lines[-1] == "... and 20 more"
 
@@ -578,11 +587,11 @@ def test_check_describes_each_layout(converted: Path) -> None:
     train = mini["splits"]["train"]
     assert (train["rows"], train["images"], train["duplicates"]) == (3180, 1060, 0)
     assert sum(train["class1"].values()) == 3180
-    seed = check.check(str(converted))
-    assert seed["source"] == "seed_json"
-    assert seed["splits"]["train"] == train | {
-        "class1": seed["splits"]["train"]["class1"],
-        "question_type": seed["splits"]["train"]["question_type"],
+    original = check.check(str(converted))
+    assert original["source"] == "original"
+    assert original["splits"]["train"] == train | {
+        "class1": original["splits"]["train"]["class1"],
+        "question_type": original["splits"]["train"]["question_type"],
     }
 
 

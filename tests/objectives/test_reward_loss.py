@@ -24,9 +24,9 @@ def test_value_and_gradient_are_the_closed_form(margin: float) -> None:
 
 def test_the_original_form_loses_the_gradient_of_the_worst_pairs() -> None:
     assert loss_and_gradient(-20.0)[1] == pytest.approx(-1.0, abs=1e-6)
-    assert loss_and_gradient(-20.0, seed_form=True)[1] == pytest.approx(-0.0002, abs=5e-5)
-    assert loss_and_gradient(-10.0, seed_form=True)[1] == pytest.approx(-0.82, abs=0.01)
-    assert loss_and_gradient(1.0, seed_form=True)[0] == pytest.approx(
+    assert loss_and_gradient(-20.0, original_form=True)[1] == pytest.approx(-0.0002, abs=5e-5)
+    assert loss_and_gradient(-10.0, original_form=True)[1] == pytest.approx(-0.82, abs=0.01)
+    assert loss_and_gradient(1.0, original_form=True)[0] == pytest.approx(
         loss_and_gradient(1.0)[0], abs=1e-4
     )
 

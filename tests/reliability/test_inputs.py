@@ -20,10 +20,10 @@ from spavl_lib.trainers.guards import check_batch
 from tests.helpers import (
     embedded_processor,
     mini_rows,
+    original_config,
+    original_record,
     problems_of,
-    seed_config,
-    seed_record,
-    write_seed_folder,
+    write_original_folder,
 )
 
 # Red above, blue below: a lost half would be neither.
@@ -102,8 +102,8 @@ def test_forty_pictures_are_used_rightly_or_named_once(tmp_path: Path, record: C
     places = ["folder.png", "broken-link.png"]
     names = [n for n, _ in (*good, *grey, *bad)] + places
     folder = tmp_path / "set"
-    records = [seed_record(i, image=f"pictures/{name}") for i, name in enumerate(names)]
-    write_seed_folder(folder, {"easy": records}, images=False)
+    records = [original_record(i, image=f"pictures/{name}") for i, name in enumerate(names)]
+    write_original_folder(folder, {"easy": records}, images=False)
     (folder / "pictures").mkdir()
     for name, content in (*good, *grey, *bad):
         (folder / "pictures" / name).write_bytes(content)
@@ -111,7 +111,7 @@ def test_forty_pictures_are_used_rightly_or_named_once(tmp_path: Path, record: C
     (folder / "pictures/broken-link.png").symlink_to(folder / "pictures/nothing.png")
     assert len(names) == 40
     with pytest.raises(InputError) as caught:
-        load_preferences(seed_config(folder), "train")
+        load_preferences(original_config(folder), "train")
     told = problems_of(caught.value)
     wrong = [n for n, _ in bad] + places
     assert len(told) == len(wrong)
@@ -203,8 +203,8 @@ def test_no_path_leads_out_of_the_data(tmp_path: Path, record: Callable) -> None
     outside.mkdir()
     (outside / "secret.png").write_bytes(saved(PICTURE, "PNG"))
     paths = [*PATHS, str(outside / "secret.png")]
-    records = [seed_record(i, image=path) for i, path in enumerate(paths)]
-    write_seed_folder(folder, {"easy": records}, images=False)
+    records = [original_record(i, image=path) for i, path in enumerate(paths)]
+    write_original_folder(folder, {"easy": records}, images=False)
     (folder / "link.png").symlink_to(outside / "secret.png")
     (folder / "up").symlink_to(outside)
     (folder / "a/b").mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_no_path_leads_out_of_the_data(tmp_path: Path, record: Callable) -> None
     WATCHING[0] = True
     try:
         with pytest.raises(InputError) as caught:
-            load_preferences(seed_config(folder), "train")
+            load_preferences(original_config(folder), "train")
     finally:
         WATCHING[0] = False
     assert any("easy.json" in path for path in OPENED)  # the watch sees what is opened

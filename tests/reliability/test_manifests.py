@@ -15,12 +15,12 @@ from spavl_lib.errors import InputError
 from tests.helpers import (
     hub_config,
     hub_rows,
+    original_config,
+    original_record,
     png,
     problems_of,
-    seed_config,
-    seed_record,
     write_hub_folder,
-    write_seed_folder,
+    write_original_folder,
 )
 
 RECORD = {"id": "b", "image": "b.png", "prompt": "What?", "chosen": "A cat.", "rejected": "A dog."}
@@ -175,9 +175,9 @@ def test_a_field_that_stands_twice_in_a_list_is_named_by_its_row(
         (folder / "train.jsonl").unlink()
         config, field, records = own(folder), b"prompt", GOOD
     else:
-        made = [seed_record(n, image=f"{n}.png") for n in range(2)]
-        folder, file = write_seed_folder(tmp_path / "set", {"easy": made}), "easy.json"
-        config, field, records = seed_config(folder), b"question", [json.dumps(m) for m in made]
+        made = [original_record(n, image=f"{n}.png") for n in range(2)]
+        folder, file = write_original_folder(tmp_path / "set", {"easy": made}), "easy.json"
+        config, field, records = original_config(folder), b"question", [json.dumps(m) for m in made]
     texts = [r if isinstance(r, bytes) else r.encode() for r in records]
     nested = texts[0].replace(b"{", b'{"' + field + b'": [' + turn + b"], ").split(b", ")
     nested = b", ".join(p for p in nested if not p.startswith(b'"' + field + b'": "'))

@@ -30,10 +30,10 @@ from tests.helpers import (
     files_of,
     hub_rows,
     logps_of,
-    seed_record,
+    original_record,
     smoke,
     write_hub_folder,
-    write_seed_folder,
+    write_original_folder,
 )
 
 ADAPTERS = ("lora", "full")
@@ -511,7 +511,7 @@ def test_the_originals_layout_trains(tmp_path: Path) -> None:
     source = write_hub_folder(tmp_path / "in", hub_rows("train", 6), hub_rows("validation", 2))
     convert(str(source), tmp_path / "rows")
     overrides = settings(tmp_path / "rows", "lora", dpo__max_steps=0, dpo__num_epochs=2.0) | {
-        "data.source": "seed_json",
+        "data.source": "original",
         "data.image_root": str(tmp_path / "rows/images"),
     }
     stage = make(overrides, tmp_path)
@@ -522,8 +522,8 @@ def test_the_originals_layout_trains(tmp_path: Path) -> None:
 
 def test_one_row_without_a_picture_trains(tmp_path: Path) -> None:
     """A set smaller than a batch, and text alone."""
-    folder = write_seed_folder(tmp_path / "rows", {"easy": [seed_record(0, image=...)]})
-    overrides = settings(folder, "full", dpo__max_steps=2) | {"data.source": "seed_json"}
+    folder = write_original_folder(tmp_path / "rows", {"easy": [original_record(0, image=...)]})
+    overrides = settings(folder, "full", dpo__max_steps=2) | {"data.source": "original"}
     stage = make(overrides, tmp_path)
     assert (stage.summary["steps"], stage.summary["train_rows"]) == (2, 1)
     assert abs(metrics(stage)[0]["loss"] - math.log(2)) < 1e-5

@@ -305,7 +305,7 @@ def test_every_prompt_comes_once_a_pass(folders: dict[str, Path], tmp_path: Path
 
 
 def test_the_preset_is_the_original(folders: dict[str, Path]) -> None:
-    config = settings(folders["lora"], ppo__preset="seed").ppo
+    config = settings(folders["lora"], ppo__preset="original").ppo
     expected = {
         "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
         "vf_coef": 0.1, "kl_coef": 0.1, "ppo_epochs": 1, "num_minibatches": 1,
@@ -313,7 +313,7 @@ def test_the_preset_is_the_original(folders: dict[str, Path]) -> None:
     }  # fmt: skip
     values = dataclasses.asdict(config)
     assert {k: values[k] for k in expected} == expected
-    assert settings(folders["full"], ppo__preset="seed").ppo.learning_rate == 5e-7
+    assert settings(folders["full"], ppo__preset="original").ppo.learning_rate == 5e-7
 
 
 @pytest.mark.parametrize("adapter", ["lora", "full"])

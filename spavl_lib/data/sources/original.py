@@ -13,9 +13,9 @@ from datasets import Dataset
 from spavl_lib.data.images import ImageError, resolve_inside
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
+    ORIGINAL_REQUIRED,
     PREFERENCE_COLUMNS,
     PROMPT_COLUMNS,
-    SEED_REQUIRED,
     TURN,
     Loaded,
     Problems,
@@ -147,7 +147,7 @@ def _row(
     where: str,
     root: Path,
     question_type: str,
-    required: tuple[str, ...] = SEED_REQUIRED,
+    required: tuple[str, ...] = ORIGINAL_REQUIRED,
 ) -> tuple[dict, list[str]]:
     empty = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None}
     if isinstance(record, RecordError):

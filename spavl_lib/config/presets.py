@@ -1,0 +1,24 @@
+"""The settings of the original code's own scripts: method constants only, never scale."""
+
+from typing import Any
+
+# What `preset: original` sets, by section.
+ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
+    "dpo": {
+        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,),
+        "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    },
+    "ppo": {
+        "ppo_epochs": 1, "num_minibatches": 1, "value_learning_rate": 0.0,
+        "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
+        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0,
+        "whiten_advantages": False, "whiten_rewards": False, "temperature": 1.0,
+        "missing_eos_penalty": 0.0, "length_penalty": 0.0, "entropy_coef": 0.0, "sft_coef": 0.0,
+    },
+}  # fmt: skip
+# Learning rate by section and `model.adapter`.
+ORIGINAL_LEARNING_RATE = {
+    "dpo": {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5},
+    "ppo": {"full": 5e-7, "lora": 1e-6, "qlora": 1e-6},
+}
