@@ -5,7 +5,6 @@ complete once its summary.json exists.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from spavl_lib import stages
 from spavl_lib.config import Config, current_names, flatten, load_config, profile_names
@@ -322,19 +322,14 @@ class Run:
 
 @contextlib.contextmanager
 def _lock(path: Path, run_name: str) -> Iterator[None]:
-    handle = path.open("a+", encoding="utf-8")
+    """Hold a lock file and write its holder into it; the system frees it when the process dies."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            handle.seek(0)
-            holder = handle.read().strip() or "another process"
-            raise BusyError(
-                f"{path.parent} is in use by {holder}; wait for it, or use another run_name"
-            ) from None
-        handle.truncate(0)
-        handle.write(f"pid {os.getpid()} on {socket.gethostname()} (run {run_name})")
-        handle.flush()
+        held = FileLock(path, blocking=False, fallback_to_soft=False).acquire()
+    except Timeout:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise BusyError(
+            f"{path.parent} is in use by {holder}; wait for it, or use another run_name"
+        ) from None
+    with held:
+        path.write_text(f"pid {os.getpid()} on {socket.gethostname()} (run {run_name})", "utf-8")
         yield
-    finally:
-        handle.close()
