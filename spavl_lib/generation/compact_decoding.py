@@ -58,7 +58,7 @@ class GrowingLayer(DynamicLayer):
         end = self.length + key_states.shape[2]
         if self.buffers is None or self.buffers[0].shape[2] < end:
             self._allocate(key_states, value_states, end + ROOM)
-        for buffer, new in zip(self.buffers, (key_states, value_states), strict=True):
+        for buffer, new in zip(self.buffers or (), (key_states, value_states), strict=True):
             buffer[:, :, self.length : end] = new
         self.length = end
         self._set_views()
@@ -66,7 +66,7 @@ class GrowingLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows at `indices` (int64), in this order."""
-        self.buffers = tuple(b.index_select(0, indices) for b in self.buffers)
+        self.buffers = tuple(b.index_select(0, indices) for b in self.buffers or ())
         self._set_views()
 
     def _unsupported(self, *_: object) -> None:
@@ -83,7 +83,7 @@ class GrowingLayer(DynamicLayer):
         self.buffers = larger
 
     def _set_views(self) -> None:
-        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers)
+        self.keys, self.values = (b[:, :, : self.length] for b in self.buffers or ())
 
 
 def can_decode(model: PreTrainedModel) -> bool:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from datasets import Dataset
@@ -28,14 +28,18 @@ from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.generation.vllm import VLLMModel
 from spavl_lib.runs.files import write_text
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 # Columns of a prompt row that are copied into its record.
 COPIED = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_type")
 
 
 def settings(config: GenerationConfig, seed: int) -> dict:
     """The settings that decide an answer, given model and prompt. Every record holds them."""
-    chosen = {"max_new_tokens": config.max_new_tokens, "do_sample": config.do_sample}
+    chosen: dict[str, Any] = {
+        "max_new_tokens": config.max_new_tokens,
+        "do_sample": config.do_sample,
+    }
     if config.do_sample:
         chosen |= {"temperature": config.temperature, "top_p": config.top_p, "seed": seed}
     return chosen
@@ -200,7 +204,7 @@ def _generated(
     pad_id: int, seed: int,
 ) -> list[list[int]]:  # fmt: skip
     """New token ids of every row by `model.generate`, padded to the longest answer."""
-    options = {"do_sample": False}
+    options: dict[str, Any] = {"do_sample": False}
     if config.do_sample:
         torch.manual_seed(seed)
         options = {

@@ -86,9 +86,9 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
     for size in scaling.sizes:
         rows = min(size or available, available)
         yield "size", f"{rows:,}", dataclasses.replace(data, train_rows=rows), model
-    for name in scaling.question_types:
-        types = () if name == "mixed" else (name,)
-        yield "questions", name, dataclasses.replace(data, question_types=types), model
+    for kind in scaling.question_types:
+        types = () if kind == "mixed" else (kind,)
+        yield "questions", kind, dataclasses.replace(data, question_types=types), model
     for text in scaling.answers:
         name, sign, listed = text.partition("=")
         if not sign:
@@ -96,9 +96,9 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
         sources = () if listed.strip() == "all" else tuple(s.strip() for s in listed.split("+"))
         chosen = dataclasses.replace(data, answer_sources=sources)
         yield "answers", name.strip(), chosen, model
-    for name in scaling.projector:
-        trained = dataclasses.replace(model, train_projector=name == "trained")
-        yield "projector", name, data, trained
+    for state in scaling.projector:
+        trained = dataclasses.replace(model, train_projector=state == "trained")
+        yield "projector", state, data, trained
     for rank in scaling.lora_ranks:
         lora = dataclasses.replace(
             model, adapter="qlora" if model.adapter == "qlora" else "lora",

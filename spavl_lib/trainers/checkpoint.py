@@ -200,7 +200,7 @@ def problem_with(checkpoint: Path) -> str | None:
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, None if there is none, and the problems of newer ones."""
-    skipped = []
+    skipped: list[str] = []
     for checkpoint in _steps(folder):
         problem = problem_with(checkpoint)
         if problem is None:
@@ -318,7 +318,7 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     name, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 - global state
-    tensors["numpy"] = torch.from_numpy(keys.astype(np.int64))
+    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     version, internal, gauss = random.getstate()
     tensors["python"] = torch.tensor(internal, dtype=torch.int64)
     return tensors, {

@@ -185,7 +185,7 @@ def drop_stock_callbacks(trainer: Trainer) -> None:
             trainer.remove_callback(callback)
 
 
-def asked_to_stop(flag: StopFlag | bool) -> bool:
+def asked_to_stop(flag: Any) -> bool:
     """Whether any process was asked to stop; then all processes get True after the same step."""
     stop = group.any_of(bool(flag))
     if stop and not flag:
@@ -193,7 +193,7 @@ def asked_to_stop(flag: StopFlag | bool) -> bool:
     return stop
 
 
-def stopped(flag: StopFlag, where: str) -> Preempted:
+def stopped(flag: Any, where: str) -> Preempted:
     """The error of a training that was stopped and has saved a checkpoint.
 
     Args:

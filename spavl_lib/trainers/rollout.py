@@ -138,7 +138,7 @@ def batch_of(
     }
     if prompts[0].token_types is not None:
         types = [[0] * len(r) for r in responses]
-        batch["mm_token_type_ids"] = joined([p.token_types for p in prompts], types, 0)
+        batch["mm_token_type_ids"] = joined([p.token_types or [] for p in prompts], types, 0)
     batch |= stack_vision([p.vision for p in prompts if p.vision])
     return {k: v.to(device) for k, v in batch.items()}
 
