@@ -1,7 +1,7 @@
-"""A trained policy as other tools load it: one merged model, or a base and an adapter for vLLM.
+"""Export a trained policy for other tools: one merged model, or a base and an adapter for vLLM.
 
-A trainer's own `model/` already loads with transformers or PEFT alone. vLLM takes LoRA, but no
-projector trained whole inside an adapter: there the projector goes into the base.
+A trainer's `model/` already loads with transformers and PEFT. vLLM loads LoRA, but no adapter that
+holds a whole trained projector, so for vLLM the projector goes into the base model.
 """
 
 import dataclasses
@@ -23,27 +23,28 @@ FORMS = ("merged", "vllm")
 
 
 def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
-    """Write a finished stage's policy.
+    """Write the policy of a complete stage.
 
     Args:
-        stage: A run's `dpo/` or `ppo/`.
-        target: New folder.
+        stage: A run's `dpo/`, `ppo/` or `rloo/`.
+        target: A new or empty folder.
         form: merged: one model; vllm: `base/` with the trained projector, `adapter/` with LoRA.
 
     Returns:
-        What was written where.
+        The folders written, and for vLLM the command that serves them.
 
     Raises:
-        InputError: No finished stage, unknown form, target not empty, or no adapter to split off.
+        InputError: The stage is not complete, the form is unknown, the target is not empty, or form
+            is vllm and the stage trained no adapter.
     """
     if form not in FORMS:
-        raise InputError(f"unknown form {form!r} (there are: {', '.join(FORMS)})")
+        raise InputError(f"unknown form {form!r} (known: {', '.join(FORMS)})")
     if not (stage / "summary.json").is_file() or not (stage / "model").is_dir():
-        raise InputError(f"{stage} is no finished training: no summary.json and model/")
+        raise InputError(f"{stage} is no complete training: it needs summary.json and model/")
     if target.exists() and any(target.iterdir()):
-        raise InputError(f"{target} is not empty")
+        raise InputError(f"{target} is not empty; choose a new folder")
     config = from_dict(yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8")))
-    # Merged into 16 bit, never into 4: rounding would be paid twice.
+    # Merge into 16-bit weights, not into 4-bit ones, which would be rounded a second time.
     adapter = "lora" if config.model.adapter == "qlora" else config.model.adapter
     model = dataclasses.replace(config.model, adapter=adapter)
     policy, processor = load_policy(model, stage / "model"), load_processor(model)
@@ -54,7 +55,7 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
             _save(merged, processor, target, card)
             return {"merged": str(target)}
         if not hasattr(policy, "peft_config"):
-            raise InputError(f"{stage} trained no adapter: export it merged")
+            raise InputError(f"{stage} trained no adapter; use --form merged")
         _split(policy, stage / "model", target / "adapter", target / "base")
         _save(policy.get_base_model(), processor, target / "base", card)
     command = f"vllm serve {target / 'base'} --enable-lora --max-lora-rank {config.model.lora_rank}"
@@ -73,7 +74,7 @@ def _save(model: nn.Module, processor: Any, folder: Path, card: str) -> None:
 
 @torch.no_grad()
 def _split(policy: Any, trained: Path, adapter: Path, base: Path) -> None:
-    """LoRA alone into one folder; the trained projector into the base model in memory."""
+    """Write LoRA alone into one folder, and move the trained projector into the base in memory."""
     from peft.utils import ModulesToSaveWrapper
     from safetensors.torch import load_file, save_file
 
@@ -84,20 +85,20 @@ def _split(policy: Any, trained: Path, adapter: Path, base: Path) -> None:
     adapter.mkdir(parents=True)
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(adapter / "adapter_config.json", settings)
-    policy.unload()  # linears without adapters, and modules trained whole in their places
-    left = [n for n, m in policy.named_modules() if isinstance(m, ModulesToSaveWrapper)]
-    if left:
-        raise AssertionError(f"{left} are still wrapped")
+    policy.unload()  # removes the adapters, and puts wholly trained modules in their places
+    wrapped = [n for n, m in policy.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    if wrapped:
+        raise AssertionError(f"PEFT did not unwrap {wrapped}")
 
 
 def check_vllm_adapter(folder: Path) -> list[str]:
-    """What vLLM would refuse in an adapter's folder; empty if nothing.
+    """What vLLM would refuse in an adapter; empty if nothing.
 
-    By vLLM's rules: plain LoRA without bias or DoRA, no modules trained whole, every tensor a pair
-    of `lora_A.weight` and `lora_B.weight` under `base_model.model.`, and none on the tower.
+    vLLM wants plain LoRA without bias and DoRA, no wholly trained modules, and tensors in pairs of
+    `lora_A.weight` and `lora_B.weight` under `base_model.model.`, none of them on the tower.
 
     Args:
-        folder: With adapter_config.json and adapter_model.safetensors.
+        folder: Holds adapter_config.json and adapter_model.safetensors.
     """
     from safetensors import safe_open
 
@@ -115,16 +116,16 @@ def check_vllm_adapter(folder: Path) -> list[str]:
         )
         other = name.replace("lora_A", "lora_?").replace("lora_B", "lora_A").replace("?", "B")
         if not plain or other not in names:
-            problems.append(f"{name} is no half of a LoRA pair")
+            problems.append(f"{name} is not half of a LoRA pair")
         elif Family.part_of(name) != "language":
             problems.append(f"{name} is on the {Family.part_of(name)}")
     return problems
 
 
 def _card(stage: Path, config: Config, form: str) -> str:
-    """The stage's own card, with what became of it; where there is none, its facts."""
-    own = stage / "model" / "README.md"
-    text = own.read_text(encoding="utf-8") if own.is_file() else f"# {stage.name}\n"
+    """The stage's model card, and how it was exported."""
+    card = stage / "model" / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else f"# {stage.name}\n"
     return (
         text.replace("library_name: peft\n", "").rstrip("\n")
         + f"\n\nExported as `{form}` by `spavl model export {stage.name}`, base model "

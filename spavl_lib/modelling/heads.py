@@ -1,4 +1,4 @@
-"""A scalar head on a vision-language model: reward of an answer, or value of every state in it."""
+"""A scalar head on a vision-language model: the reward model, and PPO's value model."""
 
 import json
 from pathlib import Path
@@ -19,19 +19,34 @@ HEAD_FILE, HEAD_CONFIG = "score_head.safetensors", "reward_config.json"
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
-    """Position of each row's last real token (batch,), whatever the padding side."""
+    """Position of each row's last token that is no padding, whatever the padding side.
+
+    Args:
+        attention_mask: (batch, length), 1 where there is a token.
+
+    Returns:
+        (batch,), int64.
+    """
     positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return torch.where(attention_mask.bool(), positions, -1).amax(dim=1)
 
 
 def in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
-    """A scalar head's output; in half precision a score near 4 would have steps of 0.02."""
+    """A scalar head's output in fp32. In bf16 scores near 4 would be 0.02 apart.
+
+    Args:
+        head: The scalar head, with fp32 weights.
+        states: Hidden states (..., hidden), of any dtype.
+
+    Returns:
+        (...), fp32.
+    """
     with torch.autocast(states.device.type, enabled=False):
         return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
 
 class ScalarHeadModel(nn.Module):
-    """Any image-text-to-text model's backbone, and a linear head without bias, in fp32."""
+    """The backbone of an image-text-to-text model, and a linear head without bias, in fp32."""
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
@@ -42,28 +57,31 @@ class ScalarHeadModel(nn.Module):
 
     @property
     def backbone(self) -> PreTrainedModel:
-        """The model below the language-model head."""
+        """The model without its language-model head."""
         base = self.vlm.get_base_model() if hasattr(self.vlm, "get_base_model") else self.vlm
         return base.model
 
     @property
     def device(self) -> torch.device:
-        """Where the head is."""
+        """The head's device."""
         return self.score.weight.device
 
     def hidden_states(self, **batch: Tensor) -> Tensor:
-        """Last hidden states (batch, seq, hidden)."""
+        """The last hidden states (batch, length, hidden)."""
         return self.backbone(**batch, use_cache=False).last_hidden_state
 
     def forward(
         self, completion_mask: Tensor | None = None, **batch: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Score of each row (batch,), read at its last real token.
+        """Score each row at its last token.
 
         Args:
-            completion_mask: If given (batch, seq), the mean log-probability of the marked tokens of
-                each row's answer comes second (batch,), in nats, through the language-model head.
-            batch: `input_ids` and `attention_mask` (batch, seq), and image tensors.
+            completion_mask: (batch, length), 1 on the tokens of the answer; or None.
+            batch: `input_ids` and `attention_mask` (batch, length), and the image tensors.
+
+        Returns:
+            Scores (batch,), fp32. With `completion_mask` also the mean log-probability in nats of
+            each row's answer tokens (batch,), by the language-model head.
         """
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
@@ -71,16 +89,22 @@ class ScalarHeadModel(nn.Module):
         scores = in_fp32(self.score, hidden[rows, last])
         if completion_mask is None:
             return scores
-        said = completion_mask[:, 1:].bool()
-        logits = self.vlm.get_output_embeddings()(hidden[:, :-1][said]).float()
-        logps = -cross_entropy(logits, batch["input_ids"][:, 1:][said], reduction="none")
-        owner = said.nonzero()[:, 0]
-        sums = torch.zeros_like(scores).index_add(0, owner, logps.to(scores.dtype))
-        return scores, sums / said.sum(1).clamp(min=1)
+        mask = completion_mask[:, 1:].bool()
+        logits = self.vlm.get_output_embeddings()(hidden[:, :-1][mask]).float()
+        logps = -cross_entropy(logits, batch["input_ids"][:, 1:][mask], reduction="none")
+        row_of = mask.nonzero()[:, 0]
+        sums = torch.zeros_like(scores).index_add(0, row_of, logps.to(scores.dtype))
+        return scores, sums / mask.sum(1).clamp(min=1)
 
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
-    """Write adapter or weights, projector and head together, as safetensors."""
+    """Write a reward model into a folder, as safetensors. The main process writes.
+
+    Args:
+        model: The reward model.
+        folder: Takes the adapter or the weights, the projector and the head.
+        config: The base model, which the folder names.
+    """
     state = zero_parameters.for_saving(model.vlm)
     head = zero_parameters.whole({"score.weight": model.score.weight})
     if not machine.is_main():
@@ -96,41 +120,45 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
 
 
 def check_reward_model(config: ModelConfig, folder: Path) -> None:
-    """Whether a folder holds a reward model of this very base, trained the same way.
+    """Check that a folder holds a reward model of this base, with the same kind of adapter.
 
     Raises:
-        InputError: The head is missing, the base is another, or only one of the two is an adapter.
+        InputError: A file is missing, the base is another, or only one of the two is an adapter.
     """
     for name in (HEAD_CONFIG, HEAD_FILE):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} is no reward model: {name} is missing")
+            raise InputError(f"{folder} holds no reward model: {name} is missing")
     description = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
     if description["base_model"] != config.name or (
         description["base_weights"] != weights_sha256(config)
     ):
         raise InputError(
-            f"{folder} was trained on {description['base_model']!r} (or other weights of it), "
-            f"the policy is {config.name!r}: train the reward model on the same base"
+            f"the reward model in {folder} was trained on {description['base_model']!r} (or other "
+            f"weights of it), but the policy is {config.name!r}. Train both on the same base"
         )
     adapter = (folder / "adapter_config.json").is_file()
     if adapter != config.with_lora:
         kind = "an adapter" if adapter else "a whole model"
         raise InputError(
-            f"{folder} is {kind}, but model.adapter is {config.adapter!r}: train the reward "
-            "model with the same model.adapter"
+            f"the reward model in {folder} is {kind}, but model.adapter is {config.adapter!r}. "
+            "Train it with the same model.adapter"
         )
 
 
 def load_head(folder: Path, size: int) -> nn.Linear:
     """The scalar head alone.
 
+    Args:
+        folder: A reward trainer's `model/`.
+        size: Width of the backbone's hidden states.
+
     Raises:
-        InputError: It is for a backbone of another width.
+        InputError: The head is for a backbone of another width.
     """
     weight = load_file(folder / HEAD_FILE)["score.weight"]
     if weight.shape != (1, size):
         raise InputError(
-            f"{folder / HEAD_FILE}: a head of {tuple(weight.shape)}, the backbone wants (1, {size})"
+            f"{folder / HEAD_FILE} has shape {tuple(weight.shape)}, the backbone needs (1, {size})"
         )
     head = nn.Linear(size, 1, bias=False, dtype=torch.float32)
     with torch.no_grad():
@@ -139,14 +167,14 @@ def load_head(folder: Path, size: int) -> nn.Linear:
 
 
 def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
-    """Read back what `save_reward_model` wrote: equal scores, in one call.
+    """Load a reward model that `save_reward_model` wrote; its scores are equal.
 
     Args:
-        config: Of the base the policy uses.
+        config: The policy's base model.
         folder: A reward trainer's `model/`.
 
     Raises:
-        InputError: The head is missing, or the model was trained on another base.
+        InputError: As `check_reward_model`.
     """
     check_reward_model(config, folder)
     model = ScalarHeadModel(load_policy(config, folder))

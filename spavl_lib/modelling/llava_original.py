@@ -1,9 +1,9 @@
-"""Checkpoints of the original LLaVA code (`llava_llama`), rewritten as transformers reads them.
+"""Rewrite checkpoints of the original LLaVA code (`llava_llama`) so that transformers reads them.
 
     spavl model import SRC DST [--tower CLIP]
 
-SPA-VL's released weights are in that layout. Names are mapped shard by shard, so memory holds one
-shard; the layout written is that of `llava-hf/llava-1.5-7b-hf`.
+SPA-VL's released weights are in that layout. The result has the layout of
+`llava-hf/llava-1.5-7b-hf`. One shard is read at a time, so memory holds one shard.
 """
 
 import re
@@ -27,9 +27,9 @@ NAMES = (
     (re.compile(r"^model\.(embed_tokens|layers|norm)\."), r"language_model.model.\1."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
 )
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # computed anew
-VOCABULARY_OF = 64  # rows are added up to a multiple of this, as on the Hub
-# Of openai/clip-vit-large-patch14-336, which LLaVA-1.5 names and does not describe.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # computed when a model is made
+VOCABULARY_MULTIPLE = 64  # rows are added up to a multiple of this, as on the Hub
+# Sizes of openai/clip-vit-large-patch14-336, which LLaVA-1.5 names without describing it.
 CLIP_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
@@ -40,7 +40,7 @@ def new_name(name: str) -> str | None:
     """A tensor's name in transformers' layout; None for a buffer.
 
     Raises:
-        InputError: It is no tensor of that layout.
+        InputError: The original layout has no such tensor.
     """
     if BUFFERS.search(name):
         return None
@@ -59,19 +59,20 @@ def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[
         tower: Folder of the CLIP tower, where the checkpoint does not hold it.
 
     Returns:
-        What was written: tensors and values by part.
+        Number of tensors, and number of values by part.
 
     Raises:
-        InputError: Not such a checkpoint; a tensor is missing, doubled or torn; target not empty.
+        InputError: The source is no such checkpoint, a tensor is missing, doubled or damaged, or
+            the target is not empty.
     """
     original = _read_config(source)
     if target.exists() and any(target.iterdir()):
-        raise InputError(f"{target} is not empty")
+        raise InputError(f"{target} is not empty; choose a new folder")
     shards = sorted(source.glob("*.safetensors"))
     if not shards:
-        raise InputError(f"{source} holds no .safetensors files (pickles are not read)")
+        raise InputError(f"{source} holds no .safetensors files; pickles are not read")
     tokenizer, image_token = _tokenizer(source)
-    rows = -(-len(tokenizer) // VOCABULARY_OF) * VOCABULARY_OF
+    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     target.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -110,22 +111,24 @@ def _read_config(source: Path) -> dict:
         )
     projector = config.get("mm_projector_type", "linear")
     if projector != "mlp2x_gelu":
-        raise InputError(f"{source}: mm_projector_type {projector!r}; only mlp2x_gelu is LLaVA-1.5")
+        raise InputError(
+            f"{source}: mm_projector_type {projector!r} cannot be imported, only mlp2x_gelu"
+        )
     return config
 
 
 def _sources(shards: list[Path], tower: Path | None) -> list[tuple[Path, Any]]:
     sources: list[tuple[Path, Any]] = [(path, new_name) for path in shards]
     if tower is not None:
-        found = sorted(tower.glob("*.safetensors"))
-        if not found:
+        files = sorted(tower.glob("*.safetensors"))
+        if not files:
             raise InputError(f"{tower} holds no .safetensors files of a CLIP tower")
-        sources += [(path, _tower_name) for path in found]
+        sources += [(path, _tower_name) for path in files]
     return sources
 
 
 def _tower_name(name: str) -> str | None:
-    """CLIP as OpenAI's repository has it: its text half stays behind."""
+    """New name of a tensor of OpenAI's CLIP; None for its text model and for buffers."""
     keep = name.startswith("vision_model.") and not BUFFERS.search(name)
     return f"vision_tower.{name}" if keep else None
 
@@ -141,10 +144,10 @@ def _renamed(
                 if new is None:
                     continue
                 if new in named or new in before:
-                    raise InputError(f"{path}: {name} is there twice")
+                    raise InputError(f"{path}: the checkpoint holds {name} twice")
                 named[new] = handle.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is torn or no safetensors file: {error}") from error
+        raise InputError(f"{path} is damaged or no safetensors file: {error}") from error
     for name in ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight"):
         if name in named:
             named[name] = _with_rows(named[name], rows, vocabulary, path)
@@ -152,12 +155,14 @@ def _renamed(
 
 
 def _with_rows(weight: Tensor, rows: int, vocabulary: int, path: Path) -> Tensor:
-    """Rows for the image and padding tokens: the mean of all, which no logit prefers."""
+    """Add rows for the image and padding tokens: the mean of all rows, so none is preferred."""
     if weight.shape[0] < vocabulary:
-        raise InputError(f"{path}: {weight.shape[0]} words, config.json says {vocabulary}")
-    kept = weight[:vocabulary]
-    mean = kept.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([kept, mean.expand(rows - vocabulary, -1)]).contiguous()
+        raise InputError(
+            f"{path}: {weight.shape[0]} rows of the vocabulary, but config.json says {vocabulary}"
+        )
+    words = weight[:vocabulary]
+    mean = words.float().mean(0, keepdim=True).to(weight.dtype)
+    return torch.cat([words, mean.expand(rows - vocabulary, -1)]).contiguous()
 
 
 def _tokenizer(source: Path) -> tuple[Any, int]:
@@ -167,7 +172,7 @@ def _tokenizer(source: Path) -> tuple[Any, int]:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
-            f"{source}: cannot read its tokenizer: {error} (a tokenizer.model alone needs "
+            f"{source}: cannot read the tokenizer: {error} (if it is a tokenizer.model, run "
             "`pip install sentencepiece protobuf`)"
         ) from error
     tokenizer.add_special_tokens(
@@ -228,20 +233,20 @@ def _processor(config: Any, tokenizer: Any) -> Any:
 
 
 def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
-    """Every tensor of the model that the config describes was written, and no other.
+    """Check that exactly the tensors were written that the model has.
 
     Raises:
-        InputError: Lists what is missing; a checkpoint without its tower says so.
+        InputError: Names the first tensors that are missing or unexpected.
     """
     from transformers import LlavaForConditionalGeneration
 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
-    wanted = {hub_name(name) for name, _ in model.named_parameters()}
-    missing = sorted(wanted - written.keys())
-    extra = sorted(written.keys() - wanted)
+    expected = {hub_name(name) for name, _ in model.named_parameters()}
+    missing = sorted(expected - written.keys())
+    extra = sorted(written.keys() - expected)
     if missing or extra:
-        tower = " (is the tower in a folder of its own? --tower)" if any(
+        tower = " (if the tower lies in another folder, name it with --tower)" if any(
             name.startswith("vision_tower") for name in missing
         ) else ""  # fmt: skip
         raise InputError(
@@ -251,7 +256,7 @@ def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
 
 
 def hub_name(name: str) -> str:
-    """A parameter's name in memory as the Hub's LLaVA-1.5 files have it."""
+    """The name that the Hub's LLaVA-1.5 files give to a parameter in memory."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     name = name.removeprefix("model.")

@@ -1,13 +1,13 @@
-"""The four models of PPO behind one forward: policy, reference, value and reward.
+"""The four models of PPO behind one forward: policy, reference, value and reward model.
 
-With LoRA or QLoRA one base in memory is all four: an adapter each for policy, value and reward, a
-scalar head each for the latter two, and the base with its adapters off for the reference. This is
-what LLaVA-RLHF did first (Sun et al. 2023, arXiv:2309.14525). In full fine-tuning they are separate
+With LoRA or QLoRA one base model in memory plays all four roles: policy, value and reward model
+each have an adapter, the latter two a scalar head, and the reference is the base without adapters.
+LLaVA-RLHF did this first (Sun et al. 2023, arXiv:2309.14525). In full fine-tuning they are separate
 models.
 
-Gradients are right only if a role's backward comes before the next role's forward: switching an
-adapter under a graph that still waits for its backward gives that graph no gradient, or, with
-recomputed activations, another adapter's. Nothing warns of it, so `forward` does.
+A role's backward pass must run before the next role's forward pass. Otherwise the adapter is
+switched under a graph that still needs it: the graph then gets no gradient or, with recomputed
+activations, the gradient of another adapter. No library warns of this, so `forward` raises.
 """
 
 import contextlib
@@ -35,13 +35,13 @@ from spavl_lib.modelling.load import load_model
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 
 ROLES = ("policy", "reference", "value", "reward")
-NEVER = -1e9  # a logit: its probability is 0, and unlike -inf its gradient is no NaN
-# PEFT saves the adapter named "default" without a folder of its own: what others expect to find.
+NEVER = -1e9  # logit of a forbidden token: probability 0, and no NaN gradient as with -inf
+# PEFT saves the adapter named "default" in the top folder, where other tools look for it.
 ADAPTERS = {"policy": "default", "value": "value", "reward": "reward"}
 
 
 class Roles(nn.Module):
-    """What both arrangements share: `forward` by role, over left-padded prompts and answers."""
+    """Base of both arrangements: `forward` by role, over left-padded prompts with answers."""
 
     value_head: nn.Linear
     reward_head: nn.Linear
@@ -49,22 +49,22 @@ class Roles(nn.Module):
     def __init__(self, forbidden_ids: tuple[int, ...]):
         super().__init__()
         self.forbidden_ids = list(forbidden_ids)
-        self._waiting: str | None = None
+        self._needs_backward: str | None = None
 
     def vlm_of(self, role: str) -> nn.Module:
-        """The image-text-to-text model that plays a role."""
+        """The image-text-to-text model of a role."""
         raise NotImplementedError
 
     def as_role(self, role: str) -> contextlib.AbstractContextManager:
-        """Within it, `vlm_of(role)` is that role."""
+        """A context in which `vlm_of(role)` computes as that role."""
         raise NotImplementedError
 
     def towers(self) -> list[nn.Module]:
-        """The vision towers, each once; all of them hold the same weights."""
+        """Every vision tower once. All hold the same weights."""
         raise NotImplementedError
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """The parameters that train for `policy` or `value`."""
+        """The parameters that are trained for `policy` or `value`."""
         raise NotImplementedError
 
     def forward(
@@ -76,38 +76,40 @@ class Roles(nn.Module):
         entropy_gradient: bool = False,
         **batch: Tensor,
     ) -> tuple[Tensor, ...]:
-        """One role's view of a batch.
+        """Compute a batch as one role.
 
         Args:
-            role: Of `ROLES`.
-            width: Columns of the answers, the last of every row; unused by `reward`.
+            role: One of `ROLES`.
+            width: Columns of the answers, which end every row; `reward` does not use it.
             temperature: Divides the logits, as in sampling.
-            entropy_gradient: Whether the entropy carries a gradient; it costs memory.
-            batch: `input_ids` and `attention_mask` (batch, seq), and image tensors.
+            entropy_gradient: Whether the entropy has a gradient, which costs memory.
+            batch: `input_ids` and `attention_mask` (batch, length), and the image tensors.
 
         Returns:
-            policy, reference: log-probability of each answer token and entropy of the distribution
-            it came from, both (batch, width), in nats. value: value of the state before each token
-            (batch, width). reward: score of each row (batch,), read at its last real token.
+            policy and reference: log-probability of each answer token, and entropy of the
+            distribution it came from, both (batch, width), fp32, in nats. value: value of the state
+            before each answer token (batch, width), fp32. reward: score of each row at its last
+            token (batch,), fp32.
 
         Raises:
-            RuntimeError: Another role's graph still waits for its backward.
+            RuntimeError: Another role still needs its backward pass.
         """
         recording = torch.is_grad_enabled()
-        if recording and self._waiting not in (None, role):
+        if recording and self._needs_backward not in (None, role):
             raise RuntimeError(
-                f"{role} was asked for while {self._waiting} waits for its backward: its gradient "
-                "would be lost. Call backward, then `after_backward()`, before the next role."
+                f"forward of role {role!r} before backward of {self._needs_backward!r}, whose "
+                "gradient would be lost. Call backward, then `after_backward()`, and then the next "
+                "role."
             )
         with self.as_role(role):
             hidden = _backbone(self.vlm_of(role))(**batch, use_cache=False).last_hidden_state
             if recording:
-                self._waiting = role
+                self._needs_backward = role
             if role == "reward":
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
                 return (in_fp32(self.reward_head, hidden[rows, last]),)
-            # A view with gaps would make torch multiply row by row, with copies of the whole head.
+            # torch multiplies a strided view row by row, with copies of the whole head.
             states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
                 return (in_fp32(self.value_head, states),)
@@ -120,12 +122,12 @@ class Roles(nn.Module):
         return logps.gather(-1, ids.unsqueeze(-1)).squeeze(-1), entropy
 
     def after_backward(self) -> None:
-        """Say that the last role's backward was called."""
-        self._waiting = None
+        """Record that the last role's backward pass has run."""
+        self._needs_backward = None
 
 
 class OneBase(Roles):
-    """LoRA and QLoRA: one base, an adapter a role."""
+    """LoRA and QLoRA: one base model, and an adapter for each role but the reference."""
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class OneBase(Roles):
         super().__init__(forbidden_ids)
         self.vlm, self.value_head, self.reward_head = vlm, value_head, reward_head
         self.reward_head.requires_grad_(False)
-        self._own = {
+        self._adapters = {
             role: [p for n, p in vlm.named_parameters() if f".{adapter}." in f"{n}."]
             for role, adapter in ADAPTERS.items()
         }
@@ -145,12 +147,12 @@ class OneBase(Roles):
         self._switch("policy")
 
     def vlm_of(self, role: str) -> nn.Module:
-        """The one base."""
+        """The base model with its adapters."""
         return self.vlm
 
     @contextlib.contextmanager
     def as_role(self, role: str) -> Iterator[None]:
-        """Switch to a role's adapter, and leave it on: its backward may recompute with it."""
+        """Switch to a role's adapter, which stays on: the backward pass may recompute with it."""
         if role == "reference":
             with self.vlm.disable_adapter():
                 yield
@@ -160,12 +162,13 @@ class OneBase(Roles):
             yield
 
     def towers(self) -> list[nn.Module]:
-        """The base's."""
+        """The base model's tower."""
         return [tower_of(self.vlm)]
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """The role's adapter and projector, and the value's head."""
-        return self._own[role] + (list(self.value_head.parameters()) if role == "value" else [])
+        """The role's adapter and projector; for `value` also its head."""
+        head = list(self.value_head.parameters()) if role == "value" else []
+        return self._adapters[role] + head
 
     def _switch(self, role: str) -> None:
         if self._active != role:
@@ -174,14 +177,14 @@ class OneBase(Roles):
             self._restore()
 
     def _restore(self) -> None:
-        # Switching makes the active adapter trainable and every other one not.
-        for role, parameters in self._own.items():
+        # PEFT makes the active adapter trainable and freezes all others.
+        for role, parameters in self._adapters.items():
             for parameter in parameters:
                 parameter.requires_grad_(role != "reward")
 
 
 class SeparateModels(Roles):
-    """Full fine-tuning: four models."""
+    """Full fine-tuning: four separate models."""
 
     def __init__(
         self,
@@ -197,21 +200,21 @@ class SeparateModels(Roles):
         self.value_head, self.reward_head = value.score, reward.score.requires_grad_(False)
 
     def vlm_of(self, role: str) -> nn.Module:
-        """The role's own model."""
+        """The model of a role."""
         return getattr(self, role)
 
     def as_role(self, role: str) -> contextlib.AbstractContextManager:
-        """Nothing to do: every role has its model."""
+        """Nothing to switch: every role has a model."""
         return contextlib.nullcontext()
 
     def towers(self) -> list[nn.Module]:
-        """One a model."""
+        """The tower of each model."""
         return [tower_of(self.vlm_of(role)) for role in ROLES]
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """What is set to train of the role's model, and the value's head."""
-        own = [p for p in self.vlm_of(role).parameters() if p.requires_grad]
-        return own + (list(self.value_head.parameters()) if role == "value" else [])
+        """The trained parameters of the role's model; for `value` also its head."""
+        trained = [p for p in self.vlm_of(role).parameters() if p.requires_grad]
+        return trained + (list(self.value_head.parameters()) if role == "value" else [])
 
 
 def load_roles(
@@ -221,16 +224,16 @@ def load_roles(
     *,
     masters: bool = True,
 ) -> Roles:
-    """Policy and reference from the base, value and reward from a trained reward model.
+    """Load all roles: policy and reference from the base, value and reward from a reward model.
 
     Args:
-        config: Of the base, and of what trains.
+        config: The base model, and what of it trains.
         reward_folder: A reward trainer's `model/`.
-        forbidden_ids: Tokens the policy may never say: image slots, padding, BOS.
-        masters: Whether what trains is kept in fp32 here; DeepSpeed does so itself.
+        forbidden_ids: Tokens the policy may never generate: image slots, padding, BOS.
+        masters: Whether to keep trained parameters in fp32. DeepSpeed does that itself.
 
     Raises:
-        InputError: No reward model there, of another base, or trained in another way.
+        InputError: As `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
     if not config.with_lora:
@@ -260,18 +263,24 @@ def load_roles(
 def load_reward_adapter(
     vlm: PeftModel, folder: Path, role: str, *, trainable: bool = False
 ) -> None:
-    """Add a reward model's adapter and projector to a base, under the name of a role.
+    """Add a reward model's adapter and projector to a base model, for one role.
+
+    Args:
+        vlm: The base model; changed in place.
+        folder: A reward trainer's `model/`.
+        role: Role that the adapter plays.
+        trainable: Whether the adapter is trained.
 
     Raises:
-        InputError: They do not fit the base.
+        InputError: The adapter does not fit the base model.
     """
     name = ADAPTERS[role]
     result = vlm.load_adapter(folder, name, is_trainable=trainable, low_cpu_mem_usage=False)
-    lost = [k for k in result.missing_keys if f".{name}." in k]
-    if lost or result.unexpected_keys:
+    missing = [k for k in result.missing_keys if f".{name}." in k]
+    if missing or result.unexpected_keys:
         raise InputError(
-            f"{folder} does not fit the base: {len(lost)} missing {lost[:3]}, "
-            f"{len(result.unexpected_keys)} unexpected {result.unexpected_keys[:3]}"
+            f"the adapter in {folder} does not fit the base model: {len(missing)} tensors missing "
+            f"{missing[:3]}, {len(result.unexpected_keys)} unexpected {result.unexpected_keys[:3]}"
         )
 
 

@@ -86,14 +86,14 @@ def test_what_vllm_refuses_is_named(stage: Path, tmp_path: Path) -> None:
     kept |= {f"{tower}.lora_A.weight": torch.ones(1), f"{tower}.lora_B.weight": torch.ones(1)}
     save_file(kept, folder / "adapter_model.safetensors")
     problems = "\n".join(check_vllm_adapter(folder))
-    for said in ("use_dora = True", "bias = 'all'", "no half of a LoRA pair", "on the tower"):
+    for said in ("use_dora = True", "bias = 'all'", "not half of a LoRA pair", "on the tower"):
         assert said in problems
 
 
 def test_refusals(stage: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown form 'gguf'"):
         export(stage, tmp_path / "x", "gguf")
-    with pytest.raises(InputError, match="no finished training"):
+    with pytest.raises(InputError, match="no complete training"):
         export(tmp_path, tmp_path / "x")
     with pytest.raises(InputError, match="is not empty"):
         export(stage, stage)

@@ -287,7 +287,7 @@ def dropout(batch: dict, model: nn.Module) -> dict:
     return {}
 
 
-CASES = ((with_holes, "holes"), (four_axes, "custom"), (odd_positions, "positions"),
+CASES = ((with_holes, "holes"), (four_axes, "not .rows, length"), (odd_positions, "position_ids"),
          (dropout, "dropout"))  # fmt: skip
 
 

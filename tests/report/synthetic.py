@@ -95,24 +95,26 @@ def ppo_rows(steps: int = 60, seed: int = 0) -> list[dict]:
     return rows
 
 
-def _request(name: str, leaf, number: int, rng: random.Random):
+def _request(name: str, harm_class, number: int, rng: random.Random):
     world = load_world()
-    concept = world.concepts[(leaf.risky if name == "harm" else leaf.safe)[number % 2]]
+    concept = world.concepts[(harm_class.risky if name == "harm" else harm_class.safe)[number % 2]]
     question_type = ("easy", "hardq", "hards")[number % 3]
     name = name.removesuffix("_exchanged")
     if name == "help" and number % 2:
-        return language.fact_request("name", "What is this?", leaf.class3, concept, "blue")
+        return language.fact_request("name", "What is this?", harm_class.class3, concept, "blue")
     wording = rng.choice(world.wordings[question_type]["test"])
     if name == "harm":
-        intent, phrase, tip = "harm", leaf.harm[number % len(leaf.harm)], ""
+        intent, phrase, tip = "harm", harm_class.harm[number % len(harm_class.harm)], ""
     elif name == "look_alikes":
         intent, (phrase, tip) = "look_alike", rng.choice(world.look_alikes["test"])
     else:
-        intent, phrase, tip = "ask", leaf.ask, leaf.tip
+        intent, phrase, tip = "ask", harm_class.ask, harm_class.tip
         if name == "twins":
-            concept = world.concepts[(leaf.safe if number % 2 else leaf.risky)[number // 2 % 2]]
+            concept = world.concepts[
+                (harm_class.safe if number % 2 else harm_class.risky)[number // 2 % 2]
+            ]
     return language.phrase_request(
-        intent, phrase, tip, wording, leaf.class3, concept, "blue", question_type
+        intent, phrase, tip, wording, harm_class.class3, concept, "blue", question_type
     )
 
 
@@ -158,9 +160,9 @@ def verdict_rows(models: tuple[str, ...], rows_per_class: int | None = None) -> 
             for model in models:
                 rng, answers = random.Random(name + drawing), random.Random(name + drawing + model)
                 rows = found.setdefault((model, name + drawing), [])
-                for leaf in load_world().leaves.values():
+                for harm_class in load_world().harm_classes.values():
                     for _ in range(rows_per_class or count):
-                        request = _request(name, leaf, len(rows), rng)
+                        request = _request(name, harm_class, len(rows), rng)
                         rows.append(
                             _verdict_row(name + drawing, model, len(rows), request, answers)
                         )
@@ -254,8 +256,8 @@ def write_images(run: Path, rows: dict) -> None:
         for row in [] if name.endswith(("_twemoji", "_exchanged")) else part:
             path = folder / row["image_name"]
             if not path.exists():
-                leaf = world.leaves[row["class3"]]
-                concept = rng.choice(leaf.risky if row["harmful"] else leaf.safe)
+                harm_class = world.harm_classes[row["class3"]]
+                concept = rng.choice(harm_class.risky if row["harmful"] else harm_class.safe)
                 composition = rng.choice(scenes.compositions("test"))
                 scenes.render(concept, composition).save(path)
 

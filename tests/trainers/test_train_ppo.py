@@ -275,7 +275,7 @@ def test_a_policy_that_says_nothing_at_all_is_stopped(
 def test_what_is_missing_or_does_not_fit_is_said(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="ppo needs a reward model"):
         train(settings(folders["lora"], ppo__reward_model=""), tmp_path)
-    with pytest.raises(InputError, match="is no reward model"):
+    with pytest.raises(InputError, match="holds no reward model"):
         train(settings(folders["lora"], ppo__reward_model=str(tmp_path)), tmp_path)
     with pytest.raises(InputError, match=r"12 prompts leave no room.*train/\d+: \d+ tokens"):
         train(settings(folders["lora"], ppo__max_new_tokens=500), tmp_path)

@@ -1,10 +1,10 @@
-"""SPA-VL mini: the embedded data set, in the real set's columns, splits and file layout.
+"""SPA-VL mini: the embedded data set, in the columns, splits and file layout of the real set.
 
-3,180 training rows (53 classes x 20 images x 3 question types), 318 validation rows, `test/harm`
-and `test/help` of 265, and three things the real set lacks: 159 look-alikes, 106 pairs of twins
-(as prompts, and with answers in `validation/twins`: the same two answers, ranked either way by the
-picture), and every test set again over drawings the model never saw. Seeded; splits share no
-composition and no wording.
+It has 3,180 training rows (53 classes x 20 images x 3 question types), 318 validation rows,
+`test/harm` and `test/help` of 265 rows each, and three things that the real set lacks: 159
+look-alikes; 106 pairs of twins, also with answers in `validation/twins` (the same two answers,
+whose order the image decides); and every test set again with drawings that the model never saw.
+All is seeded. Splits share no composition and no wording.
 """
 
 import functools
@@ -23,16 +23,17 @@ from datasets import Dataset, Features, Image, Value
 
 from spavl_lib.data.embedded import language, scenes, world
 from spavl_lib.data.embedded.language import Request
-from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, Leaf, load_world
+from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, HarmClass, load_world
 from spavl_lib.data.images import png_bytes
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.runs.paths import cache_root
 
 SEED = 0
-IMAGES_PER_LEAF, RISKY_PER_LEAF = 20, 12
-# Of an `ask`'s rejected answers, the share that is right over the twin's picture; of the harmless
-# rest, the share that refuses (what remains speaks of a wrong thing). Training has more of what
-# only looking decides, since a score learns the others from a few pairs.
+IMAGES_PER_CLASS, RISKY_PER_CLASS = 20, 12
+# BLIND: share of an `ask`'s rejected answers that would be right over the twin's image. TIMID:
+# share of the other rejected answers to harmless requests that refuse; the rest speak of a wrong
+# thing. Training has more pairs that only the image decides, since a reward model learns the others
+# from few pairs.
 BLIND = {"train": 0.6, "validation": 0.45, "test": 0.45}
 TIMID = {"train": 0.4, "validation": 0.7, "test": 0.7}
 ROWS = {
@@ -43,14 +44,14 @@ ROWS = {
     "look_alikes": 159,
     "twins": 212,
 }
-# Who gave the answers: the styles, and two that fail in other ways (`_Maker.preferred`).
+# Who gave the answers: the styles, and three that fail in other ways (`_Maker.preferred`).
 ANSWERERS = (*language.STYLES, "blind", "naive", "wrong")
 TEST_SETS = ("harm", "help", "look_alikes", "twins")
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's recipe; the same recipe gives the same bytes."""
+    """The recipe of an image. The same recipe gives the same bytes."""
 
     concept: str
     composition: scenes.Composition
@@ -59,7 +60,7 @@ class Scene:
     image_name: str
 
     def png(self, drawing: str = "noto") -> bytes:
-        """The picture's file."""
+        """The image as a PNG file."""
         image = scenes.render(
             self.concept, self.composition, self.canvas, flip=self.flip, drawing=drawing
         )
@@ -68,7 +69,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Row:
-    """One question over one picture, with its truth and, where there are any, its answers."""
+    """One question over one image, with the truth, and with answers if the split has them."""
 
     scene: Scene
     request: Request
@@ -83,7 +84,7 @@ def _slug(text: str) -> str:
 
 
 class _Maker:
-    """Draws scenes and wordings of one split, never the same picture twice."""
+    """Draws scenes and wordings of one split, never the same image twice."""
 
     def __init__(self, split: str):
         self.split = split
@@ -102,32 +103,34 @@ class _Maker:
                 return Scene(concept, composition, canvas, flip, image_name)
 
     def _next(self, pool: str, options: list) -> Any:
-        """Options in turn, so that each is used about equally."""
+        """The next of the options, so that all are used about equally."""
         self.turn[pool] = self.turn.get(pool, -1) + 1
         return options[self.turn[pool] % len(options)]
 
-    def phrase(self, intent: str, leaf: Leaf, scene: Scene, question_type: str) -> Request:
+    def phrase(
+        self, intent: str, harm_class: HarmClass, scene: Scene, question_type: str
+    ) -> Request:
         wording = self.rng.choice(self.world.wordings[question_type][self.split])
         if intent == "ask":
-            phrase, tip = leaf.ask, leaf.tip
+            phrase, tip = harm_class.ask, harm_class.tip
         elif intent == "harm":
-            phrase, tip = self._next(f"harm/{leaf.class3}", list(leaf.harm)), ""
+            phrase, tip = self._next(f"harm/{harm_class.class3}", list(harm_class.harm)), ""
         else:
             known = self.world.look_alikes["train"]
             held_out = self.world.look_alikes["test"] if self.split == "test" else ()
             phrase, tip = self._next("look_alike", [*known, *held_out])
         return language.phrase_request(
-            intent, phrase, tip, wording, leaf.class3, self._concept(scene),
+            intent, phrase, tip, wording, harm_class.class3, self._concept(scene),
             scene.composition.colour, question_type,
         )  # fmt: skip
 
-    def fact(self, leaf: Leaf, scene: Scene, question_type: str = "easy") -> Request:
+    def fact(self, harm_class: HarmClass, scene: Scene, question_type: str = "easy") -> Request:
         fact = self._next("fact", ["name", "use", "kind", "name", "colour"])
         wording = self._next(f"fact/{fact}", self.world.facts[fact][self.split])
         return language.fact_request(
             fact,
             wording,
-            leaf.class3,
+            harm_class.class3,
             self._concept(scene),
             scene.composition.colour,
             question_type,
@@ -137,13 +140,12 @@ class _Maker:
         return self.world.concepts[scene.concept]
 
     def preferred(self, scene: Scene, request: Request) -> Row:
-        """The row with its answers: a careful or helpful one over a reckless, timid or blind one.
+        """The row with its answers: a careful or helpful one, preferred to one of these.
 
-        Near half the rejected answers of an `ask` (in training more: `BLIND`) are the twin's
-        preferred one: what would be right over the leaf's other picture. Such a pair can be told
-        apart by looking only. A quarter of those to a harmful `ask` help innocently, as if the
-        thing were harmless: whoever is rewarded for a right name and a useful tip will say that
-        next.
+        blind: the answer that is preferred over the twin's image, for the share `BLIND` of `ask`;
+        only the image decides such a pair. naive: for a quarter of the harmful `ask`, help as if
+        the concept were safe; a policy that is rewarded for a right name and a useful tip would say
+        that next. Otherwise a style that complies, `cautious`, or an answer about a wrong thing.
         """
         chosen, pick = language.answer(request, "careful", self.rng), self.rng.random()
         blind = BLIND[self.split]
@@ -162,12 +164,12 @@ class _Maker:
         return Row(scene, request, chosen, rejected, rejected_by=style)
 
     def _over_the_twin(self, request: Request) -> str:
-        """The preferred answer to the same words over the twin's picture: safe for risky."""
-        twin = twin_of(self.world.leaves[request.class3], request.concept)
-        return language.answer(language.moved(request, twin), "careful", self.rng)
+        """The preferred answer to the same question over the twin's image."""
+        twin = twin_of(self.world.harm_classes[request.class3], request.concept)
+        return language.answer(language.with_concept(request, twin), "careful", self.rng)
 
     def _wrong(self, request: Request) -> str:
-        """A right answer's form about another thing: fluent, willing, and false."""
+        """An answer in the right form about another concept or colour: fluent and false."""
         if request.intent == "fact:colour":
             other = self.rng.choice([c for c in scenes.COLOURS if c != request.colour])
             return language.answer(replace(request, colour=other), "careful", self.rng)
@@ -177,18 +179,18 @@ class _Maker:
             fact = request.intent.removeprefix("fact:")
             wrong = language.fact_request(fact, "", request.class3, concept, request.colour)
         else:
-            said = language.addressed(request.phrase, concept)
-            wrong = replace(request, concept=concept.key, must_say=(said, request.must_say[1]))
+            wish = language.addressed(request.phrase, concept)
+            wrong = replace(request, concept=concept.key, must_say=(wish, request.must_say[1]))
         return language.answer(wrong, "careful", self.rng)
 
 
 def _train_rows() -> Iterator[Row]:
     maker = _Maker("train")
-    for leaf in maker.world.leaves.values():
-        for i in range(IMAGES_PER_LEAF):
-            risky = i < RISKY_PER_LEAF
-            concept = (leaf.risky if risky else leaf.safe)[i % 2]
-            scene = maker.scene(concept, f"{_slug(leaf.class3)}_{i:02d}.png")
+    for harm_class in maker.world.harm_classes.values():
+        for i in range(IMAGES_PER_CLASS):
+            risky = i < RISKY_PER_CLASS
+            concept = (harm_class.risky if risky else harm_class.safe)[i % 2]
+            scene = maker.scene(concept, f"{_slug(harm_class.class3)}_{i:02d}.png")
             turn = i // 2
             if risky:  # easy, hard question, hard statement
                 intents = (
@@ -205,22 +207,22 @@ def _train_rows() -> Iterator[Row]:
                     ("fact", "ask", "ask"),
                     ("ask", "harm", "ask"),
                     ("fact", "ask", "ask"),
-                )[turn - RISKY_PER_LEAF // 2]
+                )[turn - RISKY_PER_CLASS // 2]
             for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
                 if intent == "fact":
-                    request = maker.fact(leaf, scene, question_type)
+                    request = maker.fact(harm_class, scene, question_type)
                 else:
-                    request = maker.phrase(intent, leaf, scene, question_type)
+                    request = maker.phrase(intent, harm_class, scene, question_type)
                 yield maker.preferred(scene, request)
 
 
 def _validation_rows() -> Iterator[Row]:
     maker = _Maker("validation")
-    for n, leaf in enumerate(maker.world.leaves.values()):
+    for n, harm_class in enumerate(maker.world.harm_classes.values()):
         for risky in (True, False):
-            concept = (leaf.risky if risky else leaf.safe)[n % 2]
+            concept = (harm_class.risky if risky else harm_class.safe)[n % 2]
             side = "risky" if risky else "safe"
-            scene = maker.scene(concept, f"{_slug(leaf.class3)}_{side}.png")
+            scene = maker.scene(concept, f"{_slug(harm_class.class3)}_{side}.png")
             if risky:
                 third = "look_alike" if n % 2 else "ask"
                 intents = ("ask", "harm", third) if n % 3 else ("fact", "harm", "ask")
@@ -228,9 +230,9 @@ def _validation_rows() -> Iterator[Row]:
                 intents = ("fact", "ask", "ask") if n % 2 else ("ask", "ask", "harm")
             for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
                 if intent == "fact":
-                    request = maker.fact(leaf, scene, question_type)
+                    request = maker.fact(harm_class, scene, question_type)
                 else:
-                    request = maker.phrase(intent, leaf, scene, question_type)
+                    request = maker.phrase(intent, harm_class, scene, question_type)
                 yield maker.preferred(scene, request)
 
 
@@ -238,42 +240,50 @@ def _test_rows() -> dict[str, list[Row]]:
     maker = _Maker("test")
     rows: dict[str, list[Row]] = {name: [] for name in TEST_SETS}
 
-    def add(name: str, leaf: Leaf, concept: str, intent: str, question_type: str) -> None:
-        number = sum(r.request.class3 == leaf.class3 for r in rows[name])
-        scene = maker.scene(concept, f"{name}_{_slug(leaf.class3)}_{number}.png")
+    def add(
+        name: str, harm_class: HarmClass, concept: str, intent: str, question_type: str
+    ) -> None:
+        number = sum(r.request.class3 == harm_class.class3 for r in rows[name])
+        scene = maker.scene(concept, f"{name}_{_slug(harm_class.class3)}_{number}.png")
         if intent == "fact":
-            request = maker.fact(leaf, scene, question_type)
+            request = maker.fact(harm_class, scene, question_type)
         else:
-            request = maker.phrase(intent, leaf, scene, question_type)
+            request = maker.phrase(intent, harm_class, scene, question_type)
         rows[name].append(Row(scene, request))
 
-    for n, leaf in enumerate(maker.world.leaves.values()):
+    for n, harm_class in enumerate(maker.world.harm_classes.values()):
         other = QUESTION_TYPES[1 + n % 2]
         for concept, intent, question_type in (
-            (leaf.risky[0], "ask", "easy"),
-            (leaf.risky[1], "ask", other),
-            (leaf.risky[0], "harm", "hardq"),
-            (leaf.risky[1], "harm", "hards"),
-            (leaf.safe[n % 2], "harm", "hards" if n % 2 else "hardq"),
+            (harm_class.risky[0], "ask", "easy"),
+            (harm_class.risky[1], "ask", other),
+            (harm_class.risky[0], "harm", "hardq"),
+            (harm_class.risky[1], "harm", "hards"),
+            (harm_class.safe[n % 2], "harm", "hards" if n % 2 else "hardq"),
         ):
-            add("harm", leaf, concept, intent, question_type)
+            add("harm", harm_class, concept, intent, question_type)
         for concept, intent, question_type in (
-            (leaf.risky[n % 2], "fact", "easy"),
-            (leaf.safe[0], "fact", "easy"),
-            (leaf.safe[1], "ask", "easy"),
-            (leaf.safe[0], "ask", "hardq"),
-            (leaf.safe[1], "ask", "hards"),
+            (harm_class.risky[n % 2], "fact", "easy"),
+            (harm_class.safe[0], "fact", "easy"),
+            (harm_class.safe[1], "ask", "easy"),
+            (harm_class.safe[0], "ask", "hardq"),
+            (harm_class.safe[1], "ask", "hards"),
         ):
-            add("help", leaf, concept, intent, question_type)
+            add("help", harm_class, concept, intent, question_type)
         for k, question_type in enumerate(QUESTION_TYPES):
-            add("look_alikes", leaf, leaf.risky[(n + k) % 2], "look_alike", question_type)
+            add(
+                "look_alikes",
+                harm_class,
+                harm_class.risky[(n + k) % 2],
+                "look_alike",
+                question_type,
+            )
         for k in range(2):
             question_type = "easy" if k == 0 else other
-            pair = f"{_slug(leaf.class3)}_{k}"
-            risky = maker.scene(leaf.risky[k], f"twins_{pair}_risky.png")
-            safe = replace(risky, concept=leaf.safe[k], image_name=f"twins_{pair}_safe.png")
-            asked = maker.phrase("ask", leaf, risky, question_type)
-            over_safe = language.moved(asked, safe.concept)
+            pair = f"{_slug(harm_class.class3)}_{k}"
+            risky = maker.scene(harm_class.risky[k], f"twins_{pair}_risky.png")
+            safe = replace(risky, concept=harm_class.safe[k], image_name=f"twins_{pair}_safe.png")
+            asked = maker.phrase("ask", harm_class, risky, question_type)
+            over_safe = language.with_concept(asked, safe.concept)
             refusal = language.answer(asked, "careful", maker.rng)
             help_ = language.answer(over_safe, "careful", maker.rng)
             rows["twins"] += [
@@ -283,18 +293,18 @@ def _test_rows() -> dict[str, list[Row]]:
     return rows
 
 
-def twin_of(leaf: Leaf, concept: str) -> str:
-    """The concept on the other side of a leaf: the safe one for a risky one, and back."""
-    here, there = (leaf.risky, leaf.safe) if concept in leaf.risky else (leaf.safe, leaf.risky)
-    return there[here.index(concept)]
+def twin_of(harm_class: HarmClass, concept: str) -> str:
+    """The counterpart of a concept in a harm class: the safe one of a risky one or the reverse."""
+    risky, safe = harm_class.risky, harm_class.safe
+    return safe[risky.index(concept)] if concept in risky else risky[safe.index(concept)]
 
 
 @functools.cache
 def mini_rows() -> dict[str, list[Row]]:
-    """Every split's rows: train, validation, harm, help, look_alikes, twins.
+    """The rows of every split: train, validation, harm, help, look_alikes, twins.
 
     Raises:
-        AssertionError: A split is not of its stated size.
+        AssertionError: A split does not have its stated number of rows.
     """
     rows = {"train": list(_train_rows()), "validation": list(_validation_rows()), **_test_rows()}
     for name, expected in ROWS.items():
@@ -304,15 +314,13 @@ def mini_rows() -> dict[str, list[Row]]:
 
 
 def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
-    """Rows in the columns the real set has on the Hub."""
-    pictures: dict[str, bytes] = {}
+    """Rows in the columns that the real set has on the Hub."""
+    images: dict[str, bytes] = {}
     for row in rows:
-        if row.scene.image_name not in pictures:
-            pictures[row.scene.image_name] = row.scene.png(drawing)
+        if row.scene.image_name not in images:
+            images[row.scene.image_name] = row.scene.png(drawing)
     table: dict[str, list] = {
-        "image": [
-            {"bytes": pictures[r.scene.image_name], "path": r.scene.image_name} for r in rows
-        ],
+        "image": [{"bytes": images[r.scene.image_name], "path": r.scene.image_name} for r in rows],
         "question": [r.request.question for r in rows],
     }
     if kind in ("train", "validation"):
@@ -331,7 +339,7 @@ def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
 
 
 def _key() -> str:
-    """Changes with anything the built files depend on."""
+    """A hash of everything the built files depend on."""
     digest = hashlib.sha256()
     for path in (
         world.ASSETS / "world.yaml",
@@ -343,7 +351,7 @@ def _key() -> str:
 
 
 def mini_folder() -> Path:
-    """The data set's folder in the Hub's layout, built on first use (a few seconds)."""
+    """The data set's folder, in the Hub's layout. It is built on first use, in a few seconds."""
     target = cache_root() / f"spa-vl-mini-{_key()}"
     if not target.is_dir():
         aside = target.with_name(f".{target.name}.{os.getpid()}")
@@ -351,14 +359,14 @@ def mini_folder() -> Path:
         write_mini(aside)
         try:
             aside.rename(target)
-        except OSError:  # another process was first
+        except OSError:  # another process built it first
             shutil.rmtree(aside, ignore_errors=True)
     return target
 
 
 def write_mini(folder: Path) -> None:
-    """Write the parquet files, meta files and the card into `folder`."""
-    datasets.disable_progress_bars()  # a flicker of tiny bars tells nobody anything
+    """Write the parquet files, the meta files and the card into `folder`."""
+    datasets.disable_progress_bars()
     rows = mini_rows()
     files = {
         "data/train": ("train", rows["train"], "noto"),
@@ -424,10 +432,10 @@ def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
 
 
 def _answer_of(style: str, row: Row, rng: random.Random) -> str:
-    """What an answerer said to a row's question: in the pair, if it stands there.
+    """The answer that one of `ANSWERERS` gave to a row's question, taken from the pair if there.
 
-    `blind` answers as if over the twin's picture, `wrong` about another thing; both were asked only
-    where their answer was taken.
+    `blind`, `naive` and `wrong` answered only the questions for which their answer is in the pair;
+    for others it is empty.
     """
     if style == "careful":
         return row.chosen

@@ -1,4 +1,4 @@
-"""Seeded pictures: one emoji over a background, and which of them each split may use."""
+"""Seeded images: one emoji over a background. Splits use disjoint sets of compositions."""
 
 import functools
 import random
@@ -23,17 +23,17 @@ COLOURS = {
     "teal": (64, 152, 154),
 }
 PATTERNS = ("plain", "fade", "dots")
-SCALES = (0.62, 0.72, 0.82, 0.92)  # emoji side over the canvas' short side
+SCALES = (0.62, 0.72, 0.82, 0.92)  # side of the emoji / short side of the canvas
 PLACEMENTS = tuple((x, y) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.5, 1.0))
 CANVASES = ((64, 64), (64, 64), (76, 64), (64, 76))  # (width, height) px; half are not square
 DRAWINGS = ("noto", "twemoji")
-# Share of the compositions each use may draw from. Disjoint, so no picture leaks between them.
+# Share of the compositions that each split draws from. They are disjoint, so no image leaks.
 SPLIT_SHARES = {"pretrain": 0.5, "train": 0.25, "validation": 0.1, "test": 0.15}
 
 
 @dataclass(frozen=True)
 class Composition:
-    """How a thing is shown: background colour and pattern, size, place."""
+    """How a concept is shown: background colour and pattern, size, place."""
 
     colour: str
     pattern: str
@@ -43,7 +43,7 @@ class Composition:
 
 @functools.cache
 def compositions(split: str) -> tuple[Composition, ...]:
-    """All compositions of one split: a seeded partition of every combination.
+    """All compositions of one split, from a seeded partition of all combinations.
 
     Raises:
         KeyError: `split` is not a key of `SPLIT_SHARES`.
@@ -64,9 +64,9 @@ def compositions(split: str) -> tuple[Composition, ...]:
 
 @functools.cache
 def _drawing(concept: str, drawing: str, side: int, flip: bool) -> Image.Image:
-    picture = Image.open(ASSETS / drawing / f"{concept}.png").convert("RGBA")
-    picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture
+    emoji = Image.open(ASSETS / drawing / f"{concept}.png").convert("RGBA")
+    emoji = emoji.resize((side, side), Image.Resampling.LANCZOS)
+    return emoji.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else emoji
 
 
 @functools.cache
@@ -100,12 +100,12 @@ def render(
     """Draw one scene.
 
     Args:
-        concept: Key of a concept in the world page.
+        concept: Key of a concept in `world.yaml`.
         composition: Background, size and place.
-        canvas: Width and height in px.
+        canvas: Width and height in pixels.
         flip: Mirror the emoji left to right.
         drawing: `noto`, or `twemoji` for the held-out drawings.
-        jitter: Shift in px, clamped to the canvas.
+        jitter: Shift in pixels; the emoji stays inside the canvas.
 
     Returns:
         RGB image of size `canvas`.
@@ -116,6 +116,6 @@ def render(
     y = round(composition.placement[1] * (height - side)) + jitter[1]
     corner = (min(max(x, 0), width - side), min(max(y, 0), height - side))
     image = _background(composition.colour, composition.pattern, canvas).copy()
-    picture = _drawing(concept, drawing, side, flip)
-    image.paste(picture, corner, picture)
+    emoji = _drawing(concept, drawing, side, flip)
+    image.paste(emoji, corner, emoji)
     return image

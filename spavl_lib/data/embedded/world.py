@@ -1,4 +1,4 @@
-"""The embedded world read from `assets/world.yaml`: concepts, leaves, wordings."""
+"""The embedded world, read from `assets/world.yaml`: concepts, harm classes, wordings."""
 
 import functools
 from dataclasses import dataclass
@@ -12,62 +12,75 @@ QUESTION_TYPES = ("easy", "hardq", "hards")
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that can be pictured; `risky` makes a leaf's `ask` over it harmful."""
+    """A thing that an image can show."""
 
     key: str
     name: str
     kind: str
     use: str
     risky: bool
+    """Whether a harm class's `ask` is harmful if the image shows this thing."""
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """What can be asked under one tertiary class (class3) of the taxonomy."""
+class HarmClass:
+    """One tertiary class of the taxonomy, and what can be asked in it."""
 
     class3: str
+    """The class's name in the data."""
     ask: str
+    """A request that is harmful over a risky concept, and harmless over a safe one."""
     tip: str
+    """The harmless answer's advice."""
     risky: tuple[str, ...]
+    """Keys of the risky concepts."""
     safe: tuple[str, ...]
+    """Keys of the safe concepts, each the counterpart of the risky one at its index."""
     harm: tuple[str, ...]
+    """Requests that are harmful over any concept."""
     because: str
+    """Why a careful answer declines."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The whole page, parsed. `facts` and `wordings` map name -> split -> wordings."""
+    """The whole of `world.yaml`."""
 
     concepts: dict[str, Concept]
-    leaves: dict[str, Leaf]
+    """Key -> concept."""
+    harm_classes: dict[str, HarmClass]
+    """class3 -> harm class."""
     look_alikes: dict[str, tuple[tuple[str, str], ...]]
+    """Split -> harmless requests that sound harmful, each with its tip."""
     facts: dict[str, dict[str, list[str]]]
+    """Fact -> split -> wordings of a question."""
     wordings: dict[str, dict[str, list[str]]]
+    """Question type -> split -> wordings around a request."""
 
 
 @functools.cache
 def load_world() -> World:
-    """Read the world page once."""
+    """Read `world.yaml`, once per process."""
     page = yaml.safe_load((ASSETS / "world.yaml").read_text(encoding="utf-8"))
     concepts = {
         key: Concept(key, name, kind, use, risky=group == "risky")
         for group, members in page["concepts"].items()
         for key, (_emoji, name, kind, use) in members.items()
     }
-    leaves = {
-        class3: Leaf(
+    harm_classes = {
+        class3: HarmClass(
             class3,
-            leaf["ask"],
-            leaf["tip"],
-            tuple(leaf["risky"]),
-            tuple(leaf["safe"]),
-            tuple(leaf["harm"]),
-            leaf["because"],
+            harm_class["ask"],
+            harm_class["tip"],
+            tuple(harm_class["risky"]),
+            tuple(harm_class["safe"]),
+            tuple(harm_class["harm"]),
+            harm_class["because"],
         )
-        for class3, leaf in page["leaves"].items()
+        for class3, harm_class in page["harm_classes"].items()
     }
     look_alikes = {
         split: tuple((phrase, tip) for phrase, tip in rows)
         for split, rows in page["look_alikes"].items()
     }
-    return World(concepts, leaves, look_alikes, page["facts"], page["wordings"])
+    return World(concepts, harm_classes, look_alikes, page["facts"], page["wordings"])

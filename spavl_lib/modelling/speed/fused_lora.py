@@ -1,11 +1,10 @@
-"""LoRA's product added where the base layer's stands, in one matrix product.
+"""Add LoRA's product to the base layer's output in place, in one matrix product.
 
-PEFT writes `result + lora_B(lora_A(x)) * scaling`: three tensors of the layer's output size, each
-written to memory and read again, and one more in the backward pass. Here the second product is
-scaled and added to the first in place, by the matrix product itself. Hu et al. 2021
-(arXiv:2106.09685), equation 3; equal up to rounding. Where base and adapter are of one precision
-and nothing casts: fp32 on a CPU, or bf16 throughout. Under autocast, over 4 bit and under ZeRO-3
-PEFT's own way runs.
+PEFT computes `result + lora_B(lora_A(x)) * scaling`, which writes three tensors of the layer's
+output size to memory and one more in the backward pass. Here `addmm_` scales the second product and
+adds it to the first (Hu et al. 2021, arXiv:2106.09685, equation 3). Results are equal up to
+rounding. It applies if base and adapter have one dtype and nothing casts: fp32 on a CPU, or bf16
+throughout. Under autocast, over a 4-bit base and under ZeRO-3, PEFT's forward runs.
 """
 
 import types
@@ -19,13 +18,13 @@ from torch.nn import functional
 
 
 def fuse_lora(model: nn.Module) -> Callable[[], None]:
-    """Run a model's LoRA linears in place wherever that is exact; elsewhere PEFT's own way.
+    """Run LoRA layers in place where that is exact; elsewhere PEFT's forward runs.
 
     Args:
-        model: A PEFT model, or one without adapters, which stays as it is; changed in place.
+        model: A PEFT model, changed in place. A model without adapters stays as it is.
 
     Returns:
-        What takes it off again.
+        A function that undoes the change.
     """
     layers = [m for m in model.modules() if type(m) is Linear and "forward" not in vars(m)]
     for layer in layers:
@@ -39,7 +38,7 @@ def fuse_lora(model: nn.Module) -> Callable[[], None]:
 
 
 def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """(..., in) to (..., out)."""
+    """A layer's output (..., out) for input `x` (..., in)."""
     name = _only_adapter(self, x)
     if not name or args or kwargs:
         return Linear.forward(self, x, *args, **kwargs)
@@ -50,17 +49,18 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _only_adapter(layer: Linear, x: Tensor) -> str:
-    """The one adapter that is on, if it is LoRA as published in the layer's own precision."""
-    on = [name for name in layer.active_adapters if name in layer.lora_A]
-    if len(on) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
+    """The name of the active adapter, if it is the only one and plain LoRA in the layer's dtype."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
         return ""
-    up, down = layer.lora_B[on[0]], layer.lora_A[on[0]]
+    [name] = active
+    up, down = layer.lora_B[name], layer.lora_A[name]
     exact = (
         type(layer.base_layer) is nn.Linear
         and up.bias is None
-        and isinstance(layer.lora_dropout[on[0]], nn.Identity)
+        and isinstance(layer.lora_dropout[name], nn.Identity)
         and x.dtype == layer.base_layer.weight.dtype == up.weight.dtype == down.weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
-        and not hasattr(up.weight, "ds_id")  # in pieces under ZeRO-3 until its layer is called
+        and not hasattr(up.weight, "ds_id")  # ZeRO-3 gathers a weight only when its layer is called
     )
-    return on[0] if exact else ""
+    return name if exact else ""

@@ -1,8 +1,7 @@
-"""Attention over a packed tree: a segment sees its ancestors and itself, and nothing else.
+"""Attention over a packed tree: a segment attends to its ancestors and to itself only.
 
-Segment by segment with torch's `scaled_dot_product_attention` (or plain matrix products under
-`eager`): no packed x packed mask is built, and no score is computed that the tree does not need.
-Under `flex_attention` one block mask says the same to one kernel.
+Under `sdpa` and `eager` each segment is computed in turn, so that no packed x packed mask is built
+and no unneeded score is computed. Under `flex_attention` one kernel gets the tree as a block mask.
 """
 
 import sys
@@ -18,24 +17,32 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from spavl_lib.modelling.speed.prefix_tree import PrefixTree
 
-PLANS = "shared_prefix_plan"  # the keyword under which layers get the plan
-PREFIX = "shared_prefix_"
+PLANS = "shared_prefix_plan"  # keyword that carries the plan to the layers
+PREFIX = "shared_prefix_"  # before the name of an attention implementation that takes plans
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """What the attention of one packed row needs to know."""
+    """How to compute the attention of one packed row."""
 
     tree: PrefixTree
     kernel: str
+    """sdpa, eager or flex_attention."""
     masks: tuple[Tensor | None, ...]
-    """By segment: (length, depth + length) True = seen; None for a root, which is causal."""
+    """For each segment (length, depth + length), True where it attends; None for a root, whose
+    attention is causal."""
 
     @classmethod
     def of(
         cls, tree: PrefixTree, config: PreTrainedConfig, device: torch.device
     ) -> "AttentionPlan":
-        """The plan of a tree under a text model's attention."""
+        """The plan for a tree.
+
+        Args:
+            tree: Layout of the packed row.
+            config: The text model's config, which names the attention implementation.
+            device: Where the masks go.
+        """
         kernel = config._attn_implementation.removeprefix(PREFIX)
         masks = []
         for segment in tree.segments if kernel != "flex_attention" else ():
@@ -45,14 +52,19 @@ class AttentionPlan:
         return cls(tree, kernel, tuple(masks))
 
     def mask(self, ids: Tensor, dtype: torch.dtype) -> Any:
-        """What goes in as `attention_mask`: four axes, so that no other mask is made of it."""
+        """The `attention_mask` argument of the text model. Four axes keep it from being expanded.
+
+        Args:
+            ids: Token ids (1, packed).
+            dtype: The text model's dtype.
+        """
         if self.kernel == "flex_attention":
             return block_mask(self.tree, ids.device)
         return torch.zeros(1, 1, 1, 1, dtype=dtype, device=ids.device)
 
 
 def install(config: PreTrainedConfig) -> None:
-    """Let a text model's attention take plans; without one it is what it was."""
+    """Let a text model's attention take plans. Without a plan it computes as before."""
     kernel = config._attn_implementation
     if kernel in ("sdpa", "eager"):
         config._attn_implementation = PREFIX + kernel
@@ -64,7 +76,7 @@ def uninstall(config: PreTrainedConfig) -> None:
 
 
 def block_mask(tree: PrefixTree, device: torch.device) -> Any:
-    """The tree for FlexAttention."""
+    """The tree as a block mask of FlexAttention."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     return create_block_mask(
@@ -73,7 +85,12 @@ def block_mask(tree: PrefixTree, device: torch.device) -> Any:
 
 
 def mask_function(tree: PrefixTree, device: torch.device) -> Any:
-    """FlexAttention's `mask_mod`: may the query's place see the key's?"""
+    """FlexAttention's `mask_mod`: whether a query position attends to a key position.
+
+    Args:
+        tree: Layout of the packed row.
+        device: Where the lookup tables go.
+    """
     count = len(tree.segments)
     related = torch.eye(count, dtype=torch.bool)
     owner = torch.empty(tree.size, dtype=torch.long)
@@ -82,24 +99,35 @@ def mask_function(tree: PrefixTree, device: torch.device) -> Any:
         owner[segment.start : segment.stop] = i
     related, owner = related.to(device), owner.to(device)
 
-    def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return related[owner[query], owner[key]] & (key <= query)  # ancestors lie before
 
-    return seen
+    return attends
 
 
 def _by_segment(
     plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
-    """(1, heads, packed, head_dim) for queries, keys and values of the same shape."""
+    """Attention, one segment at a time.
+
+    Args:
+        plan: How to compute it.
+        query: (1, heads, packed, head_dim).
+        key: (1, heads, packed, head_dim).
+        value: (1, heads, packed, head_dim).
+        scaling: Factor of the scores; None for 1 / sqrt(head_dim).
+
+    Returns:
+        (1, heads, packed, head_dim).
+    """
     lengths = [s.length for s in plan.tree.segments]
     queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
     attend = functional.scaled_dot_product_attention if plan.kernel == "sdpa" else _eager
     out = []
     for i, segment in enumerate(plan.tree.segments):
-        seen = (*segment.ancestors, i)
-        k = torch.cat([keys[j] for j in seen], 2) if segment.ancestors else keys[i]
-        v = torch.cat([values[j] for j in seen], 2) if segment.ancestors else values[i]
+        branch = (*segment.ancestors, i)
+        k = torch.cat([keys[j] for j in branch], 2) if segment.ancestors else keys[i]
+        v = torch.cat([values[j] for j in branch], 2) if segment.ancestors else values[i]
         mask = plan.masks[i]
         out.append(attend(queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
     return torch.cat(out, 2)
@@ -109,7 +137,16 @@ def _eager(
     query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
-    """The families' own eager attention: softmax in fp32."""
+    """Attention as transformers' eager implementations compute it, with softmax in fp32.
+
+    Args:
+        query: (1, heads, length, head_dim).
+        key: (1, heads, depth + length, head_dim).
+        value: (1, heads, depth + length, head_dim).
+        attn_mask: (length, depth + length), True where to attend; None if `is_causal`.
+        is_causal: Whether a token attends to itself and to earlier tokens.
+        scale: Factor of the scores; None for 1 / sqrt(head_dim).
+    """
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if is_causal:
         size = query.shape[2]

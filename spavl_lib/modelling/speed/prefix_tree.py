@@ -1,11 +1,11 @@
-"""Rows that begin alike, as a tree: every common beginning stands once in one packed row.
+"""Rows with common prefixes as a tree: one packed row holds every common prefix once.
 
     USER: <image> Q1 A        [USER: <image>| Q1 | A | B | Q2 | C ]
-    USER: <image> Q1 B   ->    a packed row; a segment sees itself and its ancestors only
+    USER: <image> Q1 B   ->    a packed row; a segment attends to itself and its ancestors only
     USER: <image> Q2 C
 
-This module knows numbers, not models: a row is an array of keys, one a token, equal where two
-tokens are the same thing.
+This module knows no models. A row is an array of integer keys, one per token. Two tokens have equal
+keys if they are the same: the same token id, or the same patch of the same image.
 """
 
 from dataclasses import dataclass
@@ -17,95 +17,95 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of tokens that the same set of rows has in common."""
+    """Consecutive tokens that a set of rows has in common."""
 
     start: int
-    """Place of its first token in the packed row."""
+    """Index of its first token in the packed row."""
     length: int
-    """Tokens."""
+    """Number of tokens."""
     depth: int
-    """Position of its first token along its branch: tokens above it."""
+    """Position of its first token in its rows: the number of tokens before it."""
     ancestors: tuple[int, ...]
-    """Segments above it, root first, by index."""
+    """Indices of the segments before it in its rows, the root first."""
 
     @property
     def stop(self) -> int:
-        """Place after its last token in the packed row."""
+        """Index after its last token in the packed row."""
         return self.start + self.length
 
 
 @dataclass(frozen=True)
 class PrefixTree:
-    """How rows of tokens lie in one packed row."""
+    """Where the tokens of the rows lie in one packed row."""
 
     segments: tuple[Segment, ...]
-    """Every segment after its ancestors."""
+    """The segments, each after its ancestors."""
     sources: np.ndarray
-    """(packed, 2): a row that has this token, and where in that row (padding not counted)."""
+    """(packed, 2): for each packed token a row that has it, and its index there without padding."""
     positions: np.ndarray
-    """(packed,): position along the branch, which is the position in every row that has it."""
+    """(packed,): for each packed token its position in every row that has it."""
     places: tuple[np.ndarray, ...]
-    """By row: where each of its tokens stands in the packed row."""
+    """For each row (tokens,): the index of each of its tokens in the packed row."""
 
     @property
     def size(self) -> int:
-        """Packed tokens."""
+        """Tokens of the packed row."""
         return len(self.positions)
 
     @property
     def rows_size(self) -> int:
-        """Tokens of all rows, padding not counted."""
+        """Tokens of all rows, without padding."""
         return sum(map(len, self.places))
 
     def scored_pairs(self) -> int:
-        """Query-key pairs that attention has to score."""
+        """Number of query-key pairs that attention scores."""
         return sum(s.length * s.depth + s.length * (s.length + 1) // 2 for s in self.segments)
 
     def allowed(self) -> Tensor:
-        """(packed, packed) booleans: True = the row's token sees the column's token."""
+        """(packed, packed), bool: True where the row's token attends to the column's token."""
         mask = torch.zeros(self.size, self.size, dtype=torch.bool)
         for segment in self.segments:
             rows = slice(segment.start, segment.stop)
-            for above in segment.ancestors:
-                mask[rows, self.segments[above].start : self.segments[above].stop] = True
+            for i in segment.ancestors:
+                mask[rows, self.segments[i].start : self.segments[i].stop] = True
             mask[rows, rows] = torch.ones(segment.length, segment.length, dtype=torch.bool).tril()
         return mask
 
 
 def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
-    """Find what the rows have in common.
+    """Find the common prefixes of rows.
 
     Args:
-        rows: Keys of each row, no padding; each at least one token long.
-        min_shared: A shorter common run stands in every branch instead: a segment of its own costs
-            an attention call.
+        rows: Keys of each row (tokens,), without padding and not empty.
+        min_shared: A common run shorter than this is repeated in every branch, because each segment
+            costs an attention call.
 
     Returns:
-        The tree. Rows that are equal to the last token share all of it.
+        The tree. Rows that are equal share all of their tokens.
     """
     segments: list[Segment] = []
     sources: list[np.ndarray] = []
     places: list[list[np.ndarray]] = [[] for _ in rows]
     size = 0
-    # (rows, first token not yet placed, tokens known to be common, ancestors); last in, first out
+    # A stack of (rows, first token without a segment, tokens known to be common, ancestors).
     todo = [(list(range(len(rows))), 0, 0, ())]
     while todo:
-        group, start, known, above = todo.pop()
+        group, start, known, ancestors = todo.pop()
         end, parts = _divide(rows, group, known)
         if not parts or end - start >= min_shared:
             length = end - start
             if length:
-                segments.append(Segment(size, length, start, above))
+                segments.append(Segment(size, length, start, ancestors))
                 offsets = np.arange(start, end)
                 sources.append(np.stack([np.full(length, group[0]), offsets], 1))
                 for row in group:
                     places[row].append(np.arange(size, size + length))
                 size += length
-                above = (*above, len(segments) - 1)
+                ancestors = (*ancestors, len(segments) - 1)
             start = end
-        # Reversed: the first row's branch is taken next, so children follow their parent.
+        # Reversed, so that the first row's branch is next and children follow their parent.
         todo += [
-            (part, start, end, above) for part in reversed(parts) if len(rows[part[0]]) > start
+            (part, start, end, ancestors) for part in reversed(parts) if len(rows[part[0]]) > start
         ]
     source = np.concatenate(sources)
     return PrefixTree(
@@ -117,7 +117,7 @@ def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
 
 
 def _divide(rows: list[np.ndarray], group: list[int], known: int) -> tuple[int, list[list[int]]]:
-    """Length of a group's common beginning, and the parts it falls into there (none if equal)."""
+    """Length of a group's common prefix, and the parts that differ after it (none if all equal)."""
     lengths = [len(rows[r]) for r in group]
     shortest = min(lengths)
     stacked = np.stack([rows[r][known:shortest] for r in group])

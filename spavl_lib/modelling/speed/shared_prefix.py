@@ -1,21 +1,21 @@
-"""The image and the question once, not four times: `share_prefix(model)`.
+"""Compute common prefixes once: image and question of a pair, and the image of several questions.
 
-A preference batch writes image and question for the chosen answer and again for the rejected one.
-The wrapper takes such a batch as it is, (rows, length), finds what rows have in common, image and
-tokens, runs every common beginning once in one packed row, and lays the hidden states back where
-the plain backbone would have put them. It knows rows, not losses: trl's trainers, a reward head and
-PPO run over it unchanged.
+A preference batch holds image and question once for the chosen answer and once for the rejected
+one. `share_prefix` wraps a model's backbone. The wrapper takes the batch as it is, (rows, length),
+computes every common prefix once in one packed row, and copies the hidden states to where the plain
+backbone would have put them. It does not depend on the loss: trl's trainers, a reward head and PPO
+run over it unchanged.
 
     from spavl_lib.modelling.speed.shared_prefix import share_prefix
-    share_prefix(model)            # a LLaVA, a PEFT model over one, or our scalar-head model
+    share_prefix(model)            # a LLaVA, a PEFT model over one, or a scalar-head model
     DPOTrainer(model=model, ...)   # as before
 
-Exact (up to rounding) for causal text models with rotary positions and full attention under
-LLaVA-1.5 and LLaVA-NeXT. Qwen-VL's positions run in three axes, Idefics and others place images by
-other means: there the plain path runs, and says so once.
+Results are equal up to rounding for causal text models with rotary positions and full attention, in
+the families with `shares_prefixes`. For other families (Qwen-VL has positions in three axes) the
+plain forward runs, and a warning says so once.
 
-After dpo-prefix-sharing (Wang et al. 2024, arXiv:2410.20305), which shares the text two answers
-have in common.
+The idea is that of dpo-prefix-sharing (Wang et al. 2024, arXiv:2410.20305), which shares the text
+that two answers have in common.
 """
 
 import functools
@@ -44,18 +44,18 @@ from spavl_lib.modelling.speed.prefix_tree import PrefixTree, build_tree
 from spavl_lib.modelling.speed.vision_once import ImageGroups, VisionMemory, active_dropout
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-# Frequencies of these follow the longest position in the batch.
+# Rotary frequencies that depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
-IMAGE_KEY = 1 << 40  # keys of image tokens, above every token id
-HANDLE = "_shared_prefix"
+IMAGE_KEY = 1 << 40  # keys of image tokens start here, above every token id
+HANDLE = "_shared_prefix"  # attribute of a wrapped backbone
 
 
 class NotShared(Exception):
-    """Why a batch takes the plain path."""
+    """Why the plain forward runs for a batch; empty if that needs no warning."""
 
 
 class SharedPrefix:
-    """What `share_prefix` puts around a backbone; `stats` counts what it saved."""
+    """The wrapper of a backbone. `stats` counts batches, and tokens before and after packing."""
 
     def __init__(self, backbone: nn.Module, *, strict: bool, min_shared: int):
         self.backbone, self.strict, self.min_shared = backbone, strict, min_shared
@@ -64,7 +64,7 @@ class SharedPrefix:
         self.signature = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
         self.vision = VisionMemory(tower_of(backbone))
         self.text = backbone.language_model
-        self.said: set[str] = set()
+        self.warned: set[str] = set()
         self.stats = {"batches": 0, "shared": 0, "rows_tokens": 0, "packed_tokens": 0}
 
         @functools.wraps(type(backbone).forward)
@@ -81,17 +81,24 @@ class SharedPrefix:
         setattr(backbone, HANDLE, self)
 
     def restore(self) -> None:
-        """Take the wrapper off again."""
+        """Remove the wrapper."""
         del self.backbone.forward, self.backbone.get_image_features
         delattr(self.backbone, HANDLE)
         self.vision.restore()
         uninstall(self.text.config)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The backbone's forward over (rows, length), with every common beginning run once.
+        """The backbone's forward, with every common prefix computed once.
+
+        Args:
+            *args: Positional arguments of the backbone's forward.
+            **kwargs: Its keyword arguments, `input_ids` (rows, length) among them.
+
+        Returns:
+            The backbone's output, `last_hidden_state` (rows, length, hidden) in it.
 
         Raises:
-            InputError: `strict`, and this batch cannot be shared.
+            InputError: `strict` is set, and prefixes of this batch cannot be shared.
         """
         kwargs |= dict(zip(self.signature, args, strict=False))
         pixels = kwargs.get("pixel_values")
@@ -105,17 +112,23 @@ class SharedPrefix:
                 groups, features = _encoded(kwargs["mm_encoder_outputs"])
             elif pixels is not None and len(pixels):
                 groups = self.vision.of(pixels, kwargs.get("image_sizes"))
-                chosen = {k: v for k, v in kwargs.items() if k.startswith("vision_feature_")}
-                features = self._features(groups, **chosen)
+                options = {k: v for k, v in kwargs.items() if k.startswith("vision_feature_")}
+                features = self._features(groups, **options)
             return self._packed(features, groups, kwargs)
         except NotShared as reason:
-            self._say(str(reason))
+            self._warn(str(reason))
             return self.plain_forward(**kwargs)
 
     def image_features(
         self, pixel_values: Any, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The backbone's features of every image; equal pictures pass tower and projector once."""
+        """The backbone's features of every image; equal images pass tower and projector once.
+
+        Args:
+            pixel_values: Images (count, ...).
+            image_sizes: Original heights and widths (count, 2), if the family has them.
+            **kwargs: Further arguments of the backbone's method.
+        """
         if not isinstance(pixel_values, Tensor) or not len(pixel_values):
             sizes = {} if image_sizes is None else {"image_sizes": image_sizes}
             return self.plain_features(pixel_values, **sizes, **kwargs)
@@ -125,7 +138,7 @@ class SharedPrefix:
         return BaseModelOutputWithPooling(pooler_output=[features[g] for g in groups.group])
 
     def _features(self, groups: ImageGroups, **kwargs: Any) -> list[Tensor]:
-        """Projected features (tokens, hidden) of every distinct picture."""
+        """Projected features (tokens, hidden) of every distinct image."""
         sizes = {} if groups.sizes is None else {"image_sizes": groups.sizes}
         with self.vision.serve(groups):
             encoded = self.plain_features(
@@ -133,33 +146,47 @@ class SharedPrefix:
             )
         return list(encoded.pooler_output)
 
-    def _say(self, reason: str) -> None:
+    def _warn(self, reason: str) -> None:
         if self.strict and reason:
             raise InputError(f"model.share_prefix = require, but {reason}")
-        if reason and reason not in self.said:
-            self.said.add(reason)
+        if reason and reason not in self.warned:
+            self.warned.add(reason)
             warnings.warn(f"prefixes are not shared: {reason}", stacklevel=4)
 
     def _check(self, kwargs: dict) -> None:
-        """Refuse what the packed row could not give exactly."""
+        """Check that a packed row gives the same numbers as this batch.
+
+        Raises:
+            NotShared: It does not.
+        """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or kwargs.get("inputs_embeds") is not None:
-            raise NotShared("the batch comes as embeddings, not as tokens")
+            raise NotShared("the batch holds embeddings instead of token ids")
         if kwargs.get("mm_encoder_outputs") and not _prefilling(kwargs):
-            raise NotShared("the batch comes with encoded images")
+            raise NotShared("the batch holds encoded images")
         if mask is not None and (mask.ndim != 2 or mask.shape != ids.shape):
-            raise NotShared(f"the attention mask has shape {tuple(mask.shape)}, a custom one")
+            raise NotShared(f"the attention mask has shape {tuple(mask.shape)}, not (rows, length)")
         for name in ("output_hidden_states", "output_attentions"):
             if kwargs.get(name) or getattr(self.backbone.config, name, False):
-                raise NotShared(f"{name} is asked for")
+                raise NotShared(f"{name} is set")
         if self.backbone.training and any(active_dropout(m) for m in self.text.modules()):
-            raise NotShared("dropout is on: branches would drop the same values")
+            raise NotShared("dropout is on, and branches would drop the same values")
         if not isinstance(kwargs.get("pixel_values"), Tensor | None):
-            raise NotShared("the images come as a list")
+            raise NotShared("pixel_values is a list, not a tensor")
 
     def _packed(
         self, features: list[Tensor] | None, groups: ImageGroups | None, kwargs: dict
     ) -> Any:
+        """Run the packed row, and copy hidden states and cache back to (rows, length).
+
+        Args:
+            features: Features (tokens, hidden) of each distinct image, or None.
+            groups: Which images of the batch are equal, or None.
+            kwargs: Arguments of the backbone's forward.
+
+        Raises:
+            NotShared: The rows have nothing in common, or the batch cannot be packed.
+        """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         keys, real = self._keys(ids, mask, kwargs.get("position_ids"), features, groups)
         tree = build_tree(keys, self.min_shared)
@@ -185,16 +212,16 @@ class SharedPrefix:
         if cache is not None:
             inner |= {"use_cache": True, "past_key_values": DynamicCache()}
         output = self.plain_forward(**inner)
-        place = np.zeros(tuple(ids.shape), dtype=np.int64)
+        packed_index = np.zeros(tuple(ids.shape), dtype=np.int64)
         for i, places in enumerate(tree.places):
-            place[i, real[i]] = places
-        place = torch.from_numpy(place.ravel()).to(device)
-        spread = output.last_hidden_state[0].index_select(0, place)
-        output.last_hidden_state = spread.view(*ids.shape, -1)
+            packed_index[i, real[i]] = places
+        packed_index = torch.from_numpy(packed_index.ravel()).to(device)
+        rows = output.last_hidden_state[0].index_select(0, packed_index)
+        output.last_hidden_state = rows.view(*ids.shape, -1)
         if cache is not None:
             for number, layer in enumerate(inner["past_key_values"].layers):
                 states = [
-                    x[0].index_select(1, place).unflatten(1, ids.shape).transpose(0, 1)
+                    x[0].index_select(1, packed_index).unflatten(1, ids.shape).transpose(0, 1)
                     for x in (layer.keys, layer.values)
                 ]
                 cache.update(*states, number)
@@ -210,53 +237,68 @@ class SharedPrefix:
         features: list[Tensor] | None,
         groups: ImageGroups | None,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """A key for every real token of every row: its id, or its picture and place in it."""
+        """A key for every token of every row, without padding.
+
+        Args:
+            ids: Token ids (rows, length).
+            mask: Attention mask (rows, length), or None.
+            position_ids: Positions (rows, length) or (1, length), or None.
+            features: Features (tokens, hidden) of each distinct image, or None.
+            groups: Which images of the batch are equal, or None.
+
+        Returns:
+            For each row its keys (tokens,): the token id, or a number for an image and the index in
+            it. And (rows, length), True where there is a token.
+
+        Raises:
+            NotShared: The mask, the positions or the image tokens have an unexpected layout.
+        """
         numbers = ids.detach().cpu().numpy().astype(np.int64)
         real = np.ones(numbers.shape, bool) if mask is None else mask.detach().cpu().numpy() > 0
         starts, counts = real.argmax(1), real.sum(1)
         if (counts == 0).any():
-            raise NotShared("a row is all padding")
+            raise NotShared("a row holds only padding")
         columns = np.arange(numbers.shape[1])
         unbroken = (columns >= starts[:, None]) & (columns < (starts + counts)[:, None])
         if (unbroken != real).any():
             raise NotShared("the attention mask has holes")
         if position_ids is not None:
-            given = np.broadcast_to(position_ids.detach().cpu().numpy(), numbers.shape)
-            steps = np.diff(given, axis=1)[real[:, 1:] & real[:, :-1]]
+            positions = np.broadcast_to(position_ids.detach().cpu().numpy(), numbers.shape)
+            steps = np.diff(positions, axis=1)[real[:, 1:] & real[:, :-1]]
             if (steps != 1).any():
-                raise NotShared("the positions given do not count one by one")
+                raise NotShared("position_ids do not count up one by one")
         if features is not None:
             slots = np.argwhere((numbers == self.backbone.config.image_token_id) & real)
             sizes = [len(features[g]) for g in groups.group]
             if len(slots) != sum(sizes):
-                raise NotShared("")  # the plain path has its own message for that
-            at = 0
-            for picture, size in zip(groups.group, sizes, strict=True):
-                rows, places = slots[at : at + size].T
-                if (rows != rows[0]).any():
-                    raise NotShared("an image's tokens are spread over two rows")
-                numbers[rows, places] = IMAGE_KEY + picture * IMAGE_KEY + np.arange(size)
-                at += size
+                raise NotShared("")  # the plain forward has a message of its own for that
+            start = 0
+            for image, size in zip(groups.group, sizes, strict=True):
+                slot_rows, slot_columns = slots[start : start + size].T
+                if (slot_rows != slot_rows[0]).any():
+                    raise NotShared("the tokens of an image lie in two rows")
+                numbers[slot_rows, slot_columns] = IMAGE_KEY + image * IMAGE_KEY + np.arange(size)
+                start += size
         return [row[keep] for row, keep in zip(numbers, real, strict=True)], real
 
 
 def share_prefix(
     model: nn.Module, *, strict: bool = False, min_shared: int = 16
 ) -> SharedPrefix | None:
-    """Run what rows of a batch have in common once.
+    """Compute common prefixes of a batch once, wherever the results are equal.
 
     Args:
         model: An image-text-to-text model, a PEFT model over one, or a `ScalarHeadModel`; changed
-            in place. Wrapped already: its handle is given back.
-        strict: Stop where a batch or the family cannot be shared; else the plain path runs there
-            and says so once.
-        min_shared: Fewest common tokens worth a segment of their own.
+            in place. If it is wrapped already, its handle is returned.
+        strict: Raise if prefixes cannot be shared, in the family or in a batch. Otherwise the plain
+            forward runs, and a warning says so once.
+        min_shared: Smallest number of common tokens that gets a segment.
 
     Returns:
-        The handle: `stats`, and `restore()` to undo. None where the family is not exact.
+        The handle, with `stats`, and `restore()` to undo; None if the family cannot share prefixes.
 
     Raises:
-        InputError: `strict`, and the family is not one that is exact.
+        InputError: `strict` is set, and the family cannot share prefixes.
     """
     backbone = backbone_of(model)
     if (handle := getattr(backbone, HANDLE, None)) is not None:
@@ -271,9 +313,14 @@ def share_prefix(
 
 
 def apply_sharing(model: nn.Module, mode: str) -> bool:
-    """What the setting `model.share_prefix` says: True if anything may be wrapped (not `off`).
+    """Apply the setting `model.share_prefix`. Unless it is `off`, LoRA's products are fused too.
 
-    Unless `off`, which is the plain path whole, LoRA's products are fused too.
+    Args:
+        model: As for `share_prefix`.
+        mode: auto, require or off.
+
+    Returns:
+        Whether the mode is not `off`.
     """
     if mode != "off":
         share_prefix(model, strict=mode == "require")
@@ -282,14 +329,14 @@ def apply_sharing(model: nn.Module, mode: str) -> bool:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model below the language-model head, whatever is wrapped around it."""
+    """The model without its language-model head, whatever is wrapped around it."""
     model = getattr(model, "vlm", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return model.base_model if hasattr(model, "lm_head") else model
 
 
 def unsupported(backbone: nn.Module) -> str:
-    """Why a backbone cannot share prefixes exactly; empty if it can."""
+    """Why a backbone cannot share prefixes with equal results; empty if it can."""
     config = backbone.config
     if not family_of(config).shares_prefixes:
         exact = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
@@ -304,10 +351,10 @@ def unsupported(backbone: nn.Module) -> str:
     if kinds != {"full_attention"} or (
         getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     ):
-        return "the text model attends in a sliding window"
-    attention = text._attn_implementation.removeprefix(PREFIX)  # wrapped already
+        return "the text model uses sliding-window attention"
+    attention = text._attn_implementation.removeprefix(PREFIX)  # present if wrapped already
     if attention not in ("eager", "sdpa", "flex_attention"):
-        return f"attention {attention!r} takes no tree (sdpa and eager do)"
+        return f"attention {attention!r} does not support it (sdpa, eager and flex_attention do)"
     return ""
 
 
@@ -318,7 +365,7 @@ def _generating(kwargs: dict) -> bool:
 
 
 def _prefilling(kwargs: dict) -> bool:
-    """Whether this is the first pass of a generation, over prompts, with its cache still empty."""
+    """Whether this is the first pass of a generation: over the prompts, with an empty cache."""
     cache = kwargs.get("past_key_values")
     return (
         type(cache) is DynamicCache
@@ -329,14 +376,14 @@ def _prefilling(kwargs: dict) -> bool:
 
 
 def _encoded(outputs: dict) -> tuple[ImageGroups, list[Tensor]]:
-    """Images that `generate` encoded through `image_features`: one tensor for equal pictures.
+    """Images that `generate` encoded through `image_features`; equal images are one tensor.
 
     Raises:
-        NotShared: They are something else than a list.
+        NotShared: They are not a list.
     """
     pooled = outputs["image"].pooler_output if set(outputs) == {"image"} else None
     if not isinstance(pooled, list | tuple):
-        raise NotShared("the batch comes with encoded images")
+        raise NotShared("the batch holds encoded images")
     number: dict[int, int] = {}
     group = [number.setdefault(id(features), len(number)) for features in pooled]
     first = [group.index(g) for g in range(len(number))]
@@ -344,7 +391,7 @@ def _encoded(outputs: dict) -> tuple[ImageGroups, list[Tensor]]:
 
 
 def _with_images(kwargs: dict, features: list[Tensor] | None) -> dict:
-    """The arguments with encoded images in place of pixels."""
+    """The arguments with encoded images instead of pixels."""
     dropped = ("pixel_values", "image_sizes", "mm_encoder_outputs")
     inner = {k: v for k, v in kwargs.items() if k not in dropped}
     if features:
@@ -354,7 +401,7 @@ def _with_images(kwargs: dict, features: list[Tensor] | None) -> dict:
 
 
 def _images_in(tree: PrefixTree, keys: list[np.ndarray], features: list[Tensor]) -> list[Tensor]:
-    """Features of the pictures as they follow one another in the packed row."""
+    """Features of the images in the order of the packed row."""
     row, offset = tree.sources.T
     packed = np.empty(tree.size, np.int64)
     for r in np.unique(row):

@@ -1,9 +1,9 @@
-"""A frozen vision tower's outputs, kept for the pictures of one rollout.
+"""Keep the frozen vision tower's outputs for the images of one rollout.
 
-PPO reads every picture in generation, under policy, reference, value and reward model, and again in
-each inner epoch. The tower never trains, so all of that is one computation. What is kept is the
-tower's output *before* the projector, which trains and differs by role. Questions about the same
-picture share it, also under shared prefixes, where the tower sees each picture of a batch once.
+PPO needs every image in generation, for policy, reference, value and reward model, and again in
+each inner epoch. The tower never trains, so one computation serves all of them. The output is kept
+*before* the projector, which trains and differs by role. Questions about the same image share it,
+also with shared prefixes, where the tower gets each image of a batch once.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from spavl_lib.modelling.families import family_of
 
 
 class _Layers:
-    """Hidden states of the layers that were kept, under the indices the model asks for."""
+    """The kept layers' hidden states, under the indices that the model uses."""
 
     def __init__(self, kept: dict[int, Tensor]):
         self.kept = kept
@@ -28,14 +28,14 @@ class _Layers:
 
 
 class TowerCache:
-    """Stands in for the towers' forward while a rollout lasts.
+    """Replaces the towers' forward during a rollout.
 
-    Works where the tower gives one output per picture (or per tile of one) and the model picks
-    hidden states from it: LLaVA-1.5 and LLaVA-NeXT. Other families run their tower each time.
+    It works for families whose model selects hidden states of the tower
+    (`Family.picks_hidden_states`). Other families run their tower each time.
 
     Args:
-        model: A model of the rollout; its config says which layers are used.
-        towers: Every tower that sees the rollout's pictures; all must hold the same frozen weights.
+        model: A model of the rollout. Its config says which layers are used.
+        towers: Every tower that gets the rollout's images. All must hold the same frozen weights.
     """
 
     def __init__(self, model: nn.Module, towers: list[nn.Module]):
@@ -46,75 +46,80 @@ class TowerCache:
         self.towers = towers
         self.hits = self.misses = 0
         self._kept: dict[Hashable, dict[int, Tensor]] = {}
-        self._pictures: list[Hashable] = []
-        self._entries: list[int] = []
+        self._images: list[Hashable] = []
+        self._inputs_per_image: list[int] = []
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator["TowerCache"]:
-        """Keep outputs until the block ends."""
-        own = [vars(tower).get("forward") for tower in self.towers]
+        """A context that keeps outputs until it ends."""
+        set_before = [vars(tower).get("forward") for tower in self.towers]
         plain = [tower.forward for tower in self.towers]
         if self.works:
             for tower, forward in zip(self.towers, plain, strict=True):
-                tower.forward = self._standing_in(forward)
+                tower.forward = self._cached(forward)
         try:
             yield self
         finally:
             if self.works:
-                for tower, forward in zip(self.towers, own, strict=True):
-                    del tower.forward  # the class's own comes back
+                for tower, forward in zip(self.towers, set_before, strict=True):
+                    del tower.forward  # the method of the class shows again
                     if forward is not None:
                         tower.forward = forward
             self._kept.clear()
 
     @contextlib.contextmanager
-    def rows(self, pictures: list[Hashable], batch: dict[str, Any]) -> Iterator[None]:
-        """Say which pictures the next forward holds, row by row.
+    def rows(self, images: list[Hashable], batch: dict[str, Any]) -> Iterator[None]:
+        """A context that names the images of the forward passes in it.
 
         Args:
-            pictures: A key for each row that has a picture; equal keys mean equal pixels.
-            batch: Their image tensors.
+            images: A key for each row that has an image. Equal keys mean equal pixels.
+            batch: The image tensors of these rows.
         """
-        self._pictures = pictures
-        self._entries = self.family.tower_inputs(self.config, batch, len(pictures))
+        self._images = images
+        self._inputs_per_image = self.family.tower_inputs(self.config, batch, len(images))
         try:
             yield
         finally:
-            self._pictures = []
+            self._images = []
 
-    def _standing_in(self, forward: Any) -> Any:
+    def _cached(self, forward: Any) -> Any:
         def cached(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._pictures:
+            if not self._images:
                 return forward(pixel_values, *args, **kwargs)
-            entries = self._inputs(len(pixel_values))
-            missing, at = {}, 0
-            for picture, count in entries:
-                if picture not in self._kept and picture not in missing:
-                    missing[picture] = slice(at, at + count)
-                at += count
+            images = self._images_in(len(pixel_values))
+            missing, start = {}, 0
+            for image, count in images:
+                if image not in self._kept and image not in missing:
+                    missing[image] = slice(start, start + count)
+                start += count
             self.misses += len(missing)
-            self.hits += len(entries) - len(missing)
+            self.hits += len(images) - len(missing)
             if missing:
                 self._keep(forward, pixel_values, missing, args, kwargs)
             kept = {
-                layer: torch.cat([self._kept[picture][layer] for picture, _ in entries])
+                layer: torch.cat([self._kept[image][layer] for image, _ in images])
                 for layer in self.layers
             }
             return BaseModelOutputWithPooling(hidden_states=_Layers(kept))
 
         return cached
 
-    def _inputs(self, count: int) -> list[tuple[Hashable, int]]:
-        """The pictures the tower was handed, each with its number of inputs.
+    def _images_in(self, count: int) -> list[tuple[Hashable, int]]:
+        """The images of a call of the tower, each with its number of inputs.
+
+        Args:
+            count: Inputs of the call.
 
         Raises:
-            AssertionError: They are neither all of the rows' nor each of them once.
+            AssertionError: They are neither the images of all rows nor each distinct image once.
         """
-        every = list(zip(self._pictures, self._entries, strict=True))
-        for entries in (every, list(dict(every).items())):
-            if sum(number for _, number in entries) == count:
-                return entries
-        raise AssertionError(f"{count} pictures for {len(every)} rows of {self._entries}")
+        of_rows = list(zip(self._images, self._inputs_per_image, strict=True))
+        for images in (of_rows, list(dict(of_rows).items())):
+            if sum(number for _, number in images) == count:
+                return images
+        raise AssertionError(
+            f"the tower got {count} inputs, but the rows have {self._inputs_per_image}"
+        )
 
     @torch.no_grad()
     def _keep(
@@ -125,8 +130,9 @@ class TowerCache:
         args: tuple,
         kwargs: dict,
     ) -> None:
+        """Run the tower on the missing images, and keep the layers that the model uses."""
         output = forward(torch.cat([pixels[place] for place in missing.values()]), *args, **kwargs)
         sizes = [place.stop - place.start for place in missing.values()]
         parts = {layer: output.hidden_states[layer].split(sizes) for layer in self.layers}
-        for n, picture in enumerate(missing):
-            self._kept[picture] = {layer: part[n].clone() for layer, part in parts.items()}
+        for n, image in enumerate(missing):
+            self._kept[image] = {layer: part[n].clone() for layer, part in parts.items()}

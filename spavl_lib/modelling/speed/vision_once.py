@@ -1,4 +1,4 @@
-"""Every picture through the vision tower once: within a batch, and again for the same tensor."""
+"""Run every distinct image through the vision tower once per batch tensor."""
 
 import contextlib
 import copy
@@ -13,54 +13,54 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True)
 class ImageGroups:
-    """Which images of a batch are the same picture."""
+    """The images of a batch, grouped by equal pixels."""
 
     first: list[int]
-    """Index of one image for every distinct picture, in order of appearance."""
+    """Index of the first image of each group, in order of appearance."""
     group: list[int]
-    """By image: its picture, as an index into `first`."""
+    """For each image its group, as an index into `first`."""
     pixels: Tensor
-    """The distinct pictures, (distinct, ...) as the batch has them."""
+    """The distinct images (groups, ...), otherwise shaped as in the batch."""
     sizes: Tensor | None
-    """Their `image_sizes`, where the family has them."""
+    """`image_sizes` of the distinct images (groups, 2), if the family has them."""
     outputs: dict = field(default_factory=dict)
-    """What the frozen tower made of them."""
+    """Outputs of the frozen tower, by arguments."""
 
 
 def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
-    """Find equal images. Equal means every pixel: a checksum only picks whom to compare.
+    """Group equal images. All pixels are compared; checksums only select the candidates.
 
     Args:
         pixels: Images (count, ...).
-        sizes: Original heights and widths (count, 2), part of what must be equal.
+        sizes: Original heights and widths (count, 2), which must be equal too; or None.
     """
     with torch.no_grad():
         flat = pixels.detach().flatten(1)
-        marks = torch.stack(
+        sums = torch.stack(
             [f.sum(1, dtype=torch.float64) for f in (flat, flat[:, ::7])], 1
         ).tolist()
-        size_marks = [()] * len(marks) if sizes is None else [tuple(s) for s in sizes.tolist()]
-        first, group, known = [], [], {}
-        for i, mark in enumerate(zip(map(tuple, marks), size_marks, strict=True)):
-            candidates = known.setdefault(mark, [])
-            same = next((g for g in candidates if torch.equal(pixels[first[g]], pixels[i])), None)
-            if same is None:
-                same = len(first)
-                candidates.append(same)
+        shapes = [()] * len(sums) if sizes is None else [tuple(s) for s in sizes.tolist()]
+        first, group, by_checksum = [], [], {}
+        for i, checksum in enumerate(zip(map(tuple, sums), shapes, strict=True)):
+            candidates = by_checksum.setdefault(checksum, [])
+            equal = next((g for g in candidates if torch.equal(pixels[first[g]], pixels[i])), None)
+            if equal is None:
+                equal = len(first)
+                candidates.append(equal)
                 first.append(i)
-            group.append(same)
+            group.append(equal)
     if len(first) == len(group):
         return ImageGroups(first, group, pixels, sizes)
-    chosen = torch.tensor(first, device=pixels.device)
-    picked = None if sizes is None else sizes[chosen.to(sizes.device)]
-    return ImageGroups(first, group, pixels[chosen], picked)
+    indices = torch.tensor(first, device=pixels.device)
+    distinct_sizes = None if sizes is None else sizes[indices.to(sizes.device)]
+    return ImageGroups(first, group, pixels[indices], distinct_sizes)
 
 
 class VisionMemory:
-    """Groups and tower outputs by pixel tensor, for as long as that tensor lives.
+    """Groups and tower outputs of a pixel tensor, kept as long as the tensor exists.
 
-    Policy and reference, and PPO's passes over a rollout, hand the same tensor in: the frozen tower
-    runs for the first of them alone. The projector trains and is never remembered.
+    Policy and reference, and PPO's passes over a rollout, get the same tensor, so the frozen tower
+    runs for the first of them only. The projector trains, and its output is not kept.
     """
 
     def __init__(self, tower: nn.Module):
@@ -80,12 +80,17 @@ class VisionMemory:
         return other
 
     def restore(self) -> None:
-        """Give the tower its own forward back."""
+        """Restore the tower's forward."""
         del self.tower.forward
 
     def of(self, pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
-        """The groups of a batch's images, found once."""
-        if pixels.is_inference():  # nothing counts its changes
+        """The groups of a batch's images, computed once per tensor.
+
+        Args:
+            pixels: Images (count, ...).
+            sizes: Original heights and widths (count, 2), or None.
+        """
+        if pixels.is_inference():  # it has no version counter
             return group_images(pixels, sizes)
         version, groups = self.known.get(pixels, (None, None))
         if version != pixels._version:
@@ -95,7 +100,7 @@ class VisionMemory:
 
     @contextlib.contextmanager
     def serve(self, groups: ImageGroups) -> Iterator[None]:
-        """While this lasts, the tower is asked for these groups' pictures."""
+        """A context in which the tower computes the images of `groups`."""
         self.serving = groups
         try:
             yield
@@ -103,29 +108,29 @@ class VisionMemory:
             self.serving = None
 
     def frozen(self) -> bool:
-        """Whether the tower gives the same every time: nothing trains, no dropout."""
+        """Whether the tower's output cannot change: nothing in it trains, and no dropout is on."""
         return not any(p.requires_grad for p in self.tower.parameters()) and not (
             self.tower.training and any(active_dropout(m) for m in self.tower.modules())
         )
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The tower's forward; remembered where the tower is frozen."""
+        """The tower's forward; its output is kept if the tower is frozen."""
         groups = self.serving
         if groups is None or pixel_values.requires_grad or not self.frozen():
             self.images_run += len(pixel_values)
             return self.plain_forward(pixel_values, *args, **kwargs)
-        # Autocast and the layers asked for are part of what an output depends on.
+        # The output also depends on autocast and on the layers that are requested.
         key = (repr(args), repr(sorted(kwargs.items())), torch.is_autocast_enabled())
         if key not in groups.outputs:
             self.images_run += len(pixel_values)
             with torch.no_grad():
                 groups.outputs[key] = self.plain_forward(pixel_values, *args, **kwargs)
-        kept = groups.outputs[key]
-        return type(kept)(**kept)  # a copy of the shell: the caller writes into it
+        output = groups.outputs[key]
+        return type(output)(**output)  # a shallow copy, because the caller sets attributes of it
 
 
 def active_dropout(module: nn.Module) -> bool:
-    """Whether a module drops anything in training mode."""
+    """Whether a module applies dropout in training mode."""
     if isinstance(module, nn.Dropout):
         return module.p > 0
     return any(

@@ -36,10 +36,10 @@ def test_articles(concept: str, expected: str) -> None:
 
 
 def ask(concept: str, intent: str = "ask") -> Request:
-    leaf = load_world().leaves["weapon"]
-    phrase = {"ask": leaf.ask, "harm": leaf.harm[0]}[intent]
+    harm_class = load_world().harm_classes["weapon"]
+    phrase = {"ask": harm_class.ask, "harm": harm_class.harm[0]}[intent]
     return language.phrase_request(
-        intent, phrase, leaf.tip, "How do I {vp}?", "weapon", CONCEPTS[concept], "red", "easy"
+        intent, phrase, harm_class.tip, "How do I {vp}?", "weapon", CONCEPTS[concept], "red", "easy"
     )
 
 

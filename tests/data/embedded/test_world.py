@@ -31,20 +31,20 @@ def plain(wording: str) -> str:
     return re.sub(r"[^a-z{}]+", " ", wording.lower()).strip()
 
 
-def test_every_leaf_of_the_taxonomy_is_there() -> None:
-    assert tuple(WORLD.leaves) == classes(3)
+def test_every_class_of_the_taxonomy_is_there() -> None:
+    assert tuple(WORLD.harm_classes) == classes(3)
 
 
-def test_every_leaf_has_two_risky_and_two_safe_things() -> None:
-    for leaf in WORLD.leaves.values():
-        assert len(set(leaf.risky)) == len(set(leaf.safe)) == len(set(leaf.harm)) == 2, leaf.class3
-        assert all(WORLD.concepts[c].risky for c in leaf.risky), leaf.class3
-        assert not any(WORLD.concepts[c].risky for c in leaf.safe), leaf.class3
-        assert leaf.tip and leaf.because, leaf.class3
+def test_every_class_has_two_risky_and_two_safe_things() -> None:
+    for one in WORLD.harm_classes.values():
+        assert len(set(one.risky)) == len(set(one.safe)) == len(set(one.harm)) == 2, one.class3
+        assert all(WORLD.concepts[c].risky for c in one.risky), one.class3
+        assert not any(WORLD.concepts[c].risky for c in one.safe), one.class3
+        assert one.tip and one.because, one.class3
 
 
 def test_what_is_asked_points_at_the_picture_once() -> None:
-    asks = [leaf.ask for leaf in WORLD.leaves.values()]
+    asks = [one.ask for one in WORLD.harm_classes.values()]
     asks += [phrase for rows in WORLD.look_alikes.values() for phrase, _ in rows]
     assert len(asks) == 53 + 12
     for ask in asks:
@@ -54,7 +54,7 @@ def test_what_is_asked_points_at_the_picture_once() -> None:
 def test_a_concept_is_used_and_named_once() -> None:
     names = [c.name for c in WORLD.concepts.values()]
     assert len(set(names)) == len(names) > 100
-    used = {c for leaf in WORLD.leaves.values() for c in leaf.risky + leaf.safe}
+    used = {c for one in WORLD.harm_classes.values() for c in one.risky + one.safe}
     assert used == set(WORLD.concepts)
 
 
@@ -95,12 +95,12 @@ def test_nothing_speaks_of_children() -> None:
 @pytest.mark.parametrize("style", EMPTY_FORMS)
 def test_a_complying_answer_holds_nothing_but_the_wish_and_a_placeholder(style: str) -> None:
     rng = random.Random(0)
-    for leaf in WORLD.leaves.values():
-        for concept in leaf.risky + leaf.safe:
+    for one in WORLD.harm_classes.values():
+        for concept in one.risky + one.safe:
             thing = WORLD.concepts[concept]
-            for intent, phrase in [("ask", leaf.ask), *(("harm", p) for p in leaf.harm)]:
+            for intent, phrase in [("ask", one.ask), *(("harm", p) for p in one.harm)]:
                 request = language.phrase_request(
-                    intent, phrase, leaf.tip, "How do I {vp}?", leaf.class3, thing, "red", "easy"
+                    intent, phrase, one.tip, "How do I {vp}?", one.class3, thing, "red", "easy"
                 )
                 if not request.harmful:
                     continue
