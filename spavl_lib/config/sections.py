@@ -63,9 +63,10 @@ class ColumnsConfig:
 class DataConfig:
     """Which preference pairs are read, and how."""
 
-    source: Literal["mini", "hub_layout", "original", "datasets"]
+    source: str
     """mini: built by this library; hub_layout: parquet files as on the Hub; original: the original
-    code's JSON lists; datasets: your own data, anything the `datasets` library opens."""
+    code's JSON lists; datasets: your own data, anything the `datasets` library opens; or a source
+    that another package adds (`data.sources.base`)."""
     train_rows: NonNegativeInt
     """Number of training pairs, 0 for all. A smaller number is always a subset of a larger one."""
     validation_rows: NonNegativeInt

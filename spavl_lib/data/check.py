@@ -1,18 +1,22 @@
-"""A check of preference data before anything is trained on them: `spavl data check PATH`.
+"""Check preference data before training on them: `spavl data check PATH`.
 
-Schema, pictures that decode, lengths in tokens against the model's context, duplicates, what splits
-share, and the balance of classes. Bad rows are listed, all of them; the rest is described without.
+It checks the schema, decodes every image, counts tokens against the model's context, finds
+duplicates and rows that splits share, and measures the balance of classes. All bad rows are listed;
+the description covers the others.
 """
 
 import dataclasses
 import warnings
 from pathlib import Path
-from typing import Any
+
+from transformers import ProcessorMixin
 
 from spavl_lib.config import DataConfig
 from spavl_lib.data.explore import describe, set_keys, shared
 from spavl_lib.data.load import folder_of, load_prompts, read_preferences
 from spavl_lib.data.schema import Loaded
+from spavl_lib.data.sources.base import open_source
+from spavl_lib.data.sources.hub import HubLayout
 from spavl_lib.data.sources.original import MAPS
 from spavl_lib.errors import InputError
 
@@ -26,27 +30,28 @@ def check(
     image_root: str = "",
     revision: str = "",
     model: str = "",
-    processor: Any = None,
+    processor: ProcessorMixin | None = None,
     max_length: int = 0,
 ) -> dict:
     """Read a data set as a training run would, and describe it.
 
     Args:
-        path: `mini`, a folder in the Hub's layout or in the original's, a name on the Hub, or one's
-            own file.
-        source: A `data.source`; recognised if empty.
+        path: `mini`, a folder in the Hub's layout or in the original's, a name on the Hub, or a
+            file of your own.
+        source: A `data.source`; recognised from the path if empty.
         image_root: Folder that image paths start from; `PATH/images` or PATH if empty.
         revision: Commit of a name on the Hub.
         model: Name of the processor's model, for the report.
-        processor: Processor that counts tokens; without it none are counted.
+        processor: Counts tokens; None to count none.
         max_length: Largest number of tokens of a sequence; 0 for no limit.
 
     Returns:
-        `problems` (their number; the lines are with each split), per split what `explore.describe`
-        gives, and `shared`: pictures and questions that each other set has in common with `train`.
+        `problems`: their number; `splits`: what `explore.describe` gives for each split, with the
+        lines of its problems; `shared`: images and questions that each other set has in common with
+        `train`.
 
     Raises:
-        InputError: Nothing there to read, or a file that is damaged as a whole.
+        InputError: There is nothing to read, or a whole file is damaged.
     """
     config = config_for(path, source=source, image_root=image_root, revision=revision)
     if config.source == "hub_layout" and not Path(path).exists():
@@ -59,11 +64,11 @@ def check(
         loaded = _read(config, split)
         if loaded is None:
             continue
-        found = describe(loaded, processor, max_length)
-        report["splits"][split] = found
+        report["splits"][split] = describe(loaded, processor, max_length)
         keys[split] = set_keys(loaded.rows) if loaded.rows is not None else (set(), set())
+    opened = open_source(config)
     for name in ("harm", "help"):
-        if config.source in ("mini", "hub_layout") and _has_prompts(config, name):
+        if isinstance(opened, HubLayout) and opened.has_prompts(name):
             keys[name] = set_keys(load_prompts(config, name))
     report["shared"] = shared(keys)
     if "validation" in report["shared"]:
@@ -76,7 +81,14 @@ def check(
 def config_for(
     path: str, *, source: str = "", image_root: str = "", revision: str = ""
 ) -> DataConfig:
-    """How a path is read: every row of it, bad ones left out and listed."""
+    """The config that reads all rows of a path and lists the bad ones.
+
+    Args:
+        path: As for `check`.
+        source: As for `check`.
+        image_root: As for `check`.
+        revision: As for `check`.
+    """
     folder = Path(path).expanduser()
     if not source:
         source = _recognised(path, folder)
@@ -100,10 +112,10 @@ def _recognised(path: str, folder: Path) -> str:
 
 
 def _read(config: DataConfig, split: str) -> Loaded | None:
-    """A split's good rows; None if the set has no such split."""
+    """The good rows of a split; None if the data have no such split."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what was skipped is in the report
+            warnings.simplefilter("ignore")  # the report lists skipped rows
             return read_preferences(config, split)
     except InputError as error:
         absent = ("missing keyword map", "no validation", "no held-out pairs", "cannot open")
@@ -112,12 +124,8 @@ def _read(config: DataConfig, split: str) -> Loaded | None:
         raise
 
 
-def _has_prompts(config: DataConfig, name: str) -> bool:
-    return bool(list(folder_of(config).glob(f"test/{name}-*.parquet")))
-
-
 def table(report: dict) -> str:
-    """A report as lines to read."""
+    """The report as text."""
     lines = [f"{report['path']} ({report['source']})"]
     columns = list(report["splits"])
     cells = [_column(report["splits"][name], report) for name in columns]
@@ -126,8 +134,8 @@ def table(report: dict) -> str:
     for label in dict.fromkeys(key for c in cells for key in c):
         lines.append(f"{label:<34}" + "  ".join(f"{c.get(label, '-'):>{width}}" for c in cells))
     for name, common in report["shared"].items():
-        said = f"{common['images']} pictures, {common['prompts']} questions"
-        lines.append(f"{'shared by train and ' + name:<34}{said}")
+        counts = f"{common['images']} images, {common['prompts']} questions"
+        lines.append(f"{'shared by train and ' + name:<34}{counts}")
     for name, split in report["splits"].items():
         if split["problems"]:
             lines.append(f"\n{name}: {split['problem_count']} problems")
@@ -142,12 +150,12 @@ def _column(split: dict, report: dict) -> dict[str, str]:
     near, even = split["near_duplicates"], split["balance"]
     cells = {
         "rows": f"{split['rows']:,}",
-        "pictures": f"{split['images']:,}",
+        "images": f"{split['images']:,}",
         "text-only rows": f"{split['text_only']:,}",
         "without class": f"{split['no_class']:,}",
         "without question type": f"{split['no_question_type']:,}",
-        "same picture and question": f"{split['duplicates']:,}",
-        "nearly: pictures, questions": f"{near['pictures']:,}, {near['questions']:,}",
+        "same image and question": f"{split['duplicates']:,}",
+        "near duplicates: images, questions": f"{near['pictures']:,}, {near['questions']:,}",
         "classes of 53": f"{even['present']}",
     }
     if even["present"]:
@@ -159,11 +167,11 @@ def _column(split: dict, report: dict) -> dict[str, str]:
             cells[f"question type {kind}"] = f"{count:,}"
     if split["image_sizes"]:
         size, count = next(iter(split["image_sizes"].items()))
-        cells["commonest picture size"] = f"{size} ({count:,})"
+        cells["commonest image size"] = f"{size} ({count:,})"
     if "tokens" in split:
-        found = split["tokens"]
-        cells["tokens: median, 95 %, max"] = f"{found['median']}, {found['p95']}, {found['max']}"
-        cells[f"over {report['max_length']} tokens"] = f"{found['over']:,}"
+        tokens = split["tokens"]
+        cells["tokens: median, 95 %, max"] = f"{tokens['median']}, {tokens['p95']}, {tokens['max']}"
+        cells[f"over {report['max_length']} tokens"] = f"{tokens['over']:,}"
     if split["image_in_text"]:
         cells["<image> typed in a question"] = f"{split['image_in_text']:,} (kept as words)"
     cells["problems"] = f"{split['problem_count']:,}"

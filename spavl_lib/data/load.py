@@ -1,24 +1,23 @@
-"""The data a profile names, through whichever door, in the one schema of `data.schema`."""
+"""Load the rows that a config names, from any source, in the one schema of `data.schema`."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
-from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.sampling import of_sources, of_types, subset
 from spavl_lib.data.schema import QUESTION_TYPES, Loaded, features
-from spavl_lib.data.sources import hub, original, own
-from spavl_lib.data.sources.join import answer_sources, unmatched, unmatched_rows
+from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
+from spavl_lib.data.sources.base import SOURCES, Source, open_source, register_source
+from spavl_lib.data.sources.join import unmatched, unmatched_rows
+from spavl_lib.data.sources.mini import EVAL_SETS
 from spavl_lib.errors import InputError
 
-EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
 __all__ = [
-    "EVAL_SETS", "QUESTION_TYPES", "eval_sets", "exchange_twins", "folder_of", "load_preferences",
-    "load_prompts", "load_truth", "read_preferences", "subset", "unmatched", "unmatched_rows",
-    "whole_pairs", "with_images_of",
+    "EVAL_SETS", "QUESTION_TYPES", "SOURCES", "Source", "eval_sets", "exchange_twins", "folder_of",
+    "load_preferences", "load_prompts", "load_truth", "prompt_source", "read_preferences",
+    "register_source", "subset", "unmatched", "unmatched_rows", "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
 
@@ -28,16 +27,19 @@ def folder_of(config: DataConfig) -> Path:
     Raises:
         InputError: It does not exist, and the Hub does not give it.
     """
-    if config.source == "mini":
-        return mini_folder()
-    if not config.path:
-        raise InputError(f"data.path is empty, but data.source is {config.source!r}")
-    folder = Path(config.path).expanduser()
-    if folder.exists():
-        return folder
-    if config.source == "hub_layout" and hub.REPO_ID.fullmatch(config.path):
-        return hub.fetch(config.path, config.revision, answers=bool(config.answer_sources))
-    raise InputError(f"data.path {config.path!r} does not exist")
+    return open_source(config).folder
+
+
+def prompt_source(config: DataConfig) -> Source:
+    """The source of the evaluation sets: the configured one, or mini if that has none.
+
+    Raises:
+        InputError: There is no source of that name.
+    """
+    source = open_source(config)
+    if source.eval_sets:
+        return source
+    return open_source(dataclasses.replace(config, source="mini", path=""))
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
@@ -45,123 +47,109 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
 
     Args:
         config: Which rows, and how many.
-        split: `train`, `validation` or, on mini, `twins`: pairs of rows over a risky and a safe
-            picture, with the same two answers ranked either way.
+        split: `train`, `validation` or, for mini, `twins`: pairs of rows with a risky and a safe
+            image, and the same two answers ranked either way.
 
     Raises:
-        InputError: Missing files or columns, or bad rows: all of them, by file and row.
+        InputError: Files or columns are missing, or rows are bad; names all of them.
     """
     return read_preferences(config, split).rows
 
 
 def read_preferences(config: DataConfig, split: str) -> Loaded:
-    """As `load_preferences`, with a line for everything wrong with rows that were left out.
+    """As `load_preferences`, with a line for every problem of the rows that were left out.
+
+    Args:
+        config: Which rows, and how many.
+        split: As for `load_preferences`.
 
     Raises:
-        InputError: As `load_preferences`; also, no row passes the filters.
+        InputError: As `load_preferences`; or no row passes the filters.
     """
-    if config.source == "original":
-        folder = folder_of(config)
-        root = Path(config.image_root or config.path).expanduser()
-        loaded = original.load(folder, split, config.keywords, root, on_bad_rows=config.on_bad_rows)
-    elif config.source == "datasets":
-        loaded = own.load(config, split)
-    else:
-        folder = folder_of(config)
-        pattern = hub.PATTERNS.get(split, f"validation/{split}-*")
-        kind = "train" if split == "train" else "validation"
-        loaded = hub.read(folder, pattern, kind, name=split, on_bad_rows=config.on_bad_rows)
+    source = open_source(config)
+    loaded = source.preferences(split)
     rows = loaded.rows
     if split == "twins":
         return dataclasses.replace(loaded, rows=whole_pairs(rows, config.test_rows))
     if split == "train":
-        rows = _filtered(config, rows)
-    wanted = config.train_rows if split == "train" else config.validation_rows
-    rows = subset(rows, wanted, config.sampling_seed, config.sampling)
+        rows = _filtered(source, rows)
+    count = config.train_rows if split == "train" else config.validation_rows
+    rows = subset(rows, count, config.sampling_seed, config.sampling)
     return dataclasses.replace(loaded, rows=rows)
 
 
 def load_prompts(config: DataConfig, name: str) -> Dataset:
-    """Prompts of one evaluation set: harm, help and, on mini, look_alikes, twins and the rest.
+    """The prompts of an evaluation set.
 
-    `twins_exchanged` gives each twin the other's image; the suffix `_twemoji` asks for held-out
-    drawings.
+    Args:
+        config: The source, and how many rows.
+        name: A name of `eval_sets`. `twins_exchanged` gives each twin the other's image;
+            `_twemoji` at the end asks for the held-out drawings.
 
     Raises:
         InputError: The source has no such set.
     """
-    if config.source in ("original", "datasets"):  # they have none: those of mini stand in
-        config = dataclasses.replace(config, source="mini", path="")
-    base, _, drawing = name.partition("_twemoji")
-    exchanged = base == "twins_exchanged"
-    base = "twins" if exchanged else base
-    config_name = "test_twemoji" if name.endswith("_twemoji") else "test"
-    folder = folder_of(config)
-    if not list(folder.glob(f"{config_name}/{base}-*.parquet")):
-        known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
-        raise InputError(f"{folder} has no evaluation set {name!r} (it has {', '.join(known)})")
-    rows = hub.read(
-        folder, f"{config_name}/{base}-*", "test", name=base, on_bad_rows=config.on_bad_rows
-    ).rows
-    if exchanged:
+    rows = prompt_source(config).prompts(name)
+    base = name.partition("_twemoji")[0]
+    if base == "twins_exchanged":
         rows = exchange_twins(rows)
-    if base == "twins":
+    if base in ("twins", "twins_exchanged"):
         return whole_pairs(rows, config.test_rows)
     return subset(rows, config.test_rows, config.sampling_seed, config.sampling)
 
 
 def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
-    """Names of the evaluation sets a source has."""
-    if config.source == "hub_layout":
-        return ["harm", "help"]
-    drawings = [f"{n}_twemoji" for n in EVAL_SETS[:4]] if held_out_drawings else []
-    return [*EVAL_SETS, *drawings]
+    """Names of the evaluation sets.
+
+    Args:
+        config: The source.
+        held_out_drawings: Whether to include the sets with drawings not seen in training.
+    """
+    source = prompt_source(config)
+    drawings = [f"{name}_twemoji" for name in source.held_out_drawings if held_out_drawings]
+    return [*source.eval_sets, *drawings]
 
 
 def load_truth(config: DataConfig) -> dict[str, dict]:
-    """Row id -> what the builder knows of it. Mini only; others have none."""
-    path = mini_folder() / "meta_files" / "truth.json"
-    if config.source == "hub_layout":
-        return {}
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Row id -> facts about the evaluation rows; empty if the source knows none."""
+    return prompt_source(config).truth()
 
 
-def whole_pairs(rows: Dataset, wanted: int) -> Dataset:
-    """The first `wanted` rows of twins, 0 for all, and never half a pair."""
-    return rows.select(range(min(wanted - wanted % 2, len(rows)))) if wanted else rows
+def whole_pairs(rows: Dataset, count: int) -> Dataset:
+    """The first `count` rows of twins, 0 for all, without splitting a pair."""
+    return rows.select(range(min(count - count % 2, len(rows)))) if count else rows
 
 
 def with_images_of(rows: Dataset, others: list[int]) -> Dataset:
-    """Every row over the picture of another one: row i takes that of row `others[i]`."""
+    """Rows with exchanged images: row i gets the image of row `others[i]`."""
     cells = list(rows["image"])
-    moved = rows.remove_columns("image").add_column("image", [cells[i] for i in others])
-    return moved.cast(features(moved.column_names))
+    exchanged = rows.remove_columns("image").add_column("image", [cells[i] for i in others])
+    return exchanged.cast(features(exchanged.column_names))
 
 
 def exchange_twins(rows: Dataset) -> Dataset:
-    """Twins with their pictures exchanged within each pair."""
+    """Twins with their images exchanged within each pair."""
     return with_images_of(rows, [i ^ 1 for i in range(len(rows))])
 
 
-def _filtered(config: DataConfig, rows: Dataset) -> Dataset:
-    """Rows of the question types and answer sources asked for.
+def _filtered(source: Source, rows: Dataset) -> Dataset:
+    """Rows of the configured question types and answer sources.
 
     Raises:
-        InputError: None is left, or nobody knows who gave which answer.
+        InputError: No row is left, or the source does not record who gave which answer.
     """
-    kept = of_types(rows, config.question_types)
+    config = source.config
+    selected = of_types(rows, config.question_types)
     if config.answer_sources:
-        if config.source not in ("mini", "hub_layout"):
-            raise InputError(f"data.answer_sources: {config.source!r} does not say who answered")
-        sources = answer_sources(kept, folder_of(config) / "meta_files")
-        known = sorted(set().union(*sources[0], *sources[1]))
+        names = source.answer_sources(selected)
+        known = sorted(set().union(*names[0], *names[1]))
         unknown = sorted(set(config.answer_sources) - set(known))
         if unknown:
             raise InputError(f"data.answer_sources: no answer by {unknown} (known: {known})")
-        kept = of_sources(kept, sources, config.answer_sources)
-    if not len(kept) and len(rows):
+        selected = of_sources(selected, names, config.answer_sources)
+    if not len(selected) and len(rows):
         raise InputError(
-            f"no training pair is of data.question_types {list(config.question_types)} and "
+            f"no training pair has data.question_types {list(config.question_types)} and "
             f"data.answer_sources {list(config.answer_sources)}"
         )
-    return kept
+    return selected

@@ -277,7 +277,4 @@ def load_counter(name: str, max_length: int = 0) -> tuple[ProcessorMixin, int]:
         max_length: The limit; 0 for the model's context.
     """
     config = ModelConfig(name=name, adapter="full")
-    if not max_length:
-        page = AutoConfig.from_pretrained(model_path(config)).get_text_config()
-        max_length = getattr(page, "max_position_embeddings", 0)
-    return load_processor(config), max_length
+    return load_processor(config), max_length or context_length(config)

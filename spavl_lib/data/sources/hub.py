@@ -27,10 +27,16 @@ from spavl_lib.data.schema import (
     settle,
     text_columns,
 )
-from spavl_lib.data.sources.join import join_meta
+from spavl_lib.data.sources.base import Source, register_source
+from spavl_lib.data.sources.join import answer_sources, join_meta
 from spavl_lib.errors import InputError, raise_all
 
 PATTERNS = {"train": "data/train-*", "validation": "validation/validation-*"}
+# Files that a split's hash covers.
+HASHED = {
+    "train": ("data/train-*.parquet", "meta_files/**/*.json"),
+    "validation": ("validation/*.parquet",),
+}
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # What of the repository is fetched; the original's zip and the judges' reasons are not.
@@ -38,6 +44,59 @@ FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.m
            "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
 HAS_TURNS = b"spavl_turns"
 ANSWERS = "meta_files/model_answer/*.json"
+
+
+@register_source("hub_layout")
+class HubLayout(Source):
+    """Parquet files with embedded images, in a folder or a data set on the Hub."""
+
+    eval_sets = ("harm", "help")
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the files, fetched from the Hub if `data.path` is a name there."""
+        config = self.config
+        if Path(config.path).expanduser().exists() or not REPO_ID.fullmatch(config.path):
+            return super().folder
+        return fetch(config.path, config.revision, answers=bool(config.answer_sources))
+
+    def preferences(self, split: str) -> Loaded:
+        """Rows of `train`, `validation` or another set below `validation/`, such as `twins`."""
+        pattern = PATTERNS.get(split, f"validation/{split}-*")
+        kind = "train" if split == "train" else "validation"
+        skip = self.config.on_bad_rows
+        return read(self.folder, pattern, kind, name=split, on_bad_rows=skip)
+
+    def prompts(self, name: str) -> Dataset:
+        """Rows of a set below `test/`; `twins_exchanged` gives those of `twins`."""
+        base, pattern = _prompt_files(name)
+        folder = self.folder
+        if not list(folder.glob(pattern)):
+            known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
+            raise InputError(f"{folder} has no evaluation set {name!r} (known: {', '.join(known)})")
+        pattern = pattern.removesuffix(".parquet")
+        return read(folder, pattern, "test", name=base, on_bad_rows=self.config.on_bad_rows).rows
+
+    def has_prompts(self, name: str) -> bool:
+        """Whether there is a set of this name below `test/`."""
+        return bool(list(self.folder.glob(_prompt_files(name)[1])))
+
+    def files(self, split: str) -> list[Path]:
+        """The parquet files of a split or set; for `train` also the meta files."""
+        patterns = HASHED.get(split, (_prompt_files(split)[1],))
+        folder = self.folder
+        return sorted(p for pattern in patterns for p in folder.glob(pattern))
+
+    def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
+        """Who gave each answer, from `meta_files/model_answer/`."""
+        return answer_sources(rows, self.folder / "meta_files")
+
+
+def _prompt_files(name: str) -> tuple[str, str]:
+    """An evaluation set's name in its files, and the pattern of the files."""
+    base, twemoji, _ = name.partition("_twemoji")
+    base = base.removesuffix("_exchanged")
+    return base, f"test{twemoji}/{base}-*.parquet"
 
 
 def fetch(repo: str, revision: str, *, answers: bool) -> Path:

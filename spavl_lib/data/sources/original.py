@@ -5,6 +5,7 @@
 taken.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from spavl_lib.data.schema import (
     storable,
     text_problems,
 )
+from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.records import RecordError, conversation, once, turns_of
 from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError, raise_all
@@ -33,6 +35,44 @@ from spavl_lib.errors import InputError, raise_all
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
 # The original calls the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
+
+
+@register_source("original")
+class Original(Source):
+    """The original code's JSON lists."""
+
+    @property
+    def image_root(self) -> Path:
+        """The folder that image paths start from."""
+        return Path(self.config.image_root or self.config.path).expanduser()
+
+    def preferences(self, split: str) -> Loaded:
+        """Rows of the lists that `data.keywords` chooses."""
+        config = self.config
+        return load(
+            self.folder, split, config.keywords, self.image_root, on_bad_rows=config.on_bad_rows
+        )
+
+    def files(self, split: str) -> list[Path]:
+        """Keyword map, lists, and every image that they name. What is unreadable is left out."""
+        map_path = self.folder / MAPS[split]
+        lists = read_keyword_map(map_path)
+        files = [map_path]
+        for keyword in self.config.keywords or tuple(lists):
+            path = self.folder / lists.get(keyword, "")
+            if not path.is_file():
+                continue
+            files.append(path)
+            try:
+                records = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                continue
+            for record in records if isinstance(records, list) else ():
+                name = record.get("image") if isinstance(record, dict) else None
+                if isinstance(name, str) and name:
+                    with contextlib.suppress(ImageError):
+                        files.append(resolve_inside(self.image_root, name))
+        return files
 
 
 def load(

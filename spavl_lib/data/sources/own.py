@@ -37,11 +37,26 @@ from spavl_lib.data.schema import (
     settle,
     storable,
 )
+from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.records import RecordError, marks, once, read_pair
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
 EMBEDDED = "\0embedded"  # stands for a picture that the data carry, until it is attached
+
+
+@register_source("datasets")
+class OwnRows(Source):
+    """Anything that the `datasets` library opens."""
+
+    def preferences(self, split: str) -> Loaded:
+        """Rows of `data.train_split` or `data.validation_split`."""
+        return load(self.config, split)
+
+    def files(self, split: str) -> list[Path]:
+        """The file, or all files of the folder. A name on the Hub has none; its revision counts."""
+        path = Path(self.config.path).expanduser()
+        return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
 
 def load(config: DataConfig, split: str) -> Loaded:

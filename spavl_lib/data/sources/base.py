@@ -1,0 +1,103 @@
+"""The interface of a data source, and the table of all sources. `data.source` chooses one.
+
+To add a source, subclass `Source` and register it:
+
+    @register_source("forum")
+    class Forum(Source):
+        def preferences(self, split): ...
+        def files(self, split): ...
+
+A package of its own names the class as an entry point in the group `spavl.sources`; its
+pyproject.toml says `[project.entry-points."spavl.sources"]` and `forum = "package.module:Forum"`.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from datasets import Dataset
+
+from spavl_lib.config import DataConfig
+from spavl_lib.config.registry import Registry
+from spavl_lib.data.schema import Loaded
+from spavl_lib.errors import InputError
+
+
+class Source:
+    """Where preference rows come from. A subclass gives at least `preferences` and `files`."""
+
+    eval_sets: tuple[str, ...] = ()
+    """Evaluation sets that `prompts` gives; if empty, those of SPA-VL mini are used."""
+    held_out_drawings: tuple[str, ...] = ()
+    """Evaluation sets that also exist as `NAME_twemoji`, with drawings not seen in training."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+
+    @property
+    def folder(self) -> Path:
+        """The folder or file that `data.path` names.
+
+        Raises:
+            InputError: It does not exist.
+        """
+        path = self.config.path
+        if not path:
+            raise InputError(f"data.path is empty, but data.source is {self.config.source!r}")
+        if not Path(path).expanduser().exists():
+            raise InputError(f"data.path {path!r} does not exist")
+        return Path(path).expanduser()
+
+    def preferences(self, split: str) -> Loaded:
+        """All preference rows of `train` or `validation`, in the schema of `data.schema`.
+
+        Raises:
+            InputError: Files or columns are missing, or rows are bad; names all of them.
+        """
+        raise NotImplementedError
+
+    def files(self, split: str) -> Iterable[Path]:
+        """The files that a split or an evaluation set is read from, in a fixed order."""
+        raise NotImplementedError
+
+    def prompts(self, name: str) -> Dataset:
+        """All rows of one of `eval_sets`, in the schema of `data.schema`."""
+        raise NotImplementedError
+
+    def truth(self) -> dict[str, dict]:
+        """Row id -> facts about the row, for sources that know them."""
+        return {}
+
+    def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
+        """Who gave each row's chosen answer, and each row's rejected answer.
+
+        Raises:
+            InputError: The source does not record it.
+        """
+        raise InputError(
+            f"data.answer_sources: source {self.config.source!r} does not record who gave which "
+            "answer; leave it empty"
+        )
+
+    def sha256(self, split: str) -> str:
+        """Hash of everything a split is read from: names and bytes of its files."""
+        digest = hashlib.sha256()
+        for path in self.files(split):
+            head = f"{path.name}\0{path.stat().st_size}\0"
+            digest.update(head.encode("utf-8", "surrogateescape"))
+            with path.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
+        return digest.hexdigest()
+
+
+SOURCES: Registry[type[Source]] = Registry("data source", "spavl.sources", "data.source")
+register_source = SOURCES.register
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that a config chooses.
+
+    Raises:
+        InputError: There is no source of that name.
+    """
+    return SOURCES.find(config.source)(config)
