@@ -120,7 +120,12 @@ def run(
 @app.command()
 def train(
     kind: Annotated[
-        str, typer.Argument(help=f"Trainer: {', '.join(stages.trainers())}.", show_default=False)
+        str,
+        typer.Argument(
+            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or one of an "
+            "installed package.",
+            show_default=False,
+        ),
     ],
     profile: Profile,
     sets: Sets = None,

@@ -14,6 +14,7 @@ from spavl_lib.config import Config, flatten, load_config, profile_names
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
+from spavl_lib.evaluation.judges import check_judge
 from spavl_lib.machine import device_kind
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.runs.text import say, short_path
@@ -34,10 +35,11 @@ def train(name: str, config: Config, stage: Stage) -> dict:
         The trainer's summary.
 
     Raises:
-        InputError: Unknown trainer, or bad data, model or settings.
+        InputError: Unknown trainer, or wrong data, model or settings, the judge's among them.
         SpavlError: What the trainer raises; from several processes, with the rank.
     """
     check_trainer(name)
+    check_judge(config.evaluation)
     from spavl_lib.plotting import LivePlot  # matplotlib: only when something is drawn
 
     with memory_advice(name, config):
@@ -67,8 +69,10 @@ def make(name: str, config: Config) -> Stage:
         The complete stage.
 
     Raises:
-        InputError: As `ensure`, of an earlier stage.
+        InputError: As `ensure`, of an earlier stage; or the judge's settings are wrong, which would
+            otherwise show only after the trainings.
     """
+    check_judge(config.evaluation)
     stage = Run(config).stage(name)
     ensure_before(name, config)
     with memory_advice(name, config):

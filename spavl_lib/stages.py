@@ -1,14 +1,19 @@
 """The one table of stages: names, notebooks, what each builds on, and what its result depends on.
 
 A stage is one step of a run, such as `dpo`; it owns a folder of the run. The function that makes it
-registers itself with `runs.maker.stage_maker`; `pipeline` brings the two together. A package of its
-own can add a stage: an entry point in the group `spavl.stages` names a module that calls `register`
-and defines the maker.
+registers itself with `runs.maker.stage_maker`; `pipeline` brings the two together.
+
+Another package can add a stage: an entry point in the group `spavl.stages` names a module that
+calls `register` and defines the maker. Its pyproject.toml says:
+
+    [project.entry-points."spavl.stages"]
+    mine = "package.module"
 """
 
 import functools
 import importlib.metadata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from spavl_lib.errors import InputError, nearest
 
@@ -26,7 +31,8 @@ class StageSpec:
     config_keys: tuple[str, ...]
     """Sections of the config that the result depends on; a change elsewhere leaves it complete."""
     notebook: str = ""
-    """Name of the notebook that makes it, without `.ipynb`; empty if there is none."""
+    """Name of the notebook that makes it, without `.ipynb`; empty if there is none. A stage from
+    another package gives the path of the file."""
     upstream: tuple[str, ...] = ()
     """Stages that must be complete first."""
     any_trained: bool = False
@@ -38,12 +44,18 @@ class StageSpec:
     several_processes: bool = False
     """Whether several processes can make it together."""
     settings: type | None = None
-    """Dataclass of the settings of a stage from another package; None for the built-in sections."""
+    """Class of the settings of a stage from another package, which stand under `plugins.NAME`; None
+    for built-in stages, whose settings are sections of the config."""
+
+    @property
+    def notebook_stem(self) -> str:
+        """The notebook's file name without `.ipynb`."""
+        return Path(self.notebook).stem
 
 
 _DATA_MODEL = ("data", "model", "seed")
 _ANSWERS = (*_DATA_MODEL, "generation", "evaluation")
-_BUILT_IN = (
+BUILT_IN = (
     StageSpec(
         name="data", module="spavl_lib.data.explore", config_keys=("data",),
         notebook="01_data_exploration",
@@ -88,27 +100,38 @@ _registered: dict[str, StageSpec] = {}
 
 
 def register(spec: StageSpec) -> None:
-    """Add a stage from another package; it stands before `inference`.
+    """Add a stage from another package; in the order of stages it stands before `inference`.
+
+    Its settings need no mention in `config_keys`. A module that is loaded again replaces its stage.
 
     Raises:
-        InputError: The name is taken by another stage.
+        InputError: Another stage has the name.
     """
-    if _registered.get(spec.name, spec) != spec or spec.name in {s.name for s in _BUILT_IN}:
+    other = {s.name: s for s in BUILT_IN}.get(spec.name) or _registered.get(spec.name, spec)
+    if other.module != spec.module:
         raise InputError(f"stage {spec.name!r} exists already; give the new stage another name")
+    if spec.settings and (key := f"plugins.{spec.name}") not in spec.config_keys:
+        spec = replace(spec, config_keys=(*spec.config_keys, key))
     _registered[spec.name] = spec
 
 
 @functools.cache
 def _load_plugins() -> None:
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:  # importing another package's code can raise anything
+            raise InputError(
+                f"cannot load stage {entry.name!r} from {entry.value}: "
+                f"{type(error).__name__}: {error}; repair or uninstall the package"
+            ) from error
 
 
 def all_stages() -> dict[str, StageSpec]:
     """Name -> stage, in the order in which a run makes them."""
     _load_plugins()
-    first = [s for s in _BUILT_IN if s.name not in ("inference", "evaluation", "scaling")]
-    last = [s for s in _BUILT_IN if s not in first]
+    first = [s for s in BUILT_IN if s.name not in ("inference", "evaluation", "scaling")]
+    last = [s for s in BUILT_IN if s not in first]
     return {s.name: s for s in (*first, *_registered.values(), *last)}
 
 
@@ -140,9 +163,9 @@ def policies() -> tuple[str, ...]:
 
 
 def of_notebook(stem: str) -> StageSpec | None:
-    """The stage that a notebook makes, None if it is none of the workbook's notebooks.
+    """The stage that a notebook makes, None if no stage names this notebook.
 
     Args:
         stem: The notebook's file name without `.ipynb`.
     """
-    return next((s for s in all_stages().values() if s.notebook == stem), None)
+    return next((s for s in all_stages().values() if s.notebook_stem == stem), None)

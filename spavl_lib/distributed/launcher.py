@@ -87,8 +87,9 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
         SpavlError: What a process raised, with its rank; `RankError` for any other error.
         Preempted: A stop was requested; the same call resumes.
     """
-    launch, section = config.launch, getattr(config, kind, None)
-    if kind not in ("reward", "dpo", "ppo"):  # only rows are divided among the processes
+    launch, spec = config.launch, stages.find(kind)
+    section = config.section(kind) if spec.settings else getattr(config, kind, None)
+    if not spec.trains:  # only rows are divided among the processes
         launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
         config = dataclasses.replace(config, launch=launch)
     check_supported(kind, config.model.adapter, launch)

@@ -75,11 +75,11 @@ def stage_of(notebook: Path) -> str:
     """The stage that a notebook makes.
 
     Raises:
-        InputError: It is none of the workbook's notebooks.
+        InputError: No stage names this notebook.
     """
     spec = stages.of_notebook(notebook.stem)
     if spec is None:
-        known = ", ".join(s.notebook for s in stages.all_stages().values() if s.notebook)
+        known = ", ".join(s.notebook_stem for s in stages.all_stages().values() if s.notebook)
         raise InputError(f"{notebook} makes no known stage; known notebooks: {known}")
     return spec.name
 
@@ -96,17 +96,18 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
     """
     folder = folder or notebooks_folder()
     asked = Path(name).name.removesuffix(".ipynb")
-    aliases: dict[str, Path] = {}
-    for path in list_notebooks(folder):
+    paths = list_notebooks(folder)
+    aliases = {path.stem[3:]: path for path in reversed(paths)}
+    paths += [p for s in stages.all_stages().values() if (p := Path(s.notebook)).is_absolute()]
+    for path in paths:
         spec = stages.of_notebook(path.stem)
-        for alias in (path.stem, path.stem[3:], spec.name if spec else path.stem):
-            aliases.setdefault(alias, path)
-    if not aliases:
+        aliases |= {path.stem: path} | ({spec.name: path} if spec else {})
+    if asked in aliases:
+        return aliases[asked]
+    if not list_notebooks(folder):
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
-    if asked not in aliases:
-        known = ", ".join(path.stem for path in list_notebooks(folder))
-        raise InputError(f"unknown notebook {name!r}{nearest(asked, aliases)} (known: {known})")
-    return aliases[asked]
+    known = ", ".join(path.stem for path in paths)
+    raise InputError(f"unknown notebook {name!r}{nearest(asked, aliases)} (known: {known})")
 
 
 def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:

@@ -5,6 +5,8 @@ complete once its summary.json exists.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -18,7 +20,14 @@ import yaml
 from filelock import FileLock, Timeout
 
 from spavl_lib import stages
-from spavl_lib.config import Config, current_names, flatten, load_config, profile_names
+from spavl_lib.config import (
+    Config,
+    current_names,
+    flatten,
+    load_config,
+    profile_names,
+    to_plain,
+)
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
 from spavl_lib.runs import provenance
@@ -43,8 +52,16 @@ class Stage:
     def __init__(self, run: "Run", name: str):
         stages.find(name)
         self.run, self.name, self.path = run, name, run.path / name
-        self.config = run.config
         self.allowed: list[str] = []
+
+    @functools.cached_property
+    def config(self) -> Config:
+        """The run's config; if the stage is a plugin's, with the defaults of its settings."""
+        config = self.run.config
+        if stages.find(self.name).settings is None:
+            return config
+        settings = to_plain(config.section(self.name))
+        return dataclasses.replace(config, plugins=config.plugins | {self.name: settings})
 
     @property
     def done(self) -> bool:
@@ -221,7 +238,9 @@ class Stage:
                 ("python", "numpy", "torch", "data", "generation"), self.config.seed
             ),
             "config": values,
-            "overridden": sorted(k for k, v in flatten(values).items() if usual and v != usual[k]),
+            "overridden": sorted(
+                k for k, v in flatten(values).items() if usual and v != usual.get(k)
+            ),
             "inputs": inputs,
             "data": {},
             **provenance.environment(root),

@@ -23,7 +23,7 @@ def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, An
     Returns:
         Keyword arguments. Logging is ours, so transformers' own reporters are off.
     """
-    trainer, dtype = getattr(config, section), compute_dtype()
+    trainer, dtype = config.section(section), compute_dtype()
     return {
         "output_dir": str(stage.path / "checkpoints"),
         "max_steps": trainer.max_steps or -1,

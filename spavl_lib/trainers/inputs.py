@@ -38,7 +38,7 @@ def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
     Raises:
         InputError: There is no reward model yet.
     """
-    folder = reward_folder(getattr(config, stage.name).reward_model, stage)
+    folder = reward_folder(config.section(stage.name).reward_model, stage)
     weights = {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
     return training_inputs(config, stage) | weights
 
