@@ -303,7 +303,13 @@ class _Execution:
         write_status(self.stage, "running", self.notebook, self.cell)
 
     def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
-        """Called when the kernel has answered, also with an error."""
+        """Called when the kernel has answered, also with an error.
+
+        Args:
+            cell: The cell.
+            cell_index: Its place among all cells, those of text included.
+            execute_reply: The kernel's answer.
+        """
         self.busy = False
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
