@@ -41,8 +41,9 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 		$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,deepspeed]'; then touch $@; else \
 		echo "DeepSpeed does not install here: the tests of its engines will be skipped" >&2; fi
 
-# Two processes, a thread each; a file's tests stay together, because they share what they train.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+# Two processes with one thread each. tests/conftest.py says which tests run in one process, and in
+# which order.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tests/plotting \
 	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \
 	tests/test_pins.py tests/test_readme.py tests/notebooks/test_structure.py

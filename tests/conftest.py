@@ -1,22 +1,21 @@
 """What every test may rely on: no network, its own runs folder, notebooks made on the spot."""
 
+import gc
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
-
-# 25 examples a property; the soak and $SPAVL_EXAMPLES ask for more.
-hypothesis.settings.register_profile(
-    "workbook", max_examples=int(os.environ.get("SPAVL_EXAMPLES", 25)), deadline=None
-)
-hypothesis.settings.load_profile("workbook")
+from filelock import FileLock
 
 # Before anything imports the hub's client.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Before anything imports torch. Two test processes share the cores, and the models are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 REPO = Path(__file__).resolve().parents[1]
 PARAMETERS_CELL = """\
@@ -32,37 +31,91 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--figures", default="", help="file that takes what tests/reliability measure")
 
 
-# Tests that share costly fixtures run in one process; the groups that take longest start first.
-SHARED = {
-    "tests/notebooks/test_execute.py": "notebooks",
+def pytest_configure(config: pytest.Config) -> None:
+    """Set how many examples hypothesis tries: 25, with --soak 200, or $SPAVL_EXAMPLES."""
+    examples = os.environ.get("SPAVL_EXAMPLES", 200 if config.getoption("--soak") else 25)
+    hypothesis.settings.register_profile("workbook", max_examples=int(examples), deadline=None)
+    hypothesis.settings.load_profile("workbook")
+
+
+# Which process runs which tests (`pytest -n 2 --dist loadgroup --no-loadscope-reorder`): the tests
+# of one group run in one process, in turn. A group is a file, or a set of files whose tests share
+# fixtures that take long to make.
+GROUPS = {
     "tests/reliability/test_contract.py": "reliability",
     "tests/reliability/test_failures.py": "reliability",
     "tests/reliability/test_kill9.py": "reliability",
     "tests/reliability/test_stop.py": "reliability",
     "tests/distributed/": "distributed",
 }
+# Groups that take minutes start first, so that both processes end at about the same time.
 LONGEST_FIRST = (
-    "notebooks", "reliability", "distributed", "tests/trainers/test_train_dpo.py",
-    "tests/trainers/test_train_ppo.py", "tests/golden/test_golden.py", "tests/trainers/",
-    "tests/reliability/", "tests/",
+    "tests/notebooks/test_execute.py", "reliability", "distributed", "tests/trainers/test_train",
+    "tests/golden/", "tests/reliability/", "tests/trainers/", "tests/scaling/", "tests/",
 )  # fmt: skip
+
+
+def group_of(item: pytest.Item) -> str:
+    """The name of the group that a test belongs to."""
+    path = item.nodeid.partition("::")[0]
+    return next((group for start, group in GROUPS.items() if path.startswith(start)), path)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep each file's tests in one process, and start the longest groups first."""
-
-    def group_of(item: pytest.Item) -> str:
-        path = item.nodeid.partition("::")[0]
-        return next((group for place, group in SHARED.items() if path.startswith(place)), path)
-
-    def place_of(item: pytest.Item) -> int:
-        group = group_of(item)
-        return next(n for n, start in enumerate(LONGEST_FIRST) if group.startswith(start))
-
+    """Mark every test with its group and put the longest groups first."""
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group_of(item)))
-    items.sort(key=place_of)
+    items.sort(
+        key=lambda item: next(
+            place for place, start in enumerate(LONGEST_FIRST) if group_of(item).startswith(start)
+        )
+    )
+
+
+def pytest_collection_finish() -> None:
+    """Take what was imported out of garbage collection; every training collects in full."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a folder once in a test session, whichever test process needs it first.
+
+    Called with a name and a function that fills the folder it is given; returns the folder. Tests
+    only read it, or copy it. It is gone with the session: nothing is kept for the next one.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # the folder that the processes of this session share
+
+    def get(name: str, fill: Callable[[Path], object]) -> Path:
+        folder = root / "made_once" / name
+        filled = folder.with_name(f"{name}.filled")
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not filled.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed here
+                folder.mkdir()
+                fill(folder)
+                filled.touch()
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def reward_folders(made_once: Callable[..., Path]) -> dict[str, Path]:
+    """Untrained reward models on the embedded base, by adapter."""
+    from tests.helpers import write_reward_model
+
+    def fill(folder: Path) -> None:
+        for adapter in ("lora", "full"):
+            write_reward_model(folder / adapter, adapter)
+
+    folder = made_once("reward_models", fill)
+    return {adapter: folder / adapter for adapter in ("lora", "full")}
 
 
 @pytest.fixture(scope="session", autouse=True)

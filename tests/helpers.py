@@ -12,14 +12,18 @@ from types import SimpleNamespace
 import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, Features, Image, Value
+from peft import get_peft_model
 from PIL import Image as Pictures
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from spavl_lib.config import Config, DataConfig, load_config
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.adapters import lora_config
+from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import load_model, load_processor
 
 MINI = DataConfig(source="mini", train_rows=0, validation_rows=0, test_rows=0)
@@ -385,6 +389,27 @@ def _random(cls: type, config: object) -> PreTrainedModel:
             if parameter.ndim > 1:
                 parameter.mul_(4.0 if "lm_head" not in name else 10.0)
     return model
+
+
+def shake(module: nn.Module, seed: int) -> None:
+    """Change adapters and heads at random: LoRA's second factor starts at zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name or "score" in name:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def write_reward_model(folder: Path, adapter: str) -> None:
+    """Save a reward model on the embedded base that was never trained: what it adds is random."""
+    config = smoke({"model.adapter": adapter}).model
+    vlm = embedded_model(own=True)
+    if adapter == "lora":
+        vlm = get_peft_model(vlm, lora_config(vlm, config))
+    torch.manual_seed(3)
+    model = ScalarHeadModel(vlm)
+    shake(model, 1)
+    save_reward_model(model, folder, config)
 
 
 # --- numbers ------------------------------------------------------------------------------------

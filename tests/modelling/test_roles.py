@@ -10,44 +10,16 @@ from torch import Tensor, nn
 
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
-from spavl_lib.modelling.heads import HEAD_FILE, ScalarHeadModel, save_reward_model
+from spavl_lib.modelling.heads import HEAD_FILE, ScalarHeadModel
 from spavl_lib.modelling.load import load_model
 from spavl_lib.modelling.roles import OneBase, Roles, load_roles
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.logps import token_logps
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
-from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread, tiny
+from tests.helpers import embedded_model, embedded_processor, mini_rows, shake, smoke, spread, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "idefics3")
-
-
-def shake(module: nn.Module, seed: int) -> None:
-    """Make adapters do something: LoRA's second factor starts at zero."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name or "score" in name:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
-def reward_folder(folder: Path, adapter: str) -> Path:
-    config = smoke({"model.adapter": adapter}).model
-    vlm = embedded_model(own=True)
-    if adapter == "lora":
-        vlm = get_peft_model(vlm, lora_config(vlm, config))
-    torch.manual_seed(3)
-    model = ScalarHeadModel(vlm)
-    shake(model, 1)
-    save_reward_model(model, folder, config)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An untrained reward model of either kind."""
-    root = tmp_path_factory.mktemp("rewards")
-    return {kind: reward_folder(root / kind, kind) for kind in ("lora", "full")}
 
 
 def answered(processor: object, count: int) -> tuple[list[Prompt], list[list[int]]]:
@@ -73,10 +45,10 @@ def batch(count: int = 3) -> tuple[dict[str, Tensor], int, Tensor]:
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @torch.no_grad()
 def test_policy_starts_at_the_reference_and_value_at_the_reward(
-    kind: str, folders: dict[str, Path]
+    kind: str, reward_folders: dict[str, Path]
 ) -> None:
     config = smoke({"model.adapter": kind}).model
-    roles = load_roles(config, folders[kind], ()).eval()
+    roles = load_roles(config, reward_folders[kind], ()).eval()
     inputs, width, mask = batch()
     policy, _ = roles("policy", width=width, **inputs)
     reference, _ = roles("reference", width=width, **inputs)
@@ -115,15 +87,15 @@ def separate(folder: Path, roles: OneBase) -> tuple[nn.Module, nn.Module]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_equal_those_of_separate_models(
-    checkpointing: bool, folders: dict[str, Path]
+    checkpointing: bool, reward_folders: dict[str, Path]
 ) -> None:
     config = smoke({"model.adapter": "lora", "model.share_prefix": "off"}).model
-    roles = load_roles(config, folders["lora"], ()).train()
+    roles = load_roles(config, reward_folders["lora"], ()).train()
     shake_policy = [p for n, p in roles.vlm.named_parameters() if "lora_B.default" in n]
     with torch.no_grad():
         for parameter in shake_policy:
             parameter.add_(0.03 * torch.randn_like(parameter))
-    policy, value = separate(folders["lora"], roles)
+    policy, value = separate(reward_folders["lora"], roles)
     if checkpointing:
         for vlm in (roles.vlm, policy.vlm, value.vlm):
             vlm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -156,8 +128,8 @@ def test_gradients_equal_those_of_separate_models(
     assert not [n for n in frozen if ".reward" in n or "reward_head" in n or "base_layer" in n]
 
 
-def test_another_role_before_the_backward_is_refused(folders: dict[str, Path]) -> None:
-    roles = load_roles(smoke({"model.adapter": "lora"}).model, folders["lora"], ())
+def test_another_role_before_the_backward_is_refused(reward_folders: dict[str, Path]) -> None:
+    roles = load_roles(smoke({"model.adapter": "lora"}).model, reward_folders["lora"], ())
     inputs, width, _ = batch()
     logps, _ = roles("policy", width=width, **inputs)
     with pytest.raises(RuntimeError, match="forward of role 'value' before backward of 'policy'"):
@@ -170,9 +142,9 @@ def test_another_role_before_the_backward_is_refused(folders: dict[str, Path]) -
 
 
 def test_forbidden_tokens_have_no_probability_and_gradients_stay_numbers(
-    folders: dict[str, Path],
+    reward_folders: dict[str, Path],
 ) -> None:
-    roles = load_roles(smoke({"model.adapter": "full"}).model, folders["full"], (5, 7))
+    roles = load_roles(smoke({"model.adapter": "full"}).model, reward_folders["full"], (5, 7))
     inputs, width, mask = batch()
     inputs["input_ids"][0, -width] = 5
     logps, entropy = roles("policy", width=width, entropy_gradient=True, **inputs)
@@ -182,19 +154,19 @@ def test_forbidden_tokens_have_no_probability_and_gradients_stay_numbers(
                p.grad is not None)  # fmt: skip
 
 
-def test_what_does_not_fit_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(reward_folders: dict[str, Path], tmp_path: Path) -> None:
     lora, full = (smoke({"model.adapter": a}).model for a in ("lora", "full"))
     with pytest.raises(InputError, match="same model.adapter"):
-        load_roles(lora, folders["full"], ())
+        load_roles(lora, reward_folders["full"], ())
     with pytest.raises(InputError, match="same model.adapter"):
-        load_roles(full, folders["lora"], ())
+        load_roles(full, reward_folders["lora"], ())
     with pytest.raises(InputError, match="no reward model"):
         load_roles(full, tmp_path, ())
     other = smoke({"model.adapter": "lora", "model.lora_rank": 8}).model
     broken = tmp_path / "broken"
     import shutil
 
-    shutil.copytree(folders["lora"], broken)
+    shutil.copytree(reward_folders["lora"], broken)
     (broken / HEAD_FILE).unlink()
     with pytest.raises(InputError, match=f"{HEAD_FILE} is missing"):
         load_roles(other, broken, ())

@@ -1,4 +1,8 @@
-"""Every notebook, executed in the smoke profile: the whole sequence, and the last one alone."""
+"""Every notebook, executed in the smoke profile: the whole sequence, and the last one alone.
+
+Bare papermill executes three of the sequence's notebooks; `spavl run all` keeps what they made and
+executes the others.
+"""
 
 import json
 import math
@@ -12,6 +16,7 @@ from typing import Any
 import nbformat
 import pytest
 
+from spavl_lib import cli
 from spavl_lib.notebook.execute import list_notebooks, stage_of
 
 REPO = Path(__file__).parents[2]
@@ -33,7 +38,15 @@ def execute(*words: str, runs: Path) -> subprocess.CompletedProcess:
     )
 
 
-ALL = ("spavl_lib.cli", "run", "all", "--profile", "smoke", "--seed", "1", "--run-name", "chain")
+BARE = ("01_data_exploration", "02_reward_model", "04_dpo")
+ALL = ("run", "all", "--profile", "smoke", "--seed", "1", "--run-name", "chain")
+
+
+def papermill(notebook: str, output: Path, runs: Path, **parameters: object) -> None:
+    """Execute a notebook with the `papermill` command, as a reader without `spavl` does."""
+    words = [w for k, v in parameters.items() for w in ("-p", k, str(v))]
+    done = execute("papermill", f"notebooks/{notebook}.ipynb", str(output), *words, runs=runs)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +56,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chain(runs: Path) -> tuple[Path, str]:
-    """The sequence's run folder, and what it printed."""
-    done = execute(*ALL, runs=runs)
+    """The sequence's run folder, and what `spavl run all` printed."""
+    run = runs / "chain"
+    for name in BARE:
+        stage = run / stage_of(Path(name))
+        stage.mkdir(parents=True)
+        papermill(name, stage / "executed.ipynb", runs, profile="smoke", seed=1, run_name="chain")
+    before = {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")}
+    done = execute("spavl_lib.cli", *ALL, runs=runs)
     assert done.returncode == 0, done.stderr[-4000:]
-    return runs / "chain", done.stdout
+    for path in NOTEBOOKS:
+        kept = f"{stage_of(path)}: done, kept" in done.stdout
+        assert kept is (path.stem in BARE), done.stdout
+    assert {p: p.stat().st_mtime_ns for p in before} == before
+    return run, done.stdout
+
+
+def run_all(*words: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of `spavl run all` in this process."""
+    monkeypatch.setenv("SPAVL_RUNS", str(runs))
+    monkeypatch.chdir(REPO)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*ALL, *words])
+    return caught.value.code
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -140,21 +172,27 @@ def test_the_report_stands_alone(chain: tuple[Path, str]) -> None:
             assert not rates[name] or f"{rates[name]['k']}/{rates[name]['n']}" in printed
 
 
-def test_a_second_run_keeps_every_stage(chain: tuple[Path, str], runs: Path) -> None:
+def test_a_second_run_keeps_every_stage(
+    chain: tuple[Path, str], runs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
     run, _ = chain
     before = {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")}
-    done = execute(*ALL, runs=runs)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert run_all(runs=runs, monkeypatch=monkeypatch) == 0
+    said = capsys.readouterr().out
     for path in NOTEBOOKS:
-        assert f"{stage_of(path)}: done, kept" in done.stdout
+        assert f"{stage_of(path)}: done, kept" in said
     assert {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")} == before
 
 
-def test_changed_settings_are_refused(chain: tuple[Path, str], runs: Path) -> None:
-    done = execute(*ALL, "--set", "dpo.beta=0.7", runs=runs)
-    assert done.returncode == 2
-    assert "dpo.beta: 0.1 -> 0.7" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_changed_settings_are_refused(
+    chain: tuple[Path, str], runs: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    assert run_all("--set", "dpo.beta=0.7", runs=runs, monkeypatch=monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert "dpo.beta: 0.1 -> 0.7" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -164,11 +202,7 @@ def test_changed_settings_are_refused(chain: tuple[Path, str], runs: Path) -> No
 def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
     """Bare papermill, nothing made before."""
     out = tmp_path / "out.ipynb"
-    done = execute(
-        "papermill", "notebooks/06_safety_helpfulness.ipynb", str(out), "-p", "profile", "smoke",
-        runs=tmp_path / "runs",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    papermill("06_safety_helpfulness", out, tmp_path / "runs", profile="smoke")
     run = tmp_path / "runs" / "smoke"
     for stage in ("reward", "ppo", "dpo", "inference", "evaluation"):
         assert (run / stage / "summary.json").is_file(), stage
@@ -179,11 +213,7 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path) -> None:
     out = tmp_path / "out.ipynb"
-    done = execute(
-        "papermill", "notebooks/07_scaling_and_ablations.ipynb", str(out), "-p", "profile",
-        "smoke", runs=tmp_path / "runs",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    papermill("07_scaling_and_ablations", out, tmp_path / "runs", profile="smoke")
     stage = tmp_path / "runs/smoke/scaling"
     summary = strict_json(stage / "summary.json")
     assert {row["family"] for row in summary["arms"]} == {"size", "questions"}

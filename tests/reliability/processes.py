@@ -5,6 +5,7 @@ What runs in the fork is the command line itself, on a small set of rows.
 """
 
 import contextlib
+import gc
 import importlib
 import multiprocessing
 import os
@@ -18,10 +19,17 @@ from pathlib import Path
 
 import pytest
 
-# Imported once, by the server that forks. Nothing that starts threads may be called there.
-PRELOAD = ("tests.reliability.processes", "spavl_lib.trainers.dpo", "spavl_lib.trainers.reward",
-           "spavl_lib.evaluation.suite", "spavl_lib.pipeline", "matplotlib.pyplot")  # fmt: skip
-OPTIONAL = ("spavl_lib.trainers.ppo",)
+# Imported once, by the server that forks, and not again by every child. Nothing that starts threads
+# may be called there. The last four are what a training imports while it builds its model.
+PRELOAD = (
+    "tests.reliability.processes", "spavl_lib.cli", "spavl_lib.trainers.dpo",
+    "spavl_lib.trainers.reward", "spavl_lib.trainers.ppo", "spavl_lib.evaluation.suite",
+    "spavl_lib.pipeline", "spavl_lib.plotting", "matplotlib.pyplot",
+    "transformers.models.llava.modeling_llava", "transformers.models.llava.processing_llava",
+    "transformers.models.llava.image_processing_pil_llava",
+    "peft.utils.transformers_weight_conversion",
+)  # fmt: skip
+OPTIONAL = ("deepspeed",)  # trl imports it, where it is installed, with its first trainer
 _context = None
 
 
@@ -107,6 +115,7 @@ def _child(words: list[str], log: str, fault: str, env: dict[str, str]) -> None:
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    gc.freeze()  # what the server imported is not garbage
     if fault:
         from tests.reliability import faults
 

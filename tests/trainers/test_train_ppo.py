@@ -18,7 +18,6 @@ from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.ppo_terms import add_advantages
 from spavl_lib.trainers.rollout import Prompt, Rollout
 from tests.helpers import mini_rows, smoke
-from tests.modelling.test_roles import reward_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOCK = ("time_s", "peak_memory_gib")
@@ -27,10 +26,9 @@ PHASES = ("sample", "_measure", "add_advantages", "minibatch", "_log")
 DIES_AT = {"sample": 1, "_measure": 0, "add_advantages": 1, "minibatch": 5, "_log": 0}
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("rewards")
-    return {kind: reward_folder(root / kind, kind) for kind in ("lora", "full")}
+@pytest.fixture
+def folders(reward_folders: dict[str, Path]) -> dict[str, Path]:
+    return reward_folders
 
 
 def settings(folder: Path, **changes: object) -> Config:

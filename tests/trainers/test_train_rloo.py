@@ -1,6 +1,5 @@
 """RLOO: trl's trainer over our reward model, our prompts and our checkpoints."""
 
-import functools
 import shutil
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from spavl_lib.config import Config
 from spavl_lib.data.images import decode
 from spavl_lib.data.templates import encode_prompts, render
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
-from spavl_lib.modelling.heads import load_reward_model, save_reward_model
+from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.stages import policies
-from spavl_lib.trainers import reward, rloo
+from spavl_lib.trainers import rloo
 from spavl_lib.trainers.progress import StageCallback
 from spavl_lib.trainers.reward_function import RewardFunction
 from spavl_lib.trainers.rollout import batch_of, encode_rows
@@ -24,28 +23,6 @@ from tests.helpers import embedded_processor, mini_rows, smoke, spread, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOCK = ("time_s", "peak_memory_gib")
-
-
-@functools.cache
-def _reward_folder(adapter: str, root: Path) -> Path:
-    """A reward model that was never trained: its head is random, which is all that is needed."""
-    config = smoke({"model.adapter": adapter})
-    torch.manual_seed(0)
-    model = reward.build_model(config)
-    with torch.no_grad():
-        for name, parameter in model.vlm.named_parameters():
-            if "lora_B" in name:  # an adapter of zeros would score as the base does
-                parameter.normal_(std=0.05)
-    folder = root / adapter
-    folder.mkdir()
-    save_reward_model(model, folder, config.model)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reward_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("reward")
-    return {adapter: _reward_folder(adapter, root) for adapter in ("full", "lora")}
 
 
 def settings(adapter: str, folder: Path | str, **changes: object) -> Config:
