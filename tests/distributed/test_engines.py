@@ -11,7 +11,7 @@ from spavl_lib.errors import InputError, RankError
 from spavl_lib.runs.stage import Run
 from tests.distributed.conftest import Result, alive, config_of, process_of, read, train, when
 
-FAST = {("dpo", "ddp"), ("ppo", "ddp")}
+FAST = ("dpo", "ddp")
 TOLERANCE = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
 
 
@@ -26,8 +26,7 @@ def assert_equal_losses(result: Result, expected: Result, tolerance: float) -> N
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
-        # PPO has an engine of its own; the others train under accelerate's in the same way.
-        pytest.param(k, e, marks=() if (k, e) in FAST else pytest.mark.slow)
+        pytest.param(k, e, marks=() if (k, e) == FAST else pytest.mark.slow)
         for k in ("reward", "dpo", "ppo")
         for e in TOLERANCE
     ],
@@ -55,15 +54,24 @@ def test_two_processes_train_what_one_does_over_the_death_of_one(
     assert not stage.done and not (stage.path / ".ranks").exists()
 
     pipeline.train(kind, config, stage)
-    result = read(stage)
+    assert_trained_as_alone(read(stage), alone(kind), engine)
+
+
+def test_two_processes_train_ppo_as_one_does(alone: Callable[[str], Result]) -> None:
+    """PPO has an engine of its own; the others train under accelerate's in the same way."""
+    config = config_of("ppo", "ppo-whole", launch__num_processes=2)
+    assert_trained_as_alone(train("ppo", config), alone("ppo"), "ddp")
+
+
+def assert_trained_as_alone(result: Result, expected: Result, engine: str) -> None:
+    """The same losses and weights; saved as one process saves, loadable without several."""
     assert result.summary["launch"] == {"engine": engine, "world_size": 2}
-    assert_equal_losses(result, alone(kind), TOLERANCE[engine])
-    # What was saved is what one process saves: the same parts, loadable without several.
-    expected = alone(kind).summary
-    assert result.summary["trainable_parameters"] == expected["trainable_parameters"]
-    saved = {p.name for p in (stage.path / "model").iterdir()}
-    assert saved == {p.name for p in (alone(kind).stage.path / "model").iterdir()}
-    assert_same_model(result, alone(kind), 2e-5 if engine != "zero3" else 2e-4)
+    assert_equal_losses(result, expected, TOLERANCE[engine])
+    parameters = expected.summary["trainable_parameters"]
+    assert result.summary["trainable_parameters"] == parameters
+    saved = {p.name for p in (result.stage.path / "model").iterdir()}
+    assert saved == {p.name for p in (expected.stage.path / "model").iterdir()}
+    assert_same_model(result, expected, 2e-5 if engine != "zero3" else 2e-4)
 
 
 def assert_same_model(result: Result, expected: Result, tolerance: float) -> None:
