@@ -1,0 +1,406 @@
+"""Every setting of a trainer's section reaches the place that uses it.
+
+The formulas have tests of their own; these are about the way from the config to them. Each trainer
+is built once with every field changed. A field either has a line in a table that says where it
+arrives, or stands in `FREE` with its reason; a field that is in neither fails.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from spavl_lib.config import Config, DPOConfig, PPOConfig, RewardConfig, RLOOConfig
+from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.trainers import dpo, ppo, reward, rloo
+from spavl_lib.trainers.reward import VLMRewardTrainer
+from tests.helpers import embedded_processor, mini_rows, smoke
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+Seen = Callable[[Any], Any]
+
+# Of all trainers built on transformers' `Trainer`: where a field arrives.
+COMMON: dict[str, Seen] = {
+    "max_steps": lambda t: t.args.max_steps,
+    "num_epochs": lambda t: t.args.num_train_epochs,
+    "per_device_batch_size": lambda t: t.args.per_device_train_batch_size,
+    "gradient_accumulation_steps": lambda t: t.args.gradient_accumulation_steps,
+    "learning_rate": lambda t: t.args.learning_rate,
+    "lr_scheduler": lambda t: str(t.args.lr_scheduler_type.value),
+    "warmup_steps": lambda t: t.args.warmup_steps,
+    "weight_decay": lambda t: t.args.weight_decay,
+    "max_grad_norm": lambda t: t.args.max_grad_norm,
+    "save_steps": lambda t: t.args.save_steps,
+}
+COMMON_CHANGES = {
+    "max_steps": 7, "num_epochs": 2.5, "per_device_batch_size": 4, "learning_rate": 1.3e-4,
+    "gradient_accumulation_steps": 3, "lr_scheduler": "polynomial", "warmup_steps": 4,
+    "weight_decay": 0.11, "max_grad_norm": 0.6, "save_steps": 9,
+}  # fmt: skip
+
+
+def changed(section: str, changes: dict[str, Any], **more: Any) -> tuple[Config, Stage]:
+    """A config whose section differs from the smoke profile in every given field."""
+    plain = smoke(run_name="r")
+    overrides = {f"{section}.{k}": v for k, v in changes.items()} | more
+    config = smoke(overrides, run_name="r")
+    for name in changes:
+        before, after = (getattr(getattr(c, section), name) for c in (plain, config))
+        assert before != after, f"{section}.{name} is not changed, so nothing would be shown"
+    return config, Run(config, root=Path("unused")).stage(section)
+
+
+def assert_arrives(section: Any, table: dict[str, Seen], where: Any, free: dict[str, str]) -> None:
+    """Every field is seen where the table says, or is free for a reason."""
+    names = {field.name for field in dataclasses.fields(section)}
+    assert names == table.keys() | free.keys(), names ^ (table.keys() | free.keys())
+    assert all(len(reason.split()) > 3 for reason in free.values())
+    for name, seen in table.items():
+        value = getattr(section, name)
+        assert seen(where) == value, f"{name} = {value!r} did not arrive, but {seen(where)!r}"
+
+
+# --- DPO ------------------------------------------------------------------------------------------
+
+DPO: dict[str, Seen] = COMMON | {
+    "beta": lambda t: t.beta,
+    "loss_type": lambda t: tuple(t.loss_types),
+    "loss_weights": lambda t: tuple(t.loss_weights),
+    "max_length": lambda t: t.data_collator.max_length,
+    "eval_steps": lambda t: t.args.eval_steps if t.args.eval_strategy == "steps" else None,
+}
+DPO_FREE = {
+    "preset": "config.loading replaces it by settings; tested below",
+    "cache_reference": "calls `use_cached_reference`; tested in test_reference_cache.py",
+}
+DPO_CHANGES = COMMON_CHANGES | {
+    "beta": 0.37, "loss_type": ("hinge", "sft"), "loss_weights": (0.7, 0.2), "max_length": 333,
+    "eval_steps": 8,
+}  # fmt: skip
+ELSEWHERE = {
+    "seed": 11, "data.num_workers": 2, "data.group_by_image": True,
+    "model.gradient_checkpointing": True, "model.adapter": "lora",
+}  # fmt: skip
+
+
+def assert_other_sections_arrive(trainer: Any, config: Config) -> None:
+    args = trainer.args
+    assert (args.seed, args.data_seed) == (11, 11)
+    assert trainer.group_by_image is True and trainer.launch_config is config.launch
+    assert args.dataloader_num_workers == 2
+    # Logging is ours, and our own numbers are rounded, not filtered.
+    assert (args.logging_steps, args.logging_nan_inf_filter, args.remove_unused_columns) == (
+        1, False, False,
+    )  # fmt: skip
+    assert args.output_dir == str(trainer.checkpoints)
+
+
+def test_every_setting_of_dpo_arrives() -> None:
+    config, stage = changed("dpo", DPO_CHANGES, **ELSEWHERE)
+    rows = mini_rows().select(range(4))
+    held_out = mini_rows().select(range(4, 6))
+    trainer = dpo.build_trainer(config, stage, embedded_processor(), rows, held_out)
+    assert_arrives(config.dpo, DPO, trainer, DPO_FREE)
+    assert_other_sections_arrive(trainer, config)
+    assert trainer.args.per_device_eval_batch_size == 4
+    assert trainer.args.gradient_checkpointing  # transformers turns it on when training starts
+    assert trainer.args.max_length is None  # the collator refuses; trl would cut image tokens
+    assert len(trainer.train_dataset) == 4 and len(trainer.eval_dataset) == 2
+
+
+def test_dpo_without_eval_steps_evaluates_at_the_end_only() -> None:
+    config, stage = changed("dpo", {"max_steps": 0})
+    rows = mini_rows().select(range(2))
+    trainer = dpo.build_trainer(config, stage, embedded_processor(), rows, rows)
+    assert trainer.args.eval_strategy == "no" and trainer.args.max_steps == -1
+    context = trainer.model.config.get_text_config().max_position_embeddings
+    assert trainer.data_collator.max_length == context
+
+
+# --- the reward model -----------------------------------------------------------------------------
+
+LOSS = "enters the loss; tested by hand below"
+REWARD: dict[str, Seen] = COMMON | {
+    "max_length": lambda t: t.data_collator.max_length,
+    **{name: lambda t, name=name: getattr(t.settings, name)
+       for name in ("center_coef", "sft_coef", "shift_px", "mirror", "seed_form")},
+}  # fmt: skip
+REWARD_CHANGES = COMMON_CHANGES | {
+    "max_length": 333, "center_coef": 0.3, "sft_coef": 0.2, "shift_px": 2, "mirror": True,
+    "seed_form": True,
+}  # fmt: skip
+
+
+def test_every_setting_of_the_reward_model_arrives() -> None:
+    config, stage = changed("reward", REWARD_CHANGES, **ELSEWHERE)
+    rows = mini_rows().select(range(4))
+    trainer = reward.build_trainer(config, stage, embedded_processor(), rows)
+    assert_arrives(config.reward, REWARD, trainer, {})
+    assert_other_sections_arrive(trainer, config)
+    assert trainer.model.vlm.is_gradient_checkpointing
+    plain = dataclasses.replace(config.model, gradient_checkpointing=False)
+    assert not reward.build_model(
+        dataclasses.replace(config, model=plain)
+    ).vlm.is_gradient_checkpointing
+
+
+def reward_trainer(**settings: Any) -> VLMRewardTrainer:
+    """The trainer without its model: enough to compute a loss."""
+    trainer = object.__new__(VLMRewardTrainer)
+    trainer.settings = dataclasses.replace(smoke().reward, **settings)
+    trainer.sums, trainer.row_ids = {}, ["a", "b"]
+    trainer.args, trainer.state = SimpleNamespace(seed=3), SimpleNamespace(global_step=5)
+    return trainer
+
+
+class Scores(nn.Module):
+    """A reward model that gives known scores and log-probabilities, and notes its inputs."""
+
+    scores = torch.tensor([2.0, 0.5, -1.0, 1.5])  # two chosen, two rejected
+    logps = torch.tensor([-3.0, -5.0, -70.0, -80.0])
+
+    def forward(self, **batch: Tensor) -> Any:
+        self.batch = batch
+        return (self.scores, self.logps) if "completion_mask" in batch else self.scores
+
+
+BATCH = {
+    "input_ids": torch.zeros(4, 3, dtype=torch.long),
+    "completion_mask": torch.tensor([[0, 1, 1]] * 4),
+    "pixel_values": torch.arange(4.0 * 3 * 6 * 6).reshape(4, 3, 6, 6),
+    "row_ids": ["a", "b"],
+}
+MARGINS = (3.0, -1.0)
+
+
+def plain_loss() -> float:
+    return sum(math.log1p(math.exp(-m)) for m in MARGINS) / 2
+
+
+def test_the_loss_takes_its_form_and_its_centring_from_the_settings() -> None:
+    def loss_of(**settings: Any) -> float:
+        none = {"center_coef": 0.0, "sft_coef": 0.0, "seed_form": False}
+        trainer = reward_trainer(**none | settings)
+        return trainer.compute_loss(Scores().eval(), dict(BATCH)).item()
+
+    assert loss_of() == pytest.approx(plain_loss(), rel=1e-5)
+    original = -sum(math.log(1 / (1 + math.exp(-m)) + 1e-5) for m in MARGINS) / 2
+    assert loss_of(seed_form=True) == pytest.approx(original, rel=1e-6)
+    assert abs(original - plain_loss()) > 1e-6
+    centre = 0.3 * ((2.0 - 1.0) ** 2 + (0.5 + 1.5) ** 2) / 2
+    assert loss_of(center_coef=0.3) == pytest.approx(plain_loss() + centre, rel=1e-5)
+    chosen_only = -0.2 * (-3.0 - 5.0) / 2
+    assert loss_of(sft_coef=0.2) == pytest.approx(plain_loss() + chosen_only, rel=1e-5)
+
+
+def test_the_cross_entropy_is_of_chosen_answers_alone() -> None:
+    model = Scores().eval()
+    reward_trainer(sft_coef=0.2).compute_loss(model, dict(BATCH))
+    assert model.batch["completion_mask"].tolist() == [[0, 1, 1]] * 2 + [[0, 0, 0]] * 2
+    reward_trainer(sft_coef=0.0).compute_loss(model, dict(BATCH))
+    assert "completion_mask" not in model.batch and "row_ids" not in model.batch
+
+
+@pytest.mark.parametrize(
+    ("settings", "moves"),
+    [({}, False), ({"shift_px": 2}, True), ({"mirror": True}, True)],
+)
+def test_training_images_move_as_the_settings_say(settings: dict, moves: bool) -> None:
+    trainer = reward_trainer(**{"shift_px": 0, "mirror": False} | settings)
+    seen = []
+    for step in range(6):
+        trainer.state.global_step = step
+        model = Scores().train()
+        trainer.compute_loss(model, dict(BATCH))
+        pixels = model.batch["pixel_values"]
+        if moves:  # chosen and rejected of a pair keep one image between them
+            assert torch.equal(pixels[:2], pixels[2:])
+        seen.append(not torch.equal(pixels[:2], BATCH["pixel_values"][:2]))
+    assert any(seen) == moves
+    model.eval()
+    trainer.compute_loss(model, dict(BATCH))
+    assert torch.equal(model.batch["pixel_values"], BATCH["pixel_values"])
+
+
+def test_logged_rewards_are_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[dict] = []
+    monkeypatch.setattr(Trainer, "log", lambda self, logs, *_: lines.append(dict(logs)))
+    trainer = reward_trainer(center_coef=0.0, sft_coef=0.0, seed_form=False)
+    model = Scores().train()
+    trainer.compute_loss(model, dict(BATCH))
+    model.scores = torch.tensor([4.0, 4.0, 1.0, 2.0])
+    trainer.compute_loss(model, dict(BATCH))
+    trainer.log({"eval_loss": 1.0})
+    trainer.log({"loss": 0.5})
+    trainer.compute_loss(model, dict(BATCH))
+    trainer.log({"loss": 0.25})
+    assert lines[0] == {"eval_loss": 1.0}
+    assert lines[1] == pytest.approx(
+        {"loss": 0.5, "rewards/accuracies": 0.75, "rewards/margins": 1.75, "rewards/chosen": 2.625,
+         "rewards/rejected": 0.875}
+    )  # fmt: skip
+    assert lines[2] == pytest.approx(
+        {"loss": 0.25, "rewards/accuracies": 1.0, "rewards/margins": 2.5, "rewards/chosen": 4.0,
+         "rewards/rejected": 1.5}
+    )  # fmt: skip
+
+
+# --- RLOO -----------------------------------------------------------------------------------------
+
+RLOO: dict[str, Seen] = COMMON | {
+    "max_new_tokens": lambda t: t.max_completion_length,
+    "num_generations": lambda t: t.num_generations,
+    "beta": lambda t: t.beta,
+    "normalize_advantages": lambda t: t.normalize_advantages,
+    "temperature": lambda t: t.temperature,
+    "missing_eos_penalty": lambda t: t.reward_funcs[0].missing_eos_penalty,
+}
+RLOO_VLLM: dict[str, Seen] = {
+    "use_vllm": lambda args: args.use_vllm,
+    "vllm_mode": lambda args: args.vllm_mode,
+    "vllm_server_base_url": lambda args: args.vllm_server_base_url,
+    "vllm_gpu_memory_utilization": lambda args: args.vllm_gpu_memory_utilization,
+}
+RLOO_FREE = dict.fromkeys(RLOO_VLLM, "arrives in trl's arguments; tested on them, without vLLM")
+RLOO_FREE |= {"reward_model": "names the folder that is trained against; tested below"}
+RLOO_CHANGES = COMMON_CHANGES | {
+    "max_new_tokens": 13, "num_generations": 3, "beta": 0.31, "normalize_advantages": False,
+    "temperature": 1.7, "missing_eos_penalty": 2.5,
+}  # fmt: skip
+
+
+def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = {}
+    monkeypatch.setattr(rloo, "build_scorer", lambda model, config, folder: ("scorer", folder))
+    monkeypatch.setattr(
+        rloo, "check_prompt_lengths", lambda p, rows, room, *_, **__: checked.update(room=room)
+    )
+    config, stage = changed("rloo", RLOO_CHANGES, **ELSEWHERE)
+    rows, processor = mini_rows().select(range(4)), embedded_processor()
+    trainer = rloo.build_trainer(config, stage, processor, rows, Path("the/folder"))
+    assert_arrives(config.rloo, RLOO, trainer, RLOO_FREE)
+    assert (trainer.args.seed, trainer.args.data_seed) == (11, 11)
+    assert trainer.args.gradient_checkpointing and trainer.args.disable_dropout
+    assert trainer.args.dataloader_num_workers == 0
+    function = trainer.reward_funcs[0]
+    assert function.score == ("scorer", Path("the/folder")) and function.batch_size == 4
+    assert function.log == stage.path / "rollouts.jsonl"
+    assert checked == {"room": 13}
+    forbidden = trainer.args.generation_kwargs["suppress_tokens"]
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") in forbidden
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.6},
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://here:8000"},
+    ],
+)
+def test_the_settings_of_vllm_arrive(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = smoke({f"rloo.{k}": v for k, v in changes.items()}, run_name="r")
+    stage = Run(config, root=Path("unused")).stage("rloo")
+    arguments = rloo._arguments(config, stage, embedded_processor())
+    for name, value in changes.items():
+        assert RLOO_VLLM[name](arguments) == value, name
+    assert set(arguments.generation_kwargs["logit_bias"].values()) == {-100.0}
+
+
+class Stop(Exception):
+    """Ends a trainer once its arguments are known."""
+
+
+@pytest.mark.parametrize("kind", ["ppo", "rloo"])
+def test_a_named_reward_model_is_trained_against(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, stage = changed(kind, {"reward_model": "named/model"})
+    module, seen = {"ppo": ppo, "rloo": rloo}[kind], {}
+    name = {"ppo": "PPOTrainer", "rloo": "build_trainer"}[kind]
+
+    def built(*args: Any) -> None:
+        seen["folders"] = [a for a in args if isinstance(a, Path)]
+        raise Stop
+
+    monkeypatch.setattr(module, name, built)
+    monkeypatch.setattr(module, "note_rows", lambda *_, **__: None)
+    monkeypatch.setattr(module, "load_preferences", lambda *_: mini_rows())
+    if kind == "rloo":
+        monkeypatch.setattr(module, "check_reward_model", lambda *_: None)
+    with pytest.raises(Stop):
+        getattr(module, f"train_{kind}").__wrapped__(config, stage, False)
+    assert seen["folders"] == [Path("named/model")]
+
+
+# --- presets and defaults -------------------------------------------------------------------------
+
+SCALE = {
+    "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
+            "max_length", "cache_reference", "save_steps", "eval_steps"),
+    "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
+            "num_epochs", "kl_horizon", "reward_model", "save_steps"),
+}  # fmt: skip
+# The original code's settings: the scripts' flags, and its fixed constants.
+ORIGINAL = {
+    "dpo": {
+        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,), "lr_scheduler": "cosine",
+        "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
+    },
+    "ppo": {
+        "ppo_epochs": 1, "num_minibatches": 1, "value_learning_rate": 0.0,
+        "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
+        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0,
+        "whiten_advantages": False, "whiten_rewards": False, "temperature": 1.0,
+        "missing_eos_penalty": 0.0, "length_penalty": 0.0, "entropy_coef": 0.0, "sft_coef": 0.0,
+    },
+}  # fmt: skip
+RATES = {
+    ("dpo", "full"): 1e-6, ("dpo", "lora"): 2e-5, ("dpo", "qlora"): 2e-5, ("dpo", "frozen"): 1e-6,
+    ("ppo", "full"): 5e-7, ("ppo", "lora"): 1e-6, ("ppo", "qlora"): 1e-6, ("ppo", "frozen"): 5e-7,
+}  # fmt: skip
+PRESET = "seed"
+
+
+@pytest.mark.parametrize(("kind", "adapter"), RATES)
+def test_a_preset_is_the_original_whole(kind: str, adapter: str) -> None:
+    """Over a profile that differs in every field; scale stays the profile's."""
+    plain = smoke({"model.adapter": adapter})
+    config = smoke({"model.adapter": adapter, f"{kind}.preset": PRESET})
+    values = dataclasses.asdict(getattr(config, kind))
+    expected = ORIGINAL[kind] | {"learning_rate": RATES[kind, adapter], "preset": PRESET}
+    scale = {name: getattr(getattr(plain, kind), name) for name in SCALE[kind]}
+    assert values == expected | scale
+
+
+def test_the_reward_models_defaults_are_the_originals() -> None:
+    config = RewardConfig(max_steps=1, per_device_batch_size=1)
+    assert dataclasses.asdict(config) == {
+        "max_steps": 1, "per_device_batch_size": 1, "gradient_accumulation_steps": 1,
+        "num_epochs": 1.0, "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False,
+        "seed_form": False, "learning_rate": 3e-5, "lr_scheduler": "constant_with_warmup",
+        "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 0,
+        "save_steps": 50,
+    }  # fmt: skip
+
+
+def test_defaults_of_dpo_ppo_and_rloo() -> None:
+    """Those that the profiles, the notebooks and the README rest on."""
+    dpo_config = DPOConfig(max_steps=1, per_device_batch_size=1)
+    assert (dpo_config.beta, dpo_config.loss_type, dpo_config.loss_weights) == (
+        0.1, ("sigmoid", "sft"), (1.0, 1.0),
+    )  # fmt: skip
+    ppo_config = PPOConfig(
+        max_steps=1, rollout_batch_size=2, per_device_batch_size=1, max_new_tokens=1
+    )
+    assert (ppo_config.gae_lambda, ppo_config.kl_coef, ppo_config.sft_coef) == (0.95, 0.5, 1.0)
+    assert ppo_config.whiten_advantages and not ppo_config.whiten_rewards
+    rloo_config = RLOOConfig(max_steps=1, per_device_batch_size=4, max_new_tokens=1)
+    assert (rloo_config.num_generations, rloo_config.beta) == (4, 0.05)
