@@ -130,11 +130,11 @@ LOSS = "enters the loss; tested by hand below"
 REWARD: dict[str, Seen] = COMMON | {
     "max_length": lambda t: t.data_collator.max_length,
     **{name: lambda t, name=name: getattr(t.settings, name)
-       for name in ("center_coef", "sft_coef", "shift_px", "mirror", "seed_form")},
+       for name in ("center_coef", "sft_coef", "shift_px", "mirror", "original_form")},
 }  # fmt: skip
 REWARD_CHANGES = COMMON_CHANGES | {
     "max_length": 333, "center_coef": 0.3, "sft_coef": 0.2, "shift_px": 2, "mirror": True,
-    "seed_form": True,
+    "original_form": True,
 }  # fmt: skip
 
 
@@ -186,13 +186,13 @@ def plain_loss() -> float:
 
 def test_the_loss_takes_its_form_and_its_centring_from_the_settings() -> None:
     def loss_of(**settings: Any) -> float:
-        none = {"center_coef": 0.0, "sft_coef": 0.0, "seed_form": False}
+        none = {"center_coef": 0.0, "sft_coef": 0.0, "original_form": False}
         trainer = reward_trainer(**none | settings)
         return trainer.compute_loss(Scores().eval(), dict(BATCH)).item()
 
     assert loss_of() == pytest.approx(plain_loss(), rel=1e-5)
     original = -sum(math.log(1 / (1 + math.exp(-m)) + 1e-5) for m in MARGINS) / 2
-    assert loss_of(seed_form=True) == pytest.approx(original, rel=1e-6)
+    assert loss_of(original_form=True) == pytest.approx(original, rel=1e-6)
     assert abs(original - plain_loss()) > 1e-6
     centre = 0.3 * ((2.0 - 1.0) ** 2 + (0.5 + 1.5) ** 2) / 2
     assert loss_of(center_coef=0.3) == pytest.approx(plain_loss() + centre, rel=1e-5)
@@ -232,7 +232,7 @@ def test_training_images_move_as_the_settings_say(settings: dict, moves: bool) -
 def test_logged_rewards_are_means_over_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[dict] = []
     monkeypatch.setattr(Trainer, "log", lambda self, logs, *_: lines.append(dict(logs)))
-    trainer = reward_trainer(center_coef=0.0, sft_coef=0.0, seed_form=False)
+    trainer = reward_trainer(center_coef=0.0, sft_coef=0.0, original_form=False)
     model = Scores().train()
     trainer.compute_loss(model, dict(BATCH))
     model.scores = torch.tensor([4.0, 4.0, 1.0, 2.0])
@@ -366,7 +366,7 @@ RATES = {
     ("dpo", "full"): 1e-6, ("dpo", "lora"): 2e-5, ("dpo", "qlora"): 2e-5, ("dpo", "frozen"): 1e-6,
     ("ppo", "full"): 5e-7, ("ppo", "lora"): 1e-6, ("ppo", "qlora"): 1e-6, ("ppo", "frozen"): 5e-7,
 }  # fmt: skip
-PRESET = "seed"
+PRESET = "original"
 
 
 @pytest.mark.parametrize(("kind", "adapter"), RATES)
@@ -385,7 +385,7 @@ def test_the_reward_models_defaults_are_the_originals() -> None:
     assert dataclasses.asdict(config) == {
         "max_steps": 1, "per_device_batch_size": 1, "gradient_accumulation_steps": 1,
         "num_epochs": 1.0, "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False,
-        "seed_form": False, "learning_rate": 3e-5, "lr_scheduler": "constant_with_warmup",
+        "original_form": False, "learning_rate": 3e-5, "lr_scheduler": "constant_with_warmup",
         "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 0,
         "save_steps": 50,
     }  # fmt: skip
