@@ -60,7 +60,7 @@ def kl_estimate(logps: Tokens, ref_logps: Tokens, *, kind: str) -> Tokens:
         return log_ratio
     if kind == "k3":
         return torch.exp(-log_ratio) - 1 + log_ratio
-    raise ValueError(f"KL estimator {kind!r}: expected 'k1' or 'k3'")
+    raise ValueError(f"unknown KL estimator {kind!r}; expected 'k1' or 'k3'")
 
 
 def kl_penalty_rewards(

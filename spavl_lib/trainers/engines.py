@@ -22,7 +22,7 @@ from spavl_lib.errors import NonFiniteError
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.files import read_json
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers.guards import gate_gradients
+from spavl_lib.trainers.guards import REMEDY, gate_gradients
 from spavl_lib.trainers.zero_state import load_optimizer_share, optimizer_share
 
 Groups = dict[str, list[nn.Parameter]]
@@ -279,8 +279,7 @@ class ZeroEngine(Engine):
                         safe_set_full_grad(parameter, gradient * scale)
         if not all(map(math.isfinite, norms.values())) and not self.engine.fp16_enabled():
             raise NonFiniteError(
-                f"step {number}: the gradient is not finite on rows {', '.join(row_ids)}; "
-                "nothing was updated, the last checkpoint stands"
+                f"step {number}: the gradient is not finite on rows {', '.join(row_ids)}; {REMEDY}"
             )
         self.engine.step()
         return norms

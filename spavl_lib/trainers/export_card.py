@@ -24,7 +24,7 @@ def model_card(
         stage: Stage that was trained, such as "dpo".
         tags: Hub tags after the stage's own.
         source: What the stage was trained on, such as "prompts of ".
-        facts: Sizes and settings, in the order in which they are told.
+        facts: Sizes and settings, in the order in which they are listed.
         table: Heading of the results.
         results: Name of each result and its value.
 

@@ -14,6 +14,12 @@ from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 
+# What to do about a number that is NaN or infinite.
+REMEDY = (
+    "nothing was updated, and the last checkpoint is intact; check these rows, or lower the "
+    "learning rate"
+)
+
 
 def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
     """Raise if the loss is NaN or infinite, before the optimizer step.
@@ -28,8 +34,7 @@ def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
     """
     if not torch.isfinite(loss).all():
         raise NonFiniteError(
-            f"step {step}: loss is {loss.item()} on rows {', '.join(row_ids)}; "
-            "nothing was updated, the last checkpoint stands"
+            f"step {step}: loss is {loss.item()} on rows {', '.join(row_ids)}; {REMEDY}"
         )
 
 
@@ -52,7 +57,7 @@ def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
     if bad:
         raise NonFiniteError(
             f"step {step}: gradient of {bad[0]} (and {len(bad) - 1} more) is not finite on rows "
-            f"{', '.join(row_ids)}; nothing was updated, the last checkpoint stands"
+            f"{', '.join(row_ids)}; {REMEDY}"
         )
 
 
@@ -71,7 +76,8 @@ def gate_weights(named: dict[str, Tensor], step: int, row_ids: list[str]) -> Non
     if bad:
         raise NonFiniteError(
             f"step {step}: weight {bad[0]} (and {len(bad) - 1} more) is not finite after rows "
-            f"{', '.join(row_ids)}; nothing was saved, the last checkpoint stands"
+            f"{', '.join(row_ids)}; nothing was saved, and the last checkpoint is intact; check "
+            "these rows, or lower the learning rate"
         )
 
 

@@ -268,10 +268,12 @@ class PPOTrainer(RolloutMaker):
         places = self._micro_batches(
             [rollout.prompts[i] for i in rows], [rollout.responses[i] for i in rows]
         )
-        own = ppo_batches.own_batches_in_step([[rows[i] for i in part] for part in places])
+        micro_batches = ppo_batches.own_batches_in_step(
+            [[rows[i] for i in part] for part in places]
+        )
         entropy_gradient = settings.entropy_coef > 0
         for role, loss_of in (("policy", policy_loss), ("value", value_loss)):
-            for turn, (micro_batch, weight) in enumerate(own, 1):
+            for turn, (micro_batch, weight) in enumerate(micro_batches, 1):
                 batch = self._batch(rollout.prompts, rollout.responses, micro_batch)
                 # A loss is a mean over tokens, so a micro-batch counts by its share of them.
                 share = weight * int(mask[micro_batch].sum()) / tokens
@@ -283,7 +285,7 @@ class PPOTrainer(RolloutMaker):
                 if role == "policy" and first:
                     check_first_ratio(values, self.step + 1, self.dtype)
                 gate_loss(loss, self.step + 1, [rollout.prompts[i].row_id for i in micro_batch])
-                last = role == "value" and turn == len(own)
+                last = role == "value" and turn == len(micro_batches)
                 self.engine.backward(loss * share, last=last)
                 self.model.after_backward()
                 for key, value in values.items():

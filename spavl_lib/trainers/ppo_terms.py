@@ -18,6 +18,7 @@ from spavl_lib.objectives.ppo import (
     masked_mean,
     masked_whiten,
 )
+from spavl_lib.trainers.guards import REMEDY
 from spavl_lib.trainers.rollout import Rollout
 
 
@@ -36,8 +37,7 @@ def check_finite(rollout: Rollout, step: int) -> None:
         if bad.any():
             ids = [rollout.prompts[i].row_id for i in bad.nonzero().flatten().tolist()]
             raise NonFiniteError(
-                f"step {step}: {name} is not finite on rows {', '.join(ids[:10])}; "
-                "nothing was updated, the last checkpoint stands"
+                f"step {step}: {name} is not finite on rows {', '.join(ids[:10])}; {REMEDY}"
             )
 
 

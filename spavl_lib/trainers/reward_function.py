@@ -24,6 +24,7 @@ from spavl_lib.modelling.heads import (
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.modelling.roles import load_reward_adapter
 from spavl_lib.runs.files import append_jsonl
+from spavl_lib.trainers.guards import REMEDY
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 
 
@@ -94,8 +95,7 @@ class RewardFunction:
         bad = [i for i, s in zip(id, scores.tolist(), strict=True) if not abs(s) < float("inf")]
         if bad:
             raise NonFiniteError(
-                f"the reward model's score is not finite on rows {', '.join(bad[:10])}; nothing "
-                "was updated, the last checkpoint stands"
+                f"the reward model's score is not finite on rows {', '.join(bad[:10])}; {REMEDY}"
             )
         finished = [c[-1:] == [tokenizer.eos_token_id] for c in completion_ids]
         rewards = scores - self.missing_eos_penalty * ~torch.tensor(finished)

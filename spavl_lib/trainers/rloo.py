@@ -293,7 +293,7 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(forbidden, -100.0)}
     else:
         sampling = {"suppress_tokens": list(forbidden)}
-    # Only the full fine-tuning's reference is loaded by trl, from the base's own path.
+    # trl itself loads only the reference of full fine-tuning, from the base model's path.
     revision = {"revision": config.model.revision} if config.model.revision else None
     # trl's loader draws prompts itself; worker processes are left to the trainers of pairs.
     common = common_arguments("rloo", config, stage) | {"dataloader_num_workers": 0}

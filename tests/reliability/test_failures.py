@@ -40,7 +40,7 @@ def test_a_number_that_is_none_stops_before_the_update(
         line = next(x for x in child.said.splitlines() if x.startswith("spavl: "))
         assert f"step {told}:" in line, line
         assert "train/" in line or (algorithm, what) == ("ppo", "weight"), line
-        assert "the last checkpoint stands" in line
+        assert "the last checkpoint is intact" in line
         last = (step - 1) // SAVE_STEPS * SAVE_STEPS
         assert case.newest(name) == last
         if last:
