@@ -161,10 +161,11 @@ def _settings(case: dict[str, Any], folder: str, dry: bool) -> dict[str, Any]:
 
 def _train(kind: str, config: Any, stage: Any, folder: str, cuda: bool) -> tuple[dict, Any]:
     from spavl_lib.runs.maker import maker_of
-    from spavl_lib.trainers import dpo
+    from spavl_lib.trainers import dpo, ppo
 
-    # A random model does not look at pictures as a trained one does; that is not asked here.
-    dpo.reference_probe = lambda *args, **kwargs: {"ids": [], "logps": []}
+    # The probe needs a model that uses its images, and one with random weights does not.
+    for module in (dpo, ppo):
+        module.reference_probe = lambda *args, **kwargs: {"ids": [], "logps": []}
     if kind == "ppo":
         maker_of("reward")(config, stage.run.stage("reward"))
     if cuda:

@@ -28,29 +28,30 @@ PAGE = REPO / "docs/reliability.md"
 HEAD = """\
 # What is promised, and what was measured
 
-Written by `python -m tests.reliability.soak` from `tests/reliability/goals.yaml` and the figures of
-the last long run (`make soak`; `make test` runs a short form of the same tests). Two CPU cores, no
-GPU. A figure is how many cases came out right, of how many tried.
+`python -m tests.reliability.soak` writes this page from `tests/reliability/goals.yaml` and from the
+results of the last long run (`make soak`; `make test` runs the same tests in a short form). The
+machine had two CPU cores and no GPU. A result is the number of cases that passed, of the number
+tried.
 
 | | goal | measured | test | date |
 |---|---|---|---|---|
 """
 TAIL = """
-Exit codes: 0 done, 1 failed, 2 bad input or config, 3 not a number, 73 folder in use, 74 disk, 75
-stopped by a signal and to be run again, 130 interrupted where nothing was there to save, 138 the
-notebook's kernel died.
+Exit codes: 0 complete, 1 failed, 2 wrong input or config, 3 a value is NaN or infinite, 73 the
+folder is in use, 74 disk full, 75 stopped by a signal (run the same command again), 130 interrupted
+before there was anything to save, 138 the notebook's kernel died.
 
-## Bit for bit, and where not
+## Where results are bit-identical
 
 | situation | promise |
 |---|---|
-| same machine, CPU, same versions, with kills and resumes | identical bits: weights, log, summary |
-| batches regrouped, activations recomputed | equal to rounding, tested with tolerances |
-| one or several GPUs; another torch version or processor | not measured, nothing promised |
+| same machine, CPU, same versions, with kills and resumes | bit-identical weights, log, summary |
+| batches regrouped, activations recomputed | equal up to rounding, tested with tolerances |
+| one or several GPUs; another torch version or processor | not measured, nothing is promised |
 
-A resumed run refuses changed settings, data, base model, precision and major versions by name;
-`--allow-change FIELD` overrides, and the manifest records it. `spavl rerun RUN` makes a run again
-and compares.
+A resumed run refuses changed settings, data, base model, precision and major versions, and names
+them. `--allow-change FIELD` overrides this, and the manifest records it. `spavl rerun RUN` makes a
+run again and compares the results.
 """
 
 

@@ -1,0 +1,76 @@
+"""The pages name only what exists: files, modules, commands, settings' sections, targets."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spavl_lib import cli
+
+REPO = Path(__file__).parents[1]
+LIBRARY = REPO / "spavl_lib"
+# The log tells of files as they were.
+PAGES = sorted(
+    path
+    for path in (*REPO.glob("*.md"), *(REPO / "docs").glob("*.md"), REPO / "benchmarks/README.md")
+    if path.name != "log.md" and not path.name.startswith("NOTE_")
+)
+FOLDERS = (
+    "benchmarks", "docs", "notebooks", "reports", "scripts", "spavl_lib", "tests",
+    *(path.parent.name for path in LIBRARY.glob("*/__init__.py")),
+)  # fmt: skip
+# Files that a reader makes: a recipe's, or those of a run.
+MADE = re.compile(r"my_package|/mine\.py$|NN_|^runs/")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def bases(page: Path) -> tuple[Path, ...]:
+    """Folders that a path on a page may start from."""
+    return REPO, LIBRARY, page.parent, REPO / "tests"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_paths_exist(page: Path) -> None:
+    names = "|".join(FOLDERS)
+    ending = r"(?:py|md|yaml|json|ipynb|png|sbatch|toml)"
+    paths = set(re.findall(rf"(?<![\w./<])(?:{names})/[\w./-]*?\w+\.{ending}\b", text_of(page)))
+    paths |= set(re.findall(r"\]\(([^)#:]+)\)", text_of(page)))
+    paths = {path for path in paths if not MADE.search(path)}
+    lost = [path for path in paths if not any((base / path).exists() for base in bases(page))]
+    assert lost == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_modules_exist(page: Path) -> None:
+    """`python -m` modules, and the imports of code examples with the names they import."""
+    for name in re.findall(r"python -m ((?:spavl_lib|benchmarks|tests)[\w.]*)", text_of(page)):
+        assert importlib.util.find_spec(name), name
+    imports = re.findall(r"^ *from (spavl_lib[\w.]*) import (.+)$", text_of(page), re.MULTILINE)
+    for module, names in imports:
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module}.{name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_exist(page: Path) -> None:
+    text = text_of(page)
+    targets = re.findall(r"(?:^|`)make ([a-z]+)\b", text, re.MULTILINE)
+    makefile = text_of(REPO / "Makefile")
+    assert [t for t in targets if not re.search(rf"^{t}:", makefile, re.MULTILINE)] == []
+    calls = re.findall(r"(?:^|`)spavl ([a-z]+)(?: ([a-z]+))?", text, re.MULTILINE)
+    for verb, more in calls:
+        words = [verb, more] if verb in ("data", "model") and more else [verb]
+        if verb == "train" and more:  # a trainer's name
+            words = [verb]
+        assert CliRunner().invoke(cli.app, [*words, "--help"]).exit_code == 0, words
+
+
+def test_the_pages_are_looked_through() -> None:
+    names = {path.name for path in PAGES}
+    assert {"README.md", "CONTRIBUTING.md", "GLOSSARY.md", "architecture.md"} <= names
+    assert sum(text_of(page).count("spavl_lib/") for page in PAGES) > 5
