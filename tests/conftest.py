@@ -61,7 +61,7 @@ def group_of(item: pytest.Item) -> str:
     return next((group for start, group in GROUPS.items() if path.startswith(start)), path)
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark every test with its group and put the longest groups first."""
     for item in items:
