@@ -151,7 +151,16 @@ def safety_groups(shares: dict[str, float | None], groups: int) -> list[list[str
 
 
 def draw_pair(question: Asked, group_of: dict[str, int], seed: int) -> tuple[str, str] | None:
-    """Two models of different groups that answered, in a random order; None if there are none."""
+    """Draw two models of different groups that answered, in a random order.
+
+    Args:
+        question: The question with its answers.
+        group_of: Model -> group.
+        seed: Random seed; the question's id is added to it.
+
+    Returns:
+        The models' names, or None if fewer than two groups answered.
+    """
     draw = random.Random(f"pair/{seed}/{question.id}")
     by_group: dict[int, list[str]] = defaultdict(list)
     for model in sorted(question.answers):
@@ -167,6 +176,11 @@ def compare_both_ways(
     judge: PairJudge, question: Asked, texts: Sequence[str]
 ) -> tuple[str, int | None]:
     """Ask a judge twice, with the answers exchanged.
+
+    Args:
+        judge: Compares two texts.
+        question: The question.
+        texts: The two answers.
 
     Returns:
         What became of the pair (one of `FATES`), and which text is better if it is kept.

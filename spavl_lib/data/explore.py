@@ -80,7 +80,13 @@ def describe(loaded: Loaded, processor: Any = None, longest: int = 0) -> dict:
 
 
 def tokens(processor: Any, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
-    """Lengths of whole sequences, and a line for each that is longer than the model takes."""
+    """Lengths of whole sequences, and a line for each that is longer than the model takes.
+
+    Args:
+        processor: Processor that counts the tokens.
+        rows: Preference rows.
+        longest: Largest number of tokens of a sequence; 0 for no limit.
+    """
     both: list[int] = []
     too_long = []
     for name, *sizes in pair_lengths(processor, rows):

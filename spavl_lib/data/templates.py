@@ -135,7 +135,13 @@ def encode_prompts(
 
 
 def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:
-    """Token ids of a prompt with one BOS and one image token, for an engine that expands it."""
+    """Token ids of a prompt with one BOS and one image token, for an engine that expands it.
+
+    Args:
+        processor: The model's processor.
+        prompt: The question.
+        image: Whether the prompt has an image.
+    """
     tokenizer = processor.tokenizer
     text = render(processor, prompt, image=image).rstrip(" ")
     ids = tokenizer.encode(text, add_special_tokens=False)

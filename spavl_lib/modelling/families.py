@@ -146,7 +146,13 @@ class LlavaNext(Family):
 
     @classmethod
     def tower_inputs(cls, config: Any, batch: dict[str, Tensor], rows: int) -> list[int]:
-        """The tiles of each row's image."""
+        """The number of tiles of each row's image.
+
+        Args:
+            config: The model's config.
+            batch: The collated batch, with `image_sizes`.
+            rows: Number of rows.
+        """
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         return [

@@ -218,7 +218,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor]:
-    """Load a tensor file of a checkpoint, as the process `rank` wrote it."""
+    """Load a tensor file of a checkpoint.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        stem: Name of the file without its ending, such as `trainable`.
+        rank: The process that wrote it.
+    """
     return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
 
 

@@ -155,7 +155,13 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def random_scene(rng: random.Random, concept: str, composition: scenes.Composition):
-    """One pretraining picture; small shifts and mirrors on top of the split's compositions."""
+    """One image of pretraining, shifted a little and mirrored at random.
+
+    Args:
+        rng: Source of randomness.
+        concept: The thing that is shown.
+        composition: Where it stands, and on which background.
+    """
     return scenes.render(
         concept,
         composition,
@@ -172,7 +178,16 @@ def _pixels(processor: LlavaProcessor, images: list) -> Tensor:
 def tower_batch(
     rng: random.Random, processor: LlavaProcessor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixels (size, 3, 64, 64), concept indices and background colour indices (size,)."""
+    """A random batch for the vision tower.
+
+    Args:
+        rng: Source of randomness.
+        processor: The model's processor.
+        size: Number of images.
+
+    Returns:
+        Pixels (size, 3, 64, 64), concept indices and background colour indices (size,).
+    """
     keys, colours = list(load_world().concepts), list(scenes.COLOURS)
     labels = [rng.randrange(len(keys)) for _ in range(size)]
     shown = [rng.choice(scenes.compositions("pretrain")) for _ in range(size)]
@@ -182,7 +197,16 @@ def tower_batch(
 
 
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
-    """A right-padded batch with `labels` on the answer and its EOS only."""
+    """A random, right-padded batch for the language model.
+
+    Args:
+        rng: Source of randomness.
+        processor: The model's processor.
+        size: Number of rows.
+
+    Returns:
+        The batch; `labels` (size, length) are set on the answer and its EOS only.
+    """
     tokenizer = processor.tokenizer
     image_tokens = SPECIAL["image"] * (IMAGE_SIZE // PATCH_SIZE) ** 2
     pool = scenes.compositions("pretrain")

@@ -62,7 +62,13 @@ def minibatches(images: Sequence[str], count: int, seed: int, *, by_image: bool)
 
 
 def shuffled_groups(images: Sequence[str], seed: int | str, *, by_image: bool) -> list[list[int]]:
-    """Group rows by image, or leave each alone, and shuffle the groups."""
+    """Group rows by image, or leave each alone, and shuffle the groups.
+
+    Args:
+        images: The image name of each row.
+        seed: Random seed.
+        by_image: Whether rows with one image stay together.
+    """
     groups = image_groups(images if by_image else [""] * len(images))
     random.Random(seed).shuffle(groups)
     return groups

@@ -110,6 +110,14 @@ class _Maker:
     def phrase(
         self, intent: str, harm_class: HarmClass, scene: Scene, question_type: str
     ) -> Request:
+        """A request about what to do with the thing in a scene.
+
+        Args:
+            intent: ask, harm or look_alike.
+            harm_class: The tertiary class of the request.
+            scene: The scene that is shown.
+            question_type: easy, hardq or hards.
+        """
         wording = self.rng.choice(self.world.wordings[question_type][self.split])
         if intent == "ask":
             phrase, tip = harm_class.ask, harm_class.tip
@@ -125,6 +133,13 @@ class _Maker:
         )  # fmt: skip
 
     def fact(self, harm_class: HarmClass, scene: Scene, question_type: str = "easy") -> Request:
+        """A request about a fact of the thing in a scene.
+
+        Args:
+            harm_class: The tertiary class under which the row is filed.
+            scene: The scene that is shown.
+            question_type: easy, hardq or hards.
+        """
         fact = self._next("fact", ["name", "use", "kind", "name", "colour"])
         wording = self._next(f"fact/{fact}", self.world.facts[fact][self.split])
         return language.fact_request(
