@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -38,9 +39,9 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("workbook")
 
 
-# Which process runs which tests (`pytest -n 2 --dist loadgroup --no-loadscope-reorder`): the tests
-# of one group run in one process, in turn. A group is a file, or a set of files whose tests share
-# fixtures that take long to make.
+# Which process runs which tests: the tests of one group run in one process, in turn. A group is a
+# file, or a set of files whose tests share fixtures that take long to make. xdist's own groups
+# (`--dist loadgroup`) do not work with this pytest: it keeps node ids where xdist cannot mark them.
 GROUPS = {
     "tests/reliability/test_contract.py": "reliability",
     "tests/reliability/test_failures.py": "reliability",
@@ -55,20 +56,32 @@ LONGEST_FIRST = (
 )  # fmt: skip
 
 
-def group_of(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """The name of the group that a test belongs to."""
-    path = item.nodeid.partition("::")[0]
+    path = nodeid.partition("::")[0]
     return next((group for start, group in GROUPS.items() if path.startswith(start)), path)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hand whole groups to the processes, in the order of the collection."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test with its group and put the longest groups first."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+    """Put the groups that take longest first."""
     items.sort(
         key=lambda item: next(
-            place for place, start in enumerate(LONGEST_FIRST) if group_of(item).startswith(start)
+            place
+            for place, start in enumerate(LONGEST_FIRST)
+            if group_of(item.nodeid).startswith(start)
         )
     )
 
