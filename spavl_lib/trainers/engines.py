@@ -188,17 +188,17 @@ class ZeroEngine(Engine):
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
         import deepspeed
 
-        settings = read_json(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
-        settings["bf16"]["enabled"] = compute_dtype() == torch.bfloat16
-        settings["fp16"]["enabled"] = compute_dtype() == torch.float16
-        settings |= {
+        options = read_json(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]))
+        options["bf16"]["enabled"] = compute_dtype() == torch.bfloat16
+        options["fp16"]["enabled"] = compute_dtype() == torch.float16
+        options |= {
             "gradient_clipping": 0.0,  # `step` clips each group
             "gradient_accumulation_steps": 1,
             "train_micro_batch_size_per_gpu": 1,
             "train_batch_size": launch.num_processes,
         }
         self.engine, *_ = deepspeed.initialize(
-            model=self.model, optimizer=self.optimizer, config=settings
+            model=self.model, optimizer=self.optimizer, config=options
         )
         self.lockstep = launch.engine == "zero3"
         self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed has its own
