@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
-from spavl_lib.distributed import group, zero_parameters
+from spavl_lib.distributed import group, settings, zero_parameters
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.files import read_json
