@@ -123,7 +123,7 @@ def _today(key: str, value: Any) -> str:
 
 def _read_profile(path: Path) -> dict[str, Any]:
     try:
-        page = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        page = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as YAML: {error}") from error
     if not isinstance(page, dict | None):
