@@ -132,7 +132,7 @@ def test_a_silent_death_is_found_in_the_agents_words(tmp_path: Path) -> None:
         "[0]:\n  rank      : 2 (local_rank: 2)\n  exitcode  : -9 (pid: 9)\n"
     )
     found = problem(tmp_path, told(1, "RuntimeError", "gloo: Connection reset by peer"), log=words)
-    assert "rank 2 of 4 was killed by SIGKILL (often for memory)" in str(found)
+    assert "rank 2 of 4 was killed by SIGKILL (often because memory ran out)" in str(found)
 
 
 def test_a_good_end_is_no_problem(tmp_path: Path) -> None:
