@@ -83,10 +83,10 @@ def process_of(stage: Stage, rank: int) -> int:
 
 
 def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
-    """Do something in the background once a condition holds."""
+    """Do something in the background once a condition holds; give up after ten minutes."""
 
     def wait() -> None:
-        until = time.monotonic() + 200
+        until = time.monotonic() + 600
         while not condition():
             if time.monotonic() > until:
                 return
