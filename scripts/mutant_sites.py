@@ -401,7 +401,10 @@ def find(
         rules = (
             ("exact", lambda n, w: n.function == w["function"] and n.statement == w["statement"]),
             ("moved", lambda n, w: n.statement == w["statement"]),
-            ("loose", lambda n, w: _last(n.function) == _last(w["function"])),
+            (
+                "loose",
+                lambda n, w: w["function"] and _last(n.function) == _last(w["function"]),
+            ),
         )
         whole = mutant["kind"] == "statement"
         for how, rule in rules:

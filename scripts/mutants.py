@@ -140,17 +140,23 @@ class Finder:
     def __call__(self, mutant: dict) -> dict | None:
         """File, new text, line and how it was found; None if it is gone."""
         by_hand = self.data.get("mapped", {}).get(mutant["id"])
+        if found := self._search(mutant, [mutant["file"]], {}, ("exact", "text")):
+            return found  # where it was drawn
         if by_hand is not None:
             return self._text(by_hand, "by hand") if "file" in by_hand else None
+        paths = self._candidates(mutant["file"])
+        return self._search(mutant, paths, self.data.get("renamed", {}), None)
+
+    def _search(
+        self, mutant: dict, paths: list[str], names: dict[str, str], kinds: tuple | None
+    ) -> dict | None:
+        paths = [p for p in paths if (self.tree / p).is_file()]
         if "old" in mutant:
-            for path in self._candidates(mutant["file"]):
-                if found := self._text(mutant | {"file": path}, "text"):
-                    return found
-            return None
-        names = self.data.get("renamed", {})
-        paths = [p for p in self._candidates(mutant["file"]) if p.endswith(".py")]
-        hit = find({p: self._source(p) for p in paths}, mutant, names)
-        if hit is None:
+            texts = (self._text(mutant | {"file": path}, "text") for path in paths)
+            return next(filter(None, texts), None)
+        sources = {p: self._source(p) for p in paths if p.endswith(".py")}
+        hit = find(sources, mutant, names)
+        if hit is None or (kinds and hit[3] not in kinds):
             return None
         path, node, replacement, how = hit
         try:
@@ -449,8 +455,7 @@ def _shared_out(
             except queue.Empty:
                 return
             about = data["groups"][page["group"] if page else job["id"]]
-            # Files that are there: the first run met the tests of an earlier layout.
-            tests = [name for name in about["tests"] if (data["tree"] / name).exists()]
+            tests = [name for name in about["tests"] if has_test(data["tree"], name)]
             try:
                 result = worker.ask(
                     job
@@ -466,6 +471,20 @@ def _shared_out(
         thread.start()
     for _ in jobs:
         yield done.get()
+
+
+def has_test(tree: Path, name: str) -> bool:
+    """Whether a tree has a test: the first run met the tests of an earlier layout.
+
+    Args:
+        tree: Of the project.
+        name: A file or folder, or `file::function`.
+    """
+    file, _, function = name.partition("::")
+    path = tree / file
+    if not function:
+        return path.exists()
+    return path.is_file() and f"def {function}(" in path.read_text(encoding="utf-8")
 
 
 def _check_plain(data: dict, results: list[tuple[None, dict]]) -> None:
