@@ -498,7 +498,9 @@ class LaunchConfig:
                 "numbered from 0"
             )
         if self.num_machines > 1 and not self.main_port:
-            yield "main_port: several machines need a port that all of them know"
+            yield (
+                f"num_machines = {self.num_machines} needs main_port, a port that all machines know"
+            )
         if self.cpu_offload and self.engine == "ddp":
             yield "cpu_offload needs engine zero2 or zero3"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from spavl_lib import cli, pipeline
+from spavl_lib import cli
 from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
 from spavl_lib.notebook import execute
@@ -136,7 +136,7 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
 ) -> None:  # fmt: skip
     folder = make_notebook("04_dpo").parent
     monkeypatch.setenv("SPAVL_NOTEBOOKS", str(folder))
-    monkeypatch.setattr(pipeline, "run_notebook", lambda *a, **o: pytest.fail("a kernel starts"))
+    monkeypatch.setattr(execute, "run_notebook", lambda *a, **o: pytest.fail("a kernel starts"))
     for words in BAD:
         with pytest.raises(SystemExit) as caught:
             cli.main(["run", "dpo", "-p", "smoke", *words])
@@ -145,7 +145,7 @@ def test_bad_parameters_are_refused_before_a_kernel_starts(
         assert said.startswith("spavl: ") and "Traceback" not in said
     path = make_notebook("04_dpo")
     with pytest.raises(InputError, match="did you mean 'run_name'"):
-        pipeline.check_parameters(path, ["run_nme"])
+        execute.check_parameters(path, ["run_nme"])
     assert not runs.exists()
     record("N3", len(BAD), 12)
 
