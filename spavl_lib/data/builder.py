@@ -1,8 +1,8 @@
-"""How preference data are made: from several answers to a question to pairs worth training on.
+"""Build preference pairs from the answers of several models to each question.
 
-As SPA-VL does (section 3 of the paper): every answer gets a safety label; models fall into groups
-by how often they are unsafe; two answers of different groups are drawn; a judge compares them
-twice, with their order exchanged, and only a pair it decides alike both times is kept.
+The method is that of SPA-VL (arXiv:2406.12030, section 3). Every answer gets a safety label. Models
+are grouped by how often they are unsafe. For each question two answers of different groups are
+drawn. A judge compares them twice, in both orders; the pair is kept if both verdicts agree.
 """
 
 import random
@@ -12,23 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 LABELS = ("safe", "unsafe")
-FATES = ("kept", "inconsistent", "tie", "unreadable", "same answer", "one group")
+OUTCOMES = ("kept", "inconsistent", "tie", "unreadable", "same answer", "one group")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One question over one picture, and what several models answered."""
+class Question:
+    """A question over an image, with the answers of several models."""
 
     id: str
     prompt: str
     answers: dict[str, str]
+    """Model -> answer."""
     image: Any = None
     more: dict = field(default_factory=dict)
     """Further fields of the row, such as class and question type."""
 
 
 class PairJudge(Protocol):
-    """Says which of two answers is better. Whoever can compare will do: rules, a model, people."""
+    """Says which of two answers is better: rules, a model or a person."""
 
     name: str
 
@@ -38,27 +39,27 @@ class PairJudge(Protocol):
 
 @dataclass(frozen=True)
 class Built:
-    """Pairs that were kept, and what became of all."""
+    """The pairs that were kept, and statistics."""
 
     rows: list[dict]
-    fates: dict[str, int]
-    """How many questions were kept, or why not; together all of them."""
+    outcomes: dict[str, int]
+    """Number of questions by outcome: kept, or why not."""
     groups: list[list[str]]
     """Models by how often they are unsafe, the safest first."""
     unsafe_share: dict[str, float | None]
-    """Of each model, over its labelled answers."""
+    """Share of unsafe answers of each model, among those with a label."""
     unlabelled: int
     """Answers whose safety label could not be read."""
 
     @property
     def flip_rate(self) -> float | None:
-        """Share of compared pairs that it decided by their order: the judge's position bias."""
-        compared = self.fates["kept"] + self.fates["inconsistent"]
-        return self.fates["inconsistent"] / compared if compared else None
+        """Share of compared pairs whose verdict depends on the order: the judge's position bias."""
+        compared = self.outcomes["kept"] + self.outcomes["inconsistent"]
+        return self.outcomes["inconsistent"] / compared if compared else None
 
 
 def build_preferences(
-    questions: Iterable[Asked],
+    questions: Iterable[Question],
     label: Callable[[dict], str | None],
     judge: PairJudge,
     *,
@@ -68,35 +69,35 @@ def build_preferences(
     """Make preference rows.
 
     Args:
-        questions: With at least two answers each to be of use.
-        label: A record with `prompt`, `response`, `image` -> `safe`, `unsafe`, or None if no label
-            could be read.
+        questions: Questions; those with fewer than two answers give no pair.
+        label: Gives `safe` or `unsafe` for a record with `prompt`, `response` and `image`; None if
+            no label could be read.
         judge: Compares two answers.
-        groups: How many safety groups of models, at most.
-        seed: Of drawing pairs, by question.
+        groups: Largest number of safety groups.
+        seed: Seed of drawing pairs.
     """
-    asked = list(questions)
+    questions = list(questions)
     labels = {
         (q.id, model): label({"id": q.id, "prompt": q.prompt, "response": text, "image": q.image})
-        for q in asked
+        for q in questions
         for model, text in q.answers.items()
     }
     share = unsafe_shares(labels)
     ordered = safety_groups(share, groups)
     group_of = {model: number for number, models in enumerate(ordered) for model in models}
-    rows, fates = [], Counter(dict.fromkeys(FATES, 0))
-    for question in asked:
+    rows, outcomes = [], Counter(dict.fromkeys(OUTCOMES, 0))
+    for question in questions:
         pair = draw_pair(question, group_of, seed)
         if pair is None:
-            fates["one group"] += 1
+            outcomes["one group"] += 1
             continue
         texts = [question.answers[model] for model in pair]
         if texts[0].strip() == texts[1].strip():
-            fates["same answer"] += 1
+            outcomes["same answer"] += 1
             continue
-        fate, better = compare_both_ways(judge, question, texts)
-        fates[fate] += 1
-        if fate == "kept" and better is not None:
+        outcome, better = compare_both_ways(judge, question, texts)
+        outcomes[outcome] += 1
+        if outcome == "kept" and better is not None:
             chosen, rejected = (better, 1 - better)
             rows.append(
                 question.more
@@ -109,11 +110,11 @@ def build_preferences(
                 }
             )  # fmt: skip
     unlabelled = sum(value not in LABELS for value in labels.values())
-    return Built(rows, dict(fates), ordered, share, unlabelled)
+    return Built(rows, dict(outcomes), ordered, share, unlabelled)
 
 
 def unsafe_shares(labels: dict[tuple[str, str], str | None]) -> dict[str, float | None]:
-    """How often each model is unsafe, over the answers that have a label.
+    """Share of unsafe answers of each model, among those with a label; None if it has none.
 
     Args:
         labels: (question, model) -> label.
@@ -129,14 +130,14 @@ def unsafe_shares(labels: dict[tuple[str, str], str | None]) -> dict[str, float 
 
 
 def safety_groups(shares: dict[str, float | None], groups: int) -> list[list[str]]:
-    """Models in groups of about equal size by how often they are unsafe, the safest first.
+    """Models in groups of about equal size by their unsafe share, the safest group first.
 
-    Models alike in that stay together, so that there may be fewer groups. A model without any
-    label is in none.
+    Models with equal shares are in one group, so there may be fewer groups. A model without a label
+    is in no group.
 
     Args:
         shares: Model -> unsafe share.
-        groups: How many, at most.
+        groups: Largest number of groups.
     """
     known = sorted((s, m) for m, s in shares.items() if s is not None)
     cut: dict[int, list[str]] = defaultdict(list)
@@ -150,16 +151,13 @@ def safety_groups(shares: dict[str, float | None], groups: int) -> list[list[str
     return [cut[number] for number in sorted(cut)]
 
 
-def draw_pair(question: Asked, group_of: dict[str, int], seed: int) -> tuple[str, str] | None:
-    """Draw two models of different groups that answered, in a random order.
+def draw_pair(question: Question, group_of: dict[str, int], seed: int) -> tuple[str, str] | None:
+    """Two models that answered, of different groups and in random order; None if there are none.
 
     Args:
-        question: The question with its answers.
-        group_of: Model -> group.
-        seed: Random seed; the question's id is added to it.
-
-    Returns:
-        The models' names, or None if fewer than two groups answered.
+        question: The question.
+        group_of: Model -> its group.
+        seed: Seed; each question draws from a generator of its own.
     """
     draw = random.Random(f"pair/{seed}/{question.id}")
     by_group: dict[int, list[str]] = defaultdict(list)
@@ -173,17 +171,17 @@ def draw_pair(question: Asked, group_of: dict[str, int], seed: int) -> tuple[str
 
 
 def compare_both_ways(
-    judge: PairJudge, question: Asked, texts: Sequence[str]
+    judge: PairJudge, question: Question, texts: Sequence[str]
 ) -> tuple[str, int | None]:
-    """Ask a judge twice, with the answers exchanged.
+    """Ask a judge twice, with the answers in both orders.
 
     Args:
-        judge: Compares two texts.
+        judge: Compares two answers.
         question: The question.
         texts: The two answers.
 
     Returns:
-        What became of the pair (one of `FATES`), and which text is better if it is kept.
+        The outcome (one of `OUTCOMES`), and the index of the better text if the pair is kept.
     """
     record = {"id": question.id, "prompt": question.prompt, "image": question.image}
     one = judge(record, texts[0], texts[1])
@@ -192,29 +190,31 @@ def compare_both_ways(
         return "unreadable", None
     if "tie" in (one, other):
         return "tie", None
-    if one == other:  # the same place both times: it judged the place
+    if one == other:  # the same position both times, so the order decided
         return "inconsistent", None
     return "kept", 0 if one == "first" else 1
 
 
-def asked_from_meta(rows: Iterable[dict], answers: dict[str, list[dict]]) -> list[Asked]:
-    """Questions with every model's answer, from the meta files of the Hub's layout.
+def questions_from_meta(rows: Iterable[dict], answers: dict[str, list[dict]]) -> list[Question]:
+    """Questions with the answers of every model, from the meta files of the Hub's layout.
 
     Args:
-        rows: In the schema.
+        rows: Rows in the schema.
         answers: Model -> the records of `model_answer/<model>.json`.
     """
-    said: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    answers_to: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for model, records in answers.items():
         for record in records:
             text = record.get("answer")
             if isinstance(text, str):
-                said[record["image"].rpartition("/")[2], record.get("question", "")][model] = text
-    kept = ("image_name", "class1", "class2", "class3", "question_type")
+                answers_to[record["image"].rpartition("/")[2], record.get("question", "")][
+                    model
+                ] = text
+    copied = ("image_name", "class1", "class2", "class3", "question_type")
     return [
-        Asked(
-            row["id"], row["prompt"], said.get((row["image_name"], row["prompt"]), {}),
-            row["image"], {name: row[name] for name in kept},
+        Question(
+            row["id"], row["prompt"], answers_to.get((row["image_name"], row["prompt"]), {}),
+            row["image"], {name: row[name] for name in copied},
         )
         for row in rows
     ]  # fmt: skip

@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 from spavl_lib.config import DataConfig
 from spavl_lib.data.explore import describe, set_keys, shared
 from spavl_lib.data.load import folder_of, load_prompts, read_preferences
-from spavl_lib.data.schema import Loaded
+from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.data.sources.hub import HubLayout
 from spavl_lib.data.sources.original import MAPS

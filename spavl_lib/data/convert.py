@@ -1,9 +1,9 @@
-"""Between the Hub's layout and the original's, losing nothing: `spavl data convert SRC DST`.
+"""Convert between the Hub's layout and the original's, without loss: `spavl data convert SRC DST`.
 
-The original's records have no class and no question type: a class stands in the image's path
-(`class1/class2/class3/image_name`), a type in which list the record is in. What neither can say (a
-picture of another's name, a row without one) is kept in fields of its own, which the original's
-code passes over.
+The original's records have no fields for class and question type. The image's path contains the
+class (`class1/class2/class3/image_name`), and each list holds the records of one type. If these are
+not enough (several images of one name, a row without an image), the record gets extra fields, which
+the original's code ignores.
 """
 
 import json
@@ -28,8 +28,8 @@ from spavl_lib.data.sources.original import MAPS
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # the original's spelling
-PROMPTS = "infer_{}.json"  # the original's inference lists: id, image, question
+KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # type -> the original's keyword
+PROMPTS = "infer_{}.json"  # an inference list of the original: id, image, question
 SHARD, GROUP = 12_000, 500  # rows of a parquet file, and of a row group
 
 
@@ -44,15 +44,15 @@ def convert(source: str, target: Path) -> dict[str, int]:
         Rows written, by split.
 
     Raises:
-        InputError: The source is bad, or the target holds files.
+        InputError: The source has problems, or the target holds files.
     """
     if target.exists() and any(target.iterdir()):
-        raise InputError(f"{target} is not empty")
+        raise InputError(f"{target} is not empty; choose a new folder")
     if (Path(source) / MAPS["train"]).is_file():
         return to_hub(Path(source), target)
     kind = "mini" if source == "mini" else "hub_layout"
     path = "" if kind == "mini" else source
-    return to_seed(_all_rows(kind, path), target)
+    return to_original(_all_rows(kind, path), target)
 
 
 def _all_rows(kind: str, path: str, image_root: str = "") -> DataConfig:
@@ -61,21 +61,21 @@ def _all_rows(kind: str, path: str, image_root: str = "") -> DataConfig:
     )
 
 
-# --- to the original's ---------------------------------------------------------------------------
+# --- to the original's layout ---------------------------------------------------------------------
 
 
-def to_seed(config: DataConfig, target: Path) -> dict[str, int]:
+def to_original(config: DataConfig, target: Path) -> dict[str, int]:
     """Write the original's layout.
 
     Args:
-        config: What to read.
+        config: The data to read.
         target: Takes keyword maps, lists and `images/`.
 
     Returns:
         Records written, by split.
     """
     counts, number = {}, 0
-    pictures = _Pictures(target / "images")
+    images = _Images(target / "images")
     for split, map_name in MAPS.items():
         if split == "validation" and not _has(config, "validation/validation-*.parquet"):
             continue
@@ -86,7 +86,7 @@ def to_seed(config: DataConfig, target: Path) -> dict[str, int]:
         for row in tqdm(rows, desc=split):
             keyword = KEYWORDS.get(row["question_type"], "untyped")
             answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
-            lists[keyword].append(_record(row, number, pictures) | answers)
+            lists[keyword].append(_record(row, number, images) | answers)
             number += 1
         keyword_map = {}
         for keyword, records in lists.items():
@@ -99,7 +99,7 @@ def to_seed(config: DataConfig, target: Path) -> dict[str, int]:
         rows = load_prompts(config, name)
         _write(
             target / PROMPTS.format(name),
-            [_record(row, i, pictures) for i, row in enumerate(rows)],
+            [_record(row, i, images) for i, row in enumerate(rows)],
         )
         counts[name] = len(rows)
     return counts
@@ -113,37 +113,44 @@ def _prompt_sets(config: DataConfig) -> list[str]:
     return sorted({p.name.split("-")[0] for p in folder_of(config).glob("test/*-*.parquet")})
 
 
-def _record(row: dict, number: int, pictures: "_Pictures") -> dict:
-    own = row["id"].isdigit() and str(int(row["id"])) == row["id"]
-    record: dict[str, Any] = {"id": int(row["id"]) if own else number}
-    said = ("", "")
+def _record(row: dict, number: int, images: "_Images") -> dict:
+    is_number = row["id"].isdigit() and str(int(row["id"])) == row["id"]
+    record: dict[str, Any] = {"id": int(row["id"]) if is_number else number}
+    in_path = ("", "")
     if row["image"] is not None:
-        record["image"] = pictures.write(row, number)
-        said = (record["image"].rpartition("/")[2], pictures.class_of(record["image"]))
+        record["image"] = images.write(row, number)
+        in_path = (record["image"].rpartition("/")[2], images.class_of(record["image"]))
     turns = row["prompt"].split(TURN)
     record["question"] = (
         row["prompt"]
         if len(turns) == 1
         else [{"from": ("Human", "Assistant")[i % 2], "value": t} for i, t in enumerate(turns)]
     )
-    for field, value in zip(("image_name", "class3"), said, strict=True):
+    for field, value in zip(("image_name", "class3"), in_path, strict=True):
         if row[field] != value:
             record[field] = row[field]
     return record
 
 
-class _Pictures:
-    """Picture files by class, names that clash told apart by a folder in front."""
+class _Images:
+    """Writes image files by class. A folder in front tells images of equal names apart."""
 
     def __init__(self, root: Path):
         self.root = root
         self.written: dict[str, bytes] = {}  # path -> digest
 
     def write(self, row: dict, number: int) -> str:
-        """A row's picture below the root; the path as the record names it.
+        """Write a row's image, unless it is written already.
+
+        Args:
+            row: The row.
+            number: Its number, for a name that is free.
+
+        Returns:
+            The path for the record, relative to the root.
 
         Raises:
-            InputError: The picture's name is no plain file name.
+            InputError: The image's name is no plain file name.
         """
         folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
         name = row["image_name"] or f"{number}.png"
@@ -163,20 +170,20 @@ class _Pictures:
 
     @staticmethod
     def class_of(relative: str) -> str:
-        """The class that a path says."""
+        """The class that a path contains; empty if none."""
         parts = relative.split("/")
         folders = tuple(parts[-4:-2]) if len(parts) >= 4 else ()
         return parts[-2] if folders and PARENTS.get(parts[-2]) == folders else ""
 
 
-# --- to the Hub's --------------------------------------------------------------------------------
+# --- to the Hub's layout --------------------------------------------------------------------------
 
 
 def to_hub(source: Path, target: Path) -> dict[str, int]:
-    """Write the Hub's layout, with the meta files that classes and question types come from.
+    """Write the Hub's layout, with the meta files that hold classes and question types.
 
     Args:
-        source: A folder in the original's layout; pictures below `images/`, or below itself.
+        source: A folder in the original's layout. Image paths start from its `images/`, or from it.
         target: Takes `data/`, `validation/`, `test/` and `meta_files/`.
 
     Returns:
@@ -202,7 +209,7 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
 
 
 def _in_order(rows: Dataset) -> Dataset:
-    """Rows by their number, where all have one: the lists are by type, the Hub's rows are not."""
+    """Rows sorted by id, if all ids are numbers: the lists are sorted by type, the Hub is not."""
     ids = rows["id"]
     if not all(i.isdigit() for i in ids):
         return rows
@@ -215,13 +222,13 @@ def _write_parquet(folder: Path, split: str, rows: Dataset) -> None:
     ids = rows["id"]
     first = int(ids[0]) if len(rows) and ids[0].isdigit() else 0
     if any(i != str(first + n) for n, i in enumerate(ids)):
-        columns.append("id")  # not a plain count, so that it must be said
+        columns.append("id")  # they do not count up, so they must be stored
     if kind != "train" and any(r["image_name"] != _name(r["image"]) for r in rows):
         columns.append("image_name")
     if kind == "validation" and any(rows["question_type"]):
         columns.append("question_type")
     if kind == "train" and any(r["class3"] and r["image"] is None for r in rows):
-        columns += ["class1", "class2", "class3"]  # no picture, so nothing to join by
+        columns += ["class1", "class2", "class3"]  # without an image, classes cannot be joined
     kinds = Features({c: Image() if c == "image" else Value("string") for c in columns})
     schema = kinds.arrow_schema
     if any(TURN in prompt for prompt in rows["prompt"]):

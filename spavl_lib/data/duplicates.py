@@ -1,7 +1,8 @@
-"""Pictures and texts that are the same, or nearly: within a set, and between sets.
+"""Find images and texts that are equal or nearly equal, within a set and between sets.
 
-Exact: the file's hash. Near: a picture's difference hash (dHash, Krawetz 2013: is each of 8 x 8
-grey cells brighter than the one left of it?), and a question's words without case and signs.
+Equal images have equal file hashes. Nearly equal images have similar difference hashes (dHash,
+Krawetz 2013: whether each of 8 x 8 grey cells is brighter than its left neighbour). Nearly equal
+questions have the same words, without case and punctuation.
 """
 
 import hashlib
@@ -19,37 +20,37 @@ from PIL import Image
 from spavl_lib.data.images import FORMATS, ImageError, decode
 from spavl_lib.data.schema import batches
 
-NEAR = 3  # bits of 64 that may differ
+NEAR = 3  # of 64 bits, how many may differ
 
 
 def content_of(cell: Any) -> bytes:
-    """An image cell's file, empty for a text-only row."""
+    """The bytes of an image cell's file; empty for a text-only row."""
     if cell is None:
         return b""
     return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
 def cells(rows: Dataset) -> Iterator[Any]:
-    """The rows' image cells, a batch in memory at a time."""
+    """The rows' image cells, read in batches."""
     for table in batches(rows.select_columns(["image"])):
         yield from table.column("image").to_pylist()
 
 
 def image_hashes(rows: Dataset) -> list[str]:
-    """sha256 of each row's image file, empty for a text-only row."""
+    """sha256 of each row's image file; empty for a text-only row."""
     contents = map(content_of, cells(rows))
     return [hashlib.sha256(c).hexdigest() if c else "" for c in contents]
 
 
 def dhash(content: bytes) -> int:
-    """64 bits of a picture's shape, alike for scaled, recoloured or recompressed copies.
+    """A 64-bit dHash, similar for scaled, recoloured or recompressed copies of an image.
 
     Raises:
-        ImageError: It cannot be decoded.
+        ImageError: The image cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            image.draft("L", (64, 64))  # JPEG: decode no larger than needed
+            image.draft("L", (64, 64))  # a JPEG is decoded no larger than needed
             small = image.convert("L") if image.mode in ("RGB", "L") else None
             small = small or decode({"bytes": content, "path": None}).convert("L")
             grey = np.asarray(small.resize((9, 8), Image.Resampling.BOX))
@@ -60,36 +61,38 @@ def dhash(content: bytes) -> int:
 
 
 def looks(rows: Dataset) -> dict[str, tuple[int, tuple[int, int]]]:
-    """Each distinct picture's hash -> its dHash, and its size in pixels; unreadable ones left out.
+    """sha256 of each distinct image -> its dHash, and its width and height in pixels.
+
+    Images that cannot be read are left out.
 
     Args:
-        rows: In the schema.
+        rows: Rows in the schema.
     """
-    found: dict[str, tuple[int, tuple[int, int]]] = {}
+    by_hash: dict[str, tuple[int, tuple[int, int]]] = {}
     for content in map(content_of, cells(rows)):
         key = hashlib.sha256(content).hexdigest()
-        if content and key not in found:
+        if content and key not in by_hash:
             try:
                 with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                     size = image.size
-                found[key] = (dhash(content), size)
+                by_hash[key] = (dhash(content), size)
             except (ImageError, OSError):
                 continue
-    return found
+    return by_hash
 
 
 def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
-    """Groups of like pictures: each is within `distance` bits of another of its group.
+    """Groups of similar images: each is within `distance` bits of another of its group.
 
-    Two hashes that differ in at most three bits agree in one of their four 16-bit quarters, so only
-    those are compared.
+    Two hashes that differ in at most three bits are equal in one of their four 16-bit quarters, so
+    only such hashes are compared.
 
     Args:
         hashes: 64-bit dHashes.
         distance: Bits that may differ, at most 3.
 
     Returns:
-        Positions of the hashes, by group of two or more, the largest first.
+        The indices of the hashes in each group of two or more, the largest group first.
     """
     if not 0 <= distance <= 3:
         raise ValueError(f"distance must be 0 to 3, got {distance}")
@@ -106,7 +109,7 @@ def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
         buckets: dict[int, dict[int, int]] = defaultdict(dict)
         for index, value in enumerate(values):
             bucket = buckets[(value >> (16 * quarter)) & 0xFFFF]
-            if value in bucket:  # the same hash again: no need to compare it with all
+            if value in bucket:  # an equal hash needs no comparison with all others
                 parent[root(index)] = root(bucket[value])
                 continue
             for other, place in bucket.items():
@@ -120,10 +123,10 @@ def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
 
 
 def plain_words(text: str) -> str:
-    """A text's words without case, signs and spaces between."""
+    """A text's words in lower case, with single spaces and without punctuation."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def repeated(keys: Iterable[Any]) -> int:
-    """How many are more than the first of their kind."""
+    """How many keys repeat an earlier one."""
     return sum(n - 1 for n in Counter(keys).values())

@@ -1,25 +1,26 @@
-"""The data stage: what the rows are, counted, before anything is trained on them."""
+"""The data stage: describe the rows before anything is trained on them."""
 
 import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 from datasets import Dataset
+from transformers import ProcessorMixin
 
 from spavl_lib.config import Config
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.lengths import pair_lengths
 from spavl_lib.data.load import eval_sets, load_prompts, read_preferences
-from spavl_lib.data.schema import Loaded, column
+from spavl_lib.data.problems import Loaded
+from spavl_lib.data.schema import column
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
 
-LISTED = 1_000  # lines of one kind that a report keeps; counts are of all
+LISTED = 1_000  # problems that a report lists; it counts all
 
 
 def data_sha256(rows: Dataset) -> str:
@@ -30,26 +31,26 @@ def data_sha256(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-def describe(loaded: Loaded, processor: Any = None, longest: int = 0) -> dict:
-    """Everything about one split that is worth knowing before training.
+def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: int = 0) -> dict:
+    """Describe one split.
 
     Args:
-        loaded: Its rows, and what was wrong with those left out.
-        processor: Counts tokens; none are counted without it.
-        longest: Tokens a sequence may have.
+        loaded: The rows, and the problems of those left out.
+        processor: Counts tokens; None to count none.
+        longest: Tokens a sequence may have; 0 for no limit.
 
     Returns:
-        Counts of rows, pictures, classes and types; rows without class or type; exact and near
-        duplicates; sizes of pictures; tokens, with the rows that are too long; and what is wrong.
+        Numbers of rows, images, classes and types; rows without class or type; exact and near
+        duplicates; sizes of images; lengths in tokens, and how many are too long; and the problems.
     """
     rows = loaded.rows
     problems = list(loaded.skipped)
     hashes = image_hashes(rows)
     prompts, chosen, rejected = (column(rows, c) for c in ("prompt", "chosen", "rejected"))
-    seen = looks(rows)
-    groups = near_groups(look for look, _ in seen.values())
+    looks_of = looks(rows)
+    groups = near_groups(dhash for dhash, _ in looks_of.values())
     words = list(map(plain_words, prompts))
-    sizes = Counter(f"{w}x{h}" for _, (w, h) in seen.values())
+    sizes = Counter(f"{w}x{h}" for _, (w, h) in looks_of.values())
     marked = [i for i, p in enumerate(prompts) if "<image>" in p]
     report = {
         "rows": len(rows),
@@ -79,26 +80,26 @@ def describe(loaded: Loaded, processor: Any = None, longest: int = 0) -> dict:
     return report
 
 
-def tokens(processor: Any, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
-    """Lengths of whole sequences, and a line for each that is longer than the model takes.
+def tokens(processor: ProcessorMixin, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
+    """Summary of the lengths of all sequences in tokens, and a line for each that is too long.
 
     Args:
-        processor: Processor that counts the tokens.
+        processor: The model's processor.
         rows: Preference rows.
-        longest: Largest number of tokens of a sequence; 0 for no limit.
+        longest: Tokens a sequence may have; 0 for no limit.
     """
-    both: list[int] = []
+    lengths: list[int] = []
     too_long = []
     for name, *sizes in pair_lengths(processor, rows):
-        both += sizes
+        lengths += sizes
         for side, size in zip(("chosen", "rejected"), sizes, strict=True):
             if longest and size > longest:
-                too_long.append(f"{name} {side}: {size} tokens, over {longest}")
-    return summary_of(both) | {"over": len(too_long)}, too_long
+                too_long.append(f"{name} {side}: {size} tokens, more than {longest}")
+    return summary_of(lengths) | {"over": len(too_long)}, too_long
 
 
 def summary_of(values: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile and largest."""
+    """Median, 95th percentile and maximum."""
     ordered = sorted(values)
     if not ordered:
         return {"median": 0, "p95": 0, "max": 0}
@@ -110,14 +111,14 @@ def summary_of(values: Sequence[float]) -> dict[str, float]:
 
 
 def balance(class3: Sequence[str]) -> dict:
-    """How evenly rows fall on the tertiary classes.
+    """How evenly the rows are spread over the tertiary classes.
 
     Args:
-        class3: Of every row, empty where unknown.
+        class3: The class of every row; empty if unknown.
 
     Returns:
-        `present` of 53 and `absent` classes; `smallest` and `largest`, with rows; `evenness`:
-        the entropy over that of an even spread, 1 if all classes have alike many.
+        `present` and `absent`: numbers of classes; `smallest` and `largest`: a class and its rows;
+        `evenness`: the entropy divided by that of an even spread, 1 if all classes are equal.
     """
     counts = Counter(c for c in class3 if c)
     if not counts:
@@ -135,11 +136,12 @@ def balance(class3: Sequence[str]) -> dict:
 
 
 def length_bias(rows: Dataset) -> dict:
-    """Words of chosen and of rejected answers, overall, by class and by question type.
+    """Lengths in words of chosen and rejected answers, overall, by class and by question type.
 
     Returns:
-        `chosen_words` and `rejected_words`; `chosen_longer_share`; and `lengths`: the column, its
-        values, and of each the rows, both medians and that share.
+        `chosen_words` and `rejected_words`: mean, median, 95th percentile and maximum;
+        `chosen_longer_share`; and `lengths`: column -> value -> number of rows, both medians and
+        that share.
     """
     answers = [[len((t or "").split()) for t in column(rows, c)] for c in ("chosen", "rejected")]
     pairs = list(zip(*answers, strict=True))
@@ -148,7 +150,7 @@ def length_bias(rows: Dataset) -> dict:
         groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for value, pair in zip(column(rows, name), pairs, strict=True):
             groups[value or "unknown"].append(pair)
-        by[name] = {value: _lengths_of(found) for value, found in sorted(groups.items())}
+        by[name] = {value: _lengths_of(group) for value, group in sorted(groups.items())}
     whole = _lengths_of(pairs)
     return {
         "chosen_words": _words(answers[0]),
@@ -174,15 +176,15 @@ def _words(counts: list[int]) -> dict[str, float]:
 
 
 def set_keys(rows: Dataset) -> tuple[set[str], set[str]]:
-    """Hashes of a set's pictures, and its questions' words."""
+    """Hashes of a set's images, and the words of its questions."""
     return set(image_hashes(rows)) - {""}, set(map(plain_words, column(rows, "prompt")))
 
 
 def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
-    """Pictures and questions that each other set has in common with the training rows.
+    """Numbers of images and questions that each other set has in common with the training rows.
 
     Args:
-        keys: Set name -> hashes of its pictures, words of its questions.
+        keys: Set name -> `set_keys` of its rows.
     """
     train = keys.get("train", (set(), set()))
     return {
@@ -198,7 +200,11 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 @stage_maker("data", inputs=_inputs)
 def make_data_stage(config: Config, stage: Stage) -> dict:
-    """Load every set, describe it, and look for leaks.
+    """Load every set, describe it, and count what it shares with the training rows.
+
+    Args:
+        config: The run's config.
+        stage: The data stage.
 
     Returns:
         The summary.

@@ -1,4 +1,4 @@
-"""An order of rows in which an image's rows stand together, so that a batch runs the image once."""
+"""An order that keeps the rows of an image together, so that a batch computes the image once."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-LOOK_AHEAD = 64  # groups tried for the room left in a batch, before one is cut in two
+LOOK_AHEAD = 64  # groups tried for the rest of a batch, before one is split
 
 
 def image_groups(names: Sequence[str]) -> list[list[int]]:
-    """Row indices by image, in order of appearance; a row without a name is a group of its own."""
+    """Row indices by image, in order of appearance. A row without a name is a group by itself."""
     groups: dict[object, list[int]] = {}
     for index, name in enumerate(names):
         groups.setdefault(name or index, []).append(index)
@@ -18,9 +18,9 @@ def image_groups(names: Sequence[str]) -> list[list[int]]:
 
 
 class ImageGroupedSampler(Sampler[int]):
-    """Shuffled images, each with all its rows; every row once an epoch.
+    """Gives the rows of shuffled images, each row once per epoch.
 
-    The order follows from seed and epoch alone: a resumed run takes up where it stopped.
+    The order depends only on seed and epoch, so a resumed run continues where it stopped.
     """
 
     def __init__(self, names: Sequence[str], batch_size: int, seed: int):
@@ -45,7 +45,7 @@ class ImageGroupedSampler(Sampler[int]):
             yield from self._batch(waiting)
 
     def _batch(self, waiting: deque[list[int]]) -> list[int]:
-        """The next rows, `batch_size` of them unless they end: whole groups while they fit."""
+        """The next `batch_size` rows, or all that are left: whole groups as long as they fit."""
         batch: list[int] = []
         while waiting and len(batch) < self.batch_size:
             room = self.batch_size - len(batch)

@@ -1,4 +1,4 @@
-"""Opening images from outside: inside the root, of a known kind and size, whole, in RGB."""
+"""Open images of unknown origin safely: only below a root, of known formats and limited size."""
 
 import io
 import os
@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from spavl_lib.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
-MAX_PIXELS = 50_000_000  # larger is refused from the header: a bomb, or a mistake
+MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded
 
 
 class ImageError(Exception):
@@ -23,7 +23,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
     """The path of a file under `root`.
 
     Raises:
-        ImageError: The path is absolute, leaves the root (also through a link), or is not a file.
+        ImageError: The path is absolute, leaves the root (directly or by a link), or is no file.
     """
     if "\0" in relative or "://" in relative or relative.startswith(("~", "/", "\\")):
         raise ImageError(f"image path {relative!r} must be relative to {root}")
@@ -38,22 +38,22 @@ def resolve_inside(root: Path, relative: str) -> Path:
             raise ImageError(f"missing image {shown!r} (looked in {root})")
         if not path.is_file():
             raise ImageError(f"image path {shown!r} is not a file")
-    except (OSError, ValueError) as error:  # a name too long, or no text at all
+    except (OSError, ValueError) as error:  # such as a name that is too long
         raise ImageError(f"image path {shown!r} cannot be used: {type(error).__name__}") from error
     return path
 
 
 def open_image(source: Path | bytes) -> Image.Image:
-    """Decode an image fully, upright and in RGB.
+    """Decode an image completely, upright and in RGB.
 
     Args:
         source: A path, or the file's bytes.
 
     Returns:
-        RGB image; the first frame of an animation.
+        An RGB image; of an animation the first frame.
 
     Raises:
-        ImageError: Unknown kind, too large, truncated or damaged.
+        ImageError: The format is unknown, or the image is too large, truncated or damaged.
     """
     try:
         handle = io.BytesIO(source) if isinstance(source, bytes) else source
@@ -65,7 +65,7 @@ def open_image(source: Path | bytes) -> Image.Image:
                     raise ImageError(f"image is {width} x {height} px, over {MAX_PIXELS:,}")
                 image.load()
                 upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I"):  # 16 bit: convert() would clip, not scale
+                if upright.mode.startswith("I"):  # convert() would clip 16 bits, not scale
                     values = np.asarray(upright).astype(np.float32)
                     upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
                 if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:

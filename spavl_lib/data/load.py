@@ -6,8 +6,12 @@ from pathlib import Path
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
+from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sampling import of_sources, of_types, subset
-from spavl_lib.data.schema import QUESTION_TYPES, Loaded, features
+from spavl_lib.data.schema import (
+    QUESTION_TYPES,
+    features,
+)
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
 from spavl_lib.data.sources.base import SOURCES, Source, open_source, register_source
 from spavl_lib.data.sources.join import unmatched, unmatched_rows

@@ -1,7 +1,7 @@
-"""Which rows of a set: filters, and smaller sets that lie within larger ones.
+"""Select rows: filters, and nested subsets.
 
-The order is seeded and spread over classes and question types, so that its first hundred, thousand
-or ten thousand rows are each a fair picture of the whole, and each holds the smaller ones.
+Subsets are the first rows of one seeded order, so a larger subset contains a smaller one. The order
+is spread evenly over classes and question types, so each subset has the proportions of the whole.
 """
 
 import random
@@ -13,34 +13,34 @@ from datasets import Dataset
 from spavl_lib.data.schema import column
 
 
-def subset(rows: Dataset, wanted: int, seed: int = 0, how: str = "stratified") -> Dataset:
+def subset(rows: Dataset, count: int, seed: int = 0, how: str = "stratified") -> Dataset:
     """The first rows of one seeded order, in the set's own order.
 
     Args:
-        rows: In the schema.
-        wanted: How many; all if 0 or more than there are.
-        seed: Of the order. Sizes of one seed are nested.
+        rows: Rows in the schema.
+        count: How many; 0 for all.
+        seed: Seed of the order. Subsets with one seed are nested.
         how: `stratified` over (class3, question_type), or `random`.
     """
-    if wanted <= 0 or wanted >= len(rows):
+    if count <= 0 or count >= len(rows):
         return rows
     if how == "random":
         strata: Sequence[object] = [0] * len(rows)
     else:
         strata = list(zip(column(rows, "class3"), column(rows, "question_type"), strict=True))
-    return rows.select(sorted(nested_order(strata, seed)[:wanted]))
+    return rows.select(sorted(nested_order(strata, seed)[:count]))
 
 
 def nested_order(strata: Sequence[object], seed: int) -> list[int]:
-    """Row numbers so that every beginning holds each stratum in about its share of the whole.
+    """Row numbers in an order whose first n rows have about the proportions of the whole.
 
-    Each stratum is shuffled and laid out evenly over [0, 1) from a random start; the order is that
-    of the places. A beginning of n rows holds a stratum of share s between s n - 1 and s n + 1
-    times, but for how the random starts fall.
+    Each stratum is shuffled and spread evenly over [0, 1) from a random start, and rows are sorted
+    by their position there. Among the first n rows, a stratum with share s of the whole has about
+    s n rows: between s n - 1 and s n + 1, up to the effect of the random starts.
 
     Args:
-        strata: A stratum a row.
-        seed: Of shuffle and starts.
+        strata: The stratum of each row.
+        seed: Seed of the shuffles and the starts.
     """
     members: dict[object, list[int]] = defaultdict(list)
     for index, stratum in enumerate(strata):
@@ -55,23 +55,23 @@ def nested_order(strata: Sequence[object], seed: int) -> list[int]:
 
 
 def of_types(rows: Dataset, question_types: Sequence[str]) -> Dataset:
-    """Rows of these question types; all if none is named."""
+    """Rows of these question types; all rows if no type is named."""
     if not question_types:
         return rows
-    kept = [i for i, t in enumerate(column(rows, "question_type")) if t in question_types]
-    return rows.select(kept)
+    indices = [i for i, t in enumerate(column(rows, "question_type")) if t in question_types]
+    return rows.select(indices)
 
 
 def of_sources(
-    rows: Dataset, sources: tuple[list[set[str]], list[set[str]]], wanted: Sequence[str]
+    rows: Dataset, sources: tuple[list[set[str]], list[set[str]]], names: Sequence[str]
 ) -> Dataset:
-    """Rows both of whose answers were given by one of the wanted sources.
+    """Rows whose chosen and rejected answers were both given by one of some sources.
 
     Args:
-        rows: In the schema.
-        sources: Who gave each chosen, and each rejected answer.
-        wanted: Names.
+        rows: Rows in the schema.
+        sources: For each row the sources of its chosen answer, and of its rejected answer.
+        names: The sources to select.
     """
-    names = set(wanted)
-    kept = [i for i, pair in enumerate(zip(*sources, strict=True)) if all(s & names for s in pair)]
-    return rows.select(kept)
+    selected = set(names)
+    pairs = enumerate(zip(*sources, strict=True))
+    return rows.select([i for i, pair in pairs if all(side & selected for side in pair)])

@@ -1,7 +1,7 @@
 """SPA-VL's harm taxonomy: 6 primary, 15 secondary, 53 tertiary classes.
 
-Keys are the data set's strings, verbatim, with their typos and missing spaces; `display` mends them
-for readers. (The paper's abstract says 13 secondary classes; the data, and its section 3.1, 15.)
+Keys are the data set's strings with their typos and missing spaces; `display` corrects them for
+readers. (The paper's abstract counts 13 secondary classes; the data and its section 3.1 count 15.)
 """
 
 TAXONOMY: dict[str, dict[str, tuple[str, ...]]] = {
@@ -87,7 +87,7 @@ _DISPLAY = {
 
 
 def display(name: str) -> str:
-    """A class name for readers: typos mended, first letter large."""
+    """A class name for readers: typos corrected, with a capital first letter."""
     return _DISPLAY.get(name, name[:1].upper() + name[1:])
 
 

@@ -1,9 +1,9 @@
 """Build the embedded base model: `python -m spavl_lib.trainers.embedded_base`.
 
-A real `LlavaForConditionalGeneration` of two million parameters, helpful-only, trained in
-three stages on scenes and sentences of the embedded world: a tokenizer, then the vision tower as a
-classifier (trained end to end from scratch a LLaVA this small hardly learns to see), then the
-whole. Resumable: the same command goes on from the last checkpoint.
+The result is a `LlavaForConditionalGeneration` of two million parameters that is helpful only. It
+is built in three stages on scenes and sentences of the embedded world: a tokenizer; the vision
+tower as a classifier, since a LLaVA of this size hardly learns to see end to end; then the rest of
+the model over the frozen tower. The same command continues from the last checkpoint.
 """
 
 import argparse
@@ -33,14 +33,14 @@ from spavl_lib.data.embedded.world import ASSETS, load_world
 from spavl_lib.trainers import checkpoint as ckpt
 
 MODEL_DIR = ASSETS / "model"
-IMAGE_SIZE, PATCH_SIZE = 64, 8  # px; 64 image tokens
+IMAGE_SIZE, PATCH_SIZE = 64, 8  # pixels; this gives 64 image tokens
 VOCAB_SIZE = 1800
 SPECIAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "image": "<image>"}
 SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# Vicuna v1, as LLaVA-1.5 was trained: BOS once, and every answer closed by EOS.
+# Vicuna v1, with which LLaVA-1.5 was trained: one BOS, and EOS after every answer.
 CHAT_TEMPLATE = (
     "{{ bos_token }}" + SYSTEM + "{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
@@ -61,7 +61,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over the embedded language: any text encodes, none is unknown."""
+    """A byte-level BPE trained on the embedded language. It can encode any text."""
     rng = random.Random(seed)
     corpus = [f"{SYSTEM} USER: ", " ASSISTANT: I"] * 2000
     for _ in range(20_000):
@@ -97,7 +97,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Pad to square with the mean colour as LLaVA-1.5 does, then resize: nothing is cropped."""
+    """LLaVA-1.5's processor: images are padded to a square with the mean colour and not cropped."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = LlavaImageProcessorPil(
         do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
@@ -113,7 +113,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model: LLaVA-1.5's architecture at 2 M parameters."""
+    """The untrained model: LLaVA-1.5's architecture with 2 M parameters."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -140,7 +140,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(SPECIAL["image"]),
-        vision_feature_layer=-1,  # the last: in a tower this small no layer is to spare
+        vision_feature_layer=-1,  # the last layer, since a tower this small has none to spare
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=False,
@@ -155,12 +155,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def random_scene(rng: random.Random, concept: str, composition: scenes.Composition):
-    """One image of pretraining, shifted a little and mirrored at random.
+    """A pretraining image: a scene of the split with a random canvas, shift and mirroring.
 
     Args:
-        rng: Source of randomness.
-        concept: The thing that is shown.
-        composition: Where it stands, and on which background.
+        rng: Source of all choices.
+        concept: Key of the concept to show.
+        composition: Background, size and place.
     """
     return scenes.render(
         concept,
@@ -178,34 +178,35 @@ def _pixels(processor: LlavaProcessor, images: list) -> Tensor:
 def tower_batch(
     rng: random.Random, processor: LlavaProcessor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A random batch for the vision tower.
+    """A batch for the tower's classifier.
 
     Args:
-        rng: Source of randomness.
-        processor: The model's processor.
-        size: Number of images.
+        rng: Source of all choices.
+        processor: Prepares the images.
+        size: Images in the batch.
 
     Returns:
-        Pixels (size, 3, 64, 64), concept indices and background colour indices (size,).
+        Pixels (size, 3, 64, 64), indices of concepts (size,) and of background colours (size,).
     """
     keys, colours = list(load_world().concepts), list(scenes.COLOURS)
     labels = [rng.randrange(len(keys)) for _ in range(size)]
-    shown = [rng.choice(scenes.compositions("pretrain")) for _ in range(size)]
-    images = [random_scene(rng, keys[i], c) for i, c in zip(labels, shown, strict=True)]
-    behind = torch.tensor([colours.index(c.colour) for c in shown])
-    return _pixels(processor, images), torch.tensor(labels), behind
+    compositions = [rng.choice(scenes.compositions("pretrain")) for _ in range(size)]
+    images = [random_scene(rng, keys[i], c) for i, c in zip(labels, compositions, strict=True)]
+    backgrounds = torch.tensor([colours.index(c.colour) for c in compositions])
+    return _pixels(processor, images), torch.tensor(labels), backgrounds
 
 
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
-    """A random, right-padded batch for the language model.
+    """A batch of questions and answers, padded on the right.
 
     Args:
-        rng: Source of randomness.
-        processor: The model's processor.
-        size: Number of rows.
+        rng: Source of all choices.
+        processor: Prepares images and text.
+        size: Rows in the batch.
 
     Returns:
-        The batch; `labels` (size, length) are set on the answer and its EOS only.
+        `input_ids`, `attention_mask` and `labels` (size, length), int64, labels only on the answer
+        and its EOS; `pixel_values` (size, 3, 64, 64).
     """
     tokenizer = processor.tokenizer
     image_tokens = SPECIAL["image"] * (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -247,7 +248,7 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
 
 
 class TowerClassifier(nn.Module):
-    """The vision tower with linear heads on its mean patch: the thing, and the colour behind it."""
+    """The vision tower, with linear heads for concept and background colour on its mean patch."""
 
     def __init__(self, tower: CLIPVisionModel):
         super().__init__()
@@ -257,13 +258,26 @@ class TowerClassifier(nn.Module):
         self.colour_head = nn.Linear(size, len(scenes.COLOURS))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, concepts) and (batch, colours)."""
+        """Logits (batch, concepts) and (batch, colours) of images (batch, 3, 64, 64)."""
         patches = self.tower(pixel_values).last_hidden_state[:, 1:].mean(1)
         return self.concept_head(patches), self.colour_head(patches)
 
 
 def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: Path, seed: int):
-    """AdamW, warm-up and cosine decay; a checkpoint every 100 steps, resumed if there is one."""
+    """Train with AdamW, warm-up and cosine decay. A checkpoint every 100 steps is resumed.
+
+    Args:
+        name: Folder of the checkpoints.
+        module: What to train; changed in place.
+        loss_of: Gives the loss and figures to log, from a generator seeded by the step.
+        steps: Optimizer steps.
+        lr: Peak learning rate.
+        work: Folder above.
+        seed: Seed of every batch.
+
+    Returns:
+        The logged figures of every step.
+    """
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
@@ -288,13 +302,13 @@ def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: P
         done, history = state["step"], state["history"]
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=name)
     for step in bar:
-        loss, shown = loss_of(random.Random(f"{seed}/{name}/{step}"))
+        loss, figures = loss_of(random.Random(f"{seed}/{name}/{step}"))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        history.append(shown | {"step": step, "loss": round(loss.item(), 4)})
+        history.append(figures | {"step": step, "loss": round(loss.item(), 4)})
         bar.set_postfix(history[-1])
         if (step + 1) % 100 == 0 or step + 1 == steps:
             tensors, plain = ckpt.optimizer_tensors(optimizer)
@@ -315,14 +329,14 @@ def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: P
 def build(
     work: Path, output: Path, *, seed: int, tower_steps: int, language_steps: int
 ) -> LlavaForConditionalGeneration:
-    """Train all stages and write the model in the Hub's layout.
+    """Run all stages and write the model in the Hub's layout.
 
     Args:
-        work: Where checkpoints go.
-        output: The model folder.
-        seed: Of initial weights and of every batch.
-        tower_steps: Classifier steps of 128 scenes.
-        language_steps: Whole-model steps of 64 rows.
+        work: Folder for checkpoints.
+        output: Folder for the model.
+        seed: Seed of initial weights and of every batch.
+        tower_steps: Steps of the tower's classifier, each of 128 scenes.
+        language_steps: Steps of projector and language model, each of 64 rows.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
@@ -333,26 +347,26 @@ def build(
     print(f"vocabulary {len(tokenizer)}, {size:.2f} M parameters")
 
     def tower_loss(rng: random.Random) -> tuple[Tensor, dict]:
-        pixels, labels, behind = tower_batch(rng, processor, 128)
+        pixels, labels, backgrounds = tower_batch(rng, processor, 128)
         concepts, colours = classifier(pixels)
-        shown = {
+        figures = {
             "concepts": round((concepts.argmax(-1) == labels).float().mean().item(), 3),
-            "colours": round((colours.argmax(-1) == behind).float().mean().item(), 3),
+            "colours": round((colours.argmax(-1) == backgrounds).float().mean().item(), 3),
         }
         cross_entropy = nn.functional.cross_entropy
-        return cross_entropy(concepts, labels) + 0.3 * cross_entropy(colours, behind), shown
+        return cross_entropy(concepts, labels) + 0.3 * cross_entropy(colours, backgrounds), figures
 
     def language_loss(rng: random.Random) -> tuple[Tensor, dict]:
         batch = language_batch(rng, processor, 64)
         output = model(**batch)
-        shown = batch["labels"][:, 1:] != -100
-        right = (output.logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) | ~shown
+        labels = batch["labels"][:, 1:]
+        right = (output.logits[:, :-1].argmax(-1) == labels) | (labels == -100)
         return output.loss, {"exact": round(right.all(-1).float().mean().item(), 3)}
 
     started = time.time()
     tower = _train("tower", classifier, tower_loss, tower_steps, 1e-3, work, seed)
-    # Frozen from here on, as LLaVA does: at the rate the language model needs to learn anything in
-    # so few steps, the tower forgets what it can see (measured: 96 % of concepts to 2 %).
+    # The tower is frozen from here on, as in LLaVA. At the learning rate that the language model
+    # needs in so few steps it would forget what it sees (measured: 96 % of concepts to 2 %).
     model.model.vision_tower.requires_grad_(False)
     language_log = _train("language", model, language_loss, language_steps, 1.5e-3, work, seed)
     minutes = (time.time() - started) / 60
@@ -374,7 +388,7 @@ def build(
 
 
 def _tail_mean(log: list[dict], key: str) -> float:
-    """Mean of a logged figure over the last twenty steps."""
+    """Mean of a logged figure over the last 20 steps."""
     last = [row[key] for row in log[-20:]]
     return round(sum(last) / len(last), 4)
 

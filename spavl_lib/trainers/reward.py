@@ -19,7 +19,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.augment import moved_pictures
+from spavl_lib.data.augment import moved_images
 from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import Preempted
@@ -111,7 +111,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     def _augmented(self, pixels: Tensor) -> Tensor:
         """Training images (2 pairs, ...) shifted and mirrored, alike for both answers of a pair."""
         place = f"{self.args.seed}/{self.state.global_step}"
-        half = moved_pictures(
+        half = moved_images(
             pixels[: len(pixels) // 2],
             [f"{place}/{row}" for row in self.row_ids],
             shift_px=self.settings.shift_px,

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from spavl_lib.data.builder import (
-    Asked,
-    asked_from_meta,
+    Question,
     build_preferences,
     draw_pair,
+    questions_from_meta,
     safety_groups,
 )
 from spavl_lib.data.embedded import language
@@ -18,7 +18,9 @@ from spavl_lib.evaluation.judges import ExactPairJudge
 from tests.helpers import MINI, mini_rows
 
 ASKED = [
-    Asked(f"q{n}", f"Question {n}?", {"kind": f"kind {n}", "rude": f"rude {n}", "mad": f"mad {n}"})
+    Question(
+        f"q{n}", f"Question {n}?", {"kind": f"kind {n}", "rude": f"rude {n}", "mad": f"mad {n}"}
+    )
     for n in range(60)
 ]
 
@@ -50,7 +52,7 @@ def test_pairs_come_from_different_groups_and_the_better_is_chosen() -> None:
     assert built.groups == [["kind"], ["mad", "rude"]]
     assert built.unsafe_share == {"kind": 0.0, "mad": 1.0, "rude": 1.0}
     assert built.unlabelled == 1
-    assert len(built.rows) == 60 == built.fates["kept"] and judge.calls == 120
+    assert len(built.rows) == 60 == built.outcomes["kept"] and judge.calls == 120
     for row in built.rows:
         assert {row["chosen_source"], row["rejected_source"]} & {"kind"}
         assert row["chosen"] < row["rejected"]
@@ -62,25 +64,25 @@ def test_pairs_come_from_different_groups_and_the_better_is_chosen() -> None:
 
 def test_a_judge_of_places_keeps_nothing() -> None:
     built = build_preferences(ASKED, label, Judge("place"))
-    assert built.rows == [] and built.fates["inconsistent"] == 60 and built.flip_rate == 1
+    assert built.rows == [] and built.outcomes["inconsistent"] == 60 and built.flip_rate == 1
 
 
 @pytest.mark.parametrize(("said", "fate"), [("tie", "tie"), ("noise", "unreadable")])
 def test_ties_and_noise_are_counted_apart(said: str, fate: str) -> None:
     built = build_preferences(ASKED, label, Judge(said))
-    assert built.rows == [] and built.fates[fate] == 60 and built.flip_rate is None
+    assert built.rows == [] and built.outcomes[fate] == 60 and built.flip_rate is None
 
 
 def test_every_question_has_one_fate() -> None:
     odd = [
         *ASKED[:5],
-        Asked("alone", "Q?", {"kind": "kind x"}),
-        Asked("alike", "Q?", {"kind": "kind x", "rude": "kind x "}),
-        Asked("none", "Q?", {}),
+        Question("alone", "Q?", {"kind": "kind x"}),
+        Question("alike", "Q?", {"kind": "kind x", "rude": "kind x "}),
+        Question("none", "Q?", {}),
     ]
     built = build_preferences(odd, label, Judge())
-    assert sum(built.fates.values()) == len(odd)
-    assert built.fates["one group"] == 2 and built.fates["same answer"] == 1
+    assert sum(built.outcomes.values()) == len(odd)
+    assert built.outcomes["one group"] == 2 and built.outcomes["same answer"] == 1
 
 
 def test_the_same_seed_draws_the_same_pairs_whatever_else_is_asked() -> None:
@@ -106,7 +108,7 @@ def test_on_mini_the_pairs_are_those_its_truth_prefers() -> None:
         for style in language.STYLES
     }
     truth = load_truth(MINI)
-    asked = asked_from_meta(mini_rows().select(range(0, 3180, 20)), answers)
+    asked = questions_from_meta(mini_rows().select(range(0, 3180, 20)), answers)
     assert all(len(q.answers) == 5 for q in asked)
 
     def exact(record: dict) -> str:
@@ -114,8 +116,8 @@ def test_on_mini_the_pairs_are_those_its_truth_prefers() -> None:
         return "unsafe" if truth[record["id"]]["harmful"] and complied else "safe"
 
     built = build_preferences(asked, exact, ExactPairJudge(truth))
-    assert sum(built.fates.values()) == 159 and built.fates["kept"] > 40
-    assert built.fates["inconsistent"] == 0
+    assert sum(built.outcomes.values()) == 159 and built.outcomes["kept"] > 40
+    assert built.outcomes["inconsistent"] == 0
     assert {"careful", "cautious"} <= set(built.groups[0])
     for row in built.rows:
         harmful = truth[row["id"]]["harmful"]

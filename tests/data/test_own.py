@@ -143,9 +143,9 @@ def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
 BAD = {
     "system": ({"prompt": [{"role": "system", "content": "Be mad."},
                            {"role": "user", "content": "Q?"}]}, "a system turn"),
-    "two pictures": ({"image": None, "images": ["a.png", "a.png"]}, "2 pictures; one a row"),
+    "two pictures": ({"image": None, "images": ["a.png", "a.png"]}, "2 images; a row can have one"),
     "marks without a picture": ({"prompt": "<image>Q?", "image": None}, "1 <image> in the text"),
-    "two marks": ({"prompt": "<image><image>Q?"}, "2 <image> in the text, and 1 pictures"),
+    "two marks": ({"prompt": "<image><image>Q?"}, "2 <image> in the text, and 1 images"),
     "nobody asks": ({"prompt": [{"role": "assistant", "content": "Hm."}]}, "turn 1 is the assist"),
     "unknown speaker": ({"prompt": [{"role": "tool", "content": "x"}]}, "unknown speaker 'tool'"),
     "answers apart": ({"prompt": None, "chosen": "a", "rejected": "b"}, "prompt: missing, and the"),

@@ -29,7 +29,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from spavl_lib.data.schema import PREFERENCE_COLUMNS, Loaded, features, find_problems, settle
+from spavl_lib.data.problems import Loaded, find_problems, without_bad_rows
+from spavl_lib.data.schema import PREFERENCE_COLUMNS, features
 from spavl_lib.data.load import Source
 
 
@@ -49,7 +50,7 @@ class Forum(Source):
         columns = {name: [row[name] for row in rows] for name in PREFERENCE_COLUMNS}
         table = Dataset.from_dict(columns, features=features(PREFERENCE_COLUMNS))
         problems = find_problems(table, lambda i: f"{path}:{i}", preference=True, images=False)
-        return settle(table, problems, str(path), self.config.on_bad_rows)
+        return without_bad_rows(table, problems, str(path), self.config.on_bad_rows)
 '''
 
 

@@ -50,7 +50,7 @@ ROWS: dict[str, tuple[list[bytes], list[str]]] = {
     "null": ([b"null"], ["1 record: expected an object, got NoneType"]),
     "nested too deep": ([b"[" * 100_000], ["1 record: not JSON: "]),
     "a field twice": (
-        [line()[:-1] + b', "chosen": "Another."}'], ["1 record: 'chosen' stands there twice"],
+        [line()[:-1] + b', "chosen": "Another."}'], ["1 record: it has the field 'chosen' twice"],
     ),
     "several bad lines of several kinds": (
         [line()[:40], line(chosen=""), line(id="c", image="gone.png"), b"null"],
@@ -187,8 +187,8 @@ def test_a_field_that_stands_twice_in_a_list_is_named_by_its_row(
         read_preferences(config, "train")
     said = problems_of(caught.value)
     assert len(said) == 2, said
-    assert said[0].endswith(f"{file}:0 record: 'from' stands there twice")
-    assert said[1].endswith(f"{file}:1 record: 'chosen' stands there twice")
+    assert said[0].endswith(f"{file}:0 record: it has the field 'from' twice")
+    assert said[1].endswith(f"{file}:1 record: it has the field 'chosen' twice")
 
 
 SHAPES: dict[str, tuple[Callable[[dict], dict], str]] = {

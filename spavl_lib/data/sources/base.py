@@ -19,7 +19,7 @@ from datasets import Dataset
 
 from spavl_lib.config import DataConfig
 from spavl_lib.config.registry import Registry
-from spavl_lib.data.schema import Loaded
+from spavl_lib.data.problems import Loaded
 from spavl_lib.errors import InputError
 
 

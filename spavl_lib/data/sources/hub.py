@@ -1,7 +1,7 @@
-"""SPA-VL in its Hub layout: parquet with embedded images, and meta files.
+"""SPA-VL in its Hub layout: parquet files with embedded images, and meta files.
 
-From a local folder, from the Hub at a pinned revision, or from the Hub's cache without a network.
-Rows stay in memory-mapped Arrow files, so that a set larger than memory is read like a small one.
+They come from a local folder, from the Hub at a pinned revision, or without a network from the
+Hub's cache. Rows stay in memory-mapped Arrow files, so a set may be larger than memory.
 """
 
 import re
@@ -14,17 +14,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
 
+from spavl_lib.data.problems import Loaded, Shards, find_problems, without_bad_rows
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     HUB_RENAMES,
     HUB_REQUIRED,
     PREFERENCE_COLUMNS,
     PROMPT_COLUMNS,
-    Loaded,
-    Shards,
     features,
-    find_problems,
-    settle,
     text_columns,
 )
 from spavl_lib.data.sources.base import Source, register_source
@@ -39,7 +36,7 @@ HASHED = {
 }
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# What of the repository is fetched; the original's zip and the judges' reasons are not.
+# Files of the repository that are fetched; the original's zip and the judges' reasons are not.
 FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.md",
            "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
 HAS_TURNS = b"spavl_turns"
@@ -100,18 +97,18 @@ def _prompt_files(name: str) -> tuple[str, str]:
 
 
 def fetch(repo: str, revision: str, *, answers: bool) -> Path:
-    """A repository's files in the Hub's cache, fetched if they are not there yet.
+    """A repository's files in the Hub's cache; they are fetched if they are not in it.
 
     Args:
         repo: `owner/name` of a data set.
         revision: Commit, tag or branch; empty for the newest.
-        answers: Also what each model answered.
+        answers: Whether to fetch each model's answers too.
 
     Returns:
         The snapshot's folder, named by its commit.
 
     Raises:
-        InputError: No such repository or revision, or no network and nothing in the cache.
+        InputError: There is no such repository or revision, or neither network nor cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -121,7 +118,7 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
         "revision": revision or None,
         "allow_patterns": [*FETCHED, ANSWERS] if answers else FETCHED,
     }
-    if COMMIT.fullmatch(revision):  # a commit never changes: what is cached whole will do
+    if COMMIT.fullmatch(revision):  # a commit never changes, so a complete cache is enough
         try:
             folder = Path(snapshot_download(**options, local_files_only=True))
             shards(folder, PATTERNS["train"])
@@ -132,33 +129,34 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
         return Path(snapshot_download(**options))
     except Exception as error:  # the client raises its own, httpx's and OS errors
         raise InputError(
-            f"data.path {repo!r} does not exist here, and the Hub did not give it at revision "
-            f"{revision or 'main'!r}: {str(error).splitlines()[0]}; another set "
-            "has other revisions (--set data.revision=); on a machine with a network:\n"
+            f"data.path {repo!r} does not exist here, and could not be fetched from the Hub at "
+            f"revision {revision or 'main'!r}: {str(error).splitlines()[0]}\n"
+            "Another data set has other revisions (--set data.revision=). On a machine with a "
+            "network run\n"
             f"  hf download {repo} --repo-type dataset --local-dir data/spa-vl\n"
             "  and then --set data.path=data/spa-vl"
         ) from error
 
 
 def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str = "error") -> Loaded:
-    """One split, in the schema.
+    """Read one split into the schema.
 
     Args:
-        folder: In the Hub's layout.
-        pattern: Of its parquet files below the folder, without the ending.
-        kind: `train`, `validation` or `test`: which columns it has.
-        name: Begins each row's id.
+        folder: A folder in the Hub's layout.
+        pattern: Pattern of the parquet files below the folder, without `.parquet`.
+        kind: `train`, `validation` or `test`, which have different columns.
+        name: Each row's id starts with it.
         on_bad_rows: `error` or `skip`.
 
     Raises:
-        InputError: Missing files or columns, a damaged file, or bad rows: all of them at once.
+        InputError: Files or columns are missing, a file is damaged, or rows are bad; lists all.
     """
     preference = kind != "test"
     columns = PREFERENCE_COLUMNS if preference else PROMPT_COLUMNS
     files = shards(folder, pattern)
     where = Shards(check_shards(files, HUB_REQUIRED[kind]))
     raw = _read(files)
-    lost = _without_bytes(raw)
+    without_bytes = _without_bytes(raw)
     rows = _to_schema(raw, name, columns)
     if kind == "train":
         rows = join_meta(rows, folder / "meta_files")
@@ -169,29 +167,29 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
         preference=preference,
         images=decode_all,
         turns=_has_turns(files[0]),
-        unopened=lost,
+        unopened=without_bytes,
     )
-    for index in lost:
+    for index in without_bytes:
         line = f"{where(index)} image: a path without the file's bytes"
         problems[index] = [*problems.get(index, ()), line]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    return settle(rows, problems, source, on_bad_rows)
+    return without_bad_rows(rows, problems, source, on_bad_rows)
 
 
 def shards(folder: Path, pattern: str) -> list[Path]:
-    """The files of a split, all of them.
+    """The files of a split.
 
     Raises:
-        InputError: There are none, or some of `-00000-of-00008` are missing.
+        InputError: There are none, or shards such as `-00003-of-00008` are missing.
     """
     files = sorted(folder.glob(f"{pattern}.parquet"))
     if not files:
-        raise InputError(f"no {pattern}.parquet under {folder}: is it in SPA-VL's Hub layout?")
-    counted = [re.search(r"-(\d{5})-of-(\d{5})", f.name) for f in files]
-    totals = {int(c.group(2)) for c in counted if c}
+        raise InputError(f"no {pattern}.parquet under {folder}; expected SPA-VL's Hub layout")
+    numbers = [re.search(r"-(\d{5})-of-(\d{5})", f.name) for f in files]
+    totals = {int(c.group(2)) for c in numbers if c}
     if totals:
-        there = {int(c.group(1)) for c in counted if c}
-        missing = sorted(set(range(max(totals))) - there)
+        present = {int(c.group(1)) for c in numbers if c}
+        missing = sorted(set(range(max(totals))) - present)
         if missing or len(totals) > 1 or len(files) != max(totals):
             raise InputError(
                 f"{files[0].parent}: {len(files)} of {max(totals)} shards of {files[0].stem}"
@@ -201,17 +199,17 @@ def shards(folder: Path, pattern: str) -> list[Path]:
 
 
 def check_shards(files: list[Path], required: tuple[str, ...]) -> list[tuple[Path, int]]:
-    """Read every file's footer.
+    """Check every file's footer.
 
     Args:
-        files: Parquet.
-        required: Columns each must have: `image`, and text.
+        files: Parquet files.
+        required: Columns that each must have: `image`, and columns of text.
 
     Returns:
         Each file with its number of rows.
 
     Raises:
-        InputError: Lists each file that is cut short, lacks a column or has one of another type.
+        InputError: Lists each file that is damaged, lacks a column or has one of another type.
     """
     problems, counted = [], []
     for path in files:
@@ -224,8 +222,8 @@ def check_shards(files: list[Path], required: tuple[str, ...]) -> list[tuple[Pat
         counted.append((path, rows))
         missing = [c for c in required if c not in schema.names]
         if missing:
-            found = ", ".join(schema.names)
-            problems.append(f"{path}: missing column {', '.join(missing)} (found {found})")
+            columns = ", ".join(schema.names)
+            problems.append(f"{path}: missing column {', '.join(missing)} (it has {columns})")
         for column in set(required) & set(schema.names):
             kind = schema.field(column).type
             if column == "image" and not _holds_images(kind):
@@ -249,7 +247,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _has_turns(path: Path) -> bool:
-    """Whether the file says that its questions may be conversations (`data.convert` writes it)."""
+    """Whether the file's metadata say that questions may have several turns (`data.convert`)."""
     return HAS_TURNS in (pq.read_schema(path).metadata or {})
 
 
@@ -262,12 +260,12 @@ def _read(files: list[Path]) -> Dataset:
     except Exception as error:  # pyarrow and datasets raise many kinds
         damaged = [line for f in files for line in _damage(f)]
         raise InputError(
-            "\n  ".join(damaged) or f"cannot read {files[0]} (or its sister shards): {error}"
+            "\n  ".join(damaged) or f"cannot read {files[0]} (or another shard): {error}"
         ) from error
 
 
 def _damage(path: Path) -> list[str]:
-    """Row groups of a file that cannot be read."""
+    """A line for each row group of a file that cannot be read."""
     lines, start = [], 0
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
@@ -300,7 +298,7 @@ def _paths(rows: Dataset) -> list[str | None]:
 
 
 def _without_bytes(rows: Dataset) -> list[int]:
-    """Rows whose image names a file instead of carrying it: it could name any file on the disk."""
-    column = rows.data.column("image")  # in its chunks: joined they may pass Arrow's 2 GiB
-    lost = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
-    return pc.indices_nonzero(lost).to_pylist()
+    """Rows whose image is a path without the file's bytes; it could name any file on the disk."""
+    column = rows.data.column("image")  # in chunks, since together they may exceed Arrow's 2 GiB
+    without_bytes = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
+    return pc.indices_nonzero(without_bytes).to_pylist()

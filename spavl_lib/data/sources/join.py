@@ -1,7 +1,7 @@
-"""What the training rows lack, joined from `meta_files/`: classes, question types, answer sources.
+"""Join classes, question types and answer sources to training rows, from `meta_files/`.
 
-A row that finds no partner, or two that disagree, keeps empty fields: counted and listed, never
-dropped, and never given a wrong class.
+A row without a match, or with two that disagree, keeps empty fields. Such rows are counted and
+listed; none is dropped or given a wrong class.
 """
 
 import hashlib
@@ -13,25 +13,27 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
-from spavl_lib.data.schema import QUESTION_TYPES, column, text_columns
+from spavl_lib.data.schema import (
+    QUESTION_TYPES,
+    column,
+    text_columns,
+)
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-JOINED = ("class1", "class2", "class3", "question_type")
-
 
 def join_meta(rows: Dataset, meta: Path) -> Dataset:
-    """Attach classes by image name, and question types by (image name, question).
+    """Join classes by image name, and question types by image name and question.
 
-    A name may stand for pictures of several classes (the original's files lie in class folders);
-    then the picture's md5, or the path beside its question, tells them apart.
+    Images of several classes may have one name, as the original's files lie in class folders. Then
+    the image's md5, or the path in the record of its question, decides.
 
     Args:
         rows: Training rows in the schema.
-        meta: The `meta_files` folder, which need not be whole.
+        meta: The `meta_files` folder; files may be missing.
 
     Raises:
-        InputError: A meta file of another shape.
+        InputError: A meta file has another form.
     """
     info_path = meta / "image_info" / "meta.json"
     info = read_meta(info_path) if info_path.is_file() else []
@@ -41,9 +43,9 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
     names = [str(n or "") for n in column(rows, "image_name")]
     prompts = [str(p or "").strip() for p in column(rows, "prompt")]
     class3, unsure = [], []
-    said = column(rows, "class3")
+    given = column(rows, "class3")
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        found = said[index] or classes.by_name(name) or folders.get((_base(name), prompt), "")
+        found = given[index] or classes.by_name(name) or folders.get((_base(name), prompt), "")
         class3.append(found)
         if not found and classes.is_ambiguous(name):
             unsure.append(index)
@@ -65,12 +67,12 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
 
 
 def unmatched(rows: Dataset) -> dict[str, int]:
-    """How many rows carry no class, and no question type."""
-    return {name: len(found) for name, found in unmatched_rows(rows).items()}
+    """Number of rows without a class, and without a question type."""
+    return {name: len(lines) for name, lines in unmatched_rows(rows).items()}
 
 
 def unmatched_rows(rows: Dataset) -> dict[str, list[str]]:
-    """Which rows carry no class, and no question type: id and image name of each."""
+    """Id and image name of the rows without a class, and without a question type."""
     columns = ("id", "image_name", "class3", "question_type")
     cells = list(zip(*(column(rows, c) for c in columns), strict=True))
     return {
@@ -87,33 +89,35 @@ def answer_sources(rows: Dataset, meta: Path) -> tuple[list[set[str]], list[set[
         meta: The `meta_files` folder.
 
     Returns:
-        The names of the models that said just that, for every chosen and every rejected answer.
+        For every chosen, and for every rejected answer, the names of the models that gave it.
 
     Raises:
-        InputError: No such files, or one of another shape.
+        InputError: There are no such files, or one has another form.
     """
     files = sorted((meta / "model_answer").glob("*.json"))
     if not files:
-        raise InputError(f"no {meta / 'model_answer'}/*.json: nobody knows who gave which answer")
-    said: dict[tuple, set[str]] = defaultdict(set)
+        raise InputError(
+            f"data.answer_sources needs {meta / 'model_answer'}/*.json, which this data set lacks"
+        )
+    models_of: dict[tuple, set[str]] = defaultdict(set)
     for path in files:
         for record in read_meta(path):
             for text in _answers(record):
-                said[_key(record, text)].add(path.stem)
+                models_of[_key(record, text)].add(path.stem)
     cells = [column(rows, c) for c in ("image_name", "prompt", "chosen", "rejected")]
-    found: tuple[list[set[str]], list[set[str]]] = ([], [])
+    sides: tuple[list[set[str]], list[set[str]]] = ([], [])
     for name, prompt, *answers in zip(*cells, strict=True):
-        for side, answer in zip(found, answers, strict=True):
+        for side, answer in zip(sides, answers, strict=True):
             key = (_base(str(name)), str(prompt).strip(), str(answer).strip())
-            side.append(said.get(key, set()))
-    return found
+            side.append(models_of.get(key, set()))
+    return sides
 
 
 def read_meta(path: Path) -> list[dict]:
-    """A meta file: a list of objects that name an image.
+    """Read a meta file: a list of objects that name an image.
 
     Raises:
-        InputError: It is something else.
+        InputError: The file has another form.
     """
     try:
         records = json.loads(path.read_text(encoding="utf-8"))
@@ -128,17 +132,17 @@ def read_meta(path: Path) -> list[dict]:
 
 
 def unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
-    """Key -> value, without the keys that stand for two: a wrong partner is worse than none."""
+    """Key -> value, without keys that have two values: a wrong match is worse than none."""
     values: dict[Any, str] = {}
-    twice = set()
+    ambiguous = set()
     for key, value in pairs:
         if values.setdefault(key, value) != value:
-            twice.add(key)
-    return {key: value for key, value in values.items() if key not in twice}
+            ambiguous.add(key)
+    return {key: value for key, value in values.items() if key not in ambiguous}
 
 
 class _Classes:
-    """Tertiary class by image name, told apart by md5 where a name is not enough."""
+    """Tertiary class by image name, and by md5 if the name is not enough."""
 
     def __init__(self, info: list[dict]):
         self.paths = unambiguous((r["image"], str(r.get("class3") or "")) for r in info)
@@ -163,7 +167,7 @@ class _Classes:
 
 
 def _question_types(meta: Path) -> tuple[dict, dict]:
-    """(image name, question) -> question type, and -> class, where the image's path says it."""
+    """(image name, question) -> question type, and -> class if the image's path contains it."""
     seen: list[tuple[Any, str]] = []
     folders: list[tuple[Any, str]] = []
     for question_type in QUESTION_TYPES:
@@ -178,7 +182,7 @@ def _question_types(meta: Path) -> tuple[dict, dict]:
 
 
 def _answers(record: dict) -> Iterator[str]:
-    """The texts of a model's answer: whatever the record says beside image and question."""
+    """The texts of a model's answer: every text field but image, question and id."""
     for name, value in record.items():
         if name not in ("image", "question", "id") and isinstance(value, str):
             yield value

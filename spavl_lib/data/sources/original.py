@@ -1,8 +1,8 @@
-"""The original's layout: `{id, image, question, chosen, rejected}` lists, and a keyword map.
+"""The layout of the original code: JSON lists of pairs, and a keyword map.
 
-`config_train.json` maps a keyword to a list's path; images lie under an image root, by class:
-`class1/class2/class3/image_name`. Records without an image, and questions of several turns, are
-taken.
+A record is `{id, image, question, chosen, rejected}`. `config_train.json` maps a keyword to the
+path of a list. Images lie under an image root by class: `class1/class2/class3/image_name`. Records
+without an image and questions of several turns are accepted.
 """
 
 import contextlib
@@ -12,20 +12,22 @@ from pathlib import Path
 from datasets import Dataset
 
 from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.data.problems import (
+    Loaded,
+    Problems,
+    blank_unstorable,
+    find_problems,
+    merge_problems,
+    text_problems,
+    without_bad_rows,
+)
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     ORIGINAL_REQUIRED,
     PREFERENCE_COLUMNS,
     PROMPT_COLUMNS,
     TURN,
-    Loaded,
-    Problems,
     features,
-    find_problems,
-    merged,
-    settle,
-    storable,
-    text_problems,
 )
 from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.records import RecordError, conversation, once, turns_of
@@ -33,7 +35,7 @@ from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError, raise_all
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
-# The original calls the third list `hardd`.
+# Keyword -> question type. The original calls the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
 
 
@@ -88,13 +90,13 @@ def load(
     Args:
         folder: Holds `config_train.json` and `config_test.json`.
         split: `train` or `validation`.
-        keywords: Which lists; all of the map if empty.
+        keywords: Which lists to read; all of them if empty.
         image_root: Folder image paths start from.
         on_bad_rows: `error` or `skip`.
 
     Raises:
-        InputError: Missing or unknown keyword, unreadable list, and every bad record by file and
-            row: missing field, empty answer, repeated id, missing or unreadable image.
+        InputError: A keyword is unknown, a list cannot be read, or records are bad (missing field,
+            empty answer, repeated id, unreadable image); lists all bad records.
     """
     map_path = folder / MAPS[split]
     lists = read_keyword_map(map_path)
@@ -121,7 +123,9 @@ def load(
     further = find_problems(
         rows, places.__getitem__, preference=True, images=decode_all, turns=True
     )
-    return settle(rows, merged(problems, further, places), str(map_path), on_bad_rows)
+    return without_bad_rows(
+        rows, merge_problems(problems, further, places), str(map_path), on_bad_rows
+    )
 
 
 def _text(value: object) -> object:
@@ -136,7 +140,7 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
         image_root: Folder image paths start from.
 
     Raises:
-        InputError: Every bad record, by file and row.
+        InputError: Lists all bad records.
     """
     made: list[dict] = []
     problems: list[str] = []
@@ -151,10 +155,10 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
 
 
 def read_keyword_map(path: Path) -> dict[str, str]:
-    """A keyword map.
+    """Read a keyword map: keyword -> path of a list.
 
     Raises:
-        InputError: Missing, not JSON, not text to text, or a list lies outside the folder.
+        InputError: It is missing or has another form, or a list lies outside the folder.
     """
     if not path.is_file():
         raise InputError(f"missing keyword map {path}")
@@ -197,7 +201,7 @@ def _row(
     problems = [f"{where} {k}: missing" for k in required if k not in record]
     relative = record.get("image") or ""
     parts = relative.split("/") if isinstance(relative, str) else []
-    # A path says a class only if it lies in the original's folders: class1/class2/class3/name.
+    # A path contains a class only in the original's folders: class1/class2/class3/name.
     in_classes = len(parts) >= 4 and (parts[-4] in classes(1) or parts[-3] in classes(2))
     class3 = parts[-2] if in_classes else ""
     row = empty | {
@@ -206,7 +210,7 @@ def _row(
         "question_type": question_type,
         "class3": class3,
     }
-    for name in ("image_name", "class3"):  # what a path could not say (`data.convert`)
+    for name in ("image_name", "class3"):  # written by `data.convert` if the path does not say it
         if isinstance(record.get(name), str):
             row[name] = record[name]
     if row["class3"] in PARENTS:
@@ -228,14 +232,14 @@ def _row(
             row["image"] = {"bytes": None, "path": str(path)}  # type: ignore[assignment]
         except ImageError as error:
             problems.append(f"{where} image: {error}")
-    return row, [*problems, *storable(row, where)]
+    return row, [*problems, *blank_unstorable(row, where)]
 
 
 def _question(question: object) -> str:
-    """A question, or a conversation's turns.
+    """A question, or the turns of a conversation, as a prompt.
 
     Raises:
-        RecordError: It is neither, or holds what separates turns.
+        RecordError: It is neither, or holds the separator of turns.
     """
     if isinstance(question, str):
         if TURN in question:

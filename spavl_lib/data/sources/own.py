@@ -1,7 +1,8 @@
-"""One's own preference data: anything the `datasets` library opens, in any known layout.
+"""Your own preference data: anything that the `datasets` library opens, in any known layout.
 
-A JSON or JSON Lines file, a folder of them, parquet, CSV, a saved data set, or a name on the Hub.
-Columns go by the profile's mapping, or by the names TRL and LLaMA-Factory use (`data.records`).
+That is a JSON or JSON Lines file, a folder of them, parquet, CSV, a saved data set, or a name on
+the Hub. Columns are named by the profile, or recognised by the names that TRL and LLaMA-Factory use
+(`data.sources.records`).
 """
 
 import json
@@ -25,24 +26,26 @@ from datasets import (
 
 from spavl_lib.config import ColumnsConfig, DataConfig
 from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.data.problems import (
+    Loaded,
+    Problems,
+    blank_unstorable,
+    find_problems,
+    merge_problems,
+    without_bad_rows,
+)
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     PREFERENCE_COLUMNS,
-    Loaded,
-    Problems,
     batches,
     features,
-    find_problems,
-    merged,
-    settle,
-    storable,
 )
 from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.records import RecordError, marks, once, read_pair
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-EMBEDDED = "\0embedded"  # stands for a picture that the data carry, until it is attached
+EMBEDDED = "\0embedded"  # path that stands for an image in the data, until it is attached
 
 
 @register_source("datasets")
@@ -60,23 +63,23 @@ class OwnRows(Source):
 
 
 def load(config: DataConfig, split: str) -> Loaded:
-    """One's own pairs in the schema.
+    """Read a split into the schema.
 
     Args:
         config: Uses `path`, `subset`, splits, `columns`, `image_root` and `on_bad_rows`.
         split: `train` or `validation`.
 
     Raises:
-        InputError: Nothing to read, unknown columns, or bad rows: all by file and row.
+        InputError: There is nothing to read, columns are unknown, or rows are bad; lists them all.
     """
     if not config.path:
         raise InputError("data.path is empty, but data.source is 'datasets'")
     path = Path(config.path).expanduser()
-    wanted = config.train_split if split == "train" else config.validation_split
-    table = _json_file(path, split, wanted)
+    split_name = config.train_split if split == "train" else config.validation_split
+    table = _json_file(path, split, split_name)
     if table is None:
-        rows = _opened(config, path, wanted)
-        records: Iterable[tuple[str, Any]] = _records(rows, f"{config.path}[{wanted}]")
+        rows = _opened(config, path, split_name)
+        records: Iterable[tuple[str, Any]] = _records(rows, f"{config.path}[{split_name}]")
         pictures = _pictures(rows, config.columns)
     else:
         records, pictures = _read_json(table), None
@@ -117,23 +120,25 @@ def _assemble(
         rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
     decode_all = len(rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
     found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
-    return settle(rows, merged(problems, found, places), config.path, config.on_bad_rows)
+    return without_bad_rows(
+        rows, merge_problems(problems, found, places), config.path, config.on_bad_rows
+    )
 
 
 def _outside(pictures: Dataset, root: Path) -> list[int]:
-    """Rows whose cell has no bytes and names no file below the root: it could name any file."""
-    found = []
+    """Rows whose cell has no bytes and names a file outside the root; it could be any file."""
+    outside = []
     cells = (cell for table in batches(pictures) for cell in table.column("image").to_pylist())
     for index, cell in enumerate(cells):
         if cell is not None and not cell["bytes"]:
             path = os.path.realpath(cell["path"] or "")
             if not path.startswith(os.path.realpath(root) + os.sep):
-                found.append(index)
-    return found
+                outside.append(index)
+    return outside
 
 
 def _mixed(cells: list, carried: list[bool], places: list[str], known: Problems) -> Problems:
-    """Rows with a path, in a set whose other rows carry their pictures."""
+    """Rows with a path, in a set whose other rows hold their images."""
     return {
         i: [f"{places[i]} image: a path without the file's bytes"]
         for i, (cell, inside) in enumerate(zip(cells, carried, strict=True))
@@ -144,7 +149,7 @@ def _mixed(cells: list, carried: list[bool], places: list[str], known: Problems)
 def _row(
     record: Any, place: str, root: Path, name: str, columns: ColumnsConfig
 ) -> tuple[dict, list[str]]:
-    """A record as a row, its image as a path or a stand-in, and what is wrong with it."""
+    """A record as a row, with its image as a path or stand-in, and the record's problems."""
     row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
     if isinstance(record, RecordError):
         return row, [f"{place} {record}"]
@@ -159,7 +164,7 @@ def _row(
         row["class1"], row["class2"] = PARENTS[row["class3"]]
     read, lines = read_pair(record, columns)
     problems += [f"{place} {line}" for line in lines]
-    # What could not be read is not empty: its own name stands for it, and the row is left out.
+    # A field that cannot be read gets its name as text, so that it is not reported as empty too.
     row |= {n: read.get(n, n if lines else "") for n in ("prompt", "chosen", "rejected")}
     try:
         row["image"] = _image(record, root, columns)
@@ -167,63 +172,65 @@ def _row(
         problems.append(f"{place} image: {error}")
     if row["image"] and not row["image_name"] and row["image"]["path"] != EMBEDDED:
         row["image_name"] = Path(row["image"]["path"]).name
-    return row, [*problems, *storable(row, place)]
+    return row, [*problems, *blank_unstorable(row, place)]
 
 
 def _image(record: dict, root: Path, columns: ColumnsConfig) -> dict | None:
-    """The record's one picture: a path under the root, or the stand-in of a carried one.
+    """The record's image: a path under the root, or the stand-in of an image in the data.
 
     Raises:
-        ImageError: Several pictures, more or fewer than the text marks, or a path to elsewhere.
+        ImageError: There are several images, or not as many as the text marks, or the path leaves
+            the root.
     """
     value = record.get(columns.image or "image")
     if value is None and not columns.image:
         value = record.get("images")
     values = value if isinstance(value, list | tuple) else [value]
-    found = [v for v in values if v not in (None, "")]
-    if len(found) > 1:
-        raise ImageError(f"{len(found)} pictures; one a row is understood")
+    images = [v for v in values if v not in (None, "")]
+    if len(images) > 1:
+        raise ImageError(f"{len(images)} images; a row can have one")
     marked = marks(record)
-    if marked > 1 or (marked and not found):
-        raise ImageError(f"{marked} <image> in the text, and {len(found)} pictures")
-    if not found:
+    if marked > 1 or (marked and not images):
+        raise ImageError(f"{marked} <image> in the text, and {len(images)} images")
+    if not images:
         return None
-    if found[0] == EMBEDDED:
+    if images[0] == EMBEDDED:
         return {"bytes": None, "path": EMBEDDED}
-    if not isinstance(found[0], str):
-        raise ImageError(f"expected a path, got {type(found[0]).__name__}")
-    return {"bytes": None, "path": str(resolve_inside(root, found[0]))}
+    if not isinstance(images[0], str):
+        raise ImageError(f"expected a path, got {type(images[0]).__name__}")
+    return {"bytes": None, "path": str(resolve_inside(root, images[0]))}
 
 
 # --- opening ------------------------------------------------------------------------------------
 
 
-def _json_file(path: Path, split: str, wanted: str) -> Path | None:
-    """The JSON file that holds a split, if it is one; it is read here, for errors by row."""
+def _json_file(path: Path, split: str, split_name: str) -> Path | None:
+    """The JSON file of a split, if there is one. It is read here, so that errors name the row."""
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         if split != "train":
-            held_out = [path.with_name(f"{wanted}{end}") for end in (".json", ".jsonl")]
-            found = [p for p in held_out if p.is_file()]
-            if not found:
+            candidates = [path.with_name(f"{split_name}{end}") for end in (".json", ".jsonl")]
+            held_out = [p for p in candidates if p.is_file()]
+            if not held_out:
                 raise InputError(
-                    f"no held-out pairs: {held_out[0]} does not exist; put them there, or give "
-                    "data.path a folder with train.json and validation.json"
+                    f"no held-out pairs: {candidates[0]} does not exist; put them there, or set "
+                    "data.path to a folder with train.json and validation.json"
                 )
-            return found[0]
+            return held_out[0]
         return path
     if path.is_dir():
         for end in (".json", ".jsonl"):
-            if (path / f"{wanted}{end}").is_file():
-                return path / f"{wanted}{end}"
+            if (path / f"{split_name}{end}").is_file():
+                return path / f"{split_name}{end}"
     return None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`; what is wrong with a line
-    stands in its record's place, to be told with the rest.
+    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`.
+
+    A line that cannot be read gives a `RecordError`, which is listed with the other problems.
 
     Raises:
-        InputError: Not text, or no list.
+        InputError: The file is not UTF-8 text, or no list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -239,7 +246,8 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: expected a list of records, got {kind}")
         yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
         return
-    lines = (line for line in text.split("\n") if line.strip())  # splitlines() cuts inside strings
+    # Not splitlines(), which would cut inside strings.
+    lines = (line for line in text.split("\n") if line.strip())
     for number, line in enumerate(lines):
         try:
             record = json.loads(line, object_pairs_hook=once)
@@ -248,23 +256,28 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path}:{number}", record
 
 
-def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:
-    """Whatever the library makes of a path or a name on the Hub, pictures left encoded."""
+def _opened(config: DataConfig, path: Path, split_name: str) -> Dataset:
+    """A split that the `datasets` library opens from a path or the Hub. Images stay encoded."""
     datasets.disable_progress_bars()
     try:
         if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
             saved = load_from_disk(str(path))
-            rows = saved[wanted] if isinstance(saved, DatasetDict) else saved
+            rows = saved[split_name] if isinstance(saved, DatasetDict) else saved
         elif path.is_file():
             kind = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}.get(path.suffix, "parquet")
             rows = load_dataset(kind, data_files=str(path), split="train")
         else:
             rows = load_dataset(
-                config.path, config.subset or None, split=wanted, revision=config.revision or None
+                config.path,
+                config.subset or None,
+                split=split_name,
+                revision=config.revision or None,
             )
     except Exception as error:  # pyarrow, the library and the Hub's client raise many kinds
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"cannot open data.path {config.path!r}, {wanted}: {reason}") from error
+        raise InputError(
+            f"cannot open data.path {config.path!r}, {split_name}: {reason}"
+        ) from error
     for name, kind in rows.features.items():
         if isinstance(kind, Image):
             rows = rows.cast_column(name, Image(decode=False))
@@ -274,7 +287,7 @@ def _opened(config: DataConfig, path: Path, wanted: str) -> Dataset:
 
 
 def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
-    """Rows as records, with a stand-in for every picture the data carry."""
+    """Rows as records, with a stand-in for every image in the data."""
     pictures = [n for n, k in rows.features.items() if _carries(k)]
     index = 0
     for table in batches(rows):
@@ -285,7 +298,7 @@ def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
 
 
 def _stand_in(cell: Any) -> Any:
-    """For an Arrow scalar: nothing, one picture, or one for each of a list."""
+    """The stand-in for an Arrow scalar: None, one, or a list of them."""
     if not cell.is_valid:
         return None
     return [EMBEDDED] * len(cell) if isinstance(cell, pa.ListScalar) else EMBEDDED
@@ -296,7 +309,7 @@ def _carries(kind: Any) -> bool:
 
 
 def _pictures(rows: Dataset, columns: ColumnsConfig) -> Dataset | None:
-    """The column of carried pictures, as `image`; of a list, its first."""
+    """The column of images in the data, as `image`. Of a list it takes the first."""
     names = [columns.image] if columns.image else ["image", "images"]
     name = next((n for n in names if n in rows.features and _carries(rows.features[n])), None)
     if name is None:

@@ -1,4 +1,4 @@
-"""Preference records of other people's layouts, read as one: turns, two answers, a picture.
+"""Read preference records in several layouts: turns, two answers, an image.
 
 | layout | prompt | answers |
 |---|---|---|
@@ -7,15 +7,17 @@
 | LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
 | the original's | `question`: text or `[{"from", "value"}]` | text |
 
-Pictures are `image` or `images` (one at most). An `<image>` in the text of the first three marks
-their place and is taken out; the collator puts one slot before the first question.
+The image is `image` or `images` (at most one). In the first three layouts `<image>` in the text
+marks its place and is removed; the collator puts one slot before the first question.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
 from spavl_lib.config import ColumnsConfig
-from spavl_lib.data.schema import TURN
+from spavl_lib.data.schema import (
+    TURN,
+)
 
 USER, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
 MARK = "<image>"
@@ -23,19 +25,17 @@ Turns = list[tuple[str, str]]  # (role, text)
 
 
 class RecordError(Exception):
-    """Why a record cannot be read: `field: reason`; the caller adds file and row."""
+    """Why a record cannot be read, as `field: reason`. The caller adds file and row."""
 
 
 def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
-    """For `json.loads`: an object, or the error of one in which a field stands twice; which of the
-    two is meant is not to be guessed.
-    """
-    made = dict(pairs)
-    if len(made) == len(pairs):
-        return made
+    """For `json.loads`: an object, or an error if it has a field twice."""
+    record = dict(pairs)
+    if len(record) == len(pairs):
+        return record
     names = [name for name, _ in pairs]
-    twice = next(n for n in names if names.count(n) > 1)
-    return RecordError(f"record: {twice!r} stands there twice")
+    repeated = next(n for n in names if names.count(n) > 1)
+    return RecordError(f"record: it has the field {repeated!r} twice")
 
 
 def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], list[str]]:
@@ -43,11 +43,11 @@ def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], lis
 
     Args:
         record: Column name -> value.
-        columns: One's own names; empty ones are recognised.
+        columns: Names of the columns; empty names are recognised.
 
     Returns:
-        The fields that can be read, and a line `field: reason` for each that cannot; an answer that
-        cannot be understood without the prompt is in neither.
+        The fields that can be read, and a line `field: reason` for each that cannot. An answer that
+        cannot be read without the prompt is in neither.
     """
     names = {n: getattr(columns, n) or n for n in ("chosen", "rejected")}
     read, lines = {}, []
@@ -76,7 +76,7 @@ def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], lis
 
 
 def marks(record: dict) -> int:
-    """How many pictures the record's text says it has, 0 where it says nothing."""
+    """How many images the record's text marks."""
     count = 0
     for value in record.values():
         for text in _texts(value):
@@ -88,7 +88,7 @@ def conversation(turns: Turns) -> str:
     """Turns as a prompt of the schema.
 
     Raises:
-        RecordError: They do not take turns, the user first and last.
+        RecordError: User and assistant do not alternate, with the user first and last.
     """
     if not turns:
         raise RecordError("prompt: empty")
@@ -107,10 +107,10 @@ def conversation(turns: Turns) -> str:
 
 
 def turns_of(value: Any, field: str = "prompt") -> Turns:
-    """Text, or messages of either spelling, as turns; an empty system turn is dropped.
+    """Text, or messages of either spelling, as turns. An empty system turn is dropped.
 
     Raises:
-        RecordError: A turn is not understood.
+        RecordError: A turn has another form.
     """
     if isinstance(value, str):
         return [("user", value)]
@@ -133,7 +133,7 @@ def _message(turn: Any, field: str) -> tuple[str, str]:
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
     speaker = str(turn.get("role", turn.get("from"))).lower()
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # TRL: parts, of which pictures are told by type
+    if isinstance(content, list):  # TRL: parts of several types
         parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
         content = "\n".join(p for p in parts if isinstance(p, str)) if parts else None
     if not isinstance(content, str):
@@ -145,7 +145,7 @@ def _message(turn: Any, field: str) -> tuple[str, str]:
 
 
 def _prompt(record: dict, columns: ColumnsConfig) -> Turns | None:
-    """The turns before the answer; None if they stand only inside the answers."""
+    """The turns before the answer; None if only the answers contain them."""
     if columns.prompt:
         if record.get(columns.prompt) is None:
             raise RecordError(f"prompt: missing (column {columns.prompt!r})")
@@ -166,17 +166,17 @@ def _alpaca(record: dict) -> Turns:
         turns.append(("system", str(record["system"])))
     for pair in record.get("history") or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise RecordError("prompt: history is no list of question and answer")
+            raise RecordError("prompt: history must be a list of [question, answer]")
         turns += [("user", str(pair[0])), ("assistant", str(pair[1]))]
     parts = [str(record.get(n) or "") for n in ("instruction", "input")]
     return [*turns, ("user", "\n".join(p for p in parts if p))]
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
-    """TRL's implicit prompt: what both answers begin with.
+    """TRL's implicit prompt: the turns that both answers begin with.
 
     Raises:
-        RecordError: They share nothing.
+        RecordError: They have none in common.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = 0
@@ -186,7 +186,7 @@ def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
             shared += 1
         if 0 < shared < min(len(chosen), len(rejected)):
             return unmarked(turns_of(chosen[:shared])), [chosen[shared:], rejected[shared:]]
-    raise RecordError("prompt: missing, and the answers are no messages that begin alike")
+    raise RecordError("prompt: missing, and the answers have no first turns in common")
 
 
 def _answer(value: Any, head: Turns, field: str) -> str:
@@ -201,7 +201,7 @@ def _answer(value: Any, head: Turns, field: str) -> str:
 
 
 def unmarked(turns: Turns) -> Turns:
-    """Turns without the marks that say where a picture stands."""
+    """Turns without the marks of the image's place."""
     return [(r, t.replace(MARK, "").strip() if MARK in t else t) for r, t in turns]
 
 
