@@ -26,7 +26,7 @@ from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted
 from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.generation.vllm import VLLMModel
-from spavl_lib.runs.files import write_text
+from spavl_lib.runs.files import write_jsonl, write_text
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -123,7 +123,7 @@ def generate(
     place = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
     records = [done[n][j] for n, j in (place[i] for i in range(len(rows)))]
     if machine.is_main():
-        write_text(target, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        write_jsonl(target, records)
     group.barrier()
     partial.unlink(missing_ok=True)
     if machine.is_main():
