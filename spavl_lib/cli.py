@@ -175,12 +175,14 @@ def rerun(
       spavl rerun runs/demo --stage dpo
       spavl rerun runs/demo --check conditions
     """
-    from spavl_lib import rerun as again
+    from spavl_lib import rerun as rerun_module
 
     if check not in ("exact", "conditions"):
         raise InputError(f"--check {check!r}: expected exact or conditions")
-    found = again.rerun(_run_path(run), only=tuple(stage or ()), check=check, say=typer.echo)
-    if not found["equal"]:
+    comparison = rerun_module.rerun(
+        _run_path(run), only=tuple(stage or ()), check=check, say=typer.echo
+    )
+    if not comparison["equal"]:
         raise typer.Exit(1)
     typer.echo("equal" if check == "exact" else "the records hold")
 

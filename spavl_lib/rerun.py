@@ -26,7 +26,7 @@ from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
 from spavl_lib.stages import stage_names
 
 # Times, memory and device names; never compared.
-OWN = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
+NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
 CONDITIONS = (
     "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
     "determinism",
@@ -56,36 +56,36 @@ def rerun(
         InputError: The folder holds no complete stage, or a named stage is not complete.
     """
     stages = _finished(run_path, only)
-    found: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
+    comparison: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
     for name in stages:
         manifest, config = _read(run_path / name)
-        found["records"][name] = list(record_differences(run_path / name, manifest))
-        found["conditions"][name] = list(condition_differences(manifest, config, name))
-        for line in found["records"][name]:
+        comparison["records"][name] = list(record_differences(run_path / name, manifest))
+        comparison["conditions"][name] = list(condition_differences(manifest, config, name))
+        for line in comparison["records"][name]:
             say(f"{name}: {line}")
-        for line in found["conditions"][name]:
+        for line in comparison["conditions"][name]:
             say(f"{name}: not as then: {line}")
-        if not found["conditions"][name]:
+        if not comparison["conditions"][name]:
             say(f"{name}: made under the conditions that hold now")
     if check == "exact":
         root = runs_root() / ".rerun" / f"{run_path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for name in stages:
             say(f"{name}: making it again")
             began = time.perf_counter()
-            found["results"][name] = make_again(run_path, name, root, only)
+            comparison["results"][name] = make_again(run_path, name, root, only)
             took = f"{time.perf_counter() - began:.0f} s"
-            for line in found["results"][name]:
+            for line in comparison["results"][name]:
                 say(f"{name}: differs: {line}")
-            if not found["results"][name]:
+            if not comparison["results"][name]:
                 say(f"{name}: equal in every number and file ({took})")
-        if any(found["results"].values()):
+        if any(comparison["results"].values()):
             say(f"the second making is kept in {root}")
         else:
             shutil.rmtree(root, ignore_errors=True)
-    found["equal"] = not any(any(found[part].values()) for part in ("records", "results"))
-    found |= {"check": check, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    write_json(run_path / "rerun.json", found)
-    return found
+    comparison["equal"] = not any(any(comparison[part].values()) for part in ("records", "results"))
+    comparison |= {"check": check, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    write_json(run_path / "rerun.json", comparison)
+    return comparison
 
 
 def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
@@ -206,9 +206,9 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
     run = Run(config, root=root)
     run.path.mkdir(parents=True, exist_ok=True)
     for other in itertools.takewhile(lambda other: other != name, stage_names()):
-        there = run.path / other
-        if only and other not in only and (run_path / other).is_dir() and not there.exists():
-            there.symlink_to((run_path / other).absolute())
+        earlier = run.path / other
+        if only and other not in only and (run_path / other).is_dir() and not earlier.exists():
+            earlier.symlink_to((run_path / other).absolute())
     maker_of(name)(config, run.stage(name))
     return list(result_differences(run_path / name, run.path / name))
 
@@ -245,7 +245,7 @@ def _line_differences(name: Path, then: list[dict], now: list[dict]) -> Iterator
 
 
 def _plain(value: dict) -> dict:
-    return {k: v for k, v in json.loads(json.dumps(value)).items() if k not in OWN}
+    return {k: v for k, v in json.loads(json.dumps(value)).items() if k not in NOT_COMPARED}
 
 
 def _same_bytes(a: Path, b: Path) -> bool:

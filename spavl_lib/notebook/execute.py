@@ -220,14 +220,14 @@ def run_notebook(
         return target
     stopped = isinstance(problem, Preempted | Interrupted)
     with contextlib.suppress(OSError, DiskError):  # the first error is the one to report
-        kept = stage.path / "failed.ipynb"
-        keep_failed(aside, kept, notebook, str(problem))
+        failed = stage.path / "failed.ipynb"
+        keep_failed(aside, failed, notebook, str(problem))
         write_status(
             stage, "stopped" if stopped else "failed", notebook, execution.cell,
             cause=str(problem), exit_code=problem.exit_code,
         )  # fmt: skip
         if isinstance(problem, NotebookError):
-            problem = type(problem)(f"{problem}\n  the cells executed so far: {short_path(kept)}")
+            problem = type(problem)(f"{problem}\n  the cells executed so far: {short_path(failed)}")
     raise problem
 
 

@@ -37,9 +37,9 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
         number = getattr(error, "errno", None) or (int(quoted) if quoted.isdigit() else None)
         if number not in DISK_ERRORS:
             raise
-        wanted = f"{needed:,} bytes needed, " if needed else ""
+        size = f"{needed:,} bytes needed, " if needed else ""
         free = shutil.disk_usage(existing_parent(path)).free
-        raise DiskError(f"cannot write {path}: {error} ({wanted}{free:,} bytes free)") from error
+        raise DiskError(f"cannot write {path}: {error} ({size}{free:,} bytes free)") from error
 
 
 def existing_parent(path: Path) -> Path:

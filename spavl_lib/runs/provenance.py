@@ -70,11 +70,11 @@ def code_sha256() -> str:
 
 def versions() -> dict[str, str]:
     """Version of Python and of each package that numbers depend on."""
-    found = {"python": platform.python_version()}
+    named = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            named[name] = importlib.metadata.version(name)
+    return named
 
 
 def installed() -> dict[str, str]:
@@ -99,7 +99,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     name, flags = _processor()
-    found = {
+    facts = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "cpu": name,
@@ -111,10 +111,10 @@ def machine() -> dict[str, Any]:
         "driver": None,
     }
     if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name(0)
-        found["cudnn"] = torch.backends.cudnn.version()
-        found["driver"] = _driver()
-    return found
+        facts["gpu"] = torch.cuda.get_device_name(0)
+        facts["cudnn"] = torch.backends.cudnn.version()
+        facts["driver"] = _driver()
+    return facts
 
 
 def _processor() -> tuple[str, str]:

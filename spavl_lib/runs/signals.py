@@ -16,7 +16,7 @@ class StopFlag:
     """
 
     def __init__(self, around: "StopFlag | None" = None) -> None:
-        self._own, self.around = "", around
+        self._signal, self.around = "", around
 
     def __bool__(self) -> bool:
         return bool(self.reason)
@@ -24,17 +24,17 @@ class StopFlag:
     @property
     def reason(self) -> str:
         """The name of the signal; empty before one has come."""
-        return self._own or (self.around.reason if self.around else "")
+        return self._signal or (self.around.reason if self.around else "")
 
     @reason.setter
     def reason(self, name: str) -> None:
-        self._own = name
+        self._signal = name
 
     def set(self, signum: int, _frame: object = None) -> None:
         """Handle a signal: the first sets the flag, a second raises KeyboardInterrupt."""
-        if self._own:
+        if self._signal:
             raise KeyboardInterrupt
-        self._own = signal.Signals(signum).name
+        self._signal = signal.Signals(signum).name
         # os.write, because the signal may interrupt any other code that prints.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.reason}: stopping when this step is done and saved\n".encode())

@@ -71,7 +71,7 @@ class Stage:
     @property
     def begun(self) -> bool:
         """Whether the folder holds work, beyond the files that opening a stage writes."""
-        paper = {
+        opening = {
             "config.yaml",
             "manifest.json",
             "source.diff",
@@ -83,7 +83,7 @@ class Stage:
         return any(
             path.is_file() and not any(part.startswith(".") for part in parts)
             for path in self.path.rglob("*")
-            if (parts := path.relative_to(self.path).parts)[0] not in paper | notebooks
+            if (parts := path.relative_to(self.path).parts)[0] not in opening | notebooks
         )
 
     @property
