@@ -63,10 +63,11 @@ soak: setup  ## kills, signals, damage and full disks in their long form; writes
 mutants: setup  ## small faults put into the code one by one: do the tests notice? 40 minutes
 	$(BIN)/python scripts/mutants.py
 
-check: setup  ## lint and format of code and notebooks; notebooks without outputs
+check: setup  ## lint, format, types, direction of imports; notebooks without outputs
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/mypy
 	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
 
 format: setup  ## mend what `check` finds, as far as tools can

@@ -105,8 +105,9 @@ def find_problems(
             place = where(index)
             for name in unreadable:
                 problems[index].append(f"{place} {name}: not valid UTF-8")
-            lines = text_problems(row, place, preference=preference, turns=turns)
-            lines = [p for p in lines if not any(p.startswith(f"{place} {n}:") for n in unreadable)]
+            in_text = text_problems(row, place, preference=preference, turns=turns)
+            known = tuple(f"{place} {name}:" for name in unreadable)
+            lines = [p for p in in_text if not p.startswith(known)]
             if row["id"] in row_of_id:
                 lines.append(f"{place} id: {row['id']} repeats {where(row_of_id[row['id']])}")
             row_of_id.setdefault(row["id"], index)

@@ -252,9 +252,9 @@ def load_roles(
     for role in ("value", "reward"):
         load_reward_adapter(vlm, reward_folder, role, trainable=role == "value")
     size = base.config.get_text_config().hidden_size
-    heads = [load_head(reward_folder, size).to(base.device) for _ in range(2)]
+    value_head, reward_head = (load_head(reward_folder, size).to(base.device) for _ in range(2))
     apply_sharing(vlm, config.share_prefix)
-    roles = OneBase(vlm, *heads, forbidden_ids)
+    roles = OneBase(vlm, value_head, reward_head, forbidden_ids)
     if masters:
         masters_in_fp32(roles)
     return roles

@@ -124,7 +124,7 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
     sharded = launch.engine == "zero3" and kind != "ppo"
     whole = launch.num_processes if sharded else 1
     if model.with_lora:
-        base = half * everything
+        base: float = half * everything
         if model.adapter == "qlora":
             base = half * (everything - shape.linears) + NF4 * shape.linears
         if kind == "ppo":  # the reward model's frozen adapter and projector

@@ -111,7 +111,7 @@ class PPOTrainer(RolloutMaker):
             num_training_steps=self.total_steps * self.updates_per_step,
         )
         self.step, self.saved = 0, time.monotonic()
-        self.reference: dict | None = None
+        self.reference: dict[str, list] = {}
         self.log_rows: list[dict] = []
 
     @property

@@ -163,8 +163,7 @@ class RolloutMaker:
     def _measure(self, rollout: Rollout, step: int, cache: TowerCache) -> None:
         """Add log-probabilities, entropies, values and scores to a rollout."""
         shape = (len(rollout), rollout.width)
-        names = [name for role_names in COLUMNS.values() for name in role_names]
-        columns = {name: torch.zeros(shape) for name in names}
+        columns = {name: torch.zeros(shape) for names in COLUMNS.values() for name in names}
         scores = torch.zeros(len(rollout))
         batches = self._micro_batches(rollout.prompts, rollout.responses)
         for rows in ppo_batches.own_batches(batches):

@@ -82,7 +82,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         """trl's loss; raises if it is NaN or infinite."""
         return self.check_loss(model, super().compute_loss(model, *args, **options))
 
-    def _prepare_inputs(self, inputs: list[dict]) -> dict:
+    def _prepare_inputs(self, inputs: Any) -> dict:
         self.row_ids = list(dict.fromkeys(row["id"] for row in inputs))
         return RLOOTrainer._prepare_inputs(self, inputs)
 

@@ -175,7 +175,7 @@ def test_all_faults_are_listed_at_once(profile: Path) -> None:
         "  unknown key 'dpo.betta'; did you mean 'dpo.beta'?",
         "  ppo: num_minibatches = 9 for a rollout of 8 prompts: some would be empty",
         "  launch: num_processes = 1 must be a multiple of num_machines = 2",
-        "  launch: main_port: several machines need a port that all of them know",
+        "  launch: num_machines = 2 needs main_port, a port that all machines know",
         "  seed must be greater than or equal to 0, got -1",
     ]
 

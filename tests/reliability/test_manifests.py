@@ -94,7 +94,7 @@ ROWS: dict[str, tuple[list[bytes], list[str]]] = {
     "both answers bad": ([line(chosen="", rejected=" ")], ["1 chosen: empty", "1 rejected: empty"]),
     # pictures
     "missing file": ([line(image="gone.png")], ["1 image: "]),
-    "two pictures": ([line(image=["b.png", "b.png"])], ["1 image: 2 pictures"]),
+    "two pictures": ([line(image=["b.png", "b.png"])], ["1 image: 2 images"]),
     "a mark without a picture": (
         [line(image=None, prompt="<image>What?")], ["1 image: 1 <image> in the text"],
     ),

@@ -47,7 +47,7 @@ ANSWERS = "meta_files/model_answer/*.json"
 class HubLayout(Source):
     """Parquet files with embedded images, in a folder or a data set on the Hub."""
 
-    eval_sets = ("harm", "help")
+    eval_sets: tuple[str, ...] = ("harm", "help")
 
     @property
     def folder(self) -> Path:

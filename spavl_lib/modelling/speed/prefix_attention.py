@@ -151,6 +151,7 @@ def _eager(
     if is_causal:
         size = query.shape[2]
         attn_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    assert attn_mask is not None
     scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return weights @ value

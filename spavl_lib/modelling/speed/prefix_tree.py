@@ -88,7 +88,8 @@ def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
     places: list[list[np.ndarray]] = [[] for _ in rows]
     size = 0
     # A stack of (rows, first token without a segment, tokens known to be common, ancestors).
-    todo = [(list(range(len(rows))), 0, 0, ())]
+    everything: tuple[list[int], int, int, tuple[int, ...]] = (list(range(len(rows))), 0, 0, ())
+    todo = [everything]
     while todo:
         group, start, known, ancestors = todo.pop()
         end, parts = _divide(rows, group, known)

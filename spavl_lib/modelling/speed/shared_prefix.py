@@ -268,6 +268,7 @@ class SharedPrefix:
             if (steps != 1).any():
                 raise NotShared("position_ids do not count up one by one")
         if features is not None:
+            assert groups is not None
             slots = np.argwhere((numbers == self.backbone.config.image_token_id) & real)
             sizes = [len(features[g]) for g in groups.group]
             if len(slots) != sum(sizes):
@@ -366,7 +367,7 @@ def _generating(kwargs: dict) -> bool:
 
 def _prefilling(kwargs: dict) -> bool:
     """Whether this is the first pass of a generation: over the prompts, with an empty cache."""
-    cache = kwargs.get("past_key_values")
+    cache: Any = kwargs.get("past_key_values")
     return (
         type(cache) is DynamicCache
         and cache.get_seq_length() == 0

@@ -7,7 +7,7 @@ also with shared prefixes, where the tower gets each image of a batch once.
 """
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class TowerCache:
         self.towers = towers
         self.hits = self.misses = 0
         self._kept: dict[Hashable, dict[int, Tensor]] = {}
-        self._images: list[Hashable] = []
+        self._images: Sequence[Hashable] = []
         self._inputs_per_image: list[int] = []
 
     @contextlib.contextmanager
@@ -68,7 +68,7 @@ class TowerCache:
             self._kept.clear()
 
     @contextlib.contextmanager
-    def rows(self, images: list[Hashable], batch: dict[str, Any]) -> Iterator[None]:
+    def rows(self, images: Sequence[Hashable], batch: dict[str, Any]) -> Iterator[None]:
         """A context that names the images of the forward passes in it.
 
         Args:

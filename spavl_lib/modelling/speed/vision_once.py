@@ -40,7 +40,9 @@ def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
             [f.sum(1, dtype=torch.float64) for f in (flat, flat[:, ::7])], 1
         ).tolist()
         shapes = [()] * len(sums) if sizes is None else [tuple(s) for s in sizes.tolist()]
-        first, group, by_checksum = [], [], {}
+        first: list[int] = []
+        group: list[int] = []
+        by_checksum: dict[tuple, list[int]] = {}
         for i, checksum in enumerate(zip(map(tuple, sums), shapes, strict=True)):
             candidates = by_checksum.setdefault(checksum, [])
             equal = next((g for g in candidates if torch.equal(pixels[first[g]], pixels[i])), None)
