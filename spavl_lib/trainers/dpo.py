@@ -19,8 +19,7 @@ from trl import DPOTrainer
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_preferences
-from spavl_lib.distributed import group, zero_parameters
+from spavl_lib.distributed import zero_parameters
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -45,7 +44,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
 from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import note_rows, training_inputs
+from spavl_lib.trainers.inputs import load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
@@ -92,23 +91,14 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 
     Args:
         config: Uses `data`, `model`, `dpo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: As for `train_reward`, and so are `flag` and `live`.
+        flag: Stop flag.
+        live: Live plot.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        InputError: Bad data, model or settings.
-        NonFiniteError: A loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+    Returns and raises as `train_reward`.
     """
     quiet_libraries()
-    with group.main_first():
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
-    note_rows(stage, train=train_rows, validation=held_out)
+    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
     trainer = build_trainer(config, stage, processor, train_rows, held_out)
     parts = assert_freeze_plan(trainer.model, config.model)

@@ -6,6 +6,8 @@ from datasets import Dataset
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.data.load import load_preferences
+from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.runs.files import sha256_file
@@ -65,6 +67,18 @@ def reward_folder(named: str, stage: Stage) -> Path:
     return reward.path / "model"
 
 
-def note_rows(stage: Stage, **splits: Dataset) -> None:
-    """Write the digests of the rows that a training uses into the manifest."""
-    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})
+def load_rows(config: Config, stage: Stage, *splits: str) -> list[Dataset]:
+    """The preferences of some splits; their digests are written into the stage's manifest.
+
+    Args:
+        config: Uses `data`.
+        stage: The stage that is trained.
+        splits: Such as `train` and `validation`.
+
+    Raises:
+        InputError: The data cannot be read.
+    """
+    with group.main_first():  # which may download or build the data set
+        rows = {split: load_preferences(config.data, split) for split in splits}
+    stage.note(data={split: row_digests(table) for split, table in rows.items()})
+    return list(rows.values())

@@ -21,7 +21,6 @@ from transformers import get_scheduler
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_preferences
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
@@ -36,7 +35,7 @@ from spavl_lib.trainers import ppo_batches, progress
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.engines import build_engine
 from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
-from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
+from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.ppo_records import card, rollout_records, rollout_stats, summary_figures
 from spavl_lib.trainers.ppo_rollout import RolloutMaker
 from spavl_lib.trainers.ppo_terms import check_first_ratio, policy_loss, value_loss
@@ -51,24 +50,16 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 
     Args:
         config: Uses `data`, `model`, `ppo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint; on a CPU the
-            result is bit-identical to an uninterrupted run.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: As for `train_reward`, and so are `flag` and `live`. On a CPU, a resumed run is
+            bit-identical to an uninterrupted one.
+        flag: Stop flag.
+        live: Live plot.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        InputError: Bad data, model, reward model or settings.
-        NonFiniteError: A score, loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+    Returns and raises as `train_reward`; `InputError` also for a reward model that does not fit.
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
-    with group.main_first():
-        rows = load_preferences(config.data, "train")
-    note_rows(stage, train=rows)
+    [rows] = load_rows(config, stage, "train")
     trainer = PPOTrainer(config, stage, rows, folder, flag)
     trainer.check()
     trainer.train(live)

@@ -107,12 +107,9 @@ def value_loss(
 
     Args:
         rollout: The rollout, with returns.
-        rows: Rows of a micro-batch.
+        rows: As for `policy_loss`, which also says what is returned.
         outputs: The values (rows, width), alone in a tuple.
         settings: Value clip range and weight of the loss.
-
-    Returns:
-        The loss (), with a gradient, and the values to log.
     """
     (values,) = outputs
     old, returns, mask = _columns(rollout, rows, values, "values", "returns")

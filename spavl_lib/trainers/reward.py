@@ -46,7 +46,7 @@ from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
-from spavl_lib.trainers.inputs import note_rows, training_inputs
+from spavl_lib.trainers.inputs import load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
@@ -146,10 +146,7 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         Preempted: Asked to stop; the same call continues.
     """
     quiet_libraries()
-    with group.main_first():
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
-    note_rows(stage, train=train_rows, validation=held_out)
+    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
     trainer = build_trainer(config, stage, processor, train_rows)
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)

@@ -25,7 +25,6 @@ from trl.trainer.utils import RepeatSampler
 from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.lengths import check_prompt_lengths
-from spavl_lib.data.load import load_preferences
 from spavl_lib.data.templates import encode_prompts, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
@@ -45,7 +44,7 @@ from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.exact_trainer import CheckedMixin
 from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
+from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rollout import forbidden_token_ids
@@ -157,17 +156,11 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
 
     Args:
         config: Uses `data`, `model`, `rloo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: As for `train_reward`, and so are `flag` and `live`.
+        flag: Stop flag.
+        live: Live plot.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        InputError: Bad data, model, reward model or settings.
-        NonFiniteError: A score, loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+    Returns and raises as `train_reward`; `InputError` also for a reward model that does not fit.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
@@ -178,8 +171,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
-    rows = load_preferences(config.data, "train")
-    note_rows(stage, train=rows)
+    [rows] = load_rows(config, stage, "train")
     processor = load_processor(config.model)
     trainer = build_trainer(config, stage, processor, rows, folder)
     ckpt.check_room(trainer.checkpoints, trainer.model)

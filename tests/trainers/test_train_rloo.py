@@ -19,10 +19,9 @@ from spavl_lib.trainers import rloo
 from spavl_lib.trainers.progress import StageCallback
 from spavl_lib.trainers.reward_function import RewardFunction
 from spavl_lib.trainers.rollout import batch_of, encode_rows
-from tests.helpers import embedded_processor, mini_rows, smoke, spread, tiny
+from tests.helpers import embedded_processor, metric_rows, mini_rows, smoke, spread, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CLOCK = ("time_s", "peak_memory_gib")
 
 
 def settings(adapter: str, folder: Path | str, **changes: object) -> Config:
@@ -41,10 +40,6 @@ def train(config: Config, root: Path) -> tuple[Stage, dict]:
     return stage, rloo.train_rloo(config, stage)
 
 
-def rows_of(stage: Stage) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_jsonl(stage.metrics_path)]
-
-
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str,
@@ -56,7 +51,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     straight, expected = train(config, tmp_path / "straight")
     assert expected["steps"] == 4 and expected["answers"] == 32
     assert "tower" not in expected["trainable_parameters"]
-    lines = rows_of(straight)
+    lines = metric_rows(straight)
     assert [r["step"] for r in lines] == [1, 2, 3, 4]
     assert abs(lines[0]["kl"]) < 1e-4 < abs(lines[-1]["kl"]) + 1e-3
     assert all(len(r["row_ids"]) == 4 for r in lines)
@@ -78,7 +73,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
             rloo.train_rloo(config, stage)
         monkeypatch.setattr(StageCallback, "on_step_end", old)
         summary = rloo.train_rloo(config, stage)
-        assert rows_of(stage) == lines
+        assert metric_rows(stage) == lines
         assert summary["weights_sha256"] == expected["weights_sha256"]
         answers = [(straight.path / "rollouts.jsonl").read_bytes()]
         assert answers == [(stage.path / "rollouts.jsonl").read_bytes()]

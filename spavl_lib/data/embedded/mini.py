@@ -151,6 +151,21 @@ class _Maker:
             question_type,
         )
 
+    def rows(self, intents: tuple[str, ...], harm_class: HarmClass, scene: Scene) -> Iterator[Row]:
+        """A scene's rows, one for each question type.
+
+        Args:
+            intents: fact, ask, harm or look_alike, for each question type.
+            harm_class: The tertiary class of the requests.
+            scene: The scene that is shown.
+        """
+        for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
+            if intent == "fact":
+                request = self.fact(harm_class, scene, question_type)
+            else:
+                request = self.phrase(intent, harm_class, scene, question_type)
+            yield self.preferred(scene, request)
+
     def _concept(self, scene: Scene) -> Concept:
         return self.world.concepts[scene.concept]
 
@@ -223,12 +238,7 @@ def _train_rows() -> Iterator[Row]:
                     ("ask", "harm", "ask"),
                     ("fact", "ask", "ask"),
                 )[turn - RISKY_PER_CLASS // 2]
-            for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
-                if intent == "fact":
-                    request = maker.fact(harm_class, scene, question_type)
-                else:
-                    request = maker.phrase(intent, harm_class, scene, question_type)
-                yield maker.preferred(scene, request)
+            yield from maker.rows(intents, harm_class, scene)
 
 
 def _validation_rows() -> Iterator[Row]:
@@ -243,12 +253,7 @@ def _validation_rows() -> Iterator[Row]:
                 intents = ("ask", "harm", third) if n % 3 else ("fact", "harm", "ask")
             else:
                 intents = ("fact", "ask", "ask") if n % 2 else ("ask", "ask", "harm")
-            for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
-                if intent == "fact":
-                    request = maker.fact(harm_class, scene, question_type)
-                else:
-                    request = maker.phrase(intent, harm_class, scene, question_type)
-                yield maker.preferred(scene, request)
+            yield from maker.rows(intents, harm_class, scene)
 
 
 def _test_rows() -> dict[str, list[Row]]:
@@ -396,7 +401,10 @@ def write_mini(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _columns(part, kind, drawing).to_parquet(path)
     _write_meta(folder / "meta_files", rows)
-    (folder / "README.md").write_text(_CARD, encoding="utf-8")
+    files_of = "".join(f"  - {{split: {name}, path: FOLDER/{name}-*}}\n" for name in TEST_SETS)
+    card = _CARD.replace("TEST_FILES", files_of.replace("FOLDER", "test"))
+    card = card.replace("TWEMOJI_FILES", files_of.replace("FOLDER", "test_twemoji"))
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
@@ -473,17 +481,9 @@ configs:
   - {split: twins, path: validation/twins-*}
 - config_name: test
   data_files:
-  - {split: harm, path: test/harm-*}
-  - {split: help, path: test/help-*}
-  - {split: look_alikes, path: test/look_alikes-*}
-  - {split: twins, path: test/twins-*}
-- config_name: test_twemoji
+TEST_FILES- config_name: test_twemoji
   data_files:
-  - {split: harm, path: test_twemoji/harm-*}
-  - {split: help, path: test_twemoji/help-*}
-  - {split: look_alikes, path: test_twemoji/look_alikes-*}
-  - {split: twins, path: test_twemoji/twins-*}
----
+TWEMOJI_FILES---
 
 # SPA-VL mini
 
