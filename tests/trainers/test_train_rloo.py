@@ -40,7 +40,8 @@ def train(config: Config, root: Path) -> tuple[Stage, dict]:
     return stage, rloo.train_rloo(config, stage)
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str,
     reward_folders: dict[str, Path],
