@@ -185,7 +185,7 @@ def test_bad_input(reward_folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="8 training rows, but a step takes 16"):
         changes = {"rloo__per_device_batch_size": 16}
         train(settings("lora", reward_folders["lora"], **changes), tmp_path)
-    with pytest.raises(InputError, match="not whole groups"):
+    with pytest.raises(InputError, match="must be a multiple of num_generations = 3"):
         settings("lora", "", rloo__num_generations=3)
     with pytest.raises(InputError, match="leave no room for 2000 new tokens.*rloo.max_new_tokens"):
         train(settings("lora", reward_folders["lora"], rloo__max_new_tokens=2000), tmp_path)
