@@ -1,7 +1,7 @@
 """Google Colab: settings by GPU, runs on Drive, and a message if the runtime needs a restart.
 
-The second cell of each notebook calls `set_up`. On Colab it first installs the package with its
-pinned dependencies.
+On Colab, the second code cell of each notebook installs the package with its pinned dependencies
+and calls `set_up`. Elsewhere the cell does nothing.
 """
 
 import importlib.metadata
