@@ -115,7 +115,7 @@ def input_error(lines: list[str], source: str = "") -> InputError:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for an unknown key; it suggests a key with the same last part or a similar one."""
+    """The message for an unknown key. It suggests a key with the same last part or like it."""
     same_last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     hint = f"; did you mean {same_last[0]!r}?" if same_last else nearest(key, known)
     return f"unknown key {key!r}" + (hint or f" (known: {', '.join(known)})")
