@@ -1,5 +1,4 @@
-"""What notebooks and commands call: `train` or `make` a stage, or `ensure` that an earlier one is
-complete.
+"""What notebooks and commands call to get a complete stage: `train`, `make` and `ensure`.
 
 All three call `distributed.launcher.make`, which runs the stage's maker in this process or in child
 processes. The table in `stages` says which stages exist and which stages each one builds on.

@@ -71,11 +71,11 @@ class DataConfig:
     any form that the `datasets` library opens. Another package can add a source (see
     `data.sources.base`)."""
     train_rows: NonNegativeInt
-    """Number of training pairs, 0 for all. A smaller number is always a subset of a larger one."""
+    """Number of training pairs; 0: all. A smaller training set is a subset of every larger one."""
     validation_rows: NonNegativeInt
-    """Number of held-out pairs, 0 for all."""
+    """Number of held-out pairs; 0: all."""
     test_rows: NonNegativeInt
-    """Number of prompts in each evaluation set, 0 for all."""
+    """Number of prompts in each evaluation set; 0: all."""
     path: str = ""
     """Folder or file of the rows, or a data set's name on the Hub. mini does not use it."""
     revision: str = ""
@@ -94,7 +94,7 @@ class DataConfig:
     """Extra processes that decode images and tokenise during a step; 0: the training process does
     both between steps. Only for reward and dpo."""
     group_by_image: bool = False
-    """Put the rows of an image into the same batches, so that they share one image prefix."""
+    """Put rows with the same image into the same batch, so that they share one image prefix."""
     image_root: str = ""
     """Folder that image paths start from. Empty: `path`, or the folder that holds it if `path` is a
     file. Only for sources original and datasets."""
@@ -494,7 +494,8 @@ class LaunchConfig:
     """Processes that train together. The effective batch size does not depend on their number."""
 
     num_processes: PositiveInt = 1
-    """Number of processes, counted over all machines. More than one are started by accelerate."""
+    """Number of processes, counted over all machines. accelerate starts them if there are several,
+    or if DeepSpeed is the engine."""
     engine: Literal["ddp", "zero2", "zero3"] = "ddp"
     """ddp: every process holds the whole model. zero2, zero3: DeepSpeed divides the optimizer state
     and the gradients among the processes, and under zero3 also the parameters."""

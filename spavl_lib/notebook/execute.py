@@ -186,7 +186,7 @@ def run_notebook(
         **(parameters or {}),
     }
     check_parameters(notebook, parameter_values)
-    unfinished = stage.path / f".executed.{os.getpid()}.ipynb"  # papermill writes here meanwhile
+    unfinished = stage.path / f".executed.{os.getpid()}.ipynb"  # papermill writes cells to it
     execution = _Execution(notebook, stage)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)

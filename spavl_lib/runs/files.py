@@ -1,4 +1,4 @@
-"""Read and write files. After a crash a file is the old or the new one, never half of one."""
+"""Read and write files. Whole files are replaced in one step: a reader never sees half of one."""
 
 import contextlib
 import errno

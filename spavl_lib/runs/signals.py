@@ -69,7 +69,7 @@ def end_with_parent() -> None:
 
     The parent process holds standard input open, so it closes when the parent ends.
     """
-    # sys.stdin.read would hold a lock, and the interpreter aborts if it exits meanwhile.
+    # sys.stdin.read would hold a lock, and the interpreter aborts if it exits while that is held.
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(1)
