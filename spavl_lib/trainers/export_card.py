@@ -22,14 +22,14 @@ def model_card(
     Args:
         config: Config of the run.
         stage: Stage that was trained, such as "dpo".
-        tags: Hub tags after the stage's own.
-        source: What the stage was trained on, such as "prompts of ".
-        facts: Sizes and settings, in the order in which they are listed.
-        table: Heading of the results.
-        results: Name of each result and its value.
+        tags: Hub tags that follow the tag of the stage.
+        source: Words before the name of the data set, such as "prompts of ".
+        facts: Sizes and settings, in the order in which the card lists them.
+        table: Heading of the table of results.
+        results: Name of each result -> its value.
 
     Returns:
-        Markdown with the front matter that the Hub reads.
+        Markdown with the YAML front matter that the Hub reads.
     """
     model = config.model
     name = "the embedded demonstration model" if model.name == "embedded" else model.name

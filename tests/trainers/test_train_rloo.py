@@ -200,6 +200,6 @@ def test_scores_that_are_no_numbers_and_empty_answers_stop_the_run() -> None:
     with pytest.raises(NonFiniteError, match="rows a"):
         nan([None], [None], [[40, 1]], **columns)
     fine = RewardFunction(lambda batch: torch.tensor([1.0]), processor, **options)
-    with pytest.raises(InputError, match="every answer is empty"):
+    with pytest.raises(InputError, match="every response is empty"):
         fine([None], [None], [[1]], **columns)
     assert fine([None], [None], [[40, 1]], **columns) == [1.0]

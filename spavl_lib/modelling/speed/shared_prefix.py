@@ -303,7 +303,7 @@ def share_prefix(
             in place. If the model is already wrapped, its wrapper gets the new options.
         strict: Whether to raise an error if the family or a batch cannot share prefixes. If False,
             the backbone's own forward runs instead, and one warning says so.
-        min_shared: A common prefix of fewer tokens is not shared.
+        min_shared: A common run of fewer tokens is not shared.
 
     Returns:
         The wrapper. It has `stats`, and `restore()` removes it. None if the family cannot share
