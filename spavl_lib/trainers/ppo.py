@@ -271,7 +271,7 @@ class PPOTrainer(RolloutMaker):
         for role, loss_of in (("policy", policy_loss), ("value", value_loss)):
             for turn, (micro_batch, weight) in enumerate(micro_batches, 1):
                 batch = self._batch(rollout.prompts, rollout.responses, micro_batch)
-                # A loss is a mean over the micro-batch's tokens. Weighted by the micro-batch's share
+                # A loss is a mean over a micro-batch's tokens. Weighted by the micro-batch's share
                 # of the minibatch's tokens, the losses add up to the mean over the minibatch.
                 share = weight * int(mask[micro_batch].sum()) / tokens
                 outputs = self._forward(

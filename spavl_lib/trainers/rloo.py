@@ -294,7 +294,7 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         sampling = {"suppress_tokens": list(forbidden)}
     # trl loads a model itself only for the reference of full fine-tuning, by the base model's name.
     revision = {"revision": config.model.revision} if config.model.revision else None
-    # Worker processes are used for preference pairs only; here a batch holds prompts.
+    # `data.num_workers` is for preference pairs only, whose collator decodes and tokenises.
     common = common_arguments("rloo", config, stage) | {"dataloader_num_workers": 0}
     return TRLConfig(
         **common,
