@@ -105,7 +105,7 @@ def engines() -> dict[str, str]:
         "zero2/3": "yes" if installed("deepspeed") else missing,
         "4 bit": "yes" if installed("bitsandbytes") else "no: bitsandbytes is not installed",
         "16 bit": half_precision(),
-        "vllm": "yes" if installed("vllm") else "not installed; transformers generates the answers",
+        "vllm": "yes" if installed("vllm") else "not installed; transformers generates responses",
     }
 
 

@@ -56,6 +56,6 @@ base_model: {model.name}
 |---|---|
 {rows}
 
-A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+A research artefact of a tutorial: it may still answer unsafely, or refuse harmless requests.
 Use it under the licences of its base model and data.
 """

@@ -72,7 +72,7 @@ def card(config: Config, summary: dict) -> str:
     return model_card(
         config, "ppo", tags=("rlhf",), source="prompts of ", table="result",
         facts=[
-            f"{summary['rollouts']} answers in {summary['steps']} rollouts",
+            f"{summary['rollouts']} responses in {summary['steps']} rollouts",
             f"{summary['optimizer_steps']} optimizer steps",
             f"peak rate {settings.learning_rate}",
             f"kl_coef {settings.kl_coef} ({settings.kl_estimator})",
@@ -80,6 +80,6 @@ def card(config: Config, summary: dict) -> str:
         results={
             "mean score, first tenth of the steps": scores["first_steps"],
             "mean score, last tenth": scores["last_steps"],
-            "KL to the reference, last tenth, nats an answer": summary["kl"]["last_steps"],
+            "KL to the reference, last tenth, nats per response": summary["kl"]["last_steps"],
         },
     )  # fmt: skip

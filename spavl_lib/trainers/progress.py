@@ -112,8 +112,8 @@ class StageCallback(TrainerCallback):
             if not float(values.get("grad_norm", 1.0)) > 0:
                 raise NonFiniteError(
                     "step 1: the gradient is 0, so nothing would be learnt; check that the mask "
-                    "covers the answer tokens and that the learning rate and the model's trainable "
-                    "parts are as intended"
+                    "covers the response tokens, and that the learning rate and the trainable "
+                    "parts of the model are as intended"
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
         if "loss" in values:

@@ -148,7 +148,7 @@ def check_first(logs: dict) -> None:
         )
     if float(logs["frac_reward_zero_std"]) == 1.0:
         raise InputError(
-            "step 1: for every prompt, all answers have the same score, so there is nothing to "
+            "step 1: for every prompt, all responses have the same score, so there is nothing to "
             "learn; raise rloo.temperature or rloo.num_generations, or check the reward model"
         )
 
@@ -332,8 +332,8 @@ def _card(config: Config, summary: dict) -> str:
     return model_card(
         config, "rloo", tags=("trl", "rlhf"), source="prompts of ", table="result",
         facts=[
-            f"{summary['answers']} answers",
-            f"{rloo.num_generations} to a prompt",
+            f"{summary['answers']} responses",
+            f"{rloo.num_generations} for each prompt",
             f"{summary['steps']} steps",
             f"peak rate {rloo.learning_rate}",
             f"beta {rloo.beta}",
@@ -341,6 +341,6 @@ def _card(config: Config, summary: dict) -> str:
         results={
             "mean reward, first tenth of the steps": reward["first_steps"],
             "mean reward, last tenth": reward["last_steps"],
-            "KL to the reference, last tenth, nats a token": summary["kl_a_token"]["last_steps"],
+            "KL to the reference, last tenth, nats per token": summary["kl_a_token"]["last_steps"],
         },
     )  # fmt: skip
