@@ -189,7 +189,8 @@ def _layer_bytes(config: ModelConfig, shape: Shape, batch: Batch, shared: bool, 
             kept += HALF * h
     copies = 0
     if shared:
-        kept += inner * (h + 2 * (h - kv))  # query heads that share keys get copies of them
+        # The joined output, and a copy of grouped keys and values for each query head.
+        kept += inner * (h + 2 * (h - kv))
         copies = inner * 2 * h * batch.rows * batch.tokens
     return kept * batch.positions(shared) + copies
 

@@ -1,4 +1,4 @@
-"""DPO of a vision-language model on trl's `DPOTrainer`: config in, stage folder out.
+"""DPO of a vision-language model on trl's `DPOTrainer`, from a config to a stage folder.
 
     spavl train dpo --profile demo
 

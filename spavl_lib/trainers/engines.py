@@ -206,7 +206,7 @@ class ZeroEngine(Engine):
             model=self.model, optimizer=self.optimizer, config=options
         )
         self.lockstep = launch.engine == "zero3"
-        self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed has its own
+        self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed scales the loss
         self.name = launch.engine
         return settings.check_engine(self.engine, launch)
 

@@ -1,4 +1,4 @@
-"""PPO of a vision-language model against a reward model: config in, stage folder out.
+"""PPO of a vision-language model against a reward model, from a config to a stage folder.
 
     spavl train ppo --profile demo
 
@@ -323,7 +323,7 @@ class PPOTrainer(RolloutMaker):
             mean += loss.item()
         return mean
 
-    # --- what is written ----------------------------------------------------------------------
+    # --- log and summary ----------------------------------------------------------------------
 
     @property
     def _rollouts_path(self) -> Path:

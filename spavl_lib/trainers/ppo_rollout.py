@@ -95,7 +95,7 @@ class RolloutMaker:
         check_prompt_lengths(self.processor, self.rows, room, context, stage="ppo")
 
     def prompts_of(self, step: int) -> list[int]:
-        """Indices of the training rows whose prompts step `step` (from 0) rolls out."""
+        """Indices of the training rows whose prompts are rolled out in step `step` (from 0)."""
         return ppo_batches.rollout_rows(
             self.rows["image_name"], step, self.settings.rollout_batch_size, self.config.seed,
             by_image=self.config.data.group_by_image,

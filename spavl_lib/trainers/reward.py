@@ -1,4 +1,4 @@
-"""Reward model of a vision-language model: config in, stage folder out.
+"""Train the reward model, a vision-language model with a scalar head.
 
     spavl train reward --profile demo
 

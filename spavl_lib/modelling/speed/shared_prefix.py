@@ -8,7 +8,7 @@ and PPO use a wrapped model without changes.
 
     from spavl_lib.modelling.speed.shared_prefix import share_prefix
     share_prefix(model)            # a LLaVA, a PEFT model over one, or a scalar-head model
-    DPOTrainer(model=model, ...)   # as before
+    DPOTrainer(model=model, ...)   # no change is needed
 
 Results are equal up to rounding for causal text models with rotary positions and full attention, in
 the families with `shares_prefixes`. For other families (such as Qwen-VL, whose positions have three
