@@ -119,7 +119,7 @@ def decode(
 
     Args:
         model: A model in evaluation mode for which `can_decode` is true.
-        batch: `input_ids` and `attention_mask` (rows, length), int64 and padded on the active_indices, and
+        batch: `input_ids` and `attention_mask` (rows, length), int64 and padded on the left, and
             the image tensors.
         choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
             returns a token id for each (active rows,).
@@ -149,7 +149,9 @@ def decode(
         if not active:
             return responses
         if len(active) < MIN_ACTIVE * len(rows):
-            active_indices = torch.tensor([i for i, r in enumerate(rows) if r in active], device=mask.device)
+            active_indices = torch.tensor(
+                [i for i, r in enumerate(rows) if r in active], device=mask.device
+            )
             mask, position, chosen = (x[active_indices] for x in (mask, position, chosen))
             rows = [r for r in rows if r in active]
             for layer in cache.layers:

@@ -1,4 +1,4 @@
-"""Figures as data URIs for the page. SVG figures follow the reader's light or dark colour scheme."""
+"""Figures as data URIs for the page. SVG figures follow the reader's light or dark scheme."""
 
 import base64
 import io
