@@ -1,4 +1,4 @@
-"""The numbers of a run: what is measured, the check of metrics.json, and how numbers are written.
+"""The numbers of a run: which rates exist, how metrics.json is checked, how numbers are displayed.
 
 A missing number is `None` here and an en dash for readers, never 0.
 """
@@ -65,11 +65,11 @@ def read_metrics(source: Mapping | Path | str) -> dict:
     """Read metrics.json and check every number in it.
 
     Args:
-        source: The file, or its contents.
+        source: The path of the file, or its contents.
 
     Raises:
-        InputError: The file is not JSON; or a number is NaN or infinite, or a rate is outside
-            [0, 1].
+        InputError: The file is not JSON or has another form, a number is NaN or infinite, a rate is
+            outside [0, 1], or `k` is outside 0..n.
     """
     if isinstance(source, Mapping):
         metrics, name = dict(source), "metrics"
