@@ -1,4 +1,4 @@
-"""Problems of rows: finding them, and refusing or leaving out the bad rows.
+"""Find the problems of rows, and refuse or leave out bad rows.
 
 Every problem is a line `FILE:ROW field: reason`.
 """
@@ -18,7 +18,7 @@ from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches,
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import raise_all
 
-Problems = dict[int, list[str]]  # row number -> its lines
+Problems = dict[int, list[str]]  # row number -> one line for each problem of the row
 
 
 def text_problems(row: dict, where: str, *, preference: bool, turns: bool = False) -> Iterator[str]:
@@ -26,8 +26,8 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
 
     Args:
         row: A row in the schema.
-        where: `FILE:ROW`.
-        preference: Whether the row must have answers.
+        where: `FILE:ROW` of the row.
+        preference: Whether the row must have a chosen and a rejected response.
         turns: Whether the prompt may hold several turns.
 
     Yields:
@@ -37,7 +37,7 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
         value = row.get(name)
         if not isinstance(value, str):
             yield f"{where} {name}: expected text, got {type(value).__name__}"
-        elif not any(c.isprintable() and c != " " for c in value):  # nor zero-width spaces
+        elif not any(c.isprintable() and c != " " for c in value):  # such as zero-width spaces only
             yield f"{where} {name}: empty"
         elif len(value) > MAX_CHARACTERS:
             yield f"{where} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
@@ -61,14 +61,14 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
 
 
 def blank_unstorable(row: dict, where: str) -> Iterator[str]:
-    """Empty text fields that cannot be stored: JSON can spell half a surrogate pair.
+    """Replace text that cannot be stored by empty text: JSON can hold half of a surrogate pair.
 
     Args:
-        row: A row in the schema; changed in place.
-        where: `FILE:ROW`.
+        row: A row in the schema. It is changed in place.
+        where: `FILE:ROW` of the row.
 
     Yields:
-        A line for each such field.
+        A line for each field that was replaced.
     """
     for name, value in row.items():
         if isinstance(value, str) and not value.isascii():
@@ -91,10 +91,10 @@ def find_problems(
     Args:
         rows: Rows in the schema.
         where: Gives `FILE:ROW` for a row number.
-        preference: Whether the rows must have answers.
+        preference: Whether the rows must have a chosen and a rejected response.
         images: Whether to decode every image (each distinct file once).
         turns: Whether prompts may hold several turns.
-        unopened: Rows whose image is not opened, because its path could name any file.
+        unopened: Numbers of rows whose image is not opened, because its path could name any file.
     """
     problems: Problems = defaultdict(list)
     row_of_id: dict[str, int] = {}
@@ -121,7 +121,7 @@ def find_problems(
 
 
 def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
-    """Number and reason of each row whose image cannot be used. Text-only rows have none."""
+    """(row number, reason) for each row whose image cannot be used. Text-only rows are skipped."""
     reasons: dict[bytes, str] = {}
     index = 0
     for table in batches(rows.select_columns(["image"])):
@@ -141,10 +141,10 @@ def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
 
 
 def merge_problems(first: Problems, second: Problems, places: list[str]) -> Problems:
-    """Problems of records, and of the rows made from them, without naming a field twice.
+    """Problems of records and of the rows made from them, without reporting a field twice.
 
-    For a field of the wrong type this keeps the record's line, which names the type, and drops the
-    row's line, which finds the field empty.
+    If both have lines about a field, only the record's lines are kept. For example, the record's
+    line says that a field has the wrong type, and the row's line would say that the field is empty.
 
     Args:
         first: Problems of the records.
@@ -173,12 +173,13 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
 
     Args:
         rows: Rows of one file or set.
-        problems: As `find_problems` gives them.
-        source: What was read, for the message.
-        on_bad_rows: `error` to refuse, `skip` to leave out.
+        problems: The result of `find_problems`.
+        source: Name of what was read, for the message.
+        on_bad_rows: `error` refuses a set with bad rows; `skip` leaves the bad rows out.
 
     Raises:
-        InputError: Lists all problems, with `error`; with `skip` only if no row is left.
+        InputError: There are bad rows and `on_bad_rows` is `error`, or all rows are bad. The
+            message lists all problems.
     """
     lines = [line for index in sorted(problems) for line in problems[index]]
     if on_bad_rows == "error" or len(problems) == len(rows):
@@ -194,7 +195,7 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
 
 
 class Shards:
-    """Gives `FILE:ROW` for a row number, over the files that a set was read from."""
+    """Gives `FILE:ROW` for a row number of a set that was read from several files."""
 
     def __init__(self, files: Iterable[tuple[Path, int]]):
         self.files, self.starts, total = [], [], 0

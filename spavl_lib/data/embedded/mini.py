@@ -499,10 +499,11 @@ TWEMOJI_FILES---
 
 # SPA-VL mini
 
-A synthetic stand-in for SPA-VL (arXiv 2406.12030) that fits a laptop: emoji over plain backgrounds,
-composed questions, answers whose truth is known. Same columns, splits and class strings as the real
-set. Harmful requests are named, never worked out: where an answer would instruct, a placeholder
-stands. Results on it illustrate the method and say nothing about SPA-VL itself.
+A synthetic stand-in for SPA-VL (arXiv 2406.12030) that fits a laptop: emoji over backgrounds,
+composed questions, and responses with ground-truth labels. Columns, splits and class strings are
+those of the real set. Harmful requests name a harm without details, and responses hold a
+placeholder instead of instructions. Results on this set illustrate the method and say nothing about
+SPA-VL itself.
 
 Images: Noto Emoji (Apache-2.0); the `test_twemoji` sets: Twemoji by Twitter and other contributors
 (CC-BY-4.0). Built by `spavl_lib.data.embedded.mini` with seed 0.
