@@ -21,12 +21,12 @@ from spavl_lib.errors import raise_all
 Problems = dict[int, list[str]]  # row number -> one line for each problem of the row
 
 
-def text_problems(row: dict, where: str, *, preference: bool, turns: bool = False) -> Iterator[str]:
+def text_problems(row: dict, place: str, *, preference: bool, turns: bool = False) -> Iterator[str]:
     """Problems of a row's text fields.
 
     Args:
         row: A row in the schema.
-        where: `FILE:ROW` of the row.
+        place: `FILE:ROW` of the row.
         preference: Whether the row must have a chosen and a rejected response.
         turns: Whether the prompt may hold several turns.
 
@@ -36,50 +36,50 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
     for name in ("prompt", "chosen", "rejected") if preference else ("prompt",):
         value = row.get(name)
         if not isinstance(value, str):
-            yield f"{where} {name}: expected text, got {type(value).__name__}"
-        elif not any(c.isprintable() and c != " " for c in value):  # such as zero-width spaces only
-            yield f"{where} {name}: empty"
+            yield f"{place} {name}: expected text, got {type(value).__name__}"
+        elif not any(c.isprintable() and c != " " for c in value):  # or only zero-width spaces
+            yield f"{place} {name}: empty"
         elif len(value) > MAX_CHARACTERS:
-            yield f"{where} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
+            yield f"{place} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
         elif "\0" in value:
-            yield f"{where} {name}: holds a NUL character"
+            yield f"{place} {name}: holds a NUL character"
         elif TURN in value and not (turns and name == "prompt"):
-            yield f"{where} {name}: holds a record separator (U+001E)"
+            yield f"{place} {name}: holds a record separator (U+001E)"
     if preference and isinstance(row.get("chosen"), str) and row.get("chosen"):
         if row["chosen"].strip() == str(row.get("rejected")).strip():
-            yield f"{where} rejected: equal to chosen, so nothing is preferred"
+            yield f"{place} rejected: equal to chosen, so nothing is preferred"
     class3 = row.get("class3")
     if class3 and class3 not in PARENTS:
-        yield f"{where} class3: unknown class {class3!r}"
+        yield f"{place} class3: unknown class {class3!r}"
     elif class3:
         for level, expected in zip(("class1", "class2"), PARENTS[class3], strict=True):
             if row.get(level) and row[level] != expected:
-                yield f"{where} {level}: {row[level]!r} is not the parent of {class3!r}"
+                yield f"{place} {level}: {row[level]!r} is not the parent of {class3!r}"
     question_type = row.get("question_type")
     if question_type and question_type not in QUESTION_TYPES:
-        yield f"{where} question_type: unknown type {question_type!r}"
+        yield f"{place} question_type: unknown type {question_type!r}"
 
 
-def blank_unstorable(row: dict, where: str) -> Iterator[str]:
-    """Replace text that cannot be stored by empty text: JSON can hold half of a surrogate pair.
+def blank_unstorable(row: dict, place: str) -> Iterator[str]:
+    """Blank the text fields that hold half of a surrogate pair, which Arrow cannot store.
 
     Args:
         row: A row in the schema. It is changed in place.
-        where: `FILE:ROW` of the row.
+        place: `FILE:ROW` of the row.
 
     Yields:
-        A line for each field that was replaced.
+        A line for each field that was blanked.
     """
     for name, value in row.items():
         if isinstance(value, str) and not value.isascii():
             if any("\ud800" <= c <= "\udfff" for c in value):
                 row[name] = ""
-                yield f"{where} {name}: holds half a surrogate pair, which is no valid text"
+                yield f"{place} {name}: holds half a surrogate pair, which is no valid text"
 
 
 def find_problems(
     rows: Dataset,
-    where: Callable[[int], str],
+    place_of: Callable[[int], str],
     *,
     preference: bool,
     images: bool,
@@ -90,7 +90,7 @@ def find_problems(
 
     Args:
         rows: Rows in the schema.
-        where: Gives `FILE:ROW` for a row number.
+        place_of: Gives `FILE:ROW` for a row number.
         preference: Whether the rows must have a chosen and a rejected response.
         images: Whether to decode every image (each distinct file once).
         turns: Whether prompts may hold several turns.
@@ -102,21 +102,21 @@ def find_problems(
     start = 0
     for table in batches(rows.select_columns(columns)):
         for index, (row, unreadable) in enumerate(decoded(table), start):
-            place = where(index)
+            place = place_of(index)
             for name in unreadable:
                 problems[index].append(f"{place} {name}: not valid UTF-8")
             in_text = text_problems(row, place, preference=preference, turns=turns)
             known = tuple(f"{place} {name}:" for name in unreadable)
             lines = [p for p in in_text if not p.startswith(known)]
             if row["id"] in row_of_id:
-                lines.append(f"{place} id: {row['id']} repeats {where(row_of_id[row['id']])}")
+                lines.append(f"{place} id: {row['id']} repeats {place_of(row_of_id[row['id']])}")
             row_of_id.setdefault(row["id"], index)
             if lines:
                 problems[index] += lines
         start += table.num_rows
     if images and "image" in rows.column_names:
         for index, reason in _bad_images(rows, set(unopened)):
-            problems[index].append(f"{where(index)} image: {reason}")
+            problems[index].append(f"{place_of(index)} image: {reason}")
     return problems
 
 

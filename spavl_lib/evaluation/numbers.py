@@ -86,25 +86,25 @@ def read_metrics(source: Mapping | Path | str) -> dict:
     return metrics
 
 
-def _problems(value: Any, where: str) -> Iterator[str]:
+def _problems(value: Any, key_path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         if "value" in value and "n" in value:
             for key in ("value", "ci_low", "ci_high"):
                 part = value.get(key)
                 if isinstance(part, str | bool):
-                    yield f"{where}.{key}: expected a number, got {part!r}"
+                    yield f"{key_path}.{key}: expected a number, got {part!r}"
                 elif isinstance(part, int | float) and math.isfinite(part) and not 0 <= part <= 1:
-                    yield f"{where}.{key}: expected a share between 0 and 1, got {part!r}"
+                    yield f"{key_path}.{key}: expected a share between 0 and 1, got {part!r}"
             k, n = value.get("k"), value["n"]
             if isinstance(k, int) and isinstance(n, int) and not 0 <= k <= n:
-                yield f"{where}: expected 0 <= k <= n, got k={k}, n={n}"
+                yield f"{key_path}: expected 0 <= k <= n, got k={k}, n={n}"
         for key, part in value.items():
-            yield from _problems(part, f"{where}.{key}")
+            yield from _problems(part, f"{key_path}.{key}")
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
-            yield from _problems(part, f"{where}[{index}]")
+            yield from _problems(part, f"{key_path}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{where}: expected a finite number, got {value}; write null where one is missing"
+        yield f"{key_path}: expected a finite number, got {value}; write null where one is missing"
 
 
 def models_of(metrics: Mapping) -> dict[str, dict]:

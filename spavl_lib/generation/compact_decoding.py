@@ -3,9 +3,8 @@
 `model.generate` computes every row until the longest response ends, and its dynamic cache copies
 all keys and values at every token. Here, keys and values lie in buffers that grow in steps. Ended
 rows are removed once more than a quarter of the rows have ended. The next token of a row depends
-only on the logits and the number of this row. In fp32 the responses therefore equal those of
-`generate`, whichever rows remain in the batch. In half precision, rounding may decide a tie
-differently.
+only on this row's logits and row number. In fp32 the responses therefore equal those of `generate`,
+whichever rows remain in the batch. In half precision, rounding may decide a tie differently.
 """
 
 from collections.abc import Callable
@@ -122,7 +121,7 @@ def decode(
         batch: `input_ids` and `attention_mask` (rows, length), int64 and padded on the left, and
             the image tensors.
         choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
-            returns a token id for each (active rows,).
+            returns a token id for each row (active rows,).
         max_new_tokens: Largest number of tokens of a response.
         eos_id: The token that ends a response.
 

@@ -35,7 +35,7 @@ COPIED = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_
 
 
 def settings(config: GenerationConfig, seed: int) -> dict:
-    """The settings that, with the model and the prompt, decide a response. Records hold them."""
+    """The settings that decide how a model responds to a prompt. Every record holds them."""
     chosen: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
         "do_sample": config.do_sample,
@@ -137,7 +137,7 @@ def ahead(work: Callable[[T], R], items: Sequence[T], should_stop: object) -> It
 
     Args:
         work: The function to call.
-        items: Its arguments.
+        items: The arguments of the calls, one for each call.
         should_stop: Once truthy, the iterator ends without waiting for the thread.
 
     Yields:
@@ -229,8 +229,8 @@ def _batches(rows: list[dict], size: int) -> list[list[int]]:
     """Row indices in batches of prompts of similar length, the longest prompts first.
 
     If memory is too small, the first batch fails and not a later one. The rows of one image stay
-    together, so that a batch encodes the image once; the longest prompt of an image decides where
-    its rows come.
+    together, so that a batch encodes the image once. The longest prompt of an image decides where
+    all rows of the image come.
     """
     groups = image_groups([r.get("image_name", "") for r in rows])
     longest = [max(len(rows[i]["prompt"]) for i in group) for group in groups]

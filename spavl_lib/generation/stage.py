@@ -61,7 +61,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
 
     Args:
         config: The run's config.
-        stage: The inference stage. The responses of each model go to a folder named after it.
+        stage: The inference stage. Each model's responses go to a folder named after the model.
         flag: Truthy once the process is asked to stop.
 
     Returns:

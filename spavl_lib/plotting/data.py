@@ -72,7 +72,7 @@ def plot_class_counts(source: Any) -> Figure:
 
 
 def _tertiary_tiles(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
-    """(label, rows) of each tile of one class2, largest first. Small tertiary classes share one."""
+    """(label, rows) of each tile of one class2. Small tertiary classes share the last tile."""
     order = sorted(counts, key=lambda c: -counts[c])
     large = [c for c in order if _LINE * points * counts[c] >= _SMALLEST]
     small = order[len(large) :]

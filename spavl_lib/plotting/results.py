@@ -58,7 +58,9 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 
 @styled
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
-    """Each model at its helpful rate (x) and its safe rate (y, 1 − unsafe), with 95 % intervals.
+    """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
+
+    Bars show the 95 % intervals.
 
     Args:
         source: The path of metrics.json, or its contents.

@@ -23,8 +23,9 @@ _DARK = {
     PALETTE[2]: "#3fc79d",
 }
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
-_MAX_FIGURES = 16  # of one stage
-_MAX_BYTES, _LONGEST = 250_000, 1400  # a larger PNG file is reduced to this width and height in px
+_MAX_FIGURES = 16  # largest number of figures of one stage
+_MAX_BYTES = 250_000  # a larger PNG file is shrunk to `_LONGEST`
+_LONGEST = 1400  # px, largest width and height
 
 
 def svg_uri(fig: Figure) -> str:

@@ -35,7 +35,7 @@ class StagePage:
 
     @property
     def wall_time_s(self) -> float | None:
-        """Seconds of work in all attempts together; None if none was timed."""
+        """Seconds of work in all attempts together; None if the last attempt was not timed."""
         parts = [self.manifest.get(k) for k in ("wall_time_before_s", "wall_time_s")]
         if not isinstance(parts[1], int | float):
             return None

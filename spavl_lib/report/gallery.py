@@ -26,7 +26,7 @@ _SET_TITLES = {
     "harm": "Harmful requests",
     "help": "Harmless requests",
     "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
-    "twins": "Twins",  # one question about a dangerous image, and about a harmless image
+    "twins": "Twins",  # the same question about a dangerous image and about a harmless image
 }
 CHANGES = {
     "better": "Now right",

@@ -1,4 +1,4 @@
-"""The report's sections about training: the reward model, and policies trained against it."""
+"""The report's sections about training: the reward model, and the policies that it trained."""
 
 import math
 from collections.abc import Mapping

@@ -80,7 +80,7 @@ def plan(config: Config) -> list[Arm]:
 
 
 def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfig]]:
-    """(family, name, data, model) of every arm, before sizes are equalised and seeds set."""
+    """(family, name, data, model) of every arm, before equal sizes and the seeds are set."""
     scaling, data, model = config.scaling, config.data, config.model
     available = len(load_preferences(dataclasses.replace(data, train_rows=0), "train"))
     for size in scaling.sizes:
@@ -108,9 +108,10 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
 
 
 def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
-    """Family -> number of pairs for each of its arms, which is what the smallest arm has.
+    """Family -> number of pairs that every arm of the family gets.
 
-    `scaling.ablation_rows` limits this number. The family `size` is left out.
+    This is the number of pairs available to the family's smallest arm, limited by
+    `scaling.ablation_rows`. The family `size` is left out.
     """
     limit, sizes = config.scaling.ablation_rows, {}
     available: dict[DataConfig, int] = {}

@@ -96,7 +96,7 @@ register_source = SOURCES.register
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config chooses.
+    """The source that `data.source` names.
 
     Raises:
         InputError: There is no source of that name.
