@@ -133,7 +133,7 @@ def read_meta(path: Path) -> list[dict]:
 
 
 def unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
-    """Key -> value, without keys that have two values. No match is better than a wrong match."""
+    """Key -> value, without keys that have two values. A wrong match is worse than none."""
     values: dict[Any, str] = {}
     ambiguous = set()
     for key, value in pairs:
