@@ -84,7 +84,7 @@ def generate(
     rows = list(rows)
     batches = _batches(rows, config.batch_size)
     header = _header(rows, config, seed, labels)
-    partial = _partial_path(target, machine.rank())
+    partial = _partial(target, machine.rank())
     done = _resume(partial, header)
     for other in _partials(target):  # an earlier call may have had another number of processes
         done |= {} if other == partial else _finished(other, header)
@@ -255,7 +255,7 @@ def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict 
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
-def _partial_path(target: Path, rank: int) -> Path:
+def _partial(target: Path, rank: int) -> Path:
     return target.with_name(f"{target.name}.partial" + (f"-{rank}" if rank else ""))
 
 
