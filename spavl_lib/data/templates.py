@@ -78,10 +78,12 @@ def completion_ids(
         raise InputError(
             f"the tokenizer joins the end of the prompt with the answer: ...{before[-20:]!r}"
         )
-    tail = ids[len(head) :]
-    while tail and (tail[-1] == tokenizer.eos_token_id or not tokenizer.decode(tail[-1:]).strip()):
-        tail.pop()
-    return [*tail, tokenizer.eos_token_id]
+    answer = ids[len(head) :]
+    while answer and (
+        answer[-1] == tokenizer.eos_token_id or not tokenizer.decode(answer[-1:]).strip()
+    ):
+        answer.pop()
+    return [*answer, tokenizer.eos_token_id]
 
 
 @dataclass(frozen=True)

@@ -83,9 +83,8 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
     def by(values: list[str]) -> dict[str, dict | None]:
         return {v: accuracy([x == v for x in values]) for v in sorted(set(values)) if v}
 
-    types = [
-        row["question_type"] or truth.get(row["id"], {}).get("question_type", "") for row in scored
-    ]
+    known = [truth.get(row["id"], {}).get("question_type", "") for row in scored]
+    types = [row["question_type"] or other for row, other in zip(scored, known, strict=True)]
     exchanged_right = [row["chosen_score"] > row["rejected_score"] for row in exchanged]
     return {
         "pair_accuracy": accuracy([True] * len(scored)),

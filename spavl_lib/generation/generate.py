@@ -145,13 +145,13 @@ def ahead(work: Callable[[T], R], items: Sequence[T], should_stop: object) -> It
     """
     pool = ThreadPoolExecutor(1)
     try:
-        upcoming: Future[R] | None = None
+        waiting: Future[R] | None = None
         for number, item in enumerate(items):
             if should_stop:
                 return
-            result = (upcoming or pool.submit(work, item)).result()
-            is_last = number + 1 == len(items)
-            upcoming = None if is_last else pool.submit(work, items[number + 1])
+            result = (waiting or pool.submit(work, item)).result()
+            more = number + 1 < len(items)
+            waiting = pool.submit(work, items[number + 1]) if more else None
             yield result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -77,14 +77,14 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
         sets = {name: load_prompts(config.data, name) for name in names}
     for label, folder in models.items():
         marker = stage.path / label / "weights.json"
-        # The marker says what the responses depend on. "asked" holds the hashes of the prompts and
-        # of the base model.
-        dependencies = {"weights": inputs.get(f"{label}/weights"), "asked": shared_inputs}
+        # What the responses depend on: the hash of the trained weights, and under "asked" those of
+        # the prompts and of the base model.
+        weights = {"weights": inputs.get(f"{label}/weights"), "asked": shared_inputs}
         with group.main_first():
-            if not marker.is_file() or json.loads(marker.read_text()) != dependencies:
+            if not marker.is_file() or json.loads(marker.read_text()) != weights:
                 for outdated in (stage.path / label).glob("*.jsonl*"):
                     outdated.unlink()
-                write_json(marker, dependencies)
+                write_json(marker, weights)
         missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
         model = load_answerer(config, folder) if missing else None
         for name in names:
