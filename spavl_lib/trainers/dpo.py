@@ -97,11 +97,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         flag: See `train_reward`.
         live: See `train_reward`.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        The same errors as `train_reward`.
+    It returns the stage's summary, and raises the same errors as `train_reward`.
     """
     quiet_libraries()
     train_rows, held_out = load_rows(config, stage, "train", "validation")

@@ -163,11 +163,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
         flag: See `train_reward`.
         live: See `train_reward`.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        The same errors as `train_reward`. `InputError` also if the reward model does not fit.
+    It returns the stage's summary, and raises the same errors as `train_ppo`.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
