@@ -7,6 +7,22 @@ from typing import Any
 from spavl_lib.config import Config
 
 
+def policy_results(name: str, mean: dict, kl: float, per: str) -> dict[str, float]:
+    """The results in the model card of a policy that was trained against a reward model.
+
+    Args:
+        name: `score` or `reward`.
+        mean: Its means over the first and the last tenth of the steps.
+        kl: Mean KL divergence from the reference over the last tenth, in nats.
+        per: What the KL divergence is summed over: `response` or `token`.
+    """
+    return {
+        f"mean {name}, first tenth of the steps": mean["first_steps"],
+        f"mean {name}, last tenth": mean["last_steps"],
+        f"KL to the reference, last tenth, nats per {per}": kl,
+    }
+
+
 def model_card(
     config: Config,
     stage: str,

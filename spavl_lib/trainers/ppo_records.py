@@ -2,7 +2,7 @@
 
 from spavl_lib.config import Config
 from spavl_lib.objectives.ppo import explained_variance, kl_estimate, masked_mean
-from spavl_lib.trainers.export_card import model_card
+from spavl_lib.trainers.export_card import model_card, policy_results
 from spavl_lib.trainers.progress import first_and_last_tenth
 from spavl_lib.trainers.rollout import Rollout
 
@@ -68,7 +68,7 @@ def summary_figures(log_rows: list[dict]) -> dict[str, dict]:
 
 def card(config: Config, summary: dict) -> str:
     """The model card of a finished run."""
-    settings, scores = config.ppo, summary["scores"]
+    settings = config.ppo
     return model_card(
         config, "ppo", tags=("rlhf",), source="prompts of ", table="result",
         facts=[
@@ -77,9 +77,5 @@ def card(config: Config, summary: dict) -> str:
             f"peak rate {settings.learning_rate}",
             f"kl_coef {settings.kl_coef} ({settings.kl_estimator})",
         ],
-        results={
-            "mean score, first tenth of the steps": scores["first_steps"],
-            "mean score, last tenth": scores["last_steps"],
-            "KL to the reference, last tenth, nats per response": summary["kl"]["last_steps"],
-        },
+        results=policy_results("score", summary["scores"], summary["kl"]["last_steps"], "response"),
     )  # fmt: skip

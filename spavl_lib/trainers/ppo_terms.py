@@ -108,12 +108,9 @@ def value_loss(
 
     Args:
         rollout: The rollout, with returns.
-        rows: Rows of a micro-batch.
+        rows: See `policy_loss`; the result has the same form too.
         outputs: A tuple of one tensor, the values (rows, width).
         settings: Value clip range and weight of the loss.
-
-    Returns:
-        The loss (), with a gradient, and the values to log.
     """
     (values,) = outputs
     old, returns, mask = _columns(rollout, rows, values, "values", "returns")

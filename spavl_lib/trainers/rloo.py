@@ -43,7 +43,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.exact_trainer import CheckedMixin
-from spavl_lib.trainers.export_card import model_card
+from spavl_lib.trainers.export_card import model_card, policy_results
 from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
@@ -324,7 +324,7 @@ def _summary(config: Config, stage: Stage, trainer: CheckedRLOOTrainer, rows: Da
 
 
 def _card(config: Config, summary: dict) -> str:
-    rloo, reward = config.rloo, summary["reward"]
+    rloo = config.rloo
     return model_card(
         config, "rloo", tags=("trl", "rlhf"), source="prompts of ", table="result",
         facts=[
@@ -334,9 +334,7 @@ def _card(config: Config, summary: dict) -> str:
             f"peak rate {rloo.learning_rate}",
             f"beta {rloo.beta}",
         ],
-        results={
-            "mean reward, first tenth of the steps": reward["first_steps"],
-            "mean reward, last tenth": reward["last_steps"],
-            "KL to the reference, last tenth, nats per token": summary["kl_a_token"]["last_steps"],
-        },
+        results=policy_results(
+            "reward", summary["reward"], summary["kl_a_token"]["last_steps"], "token"
+        ),
     )  # fmt: skip
