@@ -22,7 +22,7 @@ def to_be_started(launch: LaunchConfig) -> bool:
 
 
 def local_processes() -> int:
-    """Number of processes that this machine has devices for: of its GPUs, else of its cores."""
+    """Number of processes that this machine can run: one per GPU, or per core without a GPU."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
@@ -45,9 +45,8 @@ def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
     if steps % launch.num_processes:
         raise InputError(
             f"{section}.gradient_accumulation_steps = {steps} must be a multiple of "
-            f"launch.num_processes = {launch.num_processes}, because an optimizer step has the "
-            f"same size with any number of processes; set a multiple, and a smaller "
-            f"{section}.per_device_batch_size"
+            f"launch.num_processes = {launch.num_processes}, because the processes share its "
+            f"steps; set a multiple, and lower {section}.per_device_batch_size to keep the batch size"
         )
     return steps // launch.num_processes
 
@@ -60,9 +59,9 @@ def plain_cpu(launch: LaunchConfig) -> bool:
 
 
 def backend(launch: LaunchConfig) -> dict[str, str]:
-    """Arguments that name the backend accelerate needs for DeepSpeed on the CPU; else empty.
+    """The argument that names accelerate's backend for DeepSpeed on the CPU; otherwise empty.
 
-    Without a backend, accelerate takes such a training for a single process.
+    Without a backend, accelerate treats such a training as a single process.
     """
     import torch
 
@@ -78,9 +77,9 @@ def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None
         launch: The requested engine and CPU offload.
 
     Raises:
-        InputError: PPO is to run with CPU offload: DeepSpeed would keep only the gradients of a
-            step's last backward pass, which in PPO is the value model's. Or qlora is to run under
-            ZeRO-3, which cannot partition packed 4-bit weights.
+        InputError: PPO is to run with CPU offload. DeepSpeed would then keep only the gradients of a
+            step's last backward pass, the value model's, and lose the policy's. Or qlora is to run
+            under ZeRO-3, which cannot partition packed 4-bit weights.
     """
     if name == "ppo" and launch.cpu_offload:
         raise InputError("PPO does not support launch.cpu_offload; set it to false")

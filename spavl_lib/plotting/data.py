@@ -18,7 +18,8 @@ from spavl_lib.data.taxonomy import TAXONOMY, classes, display
 from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
 
-_SMALLEST = 6.0  # points; tertiary classes whose labels would be smaller share one tile
+# In points. Tertiary classes whose labels would be smaller are put into one common tile.
+_SMALLEST = 6.0
 _LINE = 0.78  # font size divided by line height
 
 
@@ -203,7 +204,7 @@ def plot_image_grid(
     tile_width = 2.2 if columns > 3 else 3.0
     arrays = [None if i is None else _array(i) for i in images]
     shapes = [a.shape[0] / a.shape[1] for a in arrays if a is not None]
-    # Images count as at most twice as high as wide, so that captions keep their space.
+    # A tile is at most twice as high as wide, so that tall images leave space for captions.
     tile_height = tile_width * min(max(shapes, default=1.0), 2.0)
     fig = new_figure(tile_width * columns, lines * (tile_height + 0.17 * tallest))
     axes = fig.subplots(lines, columns, squeeze=False).ravel()

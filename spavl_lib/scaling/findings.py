@@ -21,8 +21,8 @@ PAPER = {
         {"arm": "trained", "harm_eval": 0.00, "where": "Table 6"},
         {"arm": "frozen", "harm_eval": 1.13, "where": "Table 6"},
     ],
-    "answers": "AdvBench suffix ASR: about 65 % with the safe group's answers, 6.54 % (34/520) "
-    "with all (Table 4)",
+    "answers": "AdvBench suffix attack success rate: about 65 % with the answers of the group of "
+    "safe models alone, 6.54 % (34/520) with the answers of all models (Table 4)",
     "questions": "mixed is best on every safety column (Table 5); its numbers were not found",
     "rank": "no numbers found",
 }
@@ -71,8 +71,9 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
     Returns:
         Whether each statement holds, or None if there is nothing to compare:
 
-        - `more_data_is_safer`: the largest size has a lower unsafe rate than the smallest, and from
-          no size to the next does the rate rise so far that the two intervals do not overlap.
+        - `more_data_is_safer`: the largest size has a lower unsafe rate than the smallest, and the rate
+          never rises clearly from one size to the next. A rise is clear if the two intervals do
+          not overlap.
         - `mixed_is_safest`: the unsafe rate with mixed questions is not higher than with any single
           question type.
         - `all_answers_are_safest`: the unsafe rate with all answer sources is not higher than with

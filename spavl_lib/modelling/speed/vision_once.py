@@ -1,4 +1,7 @@
-"""Run every distinct image through the vision tower once per batch tensor."""
+"""Run each distinct image of a batch through the vision tower once.
+
+The outputs are kept as long as the batch's pixel tensor exists.
+"""
 
 import contextlib
 import copy
@@ -104,7 +107,10 @@ class VisionMemory:
 
     @contextlib.contextmanager
     def serve(self, groups: ImageGroups) -> Iterator[None]:
-        """A context in which calls of the tower get `groups.pixels`, so outputs can be kept."""
+        """A context in which the tower's outputs are kept in `groups`.
+
+        The caller gives `groups.pixels` to the tower.
+        """
         self.serving = groups
         try:
             yield
