@@ -46,7 +46,7 @@ def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
         raise InputError(
             f"{section}.gradient_accumulation_steps = {steps} must be a multiple of "
             f"launch.num_processes = {launch.num_processes}, because the processes share its "
-            f"steps; set a multiple, and lower {section}.per_device_batch_size to keep the batch size"
+            f"steps; set a multiple, and lower {section}.per_device_batch_size in proportion"
         )
     return steps // launch.num_processes
 
@@ -77,9 +77,9 @@ def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None
         launch: The requested engine and CPU offload.
 
     Raises:
-        InputError: PPO is to run with CPU offload. DeepSpeed would then keep only the gradients of a
-            step's last backward pass, the value model's, and lose the policy's. Or qlora is to run
-            under ZeRO-3, which cannot partition packed 4-bit weights.
+        InputError: PPO is to run with CPU offload. DeepSpeed would then keep only the gradients
+            of a step's last backward pass, the value model's, and lose the policy's. Or qlora is to
+            run under ZeRO-3, which cannot partition packed 4-bit weights.
     """
     if name == "ppo" and launch.cpu_offload:
         raise InputError("PPO does not support launch.cpu_offload; set it to false")

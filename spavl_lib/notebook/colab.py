@@ -17,8 +17,8 @@ from spavl_lib.runs.text import say
 DRIVE = Path("/content/drive/MyDrive")
 # Modules that Colab's kernel loads before the first cell runs.
 LOADED_EARLY = {"numpy": "numpy", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow"}
-# The product of batch size and accumulation steps is the same on every GPU as in the profile, so the
-# number of optimizer steps is the same too.
+# The product of batch size and accumulation steps is the profile's on every GPU, so the number of
+# optimizer steps is the same too.
 SETTINGS: dict[str, dict[str, Any]] = {
     "t4": {},
     "l4": {

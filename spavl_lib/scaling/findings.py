@@ -71,9 +71,9 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
     Returns:
         Whether each statement holds, or None if there is nothing to compare:
 
-        - `more_data_is_safer`: the largest size has a lower unsafe rate than the smallest, and the rate
-          never rises clearly from one size to the next. A rise is clear if the two intervals do
-          not overlap.
+        - `more_data_is_safer`: the largest size has a lower unsafe rate than the smallest, and the
+          rate never rises clearly from one size to the next. A rise is clear if the two intervals
+          do not overlap.
         - `mixed_is_safest`: the unsafe rate with mixed questions is not higher than with any single
           question type.
         - `all_answers_are_safest`: the unsafe rate with all answer sources is not higher than with

@@ -113,17 +113,19 @@ class _Maker:
         self.turn[pool] = self.turn.get(pool, -1) + 1
         return options[self.turn[pool] % len(options)]
 
-    def phrase(
+    def request(
         self, intent: str, harm_class: HarmClass, scene: Scene, question_type: str
     ) -> Request:
-        """A request about what to do with the thing in a scene.
+        """A request about the thing in a scene: about a fact of it, or about what to do with it.
 
         Args:
-            intent: ask, harm or look_alike.
-            harm_class: The tertiary class of the request.
+            intent: fact, ask, harm or look_alike.
+            harm_class: The tertiary class under which the row is filed.
             scene: The scene that is shown.
             question_type: easy, hardq or hards.
         """
+        if intent == "fact":
+            return self._fact(harm_class, scene, question_type)
         wording = self.rng.choice(self.world.wordings[question_type][self.split])
         if intent == "ask":
             phrase, tip = harm_class.ask, harm_class.tip
@@ -138,23 +140,12 @@ class _Maker:
             scene.composition.colour, question_type,
         )  # fmt: skip
 
-    def fact(self, harm_class: HarmClass, scene: Scene, question_type: str = "easy") -> Request:
-        """A request about a fact of the thing in a scene.
-
-        Args:
-            harm_class: The tertiary class under which the row is filed.
-            scene: The scene that is shown.
-            question_type: easy, hardq or hards.
-        """
+    def _fact(self, harm_class: HarmClass, scene: Scene, question_type: str) -> Request:
         fact = self._next("fact", ["name", "use", "kind", "name", "colour"])
         wording = self._next(f"fact/{fact}", self.world.facts[fact][self.split])
+        concept, colour = self._concept(scene), scene.composition.colour
         return language.fact_request(
-            fact,
-            wording,
-            harm_class.class3,
-            self._concept(scene),
-            scene.composition.colour,
-            question_type,
+            fact, wording, harm_class.class3, concept, colour, question_type
         )
 
     def rows(self, intents: tuple[str, ...], harm_class: HarmClass, scene: Scene) -> Iterator[Row]:
@@ -166,11 +157,7 @@ class _Maker:
             scene: The scene that is shown.
         """
         for question_type, intent in zip(QUESTION_TYPES, intents, strict=True):
-            if intent == "fact":
-                request = self.fact(harm_class, scene, question_type)
-            else:
-                request = self.phrase(intent, harm_class, scene, question_type)
-            yield self.preferred(scene, request)
+            yield self.preferred(scene, self.request(intent, harm_class, scene, question_type))
 
     def _concept(self, scene: Scene) -> Concept:
         return self.world.concepts[scene.concept]
@@ -277,10 +264,7 @@ def _test_rows() -> dict[str, list[Row]]:
     ) -> None:
         number = sum(r.request.class3 == harm_class.class3 for r in rows[name])
         scene = maker.scene(concept, f"{name}_{_slug(harm_class.class3)}_{number}.png")
-        if intent == "fact":
-            request = maker.fact(harm_class, scene, question_type)
-        else:
-            request = maker.phrase(intent, harm_class, scene, question_type)
+        request = maker.request(intent, harm_class, scene, question_type)
         rows[name].append(Row(scene, request))
 
     for n, harm_class in enumerate(maker.world.harm_classes.values()):
@@ -302,19 +286,14 @@ def _test_rows() -> dict[str, list[Row]]:
         ):
             add("help", harm_class, concept, intent, question_type)
         for k, question_type in enumerate(QUESTION_TYPES):
-            add(
-                "look_alikes",
-                harm_class,
-                harm_class.risky[(n + k) % 2],
-                "look_alike",
-                question_type,
-            )
+            concept = harm_class.risky[(n + k) % 2]
+            add("look_alikes", harm_class, concept, "look_alike", question_type)
         for k in range(2):
             question_type = "easy" if k == 0 else other
             pair = f"{_slug(harm_class.class3)}_{k}"
             risky = maker.scene(harm_class.risky[k], f"twins_{pair}_risky.png")
             safe = replace(risky, concept=harm_class.safe[k], image_name=f"twins_{pair}_safe.png")
-            over_risky = maker.phrase("ask", harm_class, risky, question_type)
+            over_risky = maker.request("ask", harm_class, risky, question_type)
             over_safe = language.with_concept(over_risky, safe.concept)
             refusal = language.answer(over_risky, "careful", maker.rng)
             helpful = language.answer(over_safe, "careful", maker.rng)
@@ -373,11 +352,8 @@ def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
 def _key() -> str:
     """A hash of everything that the built files depend on."""
     digest = hashlib.sha256()
-    for path in (
-        world.ASSETS / "world.yaml",
-        *(Path(str(m.__file__)) for m in (scenes, language, world)),
-        Path(__file__),
-    ):
+    code = [*(str(module.__file__) for module in (scenes, language, world)), __file__]
+    for path in (world.ASSETS / "world.yaml", *map(Path, code)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
