@@ -59,6 +59,19 @@ class ColumnsConfig:
     """Column of the question type: easy, hardq or hards."""
 
 
+_BUILT_IN_SOURCES = ("mini", "hub_layout", "original", "datasets")
+# Settings that only some sources read. A wrong `source` beside one would be trained on in silence.
+_READERS = {
+    "path": ("datasets", "original", "hub_layout"),
+    "subset": ("datasets",),
+    "train_split": ("datasets",),
+    "validation_split": ("datasets",),
+    "columns": ("datasets",),
+    "image_root": ("datasets", "original", "hub_layout"),
+    "keywords": ("original",),
+}
+
+
 @section("data")
 class DataConfig:
     """Which preference pairs are read, and how."""
@@ -80,9 +93,16 @@ class DataConfig:
     subset: str = ""
     """datasets: configuration to read, if the data set has several."""
     train_split: str = "train"
-    """datasets: split to train on; slices such as train[:90%] work."""
+    """datasets: split to train on; slices such as train[:90%] work. A single file is `train`."""
     validation_split: str = "validation"
-    """datasets: held-out split."""
+    """datasets: held-out split. If the data have no split `validation`, a tenth of the training
+    rows is held out, whole images at a time."""
+    held_out_seed: NonNegativeInt = 0
+    """datasets: random seed of that draw."""
+    test_path: str = ""
+    """Evaluation prompts of your own: a file whose rows have a field `set` (harm, help or
+    look_alikes), or a folder of harm.jsonl, help.jsonl and so on, with rows as in `path`, answers
+    left out. Empty for those of `source`, or for mini's if that has none."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """original: keywords of the keyword map to read, all if empty."""
@@ -91,7 +111,7 @@ class DataConfig:
     group_by_image: bool = False
     """Put the rows of an image into the same batches, so that they share one image prefix."""
     image_root: str = ""
-    """original, datasets: folder that image paths start from; empty for that of `path`."""
+    """Folder that image paths start from; empty for that of `path`."""
     question_types: tuple[Literal["easy", "hardq", "hards"], ...] = ()
     """Train only on these question types, on all if empty."""
     answer_sources: tuple[str, ...] = ()
@@ -102,6 +122,20 @@ class DataConfig:
     """Random seed of the row order. The same seed nests small sets in large ones."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: list every bad row and stop; skip: leave bad rows out, counted and listed."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about settings that the source would not read."""
+        for field in dataclasses.fields(self):
+            readers, value = _READERS.get(field.name, ()), getattr(self, field.name)
+            is_default = value in (field.default, "", ()) or value == ColumnsConfig()
+            if self.test_path and field.name in ("columns", "image_root"):
+                continue  # the prompts are read with them
+            if self.source in _BUILT_IN_SOURCES and readers and self.source not in readers:
+                if not is_default:
+                    yield (
+                        f"{field.name} is set, but source = {self.source!r} does not read it; set "
+                        f"source to {' or '.join(readers)}, or leave {field.name} empty"
+                    )
 
 
 @section("model")

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -13,15 +14,17 @@ from spavl_lib.data.schema import (
     features,
 )
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
-from spavl_lib.data.sources.base import SOURCES, Source, open_source, register_source
+from spavl_lib.data.sources.base import EVAL_SETS, SOURCES, Source, open_source, register_source
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
-from spavl_lib.data.sources.mini import EVAL_SETS
+from spavl_lib.data.sources.mini import Mini
+from spavl_lib.data.sources.own_prompts import OwnPrompts
 from spavl_lib.errors import InputError
 
 __all__ = [
     "EVAL_SETS", "QUESTION_TYPES", "SOURCES", "Source", "eval_sets", "exchange_twins", "folder_of",
-    "load_preferences", "load_prompts", "load_truth", "prompt_source", "read_preferences",
-    "register_source", "subset", "unmatched", "unmatched_rows", "whole_pairs", "with_images_of",
+    "load_pair_truth", "load_preferences", "load_prompts", "load_truth", "prompt_origin",
+    "prompt_source", "read_preferences", "register_source", "subset", "unmatched", "unmatched_rows",
+    "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
 
@@ -35,15 +38,33 @@ def folder_of(config: DataConfig) -> Path:
 
 
 def prompt_source(config: DataConfig) -> Source:
-    """The source of the evaluation sets: the configured one, or mini if that has none.
+    """The source of the evaluation sets: `data.test_path`, the configured one, or mini.
 
     Raises:
         InputError: There is no source of that name.
     """
+    if config.test_path:
+        return OwnPrompts(config)
     source = open_source(config)
-    if source.eval_sets:
+    if any(source.has_prompts(name) for name in source.eval_sets):
         return source
-    return open_source(dataclasses.replace(config, source="mini", path=""))
+    return Mini(config)
+
+
+def prompt_origin(config: DataConfig) -> dict[str, Any]:
+    """Whose prompts the evaluation sets are, for everyone who shows numbers measured on them.
+
+    Returns:
+        `mini`: whether they are those of SPA-VL mini; `own`: whether they belong to the data that
+        are trained on; `name`: their name in a sentence.
+    """
+    mini = isinstance(prompt_source(config), Mini)
+    name = f"the prompts of {config.test_path or config.path}"
+    return {
+        "mini": mini,
+        "own": not mini or config.source == "mini",
+        "name": "SPA-VL mini's built-in prompts" if mini else name,
+    }
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
@@ -111,12 +132,17 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
     """
     source = prompt_source(config)
     drawings = [f"{name}_twemoji" for name in source.held_out_drawings if held_out_drawings]
-    return [*source.eval_sets, *drawings]
+    return [*(name for name in source.eval_sets if source.has_prompts(name)), *drawings]
 
 
 def load_truth(config: DataConfig) -> dict[str, dict]:
-    """Row id -> facts about the evaluation rows; empty if the source knows none."""
+    """Row id -> facts about the evaluation rows; empty if their source knows none."""
     return prompt_source(config).truth()
+
+
+def load_pair_truth(config: DataConfig) -> dict[str, dict]:
+    """Row id -> facts about the preference rows; empty if their source knows none."""
+    return open_source(config).truth()
 
 
 def whole_pairs(rows: Dataset, count: int) -> Dataset:

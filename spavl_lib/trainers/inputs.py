@@ -6,6 +6,7 @@ from datasets import Dataset
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.data.sources.base import open_source
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.runs.files import sha256_file
@@ -66,5 +67,6 @@ def reward_folder(named: str, stage: Stage) -> Path:
 
 
 def note_rows(stage: Stage, **splits: Dataset) -> None:
-    """Write the digests of the rows that a training uses into the manifest."""
-    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})
+    """Write into the manifest the digests of a training's rows, and how some were held out."""
+    drawn = open_source(stage.config.data).held_out()
+    stage.note(data={name: row_digests(rows) for name, rows in splits.items()}, held_out=drawn)

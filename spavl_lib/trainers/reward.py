@@ -20,7 +20,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_images
-from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
+from spavl_lib.data.load import exchange_twins, load_pair_truth, load_preferences, with_images_of
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
@@ -163,7 +163,7 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
-    metrics = reward_metrics(scored, exchanged, load_truth(config.data))
+    metrics = reward_metrics(scored, exchanged, load_pair_truth(config.data))
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
         for key, rows in (
