@@ -1,6 +1,7 @@
 """Load the rows that a config names, from any source, in the one schema of `data.schema`."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def prompt_origin(config: DataConfig) -> dict[str, Any]:
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
-    """Preference rows in the schema of `data.schema`.
+    """Preference rows in the schema of `data.schema`. Warns of what a person should know of them.
 
     Args:
         config: Which rows, and how many.
@@ -78,7 +79,10 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
     Raises:
         InputError: Files or columns are missing, or rows are bad; names all of them.
     """
-    return read_preferences(config, split).rows
+    loaded = read_preferences(config, split)
+    for note in loaded.notes:  # Python shows each once
+        warnings.warn(note, stacklevel=2)
+    return loaded.rows
 
 
 def read_preferences(config: DataConfig, split: str) -> Loaded:

@@ -16,6 +16,7 @@ from spavl_lib.notebook.execute import (
     run_notebook,
     stage_of,
 )
+from spavl_lib.runs.maker import is_current
 from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
 
@@ -32,7 +33,8 @@ def run_all(
     """Execute notebooks 01 to 06 in order.
 
     A complete stage with its executed notebook is kept. An interrupted one is run again and resumes
-    from its checkpoint. Every notebook, every existing stage and the judge are checked before the
+    from its checkpoint. A complete stage whose data or model has changed is refused, or made again
+    if it holds answers. Every notebook, every existing stage and the judge are checked before the
     first notebook runs.
 
     Args:
@@ -61,7 +63,8 @@ def run_all(
     for path, stage in sequence.items():
         # A stage whose upstream was made again runs again, and decides itself what to redo.
         stale = remade & set(stages.find(stage.name).upstream)
-        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
+        kept = stage.done and (stage.path / "executed.ipynb").is_file() and not stale
+        if kept and is_current(stage.name, config, stage):
             say(f"{stage.name}: done, kept")
             continue
         remade.add(stage.name)
