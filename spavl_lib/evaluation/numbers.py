@@ -121,8 +121,8 @@ def read_rate(cells: Mapping | None, key: str) -> Rate | None:
 def measured_on(metrics: Mapping) -> str:
     """Whose prompts a run's rates are measured on, as a sentence; empty if SPA-VL mini is both what
     it trained on and what it was asked, or if nothing was measured."""
-    origin = metrics.get("prompts") or {}
-    if not origin or (origin.get("mini") and origin.get("own")):
+    origin = metrics.get("prompts")
+    if not isinstance(origin, Mapping) or (origin.get("mini") and origin.get("own")):
         return ""
     if origin.get("own"):
         return f"Measured on {origin.get('name')}."

@@ -114,9 +114,9 @@ def render(run_path: Path) -> str:
 
 def _is_mini(metrics: dict, config: dict) -> bool:
     """Whether prompts and answers are those of SPA-VL mini, where nothing needs hiding."""
-    origin = metrics.get("prompts") or {}
-    source = (config.get("data") or {}).get("source")
-    return source == "mini" and bool(origin.get("mini", True))
+    origin = metrics.get("prompts")
+    asked_mini = not isinstance(origin, dict) or bool(origin.get("mini"))
+    return (config.get("data") or {}).get("source") == "mini" and asked_mini
 
 
 def _environment() -> jinja2.Environment:

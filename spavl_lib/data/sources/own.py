@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
@@ -35,8 +36,7 @@ class OwnRows(Source):
     def files(self, split: str) -> list[Path]:
         """The files of a split's rows, and every image file that these name."""
         parts = _Splits(self.config)
-        named = sorted({Path(cell["path"]) for cell in parts.cells(split) if not cell["bytes"]})
-        return [*parts.files(split), *(p for p in named if p.is_file())]
+        return [*parts.files(split), *sorted(set(parts.named_images(split)))]
 
     def sha256(self, split: str) -> str:
         """As for every source; rows that are held out have another hash than the rest."""
@@ -100,7 +100,7 @@ class _Splits:
         rows = [n for n in range(len(whole.rows)) if (n in held) == (split == "validation")]
         note = (
             f"{self.config.path} has no split 'validation': {len(held)} of its {len(whole.rows)} "
-            f"rows are held out and not trained on (a tenth, whole images at a time, "
+            f"rows are held out and not trained on (about a tenth, whole images at a time, "
             f"data.held_out_seed = {self.config.held_out_seed})"
         )
         skipped = whole.skipped if split == "train" else ()
@@ -138,11 +138,14 @@ class _Splits:
         """The files that a split's rows lie in."""
         return list(dict.fromkeys(p for n in self._names(split) for p in self.opened[n].files))
 
-    def cells(self, split: str) -> Iterator[dict]:
-        """The image cells of all rows of a split's files."""
+    def named_images(self, split: str) -> Iterator[Path]:
+        """The image files that the rows of a split's files name instead of holding them."""
         for name in self._names(split):
             for table in batches(self._base(name).rows.select_columns(["image"])):
-                yield from (cell for cell in table.column("image").to_pylist() if cell)
+                cells = table.column("image").combine_chunks()
+                is_path = pc.and_(cells.is_valid(), pc.struct_field(cells, "bytes").is_null())
+                paths = pc.struct_field(cells.filter(is_path), "path").to_pylist()
+                yield from (Path(path) for path in paths if Path(path).is_file())
 
     def _names(self, split: str) -> list[str]:
         """Names of the splits that a part is read from.
