@@ -194,7 +194,8 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-    collate, rates = PromptCollator(processor), {}
+    collate = PromptCollator(processor)
+    rates: dict[str, dict | None] = {}
     names = eval_sets(config.data, held_out_drawings=False)
     for name, key in (("harm", "unsafe"), ("help", "helpful")):
         if name not in names:

@@ -159,8 +159,10 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     model, size = trainer.model.eval(), config.reward.per_device_batch_size
     scored = score_pairs(model, processor, held_out, size, should_stop=flag)
-    moved = exchange_images(held_out)
-    exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    exchanged = []
+    if len(held_out) > 1:  # a single row has no other image to exchange with
+        moved = exchange_images(held_out)
+        exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
     metrics = reward_metrics(scored, exchanged, load_pair_truth(config.data))

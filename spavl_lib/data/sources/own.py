@@ -29,6 +29,11 @@ from spavl_lib.errors import InputError
 class OwnRows(Source):
     """Anything that the `datasets` library opens."""
 
+    @property
+    def folder(self) -> Path:
+        """What `data.path` names, which may be a name on the Hub and no path."""
+        return Path(self.config.path).expanduser()
+
     def preferences(self, split: str) -> Loaded:
         """Rows of `data.train_split` or `data.validation_split`."""
         return load(self.config, split)
