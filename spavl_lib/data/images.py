@@ -68,9 +68,10 @@ def image_cell(value: Any, root: Path) -> dict[str, Any]:
     if isinstance(value, bytes | bytearray | memoryview):
         return {"bytes": bytes(value), "path": None}
     if isinstance(value, dict):
-        inner = next((value[k] for k in ("bytes", "data", "path", "url") if value.get(k)), None)
+        keys = [key for key in ("bytes", "data", "path", "url") if key in value]
+        inner = next((value[key] for key in keys if value[key]), None)
         if inner is None:
-            raise ImageError("neither bytes nor a path")
+            raise ImageError("neither bytes nor a path" if keys else "expected a path, got dict")
         cell = image_cell(inner, root)
         name = value.get("path")
         return cell if cell["path"] or not isinstance(name, str) else cell | {"path": name}
