@@ -1,4 +1,4 @@
-"""Notebooks 01 to 06 in order."""
+"""Run notebooks 01 to 06 in order."""
 
 import time
 from pathlib import Path
@@ -38,16 +38,16 @@ def run_all(
     first notebook runs.
 
     Args:
-        config: As `run_notebook` takes it.
-        overrides: As `run_notebook` takes it.
-        profile: As `run_notebook` takes it.
-        folder: As `run_notebook` takes it.
+        config: As for `run_notebook`.
+        overrides: As for `run_notebook`.
+        profile: As for `run_notebook`.
+        folder: As for `run_notebook`.
 
     Returns:
         The run's folder.
 
     Raises:
-        SpavlError: As `run_notebook`; also when a stage was made with other settings.
+        SpavlError: A notebook failed or was stopped, as in `run_notebook`; or a check failed.
     """
     run = Run(config)
     folder = folder or notebooks_folder()
@@ -60,7 +60,7 @@ def run_all(
     for path, stage in sequence.items():
         check_parameters(path)
         stage.check_config()
-    remade: set[str] = set()
+    made_now: set[str] = set()
     for path, stage in sequence.items():
         # A stage whose upstream was made again runs again, and decides itself what to redo.
         stale = remade & set(stages.find(stage.name).upstream)
@@ -68,7 +68,7 @@ def run_all(
         if kept and is_current(stage.name, config, stage):
             say(f"{stage.name}: done, kept")
             continue
-        remade.add(stage.name)
+        made_now.add(stage.name)
         say(f"{stage.name}: running {path.name}")
         started = time.perf_counter()
         run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)

@@ -58,11 +58,13 @@ def load(config: DataConfig, split: str) -> Loaded:
     """Read a split into the schema.
 
     Args:
-        config: Uses `path`, `subset`, splits, `columns`, `image_root` and `on_bad_rows`.
+        config: Says what to read, by `path`, `subset`, `revision`, `train_split`,
+            `validation_split`, `columns`, `image_root` and `on_bad_rows`.
         split: `train` or `validation`.
 
     Raises:
-        InputError: There is nothing to read, columns are unknown, or rows are bad; lists them all.
+        InputError: There is nothing to read, columns are unknown, or rows are bad. The message
+            lists all bad rows.
     """
     return _Splits(config).load(split)
 

@@ -1,11 +1,11 @@
-"""Read preference records in several layouts: turns, two answers, an image.
+"""Read preference records in several layouts. A record has a prompt, two responses and an image.
 
-| layout | prompt | answers |
+| layout | prompt | responses |
 |---|---|---|
-| TRL | `prompt`: text or `[{"role", "content"}]`, or only inside the answers | text or messages |
+| TRL | `prompt`: text or `[{"role", "content"}]`, or only inside the responses | text or messages |
 | LLaMA-Factory, ShareGPT form | `conversations`: `[{"from", "value"}]` | one such message |
 | LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
-| the original's | `question`: text or `[{"from", "value"}]` | text |
+| the SPA-VL authors' code | `question`: text or `[{"from", "value"}]` | text |
 
 The image is `image` or `images` (at most one), or a part of a message (`{"type": "image_url"}` and
 others). In the first three layouts `<image>` in the text marks its place and is
@@ -47,11 +47,11 @@ Turns = list[Turn]
 
 
 class RecordError(Exception):
-    """Why a record cannot be read, as `field: reason`. The caller adds file and row."""
+    """A record cannot be read. The message is `field: reason`; the caller adds file and row."""
 
 
 def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
-    """For `json.loads`: an object, or an error if it has a field twice."""
+    """Hook for `json.loads`: the object as a dict, or a RecordError if a field occurs twice."""
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
@@ -162,10 +162,11 @@ def unreadable(record: Mapping, columns: ColumnsConfig) -> list[str]:
 
 
 def conversation(turns: Turns) -> str:
-    """Turns as a prompt of the schema.
+    """Join turns into a prompt of the schema.
 
     Raises:
-        RecordError: User and assistant do not alternate, with the user first and last.
+        RecordError: There are no turns, one is a system turn or holds `TURN`, or user and assistant
+            do not alternate with the user first and last.
     """
     if not turns:
         raise RecordError("prompt: empty")
@@ -184,7 +185,7 @@ def conversation(turns: Turns) -> str:
 
 
 def turns_of(value: Any, field: str = "prompt") -> Turns:
-    """Text, or messages of either spelling, as turns. An empty system turn is dropped.
+    """Turns of a text, or of messages with either kind of keys. Empty system turns are dropped.
 
     Raises:
         RecordError: A turn has another form.
@@ -283,10 +284,10 @@ def _alpaca(record: dict) -> Turns:
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
-    """TRL's implicit prompt: the turns that both answers begin with.
+    """TRL's implicit prompt: the turns that both responses begin with, and the remaining turns.
 
     Raises:
-        RecordError: They have none in common.
+        RecordError: The responses have no first turns in common.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = 0
