@@ -96,16 +96,17 @@ class DataConfig:
     subset: str = ""
     """Configuration to read, if the data set has several. Only for source datasets."""
     train_split: str = "train"
-    """datasets: split to train on; slices such as train[:90%] work. A single file is `train`."""
+    """Split to train on; slices such as train[:90%] work, and a single file is the split train.
+    Only for source datasets."""
     validation_split: str = "validation"
-    """datasets: held-out split. If the data have no split `validation`, a tenth of the training
-    rows is held out, whole images at a time."""
+    """Held-out split. If the data have no split validation, about a tenth of the training rows is
+    held out, and all rows with the same image go together. Only for source datasets."""
     held_out_seed: NonNegativeInt = 0
-    """datasets: random seed of that draw."""
+    """Random seed of that draw. Only for source datasets."""
     test_path: str = ""
     """Evaluation prompts of your own: a file whose rows have a field `set` (harm, help or
-    look_alikes), or a folder of harm.jsonl, help.jsonl and so on, with rows as in `path`, answers
-    left out. Empty for those of `source`, or for mini's if that has none."""
+    look_alikes), or a folder with harm.jsonl, help.jsonl and so on. Rows are as in `path`, without
+    responses. Empty: the prompts of `source`, or those of mini if it has none."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
@@ -116,7 +117,8 @@ class DataConfig:
     group_by_image: bool = False
     """Put rows with the same image into the same batch, so that they share one image prefix."""
     image_root: str = ""
-    """Folder that image paths start from; empty for that of `path`."""
+    """Folder that image paths start from. Empty: `path`, or the folder that holds it if `path` is a
+    file. mini does not use it."""
     question_types: tuple[Literal["easy", "hardq", "hards"], ...] = ()
     """Train only on these question types; empty: on all."""
     answer_sources: tuple[str, ...] = ()

@@ -37,11 +37,12 @@ def check(
     """Read a data set as a training run would, and describe it.
 
     Args:
-        path: `mini`, a folder in the Hub's layout or in the original's, a name on the Hub, or a
-            file of your own.
-        source: A `data.source`; recognised from the path if empty.
-        image_root: Folder that image paths start from; `PATH/images` or PATH if empty.
-        revision: Commit of a name on the Hub.
+        path: `mini`, a folder in the layout of the Hub or of the SPA-VL authors' code, the name of
+            a data set on the Hub, or your own file.
+        source: A `data.source`. Empty recognises the source from the path.
+        image_root: Folder that image paths start from. Empty uses `PATH/images` if that exists,
+            else PATH.
+        revision: Commit, tag or branch, only for a name on the Hub.
         columns: Names of the columns, where they differ from those of known layouts.
         model: Name of the processor's model, for the report.
         processor: Counts tokens. None skips this count.

@@ -40,9 +40,9 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
         longest: Largest number of tokens of a sequence; 0 means no limit.
 
     Returns:
-        Numbers of rows, images, classes and types; rows without class or type; exact and near
-        duplicates; sizes of images; lengths in tokens, and how many are too long; the problems; and
-        notes about the whole set.
+        Numbers of rows, images, classes and question types; rows without class or type; equal and
+        nearly equal rows; sizes of images; lengths in words; lengths in tokens, with the number of
+        sequences that are too long; the problems; and notes about the whole set.
     """
     rows = loaded.rows
     problems = list(loaded.skipped)

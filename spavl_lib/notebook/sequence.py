@@ -63,7 +63,7 @@ def run_all(
     made_now: set[str] = set()
     for path, stage in sequence.items():
         # A stage whose upstream was made again runs again, and decides itself what to redo.
-        stale = remade & set(stages.find(stage.name).upstream)
+        stale = made_now & set(stages.find(stage.name).upstream)
         kept = stage.done and (stage.path / "executed.ipynb").is_file() and not stale
         if kept and is_current(stage.name, config, stage):
             say(f"{stage.name}: done, kept")

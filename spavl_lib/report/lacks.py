@@ -38,15 +38,14 @@ def _of_prompts(metrics: Mapping) -> Iterator[str]:
 
 
 def _of_rows(summary: dict) -> Iterator[str]:
-    for name, title in (("train", "training pairs"), ("validation", "held-out pairs")):
-        part = summary.get(name)
-        if not isinstance(part, dict):
-            continue
-        rows = part.get("rows", 0)
-        if name == "train" and rows and part.get("no_class") == rows:
-            yield "Classes of harm: no training pair has one, so none is drawn or counted by class."
-        if name == "train" and rows and part.get("no_question_type") == rows:
-            yield "Question types: no training pair has one."
-        if name == "validation" and rows < FEW:
-            yield f"Held-out pairs: there are {rows}, so what is measured on them is uncertain."
-        yield from (f"Note on the {title}: {note}." for note in part.get("notes") or ())
+    train, held_out = (summary.get(name) or {} for name in ("train", "validation"))
+    rows = train.get("rows")
+    if rows and train.get("no_class") == rows:
+        yield "Classes of harm: no training pair has one, so none is drawn or counted by class."
+    if rows and train.get("no_question_type") == rows:
+        yield "Question types: no training pair has one."
+    if held_out and held_out.get("rows", 0) < FEW:
+        count = held_out.get("rows", 0)
+        yield f"Held-out pairs: there are {count}, so what is measured on them is uncertain."
+    notes = [*(train.get("notes") or ()), *(held_out.get("notes") or ())]
+    yield from (f"Note on the data: {note}." for note in dict.fromkeys(notes))

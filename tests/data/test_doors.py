@@ -454,7 +454,7 @@ def test_a_single_set_holds_a_tenth_out_by_picture(tmp_path: Path, kind: str) ->
     assert not {r["id"] for r in train} & {r["id"] for r in held}
     assert not {content(r["image"]) for r in train} & {content(r["image"]) for r in held}
     note = read_preferences(config, "train").notes[-1]
-    assert "6 of its 60 rows are held out" in note and "data.held_out_seed = 0" in note
+    assert "held out and not trained on: 6 of 60" in note and "data.held_out_seed = 0" in note
     others = [both(own(path, image_root=str(tmp_path), held_out_seed=s))[1] for s in range(1, 6)]
     assert any([r["id"] for r in other] != [r["id"] for r in held] for other in others)
     digests = [row_digests(load_preferences(config, s)) for s in ("train", "validation")]
@@ -462,7 +462,9 @@ def test_a_single_set_holds_a_tenth_out_by_picture(tmp_path: Path, kind: str) ->
     assert source_sha256(config, "train") != source_sha256(config, "validation")
     report = check(str(path), image_root=str(tmp_path))
     assert [report["splits"][s]["rows"] for s in ("train", "validation")] == [54, 6]
-    assert report["shared"]["validation"]["images"] == 0 and "are held out" in table(report)
+    assert report["shared"]["validation"]["images"] == 0 and "not trained on: 6 of 60" in table(
+        report
+    )
 
 
 SLICES = [

@@ -71,7 +71,9 @@ def test_ten_rows_of_ones_own_end_in_a_report(tmp_path: Path, prompts: str) -> N
         assert "Evaluation prompts of your own" in page
         sections = re.split(r"<section id=", page)
         for section in sections:
-            if section.startswith(('"results"', '"held-out"', '"classes"', '"gallery"')):
+            if section.startswith(
+                ('"results"', '"held-out"', '"classes"', '"gallery"', '"figures"')
+            ):
                 assert "mini&#39;s built-in prompts" in section, section[:20]
     else:
         assert name == f"the prompts of {folder / 'prompts.jsonl'}" and metrics["prompts"]["own"]

@@ -190,7 +190,7 @@ def read(
         unopened=lost,
     )
     for index, reason in lost.items():
-        problems[index] = [*problems.get(index, ()), f"{where(index)} image: {reason}"]
+        problems[index] = [*problems.get(index, ()), f"{place_of(index)} image: {reason}"]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return without_bad_rows(rows, problems, source, on_bad_rows)
 

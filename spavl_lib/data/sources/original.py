@@ -180,7 +180,7 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
         if found:
             problems[index] = found
         made.append(row)
-    table = {c: [_text(r[c]) for r in made] for c in PROMPT_COLUMNS}
+    table = {c: [_text_or_cell(r[c]) for r in made] for c in PROMPT_COLUMNS}
     rows = Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
     decode_all = len(rows) <= DECODE_ALL_UP_TO
     further = find_problems(
@@ -249,8 +249,8 @@ def _row(
     if isinstance(record, RecordError):
         return empty, [f"{place} {record}"]
     if not isinstance(record, dict):
-        return empty, [f"{where} record: expected an object, got {type(record).__name__}"]
-    problems = [f"{where} {k}: missing" for k in required if k not in record]
+        return empty, [f"{place} record: expected an object, got {type(record).__name__}"]
+    problems = [f"{place} {k}: missing" for k in required if k not in record]
     image = record.get("image") or ""
     shown = image.get("path") if isinstance(image, dict) else image
     parts = shown.split("/") if isinstance(shown, str) and not holds_image(shown) else []
@@ -271,22 +271,22 @@ def _row(
     for name in ("chosen", "rejected"):
         row[name] = record.get(name)
         if name in record and not isinstance(row[name], str):
-            problems.append(f"{where} {name}: expected text, got {type(row[name]).__name__}")
-    problems += [f"{where} {line}" for line in unreadable(record, ColumnsConfig())]
+            problems.append(f"{place} {name}: expected text, got {type(row[name]).__name__}")
+    problems += [f"{place} {line}" for line in unreadable(record, ColumnsConfig())]
     turns: list[Turn] = []
     if "question" in record:
         try:
             turns = _question(record["question"])
             row["prompt"] = conversation(turns)
         except RecordError as error:
-            problems.append(f"{where} {error}")
+            problems.append(f"{place} {error}")
     try:
         image = _image(record, turns)
         if image:
             row["image"] = image_cell(image, root)  # type: ignore[assignment]
     except ImageError as error:
-        problems.append(f"{where} image: {error}")
-    return row, [*problems, *blank_unstorable(row, where)]
+        problems.append(f"{place} image: {error}")
+    return row, [*problems, *blank_unstorable(row, place)]
 
 
 def _image(record: dict, turns: list[Turn]) -> object:

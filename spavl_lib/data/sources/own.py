@@ -106,9 +106,9 @@ class _Splits:
             )
         rows = [n for n in range(len(whole.rows)) if (n in held) == (split == "validation")]
         note = (
-            f"{self.config.path} has no split 'validation': {len(held)} of its {len(whole.rows)} "
-            f"rows are held out and not trained on (about a tenth, whole images at a time, "
-            f"data.held_out_seed = {self.config.held_out_seed})"
+            f"{self.config.path} has no split 'validation', so about a tenth of its rows is held "
+            f"out and not trained on: {len(held)} of {len(whole.rows)}, all rows of an image "
+            f"together (data.held_out_seed = {self.config.held_out_seed})"
         )
         skipped = whole.skipped if split == "train" else ()
         notes = (*whole.notes, note) if held else whole.notes
