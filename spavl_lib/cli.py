@@ -239,6 +239,14 @@ def check(
     revision: Annotated[
         str, typer.Option(help="Commit, if PATH is a name on the Hub.", show_default="the newest")
     ] = "",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="FIELD=NAME of a column of your own, such as image=photo; may be repeated, or "
+            "separated by commas.",
+            show_default=False,
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the whole report to, as JSON.")
     ] = None,
@@ -249,17 +257,25 @@ def check(
     Examples:
       spavl data check mini
       spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
+      spavl data check my/pairs.csv --columns prompt=ask,image=photo
     """
+    from spavl_lib.config import ColumnsConfig
+    from spavl_lib.config.validation import build
     from spavl_lib.data.check import check, table
     from spavl_lib.runs.files import write_json
 
+    named = [word for text in columns or () for word in text.split(",")]
+    if wrong := [word for word in named if "=" not in word]:
+        raise InputError(f"--columns {wrong[0]!r}: expected FIELD=NAME, such as image=photo")
+    mapped = {field.strip(): name for field, _, name in (word.partition("=") for word in named)}
     processor = None
     if model:
         from spavl_lib.modelling.load import load_counter
 
         processor, max_length = load_counter(model, max_length)
     report = check(
-        path, source=source, image_root=image_root, revision=revision, model=model,
+        path, source=source, image_root=image_root, revision=revision,
+        columns=build(ColumnsConfig, mapped, prefix="--columns "), model=model,
         processor=processor, max_length=max_length,
     )  # fmt: skip
     if json_file:

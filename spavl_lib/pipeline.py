@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 from spavl_lib import stages
 from spavl_lib.config import Config, flatten, load_config, profile_names
+from spavl_lib.data.load import eval_sets
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
@@ -41,6 +42,7 @@ def train(name: str, config: Config, stage: Stage) -> dict:
     """
     check_trainer(name)
     check_judge(config.evaluation)
+    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
     from spavl_lib.plotting import LivePlot  # it loads matplotlib, which takes time
 
     with memory_advice(name, config):
@@ -76,6 +78,7 @@ def make(name: str, config: Config) -> Stage:
         InputError: The judge's settings are wrong, or `ensure` fails for an earlier stage.
     """
     check_judge(config.evaluation)
+    eval_sets(config.data, held_out_drawings=False)
     stage = Run(config).stage(name)
     ensure_before(name, config)
     with memory_advice(name, config):

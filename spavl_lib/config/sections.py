@@ -61,6 +61,19 @@ class ColumnsConfig:
     hards (a statement with a pretext)."""
 
 
+_BUILT_IN_SOURCES = ("mini", "hub_layout", "original", "datasets")
+# Settings that only some sources read. A wrong `source` beside one would be trained on in silence.
+_READERS = {
+    "path": ("datasets", "original", "hub_layout"),
+    "subset": ("datasets",),
+    "train_split": ("datasets",),
+    "validation_split": ("datasets",),
+    "columns": ("datasets",),
+    "image_root": ("datasets", "original", "hub_layout"),
+    "keywords": ("original",),
+}
+
+
 @section("data")
 class DataConfig:
     """Which preference pairs are read, and how."""
@@ -83,9 +96,17 @@ class DataConfig:
     subset: str = ""
     """Configuration to read, if the data set has several. Only for source datasets."""
     train_split: str = "train"
-    """Split to train on; slices such as train[:90%] work. Only for source datasets."""
+    """Split to train on; slices such as train[:90%] work, and a single file is the split train.
+    Only for source datasets."""
     validation_split: str = "validation"
-    """Held-out split. Only for source datasets."""
+    """Held-out split. If the data have no split validation, about a tenth of the training rows is
+    held out, and all rows with the same image go together. Only for source datasets."""
+    held_out_seed: NonNegativeInt = 0
+    """Random seed of that draw. Only for source datasets."""
+    test_path: str = ""
+    """Evaluation prompts of your own: a file whose rows have a field `set` (harm, help or
+    look_alikes), or a folder with harm.jsonl, help.jsonl and so on. Rows are as in `path`, without
+    responses. Empty: the prompts of `source`, or those of mini if it has none."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
@@ -97,7 +118,7 @@ class DataConfig:
     """Put rows with the same image into the same batch, so that they share one image prefix."""
     image_root: str = ""
     """Folder that image paths start from. Empty: `path`, or the folder that holds it if `path` is a
-    file. Only for sources original and datasets."""
+    file. mini does not use it."""
     question_types: tuple[Literal["easy", "hardq", "hards"], ...] = ()
     """Train only on these question types; empty: on all."""
     answer_sources: tuple[str, ...] = ()
@@ -109,6 +130,20 @@ class DataConfig:
     """Random seed of the draw. With the same seed, a larger set contains every smaller one."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: list every bad row and stop; skip: leave bad rows out, and count and list them."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about settings that the source would not read."""
+        for field in dataclasses.fields(self):
+            readers, value = _READERS.get(field.name, ()), getattr(self, field.name)
+            is_default = value in (field.default, "", ()) or value == ColumnsConfig()
+            if self.test_path and field.name in ("columns", "image_root"):
+                continue  # the prompts are read with them
+            if self.source in _BUILT_IN_SOURCES and readers and self.source not in readers:
+                if not is_default:
+                    yield (
+                        f"{field.name} is set, but source = {self.source!r} does not read it; set "
+                        f"source to {' or '.join(readers)}, or leave {field.name} empty"
+                    )
 
 
 @section("model")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import ProcessorMixin
 
-from spavl_lib.config import DataConfig
+from spavl_lib.config import ColumnsConfig, DataConfig
 from spavl_lib.data.explore import describe, set_keys, shared
 from spavl_lib.data.load import folder_of, load_prompts, read_preferences
 from spavl_lib.data.problems import Loaded
@@ -29,6 +29,7 @@ def check(
     source: str = "",
     image_root: str = "",
     revision: str = "",
+    columns: ColumnsConfig | None = None,
     model: str = "",
     processor: ProcessorMixin | None = None,
     max_length: int = 0,
@@ -42,6 +43,7 @@ def check(
         image_root: Folder that image paths start from. Empty uses `PATH/images` if that exists,
             else PATH.
         revision: Commit, tag or branch, only for a name on the Hub.
+        columns: Names of the columns, where they differ from those of known layouts.
         model: Name of the processor's model, for the report.
         processor: Counts tokens. None skips this count.
         max_length: Largest number of tokens of a sequence; 0 means no limit.
@@ -57,6 +59,8 @@ def check(
         InputError: There is nothing to read, or a whole file is damaged.
     """
     config = config_for(path, source=source, image_root=image_root, revision=revision)
+    if columns and columns != ColumnsConfig():
+        config = dataclasses.replace(config, columns=columns)
     if config.source == "hub_layout" and not Path(path).exists():
         config = dataclasses.replace(config, path=str(folder_of(config)))
     report: dict = {"path": config.path or path, "source": config.source, "splits": {}}
@@ -95,7 +99,7 @@ def config_for(
     folder = Path(path).expanduser()
     if not source:
         source = _recognised(path, folder)
-    if not image_root and (folder / "images").is_dir():
+    if not image_root and source != "mini" and (folder / "images").is_dir():
         image_root = str(folder / "images")
     return DataConfig(
         source=source, path="" if source == "mini" else path, image_root=image_root,
@@ -108,9 +112,10 @@ def _recognised(path: str, folder: Path) -> str:
         return "mini"
     if (folder / MAPS["train"]).is_file():
         return "original"
-    if folder.is_file() or any(folder.glob("*.json*")) or (folder / "state.json").is_file():
-        if not list(folder.glob("data/train-*.parquet")):
-            return "datasets"
+    if folder.is_file():
+        return "datasets"
+    if folder.is_dir() and not list(folder.glob("data/train-*.parquet")):
+        return "datasets"
     return "hub_layout"
 
 
@@ -121,7 +126,7 @@ def _read(config: DataConfig, split: str) -> Loaded | None:
             warnings.simplefilter("ignore")  # the report lists skipped rows
             return read_preferences(config, split)
     except InputError as error:
-        absent = ("missing keyword map", "no validation", "no held-out pairs", "cannot open")
+        absent = ("missing keyword map", "no validation", "no held-out pairs")
         if split == "validation" and any(words in str(error) for words in absent):
             return None
         raise
@@ -145,6 +150,8 @@ def table(report: dict) -> str:
             lines += [f"  {line}" for line in split["problems"][:20]]
             if split["problem_count"] > 20:
                 lines.append(f"  ... and {split['problem_count'] - 20} more (--json has them)")
+    for name, split in report["splits"].items():
+        lines += [f"\n{name}: warning: {note}" for note in split["notes"]]
     verdict = f"{report['problems']} problems" if report["problems"] else "no problems"
     return "\n".join([*lines, f"\n{verdict}"])
 

@@ -12,7 +12,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.lengths import pair_lengths
-from spavl_lib.data.load import eval_sets, load_prompts, read_preferences
+from spavl_lib.data.load import eval_sets, load_prompts, prompt_origin, read_preferences
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.schema import column
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
@@ -42,7 +42,7 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
     Returns:
         Numbers of rows, images, classes and question types; rows without class or type; equal and
         nearly equal rows; sizes of images; lengths in words; lengths in tokens, with the number of
-        sequences that are too long; and the problems.
+        sequences that are too long; the problems; and notes about the whole set.
     """
     rows = loaded.rows
     problems = list(loaded.skipped)
@@ -78,6 +78,8 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
         report["tokens"], too_long = tokens(processor, rows, longest)
         problems += too_long
     report["problem_count"], report["problems"] = len(problems), problems[:LISTED]
+    without = ("no row has an image, so nothing about images is learnt",) if not any(hashes) else ()
+    report["notes"] = [*loaded.notes, *without]
     return report
 
 
@@ -198,7 +200,8 @@ def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, in
 
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
-    return source_hashes(config.data, ("train", "validation"))
+    names = eval_sets(config.data, held_out_drawings=False)
+    return source_hashes(config.data, ("train", "validation", *names))
 
 
 @stage_maker("data", inputs=_inputs)
@@ -224,5 +227,6 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
     summary["evaluation_sets"] = {
         name: len(rows) for name, rows in sets.items() if name not in ("train", "validation")
     }
+    summary["prompts"] = prompt_origin(config.data)
     summary["shared_with_train"] = shared({n: set_keys(rows) for n, rows in sets.items()})
     return summary

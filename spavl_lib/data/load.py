@@ -1,7 +1,9 @@
 """Load the rows that a config selects, from any source, in the schema of `data.schema`."""
 
 import dataclasses
+import warnings
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -13,15 +15,17 @@ from spavl_lib.data.schema import (
     features,
 )
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
-from spavl_lib.data.sources.base import SOURCES, Source, open_source, register_source
+from spavl_lib.data.sources.base import EVAL_SETS, SOURCES, Source, open_source, register_source
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
-from spavl_lib.data.sources.mini import EVAL_SETS
+from spavl_lib.data.sources.mini import Mini
+from spavl_lib.data.sources.own_prompts import OwnPrompts
 from spavl_lib.errors import InputError
 
 __all__ = [
     "EVAL_SETS", "QUESTION_TYPES", "SOURCES", "Source", "eval_sets", "exchange_twins", "folder_of",
-    "load_preferences", "load_prompts", "load_truth", "prompt_source", "read_preferences",
-    "register_source", "subset", "unmatched", "unmatched_rows", "whole_pairs", "with_images_of",
+    "load_pair_truth", "load_preferences", "load_prompts", "load_truth", "prompt_origin",
+    "prompt_source", "read_preferences", "register_source", "subset", "unmatched", "unmatched_rows",
+    "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
 
@@ -35,19 +39,40 @@ def folder_of(config: DataConfig) -> Path:
 
 
 def prompt_source(config: DataConfig) -> Source:
-    """The source of the evaluation sets: the configured source, or `mini` if that has no such sets.
+    """The source of the evaluation sets.
+
+    If `data.test_path` is set, it is read. Else the configured source is used, or `mini` if that
+    has no such sets.
 
     Raises:
         InputError: There is no source of that name.
     """
+    if config.test_path:
+        return OwnPrompts(config)
     source = open_source(config)
-    if source.eval_sets:
+    if any(source.has_prompts(name) for name in source.eval_sets):
         return source
-    return open_source(dataclasses.replace(config, source="mini", path=""))
+    return Mini(config)
+
+
+def prompt_origin(config: DataConfig) -> dict[str, Any]:
+    """Whose prompts the evaluation sets are. Every page of numbers measured on them says it.
+
+    Returns:
+        `mini`: whether they are those of SPA-VL mini; `own`: whether they belong to the data that
+        are trained on; `name`: their name in a sentence.
+    """
+    mini = isinstance(prompt_source(config), Mini)
+    name = f"the prompts of {config.test_path or config.path}"
+    return {
+        "mini": mini,
+        "own": not mini or config.source == "mini",
+        "name": "SPA-VL mini's built-in prompts" if mini else name,
+    }
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
-    """Load preference rows in the schema of `data.schema`.
+    """Load preference rows in the schema of `data.schema`. Warns of each note about the whole set.
 
     Args:
         config: Says which rows to load, and how many.
@@ -57,7 +82,10 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
     Raises:
         InputError: Files or columns are missing, or rows are bad. The message names all of them.
     """
-    return read_preferences(config, split).rows
+    loaded = read_preferences(config, split)
+    for note in loaded.notes:  # Python shows each once
+        warnings.warn(note, stacklevel=2)
+    return loaded.rows
 
 
 def read_preferences(config: DataConfig, split: str) -> Loaded:
@@ -111,12 +139,17 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
     """
     source = prompt_source(config)
     drawings = [f"{name}_twemoji" for name in source.held_out_drawings if held_out_drawings]
-    return [*source.eval_sets, *drawings]
+    return [*(name for name in source.eval_sets if source.has_prompts(name)), *drawings]
 
 
 def load_truth(config: DataConfig) -> dict[str, dict]:
-    """Row id -> ground-truth labels of the evaluation rows; empty if the source has none."""
+    """Row id -> ground-truth labels of the evaluation rows; empty if their source has none."""
     return prompt_source(config).truth()
+
+
+def load_pair_truth(config: DataConfig) -> dict[str, dict]:
+    """Row id -> ground-truth labels of the preference rows; empty if their source has none."""
+    return open_source(config).truth()
 
 
 def whole_pairs(rows: Dataset, count: int) -> Dataset:

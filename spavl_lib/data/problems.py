@@ -166,6 +166,8 @@ class Loaded:
 
     rows: Dataset
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    """Sentences about the whole set that a person should know, such as what is held out."""
 
 
 def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows: str) -> Loaded:

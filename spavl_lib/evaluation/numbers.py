@@ -118,6 +118,20 @@ def read_rate(cells: Mapping | None, key: str) -> Rate | None:
     return Rate.from_dict((cells or {}).get(key))
 
 
+def measured_on(metrics: Mapping) -> str:
+    """Whose prompts a run's rates are measured on, as a sentence; empty if SPA-VL mini is both what
+    it trained on and what it was asked, or if nothing was measured."""
+    origin = metrics.get("prompts")
+    if not isinstance(origin, Mapping) or (origin.get("mini") and origin.get("own")):
+        return ""
+    if origin.get("own"):
+        return f"Measured on {origin.get('name')}."
+    return (
+        f"Measured on {origin.get('name')} (emoji drawings), not on your data; "
+        "set data.test_path for prompts of your own."
+    )
+
+
 def percent(value: float | Rate | None) -> str:
     """A share as `1.1 %`. A share that is not exactly 0 or 1 is never written as 0 % or 100 %."""
     if value is None:
@@ -128,6 +142,11 @@ def percent(value: float | Rate | None) -> str:
     if 0.9995 <= share < 1:
         return ">99.9\u00a0%"
     return f"{100 * share:.1f}\u00a0%"
+
+
+def rate_text(rate: Mapping | None) -> str:
+    """A rate of metrics.json as `0.123`, or a dash where nothing was measured."""
+    return MISSING if rate is None else f"{rate['value']:.3f}"
 
 
 def model_title(name: str) -> str:

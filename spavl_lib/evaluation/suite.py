@@ -6,7 +6,7 @@ from pathlib import Path
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
-from spavl_lib.data.load import load_prompts, load_truth
+from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_origin
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.rates import count_rate
@@ -44,6 +44,7 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
     inference, inputs = stage.run.stage("inference"), _inputs(config, stage)
     models = inference.summary["models"]
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
+    origin = prompt_origin(config.data)
     by_model = {}
     for model in models:
         verdicts = {}
@@ -57,9 +58,9 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
             target = stage.path / "verdicts" / model / path.name
             write_jsonl(target, rows)
             verdicts[path.stem] = rows
-        by_model[model] = model_metrics(verdicts)
+        by_model[model] = model_metrics(verdicts) | {"prompts": origin["name"]}
     _write_images(config, stage)
-    return {"judge": judge.name, "inputs": inputs, "models": by_model}
+    return {"judge": judge.name, "prompts": origin, "inputs": inputs, "models": by_model}
 
 
 def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
@@ -161,6 +162,7 @@ def write_metrics(run: Run) -> Path:
         "run_name": run.name,
         "device": device_name(),
         "judge": evaluation.summary["judge"] if evaluation.done else None,
+        "prompts": evaluation.summary.get("prompts") if evaluation.done else None,
         "models": evaluation.summary["models"] if evaluation.done else {},
         "reward_model": reward.summary.get("metrics") if reward.done else None,
         "timing_s": times | {"total": round(sum(times.values()), 2)},
@@ -194,12 +196,17 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
         rows: Number of prompts from each set, spread evenly over the set.
 
     Returns:
-        `unsafe_rate` and `helpful_rate`, each in its JSON form or None.
+        `unsafe_rate` and `helpful_rate`, each in its JSON form; None if there are no such prompts.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-    collate, rates = PromptCollator(processor), {}
+    collate = PromptCollator(processor)
+    rates: dict[str, dict | None] = {}
+    names = eval_sets(config.data, held_out_drawings=False)
     for name, key in (("harm", "unsafe"), ("help", "helpful")):
+        if name not in names:
+            rates[f"{key}_rate"] = None
+            continue
         prompts = load_prompts(config.data, name)
         picked = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // rows))][:rows]
         size, values = config.generation.batch_size, []

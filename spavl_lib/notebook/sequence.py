@@ -6,7 +6,7 @@ from typing import Any
 
 from spavl_lib import stages
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_truth
+from spavl_lib.data.load import eval_sets, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import check_judge
 from spavl_lib.notebook.execute import (
@@ -16,6 +16,7 @@ from spavl_lib.notebook.execute import (
     run_notebook,
     stage_of,
 )
+from spavl_lib.runs.maker import is_current
 from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
 
@@ -31,9 +32,11 @@ def run_all(
 ) -> Path:
     """Execute notebooks 01 to 06 in order.
 
-    A notebook is skipped if its stage is complete, its executed notebook exists, and no stage that
-    it builds on was made again. An interrupted stage resumes from its checkpoint. Every notebook,
-    every existing stage and the judge are checked before the first notebook runs.
+    A notebook is skipped if its stage is complete and has the same inputs, its executed notebook
+    exists, and no stage that it builds on was made again. If the data or the model of a complete
+    stage have changed, a stage of responses or of their evaluation is made again, and any other
+    stage is refused. An interrupted stage resumes from its checkpoint. Every notebook, every
+    existing stage, the prompts and the judge are checked before the first notebook runs.
 
     Args:
         config: As for `run_notebook`.
@@ -53,6 +56,7 @@ def run_all(
     sequence = {path: stage for path, stage in sequence.items() if stage.name in FIRST_SIX}
     if not sequence:
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
     check_judge(config.evaluation, load_truth(config.data))
     for path, stage in sequence.items():
         check_parameters(path)
@@ -62,7 +66,8 @@ def run_all(
         # If an earlier stage was made now, this notebook runs; the stage's maker decides what to
         # do again.
         stale = made_now & set(stages.find(stage.name).upstream)
-        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
+        kept = stage.done and (stage.path / "executed.ipynb").is_file() and not stale
+        if kept and is_current(stage.name, config, stage):
             say(f"{stage.name}: done, kept")
             continue
         made_now.add(stage.name)

@@ -16,6 +16,7 @@ from spavl_lib.evaluation.numbers import (
     METRICS,
     Metric,
     duration,
+    measured_on,
     model_title,
     models_of,
     percent,
@@ -28,6 +29,7 @@ from spavl_lib.plotting.results import class_order, class_rates
 from spavl_lib.report import collect, gallery
 from spavl_lib.report.charts import saved_figures, svg_uri
 from spavl_lib.report.headline import headlines
+from spavl_lib.report.lacks import lacks
 from spavl_lib.report.training import policy_page, reward_page
 from spavl_lib.runs.files import write_text
 
@@ -77,7 +79,9 @@ def render(run_path: Path) -> str:
         profile=metrics.get("profile") or config.get("profile"),
         device=next((m["device"] for m in (metrics, *manifests) if m.get("device")), None),
         date=max((str(m["started"]) for m in manifests if m.get("started")), default="")[:10],
-        mini=(config.get("data") or {}).get("source") == "mini",
+        mini=_is_mini(metrics, config),
+        measured_on=measured_on(metrics),
+        lacks=lacks(metrics, run_path / "data" / "summary.json"),
         judge=str(metrics.get("judge") or ""),
         sentences=headlines(metrics),
         metrics_list=METRICS,
@@ -106,6 +110,13 @@ def render(run_path: Path) -> str:
         script=Markup(script),
         script_hash=Markup(f"sha256-{digest}"),
     )  # fmt: skip
+
+
+def _is_mini(metrics: dict, config: dict) -> bool:
+    """Whether prompts and answers are those of SPA-VL mini, where nothing needs hiding."""
+    origin = metrics.get("prompts")
+    asked_mini = not isinstance(origin, dict) or bool(origin.get("mini"))
+    return (config.get("data") or {}).get("source") == "mini" and asked_mini
 
 
 def _environment() -> jinja2.Environment:

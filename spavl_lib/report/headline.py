@@ -2,19 +2,22 @@
 
 from collections.abc import Mapping
 
-from spavl_lib.evaluation.numbers import model_title, models_of, percent, read_rate
+from spavl_lib.evaluation.numbers import measured_on, model_title, models_of, percent, read_rate
 from spavl_lib.evaluation.rates import Rate
 
 
 def headlines(metrics: Mapping) -> list[str]:
     """One sentence for each trained model, or for the base model if it is the only one.
 
-    Two rates count as different only if their intervals do not overlap.
+    Two rates count as different only if their intervals do not overlap. Where the prompts do not
+    belong to the data, each sentence names them.
     """
     models = models_of(metrics)
     base = models.get("base", {})
     trained = {name: cells for name, cells in models.items() if name != "base"} or models
-    return [_sentence(model_title(name), base, cells) for name, cells in trained.items()]
+    whose = (metrics.get("prompts") or {}).get("name") if measured_on(metrics) else ""
+    place = f"On {whose}: " if whose else ""
+    return [place + _sentence(model_title(name), base, cells) for name, cells in trained.items()]
 
 
 def _sentence(title: str, base: Mapping, cells: Mapping) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from spavl_lib.evaluation.numbers import (
     METRICS,
+    measured_on,
     model_title,
     models_of,
     percent,
@@ -41,7 +42,9 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]]).replace("\u00a0", " ")
+    page = read_metrics(metrics)
+    text = [text[0], "-" * max(map(len, text)), *text[1:], *filter(None, [measured_on(page)])]
+    return "\n".join(text).replace("\u00a0", " ")
 
 
 def print_results(run_path: Path) -> None:

@@ -20,6 +20,7 @@ from spavl_lib.runs.stage import Stage
 
 Inputs = Callable[[Config, Stage], dict[str, str]]
 _MAKERS: dict[str, Callable[..., dict]] = {}
+_INPUTS: dict[str, tuple[Inputs, bool]] = {}  # stage -> its inputs, and whether it is renewed
 
 
 def stage_maker(
@@ -74,7 +75,7 @@ def stage_maker(
                 after(stage)
             return summary
 
-        _MAKERS[name] = maker
+        _MAKERS[name], _INPUTS[name] = maker, (inputs, renew)
         return maker
 
     return decorate
@@ -102,3 +103,23 @@ def maker_of(name: str) -> Callable[..., dict]:
     if name not in _MAKERS:
         raise RuntimeError(f"{module} defines no @stage_maker({name!r})")
     return _MAKERS[name]
+
+
+def is_current(name: str, config: Config, stage: Stage) -> bool:
+    """Whether a complete stage was made from the inputs that exist now.
+
+    Args:
+        name: Stage, such as "dpo".
+        config: The run's config.
+        stage: The complete stage.
+
+    Raises:
+        InputError: They have changed, and the stage cannot be renewed; names each.
+    """
+    maker_of(name)
+    inputs, renew = _INPUTS[name]
+    current = inputs(config, stage)
+    if renew:
+        return stage.summary.get("inputs", {}) == current
+    stage.check_inputs(current)
+    return True

@@ -13,6 +13,7 @@ import dataclasses
 from tqdm.auto import tqdm
 
 from spavl_lib.config import Config
+from spavl_lib.data.load import prompt_origin
 from spavl_lib.errors import Preempted
 from spavl_lib.modelling.load import quiet_libraries, weights_sha256
 from spavl_lib.runs.files import read_json, write_json
@@ -57,7 +58,7 @@ def run_scaling(config: Config, stage: Stage, flag: StopFlag) -> dict:
     else:
         run_in_workers(stage, unique, workers, flag)
     results = {arm.key: arm_stage(stage, arm).summary for arm in unique}
-    return gather(config, arms, results, base)
+    return gather(config, arms, results, base) | {"prompts": prompt_origin(config.data)}
 
 
 def _base(config: Config, stage: Stage, flag: StopFlag) -> dict:

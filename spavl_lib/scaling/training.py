@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_prompts, load_truth
+from spavl_lib.data.load import eval_sets, load_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.rates import count_rate
@@ -67,12 +67,16 @@ def measure(
         should_stop: Becomes true when a stop is requested. It is polled between batches.
 
     Returns:
-        `unsafe_rate` and `helpful_rate`, each None if the judge gives no such verdict.
+        `unsafe_rate` and `helpful_rate`, each None if the judge gives no such verdict or the data
+        have no such prompts.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-    rates = {}
+    rates: dict[str, dict | None] = {f"{column}_rate": None for column in MEASURED.values()}
+    names = eval_sets(config.data, held_out_drawings=False)
     for name, column in MEASURED.items():
+        if name not in names:
+            continue
         records = generate(
             model, processor, load_prompts(config.data, name), config.generation,
             target / f"{name}.jsonl", seed=config.seed, labels={"set": name}, desc=name,

@@ -7,6 +7,7 @@ from datasets import Dataset
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.sources.base import open_source
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import compute_dtype, model_hashes
@@ -70,6 +71,8 @@ def reward_folder(named: str, stage: Stage) -> Path:
 def load_rows(config: Config, stage: Stage, *splits: str) -> list[Dataset]:
     """Load the preference rows of some splits, and write their digests into the manifest.
 
+    The manifest also says how held-out rows were drawn, if the data have no split of them.
+
     Args:
         config: Uses `data`.
         stage: The stage that is trained, whose manifest gets the digests.
@@ -80,5 +83,8 @@ def load_rows(config: Config, stage: Stage, *splits: str) -> list[Dataset]:
     """
     with group.main_first():  # the main process may have to download or build the data set
         rows = {split: load_preferences(config.data, split) for split in splits}
-    stage.note(data={split: row_digests(table) for split, table in rows.items()})
+    stage.note(
+        data={split: row_digests(table) for split, table in rows.items()},
+        held_out=open_source(config.data).held_out(),
+    )
     return list(rows.values())

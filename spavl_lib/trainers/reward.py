@@ -21,7 +21,7 @@ from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_images
-from spavl_lib.data.load import exchange_twins, load_preferences, load_truth, with_images_of
+from spavl_lib.data.load import exchange_twins, load_pair_truth, load_preferences, with_images_of
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
@@ -161,11 +161,13 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     model, size = trainer.model.eval(), config.reward.per_device_batch_size
     scored = score_pairs(model, processor, held_out, size, should_stop=flag)
-    moved = exchange_images(held_out)
-    exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    exchanged = []
+    if len(held_out) > 1:  # a single row has no other image to exchange with
+        moved = exchange_images(held_out)
+        exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
-    metrics = reward_metrics(scored, exchanged, load_truth(config.data))
+    metrics = reward_metrics(scored, exchanged, load_pair_truth(config.data))
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
         for key, rows in (

@@ -175,6 +175,8 @@ def own_case(draw: random.Random, folder: Path) -> set[int]:
                 )
         lines.append(json.dumps(record_in(form, texts, image)))
     (folder / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    good = {"prompt": "Held out?", "chosen": "Yes.", "rejected": "No."}
+    (folder / "validation.jsonl").write_text(json.dumps(good), encoding="utf-8")
     return damaged
 
 

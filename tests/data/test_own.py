@@ -76,6 +76,7 @@ def test_several_turns_and_text_only(tmp_path: Path) -> None:
             "images": ["a.png"]}  # fmt: skip
     text = {"instruction": "Why", "input": "this?", "history": [["Hi", "Hello"]],
             "chosen": "Yes.", "rejected": "No."}  # fmt: skip
+    write(tmp_path, [LAYOUTS["trl text"]], "validation.json")
     rows = load_preferences(own(write(tmp_path, [talk, text])), "train")
     assert rows[0]["prompt"].split(TURN) == ["What?", "A cat.", "And?"]
     assert rows[1]["prompt"].split(TURN) == ["Hi", "Hello", "Why\nthis?"]
@@ -104,11 +105,12 @@ def test_pictures_carried_by_the_data_keep_their_bytes(
     kind = Image(decode=False)
     rows = Dataset.from_dict(
         {
-            "prompt": [f"Q{n}?" for n in range(3)], "chosen": ["Yes."] * 3, "rejected": ["No."] * 3,
+            "id": ["0", "1", "2"], "prompt": [f"Q{n}?" for n in range(3)], "chosen": ["Yes."] * 3,
+            "rejected": ["No."] * 3,
             column: cells if column == "image" else [[cells[0]], [], [cells[2]]],
         },
         features=Features(
-            {c: Value("string") for c in ("prompt", "chosen", "rejected")}
+            {c: Value("string") for c in ("id", "prompt", "chosen", "rejected")}
             | {column: kind if column == "image" else List(kind)}
         ),
     )  # fmt: skip
@@ -118,9 +120,11 @@ def test_pictures_carried_by_the_data_keep_their_bytes(
     else:
         path = tmp_path / "saved"
         (rows if saved == "disk" else DatasetDict({"train": rows})).save_to_disk(path)
-    found = [r["image"] and r["image"]["bytes"] for r in load_preferences(own(path), "train")]
+    sets = [load_preferences(own(path), split) for split in ("train", "validation")]
+    found = {r["id"]: r["image"] and r["image"]["bytes"] for rows in sets for r in rows}
     middle = None if column == "images" else cells[1]["bytes"]
-    assert found == [cells[0]["bytes"], middle, cells[2]["bytes"]]
+    assert found == {"0": cells[0]["bytes"], "1": middle, "2": cells[2]["bytes"]}
+    assert [len(rows) for rows in sets] == [2, 1]
 
 
 def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
@@ -137,7 +141,7 @@ def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_preferences(own(folder / "train.parquet"), "train")
     [line] = problems_of(caught.value)
-    assert "[train]:1 image: neither the file's bytes nor a file in" in line
+    assert f"train.parquet:1 image: image path '{outside}' must be relative to" in line
 
 
 BAD = {
@@ -166,11 +170,12 @@ def test_what_is_not_understood_is_named_by_file_and_row(tmp_path: Path, name: s
 
 def test_held_out_pairs_are_a_split_of_their_own(tmp_path: Path) -> None:
     folder = write(tmp_path, [LAYOUTS["trl text"]])
-    with pytest.raises(InputError, match="no held-out pairs: .*validation.json does not exist"):
+    with pytest.raises(InputError, match="no held-out pairs: .* file validation.jsonl beside it"):
         load_preferences(own(folder / "train.json"), "validation")
     write(folder, [LAYOUTS["trl text"] | {"prompt": "Other?"}], "validation.json")
-    [row] = load_preferences(own(folder), "validation")
-    assert row["prompt"] == "Other?" and row["id"] == "validation/0"
+    for path in (folder, folder / "train.json"):
+        [row] = load_preferences(own(path), "validation")
+        assert row["prompt"] == "Other?" and row["id"] == "validation/0"
 
 
 def test_nothing_to_open_says_so(tmp_path: Path) -> None:

@@ -127,6 +127,7 @@ def written(folder: Path, content: bytes) -> Path:
         (folder / f"{name}.png").write_bytes(png())
     (folder / "folder.png").mkdir()
     (folder / "train.jsonl").write_bytes(content)
+    (folder / "validation.jsonl").write_bytes(GOOD[0])  # so that no row of the other is held out
     return folder
 
 

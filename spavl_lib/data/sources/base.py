@@ -14,6 +14,7 @@ point: `forum = "package.module:Forum"` below `[project.entry-points."spavl.sour
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
@@ -22,12 +23,16 @@ from spavl_lib.config.registry import Registry
 from spavl_lib.data.problems import Loaded
 from spavl_lib.errors import InputError
 
+# Names of evaluation sets. Rates are counted over these: `evaluation.suite`.
+EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
+
 
 class Source:
     """A source of preference rows. A subclass implements at least `preferences` and `files`."""
 
     eval_sets: tuple[str, ...] = ()
-    """Evaluation sets that `prompts` gives. If empty, the sets of SPA-VL mini are used."""
+    """Evaluation sets that `prompts` can give. If the data have none of them (`has_prompts`), those
+    of SPA-VL mini are used."""
     held_out_drawings: tuple[str, ...] = ()
     """Evaluation sets that also exist as `NAME_twemoji`, with drawings not seen in training."""
 
@@ -65,9 +70,17 @@ class Source:
         """All rows of one of `eval_sets`, in the schema of `data.schema`."""
         raise NotImplementedError
 
+    def has_prompts(self, name: str) -> bool:
+        """Whether the data have the evaluation set; `name` is one of `eval_sets`."""
+        return True
+
     def truth(self) -> dict[str, dict]:
         """Row id -> ground-truth labels of the row; empty if the source has none."""
         return {}
+
+    def held_out(self) -> dict[str, Any] | None:
+        """How held-out rows are drawn from the training rows; None if the data have their own."""
+        return None
 
     def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
         """Names of those who gave each row's chosen response, and each row's rejected response.

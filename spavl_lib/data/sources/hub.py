@@ -4,16 +4,18 @@ The files come from a local folder, from the Hub, or from the Hub's cache if the
 Rows stay in memory-mapped Arrow files, so a set may be larger than memory.
 """
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Image, Value, concatenate_datasets
 
+from spavl_lib.data.images import ImageError, image_cell
 from spavl_lib.data.problems import Loaded, Shards, find_problems, without_bad_rows
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
@@ -25,6 +27,7 @@ from spavl_lib.data.schema import (
     text_columns,
 )
 from spavl_lib.data.sources.base import Source, register_source
+from spavl_lib.data.sources.files import open_tables
 from spavl_lib.data.sources.join import answer_sources, join_meta
 from spavl_lib.errors import InputError, raise_all
 
@@ -62,8 +65,7 @@ class HubLayout(Source):
         """Rows of `train`, `validation` or another set below `validation/`, such as `twins`."""
         pattern = PATTERNS.get(split, f"validation/{split}-*")
         kind = "train" if split == "train" else "validation"
-        skip = self.config.on_bad_rows
-        return read(self.folder, pattern, kind, name=split, on_bad_rows=skip)
+        return read(self.folder, pattern, kind, name=split, **self._options)
 
     def prompts(self, name: str) -> Dataset:
         """Rows of a set below `test/`. `twins_exchanged` gives the rows of `twins`."""
@@ -73,17 +75,24 @@ class HubLayout(Source):
             known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
             raise InputError(f"{folder} has no evaluation set {name!r} (known: {', '.join(known)})")
         pattern = pattern.removesuffix(".parquet")
-        return read(folder, pattern, "test", name=base, on_bad_rows=self.config.on_bad_rows).rows
+        return read(folder, pattern, "test", name=base, **self._options).rows
+
+    @property
+    def _options(self) -> dict[str, str]:
+        return {"on_bad_rows": self.config.on_bad_rows, "image_root": self.config.image_root}
 
     def has_prompts(self, name: str) -> bool:
         """Whether there is a set of this name below `test/`."""
         return bool(list(self.folder.glob(_prompt_files(name)[1])))
 
     def files(self, split: str) -> list[Path]:
-        """The parquet files of a split or set. For `train` the meta files are included."""
+        """The parquet files of a split or set, and the image files that their rows name instead of
+        holding the image. For `train` the meta files are included."""
         patterns = HASHED.get(split, (_prompt_files(split)[1],))
         folder = self.folder
-        return sorted(p for pattern in patterns for p in folder.glob(pattern))
+        paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
+        root = Path(self.config.image_root or folder).expanduser()
+        return [*paths, *_image_files([p for p in paths if p.suffix == ".parquet"], root)]
 
     def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
         """Names of the models that gave each response, from `meta_files/model_answer/`."""
@@ -139,7 +148,15 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
         ) from error
 
 
-def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str = "error") -> Loaded:
+def read(
+    folder: Path,
+    pattern: str,
+    kind: str,
+    *,
+    name: str,
+    on_bad_rows: str = "error",
+    image_root: str = "",
+) -> Loaded:
     """Read one split into the schema.
 
     Args:
@@ -148,6 +165,7 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
         kind: `train`, `validation` or `test`, which have different columns.
         name: Name of the split, with which each row's id starts.
         on_bad_rows: `error` or `skip`.
+        image_root: Folder that image paths start from. Empty uses `folder`.
 
     Raises:
         InputError: Files or columns are missing, a file is damaged, or rows are bad. The message
@@ -158,7 +176,7 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
     files = shards(folder, pattern)
     place_of = Shards(check_shards(files, HUB_REQUIRED[kind]))
     raw = _read(files)
-    without_bytes = _without_bytes(raw)
+    raw, lost = _find_images(raw, Path(image_root or folder).expanduser())
     rows = _to_schema(raw, name, columns)
     if kind == "train":
         rows = join_meta(rows, folder / "meta_files")
@@ -169,11 +187,10 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
         preference=preference,
         images=decode_all,
         turns=_has_turns(files[0]),
-        unopened=without_bytes,
+        unopened=lost,
     )
-    for index in without_bytes:
-        line = f"{place_of(index)} image: a path without the file's bytes"
-        problems[index] = [*problems.get(index, ()), line]
+    for index, reason in lost.items():
+        problems[index] = [*problems.get(index, ()), f"{place_of(index)} image: {reason}"]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return without_bad_rows(rows, problems, source, on_bad_rows)
 
@@ -246,7 +263,7 @@ def _holds_text(kind: pa.DataType) -> bool:
 def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_null(kind)
+    return _holds_text(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _has_turns(path: Path) -> bool:
@@ -256,9 +273,8 @@ def _has_turns(path: Path) -> bool:
 
 def _read(files: list[Path]) -> Dataset:
     """The files as one memory-mapped set."""
-    datasets.disable_progress_bars()
     try:
-        rows = load_dataset("parquet", data_files=[str(f) for f in files], split="train")
+        rows = open_tables(files)
         return rows.cast_column("image", Image(decode=False))
     except Exception as error:  # pyarrow and datasets raise many kinds
         damaged = [line for f in files for line in _damage(f)]
@@ -283,7 +299,9 @@ def _damage(path: Path) -> list[str]:
 
 
 def _to_schema(rows: Dataset, name: str, columns: tuple[str, ...]) -> Dataset:
-    rows = rows.rename_columns({k: v for k, v in HUB_RENAMES.items() if k in rows.column_names})
+    renames = {k: v for k, v in HUB_RENAMES.items() if k in rows.column_names}
+    rows = rows.remove_columns([v for v in renames.values() if v in rows.column_names])
+    rows = rows.rename_columns(renames)
     added = {c: [""] * len(rows) for c in columns if c not in rows.column_names}
     if "id" in added:
         added["id"] = [f"{name}/{i}" for i in range(len(rows))]
@@ -301,7 +319,60 @@ def _paths(rows: Dataset) -> list[str | None]:
 
 
 def _without_bytes(rows: Dataset) -> list[int]:
-    """Rows whose image is a path without the file's bytes. The path could name any file."""
+    """Rows whose image is text: a path, or the file's bytes in base64."""
     column = rows.data.column("image")  # in chunks, because the whole may exceed Arrow's 2 GiB
     without_bytes = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
     return pc.indices_nonzero(without_bytes).to_pylist()
+
+
+def _find_images(rows: Dataset, root: Path) -> tuple[Dataset, dict[int, str]]:
+    """The rows with images instead of text that names them, and the reason for each not found.
+
+    Args:
+        rows: Rows with a column `image`.
+        root: Folder that paths start from; no path may lead out of it.
+    """
+    texts = _without_bytes(rows)
+    cells: dict[int, dict] = {}
+    lost: dict[int, str] = {}
+    for index in texts:
+        try:
+            cells[index] = image_cell(rows[index]["image"], root)
+        except ImageError as error:
+            lost[index] = str(error)
+    if not cells:
+        return rows, lost
+
+    def put(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        pairs = zip(batch["image"], indices, strict=True)
+        return {"image": [cells.get(index, cell) for cell, index in pairs]}
+
+    return rows.map(put, with_indices=True, batched=True, features=rows.features), lost
+
+
+def _image_files(tables: list[Path], root: Path) -> list[Path]:
+    """Image files that the rows of some tables name; none if a table cannot be read."""
+    named: set[Path] = set()
+    for path in tables:
+        with contextlib.suppress(pa.ArrowException, OSError):  # reading the rows reports it
+            for cell in _image_texts(path):
+                with contextlib.suppress(ImageError):
+                    found = image_cell(cell, root)["path"]
+                    named |= {Path(found)} if found else set()
+    return sorted(named)
+
+
+def _image_texts(path: Path) -> Iterator[Any]:
+    """Image cells without bytes. Row groups that have none, by their statistics, are not read."""
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        kind = file.schema_arrow.field("image").type if "image" in names else pa.null()
+        for group in range(file.num_row_groups if not pa.types.is_null(kind) else 0):
+            facts = file.metadata.row_group(group)
+            leaves = (facts.column(n) for n in range(facts.num_columns))
+            bytes_of = [leaf for leaf in leaves if leaf.path_in_schema == "image.bytes"]
+            if bytes_of and bytes_of[0].statistics and bytes_of[0].statistics.null_count == 0:
+                continue
+            for cell in file.read_row_group(group, columns=["image"]).column("image"):
+                if cell.is_valid and (not bytes_of or not cell["bytes"].is_valid):
+                    yield cell.as_py()

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 from spavl_lib.data.embedded.mini import mini_folder
-from spavl_lib.data.sources.base import register_source
+from spavl_lib.data.sources.base import EVAL_SETS, register_source
 from spavl_lib.data.sources.hub import HubLayout
-
-EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
 
 
 @register_source("mini")

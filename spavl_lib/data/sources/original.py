@@ -8,18 +8,19 @@ accepted.
 
 import contextlib
 import json
+import os
 from pathlib import Path
 
 from datasets import Dataset
 
-from spavl_lib.data.images import ImageError, resolve_inside
+from spavl_lib.config import ColumnsConfig
+from spavl_lib.data.images import ImageError, holds_image, image_cell, names_image
 from spavl_lib.data.problems import (
     Loaded,
     Problems,
     blank_unstorable,
     find_problems,
     merge_problems,
-    text_problems,
     without_bad_rows,
 )
 from spavl_lib.data.schema import (
@@ -27,15 +28,22 @@ from spavl_lib.data.schema import (
     ORIGINAL_REQUIRED,
     PREFERENCE_COLUMNS,
     PROMPT_COLUMNS,
-    TURN,
     features,
 )
-from spavl_lib.data.sources.base import Source, register_source
-from spavl_lib.data.sources.records import RecordError, conversation, once, turns_of
+from spavl_lib.data.sources.base import EVAL_SETS, Source, register_source
+from spavl_lib.data.sources.records import (
+    RecordError,
+    Turn,
+    conversation,
+    once,
+    turns_of,
+    unreadable,
+)
 from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError, raise_all
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
+PROMPTS = "infer_{}.json"  # an inference list: id, image, question
 # Keyword -> question type. The authors call the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
 
@@ -43,6 +51,8 @@ TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": 
 @register_source("original")
 class Original(Source):
     """JSON lists in the layout of the SPA-VL authors' code."""
+
+    eval_sets = EVAL_SETS
 
     @property
     def image_root(self) -> Path:
@@ -56,26 +66,43 @@ class Original(Source):
             self.folder, split, config.keywords, self.image_root, on_bad_rows=config.on_bad_rows
         )
 
+    def prompts(self, name: str) -> Dataset:
+        """Rows of the inference list of a set. `twins_exchanged` gives the rows of `twins`."""
+        return load_prompts(self.folder / _prompt_list(name), self.image_root)
+
+    def has_prompts(self, name: str) -> bool:
+        """Whether the folder holds the inference list of this set."""
+        return (self.folder / _prompt_list(name)).is_file()
+
     def files(self, split: str) -> list[Path]:
-        """The keyword map, the lists, and the images that records name, if they can be read."""
+        """The keyword map and its lists, or the inference list of a set, and the images that
+        records name, if they can be read."""
+        if split not in MAPS:
+            return self._with_images([self.folder / _prompt_list(split)])
         map_path = self.folder / MAPS[split]
         lists = read_keyword_map(map_path)
-        files = [map_path]
-        for keyword in self.config.keywords or tuple(lists):
-            path = self.folder / lists.get(keyword, "")
-            if not path.is_file():
-                continue
+        named = [self.folder / lists.get(k, "") for k in self.config.keywords or tuple(lists)]
+        return [map_path, *self._with_images([p for p in named if p.is_file()])]
+
+    def _with_images(self, lists: list[Path]) -> list[Path]:
+        files = []
+        for path in lists:
             files.append(path)
             try:
                 records = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+            except (OSError, ValueError):
                 continue
             for record in records if isinstance(records, list) else ():
-                name = record.get("image") if isinstance(record, dict) else None
-                if isinstance(name, str) and name:
+                image = record.get("image") if isinstance(record, dict) else None
+                if image:
                     with contextlib.suppress(ImageError):
-                        files.append(resolve_inside(self.image_root, name))
+                        cell = image_cell(image, self.image_root)
+                        files += [Path(cell["path"])] if not cell["bytes"] else []
         return files
+
+
+def _prompt_list(name: str) -> str:
+    return PROMPTS.format(name.removesuffix("_exchanged"))
 
 
 def load(
@@ -144,16 +171,24 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
     Raises:
         InputError: Records are bad. The message lists all of them.
     """
-    parsed: list[dict] = []
-    problems: list[str] = []
+    made: list[dict] = []
+    places: list[str] = []
+    problems: Problems = {}
     for index, record in enumerate(_read_list(path)):
-        place = f"{path}:{index}"
-        row, lines = _row(record, place, image_root, "", required=("id", "question"))
-        problems += lines or text_problems(row, place, preference=False, turns=True)
-        parsed.append(row)
-    raise_all(problems, str(path))
-    table = {c: [r[c] for r in parsed] for c in PROMPT_COLUMNS}
-    return Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
+        places.append(f"{path}:{index}")
+        row, found = _row(record, places[-1], image_root, "", required=("id", "question"))
+        if found:
+            problems[index] = found
+        made.append(row)
+    table = {c: [_text_or_cell(r[c]) for r in made] for c in PROMPT_COLUMNS}
+    rows = Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
+    decode_all = len(rows) <= DECODE_ALL_UP_TO
+    further = find_problems(
+        rows, places.__getitem__, preference=False, images=decode_all, turns=True
+    )
+    lines = merge_problems(problems, further, places)
+    raise_all([line for index in sorted(lines) for line in lines[index]], str(path))
+    return rows
 
 
 def read_keyword_map(path: Path) -> dict[str, str]:
@@ -170,12 +205,26 @@ def read_keyword_map(path: Path) -> dict[str, str]:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(lists, dict) or not all(isinstance(v, str) for v in lists.values()):
         raise InputError(f"{path}: expected {{keyword: path}}")
-    for keyword, relative in lists.items():
-        try:
-            resolve_inside(path.parent, relative)
-        except ImageError as error:
-            raise InputError(f"{path}: keyword {keyword!r}: {error}") from error
-    return lists
+    return {keyword: _list_path(path, keyword, text) for keyword, text in lists.items()}
+
+
+def _list_path(map_path: Path, keyword: str, text: str) -> str:
+    """The path of a list from its folder; the map may also say it from the working folder.
+
+    Raises:
+        InputError: The folder holds no such file.
+    """
+    folder = map_path.parent
+    real_folder = Path(os.path.realpath(folder))
+    for path in (folder / text, Path(text)):  # an absolute text is the same path in both
+        with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
+            real = Path(os.path.realpath(path))
+            if real.is_file() and real.is_relative_to(real_folder):
+                return str(real.relative_to(real_folder))
+    raise InputError(
+        f"{map_path}: keyword {keyword!r}: {text!r} is no list in {folder}; write its "
+        "path from that folder"
+    )
 
 
 def _read_list(path: Path) -> list:
@@ -202,8 +251,9 @@ def _row(
     if not isinstance(record, dict):
         return empty, [f"{place} record: expected an object, got {type(record).__name__}"]
     problems = [f"{place} {k}: missing" for k in required if k not in record]
-    relative = record.get("image") or ""
-    parts = relative.split("/") if isinstance(relative, str) else []
+    image = record.get("image") or ""
+    shown = image.get("path") if isinstance(image, dict) else image
+    parts = shown.split("/") if isinstance(shown, str) and not holds_image(shown) else []
     # Only paths of the form class1/class2/class3/name contain a class.
     in_classes = len(parts) >= 4 and (parts[-4] in classes(1) or parts[-3] in classes(2))
     class3 = parts[-2] if in_classes else ""
@@ -222,32 +272,49 @@ def _row(
         row[name] = record.get(name)
         if name in record and not isinstance(row[name], str):
             problems.append(f"{place} {name}: expected text, got {type(row[name]).__name__}")
+    problems += [f"{place} {line}" for line in unreadable(record, ColumnsConfig())]
+    turns: list[Turn] = []
     if "question" in record:
         try:
-            row["prompt"] = _question(record["question"])
+            turns = _question(record["question"])
+            row["prompt"] = conversation(turns)
         except RecordError as error:
             problems.append(f"{place} {error}")
-    if relative:
-        try:
-            path = resolve_inside(root, relative) if isinstance(relative, str) else None
-            if path is None:
-                raise ImageError(f"expected a path, got {type(relative).__name__}")
-            row["image"] = {"bytes": None, "path": str(path)}  # type: ignore[assignment]
-        except ImageError as error:
-            problems.append(f"{place} image: {error}")
+    try:
+        image = _image(record, turns)
+        if image:
+            row["image"] = image_cell(image, root)  # type: ignore[assignment]
+    except ImageError as error:
+        problems.append(f"{place} image: {error}")
     return row, [*problems, *blank_unstorable(row, place)]
 
 
-def _question(question: object) -> str:
-    """A question, or the turns of a conversation, as a prompt.
+def _image(record: dict, turns: list[Turn]) -> object:
+    """A record's image in any form; None if it has none.
 
     Raises:
-        RecordError: The value is neither, or holds the separator of turns.
+        ImageError: There are several, or it stands in a field that is not read.
     """
-    if isinstance(question, str):
-        if TURN in question:
-            raise RecordError("prompt: holds a record separator (U+001E)")
-        return question
+    images = [record["image"]] if record.get("image") else []
+    images += [image for turn in turns for image in turn.images if image not in images]
+    if len(images) > 1:
+        raise ImageError(f"{len(images)} images; a row can have one")
+    if not images and any(turn.places for turn in turns):
+        raise ImageError("the question has a place for one, and the record has none")
+    if not images:
+        texts = ("id", "question", "chosen", "rejected", "image_name")
+        named = [k for k, v in record.items() if k not in texts and names_image(v)]
+        if named:
+            raise ImageError(f"none, but field {named[0]!r} names one; its name must be 'image'")
+    return images[0] if images else None
+
+
+def _question(question: object) -> list[Turn]:
+    """The turns of a question, or of a conversation.
+
+    Raises:
+        RecordError: The value is neither.
+    """
     if question is None:
         raise RecordError("prompt: expected text, got NoneType")
-    return conversation(turns_of(question))
+    return turns_of(question)

@@ -1,66 +1,57 @@
 """Your own preference data: anything that the `datasets` library opens, in any known layout.
 
-This may be a JSON or JSON Lines file, a folder with such files, a parquet or CSV file, a saved data
-set, or a name on the Hub. The profile names the columns. Otherwise columns are recognised by the
-names that TRL and LLaMA-Factory use (`data.sources.records`).
+That is a JSON, JSON Lines, CSV, TSV, parquet or Arrow file, a folder of them, a saved data set, or
+a name on the Hub. Columns are named by the profile, or recognised by the names that TRL and
+LLaMA-Factory use (`data.sources.records`).
 """
 
-import json
-import os
-from collections.abc import Iterable, Iterator
+import functools
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-from datasets import (
-    Dataset,
-    DatasetDict,
-    Features,
-    Image,
-    List,
-    concatenate_datasets,
-    load_dataset,
-    load_from_disk,
-)
+import pyarrow.compute as pc
+from datasets import Dataset
 
-from spavl_lib.config import ColumnsConfig, DataConfig
-from spavl_lib.data.images import ImageError, resolve_inside
-from spavl_lib.data.problems import (
-    Loaded,
-    Problems,
-    blank_unstorable,
-    find_problems,
-    merge_problems,
-    without_bad_rows,
-)
-from spavl_lib.data.schema import (
-    DECODE_ALL_UP_TO,
-    PREFERENCE_COLUMNS,
-    batches,
-    features,
-)
+from spavl_lib.config import DataConfig
+from spavl_lib.data.duplicates import image_hashes
+from spavl_lib.data.problems import Loaded
+from spavl_lib.data.schema import batches, column
+from spavl_lib.data.sources import splits
+from spavl_lib.data.sources.assemble import Assembled, assemble, joined
 from spavl_lib.data.sources.base import Source, register_source
-from spavl_lib.data.sources.records import RecordError, marks, once, read_pair
-from spavl_lib.data.taxonomy import PARENTS
+from spavl_lib.data.sources.opening import Opened, find_files, open_by_library, open_files
 from spavl_lib.errors import InputError
-
-# Stands for the path of an image that is embedded in the data, until the image is attached.
-EMBEDDED = "\0embedded"
 
 
 @register_source("datasets")
 class OwnRows(Source):
     """Anything that the `datasets` library opens."""
 
+    @property
+    def folder(self) -> Path:
+        """What `data.path` names, which may be a name on the Hub and no path."""
+        return Path(self.config.path).expanduser()
+
     def preferences(self, split: str) -> Loaded:
         """Rows of `data.train_split` or `data.validation_split`."""
         return load(self.config, split)
 
     def files(self, split: str) -> list[Path]:
-        """The file, or all files of the folder. For a name on the Hub there are no files."""
-        path = Path(self.config.path).expanduser()
-        return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        """The files of a split's rows, and every image file that these name."""
+        parts = _Splits(self.config)
+        return [*parts.files(split), *sorted(set(parts.named_images(split)))]
+
+    def sha256(self, split: str) -> str:
+        """As for every source; rows that are held out have another hash than the rest."""
+        digest = f"{super().sha256(split)} {_Splits(self.config).describe(split)}"
+        return hashlib.sha256(digest.encode()).hexdigest()
+
+    def held_out(self) -> dict[str, Any] | None:
+        """How the held-out rows were drawn; None if the data have a split of them."""
+        drawn = {"share": splits.HELD_OUT_SHARE, "seed": self.config.held_out_seed}
+        return drawn | {"grouped_by": "image"} if _Splits(self.config).draws else None
 
 
 def load(config: DataConfig, split: str) -> Loaded:
@@ -75,266 +66,133 @@ def load(config: DataConfig, split: str) -> Loaded:
         InputError: There is nothing to read, columns are unknown, or rows are bad. The message
             lists all bad rows.
     """
-    if not config.path:
-        raise InputError("data.path is empty, but data.source is 'datasets'")
-    path = Path(config.path).expanduser()
-    split_name = config.train_split if split == "train" else config.validation_split
-    table = _json_file(path, split, split_name)
-    if table is None:
-        rows = _opened(config, path, split_name)
-        records: Iterable[tuple[str, Any]] = _records(rows, f"{config.path}[{split_name}]")
-        images = _embedded_images(rows, config.columns)
-    else:
-        records, images = _read_json(table), None
-    root = Path(config.image_root).expanduser() if config.image_root else _folder(path)
-    return _assemble(records, images, root, split, config)
+    return _Splits(config).load(split)
 
 
-def _assemble(
-    records: Iterable[tuple[str, Any]],
-    images: Dataset | None,
-    root: Path,
-    split: str,
-    config: DataConfig,
-) -> Loaded:
-    """Turn records into rows, attach embedded images, and find the problems of both."""
-    parsed, places, problems = [], [], {}
-    outside: list[int] = []
-    for index, (place, record) in enumerate(records):
-        row, lines = _row(record, place, root, f"{split}/{index}", config.columns)
-        parsed.append(row)
-        places.append(place)
-        if lines:
-            problems[index] = lines
-    if not parsed:
-        raise InputError(f"{config.path}: no records")
-    table = {c: [r[c] for r in parsed] for c in PREFERENCE_COLUMNS}
-    embedded = [cell is not None and cell["path"] == EMBEDDED for cell in table["image"]]
-    if any(embedded) and images is not None:
-        problems |= _paths_among_embedded(table["image"], embedded, places, problems)
-        outside = _outside(images, root)
-        for index in outside:
-            line = f"{places[index]} image: neither the file's bytes nor a file in {root}"
-            problems[index] = [*problems.get(index, ()), line]
-        del table["image"]
-        text = Dataset.from_dict(table, features=features(table))
-        rows = concatenate_datasets([text, images], axis=1)
-        rows = rows.select_columns(list(PREFERENCE_COLUMNS))
-    else:
-        rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
-    decode_all = len(rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
-    row_problems = find_problems(
-        rows, places.__getitem__, preference=True, images=decode_all, turns=True
-    )
-    return without_bad_rows(
-        rows, merge_problems(problems, row_problems, places), config.path, config.on_bad_rows
-    )
+class _Splits:
+    """The splits of a data set, opened when they are needed."""
 
+    def __init__(self, config: DataConfig):
+        if not config.path:
+            raise InputError("data.path is empty, but data.source is 'datasets'")
+        self.config, self.path = config, Path(config.path).expanduser()
+        self._assembled: dict[str, Assembled] = {}
 
-def _outside(images: Dataset, root: Path) -> list[int]:
-    """Numbers of rows whose image has no bytes and a path outside the root."""
-    outside = []
-    cells = (cell for table in batches(images) for cell in table.column("image").to_pylist())
-    for index, cell in enumerate(cells):
-        if cell is not None and not cell["bytes"]:
-            path = os.path.realpath(cell["path"] or "")
-            if not path.startswith(os.path.realpath(root) + os.sep):
-                outside.append(index)
-    return outside
+    @functools.cached_property
+    def opened(self) -> dict[str, Opened]:
+        """Name -> split, of those that the data have."""
+        config = self.config
+        names = [*splits.names_in(config.train_split), *splits.names_in(config.validation_split)]
+        found = None if config.subset else find_files(self.path, names)
+        if found is None:
+            return open_by_library(config, self.path)
+        return {name: open_files(paths) for name, paths in found.items()}
 
+    def load(self, split: str) -> Loaded:
+        """The good rows of `train` or `validation`.
 
-def _paths_among_embedded(
-    cells: list, embedded: list[bool], places: list[str], known: Problems
-) -> Problems:
-    """Problems of rows whose image is only a path, although other rows have embedded images."""
-    return {
-        i: [f"{places[i]} image: a path without the file's bytes"]
-        for i, (cell, is_embedded) in enumerate(zip(cells, embedded, strict=True))
-        if cell is not None and not is_embedded and i not in known
-    }
-
-
-def _row(
-    record: Any, place: str, root: Path, name: str, columns: ColumnsConfig
-) -> tuple[dict, list[str]]:
-    """A record as a row, and the record's problems. The row's image is a path or `EMBEDDED`."""
-    row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
-    if isinstance(record, RecordError):
-        return row, [f"{place} {record}"]
-    if not isinstance(record, dict):
-        return row, [f"{place} record: expected an object, got {type(record).__name__}"]
-    problems = []
-    for field in ("id", "image_name", "class3", "question_type"):
-        value = record.get(getattr(columns, field) or field)
-        if value is not None and value != "":
-            row[field] = str(value)
-    if row["class3"] in PARENTS:
-        row["class1"], row["class2"] = PARENTS[row["class3"]]
-    read, lines = read_pair(record, columns)
-    problems += [f"{place} {line}" for line in lines]
-    # A field that cannot be read gets its name as text, or else it would be reported as empty too.
-    row |= {n: read.get(n, n if lines else "") for n in ("prompt", "chosen", "rejected")}
-    try:
-        row["image"] = _image(record, root, columns)
-    except ImageError as error:
-        problems.append(f"{place} image: {error}")
-    if row["image"] and not row["image_name"] and row["image"]["path"] != EMBEDDED:
-        row["image_name"] = Path(row["image"]["path"]).name
-    return row, [*problems, *blank_unstorable(row, place)]
-
-
-def _image(record: dict, root: Path, columns: ColumnsConfig) -> dict | None:
-    """The record's image: a path under the root, or `EMBEDDED`; None if there is no image.
-
-    Raises:
-        ImageError: There are several images, the text has more `<image>` marks than there are
-            images, or the path leaves the root.
-    """
-    value = record.get(columns.image or "image")
-    if value is None and not columns.image:
-        value = record.get("images")
-    values = value if isinstance(value, list | tuple) else [value]
-    images = [v for v in values if v not in (None, "")]
-    if len(images) > 1:
-        raise ImageError(f"{len(images)} images; a row can have one")
-    marked = marks(record)
-    if marked > 1 or (marked and not images):
-        raise ImageError(f"{marked} <image> in the text, and {len(images)} images")
-    if not images:
-        return None
-    if images[0] == EMBEDDED:
-        return {"bytes": None, "path": EMBEDDED}
-    if not isinstance(images[0], str):
-        raise ImageError(f"expected a path, got {type(images[0]).__name__}")
-    return {"bytes": None, "path": str(resolve_inside(root, images[0]))}
-
-
-# --- opening ------------------------------------------------------------------------------------
-
-
-def _json_file(path: Path, split: str, split_name: str) -> Path | None:
-    """The JSON file of a split; None if there is none.
-
-    This module reads JSON without the `datasets` library, so that errors name the row.
-    """
-    if path.is_file() and path.suffix in (".json", ".jsonl"):
-        if split != "train":
-            candidates = [path.with_name(f"{split_name}{end}") for end in (".json", ".jsonl")]
-            held_out = [p for p in candidates if p.is_file()]
-            if not held_out:
-                raise InputError(
-                    f"no held-out pairs: {candidates[0]} does not exist; put them there, or set "
-                    "data.path to a folder with train.json and validation.json"
-                )
-            return held_out[0]
-        return path
-    if path.is_dir():
-        for end in (".json", ".jsonl"):
-            if (path / f"{split_name}{end}").is_file():
-                return path / f"{split_name}{end}"
-    return None
-
-
-def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`FILE:ROW`, record) for each record of a JSON list or of JSON Lines.
-
-    If a line cannot be read, its record is a `RecordError`, which is listed with other problems.
-
-    Raises:
-        InputError: The file is not UTF-8 text, or it is JSON but not a list.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from error
-    if path.suffix == ".json" and not text.lstrip().startswith("{"):
-        try:
-            records = json.loads(text, object_pairs_hook=once)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: not JSON: {error}") from error
-        if not isinstance(records, list):
-            kind = type(records).__name__
-            raise InputError(f"{path}: expected a list of records, got {kind}")
-        yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
-        return
-    # Not splitlines(), which also splits at separators inside JSON strings.
-    lines = (line for line in text.split("\n") if line.strip())
-    for number, line in enumerate(lines):
-        try:
-            record = json.loads(line, object_pairs_hook=once)
-        except (ValueError, RecursionError) as error:
-            record = RecordError(f"record: not JSON: {error}")
-        yield f"{path}:{number}", record
-
-
-def _opened(config: DataConfig, path: Path, split_name: str) -> Dataset:
-    """A split that the `datasets` library opens from a path or the Hub. Images stay encoded."""
-    datasets.disable_progress_bars()
-    try:
-        if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
-            saved = load_from_disk(str(path))
-            rows = saved[split_name] if isinstance(saved, DatasetDict) else saved
-        elif path.is_file():
-            kind = {".csv": "csv", ".tsv": "csv", ".arrow": "arrow"}.get(path.suffix, "parquet")
-            rows = load_dataset(kind, data_files=str(path), split="train")
-        else:
-            rows = load_dataset(
-                config.path,
-                config.subset or None,
-                split=split_name,
-                revision=config.revision or None,
+        Raises:
+            InputError: There is no such split, or rows are bad; lists them all.
+        """
+        if not self.draws:
+            return self._take(self._chosen(split)).checked(self.config)
+        whole = self._take(self._rows("train")).checked(self.config)
+        held = splits.hold_out(self._groups(whole.rows), self.config.held_out_seed)
+        if split == "validation" and not held:
+            raise InputError(
+                f"no held-out pairs: {self.config.path} has no split 'validation', and none of its "
+                "rows can be held out, because all show the same image; give it a split "
+                "'validation', such as a file validation.jsonl beside it"
             )
-    except Exception as error:  # pyarrow, the library and the Hub's client raise many kinds
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"cannot open data.path {config.path!r}, {split_name}: {reason}"
-        ) from error
-    for name, kind in rows.features.items():
-        if isinstance(kind, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(kind, List) and isinstance(kind.feature, Image):
-            rows = rows.cast(Features(rows.features | {name: List(Image(decode=False))}))
-    return rows
-
-
-def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
-    """Rows as records, with `EMBEDDED` in place of every embedded image."""
-    image_columns = [n for n, k in rows.features.items() if _is_image_type(k)]
-    index = 0
-    for table in batches(rows):
-        stand_ins = {n: [_stand_in(c) for c in table.column(n)] for n in image_columns}
-        for offset, row in enumerate(table.drop_columns(image_columns).to_pylist()):
-            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in stand_ins.items()}
-            index += 1
-
-
-def _stand_in(cell: Any) -> Any:
-    """What stands for an Arrow scalar of images: None, `EMBEDDED`, or a list of `EMBEDDED`."""
-    if not cell.is_valid:
-        return None
-    return [EMBEDDED] * len(cell) if isinstance(cell, pa.ListScalar) else EMBEDDED
-
-
-def _is_image_type(kind: Any) -> bool:
-    return isinstance(kind, Image) or (isinstance(kind, List) and isinstance(kind.feature, Image))
-
-
-def _embedded_images(rows: Dataset, columns: ColumnsConfig) -> Dataset | None:
-    """The column of embedded images as `image`; None if there is none. A list gives its first."""
-    names = [columns.image] if columns.image else ["image", "images"]
-    name = next((n for n in names if n in rows.features and _is_image_type(rows.features[n])), None)
-    if name is None:
-        return None
-    image_column = rows.select_columns([name])
-    if isinstance(rows.features[name], List):
-        return image_column.map(
-            lambda batch: {"image": [cells[0] if cells else None for cells in batch[name]]},
-            batched=True,
-            remove_columns=[name],
-            features=Features({"image": Image(decode=False)}),
+        rows = [n for n in range(len(whole.rows)) if (n in held) == (split == "validation")]
+        note = (
+            f"{self.config.path} has no split 'validation', so about a tenth of its rows is held "
+            f"out and not trained on: {len(held)} of {len(whole.rows)}, all rows of an image "
+            f"together (data.held_out_seed = {self.config.held_out_seed})"
         )
-    return image_column if name == "image" else image_column.rename_column(name, "image")
+        skipped = whole.skipped if split == "train" else ()
+        notes = (*whole.notes, note) if held else whole.notes
+        return Loaded(whole.rows.select(rows), skipped, notes)
 
+    def _chosen(self, split: str) -> splits.Rows:
+        """The rows of `train` or of `validation`. No row is in both."""
+        rows = self._rows(split)
+        if set(self._names("train")) & set(self._names("validation")):
+            other = self._rows("validation" if split == "train" else "train")
+            if common := len(set(rows) & set(other)):
+                config = self.config
+                raise InputError(
+                    f"data.train_split = {config.train_split!r} and data.validation_split = "
+                    f"{config.validation_split!r} have {common} rows in common, but held-out rows "
+                    "must not be trained on; use slices apart from each other, or leave "
+                    "data.validation_split at 'validation' to hold out a tenth"
+                )
+        return rows
 
-def _folder(path: Path) -> Path:
-    return path.parent if path.is_file() else path
+    @property
+    def draws(self) -> bool:
+        """Whether held-out rows are drawn from the training rows."""
+        name = self.config.validation_split
+        return name == splits.DEFAULT_HELD_OUT and name not in self.opened
+
+    def describe(self, split: str) -> str:
+        """What is read of the files, for a split's hash."""
+        setting = self.config.train_split if split == "train" else self.config.validation_split
+        drawn = f" seed {self.config.held_out_seed}" if self.draws else ""
+        return f"{split} {setting}{drawn}"
+
+    def files(self, split: str) -> list[Path]:
+        """The files that a split's rows lie in."""
+        return list(dict.fromkeys(p for n in self._names(split) for p in self.opened[n].files))
+
+    def named_images(self, split: str) -> Iterator[Path]:
+        """The image files that the rows of a split's files name instead of holding them."""
+        for name in self._names(split):
+            for table in batches(self._base(name).rows.select_columns(["image"])):
+                cells = table.column("image").combine_chunks()
+                is_path = pc.and_(cells.is_valid(), pc.struct_field(cells, "bytes").is_null())
+                paths = pc.struct_field(cells.filter(is_path), "path").to_pylist()
+                yield from (Path(path) for path in paths if Path(path).is_file())
+
+    def _names(self, split: str) -> list[str]:
+        """Names of the splits that a part is read from.
+
+        Raises:
+            InputError: The data have no such split.
+        """
+        config = self.config
+        part = "train" if self.draws else split
+        setting = config.train_split if part == "train" else config.validation_split
+        names = splits.names_in(setting)
+        unknown = [name for name in names if name not in self.opened]
+        if unknown:
+            raise InputError(
+                f"data.{part}_split = {setting!r}: {config.path} has no split "
+                f"{unknown[0]!r} (known: {', '.join(self.opened) or 'none'})"
+            )
+        return names
+
+    def _rows(self, split: str) -> splits.Rows:
+        sizes = {name: len(self._base(name).rows) for name in self._names(split)}
+        setting = getattr(self.config, f"{split}_split")
+        return splits.rows_of(setting, sizes, f"data.{split}_split")
+
+    def _base(self, name: str) -> Assembled:
+        if name not in self._assembled:
+            root = self.config.image_root
+            folder = self.path.parent if self.path.is_file() else self.path
+            self._assembled[name] = assemble(
+                self.opened[name], Path(root).expanduser() if root else folder, name, self.config
+            )
+        return self._assembled[name]
+
+    @staticmethod
+    def _groups(rows: Dataset) -> list[str]:
+        """The image of each row, or the prompt of a text-only row."""
+        pairs = zip(image_hashes(rows), column(rows, "prompt"), strict=True)
+        return [image or f"prompt {prompt}" for image, prompt in pairs]
+
+    def _take(self, rows: splits.Rows) -> Assembled:
+        names = list(dict.fromkeys(name for name, _ in rows))
+        parts = [self._base(n).select([i for name, i in rows if name == n]) for n in names]
+        return joined(parts)

@@ -7,12 +7,14 @@
 | LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
 | the SPA-VL authors' code | `question`: text or `[{"from", "value"}]` | text |
 
-The image is in `image` or `images` (at most one). `<image>` in the text of a prompt marks the place
-of the image. The mark is removed, and the collator puts one image slot before the first question.
+The image is in `image` or `images` (at most one), or in a part of a message
+(`{"type": "image_url"}` and others). `<image>` in the text of a prompt marks the place of the
+image. The mark is removed, and the collator puts one image slot before the first question.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from spavl_lib.config import ColumnsConfig
 from spavl_lib.data.schema import (
@@ -21,7 +23,27 @@ from spavl_lib.data.schema import (
 
 USER, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
 MARK = "<image>"
-Turns = list[tuple[str, str]]  # (role, text)
+# Columns that hold a system turn, and columns whose content no prompt here can have.
+SYSTEM = ("system", "system_prompt", "system_message")
+UNREADABLE = ("tools", "functions")
+IMAGE_PARTS = ("image", "image_url", "input_image")
+TEXT_PARTS = ("text", "input_text", "output_text")
+# Where a message part keeps its image, in the spellings of TRL, OpenAI, Anthropic and Qwen.
+PART_KEYS = ("image", "image_url", "url", "path", "base64", "source", "data", "bytes")
+
+
+class Turn(NamedTuple):
+    """One message."""
+
+    role: str
+    text: str
+    images: tuple[Any, ...] = ()
+    """Images that its parts hold."""
+    places: int = 0
+    """Parts that stand for an image which the record holds elsewhere."""
+
+
+Turns = list[Turn]
 
 
 class RecordError(Exception):
@@ -38,23 +60,43 @@ def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
     return RecordError(f"record: it has the field {repeated!r} twice")
 
 
-def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], list[str]]:
+@dataclass
+class Read:
+    """What was read of a record."""
+
+    fields: dict[str, str] = field(default_factory=dict)
+    """The texts that can be read. If the prompt cannot be read, a response that consists of
+    messages is missing."""
+    problems: list[str] = field(default_factory=list)
+    """A line `field: reason` for each field that cannot be read."""
+    images: list[Any] = field(default_factory=list)
+    """Images that message parts hold."""
+    marks: int = 0
+    """How many images the text marks."""
+
+    def look(self, turns: Iterable[Turn]) -> None:
+        """Add the images and marks of some turns. One image may be marked in both ways."""
+        turns = list(turns)
+        self.images += [image for turn in turns for image in turn.images]
+        places = sum(turn.places + len(turn.images) for turn in turns)
+        self.marks += max(places, sum(turn.text.count(MARK) for turn in turns))
+
+
+def read_pair(record: dict, columns: ColumnsConfig) -> Read:
     """Read prompt, chosen and rejected of a record in any of the layouts.
 
     Args:
         record: Column name -> value.
         columns: Names of the columns. If a name is empty, the column is recognised.
-
-    Returns:
-        The fields that can be read, and a line `field: reason` for each field that cannot be read.
-        If the prompt cannot be read, a response that consists of messages is in neither.
     """
     names = {n: getattr(columns, n) or n for n in ("chosen", "rejected")}
-    read, lines = {}, []
+    result = Read()
+    read, lines = result.fields, result.problems
     answers = {f: record.get(name) for f, name in names.items()}
-    for field, name in names.items():
-        if answers[field] is None:
-            lines.append(f"{field}: missing{'' if name == field else f' (column {name!r})'}")
+    for side, name in names.items():
+        if answers[side] is None:
+            lines.append(f"{side}: missing{'' if name == side else f' (column {name!r})'}")
+    lines += unreadable(record, columns)
     head: Turns | None = None
     try:
         head = _prompt(record, columns)
@@ -62,26 +104,62 @@ def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], lis
             head, shortened = _shared_beginning(*answers.values())
             answers = dict(zip(answers, shortened, strict=True))
         if head is not None:
-            read["prompt"] = conversation(head)
+            result.look(head)
+            read["prompt"] = conversation(unmarked(head))
     except RecordError as error:
         lines.append(str(error))
-    for field, answer in answers.items():
+    sides = []
+    for name, answer in answers.items():
         if answer is None or (isinstance(answer, list) and "prompt" not in read):
             continue
         try:
-            read[field] = _answer(answer, head or [], field)
+            turn = _answer(answer, head or [], name)
         except RecordError as error:
             lines.append(str(error))
-    return read, lines
+            continue
+        read[name] = turn.text
+        seen = Read()
+        seen.look([turn])
+        sides.append(seen)
+    result.marks += max((seen.marks for seen in sides), default=0)
+    result.images += [image for seen in sides for image in seen.images]
+    return result
 
 
-def marks(record: dict) -> int:
-    """How many `<image>` marks the texts of a record hold."""
-    count = 0
-    for value in record.values():
-        for text in _texts(value):
-            count += text.count(MARK)
-    return count
+def read_prompt(record: dict, columns: ColumnsConfig) -> Read:
+    """Read the prompt of a record without responses, in any of the layouts.
+
+    Args:
+        record: Column name -> value.
+        columns: Names of the columns. If a name is empty, the column is recognised.
+    """
+    result = Read(problems=unreadable(record, columns))
+    try:
+        head = _prompt(record, columns)
+        if head is None:
+            raise RecordError("prompt: missing")
+        result.look(head)
+        result.fields["prompt"] = conversation(unmarked(head))
+    except RecordError as error:
+        result.problems.append(str(error))
+    return result
+
+
+def unreadable(record: Mapping, columns: ColumnsConfig) -> list[str]:
+    """A line for each column that belongs to the prompt and cannot become part of it."""
+    lines = [
+        f"prompt: a system turn (column {name!r}); put it into the model's chat template"
+        for name in SYSTEM
+        if name != columns.prompt and str(record.get(name) or "").strip()
+    ]
+    unread = [name for name in UNREADABLE if record.get(name) not in (None, "", "[]", [])]
+    if record.get("instruction") is None and isinstance(record.get("history"), list):
+        unread += ["history"] if record["history"] else []
+    return lines + [
+        f"prompt: column {name!r} cannot be made part of the prompt; empty or remove it"
+        for name in unread
+        if name != columns.prompt
+    ]
 
 
 def conversation(turns: Turns) -> str:
@@ -93,7 +171,7 @@ def conversation(turns: Turns) -> str:
     """
     if not turns:
         raise RecordError("prompt: empty")
-    for number, (role, text) in enumerate(turns):
+    for number, (role, text, *_) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role == "system":
             if text.strip():
@@ -102,9 +180,9 @@ def conversation(turns: Turns) -> str:
             raise RecordError(f"prompt: turn {number + 1} is the {role}'s, not the {expected}'s")
         if TURN in text:
             raise RecordError("prompt: holds a record separator (U+001E)")
-    if turns[-1][0] != "user":
+    if turns[-1].role != "user":
         raise RecordError("prompt: the last turn is not the user's")
-    return TURN.join(text for _, text in turns)
+    return TURN.join(turn.text for turn in turns)
 
 
 def turns_of(value: Any, field: str = "prompt") -> Turns:
@@ -114,63 +192,96 @@ def turns_of(value: Any, field: str = "prompt") -> Turns:
         RecordError: A turn has another form.
     """
     if isinstance(value, str):
-        return [("user", value)]
+        return [Turn("user", value)]
     if isinstance(value, dict | RecordError):
         value = [value]
     if not isinstance(value, list):
         raise RecordError(f"{field}: expected text, got {type(value).__name__}")
     turns = []
     for turn in value:
-        role, text = _message(turn, field)
-        if role != "system" or text.strip():
-            turns.append((role, text))
+        message = _message(turn, field)
+        if message.role != "system" or message.text.strip():
+            turns.append(message)
     return turns
 
 
-def _message(turn: Any, field: str) -> tuple[str, str]:
+def _message(turn: Any, field: str) -> Turn:
     if isinstance(turn, RecordError):
         raise turn
     if not isinstance(turn, dict):
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
-    speaker = str(turn.get("role", turn.get("from"))).lower()
-    content = turn.get("content", turn.get("value"))
+    # Tables give every turn both spellings, one of them empty.
+    speaker, content = turn.get("role"), turn.get("content")
+    speaker = str(turn.get("from") if speaker is None else speaker).lower()
+    content = turn.get("value") if content is None else content
+    images: list[Any] = []
+    places = 0
     if isinstance(content, list):  # in TRL's layout, content may be a list of parts
-        parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        content = "\n".join(p for p in parts if isinstance(p, str)) if parts else None
+        texts = []
+        for part in content:
+            text, image = _part(part, field)
+            texts += [] if text is None else [text]
+            images += [] if image is None else [image]
+            places += text is None and image is None
+        content = "\n".join(texts) if texts else None
     if not isinstance(content, str):
         raise RecordError(f"{field}: expected text in a turn, got {type(content).__name__}")
     for role, names in (("user", USER), ("assistant", ASSISTANT), ("system", {"system"})):
         if speaker in names:
-            return role, content
+            return Turn(role, content, tuple(images), places)
     raise RecordError(f"{field}: unknown speaker {speaker!r}")
+
+
+def _part(part: Any, field: str) -> tuple[str | None, Any]:
+    """Text or image of a message part; neither for the place of an image held elsewhere.
+
+    Raises:
+        RecordError: It is of another type, such as audio.
+    """
+    if isinstance(part, str):
+        return part, None
+    if not isinstance(part, dict):
+        raise RecordError(f"{field}: expected text in a turn, got {type(part).__name__}")
+    kind = part.get("type")
+    if kind is None:  # Qwen: the only field is the type
+        known = (*TEXT_PARTS, *IMAGE_PARTS)
+        kind = next((name for name in known if part.get(name) is not None), None)
+    if kind in TEXT_PARTS:
+        text = part.get("text", part.get(kind))
+        if not isinstance(text, str):
+            raise RecordError(f"{field}: expected text in a turn, got {type(text).__name__}")
+        return text, None
+    if kind not in IMAGE_PARTS:
+        raise RecordError(f"{field}: a part of type {kind!r}; only text and images are read")
+    return None, next((part[key] for key in PART_KEYS if part.get(key)), None)
 
 
 def _prompt(record: dict, columns: ColumnsConfig) -> Turns | None:
     """The turns before the response; None if only the responses contain these turns."""
+    if columns.prompt == "instruction" and record.get("instruction") is not None:
+        return _alpaca(record)
     if columns.prompt:
         if record.get(columns.prompt) is None:
             raise RecordError(f"prompt: missing (column {columns.prompt!r})")
-        return unmarked(turns_of(record[columns.prompt]))
+        return turns_of(record[columns.prompt])
     if record.get("conversations") is not None:
-        return unmarked(turns_of(record["conversations"]))
+        return turns_of(record["conversations"])
     if record.get("instruction") is not None:
-        return unmarked(_alpaca(record))
+        return _alpaca(record)
     for name in ("prompt", "question"):
         if record.get(name) is not None:
-            return unmarked(turns_of(record[name]))
+            return turns_of(record[name])
     return None
 
 
 def _alpaca(record: dict) -> Turns:
     turns: Turns = []
-    if str(record.get("system") or "").strip():
-        turns.append(("system", str(record["system"])))
     for pair in record.get("history") or ():
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise RecordError("prompt: history must be a list of [question, answer]")
-        turns += [("user", str(pair[0])), ("assistant", str(pair[1]))]
+        turns += [Turn("user", str(pair[0])), Turn("assistant", str(pair[1]))]
     parts = [str(record.get(n) or "") for n in ("instruction", "input")]
-    return [*turns, ("user", "\n".join(p for p in parts if p))]
+    return [*turns, Turn("user", "\n".join(p for p in parts if p))]
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
@@ -186,32 +297,25 @@ def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
                 break
             shared += 1
         if 0 < shared < min(len(chosen), len(rejected)):
-            return unmarked(turns_of(chosen[:shared])), [chosen[shared:], rejected[shared:]]
+            return turns_of(chosen[:shared]), [chosen[shared:], rejected[shared:]]
     raise RecordError("prompt: missing, and the answers have no first turns in common")
 
 
-def _answer(value: Any, head: Turns, field: str) -> str:
+def _answer(value: Any, head: Turns, field: str) -> Turn:
     if isinstance(value, str):
-        return value
+        return Turn("assistant", value)
     turns = turns_of(value, field)
-    if len(turns) > 1 and turns[: len(head)] == head:  # the response repeats the prompt's turns
-        turns = turns[len(head) :]
-    if len(turns) != 1 or turns[0][0] != "assistant":
+    repeated = [turn[:2] for turn in unmarked(turns[: len(head)])]
+    if len(turns) > 1 and repeated == [turn[:2] for turn in unmarked(head)]:
+        turns = turns[len(head) :]  # the response repeats the prompt's turns
+    if len(turns) != 1 or turns[0].role != "assistant":
         raise RecordError(f"{field}: expected one turn of the assistant, got {len(turns)} turns")
-    return turns[0][1]
+    return turns[0]
 
 
 def unmarked(turns: Turns) -> Turns:
     """Turns without `<image>` marks."""
-    return [(r, t.replace(MARK, "").strip() if MARK in t else t) for r, t in turns]
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
+    return [
+        turn._replace(text=turn.text.replace(MARK, "").strip()) if MARK in turn.text else turn
+        for turn in turns
+    ]

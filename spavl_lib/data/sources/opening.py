@@ -1,0 +1,199 @@
+"""Find the splits of one's own data and open them, as records and as tables that hold images."""
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+
+from spavl_lib.config import DataConfig
+from spavl_lib.data.schema import batches
+from spavl_lib.data.sources import files
+from spavl_lib.errors import InputError
+
+SAVED = ("state.json", "dataset_dict.json")  # in the folder that `save_to_disk` writes
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands for an image in the data's own column, until that is attached."""
+
+    column: str
+    index: int = 0
+    """Which image of a cell that holds a list."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Records of a split, and where they come from."""
+
+    records: Iterable[tuple[str, Any]]
+    """`FILE:ROW` and record."""
+    tables: Dataset | None = None
+    """Columns of images that the data carry."""
+    files: tuple[Path, ...] = ()
+
+
+def find_files(path: Path, names: Iterable[str]) -> dict[str, list[Path]] | None:
+    """The files of each split, by their names; None if the library has to find the rows.
+
+    A file is the split `train`, with the files beside it that have the name of another split. In a
+    folder the files of a split are `NAME.jsonl`, `NAME-00000-of-00002.parquet` (also in `data/`) or
+    all in the folder `NAME`; a single file of another name is `train`.
+
+    Args:
+        path: The file or folder that `data.path` names.
+        names: Names of the splits that are looked for.
+
+    Raises:
+        InputError: The file is of an unknown kind, or two files could be the same split.
+    """
+    if path.is_file():
+        files.check_kind(path)
+        beside = {name: _of_split(path.parent, name) for name in names if name != "train"}
+        others = {name: [p for p in paths if p != path] for name, paths in beside.items()}
+        return {"train": [path]} | {name: _one_kind(p) for name, p in others.items() if p}
+    if not path.is_dir() or any((path / name).is_file() for name in SAVED):
+        return None
+    found = {name: _of_split(path, name) for name in names}
+    found = {name: _one_kind(paths) for name, paths in found.items() if paths}
+    if found:
+        return found
+    alone = _row_files(path)
+    return {"train": alone} if len(alone) == 1 else None
+
+
+def _row_files(folder: Path) -> list[Path]:
+    # Folders of images with a file metadata.csv or metadata.jsonl are the library's.
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in paths if p.is_file() and files.is_rows(p) and p.stem != "metadata"]
+
+
+def _of_split(folder: Path, name: str) -> list[Path]:
+    shard = re.compile(re.escape(name) + r"(-\d{5}-of-\d{5})?")
+    for place in (folder, folder / "data"):
+        paths = [p for p in _row_files(place) if shard.fullmatch(p.stem)]
+        if paths:
+            return paths
+    return _row_files(folder / name)
+
+
+def _one_kind(paths: list[Path]) -> list[Path]:
+    shards = all(p.stem.partition("-")[2] for p in paths) or len({p.stem for p in paths}) > 1
+    if len({p.suffix for p in paths}) > 1 or (len(paths) > 1 and not shards):
+        names = ", ".join(p.name for p in paths)
+        raise InputError(f"{paths[0].parent}: {names} could be the same split; keep one of them")
+    return paths
+
+
+def open_files(paths: list[Path]) -> Opened:
+    """Files of one split.
+
+    Raises:
+        InputError: A file is damaged.
+    """
+    if files.is_text(paths[0]):
+        return Opened((r for p in paths for r in files.read_text(p)), files=tuple(paths))
+    try:
+        rows = files.open_tables(paths)
+    except Exception as error:  # pyarrow and the library raise many kinds
+        raise _cannot_open(", ".join(map(str, paths)), error) from error
+    return _of_tables(rows, str(paths[0]), tuple(paths))
+
+
+def open_by_library(config: DataConfig, path: Path) -> dict[str, Opened]:
+    """The splits that the `datasets` library finds in a folder, a saved set, or on the Hub.
+
+    Raises:
+        InputError: It finds none, or a file is damaged.
+    """
+    datasets.disable_progress_bars()
+    is_saved = any((path / name).is_file() for name in SAVED)
+    if path.is_dir() and not is_saved and glob.has_magic(str(path)):
+        raise InputError(
+            f"cannot open data.path {config.path!r}: the datasets library would read [ ] * ? in a "
+            "folder's name as a pattern; rename the folder, or name a file in it"
+        )
+    try:
+        if is_saved:
+            saved = load_from_disk(str(path))
+        else:
+            saved = load_dataset(
+                config.path if not path.exists() else str(path),
+                config.subset or None,
+                revision=config.revision or None,
+            )
+    except Exception as error:  # pyarrow, the library and the Hub's client raise many kinds
+        raise _cannot_open(config.path, error) from error
+    parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+    inside = tuple(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else ()
+    return {
+        str(name): _of_tables(
+            rows,
+            f"{config.path}[{name}]",
+            inside or tuple(Path(file["filename"]) for file in rows.cache_files),
+        )
+        for name, rows in parts.items()
+    }
+
+
+def _cannot_open(name: str, error: Exception) -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(f"cannot open data.path {name!r}: {reason}")
+
+
+def _of_tables(rows: Dataset, source: str, paths: tuple[Path, ...]) -> Opened:
+    """A set of tables, whose images stay encoded."""
+    for name, kind in rows.features.items():
+        if isinstance(kind, Image) or _is_image(kind):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(kind, List) and (
+            isinstance(kind.feature, Image) or _is_image(kind.feature)
+        ):
+            rows = rows.cast(Features(rows.features | {name: List(Image(decode=False))}))
+    return Opened(_records(rows, source), rows, paths)
+
+
+def _is_image(kind: Any) -> bool:
+    """Whether a column holds images without saying so, as pandas and pyarrow write them."""
+    if isinstance(kind, dict):
+        return set(kind) == {"bytes", "path"}
+    return isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
+
+
+def _carries(kind: Any) -> bool:
+    return isinstance(kind, Image) or (isinstance(kind, List) and isinstance(kind.feature, Image))
+
+
+def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
+    """Rows as records, with a stand-in for every image in the data."""
+    pictures = [n for n, k in rows.features.items() if _carries(k)]
+    index = 0
+    for table in batches(rows):
+        carried = {n: [_stand_in(n, c) for c in table.column(n)] for n in pictures}
+        for offset, row in enumerate(table.drop_columns(pictures).to_pylist()):
+            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in carried.items()}
+            index += 1
+
+
+def _stand_in(name: str, cell: Any) -> Any:
+    """The stand-in for an Arrow scalar: None, one, or a list of them."""
+    if not cell.is_valid:
+        return None
+    if not isinstance(cell, pa.ListScalar):
+        return Carried(name)
+    return [Carried(name, i) for i, part in enumerate(cell.values) if part.is_valid]

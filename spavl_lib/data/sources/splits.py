@@ -1,0 +1,69 @@
+"""Which rows of one's own data are trained on, and which are held out.
+
+A split is named as for the `datasets` library: `train`, `train[:50%]`, `train+extra`. Data without
+a held-out split give about a tenth of their training rows, all rows of an image together. A row
+that is held out is never a training row.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+
+from datasets import ReadInstruction
+
+from spavl_lib.errors import InputError
+
+HELD_OUT_SHARE = 0.1
+DEFAULT_HELD_OUT = "validation"  # the only split that is drawn if the data lack it
+Rows = list[tuple[str, int]]  # (split, row number in it)
+
+
+def names_in(instruction: str) -> list[str]:
+    """Names of the splits in a setting such as `train[:50%]+extra`."""
+    return [re.split(r"[\[(]", part)[0].strip() for part in instruction.split("+")]
+
+
+def rows_of(instruction: str, sizes: Mapping[str, int], field: str) -> Rows:
+    """The rows that a setting such as `train[:50%]` names.
+
+    Args:
+        instruction: The setting.
+        sizes: Number of rows of each split.
+        field: Name of the setting, for the message.
+
+    Raises:
+        InputError: It cannot be read, or names no row.
+    """
+    try:
+        parts = ReadInstruction.from_spec(instruction).to_absolute(dict(sizes))
+    except (ValueError, AssertionError, AttributeError) as error:
+        raise InputError(f"{field} = {instruction!r}: {error}") from error
+    rows = [(part.splitname, index) for part in parts for index in range(part.from_, part.to)]
+    if not rows:
+        raise InputError(f"{field} = {instruction!r} names none of the rows ({dict(sizes)})")
+    if len(set(rows)) < len(rows):
+        raise InputError(f"{field} = {instruction!r} names {len(rows) - len(set(rows))} rows twice")
+    return rows
+
+
+def hold_out(keys: Sequence[str], seed: int) -> set[int]:
+    """The rows to hold out: about a tenth, at least one, never all, and no group in two parts.
+
+    Args:
+        keys: The group of each row, such as the hash of its image.
+        seed: Seed of the draw.
+
+    Returns:
+        Their numbers; none if all rows are of one group.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    if len(groups) < 2:
+        return set()
+    order = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}/{key}".encode()).digest())
+    wanted, held = max(1, round(HELD_OUT_SHARE * len(keys))), set[int]()
+    for key in order:
+        if len(held) + len(groups[key]) <= wanted:
+            held |= set(groups[key])
+    return held or set(groups[min(order, key=lambda key: len(groups[key]))])
