@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from spavl_lib.data.images import ImageError, decode
+from spavl_lib.data.images import ImageError, check_header, decode
 from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches, decoded
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import raise_all
 
+HEADER = 16_384  # bytes of a file in which most images say their size
 Problems = dict[int, list[str]]  # row number -> its lines
 
 
@@ -92,7 +94,8 @@ def find_problems(
         rows: Rows in the schema.
         where: Gives `FILE:ROW` for a row number.
         preference: Whether the rows must have answers.
-        images: Whether to decode every image (each distinct file once).
+        images: Whether to decode every image (each distinct file once). If not, only format and
+            size are read, from the beginning of the file.
         turns: Whether prompts may hold several turns.
         unopened: Rows whose image is not opened, because its path could name any file.
     """
@@ -114,8 +117,9 @@ def find_problems(
             if lines:
                 problems[index] += lines
         start += table.num_rows
-    if images and "image" in rows.column_names:
-        for index, reason in _bad_images(rows, set(unopened)):
+    if "image" in rows.column_names:
+        find = _bad_images if images else _bad_headers
+        for index, reason in find(rows, set(unopened)):
             problems[index].append(f"{where(index)} image: {reason}")
     return problems
 
@@ -138,6 +142,30 @@ def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
                 if reasons[key]:
                     yield index, reasons[key]
             index += 1
+
+
+def _bad_headers(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
+    """Number and reason of each row whose image has a format or size that is not taken."""
+    chunks = (c for t in batches(rows.select_columns(["image"])) for c in t.column("image").chunks)
+    good: set[bytes | str] = set()  # the beginnings of files say whether they are taken
+    index = 0
+    for chunk in chunks:
+        contents, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
+        heads = pc.binary_slice(contents, 0, HEADER).to_pylist()
+        for offset, (head, path) in enumerate(zip(heads, paths.to_pylist(), strict=True)):
+            if (head or path) and index + offset not in unopened:
+                key = hashlib.blake2b(head, digest_size=16).digest() if head else path
+                if key in good:
+                    continue
+                try:
+                    check_header(head or Path(path))
+                    good.add(key)
+                except ImageError:  # or the header is longer
+                    try:
+                        check_header(contents[offset].as_py() or Path(path))
+                    except ImageError as error:
+                        yield index + offset, str(error)
+        index += len(chunk)
 
 
 def merge_problems(first: Problems, second: Problems, places: list[str]) -> Problems:
