@@ -224,10 +224,14 @@ class KLController:
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Steer by the mean KL of an answer, `kl` in nats, measured over `num_samples` answers."""
+        """Steer by the mean KL of an answer, `kl` in nats, measured over `num_samples` answers.
+
+        One measurement moves the coefficient by at most a fifth, so it stays above 0 also where
+        more answers than the horizon are measured at once.
+        """
         if self.target > 0:
             error = max(-0.2, min(0.2, kl / self.target - 1))
-            self.kl_coef *= 1 + error * num_samples / self.horizon
+            self.kl_coef *= 1 + error * min(num_samples, self.horizon) / self.horizon
 
     def state_dict(self) -> dict[str, float]:
         """State for a checkpoint."""
