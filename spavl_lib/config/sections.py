@@ -306,6 +306,9 @@ class PPOConfig:
     sft_coef: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of the chosen responses. Without it the policy became as safe,
     but worse at naming what it sees."""
+    max_length: NonNegativeInt = 0
+    """Longest chosen response of that mix in tokens, prompt and image included; 0 for the model's
+    context."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty for this run's own."""
     save_steps: PositiveInt = 20

@@ -113,6 +113,20 @@ def check_header(source: Path | bytes) -> None:
         raise ImageError(f"unreadable image: {reason}") from error
 
 
+def size_of(cell: Any) -> tuple[int, int]:
+    """Width and height of a row's image, upright, from the file's header.
+
+    Raises:
+        ImageError: As `check_header`.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or Path(cell.get("path") or "")
+    with _opened(cell) as image:
+        width, height = image.size
+        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (height, width) if sideways else (width, height)
+
+
 def _opened(source: Path | bytes) -> Image.Image:
     """An image whose header was read and found right."""
     handle = io.BytesIO(source) if isinstance(source, bytes) else source

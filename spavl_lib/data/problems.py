@@ -17,7 +17,7 @@ from datasets import Dataset
 from spavl_lib.data.images import ImageError, check_header, decode
 from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches, decoded
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.errors import raise_all
+from spavl_lib.errors import InputError, raise_all
 
 HEADER = 16_384  # bytes of a file in which most images say their size
 Problems = dict[int, list[str]]  # row number -> its lines
@@ -219,6 +219,26 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
         f"{source}: {len(problems)} of {len(rows)} rows skipped:\n  {shown}", stacklevel=2
     )
     return Loaded(good, tuple(lines))
+
+
+def keep_or_refuse(rows: Dataset, bad_ids: set[str], reason: str, on_bad_rows: str) -> Dataset:
+    """Refuse a set with bad rows, or leave them out with a warning.
+
+    Args:
+        rows: Rows of one set.
+        bad_ids: Ids of the bad rows.
+        reason: What is wrong with which of them.
+        on_bad_rows: `error` to refuse, `skip` to leave out.
+
+    Raises:
+        InputError: There are bad rows, with `error`; with `skip` only if no row is left.
+    """
+    if not bad_ids:
+        return rows
+    if on_bad_rows == "error" or len(bad_ids) == len(rows):
+        raise InputError(reason)
+    warnings.warn(f"{len(bad_ids)} of {len(rows)} rows skipped: {reason}", stacklevel=3)
+    return rows.select([i for i, row_id in enumerate(rows["id"]) if row_id not in bad_ids])
 
 
 class Shards:

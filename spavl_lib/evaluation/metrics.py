@@ -53,20 +53,25 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     return float(np.corrcoef(rankdata(xs), rankdata(ys))[0, 1])
 
 
-def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, dict]) -> dict:
+def reward_metrics(
+    scored: list[dict], exchanged: list[dict], swapped: list[dict], truth: dict[str, dict]
+) -> dict:
     """All metrics of a reward model on held-out pairs.
 
     Args:
         scored: Rows of `trainers.reward.score_pairs`.
         exchanged: The same pairs, each scored with the image of another row.
+        swapped: Some of these pairs, scored again with the rejected answer in the chosen one's
+            place.
         truth: Row id -> what is known about the row, used for question types; may be empty.
 
     Returns:
         `pair_accuracy` overall, `per_class`, `per_class1` and `per_question_type`; `ece` and the
         `calibration` table it summarises; `length_correlation`, the rank correlation of margin and
         difference in words, and `longer_is_better`, the accuracy of preferring the longer answer;
-        `swapped`, the share of pairs with a negative margin; and `exchanged`, the accuracy with
-        exchanged images.
+        `swapped`, the accuracy on the swapped pairs, which is what their own accuracy leaves to 1
+        unless a score depends on its answer's place; and `exchanged`, the accuracy with exchanged
+        images.
     """
     margins = [row["chosen_score"] - row["rejected_score"] for row in scored]
     words = [row["chosen_words"] - row["rejected_words"] for row in scored]
@@ -80,7 +85,10 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
 
     known = [truth.get(row["id"], {}).get("question_type", "") for row in scored]
     types = [row["question_type"] or other for row, other in zip(scored, known, strict=True)]
-    exchanged_right = [row["chosen_score"] > row["rejected_score"] for row in exchanged]
+
+    def right(rows: list[dict]) -> dict | None:
+        return count_rate(sum(r["chosen_score"] > r["rejected_score"] for r in rows), len(rows))
+
     return {
         "pair_accuracy": accuracy([True] * len(scored)),
         "per_class": by([row["class3"] for row in scored]),
@@ -90,8 +98,8 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
         "calibration": calibration(margins),
         "length_correlation": spearman(margins, words),
         "longer_is_better": count_rate(sum(w > 0 for w in words), len(words)),
-        "swapped": count_rate(sum(m < 0 for m in margins), len(margins)),
-        "exchanged": count_rate(sum(exchanged_right), len(exchanged_right)),
+        "swapped": right(swapped),
+        "exchanged": right(exchanged),
     }
 
 

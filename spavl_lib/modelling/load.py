@@ -274,7 +274,8 @@ def load_counter(name: str, max_length: int = 0) -> tuple[ProcessorMixin, int]:
 
     Args:
         name: Model, as in the setting `model.name`.
-        max_length: The limit; 0 for the model's context.
+        max_length: The limit, which the model's context bounds; 0 for the context alone.
     """
     config = ModelConfig(name=name, adapter="full")
-    return load_processor(config), max_length or context_length(config)
+    limits = filter(None, (max_length, context_length(config)))
+    return load_processor(config), min(limits, default=0)

@@ -24,7 +24,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
-from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.modelling.load import load_processor, quiet_libraries
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.runs.files import append_jsonl, read_jsonl
 from spavl_lib.runs.maker import stage_maker
@@ -59,7 +59,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
-    [rows] = load_rows(config, stage, "train")
+    [rows] = load_rows(config, stage, load_processor(config.model), "train")
     trainer = PPOTrainer(config, stage, rows, folder, flag)
     trainer.check()
     trainer.train(live)
@@ -120,14 +120,12 @@ class PPOTrainer(RolloutMaker):
     # --- the run ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check before the first step that prompts and checkpoints fit.
+        """Check before the first step that the checkpoints fit.
 
         Raises:
-            InputError: Lists the prompts that leave no room for an answer.
             DiskError: The checkpoints would not fit on the disk.
         """
         ckpt.check_room(self.stage.path / "checkpoints", self.model)
-        self.check_prompts()
 
     def train(self, live: Any = None) -> None:
         """Take all remaining steps.
@@ -147,6 +145,7 @@ class PPOTrainer(RolloutMaker):
         self._resume()
         group.report("progress", {"step": self.step, "total": self.total_steps})
         movement = None if self.step else Movement(self.model)
+        images = False
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
         with bar:
@@ -164,10 +163,9 @@ class PPOTrainer(RolloutMaker):
                 bar.set_postfix(
                     score=f"{stats['objective/scores']:.2f}", kl=f"{stats['objective/kl']:.2f}"
                 )
-                if movement and self.step == min(3, self.total_steps):
-                    if self.step == 3:
-                        movement.check(self.model)
-                    movement = None
+                images |= any(prompt.image_digest for prompt in rollout.prompts)
+                if movement and (self.step == 3 or (self.step > 3 and images)):
+                    movement = movement.check(self.model, images)
                 due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
                 overdue = time.monotonic() - self.saved > progress.LONGEST_UNSAVED_S
                 if group.any_of(due or overdue):

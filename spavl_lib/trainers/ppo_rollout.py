@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import ProcessorMixin, set_seed
 
 from spavl_lib.config import Config
-from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
@@ -80,17 +79,6 @@ class RolloutMaker:
         )
         self.dtype = compute_dtype()
         self.lockstep = False
-
-    def check_prompts(self) -> None:
-        """Raise if a prompt leaves no room for an answer in the model's context.
-
-        Raises:
-            InputError: Lists the prompts.
-        """
-        text = self.model.vlm_of("policy").config.get_text_config()
-        context = getattr(text, "max_position_embeddings", 0)
-        room = self.settings.max_new_tokens
-        check_prompt_lengths(self.processor, self.rows, room, context, stage="ppo")
 
     def prompts_of(self, step: int) -> list[int]:
         """Indices of the training rows whose prompts step `step` (from 0) rolls out."""

@@ -46,13 +46,15 @@ from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
-from spavl_lib.trainers.inputs import load_rows, training_inputs
+from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected",
 )  # fmt: skip
+
+SWAPPED = 64  # held-out pairs whose answers are also scored in each other's place
 
 
 class VLMRewardTrainer(CheckedMixin, Trainer):
@@ -78,8 +80,9 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     ) -> Any:
         """Mean loss (), in nats; the first half of a batch are chosen rows, the second rejected."""
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
-        if model.training and (self.settings.shift_px or self.settings.mirror):
-            batch["pixel_values"] = self._augmented(batch["pixel_values"])
+        moves = self.settings.shift_px or self.settings.mirror
+        if model.training and moves and "pixel_values" in batch:
+            batch["pixel_values"] = self._augmented(batch["pixel_values"], batch["input_ids"])
         coef = self.settings.sft_coef
         if coef:
             mask = inputs["completion_mask"].clone()
@@ -108,12 +111,21 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
                 self.sums.setdefault(key, []).append(float(value))
         return (loss, {"scores": chosen}) if return_outputs else loss
 
-    def _augmented(self, pixels: Tensor) -> Tensor:
-        """Training images (2 pairs, ...) shifted and mirrored, alike for both answers of a pair."""
+    def _augmented(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Training images shifted and mirrored, alike for both answers of a pair.
+
+        Args:
+            pixels: Images (2 * pairs with one, ...).
+            ids: Token ids (2 pairs, seq), which say which pairs have an image.
+        """
+        rows = self.row_ids
+        if len(pixels) != 2 * len(rows):
+            slots = ids[: len(rows)] == self.model.vlm.config.image_token_id
+            rows = [row for row, has in zip(rows, slots.any(1).tolist(), strict=True) if has]
         place = f"{self.args.seed}/{self.state.global_step}"
         half = moved_images(
             pixels[: len(pixels) // 2],
-            [f"{place}/{row}" for row in self.row_ids],
+            [f"{place}/{row}" for row in rows],
             shift_px=self.settings.shift_px,
             mirror=self.settings.mirror,
         )
@@ -146,8 +158,8 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         Preempted: Asked to stop; the same call continues.
     """
     quiet_libraries()
-    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
+    train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows)
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
     check_rows_fit(trainer, train_rows, processor)
@@ -158,9 +170,11 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     scored = score_pairs(model, processor, held_out, size, should_stop=flag)
     moved = exchange_images(held_out)
     exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    turned = exchange_answers(held_out.select(range(min(SWAPPED, len(held_out)))))
+    swapped = score_pairs(model, processor, turned, size, should_stop=flag)
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
-    metrics = reward_metrics(scored, exchanged, load_truth(config.data))
+    metrics = reward_metrics(scored, exchanged, swapped, load_truth(config.data))
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
         for key, rows in (
@@ -221,11 +235,10 @@ def build_trainer(
     """
     arguments = TrainingArguments(**common_arguments("reward", config, stage))
     model = build_model(config)
-    context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
     trainer = VLMRewardTrainer(
         model=model,
         args=arguments,
-        data_collator=RowCollator(processor, config.reward.max_length or context),
+        data_collator=RowCollator(processor, limit_of(config, "reward").longest),
         train_dataset=train_rows,
         config=config,
     )
@@ -300,3 +313,11 @@ def exchange_images(rows: Dataset) -> Dataset:
     """Give every row the image of the row half the set away, to measure what the image adds."""
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])
+
+
+def exchange_answers(rows: Dataset) -> Dataset:
+    """Put every rejected answer in the chosen one's place, and the reverse."""
+    names = {"chosen": "rejected", "rejected": "chosen"}
+    return rows.rename_columns({n: f"{n}_" for n in names}).rename_columns(
+        {f"{n}_": other for n, other in names.items()}
+    )
