@@ -237,6 +237,13 @@ def check(
     revision: Annotated[
         str, typer.Option(help="Commit of a name on the Hub.", show_default=False)
     ] = "",
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD=COLUMN",
+            help="Which of your columns holds a field of data.columns. Repeatable.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the whole report here.")
     ] = None,
@@ -247,6 +254,7 @@ def check(
     Examples:
       spavl data check mini
       spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
+      spavl data check my/pairs.jsonl --columns prompt=question --columns image=picture
     """
     from spavl_lib.data.check import check, table
     from spavl_lib.runs.files import write_json
@@ -257,8 +265,8 @@ def check(
 
         processor, max_length = load_counter(model, max_length)
     report = check(
-        path, source=source, image_root=image_root, revision=revision, model=model,
-        processor=processor, max_length=max_length,
+        path, source=source, image_root=image_root, revision=revision, columns=columns or (),
+        model=model, processor=processor, max_length=max_length,
     )  # fmt: skip
     if json_file:
         write_json(json_file, report)
