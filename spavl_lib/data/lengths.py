@@ -18,7 +18,7 @@ from spavl_lib.errors import InputError
 
 LISTED = 20  # rows that an error names
 PROBES = ((64, 64), (640, 64), (64, 640), (1280, 1280))  # sizes of images, in pixels
-WORD = 16  # characters of an answer's first word that decide how it is tokenised
+START = 2  # characters of an answer that decide whether a tokenizer joins it with its prompt
 
 
 class ImageTokens:
@@ -237,13 +237,14 @@ def joined_answers(
     for table in batches(rows.select_columns(["id", *sides])) if sides else ():
         for row, _ in decoded(table):
             for side in sides:
-                word = (str(row[side] or "").split(None, 1) or [""])[0][:WORD]
-                if word not in reasons:
+                answer = str(row[side] or "").lstrip()
+                start = answer[:START]
+                if start not in reasons:
                     try:
-                        reasons[word] = ""
-                        completion_ids(processor, "a", word, image=False)
+                        reasons[start] = ""
+                        completion_ids(processor, "a", answer, image=False)
                     except InputError as error:
-                        reasons[word] = str(error)
-                if reasons[word]:
-                    found.append((row["id"], f" {side}: {reasons[word]}"))
+                        reasons[start] = str(error)
+                if reasons[start]:
+                    found.append((row["id"], f" {side}: {reasons[start]}"))
     return found

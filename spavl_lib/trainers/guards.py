@@ -172,8 +172,8 @@ class Movement:
             if changed and not parameter.requires_grad:
                 moved.append(name)
             if parameter.requires_grad and not changed:
-                behind_image = family.part_of(name) in ("tower", "projector") or "cross_a" in name
-                if images or not behind_image:
+                part = family.part_of(name)
+                if images or not (part in ("tower", "projector") or "cross_attn" in name):
                     still.append(name)
         if moved or still:
             raise AssertionError(
