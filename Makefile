@@ -32,7 +32,7 @@ setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.tom
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
 	$(BIN)/spavl run all --profile demo
 
-scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank; 20 minutes
+scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank; 17 minutes
 	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
 
 # The engines that share out optimizer and parameters; without them their tests are skipped.

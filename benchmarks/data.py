@@ -71,14 +71,15 @@ def first_batch(folder: str) -> dict:
 
     from spavl_lib.config import load_config
     from spavl_lib.data.collate import PreferenceCollator
-    from spavl_lib.data.lengths import check_lengths
+    from spavl_lib.data.lengths import Limit, without_unfit_rows
     from spavl_lib.data.load import load_preferences
     from spavl_lib.modelling.load import load_processor
 
     started = time.perf_counter()
     processor = load_processor(load_config("smoke").model)
     rows = load_preferences(config_of(folder), "train")
-    check_lengths(processor, rows, 2048)  # as a trainer does before its first step
+    # As a trainer does before its first step.
+    rows = without_unfit_rows(processor, rows, Limit("dpo", 2048), "error")
     loader = DataLoader(rows, 8, shuffle=True, collate_fn=PreferenceCollator(processor, 2048))
     batch = next(iter(loader))
     assert batch["input_ids"].shape[0] == 16

@@ -242,8 +242,9 @@ def check(
     columns: Annotated[
         list[str] | None,
         typer.Option(
-            help="FIELD=NAME of a column of your own, such as image=photo; may be repeated, or "
-            "separated by commas.",
+            metavar="FIELD=COLUMN",
+            help="Which of your columns holds a field of data.columns, such as image=photo. "
+            "Repeatable, or separated by commas.",
             show_default=False,
         ),
     ] = None,
@@ -259,24 +260,17 @@ def check(
       spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
       spavl data check my/pairs.csv --columns prompt=ask,image=photo
     """
-    from spavl_lib.config import ColumnsConfig
-    from spavl_lib.config.validation import build
     from spavl_lib.data.check import check, table
     from spavl_lib.runs.files import write_json
 
-    named = [word for text in columns or () for word in text.split(",")]
-    if wrong := [word for word in named if "=" not in word]:
-        raise InputError(f"--columns {wrong[0]!r}: expected FIELD=NAME, such as image=photo")
-    mapped = {field.strip(): name for field, _, name in (word.partition("=") for word in named)}
     processor = None
     if model:
         from spavl_lib.modelling.load import load_counter
 
         processor, max_length = load_counter(model, max_length)
     report = check(
-        path, source=source, image_root=image_root, revision=revision,
-        columns=build(ColumnsConfig, mapped, prefix="--columns "), model=model,
-        processor=processor, max_length=max_length,
+        path, source=source, image_root=image_root, revision=revision, columns=columns or (),
+        model=model, processor=processor, max_length=max_length,
     )  # fmt: skip
     if json_file:
         write_json(json_file, report)

@@ -355,6 +355,9 @@ class PPOConfig:
     sft_coef: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of the chosen responses. In our runs the policy became equally
     safe without this term, but worse at naming what the image shows."""
+    max_length: NonNegativeInt = 0
+    """Largest number of tokens of a chosen response for this term, with prompt and image. 0 uses
+    the model's context length."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty: the reward model of this run."""
     save_steps: PositiveInt = 20

@@ -7,18 +7,19 @@ rows.
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import ProcessorMixin
 
 from spavl_lib.config import ColumnsConfig, DataConfig
-from spavl_lib.data.explore import describe, set_keys, shared
+from spavl_lib.data.explore import describe, set_keys, shared, shared_between
 from spavl_lib.data.load import folder_of, load_prompts, read_preferences
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.data.sources.hub import HubLayout
 from spavl_lib.data.sources.original import MAPS
-from spavl_lib.errors import InputError
+from spavl_lib.errors import InputError, nearest
 
 SPLITS = ("train", "validation")
 
@@ -29,7 +30,7 @@ def check(
     source: str = "",
     image_root: str = "",
     revision: str = "",
-    columns: ColumnsConfig | None = None,
+    columns: Sequence[str] = (),
     model: str = "",
     processor: ProcessorMixin | None = None,
     max_length: int = 0,
@@ -43,7 +44,7 @@ def check(
         image_root: Folder that image paths start from. Empty uses `PATH/images` if that exists,
             else PATH.
         revision: Commit, tag or branch, only for a name on the Hub.
-        columns: Names of the columns, where they differ from those of known layouts.
+        columns: Which of your columns hold which field of `data.columns`, each `FIELD=COLUMN`.
         model: Name of the processor's model, for the report.
         processor: Counts tokens. None skips this count.
         max_length: Largest number of tokens of a sequence; 0 means no limit.
@@ -52,15 +53,16 @@ def check(
         - `problems`: number of problems in all splits.
         - `splits`: split -> its description by `explore.describe`, with a line for each problem.
         - `shared`: set -> numbers of images and questions that the set has in common with `train`.
+        - `shared_between`: the same numbers for every pair of the other sets.
         - `path` and `source`; with a processor also `model` and `max_length`; with validation rows
           also `shared_images` and `shared_prompts`.
 
     Raises:
         InputError: There is nothing to read, or a whole file is damaged.
     """
-    config = config_for(path, source=source, image_root=image_root, revision=revision)
-    if columns and columns != ColumnsConfig():
-        config = dataclasses.replace(config, columns=columns)
+    config = config_for(
+        path, source=source, image_root=image_root, revision=revision, columns=columns
+    )
     if config.source == "hub_layout" and not Path(path).exists():
         config = dataclasses.replace(config, path=str(folder_of(config)))
     report: dict = {"path": config.path or path, "source": config.source, "splits": {}}
@@ -77,7 +79,7 @@ def check(
     for name in ("harm", "help"):
         if isinstance(opened, HubLayout) and opened.has_prompts(name):
             keys[name] = set_keys(load_prompts(config, name))
-    report["shared"] = shared(keys)
+    report["shared"], report["shared_between"] = shared(keys), shared_between(keys)
     if "validation" in report["shared"]:
         report["shared_images"] = report["shared"]["validation"]["images"]
         report["shared_prompts"] = report["shared"]["validation"]["prompts"]
@@ -86,7 +88,12 @@ def check(
 
 
 def config_for(
-    path: str, *, source: str = "", image_root: str = "", revision: str = ""
+    path: str,
+    *,
+    source: str = "",
+    image_root: str = "",
+    revision: str = "",
+    columns: Sequence[str] = (),
 ) -> DataConfig:
     """The config that reads all rows of a path and skips bad rows instead of raising.
 
@@ -95,16 +102,33 @@ def config_for(
         source: As for `check`.
         image_root: As for `check`.
         revision: As for `check`.
+        columns: As for `check`.
     """
     folder = Path(path).expanduser()
     if not source:
-        source = _recognised(path, folder)
+        source = "datasets" if columns else _recognised(path, folder)
     if not image_root and source != "mini" and (folder / "images").is_dir():
         image_root = str(folder / "images")
     return DataConfig(
         source=source, path="" if source == "mini" else path, image_root=image_root,
-        revision=revision, train_rows=0, validation_rows=0, test_rows=0, on_bad_rows="skip",
+        revision=revision, columns=_columns(columns), train_rows=0, validation_rows=0, test_rows=0,
+        on_bad_rows="skip",
     )  # fmt: skip
+
+
+def _columns(pairs: Sequence[str]) -> ColumnsConfig:
+    """The setting `data.columns` from lines `FIELD=COLUMN`; commas separate several in one."""
+    known = [field.name for field in dataclasses.fields(ColumnsConfig)]
+    named: dict[str, str] = {}
+    for pair in (part for text in pairs for part in text.split(",")):
+        field, equals, column = (word.strip() for word in pair.partition("="))
+        if field not in known or not equals or not column or field in named:
+            raise InputError(
+                f"columns {pair!r}: expected FIELD=COLUMN with each of {', '.join(known)} at most "
+                f"once{nearest(field, known)}"
+            )
+        named[field] = column
+    return ColumnsConfig(**named)
 
 
 def _recognised(path: str, folder: Path) -> str:
@@ -144,6 +168,10 @@ def table(report: dict) -> str:
     for name, common in report["shared"].items():
         counts = f"{common['images']} images, {common['prompts']} questions"
         lines.append(f"{'shared by train and ' + name:<34}{counts}")
+    for names, common in report["shared_between"].items():
+        if any(common.values()):
+            counts = f"{common['images']} images, {common['prompts']} questions"
+            lines.append(f"{'shared by ' + names:<34}{counts}")
     for name, split in report["splits"].items():
         if split["problems"]:
             lines.append(f"\n{name}: {split['problem_count']} problems")
@@ -178,10 +206,12 @@ def _column(split: dict, report: dict) -> dict[str, str]:
     if split["image_sizes"]:
         size, count = next(iter(split["image_sizes"].items()))
         cells["commonest image size"] = f"{size} ({count:,})"
+        cells["largest, narrowest image"] = f"{split['largest_image']}, {split['narrowest_image']}"
     if "tokens" in split:
         tokens = split["tokens"]
         cells["tokens: median, 95 %, max"] = f"{tokens['median']}, {tokens['p95']}, {tokens['max']}"
         cells[f"over {report['max_length']} tokens"] = f"{tokens['over']:,}"
+        cells["longest row"] = next(iter(tokens["longest_rows"]), "-")
     if split["image_in_text"]:
         cells["<image> typed in a question"] = f"{split['image_in_text']:,} (kept as words)"
     cells["problems"] = f"{split['problem_count']:,}"

@@ -71,24 +71,28 @@ class PreferenceCollator:
             response and on its EOS.
 
         Raises:
-            InputError: A row is longer than `max_length`, or its image cannot be used.
+            InputError: A row is longer than `max_length`, its image cannot be used, or an answer
+                cannot be told apart from its prompt.
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
         sequences, masks, too_long = [], [], []
         for side in ("chosen", "rejected"):
             for row, head, image in zip(rows, prompts.ids, images, strict=True):
-                tail = completion_ids(
-                    self.processor, row["prompt"], row[side], image=image is not None
-                )
+                try:
+                    tail = completion_ids(
+                        self.processor, row["prompt"], row[side], image=image is not None
+                    )
+                except InputError as error:
+                    raise InputError(f"row {row.get('id')} {side}: {error}") from error
                 sequences.append(head + tail)
                 masks.append([0] * len(head) + [1] * len(tail))
                 if self.max_length and len(sequences[-1]) > self.max_length:
                     too_long.append(f"{row.get('id')} {side}: {len(sequences[-1])} tokens")
         if too_long:
             raise InputError(
-                f"rows longer than {self.max_length} tokens, images included (raise the "
-                f"trainer's max_length, or remove these rows): {'; '.join(too_long)}"
+                f"rows longer than {self.max_length} tokens, images included (remove these rows, "
+                f"or set data.on_bad_rows to skip): {'; '.join(too_long)}"
             )
         pad = self.processor.tokenizer.pad_token_id
         attention = [[1] * len(s) for s in sequences]

@@ -84,10 +84,12 @@ def to_original(config: DataConfig, target: Path) -> dict[str, int]:
         lists: dict[str, list] = {
             k: [] for k in (*(KEYWORDS[kind] for kind in QUESTION_TYPES), "untyped")
         }
+        own = any(row_id != f"{split}/{n}" for n, row_id in enumerate(rows["id"]))
         for row in tqdm(rows, desc=split):
             keyword = KEYWORDS.get(row["question_type"], "untyped")
             answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
-            lists[keyword].append(_record(row, number, images) | answers)
+            record = _record(row, number, images) | answers
+            lists[keyword].append(record | {"id": _id(row["id"], number, own=own)})
             number += 1
         keyword_map = {}
         for keyword, records in lists.items():
@@ -98,9 +100,13 @@ def to_original(config: DataConfig, target: Path) -> dict[str, int]:
         counts[split] = len(rows)
     for name in _prompt_sets(config):
         rows = load_prompts(config, name)
+        own = any(row_id != f"{name}/{n}" for n, row_id in enumerate(rows["id"]))
         _write(
             target / PROMPTS.format(name),
-            [_record(row, i, images) for i, row in enumerate(rows)],
+            [
+                _record(row, i, images) | {"id": _id(row["id"], i, own=own)}
+                for i, row in enumerate(rows)
+            ],
         )
         counts[name] = len(rows)
     return counts
@@ -114,9 +120,25 @@ def _prompt_sets(config: DataConfig) -> list[str]:
     return sorted({p.name.split("-")[0] for p in folder_of(config).glob("test/*-*.parquet")})
 
 
+def _id(row_id: str, number: int, *, own: bool) -> int | str:
+    """A row's id for its record: a number where that says the same.
+
+    Args:
+        row_id: The id in the schema.
+        number: The row's number, which replaces an id that only says the row's place.
+        own: Whether the set has ids of its own, which must come back as they are.
+    """
+    if _is_number(row_id):
+        return int(row_id)
+    return row_id if own else number
+
+
+def _is_number(row_id: str) -> bool:
+    return row_id.isascii() and row_id.isdigit() and str(int(row_id)) == row_id
+
+
 def _record(row: dict, number: int, images: "_Images") -> dict:
-    is_number = row["id"].isdigit() and str(int(row["id"])) == row["id"]
-    record: dict[str, Any] = {"id": int(row["id"]) if is_number else number}
+    record: dict[str, Any] = {"id": number}
     in_path = ("", "")
     if row["image"] is not None:
         record["image"] = images.write(row, number)
@@ -213,7 +235,7 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
 def _in_order(rows: Dataset) -> Dataset:
     """Rows sorted by id if all ids are numbers, because the lists group rows by question type."""
     ids = rows["id"]
-    if not all(i.isdigit() for i in ids):
+    if not all(map(_is_number, ids)):
         return rows
     return rows.select(sorted(range(len(rows)), key=lambda i: int(ids[i])))
 
@@ -222,7 +244,7 @@ def _write_parquet(folder: Path, split: str, rows: Dataset) -> None:
     kind = split if split in HUB_REQUIRED else "test"
     columns = list(HUB_REQUIRED[kind])
     ids = rows["id"]
-    first = int(ids[0]) if len(rows) and ids[0].isdigit() else 0
+    first = int(ids[0]) if len(rows) and _is_number(ids[0]) else 0
     if any(i != str(first + n) for n, i in enumerate(ids)):
         columns.append("id")  # the ids do not count up one by one, so they must be stored
     if kind != "train" and any(r["image_name"] != _name(r["image"]) for r in rows):

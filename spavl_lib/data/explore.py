@@ -1,9 +1,12 @@
 """The data stage: describe the rows before a model is trained on them."""
 
 import hashlib
+import heapq
+import itertools
 import math
+import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from datasets import Dataset
 from transformers import ProcessorMixin
@@ -11,7 +14,7 @@ from transformers import ProcessorMixin
 from spavl_lib.config import Config
 from spavl_lib.data.duplicates import image_hashes, looks, near_groups, plain_words, repeated
 from spavl_lib.data.fingerprint import source_hashes
-from spavl_lib.data.lengths import pair_lengths
+from spavl_lib.data.lengths import joined_answers, pair_lengths
 from spavl_lib.data.load import eval_sets, load_prompts, prompt_origin, read_preferences
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.schema import column
@@ -71,6 +74,8 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
         "question_type": dict(Counter(column(rows, "question_type"))),
         "balance": balance(column(rows, "class3")),
         "image_sizes": dict(sizes.most_common(12)),
+        "largest_image": _size(looks_of, key=lambda size: size[0] * size[1]),
+        "narrowest_image": _size(looks_of, key=lambda size: max(size) / min(size)),
         "image_in_text": len(marked),
     }
     report |= length_bias(rows)
@@ -83,32 +88,45 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
     return report
 
 
+def _size(looks_of: dict, key: Callable[[tuple[int, int]], float]) -> str:
+    """Width and height of the image for which `key` is largest; empty without images."""
+    size = max((size for _, size in looks_of.values()), key=key, default=None)
+    return f"{size[0]}x{size[1]}" if size else ""
+
+
 def tokens(processor: ProcessorMixin, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
-    """Summary of the lengths of all sequences in tokens, and a line for each too long sequence.
+    """Summary of the lengths of all sequences in tokens, and a line for each unfit sequence.
 
     Args:
         processor: The model's processor.
         rows: Preference rows.
         longest: Largest number of tokens of a sequence; 0 means no limit.
     """
-    lengths: list[int] = []
-    too_long = []
-    for name, *sizes in pair_lengths(processor, rows):
-        lengths += sizes
-        for side, size in zip(("chosen", "rejected"), sizes, strict=True):
-            if longest and size > longest:
-                too_long.append(f"{name} {side}: {size} tokens, more than {longest}")
-    return summary_of(lengths) | {"over": len(too_long)}, too_long
+    sides = ("chosen", "rejected")
+    lengths = [
+        (size, f"{name} {side}")
+        for name, *sizes in pair_lengths(processor, rows)
+        for side, size in zip(sides, sizes, strict=True)
+    ]
+    too_long = [
+        f"{where}: {size} tokens, more than {longest}"
+        for size, where in lengths
+        if longest and size > longest
+    ]
+    joined = [f"{name}{line}" for name, line in joined_answers(processor, rows, sides)]
+    summary: dict = summary_of([size for size, _ in lengths]) | {"over": len(too_long)}
+    summary["longest_rows"] = {where: size for size, where in heapq.nlargest(5, lengths)}
+    return summary, [*too_long, *joined]
 
 
 def summary_of(values: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile and maximum."""
+    """Median, 95th percentile (the least value that 95 % do not exceed) and maximum."""
     ordered = sorted(values)
     if not ordered:
         return {"median": 0, "p95": 0, "max": 0}
     return {
-        "median": ordered[len(ordered) // 2],
-        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+        "median": statistics.median(ordered),
+        "p95": ordered[-(-95 * len(ordered) // 100) - 1],
         "max": ordered[-1],
     }
 
@@ -199,6 +217,22 @@ def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, in
     }
 
 
+def shared_between(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
+    """As `shared`, for every pair of the other sets, under names such as `validation and harm`.
+
+    Args:
+        keys: Set name -> `set_keys` of its rows.
+    """
+    names = [name for name in keys if name != "train"]
+    return {
+        f"{one} and {other}": {
+            "images": len(keys[one][0] & keys[other][0]),
+            "prompts": len(keys[one][1] & keys[other][1]),
+        }
+        for one, other in itertools.combinations(names, 2)
+    }
+
+
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
     names = eval_sets(config.data, held_out_drawings=False)
     return source_hashes(config.data, ("train", "validation", *names))
@@ -228,5 +262,6 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
         name: len(rows) for name, rows in sets.items() if name not in ("train", "validation")
     }
     summary["prompts"] = prompt_origin(config.data)
-    summary["shared_with_train"] = shared({n: set_keys(rows) for n, rows in sets.items()})
+    keys = {name: set_keys(rows) for name, rows in sets.items()}
+    summary["shared_with_train"], summary["shared_between"] = shared(keys), shared_between(keys)
     return summary

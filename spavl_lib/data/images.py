@@ -4,13 +4,14 @@ import base64
 import binascii
 import contextlib
 import io
+import math
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from spavl_lib.errors import InputError
 
@@ -21,6 +22,26 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*
 BASE64_STARTS = tuple(base64.b64encode(m[: len(m) // 3 * 3]).decode() for m in MAGIC if m[2:])
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
+)  # fmt: skip
+MAX_RATIO = 200  # of the longer side to the shorter; processors of the Qwen family take no more
+NARROW_SQUARE = 16_000_000  # pixels to which a narrow image may be padded
+# Orientation in EXIF -> what turns the image upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+# Place and bytes by which a file of another kind is told.
+OTHER_KINDS = (
+    (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
+    (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"),
+    (4, b"ftypmif1", "HEIC"), (4, b"ftypmsf1", "HEIC"), (4, b"ftypavi", "AVIF"),
+    (4, b"ftyp", "video"), (0, b"\x1aE\xdf\xa3", "video"), (0, b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"), (0, b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"), (0, b"\0\0\1\0", "ICO"), (0, b"8BPS", "PSD"), (0, b"%PDF", "PDF"),
+    (0, b"<svg", "SVG"), (0, b"<?xml", "XML"), (0, b"<!doctype", "HTML"), (0, b"<html", "HTML"),
+    (0, b"P3", "PPM"), (0, b"P6", "PPM"), (0, b"P5", "PGM"), (0, b"P2", "PGM"),
+    (0, b"version https://git-lfs", "Git LFS pointer"),
 )  # fmt: skip
 
 
@@ -147,30 +168,109 @@ def open_image(source: Path | bytes) -> Image.Image:
         An RGB image. An animation gives its first frame.
 
     Raises:
-        ImageError: The format is unknown, or the image is too large, truncated or damaged.
+        ImageError: The format is unknown, or the image is too large, too narrow, truncated or
+            damaged.
     """
     try:
-        handle = io.BytesIO(source) if isinstance(source, bytes) else source
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(handle, formats=FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise ImageError(f"image is {width} x {height} px, over {MAX_PIXELS:,}")
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if upright.mode.startswith("I"):  # convert() would clip 16 bits, not scale
-                    values = np.asarray(upright).astype(np.float32)
-                    upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
-                if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-                    upright = upright.convert("RGBA")
-                    white = Image.new("RGBA", upright.size, "white")
-                    upright = Image.alpha_composite(white, upright)
-                return upright.convert("RGB")
-    except ImageError:
+        with _opened(source) as image:
+            image.load()
+            turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            # Not ImageOps.exif_transpose, which writes EXIF data back and fails where it cannot.
+            upright = image.copy() if turn is None else image.transpose(turn)
+            if upright.mode.startswith("I"):  # convert() would clip 16 bits, not scale
+                values = np.asarray(upright).astype(np.float32)
+                upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
+            if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            return upright.convert("RGB")
+    except (ImageError, MemoryError):
         raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
-        raise ImageError(f"unreadable image: {error}") from error
+    except Exception as error:  # a damaged file makes Pillow raise errors of any class
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"unreadable image: {reason}") from error
+
+
+def check_header(source: Path | bytes) -> None:
+    """Check an image's format and size without decoding its pixels.
+
+    Raises:
+        ImageError: As `open_image`; damage further on is not seen.
+    """
+    try:
+        _opened(source).close()
+    except (ImageError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ImageError(f"unreadable image: {reason}") from error
+
+
+def size_of(cell: Any) -> tuple[int, int]:
+    """Width and height of a row's image, upright, from the file's header.
+
+    Raises:
+        ImageError: As `check_header`.
+    """
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or Path(cell.get("path") or "")
+    with _opened(cell) as image:
+        width, height = image.size
+        sideways = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return (height, width) if sideways else (width, height)
+
+
+def _opened(source: Path | bytes) -> Image.Image:
+    """An image whose header was read and found right."""
+    handle = io.BytesIO(source) if isinstance(source, bytes) else source
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(handle, formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise ImageError(
+                f"unreadable image: {_kind_found(source)}; only JPEG, PNG and WebP are read"
+            ) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        problem = f"over {MAX_PIXELS:,}"
+    elif max(width, height) > MAX_RATIO * min(width, height):
+        problem = f"narrower than {MAX_RATIO}:1"
+    else:
+        return image
+    image.close()
+    raise ImageError(f"image is {width} x {height} px, {problem}")
+
+
+def _kind_found(source: Path | bytes) -> str:
+    """What a file is that is no JPEG, PNG or WebP."""
+    if isinstance(source, bytes):
+        head = source[:64]
+    else:
+        with source.open("rb") as file:
+            head = file.read(64)
+    if not head:
+        return "an empty file"
+    text = head.lstrip().lower()
+    for place, start, kind in OTHER_KINDS:
+        if head[place:].startswith(start) or (not place and text.startswith(start)):
+            return f"a file of kind {kind}"
+    return "a file of unknown kind"
+
+
+def for_square(image: Image.Image) -> Image.Image:
+    """The image for a processor that pads it to a square before it resizes it.
+
+    A narrow image of a few kilobytes would be padded to gigabytes, so it is shrunk first; models
+    read a few hundred pixels of it. Others come back as they are.
+    """
+    longer, shorter = max(image.size), min(image.size)
+    most = NARROW_SQUARE if longer > 3 * shorter else MAX_PIXELS
+    if longer * longer <= most:
+        return image
+    side = math.isqrt(most)
+    return ImageOps.contain(image, (side, side))
 
 
 def decode(cell: Any) -> Image.Image:

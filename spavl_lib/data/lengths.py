@@ -1,133 +1,250 @@
-"""Lengths of rows in tokens, counted before training so that no row is too long for the model.
+"""Lengths of rows in tokens, counted before training so that no row is too long for the model."""
 
-The first image decides the number of image tokens. If this number varies by image, the counts are
-estimates. The collator still refuses a row that is too long.
-"""
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from collections.abc import Iterator
-
+import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
+from PIL import Image
 from transformers import ProcessorMixin
 
-from spavl_lib.data.images import decode_images
+from spavl_lib.data.images import ImageError, size_of
+from spavl_lib.data.problems import keep_or_refuse
 from spavl_lib.data.schema import TURN, batches, decoded
-from spavl_lib.data.templates import encode_prompts, render
+from spavl_lib.data.templates import completion_ids, encode_prompts, render
 from spavl_lib.errors import InputError
 
 LISTED = 20  # rows that an error names
+PROBES = ((64, 64), (640, 64), (64, 640), (1280, 1280))  # sizes of images, in pixels
+START = 2  # characters of an answer that decide whether a tokenizer joins it with its prompt
 
 
-def image_slots(processor: ProcessorMixin, rows: Dataset) -> int:
-    """Tokens that the first image adds to its row's text; 0 if no row has an image."""
-    row = next((r for r in rows if r["image"] is not None), None)
-    if row is None:
-        return 0
-    [ids] = encode_prompts(processor, [row["prompt"]], decode_images([row])).ids
-    text = render(processor, row["prompt"]).rstrip(" ")
-    return len(ids) - len(processor.tokenizer.encode(text, add_special_tokens=False))
+class ImageTokens:
+    """Counts the tokens that images add to the text of their rows.
+
+    Args:
+        processor: The model's processor. Many give every image the same number; for the others it
+            is counted once for each size.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+        self.counts: dict[tuple[int, int], int] = {}
+        probed = {self.of_size(size) for size in PROBES}
+        self.always = probed.pop() if len(probed) == 1 else None
+
+    def of_size(self, size: tuple[int, int]) -> int:
+        """Tokens of an image of a width and height, in pixels."""
+        if size not in self.counts:
+            [ids] = encode_prompts(self.processor, ["a"], [Image.new("RGB", size)]).ids
+            text = render(self.processor, "a").rstrip(" ")
+            tokenizer = self.processor.tokenizer
+            self.counts[size] = len(ids) - _length(
+                tokenizer, tokenizer.encode(text, add_special_tokens=False)
+            )
+        return self.counts[size]
+
+    def of_cells(self, cells: pa.ChunkedArray) -> list[int]:
+        """Tokens of the image of each row, 0 without one.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        if self.always is not None:
+            return [self.always * has for has in pc.is_valid(cells).to_pylist()]
+        try:
+            return [self.of_size(size_of(c)) if c else 0 for c in cells.to_pylist()]
+        except ImageError as error:
+            raise InputError(f"an image cannot be used: {error}") from error
+
+
+def _length(tokenizer: Any, ids: list[int]) -> int:
+    """Tokens of a text, with the BOS that some templates leave out."""
+    bos = tokenizer.bos_token_id
+    return len(ids) + (bos is not None and ids[:1] != [bos])
+
+
+def _until_last_word(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Token ids without the end token and white space at their end."""
+    while ids and (ids[-1] == tokenizer.eos_token_id or not tokenizer.decode(ids[-1:]).strip()):
+        ids = ids[:-1]
+    return ids
 
 
 def pair_lengths(
-    processor: ProcessorMixin, rows: Dataset, skip_below: int = 0
-) -> Iterator[tuple[str, int, int]]:
-    """Lengths of both sequences of each row in tokens, including prompt, image and EOS.
+    processor: ProcessorMixin,
+    rows: Dataset,
+    skip_below: int = 0,
+    sides: Sequence[str] = ("chosen", "rejected"),
+    images: ImageTokens | None = None,
+) -> Iterator[tuple]:
+    """Lengths of the sequences of each row in tokens, including prompt, image and EOS.
 
     Args:
         processor: The model's processor.
         rows: Preference rows.
         skip_below: Rows that cannot have more tokens than this are left out without encoding them.
             This is possible because every token has at least one byte.
+        sides: Names of the responses to count.
+        images: Counts the tokens of the images. None uses a new counter.
 
     Yields:
-        Row id, tokens of prompt and chosen response, tokens of prompt and rejected response.
+        Row id, and for each side the tokens of prompt and response.
     """
-    tokenizer = processor.tokenizer
-    extra = image_slots(processor, rows)
-    frame = len(render(processor, "", "")) + extra + 16
-    for table in batches(rows.select_columns(["id", "prompt", "chosen", "rejected", "image"])):
-        has_image = pc.is_valid(table.column("image")).to_pylist()
+    tokenizer, images = processor.tokenizer, images or ImageTokens(processor)
+    frame = len(render(processor, "", "")) + 16
+    for table in batches(rows.select_columns(["id", "prompt", *sides, "image"])):
+        extra = images.of_cells(table.column("image"))
         texts, encoded_rows = [], []
-        for (row, _), image in zip(decoded(table.drop_columns(["image"])), has_image, strict=True):
-            pair = [str(row[n] or "") for n in ("prompt", "chosen", "rejected")]
-            longest = len(pair[0]) + max(len(pair[1]), len(pair[2])) + frame
-            if longest <= skip_below and all(map(str.isascii, pair)) and TURN not in pair[0]:
+        for (row, _), slots in zip(decoded(table.drop_columns(["image"])), extra, strict=True):
+            prompt, *answers = (str(row[n] or "") for n in ("prompt", *sides))
+            longest = len(prompt) + max(map(len, answers), default=0) + frame + slots
+            plain = all(map(str.isascii, (prompt, *answers))) and TURN not in prompt
+            if longest <= skip_below and plain:
                 continue
-            encoded_rows.append((row["id"], image))
-            texts += [render(processor, pair[0], answer, image=image) for answer in pair[1:]]
+            encoded_rows.append((row["id"], slots))
+            texts += [render(processor, prompt, a.lstrip(), image=slots > 0) for a in answers]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        sizes = [  # the collator adds the EOS that a template leaves out
-            len(ids) + (tokenizer.eos_token_id not in ids[-2:]) for ids in encoded
+        # As in `completion_ids`: after the last word comes one EOS, whatever the template writes.
+        sizes = [_length(tokenizer, _until_last_word(tokenizer, ids)) + 1 for ids in encoded]
+        for number, (row_id, slots) in enumerate(encoded_rows):
+            start = number * len(sides)
+            yield row_id, *(size + slots for size in sizes[start : start + len(sides)])
+
+
+@dataclass(frozen=True)
+class Limit:
+    """How long the rows of a stage may be."""
+
+    stage: str
+    """Section of the config whose settings an error names."""
+    context: int = 0
+    """Tokens that fit into the model's context; 0 if it is not known."""
+    max_length: int = 0
+    """The stage's own limit for a prompt with its answer; 0 for the context."""
+    sides: tuple[str, ...] = ("chosen", "rejected")
+    """The answers that must fit, with prompt, image and EOS."""
+    max_new_tokens: int = 0
+    """Tokens for which a prompt must leave room; 0 if none are generated."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a sequence may have; 0 for no limit."""
+        return min(filter(None, (self.max_length, self.context)), default=0)
+
+
+def without_unfit_rows(
+    processor: ProcessorMixin, rows: Dataset, limit: Limit, on_bad_rows: str
+) -> Dataset:
+    """Refuse rows that the model cannot take, or leave them out with a warning.
+
+    Args:
+        processor: The model's processor.
+        rows: Preference or prompt rows.
+        limit: How long they may be.
+        on_bad_rows: `error` to refuse, `skip` to leave out.
+
+    Raises:
+        InputError: Names the rows, with `error`; with `skip` only if no row is left.
+    """
+    unfit: set[str] = set()
+    sentences = []
+    for sentence, lines in unfit_rows(processor, rows, limit):
+        unfit |= {row_id for row_id, _ in lines}
+        shown = "; ".join(f"{row_id}{line}" for row_id, line in lines[:LISTED])
+        sentences.append(f"{len(lines)} {sentence}: {shown}{'; ...' * (len(lines) > LISTED)}")
+    return keep_or_refuse(rows, unfit, ". ".join(sentences), on_bad_rows)
+
+
+def unfit_rows(
+    processor: ProcessorMixin, rows: Dataset, limit: Limit
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Each reason for which a model cannot take rows, with the id of each row and what is wrong.
+
+    Args:
+        processor: The model's processor.
+        rows: Preference or prompt rows.
+        limit: How long they may be.
+    """
+    images = ImageTokens(processor)
+    if limit.longest and limit.sides:
+        lengths = pair_lengths(processor, rows, limit.longest, limit.sides, images)
+        too_long = [
+            (row_id, f" {side}: {size} tokens")
+            for row_id, *sizes in lengths
+            for side, size in zip(limit.sides, sizes, strict=True)
+            if size > limit.longest
         ]
-        for (row_id, image), chosen, rejected in zip(
-            encoded_rows, sizes[::2], sizes[1::2], strict=True
-        ):
-            yield row_id, chosen + extra * image, rejected + extra * image
+        if too_long:
+            is_context = ", the model's context," if limit.longest == limit.context else ""
+            raising, mix = [], []
+            if not is_context:
+                most = f" up to the model's context of {limit.context}" if limit.context else ""
+                raising = [f"raise {limit.stage}.max_length{most}"]
+            if limit.max_new_tokens:  # of PPO, whose answers are sampled
+                mix = [f"set {limit.stage}.sft_coef to 0"]
+            yield (
+                f"answers are longer than {limit.longest} tokens{is_context} with prompt and image "
+                f"({_options(limit, *raising, *mix)})",
+                too_long,
+            )
+    if limit.context and limit.max_new_tokens:
+        no_room = _prompts_without_room(processor, rows, limit, images)
+        if no_room:
+            yield (
+                f"prompts leave no room for {limit.max_new_tokens} new tokens in a context of "
+                f"{limit.context} ({_options(limit, f'lower {limit.stage}.max_new_tokens')})",
+                no_room,
+            )
+    joined = joined_answers(processor, rows, limit.sides)
+    if joined:
+        yield f"answers cannot be tokenised after their prompts ({_options(limit)})", joined
 
 
-def check_lengths(processor: ProcessorMixin, rows: Dataset, longest: int) -> None:
-    """Check that no sequence is too long for the model.
-
-    Args:
-        processor: The model's processor.
-        rows: Preference rows.
-        longest: Largest number of tokens of a sequence, including image tokens; 0 means no limit.
-
-    Raises:
-        InputError: Rows are longer. The message names them.
-    """
-    if not longest:
-        return
-    too_long = [
-        f"{row_id} {side}: {size} tokens"
-        for row_id, *sizes in pair_lengths(processor, rows, skip_below=longest)
-        for side, size in zip(("chosen", "rejected"), sizes, strict=True)
-        if size > longest
-    ]
-    if too_long:
-        raise InputError(
-            f"{len(too_long)} answers are longer than {longest} tokens with prompt and image "
-            f"(raise the trainer's max_length, or remove these rows): {_first(too_long)}"
-        )
+def _options(limit: Limit, *first: str) -> str:
+    # A test set without some of its prompts would be another test.
+    skip = ["set data.on_bad_rows to skip"] if limit.stage != "generation" else []
+    return ", or ".join([*first, "remove these rows", *skip])
 
 
-def check_prompt_lengths(
-    processor: ProcessorMixin, rows: Dataset, max_new_tokens: int, longest: int, *, stage: str
-) -> None:
-    """Check that every prompt leaves room for a response.
-
-    Args:
-        processor: The model's processor.
-        rows: Prompt or preference rows.
-        max_new_tokens: Largest number of tokens of a response.
-        longest: Largest number of tokens of a sequence, including image tokens; 0 means no limit.
-        stage: Config section whose `max_new_tokens` the error message names.
-
-    Raises:
-        InputError: Prompts are too long. The message names their rows.
-    """
-    if not longest:
-        return
-    extra, too_long = image_slots(processor, rows), []
+def _prompts_without_room(
+    processor: ProcessorMixin, rows: Dataset, limit: Limit, images: ImageTokens
+) -> list[tuple[str, str]]:
+    tokenizer, found = processor.tokenizer, []
     for table in batches(rows.select_columns(["id", "prompt", "image"])):
-        has_image = pc.is_valid(table.column("image")).to_pylist()
+        extra = images.of_cells(table.column("image"))
         prompts = [row for row, _ in decoded(table.drop_columns(["image"]))]
         texts = [
-            render(processor, row["prompt"], image=image).rstrip(" ")
-            for row, image in zip(prompts, has_image, strict=True)
+            render(processor, row["prompt"], image=slots > 0).rstrip(" ")
+            for row, slots in zip(prompts, extra, strict=True)
         ]
-        encoded = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for row, ids, image in zip(prompts, encoded, has_image, strict=True):
-            size = len(ids) + extra * image
-            if size + max_new_tokens > longest:
-                too_long.append(f"{row['id']}: {size} tokens")
-    if too_long:
-        raise InputError(
-            f"{len(too_long)} prompts leave no room for {max_new_tokens} new tokens in a context "
-            f"of {longest} (lower {stage}.max_new_tokens, or remove these rows): "
-            f"{_first(too_long)}"
-        )
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        for row, ids, slots in zip(prompts, encoded, extra, strict=True):
+            size = _length(tokenizer, ids) + slots
+            if size + limit.max_new_tokens > limit.context:
+                found.append((row["id"], f": {size} tokens"))
+    return found
 
 
-def _first(lines: list[str]) -> str:
-    return "; ".join(lines[:LISTED]) + ("; ..." if len(lines) > LISTED else "")
+def joined_answers(
+    processor: ProcessorMixin, rows: Dataset, sides: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Answers whose first token the tokenizer joins with the prompt's last."""
+    reasons: dict[str, str] = {}
+    found = []
+    for table in batches(rows.select_columns(["id", *sides])) if sides else ():
+        for row, _ in decoded(table):
+            for side in sides:
+                answer = str(row[side] or "").lstrip()
+                start = answer[:START]
+                if start not in reasons:
+                    try:
+                        reasons[start] = ""
+                        completion_ids(processor, "a", answer, image=False)
+                    except InputError as error:
+                        reasons[start] = str(error)
+                if reasons[start]:
+                    found.append((row["id"], f" {side}: {reasons[start]}"))
+    return found

@@ -29,6 +29,31 @@ __all__ = [
 ]  # fmt: skip
 
 
+# Rows of SPA-VL as uploaded in 2024, at the revision that the profiles name.
+SPA_VL = ("sqrti/SPA-VL", "0e75b34a9e803a236873420c8680de3889befd62")
+SPA_VL_ROWS = {"train": 93_258, "validation": 7_000, "harm": 265, "help": 265}
+
+
+def check_whole(config: DataConfig, name: str, count: int) -> None:
+    """Check that all rows of SPA-VL arrived.
+
+    Args:
+        config: Other data, and sets from which bad rows are left out, are not counted.
+        name: Split or evaluation set.
+        count: Rows that were read.
+
+    Raises:
+        InputError: There are more or fewer than were uploaded.
+    """
+    expected = SPA_VL_ROWS.get(name, count)
+    if (config.path, config.revision) == SPA_VL and config.on_bad_rows == "error":
+        if count != expected:
+            raise InputError(
+                f"{config.path}, {name}: {count:,} rows, but this revision has {expected:,}; "
+                "remove its folder from the Hub's cache and read it again"
+            )
+
+
 def folder_of(config: DataConfig) -> Path:
     """The data set's folder. If `data.path` is a name on the Hub, the data set is fetched.
 
@@ -101,6 +126,7 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
     source = open_source(config)
     loaded = source.preferences(split)
     rows = loaded.rows
+    check_whole(config, split, len(rows))
     if split == "twins":
         return dataclasses.replace(loaded, rows=whole_pairs(rows, config.test_rows))
     if split == "train":
@@ -121,7 +147,9 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
     Raises:
         InputError: The source has no such set.
     """
-    rows = prompt_source(config).prompts(name)
+    source = prompt_source(config)
+    rows = source.prompts(name)
+    check_whole(source.config, name, len(rows))
     base = name.partition("_twemoji")[0]
     if base == "twins_exchanged":
         rows = exchange_twins(rows)

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset
 
-from spavl_lib.data.images import ImageError, decode
+from spavl_lib.data.images import ImageError, check_header, decode
 from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches, decoded
 from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.errors import raise_all
+from spavl_lib.errors import InputError, raise_all
 
+HEADER = 16_384  # bytes of a file in which most images say their size
 Problems = dict[int, list[str]]  # row number -> one line for each problem of the row
 
 
@@ -92,7 +94,8 @@ def find_problems(
         rows: Rows in the schema.
         place_of: Gives `FILE:ROW` for a row number.
         preference: Whether the rows must have a chosen and a rejected response.
-        images: Whether to decode every image (each distinct file once).
+        images: Whether to decode every image (each distinct file once). If not, only format and
+            size are read, from the beginning of the file.
         turns: Whether prompts may hold several turns.
         unopened: Numbers of rows whose image is not opened, because its path could name any file.
     """
@@ -114,8 +117,9 @@ def find_problems(
             if lines:
                 problems[index] += lines
         start += table.num_rows
-    if images and "image" in rows.column_names:
-        for index, reason in _bad_images(rows, set(unopened)):
+    if "image" in rows.column_names:
+        find = _bad_images if images else _bad_headers
+        for index, reason in find(rows, set(unopened)):
             problems[index].append(f"{place_of(index)} image: {reason}")
     return problems
 
@@ -138,6 +142,30 @@ def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
                 if reasons[key]:
                     yield index, reasons[key]
             index += 1
+
+
+def _bad_headers(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
+    """Number and reason of each row whose image has a format or size that is not taken."""
+    chunks = (c for t in batches(rows.select_columns(["image"])) for c in t.column("image").chunks)
+    good: set[bytes | str] = set()  # the beginnings of files say whether they are taken
+    index = 0
+    for chunk in chunks:
+        contents, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
+        heads = pc.binary_slice(contents, 0, HEADER).to_pylist()
+        for offset, (head, path) in enumerate(zip(heads, paths.to_pylist(), strict=True)):
+            if (head or path) and index + offset not in unopened:
+                key = hashlib.blake2b(head, digest_size=16).digest() if head else path
+                if key in good:
+                    continue
+                try:
+                    check_header(head or Path(path))
+                    good.add(key)
+                except ImageError:  # or the header is longer
+                    try:
+                        check_header(contents[offset].as_py() or Path(path))
+                    except ImageError as error:
+                        yield index + offset, str(error)
+        index += len(chunk)
 
 
 def merge_problems(first: Problems, second: Problems, places: list[str]) -> Problems:
@@ -194,6 +222,26 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
         f"{source}: {len(problems)} of {len(rows)} rows skipped:\n  {shown}", stacklevel=2
     )
     return Loaded(good, tuple(lines))
+
+
+def keep_or_refuse(rows: Dataset, bad_ids: set[str], reason: str, on_bad_rows: str) -> Dataset:
+    """Refuse a set with bad rows, or leave them out with a warning.
+
+    Args:
+        rows: Rows of one set.
+        bad_ids: Ids of the bad rows.
+        reason: What is wrong with which of them.
+        on_bad_rows: `error` to refuse, `skip` to leave out.
+
+    Raises:
+        InputError: There are bad rows, with `error`; with `skip` only if no row is left.
+    """
+    if not bad_ids:
+        return rows
+    if on_bad_rows == "error" or len(bad_ids) == len(rows):
+        raise InputError(reason)
+    warnings.warn(f"{len(bad_ids)} of {len(rows)} rows skipped: {reason}", stacklevel=3)
+    return rows.select([i for i, row_id in enumerate(rows["id"]) if row_id not in bad_ids])
 
 
 class Shards:

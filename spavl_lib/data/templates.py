@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from spavl_lib.data.images import for_square
 from spavl_lib.data.schema import TURN
 from spavl_lib.errors import InputError
 
@@ -58,6 +59,9 @@ def completion_ids(
 ) -> list[int]:
     """Token ids of a response after its prompt, with one EOS at the end.
 
+    White space around the answer is left out: the template writes what stands before one, and some
+    tokenizers would join a line break there with the prompt's last token.
+
     Args:
         processor: The model's processor.
         prompt: The question, or several turns separated by `TURN`.
@@ -69,7 +73,7 @@ def completion_ids(
     """
     tokenizer = processor.tokenizer
     before = render(processor, prompt, image=image).rstrip(" ")
-    whole = render(processor, prompt, completion, image=image)
+    whole = render(processor, prompt, completion.lstrip(), image=image)
     if not whole.startswith(before):
         raise InputError("the chat template writes a prompt differently once an answer follows it")
     head = tokenizer.encode(before, add_special_tokens=False)
@@ -114,6 +118,9 @@ def encode_prompts(
         for p, i in zip(prompts, images, strict=True)
     ]
     present = [i for i in images if i is not None]
+    pixels = getattr(processor, "image_processor", None)
+    if getattr(pixels, "do_pad", False) and hasattr(pixels, "pad_to_square"):
+        present = [for_square(i) for i in present]
     encoded = processor(
         images=present or None, text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",

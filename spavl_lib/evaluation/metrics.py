@@ -56,12 +56,16 @@ def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
     return float(np.corrcoef(rankdata(xs), rankdata(ys))[0, 1])
 
 
-def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, dict]) -> dict:
+def reward_metrics(
+    scored: list[dict], exchanged: list[dict], swapped: list[dict], truth: dict[str, dict]
+) -> dict:
     """All metrics of a reward model on held-out pairs.
 
     Args:
         scored: Rows of `trainers.reward.score_pairs`.
         exchanged: The same pairs, each scored with the image of another row.
+        swapped: Some of these pairs, scored again with the rejected response in the place of the
+            chosen one.
         truth: Ground-truth labels, as row id -> facts. They give the question type of rows that
             lack it. May be empty.
 
@@ -70,7 +74,8 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
         - `ece`, and the `calibration` table that it summarises.
         - `length_correlation`: the rank correlation of margin and difference in words.
         - `longer_is_better`: the accuracy of always preferring the longer response.
-        - `swapped`: the share of pairs with a negative margin.
+        - `swapped`: the accuracy on the swapped pairs. It is 1 minus the accuracy on the same pairs
+          before the swap, unless a score depends on the place of its response.
         - `exchanged`: the pair accuracy with exchanged images.
     """
     margins = [row["chosen_score"] - row["rejected_score"] for row in scored]
@@ -85,7 +90,10 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
 
     known = [truth.get(row["id"], {}).get("question_type", "") for row in scored]
     types = [row["question_type"] or other for row, other in zip(scored, known, strict=True)]
-    exchanged_right = [row["chosen_score"] > row["rejected_score"] for row in exchanged]
+
+    def accuracy_of(rows: list[dict]) -> dict | None:
+        return count_rate(sum(r["chosen_score"] > r["rejected_score"] for r in rows), len(rows))
+
     return {
         "pair_accuracy": accuracy([True] * len(scored)),
         "per_class": by([row["class3"] for row in scored]),
@@ -95,8 +103,8 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
         "calibration": calibration(margins),
         "length_correlation": spearman(margins, words),
         "longer_is_better": count_rate(sum(w > 0 for w in words), len(words)),
-        "swapped": count_rate(sum(m < 0 for m in margins), len(margins)),
-        "exchanged": count_rate(sum(exchanged_right), len(exchanged_right)),
+        "swapped": accuracy_of(swapped),
+        "exchanged": accuracy_of(exchanged),
     }
 
 

@@ -10,6 +10,7 @@ from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_orig
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.rates import count_rate
+from spavl_lib.evaluation.text import picture_name
 from spavl_lib.generation.generate import generate_batch
 from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import load_policy, load_processor
@@ -180,11 +181,10 @@ def _write_images(config: Config, stage: Stage) -> None:
     for name in SHOWN:
         if (inference / f"{name}.jsonl").is_file():
             for row in load_prompts(config.data, name):
-                target = folder / Path(row["image_name"]).name
-                if row["image"] is not None and not target.exists():
+                if row["image"] is not None:
                     image = decode(row["image"])
                     image.thumbnail((256, 256))
-                    target.write_bytes(png_bytes(image))
+                    (folder / picture_name(name, row["id"])).write_bytes(png_bytes(image))
 
 
 def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str, dict | None]:

@@ -1,5 +1,6 @@
 """Prepare text from models, data and files for display: show every character, limit the length."""
 
+import hashlib
 import re
 from typing import Any
 
@@ -33,3 +34,11 @@ def cut(value: Any, limit: int) -> tuple[str, int]:
     """The first `limit` characters of a text, and how many characters were left out."""
     text = "" if value is None else str(value)
     return text[:limit], max(0, len(text) - limit)
+
+
+def picture_name(set_name: str, row_id: str) -> str:
+    """File name of a test row's picture in `evaluation/images`.
+
+    It says nothing about the picture's own name, because other people's pictures share names.
+    """
+    return hashlib.sha256(f"{set_name}\0{row_id}".encode()).hexdigest()[:24] + ".png"

@@ -7,11 +7,17 @@ from transformers import PreTrainedModel
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import source_hashes
+from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import eval_sets, load_prompts
 from spavl_lib.distributed import group
 from spavl_lib.generation.generate import generate
 from spavl_lib.generation.vllm import VLLMModel
-from spavl_lib.modelling.load import load_policy, load_processor, model_hashes
+from spavl_lib.modelling.load import (
+    context_length,
+    load_policy,
+    load_processor,
+    model_hashes,
+)
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_jsonl, write_json
 from spavl_lib.runs.maker import stage_maker
@@ -75,6 +81,10 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     processor = load_processor(config.model)
     with group.main_first():
         sets = {name: load_prompts(config.data, name) for name in names}
+    room = config.generation.max_new_tokens
+    limit = Limit("generation", context_length(config.model), sides=(), max_new_tokens=room)
+    for rows in sets.values():
+        without_unfit_rows(processor, rows, limit, "error")
     for label, folder in models.items():
         marker = stage.path / label / "weights.json"
         # What the responses depend on: the hash of the trained weights, and under "asked" those of

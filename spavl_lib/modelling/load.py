@@ -279,7 +279,9 @@ def load_counter(name: str, max_length: int = 0) -> tuple[ProcessorMixin, int]:
 
     Args:
         name: Model, as in the setting `model.name`.
-        max_length: The limit in tokens. 0 uses the model's context length.
+        max_length: The limit in tokens. It cannot exceed the model's context length. 0 uses the
+            context length.
     """
     config = ModelConfig(name=name, adapter="full")
-    return load_processor(config), max_length or context_length(config)
+    limits = filter(None, (max_length, context_length(config)))
+    return load_processor(config), min(limits, default=0)

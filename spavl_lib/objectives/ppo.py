@@ -229,13 +229,16 @@ class KLController:
     def update(self, kl: float, num_samples: int) -> None:
         """Adapt the coefficient.
 
+        One update changes the coefficient by at most a fifth. It therefore stays above 0 even if
+        more responses than the horizon are measured at once.
+
         Args:
             kl: Measured mean KL per response, in nats.
             num_samples: Number of responses over which `kl` was measured.
         """
         if self.target > 0:
             error = max(-0.2, min(0.2, kl / self.target - 1))
-            self.kl_coef *= 1 + error * num_samples / self.horizon
+            self.kl_coef *= 1 + error * min(num_samples, self.horizon) / self.horizon
 
     def state_dict(self) -> dict[str, float]:
         """State for a checkpoint."""

@@ -60,10 +60,13 @@ def longest_batch(kind: str, config: Config, shape: Shape, tokens: int) -> Batch
             2,048 if that is 0 too. For ppo, 0 uses an assumed prompt plus `max_new_tokens`.
     """
     section, question = getattr(config, kind), shape.image_tokens + PROMPT
+    longest = tokens or min(filter(None, (section.max_length or 2048, shape.context)))
     if kind == "ppo":
         answer = section.max_new_tokens
+        if section.sft_coef:  # chosen answers are computed in batches of as many rows
+            answer = max(answer, longest - question)
         return Batch(section.per_device_batch_size, tokens or question + answer, answer)
-    tokens = tokens or section.max_length or 2048
+    tokens = longest
     return Batch(2 * section.per_device_batch_size, tokens, max(1, tokens - question))
 
 

@@ -69,6 +69,8 @@ class Shape:
     """Attention heads for queries."""
     vocabulary: int
     """Number of token ids that have a logit."""
+    context: int
+    """Largest number of tokens of a sequence; 0 if the config does not say."""
     image_tokens: int
     """Tokens that an image adds to a row."""
     tower_tokens: int
@@ -109,6 +111,7 @@ def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
         kv_width=width * (getattr(text, "num_key_value_heads", None) or heads),
         heads=heads,
         vocabulary=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", None) or 0,
         image_tokens=getattr(config, "image_seq_length", None) or patches,
         tower_tokens=patches + 1,
     )

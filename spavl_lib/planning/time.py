@@ -2,7 +2,7 @@
 
 from spavl_lib.config import Config
 from spavl_lib.planning.devices import Device
-from spavl_lib.planning.memory import batches_per_step
+from spavl_lib.planning.memory import PROMPT, batches_per_step
 from spavl_lib.planning.shapes import Shape
 
 # Shares of the device's rates that a step is assumed to reach. Rough assumptions, not measured.
@@ -32,23 +32,36 @@ def step_time(
     """
     model, launch = config.model, config.launch
     matmul = shape.linears + (shape.parts.get("head", 0) if kind != "reward" else 0)
-    # Multiply-adds per token of attention's two matrix products.
-    attention = shape.layers * 2 * tokens * shape.hidden
-    forward = 2.0 * rows * tokens * (matmul + attention)
-    forward += 2.0 * rows * shape.tower_tokens * shape.parts.get("tower", 0)
-    backward = (2.0 if model.adapter == "full" else 1.0) * forward
-    if model.gradient_checkpointing:
-        backward += forward
-    passes = forward + backward + (forward if kind == "dpo" else 0.0)
-    batches = max(1, batches_per_step(kind, config) // launch.num_processes)
+    full, recomputes = model.adapter == "full", model.gradient_checkpointing
+
+    def passes_of(length: int) -> tuple[float, float]:
+        """FLOPs of a micro-batch's forward pass, and of its backward pass."""
+        # Multiply-adds per token of attention's two matrix products.
+        attention = shape.layers * 2 * length * shape.hidden
+        forward = 2.0 * rows * length * (matmul + attention)
+        forward += 2.0 * rows * shape.tower_tokens * shape.parts.get("tower", 0)
+        return forward, (2.0 if full else 1.0) * forward + (forward if recomputes else 0.0)
+
     rate = device.tflops * 1e12 * (CPU_UTILISATION if device.half == "none" else GPU_UTILISATION)
     if kind == "ppo":
-        return _rollout_time(config, shape, device, forward, backward, rate), _steps(kind, config)
+        sampled = shape.image_tokens + PROMPT + config.ppo.max_new_tokens
+        chosen = sum(passes_of(tokens)) if config.ppo.sft_coef else 0.0
+        of_rollout = passes_of(min(tokens, sampled))
+        return _rollout_time(config, shape, device, *of_rollout, chosen, rate), _steps(kind, config)
+    forward, backward = passes_of(tokens)
+    passes = forward + backward + (forward if kind == "dpo" else 0.0)
+    batches = max(1, batches_per_step(kind, config) // launch.num_processes)
     return passes * batches / rate, _steps(kind, config)
 
 
 def _rollout_time(
-    config: Config, shape: Shape, device: Device, forward: float, backward: float, rate: float
+    config: Config,
+    shape: Shape,
+    device: Device,
+    forward: float,
+    backward: float,
+    chosen: float,
+    rate: float,
 ) -> float:
     """Seconds of a PPO step: sampling, a forward pass of each of the four roles, and all updates.
 
@@ -58,13 +71,14 @@ def _rollout_time(
         device: The device of each process.
         forward: FLOPs of a micro-batch's forward pass.
         backward: FLOPs of a micro-batch's backward pass.
+        chosen: FLOPs of both passes over a micro-batch of chosen responses; 0 if they are not used.
         rate: FLOPs per second.
     """
     ppo = config.ppo
     batches = ppo.rollout_batch_size / ppo.per_device_batch_size / config.launch.num_processes
     # Five forward passes: the prefill of sampling, and one of each role. Each inner epoch trains
     # policy and value model.
-    work = batches * (5 * forward + ppo.ppo_epochs * 2 * (forward + backward))
+    work = batches * (5 * forward + ppo.ppo_epochs * (2 * (forward + backward) + chosen))
     # Sampling reads every weight for each token.
     bytes_per_weight = NF4_BYTES if config.model.adapter == "qlora" else HALF_BYTES
     weights = sum(shape.parts.values()) * bytes_per_weight

@@ -15,7 +15,7 @@ from PIL import Image
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.evaluation.numbers import model_title
-from spavl_lib.evaluation.text import cut, short
+from spavl_lib.evaluation.text import cut, picture_name, short
 from spavl_lib.runs.files import read_jsonl
 
 SET_ORDER = ("harm", "help", "look_alikes", "twins")
@@ -205,7 +205,7 @@ def _tiles(
             class3=short(row.get("class3") or ""),
             prompt=cut(row.get("prompt"), _PROMPT_LIMIT)[0],
             harmful=bool(row.get("harmful")),
-            image=stored_image_uri(images, row.get("image_name")),
+            image=stored_image_uri(images, picture_name(*key)),
             answers=tuple(answers),
             change=_change(by_model, last),
             extra=key in extra,

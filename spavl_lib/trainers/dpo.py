@@ -45,7 +45,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
 from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import load_rows, training_inputs
+from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
@@ -100,8 +100,8 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     It returns the stage's summary, and raises the same errors as `train_reward`.
     """
     quiet_libraries()
-    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
+    train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows, held_out)
     parts = assert_freeze_plan(trainer.model, config.model)
     check_rows_fit(trainer, train_rows, processor)
@@ -171,12 +171,11 @@ def build_trainer(
         if config.launch.engine == "ddp":
             policy = policy.float()
         freeze_for_full(policy, config.model)
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
     trainer = CheckedDPOTrainer(
         model=policy,
         ref_model=reference,
         args=arguments,
-        data_collator=RowCollator(processor, dpo.max_length or context),
+        data_collator=RowCollator(processor, limit_of(config, "dpo").longest),
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=processor,

@@ -21,7 +21,6 @@ from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.grouping import ImageGroupedSampler
-from spavl_lib.data.lengths import check_lengths
 from spavl_lib.distributed import settings
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.runs.signals import StopFlag
@@ -63,6 +62,8 @@ class CheckedMixin:
     launch_config: LaunchConfig = LaunchConfig()
     engine_found: dict[str, Any]
     row_ids: list[str] = []
+    images_seen: bool = False
+    """Whether a batch of this process held an image."""
     group_by_image: bool = False
     image_sampler: ImageGroupedSampler | None = None
     reporter: StageCallback | None = None
@@ -132,6 +133,7 @@ class CheckedMixin:
 
     def _prepare_inputs(self: Trainer, inputs: dict) -> dict:
         self.row_ids = inputs.pop("row_ids", self.row_ids)
+        self.images_seen |= "pixel_values" in inputs
         return super()._prepare_inputs(inputs)
 
     def training_step(
@@ -267,7 +269,7 @@ class CheckedMixin:
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:
-    """Before the first step, check every row's length, and decode and compare eight collated rows.
+    """Before the first step, decode and compare eight collated rows.
 
     Args:
         trainer: The trainer, whose collator and image token are used.
@@ -278,7 +280,6 @@ def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -
         InputError: A row is too long.
         AssertionError: A mask, BOS, EOS or image slot is wrong.
     """
-    check_lengths(processor, rows, trainer.data_collator.max_length)
     sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 8))][:8]
     config = getattr(trainer.model, "config", None) or trainer.model.vlm.config
     check_batch(

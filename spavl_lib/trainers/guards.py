@@ -15,6 +15,7 @@ from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
+from spavl_lib.modelling.families import family_of
 
 # End of the error messages about NaN or infinity: what the user can do.
 REMEDY = (
@@ -151,13 +152,21 @@ class Movement:
         value = value.double()
         return (float(value.sum()), float((value * value).sum()))
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, images: bool = True) -> "Movement | None":
         """Compare the model with the start.
+
+        Args:
+            model: The model now.
+            images: Whether a batch so far held an image. Before one did, no gradient has reached
+                the parameters behind the image, so those are left for a later check.
+
+        Returns:
+            Self if some parameters are left for a later check, else None.
 
         Raises:
             AssertionError: Names a frozen parameter that moved or a trained one that did not.
         """
-        moved, still = [], []
+        moved, still, family = [], [], family_of(model)
         changes = [self._fingerprint(p) != self.start[n] for n, p in model.named_parameters()]
         # Under ZeRO-3 a parameter's shard may be unchanged in one process but changed in another.
         anywhere = group.any_of_each(torch.tensor(changes)).tolist()
@@ -165,9 +174,12 @@ class Movement:
             if changed and not parameter.requires_grad:
                 moved.append(name)
             if parameter.requires_grad and not changed:
-                still.append(name)
+                part = family.part_of(name)
+                if images or not (part in ("tower", "projector") or "cross_attn" in name):
+                    still.append(name)
         if moved or still:
             raise AssertionError(
                 f"frozen parameters that moved: {moved[:5]}; trained parameters that did not: "
                 f"{still[:5]}"
             )
+        return None if images else self

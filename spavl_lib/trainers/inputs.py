@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import ProcessorMixin
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import load_preferences
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.load import compute_dtype, model_hashes
+from spavl_lib.modelling.load import compute_dtype, context_length, model_hashes
 from spavl_lib.runs.files import sha256_file
 from spavl_lib.runs.stage import Stage
 
@@ -68,21 +70,46 @@ def reward_folder(named: str, stage: Stage) -> Path:
     return reward.path / "model"
 
 
-def load_rows(config: Config, stage: Stage, *splits: str) -> list[Dataset]:
-    """Load the preference rows of some splits, and write their digests into the manifest.
-
-    The manifest also says how held-out rows were drawn, if the data have no split of them.
+def limit_of(config: Config, name: str) -> Limit:
+    """The largest lengths of the rows of a trainer.
 
     Args:
-        config: Uses `data`.
+        config: Uses `model` and the trainer's section.
+        name: reward, dpo, ppo or rloo.
+    """
+    section, context = config.section(name), context_length(config.model)
+    if name not in ("ppo", "rloo"):
+        return Limit(name, context, section.max_length)
+    sides = ("chosen",) if getattr(section, "sft_coef", 0) else ()
+    longest = getattr(section, "max_length", 0)
+    return Limit(name, context, longest, sides, section.max_new_tokens)
+
+
+def load_rows(
+    config: Config, stage: Stage, processor: ProcessorMixin, *splits: str
+) -> list[Dataset]:
+    """Load the preference rows of some splits, and write their digests into the manifest.
+
+    Rows that the model cannot take are refused or left out, before the model is loaded. The
+    manifest also says how held-out rows were drawn, if the data have no split of them.
+
+    Args:
+        config: Uses `data`, `model` and the section of the stage.
         stage: The stage that is trained, whose manifest gets the digests.
+        processor: The model's processor.
         splits: Names of splits, such as `train` and `validation`.
 
     Raises:
-        InputError: The data cannot be read.
+        InputError: The data cannot be read, or a row is too long; with `data.on_bad_rows` = skip
+            such a row is left out.
     """
     with group.main_first():  # the main process may have to download or build the data set
-        rows = {split: load_preferences(config.data, split) for split in splits}
+        loaded = {split: load_preferences(config.data, split) for split in splits}
+    limit = limit_of(config, stage.name)
+    rows = {
+        split: without_unfit_rows(processor, table, limit, config.data.on_bad_rows)
+        for split, table in loaded.items()
+    }
     stage.note(
         data={split: row_digests(table) for split, table in rows.items()},
         held_out=open_source(config.data).held_out(),

@@ -26,7 +26,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
-from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.modelling.load import load_processor, quiet_libraries
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.runs.files import append_jsonl, read_jsonl
 from spavl_lib.runs.maker import stage_maker
@@ -64,7 +64,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
-    [rows] = load_rows(config, stage, "train")
+    [rows] = load_rows(config, stage, load_processor(config.model), "train")
     trainer = PPOTrainer(config, stage, rows, folder, flag)
     trainer.check()
     trainer.train(live)
@@ -125,14 +125,12 @@ class PPOTrainer(RolloutMaker):
     # --- the run ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check before the first step that prompts fit the context, and checkpoints the disk.
+        """Check before the first step that the checkpoints fit the disk.
 
         Raises:
-            InputError: Lists the prompts that leave no room for a response.
             DiskError: The checkpoints would not fit on the disk.
         """
         ckpt.check_room(self.stage.path / "checkpoints", self.model)
-        self.check_prompts()
 
     def train(self, live: Any = None) -> None:
         """Take all remaining steps.
@@ -152,6 +150,7 @@ class PPOTrainer(RolloutMaker):
         self._resume()
         group.report("progress", {"step": self.step, "total": self.total_steps})
         movement = None if self.step else Movement(self.model)
+        images = False
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
         with bar:
@@ -169,10 +168,9 @@ class PPOTrainer(RolloutMaker):
                 bar.set_postfix(
                     score=f"{stats['objective/scores']:.2f}", kl=f"{stats['objective/kl']:.2f}"
                 )
-                if movement and self.step == min(3, self.total_steps):
-                    if self.step == 3:
-                        movement.check(self.model)
-                    movement = None
+                images |= any(prompt.image_digest for prompt in rollout.prompts)
+                if movement and (self.step == 3 or (self.step > 3 and images)):
+                    movement = movement.check(self.model, images)
                 due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
                 overdue = time.monotonic() - self.saved > progress.LONGEST_UNSAVED_S
                 if group.any_of(due or overdue):

@@ -31,6 +31,8 @@ def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
         "response/length": lengths.mean().item(),
         "response/finished": sum(rollout.finished) / len(rollout),
         "response/empty": sum(not text for text in rollout.texts) / len(rollout),
+        "val/mean": masked_mean(columns["values"], mask).item(),
+        "val/advantage": rollout.mean_advantage,
         "val/explained_variance": explained_variance(columns["values"], columns["returns"], mask),
     }
 

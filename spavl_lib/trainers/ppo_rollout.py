@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import ProcessorMixin, set_seed
 
 from spavl_lib.config import Config
-from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
@@ -82,17 +81,6 @@ class RolloutMaker:
         )
         self.dtype = compute_dtype()
         self.lockstep = False
-
-    def check_prompts(self) -> None:
-        """Raise if a prompt leaves no room for a response in the model's context.
-
-        Raises:
-            InputError: Lists the prompts that are too long.
-        """
-        text = self.model.vlm_of("policy").config.get_text_config()
-        context = getattr(text, "max_position_embeddings", 0)
-        room = self.settings.max_new_tokens
-        check_prompt_lengths(self.processor, self.rows, room, context, stage="ppo")
 
     def prompts_of(self, step: int) -> list[int]:
         """Indices of the training rows whose prompts are rolled out in step `step` (from 0)."""

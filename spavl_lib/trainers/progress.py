@@ -134,9 +134,10 @@ class StageCallback(TrainerCallback):
         """Advance the bar. If the stop flag is set, save and stop after this step."""
         if self.bar is not None:
             self.bar.update(1)
-        if self.movement and state.global_step == 3:
-            self.movement.check(self.model)
-            self.movement = None
+        if self.movement and state.global_step >= 3:
+            images = group.any_of(self.trainer.images_seen)
+            if images or state.global_step == 3:
+                self.movement = self.movement.check(self.model, images)
         if asked_to_stop(self.flag):
             control.should_save = control.should_training_stop = True
         if group.any_of(time.monotonic() - self.saved > LONGEST_UNSAVED_S):

@@ -47,13 +47,15 @@ from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
-from spavl_lib.trainers.inputs import load_rows, training_inputs
+from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
     "rewards/chosen", "rewards/rejected",
 )  # fmt: skip
+
+SWAPPED = 64  # held-out pairs whose answers are also scored in each other's place
 
 
 class VLMRewardTrainer(CheckedMixin, Trainer):
@@ -82,8 +84,9 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         The first half of the batch's rows are chosen responses, the second half rejected ones.
         """
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
-        if model.training and (self.settings.shift_px or self.settings.mirror):
-            batch["pixel_values"] = self._augmented(batch["pixel_values"])
+        moves = self.settings.shift_px or self.settings.mirror
+        if model.training and moves and "pixel_values" in batch:
+            batch["pixel_values"] = self._augmented(batch["pixel_values"], batch["input_ids"])
         coef = self.settings.sft_coef
         if coef:
             mask = inputs["completion_mask"].clone()
@@ -112,12 +115,21 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
                 self.sums.setdefault(key, []).append(float(value))
         return (loss, {"scores": chosen}) if return_outputs else loss
 
-    def _augmented(self, pixels: Tensor) -> Tensor:
-        """Shift and mirror training images (2 * pairs, ...), equally for both rows of a pair."""
+    def _augmented(self, pixels: Tensor, ids: Tensor) -> Tensor:
+        """Shift and mirror training images, equally for both rows of a pair.
+
+        Args:
+            pixels: Images (2 * pairs that have one, ...).
+            ids: Token ids (2 * pairs, seq), which show which pairs have an image.
+        """
+        rows = self.row_ids
+        if len(pixels) != 2 * len(rows):
+            slots = ids[: len(rows)] == self.model.vlm.config.image_token_id
+            rows = [row for row, has in zip(rows, slots.any(1).tolist(), strict=True) if has]
         place = f"{self.args.seed}/{self.state.global_step}"
         half = moved_images(
             pixels[: len(pixels) // 2],
-            [f"{place}/{row}" for row in self.row_ids],
+            [f"{place}/{row}" for row in rows],
             shift_px=self.settings.shift_px,
             mirror=self.settings.mirror,
         )
@@ -151,8 +163,8 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         Preempted: The stop flag is set. The same call continues the training.
     """
     quiet_libraries()
-    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
+    train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows)
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
     check_rows_fit(trainer, train_rows, processor)
@@ -165,9 +177,11 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     if len(held_out) > 1:  # a single row has no other image to exchange with
         moved = exchange_images(held_out)
         exchanged = score_pairs(model, processor, moved, size, should_stop=flag)
+    turned = exchange_answers(held_out.select(range(min(SWAPPED, len(held_out)))))
+    swapped = score_pairs(model, processor, turned, size, should_stop=flag)
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
-    metrics = reward_metrics(scored, exchanged, load_pair_truth(config.data))
+    metrics = reward_metrics(scored, exchanged, swapped, load_pair_truth(config.data))
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
         for key, rows in (
@@ -229,11 +243,10 @@ def build_trainer(
     """
     arguments = TrainingArguments(**common_arguments("reward", config, stage))
     model = build_model(config)
-    context = getattr(model.vlm.config.get_text_config(), "max_position_embeddings", 0)
     trainer = VLMRewardTrainer(
         model=model,
         args=arguments,
-        data_collator=RowCollator(processor, config.reward.max_length or context),
+        data_collator=RowCollator(processor, limit_of(config, "reward").longest),
         train_dataset=train_rows,
         config=config,
     )
@@ -311,3 +324,11 @@ def exchange_images(rows: Dataset) -> Dataset:
     """
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])
+
+
+def exchange_answers(rows: Dataset) -> Dataset:
+    """Put every rejected answer in the chosen one's place, and the reverse."""
+    names = {"chosen": "rejected", "rejected": "chosen"}
+    return rows.rename_columns({n: f"{n}_" for n in names}).rename_columns(
+        {f"{n}_": other for n, other in names.items()}
+    )

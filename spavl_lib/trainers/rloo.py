@@ -24,7 +24,6 @@ from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.data.templates import encode_prompts, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
@@ -68,6 +67,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
     """trl's trainer with this package's prompts and checkpoints, and checks before every update."""
 
     prompts_compared = False
+    images_seen = True  # every row has one
     trainable_counts: dict[str, int]
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
@@ -174,8 +174,8 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
-    [rows] = load_rows(config, stage, "train")
     processor = load_processor(config.model)
+    [rows] = load_rows(config, stage, processor, "train")
     trainer = build_trainer(config, stage, processor, rows, folder)
     ckpt.check_room(trainer.checkpoints, trainer.model)
     trainer.report_to_stage(
@@ -220,8 +220,7 @@ def build_trainer(
         folder: The reward model: a reward trainer's `model/`.
 
     Raises:
-        InputError: There are too few rows for a step, a row has no image, or a prompt leaves no
-            room for a response.
+        InputError: There are too few rows for a step, or a row has no image.
     """
     rloo, lora = config.rloo, config.model.with_lora
     prompts_a_step = rloo.global_batch_size // rloo.num_generations
@@ -259,8 +258,6 @@ def build_trainer(
         train_in_fp32(trainer.model)
     trainer.trainable_counts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
-    check_prompt_lengths(processor, rows, rloo.max_new_tokens, context, stage="rloo")
     trainer.checkpoints = stage.path / "checkpoints"
     drop_stock_callbacks(trainer)
     return trainer

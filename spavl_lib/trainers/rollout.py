@@ -49,6 +49,8 @@ class Rollout:
     texts: list[str]
     finished: list[bool]
     columns: dict[str, Tensor] = field(default_factory=dict)
+    mean_advantage: float = 0.0
+    """Mean over the answer tokens, before advantages are whitened."""
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -4,11 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from spavl_lib import cli
 from spavl_lib.data.check import check, table
 from spavl_lib.data.duplicates import dhash, near_groups
 from spavl_lib.data.explore import balance
+from spavl_lib.data.images import png_bytes
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.load import load_counter
 from tests.helpers import embedded_processor, hub_rows, png, write_hub_folder
 
 
@@ -92,3 +96,47 @@ def test_balance() -> None:
     found = balance(["theft"] * 3 + ["hate"])
     assert found["smallest"] == ["hate", 1] and found["largest"] == ["theft", 3]
     assert found["evenness"] == pytest.approx(0.8113, abs=1e-4)
+
+
+# --- own columns, longest rows, sizes -----------------------------------------------------------
+
+
+def test_own_columns_are_named_as_in_a_profile(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png())
+    (tmp_path / "wide.png").write_bytes(png_bytes(Image.new("RGB", (60, 10))))
+    rows = [
+        {"q": "Why?", "good": "So. " * n, "bad": "\nNo.", "pic": name}
+        for n, name in enumerate(["a.png", "a.png", "wide.png"], 1)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "validation.jsonl").write_text(text, encoding="utf-8")
+    report = check(
+        str(tmp_path / "train.jsonl"),
+        columns=["prompt=q,chosen=good", "rejected = bad", "image=pic"],
+        **counted(),
+    )
+    train = report["splits"]["train"]
+    assert (report["source"], report["problems"], train["rows"]) == ("datasets", 0, 3)
+    assert (train["images"], train["text_only"]) == (2, 0)
+    assert train["narrowest_image"] == "60x10"
+    longest = train["tokens"]["longest_rows"]
+    assert next(iter(longest)) == "train/2 chosen" and len(longest) == 5
+    assert list(longest.values()) == sorted(longest.values(), reverse=True)
+    assert "train/2 chosen" in table(report)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (["promt=q"], "did you mean 'prompt'"), (["prompt"], "expected FIELD=COLUMN"),
+        (["prompt="], "expected FIELD=COLUMN"), (["prompt=a", "prompt=b"], "at most once"),
+    ],
+)  # fmt: skip
+def test_a_column_map_that_says_nothing_is_refused(columns: list[str], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        check("rows.jsonl", columns=columns)
+
+
+def test_the_limit_is_never_past_the_models_context() -> None:
+    assert [load_counter("embedded", n)[1] for n in (0, 100, 9000)] == [512, 100, 512]

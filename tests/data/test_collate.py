@@ -1,6 +1,7 @@
 """Rows to tensors: BOS, EOS, image slots, masks, padding, on the embedded and other processors."""
 
 import copy
+import tracemalloc
 import unicodedata
 
 import numpy as np
@@ -277,6 +278,20 @@ def test_any_text_comes_back(text: str, family: str) -> None:
     said = processor.tokenizer.decode(scored(batch, 0)[:-1]).strip()
     assert unicodedata.normalize("NFC", said) == unicodedata.normalize("NFC", text).strip()
     check_batch(batch, rows, processor, _image_token_id(processor))
+
+
+def test_a_narrow_picture_of_a_few_kilobytes_does_not_take_gigabytes() -> None:
+    picture = {"bytes": png_bytes(Image.new("RGB", (100, 12_000), "red")), "path": None}
+    tracemalloc.start()
+    try:
+        batch = PreferenceCollator(embedded_processor())([row(image=picture)])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 400e6  # padded to a square at its full size it takes 1.8 GB
+    small = {"bytes": png_bytes(Image.new("RGB", (10, 1_200), "red")), "path": None}
+    expected = PreferenceCollator(embedded_processor())([row(image=small)])
+    assert (batch["pixel_values"] - expected["pixel_values"]).abs().max() < 0.5
 
 
 # --- refusals -----------------------------------------------------------------------------------

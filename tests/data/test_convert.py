@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 from benchmarks.synthetic_spavl import write
+from spavl_lib.data import check
 from spavl_lib.data.convert import convert
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.load import load_preferences, load_prompts
@@ -131,7 +132,27 @@ def test_turns_odd_ids_and_missing_pictures_come_back_file_by_file(tmp_path: Pat
     assert rows[0]["prompt"] == TURN.join(["One?", "1.", "Two?"])
     convert(str(tmp_path / "hub"), tmp_path / "again")
     again = json.loads((tmp_path / "again/train_easy.json").read_text(encoding="utf-8"))
-    assert again[0] == records[0]
+    assert again == records
     assert list(load_preferences(hub_config(tmp_path / "hub"), "train")["question_type"]) == [
         "easy", "easy", "easy", "hards",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [("1", "x", "y"), ("a/0", "a/1", "a/2"), ("1", "01", "0"), ("\u0661", "1", "2"),
+     ("train/1", "train/0", "1")],
+    ids=str,
+)  # fmt: skip
+def test_ids_of_ones_own_come_back_and_stay_apart(tmp_path: Path, ids: tuple[str, ...]) -> None:
+    records = [original_record(i, image=...) for i in ids]
+    source = write_original_folder(tmp_path / "in", {"easy": records})
+    (source / "config_test.json").unlink()
+    convert(str(source), tmp_path / "hub")
+    convert(str(tmp_path / "hub"), tmp_path / "again")
+    for folder in (tmp_path / "hub", tmp_path / "again"):
+        report = check.check(str(folder))
+        assert not report["problems"]
+    assert list(load_preferences(hub_config(tmp_path / "hub"), "train")["id"]) == list(ids)
+    again = json.loads((tmp_path / "again/train_easy.json").read_text(encoding="utf-8"))
+    assert [str(record["id"]) for record in again] == list(ids)

@@ -8,10 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from PIL import Image
 
 from spavl_lib.data import images
-from spavl_lib.data.images import ImageError, decode, open_image, png_bytes, resolve_inside
+from spavl_lib.data.images import (
+    ImageError,
+    check_header,
+    decode,
+    for_square,
+    open_image,
+    png_bytes,
+    resolve_inside,
+)
+from spavl_lib.data.problems import find_problems
+from spavl_lib.data.schema import features
 
 
 def saved(image: Image.Image, kind: str, **options: object) -> bytes:
@@ -213,10 +224,82 @@ def test_what_is_no_picture_is_refused(content: bytes, tmp_path: Path) -> None:
         decode({"bytes": content, "path": None})
 
 
-@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "PPM"])
-def test_other_kinds_are_refused(kind: str) -> None:
-    with pytest.raises(ImageError):
-        open_image(saved(Image.new("RGB", (4, 4)), kind))
+OTHERS = {
+    **{
+        kind: saved(Image.new("RGB", (4, 4)), kind) for kind in ("GIF", "BMP", "TIFF", "PPM", "ICO")
+    },
+    "JPEG 2000": b"\0\0\0\x0cjP  \r\n\x87\n" + b"\0" * 40,
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "AVIF": b"\0\0\0\x1cftypavif\0\0\0\0avifmif1",
+    "TIFF of a big-endian machine": b"MM\0*\0\0\0\x08",
+    "HTML": b"\n<!DOCTYPE html><title>404</title>",
+    "SVG": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(OTHERS[kind])
+    for read in (open_image, check_header):
+        for source in (OTHERS[kind], path):
+            with pytest.raises(ImageError, match=f"a file of kind {kind.split(' of a')[0]}"):
+                read(source)
+
+
+@pytest.mark.parametrize(
+    ("size", "taken"), [((200, 1), True), ((3, 600), True), ((201, 1), False), ((3, 601), False)]
+)
+def test_narrow_pictures_are_refused_as_the_strictest_processor_does(
+    size: tuple[int, int], taken: bool
+) -> None:
+    content = saved(Image.new("RGB", size), "PNG")
+    if taken:
+        assert open_image(content).size == size
+        check_header(content)
+        return
+    for read in (open_image, check_header):
+        with pytest.raises(ImageError, match=f"{size[0]} x {size[1]} px, narrower than 200:1"):
+            read(content)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((100, 12_000), (33, 4_000)),
+        ((12_000, 100), (4_000, 33)),
+        ((9_000, 5_000), (7_071, 3_928)),  # not narrow, but padded it would be 81 million pixels
+        ((6_000, 4_000), (6_000, 4_000)),
+        ((4_000, 20), (4_000, 20)),
+    ],
+)
+def test_padding_to_a_square_is_bounded(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert for_square(Image.new("RGB", size)).size == expected
+
+
+def exif_of(*entry: object) -> bytes:
+    """EXIF data with orientation 6 and one more entry: tag, type, count, content."""
+    tag, kind, count, content = entry
+    head = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    value = content if len(content) == 4 else struct.pack("<I", 38)
+    return head + struct.pack("<HHI", tag, kind, count) + value + b"\0\0\0\0" + content
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        (0x011A, 10, 1, struct.pack("<ii", -1, 0)),  # a signed rational where none belongs
+        (0x0100, 2, 4, b"ab\0\0"),  # text where a number belongs
+        (0x9204, 10, 1, struct.pack("<ii", -1, 0)),
+        (0x829A, 5, 1, struct.pack("<II", 0, 0)),
+    ],
+    ids=str,
+)
+def test_exif_that_cannot_be_written_back_turns_the_picture(entry: tuple) -> None:
+    content = saved(Image.new("RGB", (20, 10)), "JPEG", exif=exif_of(*entry))
+    assert Image.open(io.BytesIO(content)).getexif()[0x0112] == 6
+    assert open_image(content).size == (10, 20)
 
 
 @pytest.mark.parametrize("cell", [None, "", {}, {"bytes": None, "path": None}, {"bytes": b""}])
@@ -269,3 +352,20 @@ def test_a_folder_with_the_roots_name_as_its_beginning_is_outside(tmp_path: Path
     (tmp_path / "root2/x.png").write_bytes(b"x")
     with pytest.raises(ImageError, match="leaves"):
         resolve_inside(tmp_path / "root", "../root2/x.png")
+
+
+def test_large_sets_are_looked_at_from_their_headers() -> None:
+    """Every picture of a large set is decoded only in its batch, which would be too late."""
+    contents = [
+        png_bytes(Image.new("RGB", (9, 9))),
+        png_bytes(Image.new("RGB", (900, 2))),
+        saved(Image.new("RGB", (9, 9)), "GIF"),
+        saved(Image.new("RGB", (9, 9)), "JPEG", exif=exif_of(0x9286, 2, 60_000, b"x" * 60_000)),
+    ]
+    cells = [None, *({"bytes": c, "path": None} for c in contents), {"bytes": None, "path": "no"}]
+    rows = {"id": list(map(str, range(6))), "prompt": ["Why?"] * 6, "image": cells}
+    table = Dataset.from_dict(rows, features=features(rows))
+    found = find_problems(table, lambda i: f"f:{i}", preference=False, images=False)
+    assert sorted(found) == [2, 3, 5]
+    assert found[2] == ["f:2 image: image is 900 x 2 px, narrower than 200:1"]
+    assert "GIF" in found[3][0]

@@ -1,5 +1,6 @@
 """Both doors, the Hub's layout and the original's, into one schema; and what neither lets in."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,10 +10,12 @@ import pyarrow
 import pytest
 from datasets import Dataset
 
+from spavl_lib.config import load_config
 from spavl_lib.data import check, explore, schema
 from spavl_lib.data.convert import convert
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.load import (
+    check_whole,
     eval_sets,
     load_preferences,
     load_prompts,
@@ -623,6 +626,26 @@ def test_the_data_hash_sees_every_change() -> None:
     assert len(set(digests)) == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "rows", "changes", "refused"),
+    [
+        ("train", 93_258, {}, False), ("train", 93_257, {}, True), ("validation", 7_000, {}, False),
+        ("validation", 6_999, {}, True), ("harm", 265, {}, False), ("help", 264, {}, True),
+        ("train", 10, {"path": "org/other"}, False), ("train", 10, {"revision": "main"}, False),
+        ("train", 93_000, {"on_bad_rows": "skip"}, False), ("more", 3, {}, False),
+    ],
+)  # fmt: skip
+def test_the_real_set_is_whole_or_refused(
+    name: str, rows: int, changes: dict, refused: bool
+) -> None:
+    config = dataclasses.replace(load_config("colab").data, **changes)
+    if not refused:
+        check_whole(config, name, rows)
+        return
+    with pytest.raises(InputError, match=rf"{name}: .* rows, but this revision has"):
+        check_whole(config, name, rows)
+
+
 def test_leakage_counts_what_is_shared() -> None:
     train, held_out = mini_rows().select(range(30)), mini_rows("validation").select(range(6))
 
@@ -637,6 +660,26 @@ def test_leakage_counts_what_is_shared() -> None:
     }
 
 
+def test_leakage_is_looked_for_between_every_two_sets() -> None:
+    rows, starts = mini_rows("validation"), {"a": 0, "b": 3, "c": 9}
+    part = {name: rows.select(range(start, start + 6)) for name, start in starts.items()}
+    keys = {n: explore.set_keys(rows) for n, rows in part.items()}
+    found = explore.shared_between({"train": keys["a"]} | keys)
+    assert set(found) == {"a and b", "a and c", "b and c"}
+    assert found["a and b"]["images"] == len(keys["a"][0] & keys["b"][0]) > 0
+    assert found["a and c"]["images"] == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "median", "p95"),
+    [([], 0, 0), ([7], 7, 7), ([4, 1], 2.5, 4), ([3, 1, 2], 2, 3), ([*range(1, 101)], 50.5, 95),
+     ([*range(1, 21)], 10.5, 19)],
+)  # fmt: skip
+def test_medians_and_percentiles_are_what_they_say(values: list, median: float, p95: int) -> None:
+    summary = explore.summary_of(values)
+    assert (summary["median"], summary["p95"]) == (median, p95)
+
+
 def test_the_data_stage_counts_and_finds_no_leak(tmp_path: Path) -> None:
     config = smoke(run_name="r")
     stage = Run(config, root=tmp_path).stage("data")
@@ -647,6 +690,9 @@ def test_the_data_stage_counts_and_finds_no_leak(tmp_path: Path) -> None:
         name: {"images": 0, "prompts": 0}
         for name in ("validation", "harm", "help", "look_alikes", "twins")
     }
+    assert len(summary["shared_between"]) == 10
+    for name in ("harm", "help", "look_alikes", "twins"):
+        assert summary["shared_between"][f"validation and {name}"] == {"images": 0, "prompts": 0}
     train = load_preferences(config.data, "train")
     assert summary["train"]["sha256"] == explore.data_sha256(train)
     assert sum(summary["train"]["class1"].values()) == 64

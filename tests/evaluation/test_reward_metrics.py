@@ -73,7 +73,8 @@ def test_metrics_of_five_pairs_by_hand() -> None:
     ]
     exchanged = [scored(1.0), scored(-1.0), scored(0.0), scored(2.0), scored(3.0)]
     truth = {"c": {"question_type": "hards"}, "a": {"question_type": "hards"}}
-    metrics = reward_metrics(rows, exchanged, truth)
+    swapped = [scored(-2.0), scored(1.0), scored(0.5)]  # the third depends on its place
+    metrics = reward_metrics(rows, exchanged, swapped, truth)
 
     def counts(rate: dict) -> tuple[int, int]:
         return rate["k"], rate["n"]
@@ -88,7 +89,7 @@ def test_metrics_of_five_pairs_by_hand() -> None:
         "easy": (1, 1), "hardq": (0, 1), "hards": (1, 1),
     }  # fmt: skip
     assert counts(metrics["longer_is_better"]) == (3, 5)
-    assert counts(metrics["swapped"]) == (2, 5)
+    assert counts(metrics["swapped"]) == (2, 3)
     assert counts(metrics["exchanged"]) == (3, 5)
     assert metrics["calibration"] == calibration([2.0, -1.0, 0.5, 0.0, -0.5])
     assert metrics["ece"] == expected_calibration_error([2.0, -1.0, 0.5, 0.0, -0.5])

@@ -1,17 +1,23 @@
 """The evaluation stage: counts from answers to metrics.json, and what no stub may win."""
 
+import base64
+import io
 import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor
 
 from spavl_lib.data.embedded import language
 from spavl_lib.data.embedded.language import PLACEHOLDER, Request
+from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
+from spavl_lib.evaluation import suite
 from spavl_lib.evaluation.suite import make_evaluation_stage, model_metrics, twin_accuracy
+from spavl_lib.report.gallery import build_gallery
 from spavl_lib.runs.files import read_jsonl, write_text
 from spavl_lib.runs.stage import Run
 from tests.helpers import files_of, smoke
@@ -199,3 +205,37 @@ def test_without_answers_there_is_nothing_to_judge(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="run 05_inference first"):
         make_evaluation_stage(run.config, run.stage("evaluation"))
     assert not run.stage("evaluation").done
+
+
+def test_pictures_of_one_name_are_each_shown_over_their_own_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In other people's data `0.png` is in every set, and in a set once for every folder."""
+    colours = {("harm", 0): "red", ("harm", 1): "lime", ("help", 0): "blue", ("help", 1): None}
+
+    def prompts(_: object, name: str) -> list[dict]:
+        def cell(colour: str | None) -> dict | None:
+            return colour and {"bytes": png_bytes(Image.new("RGB", (8, 8), colour)), "path": None}
+
+        return [
+            {"id": f"row/{n}", "image_name": "0.png", "image": cell(colours[name, n])}
+            for n in range(2)
+        ]
+
+    monkeypatch.setattr(suite, "load_prompts", prompts)
+    run = Run(smoke(run_name="r"), root=tmp_path)
+    evaluation = run.stage("evaluation")
+    for name in ("harm", "help"):
+        write_text(run.stage("inference").path / f"base/{name}.jsonl", "")
+        verdicts = [{"id": f"row/{n}", "image_name": "0.png", "prompt": name} for n in range(2)]
+        text = "".join(json.dumps(v) + "\n" for v in verdicts)
+        write_text(evaluation.path / f"verdicts/base/{name}.jsonl", text)
+    suite._write_images(run.config, evaluation)
+    tiles, _ = build_gallery(evaluation.path, None)
+    shown = [(tile.set_name, tile.image and _colour(tile.image)) for tile in tiles]
+    expected = [(k[0], c and ImageColor.getrgb(c)) for k, c in colours.items()]
+    assert sorted(shown, key=str) == sorted(expected, key=str)
+
+
+def _colour(uri: str) -> tuple:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).getpixel((4, 4))

@@ -98,3 +98,16 @@ def test_rewards_stay_on_the_device_of_the_response() -> None:
     mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
     rewards = kl_penalty_rewards(tokens[:, 0], tokens, tokens, mask, kl_coef=0.1)
     assert rewards.device.type == "meta" and rewards.shape == (2, 3)
+
+
+@pytest.mark.parametrize("answers", [99, 100, 101, 500, 501, 6400])
+@pytest.mark.parametrize("kl", [0.0, 1.9, 4.0])
+def test_a_nat_never_pays(answers: int, kl: float) -> None:
+    """A negative coefficient would reward moving away from the reference."""
+    controller = KLController(0.1, target=2.0, horizon=100)
+    error = max(-0.2, min(0.2, kl / 2.0 - 1))
+    controller.update(kl, answers)
+    assert controller.kl_coef == pytest.approx(0.1 * (1 + error * min(1.0, answers / 100)))
+    for _ in range(50):
+        controller.update(kl, answers)
+    assert controller.kl_coef > 0

@@ -12,6 +12,7 @@ from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.evaluation.rates import Rate
+from spavl_lib.evaluation.text import picture_name
 
 SETS = {"harm": 5, "help": 5, "look_alikes": 3, "twins": 4, "twins_exchanged": 4}  # rows a class
 # How often a model goes along with harm, helps, declines a harmless request.
@@ -254,7 +255,7 @@ def write_images(run: Path, rows: dict) -> None:
     rng, world = random.Random(0), load_world()
     for (_, name), part in rows.items():
         for row in [] if name.endswith(("_twemoji", "_exchanged")) else part:
-            path = folder / row["image_name"]
+            path = folder / picture_name(name, row["id"])
             if not path.exists():
                 harm_class = world.harm_classes[row["class3"]]
                 concept = rng.choice(harm_class.risky if row["harmful"] else harm_class.safe)

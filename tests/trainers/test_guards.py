@@ -110,6 +110,31 @@ def test_movement_wants_every_trained_tensor_moved_and_no_frozen_one() -> None:
         moved(one_still)
 
 
+class Pictured(nn.Module):
+    """A language part, and a projector that only images reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.language, self.multi_modal_projector = nn.Linear(2, 2), nn.Linear(2, 2)
+
+
+def test_what_only_images_reach_is_checked_once_there_was_one() -> None:
+    model = Pictured()
+    movement = Movement(model)
+    with pytest.raises(AssertionError, match=r"did not: \['language.weight', 'language.bias'\]"):
+        movement.check(model, False)
+    with torch.no_grad():
+        for parameter in model.language.parameters():
+            parameter.add_(1e-4)
+    assert movement.check(model, False) is movement  # text alone so far
+    with pytest.raises(AssertionError, match=r"did not: \['multi_modal_projector.weight'"):
+        movement.check(model, True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-4)
+    assert movement.check(model, True) is None
+
+
 def test_a_flag_is_false_until_set() -> None:
     flag = StopFlag()
     assert not flag

@@ -20,6 +20,7 @@ from transformers import Trainer
 from spavl_lib.config import Config, DPOConfig, PPOConfig, RewardConfig, RLOOConfig
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, reward, rloo
+from spavl_lib.trainers.inputs import limit_of
 from spavl_lib.trainers.reward import VLMRewardTrainer
 from tests.helpers import embedded_processor, mini_rows, smoke
 
@@ -208,6 +209,23 @@ def test_the_cross_entropy_is_of_chosen_answers_alone() -> None:
     assert "completion_mask" not in model.batch and "row_ids" not in model.batch
 
 
+def test_pictures_are_moved_by_their_own_rows_among_rows_without() -> None:
+    model, settings = Scores().train(), {"shift_px": 2, "mirror": True}
+    model.vlm = SimpleNamespace(config=SimpleNamespace(image_token_id=9))
+    both, mixed, text = (reward_trainer(**settings) for _ in range(3))
+    both.compute_loss(model, dict(BATCH))
+    expected = model.batch["pixel_values"][1::2]  # row b's, for chosen and rejected
+    ids = torch.tensor([[0, 1, 2], [9, 9, 1]] * 2)
+    mixed.model = model
+    mixed.compute_loss(
+        model, BATCH | {"input_ids": ids, "pixel_values": BATCH["pixel_values"][[1, 1]]}
+    )
+    assert torch.equal(model.batch["pixel_values"][:1], expected[:1])
+    assert torch.equal(model.batch["pixel_values"][1], model.batch["pixel_values"][0])
+    text.compute_loss(model, {k: v for k, v in BATCH.items() if k != "pixel_values"})
+    assert "pixel_values" not in model.batch
+
+
 @pytest.mark.parametrize(
     ("settings", "moves"),
     [({}, False), ({"shift_px": 2}, True), ({"mirror": True}, True)],
@@ -277,11 +295,7 @@ RLOO_CHANGES = COMMON_CHANGES | {
 
 
 def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    checked = {}
     monkeypatch.setattr(rloo, "build_scorer", lambda model, config, folder: ("scorer", folder))
-    monkeypatch.setattr(
-        rloo, "check_prompt_lengths", lambda p, rows, room, *_, **__: checked.update(room=room)
-    )
     config, stage = changed("rloo", RLOO_CHANGES, **ELSEWHERE)
     rows, processor = mini_rows().select(range(4)), embedded_processor()
     trainer = rloo.build_trainer(config, stage, processor, rows, Path("the/folder"))
@@ -292,7 +306,7 @@ def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
     function = trainer.reward_funcs[0]
     assert function.score == ("scorer", Path("the/folder")) and function.batch_size == 4
     assert function.log == stage.path / "rollouts.jsonl"
-    assert checked == {"room": 13}
+    assert limit_of(config, "rloo").max_new_tokens == 13
     forbidden = trainer.args.generation_kwargs["suppress_tokens"]
     assert processor.tokenizer.convert_tokens_to_ids("<image>") in forbidden
 
@@ -344,7 +358,7 @@ SCALE = {
     "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
             "max_length", "cache_reference", "save_steps", "eval_steps"),
     "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
-            "num_epochs", "kl_horizon", "reward_model", "save_steps"),
+            "max_length", "num_epochs", "kl_horizon", "reward_model", "save_steps"),
 }  # fmt: skip
 # The original code's settings: the scripts' flags, and its fixed constants.
 ORIGINAL = {

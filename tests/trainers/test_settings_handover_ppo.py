@@ -51,6 +51,7 @@ PPO_FREE = {
     "max_new_tokens": "is passed to sampling; tested with a rollout below",
     "temperature": "is passed to sampling and every forward; tested with a rollout below",
     "sft_coef": "weighs a gradient; tested with an update below",
+    "max_length": "bounds the rows before the model is loaded; tested in test_lengths.py",
     **dict.fromkeys(
         ("gamma", "gae_lambda", "clip_range", "value_clip_range", "vf_coef", "kl_estimator",
          "whiten_advantages", "whiten_rewards", "missing_eos_penalty", "length_penalty",

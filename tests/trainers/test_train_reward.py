@@ -129,9 +129,9 @@ def test_metrics_count_what_they_say() -> None:
 
     scored = [row(0, 2, 1, 12), row(1, 0, 1, 12), row(2, 3, 1, 8), row(3, 1, 0, 12)]
     truth = {"v/0": {"question_type": "easy"}, "v/1": {"question_type": "hards"}}
-    found = reward_metrics(scored, [row(0, 0, 1, 1), row(1, 1, 0, 1)], truth)
+    found = reward_metrics(scored, [row(0, 0, 1, 1), row(1, 1, 0, 1)], scored[1:2], truth)
     assert (found["pair_accuracy"]["k"], found["pair_accuracy"]["n"]) == (3, 4)
-    assert found["swapped"]["k"] == 1 and found["exchanged"]["k"] == 1
+    assert found["swapped"]["k"] == 0 and found["exchanged"]["k"] == 1
     assert found["longer_is_better"]["k"] == 3
     assert {k: v["n"] for k, v in found["per_question_type"].items()} == {"easy": 1, "hards": 1}
     assert {k: v["k"] for k, v in found["per_class"].items()} == {"a": 1, "b": 2}
