@@ -22,11 +22,11 @@ from spavl_lib.config.sections import (
     RLOOConfig,
     ScalingConfig,
 )
-from spavl_lib.config.validation import flatten, section, to_plain
+from spavl_lib.config.validation import defaults, flatten, section, to_plain
 
 __all__ = [
     "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
     "EvaluationConfig", "GenerationConfig", "LaunchConfig", "ModelConfig", "PPOConfig",
-    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "flatten", "from_dict",
-    "load_config", "profile_names", "section", "to_plain",
+    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "defaults", "flatten",
+    "from_dict", "load_config", "profile_names", "section", "to_plain",
 ]  # fmt: skip

@@ -22,6 +22,9 @@ DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
+RANKED = {"aot", "aot_unpaired"}  # they compare the sorted log-ratios of a forward pass's pairs
+NEEDS_SMOOTHING = {"exo_pair", "robust"}  # without it one is undefined and one is sigmoid
+SMOOTHED = RANKED | NEEDS_SMOOTHING
 # The linear layers of a decoder layer in every supported model family.
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = typing.get_args(Linear)
@@ -153,6 +156,8 @@ class RewardConfig:
     """Batches summed into one optimizer step."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training pairs, used when `max_steps` is 0."""
+    preset: Literal["ours", "original"] = "ours"
+    """original: the original's loss, learning rate and schedule replace the profile's."""
     center_coef: NonNegativeFloat = 0.0
     """Weight of the squared mean score, which keeps scores centred on 0."""
     sft_coef: NonNegativeFloat = 0.0
@@ -169,8 +174,8 @@ class RewardConfig:
     """Peak learning rate; the default is the original's."""
     lr_scheduler: Scheduler = "constant_with_warmup"
     """Name of a transformers schedule; the default is the original's."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps of linear warm-up."""
+    warmup_steps: NonNegativeFloat = 10
+    """Steps of linear warm-up; below 1, their share of all steps."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
@@ -180,7 +185,11 @@ class RewardConfig:
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
 
-    contradictions = _nothing_to_train
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about values that cannot go together."""
+        yield from _nothing_to_train(self)
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            yield f"warmup_steps = {self.warmup_steps} must be a whole number, or a share below 1"
 
 
 @section("dpo")
@@ -200,10 +209,13 @@ class DPOConfig:
     beta: PositiveFloat = 0.1
     """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
     loss_type: tuple[DPOLoss, ...] = ("sigmoid", "sft")
-    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses, which keeps
-    them from becoming less likely."""
+    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses, a mean over
+    all their tokens in an optimizer step, which keeps them from becoming less likely."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight per loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of pairs whose preference is wrong, for the losses robust, exo_pair, aot and
+    aot_unpaired."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate. A small model needs a higher one than a large model."""
     lr_scheduler: Scheduler = "cosine"
@@ -232,6 +244,19 @@ class DPOConfig:
             yield (
                 f"loss_weights needs one weight per loss: there are {len(self.loss_type)} losses "
                 f"{list(self.loss_type)} and {len(self.loss_weights)} weights"
+            )
+        losses = set(self.loss_type)
+        if self.label_smoothing and not losses & SMOOTHED:
+            yield (
+                f"label_smoothing = {self.label_smoothing} has no effect on "
+                f"{list(self.loss_type)}: only {', '.join(sorted(SMOOTHED))} use it"
+            )
+        if not self.label_smoothing and (needing := sorted(losses & NEEDS_SMOOTHING)):
+            yield f"{' and '.join(needing)} need label_smoothing above 0, such as 0.001 or 0.1"
+        if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
+            yield (
+                f"{' and '.join(ranked)} rank the pairs of one forward pass, so "
+                "gradient_accumulation_steps must be 1; set a larger per_device_batch_size"
             )
 
     @property

@@ -23,6 +23,7 @@ from spavl_lib import stages
 from spavl_lib.config import (
     Config,
     current_names,
+    defaults,
     flatten,
     load_config,
     profile_names,
@@ -112,7 +113,9 @@ class Stage:
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
             return
-        old = flatten(current_names(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}))
+        page = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+        # A setting that the version before did not have was what its default is.
+        old = defaults(Config) | flatten(current_names(page))
         new = flatten(self.config.to_dict())
         sections = stages.find(self.name).config_keys
         self._refuse(
