@@ -8,7 +8,7 @@ the original code.
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -38,6 +38,12 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 def _nothing_to_train(settings: Any) -> Iterator[str]:
     if not settings.max_steps and not settings.num_epochs:
         yield "max_steps and num_epochs are both 0, so nothing would be trained"
+
+
+def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        listed = ", ".join(map(str, twice))
+        yield f"{name} names {listed} more than once, so that arm would be counted as often"
 
 
 @section("data.columns")
@@ -102,7 +108,8 @@ class DataConfig:
     sampling: Literal["stratified", "random"] = "stratified"
     """How a smaller number is drawn: evenly over classes and question types, or at random."""
     sampling_seed: NonNegativeInt = 0
-    """Random seed of the row order. The same seed nests small sets in large ones."""
+    """Random seed of the training rows' order. The same seed nests small sets in large ones. The
+    rows to measure on do not depend on it."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: list every bad row and stop; skip: leave bad rows out, counted and listed."""
 
@@ -464,7 +471,8 @@ class ScalingConfig:
     """Arms of notebook 07: trainings that differ from the profile in one setting each."""
 
     sizes: tuple[NonNegativeInt, ...] = ()
-    """Numbers of training pairs of the data-scale arms, 0 for all pairs."""
+    """Numbers of training pairs of the data-scale arms, 0 for all pairs, in any order. A number
+    above all pairs means all."""
     question_types: tuple[Literal["easy", "hardq", "hards", "mixed"], ...] = ()
     """Arms trained on one question type, or on all (mixed)."""
     answers: tuple[str, ...] = ()
@@ -487,6 +495,12 @@ class ScalingConfig:
     """Harmful prompts, and as many harmless ones, to evaluate on; 0 for all."""
     workers: NonNegativeInt = 0
     """Arms trained at the same time; 0 for as many as the machine has room for."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about values that cannot go together."""
+        for name in ("sizes", "question_types", "projector", "lora_ranks", "seeds"):
+            yield from _repeated(name, getattr(self, name))
+        yield from _repeated("answers", [text.partition("=")[0].strip() for text in self.answers])
 
 
 @section("launch")

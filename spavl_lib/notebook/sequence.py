@@ -61,7 +61,10 @@ def run_all(
     for path, stage in sequence.items():
         # A stage whose upstream was made again runs again, and decides itself what to redo.
         stale = remade & set(stages.find(stage.name).upstream)
-        if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
+        # Another judge makes the evaluation outdated, and nothing before it.
+        judged_otherwise = stage.name == "evaluation" and stage.differs_in("evaluation")
+        outdated = stale or judged_otherwise
+        if stage.done and (stage.path / "executed.ipynb").is_file() and not outdated:
             say(f"{stage.name}: done, kept")
             continue
         remade.add(stage.name)

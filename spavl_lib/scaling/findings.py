@@ -50,7 +50,7 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
             "trainable_parameters": seeds[0]["trainable_parameters"],
             "seeds": len(seeds),
         }
-        for key in SCALING_RATES:
+        for key in (*SCALING_RATES, *({"refusal_rate"} & seeds[0].keys())):
             by_seed = [rate for result in seeds if (rate := read_rate(result, key))]
             whole = pool(by_seed)
             row[key] = whole and whole.to_dict()
@@ -75,10 +75,13 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
         questions are at most as unsafe as each single type. `all_answers_are_safest`: all answer
         sources together are at most as unsafe as each selection of them.
     """
+    by_size = sorted(
+        (row for row in rows if row["family"] == "size"), key=lambda row: row.get("pairs", 0)
+    )
     unsafe = {
         (row["family"], row["arm"]): rate for row in rows if (rate := read_rate(row, "unsafe_rate"))
     }
-    sizes = [rate for (family, _), rate in unsafe.items() if family == "size"]
+    sizes = [unsafe["size", row["arm"]] for row in by_size if ("size", row["arm"]) in unsafe]
 
     def safest(family: str, arm: str) -> bool | None:
         others = {name: rate.value for (f, name), rate in unsafe.items() if f == family}
