@@ -10,7 +10,14 @@ import time
 from collections.abc import Iterator
 
 from spavl_lib import stages
-from spavl_lib.config import Config, flatten, load_config, profile_names
+from spavl_lib.config import (
+    Config,
+    flatten,
+    load_config,
+    profile_argument,
+    profile_names,
+)
+from spavl_lib.data.load import load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
@@ -72,7 +79,9 @@ def make(name: str, config: Config) -> Stage:
         InputError: As `ensure`, of an earlier stage; or the judge's settings are wrong, which would
             otherwise show only after the trainings.
     """
-    check_judge(config.evaluation)
+    # Notebooks that judge need a judge that knows the rows; a training alone does not.
+    judges = name in ("inference", "evaluation", "scaling")
+    check_judge(config.evaluation, load_truth(config.data) if judges else None)
     stage = Run(config).stage(name)
     ensure_before(name, config)
     with memory_advice(name, config):
@@ -151,12 +160,14 @@ def run_command(name: str, config: Config) -> str:
 
     Args:
         name: Stage.
-        config: What the command must resolve to. A profile of one's own is named by its stem.
+        config: What the command must resolve to. A profile of one's own is named by its file, if
+            this process read it.
     """
     verb = "run" if stages.find(name).notebook else "train"
-    words = ["spavl", verb, name, "--profile", config.profile]
-    if config.profile in profile_names():
-        plain = flatten(load_config(config.profile).to_dict())
+    profile = profile_argument(config.profile)
+    words = ["spavl", verb, name, "--profile", profile]
+    if profile in profile_names() or profile != config.profile:
+        plain = flatten(load_config(profile).to_dict())
         for key, value in flatten(config.to_dict()).items():
             if value != plain.get(key) and key not in ("profile", "run_name", "seed"):
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

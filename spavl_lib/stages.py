@@ -87,7 +87,8 @@ BUILT_IN = (
     ),
     StageSpec(
         name="scaling", module="spavl_lib.scaling.run",
-        config_keys=(*_DATA_MODEL, "generation", "evaluation", "dpo", "scaling"), notebook="07_scaling_and_ablations",
+        config_keys=(*_DATA_MODEL, "generation", "evaluation", "dpo", "scaling"),
+        notebook="07_scaling_and_ablations",
     ),
 )  # fmt: skip
 # Settings that may differ between making a stage and using it: they do not change the result.

@@ -23,6 +23,9 @@ RENAMED = {
 }
 
 
+_read_here: dict[str, Path] = {}  # stem -> file, of profiles of one's own that were read here
+
+
 class _Loader(yaml.SafeLoader):
     """Reads YAML in which every key is text and stands only once in its mapping."""
 
@@ -43,6 +46,14 @@ class _Loader(yaml.SafeLoader):
 def profile_names() -> list[str]:
     """Names of the shipped profiles."""
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
+
+
+def profile_argument(name: str) -> str:
+    """What `--profile` takes for a config's `profile`: the file, if it is one that was read here.
+
+    A config names a profile of one's own by its stem alone.
+    """
+    return name if name in profile_names() else str(_read_here.get(name, name))
 
 
 def load_config(
@@ -72,6 +83,8 @@ def load_config(
     """
     path = _profile_path(profile)
     page = _with_base(path)
+    if path.parent != PROFILES:
+        _read_here[path.stem] = path.absolute()
     changes = _flat_overrides(overrides or {})
     named: dict[str, Any] = {} if seed is None else {"seed": seed}
     named |= {"run_name": run_name} if run_name else {}

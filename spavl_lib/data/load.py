@@ -24,6 +24,8 @@ __all__ = [
     "register_source", "subset", "unmatched", "unmatched_rows", "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
+MEASURING_SEED = 0  # held-out pairs and prompts are the same, whatever rows are trained on
+
 
 def folder_of(config: DataConfig) -> Path:
     """The data set's folder, fetched from the Hub if `path` is a name there.

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spavl_lib.evaluation.numbers import (
-    METRICS,
+    HARMLESS_TITLES,
+    measured_metrics,
     model_title,
     models_of,
     percent,
     read_metrics,
     read_rate,
 )
+from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING
 from spavl_lib.runs.text import say, short_path
 
@@ -27,9 +29,36 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
     models = models_of(read_metrics(metrics))
     if not models:
         return "Nothing measured yet."
-    lines = [["", *(f"{m.title} ({m.good})" for m in METRICS)]]
-    for name, cells in models.items():
-        rates = [read_rate(cells, metric.key) for metric in METRICS]
+    metrics_of = measured_metrics(models)
+    heading = ["", *(f"{m.title} ({m.good})" for m in metrics_of)]
+    return _aligned(
+        heading, [(n, [read_rate(c, m.key) for m in metrics_of]) for n, c in models.items()]
+    )
+
+
+def render_harmless_table(metrics: Mapping | Path | str) -> str:
+    """Harmless requests that each model refused, by set, as aligned plain text.
+
+    Args:
+        metrics: The contents of metrics.json, or its path.
+    """
+    counted = {
+        name: cells["harmless_refused"]
+        for name, cells in models_of(read_metrics(metrics)).items()
+        if cells.get("harmless_refused")
+    }
+    if not counted:
+        return "Nothing measured yet."
+    heading = ["", *HARMLESS_TITLES.values()]
+    return _aligned(
+        heading, [(n, [read_rate(c, key) for key in HARMLESS_TITLES]) for n, c in counted.items()]
+    )
+
+
+def _aligned(heading: list[str], rows: list[tuple[str, list[Rate | None]]]) -> str:
+    """A table with two lines a model: shares, and their counts with intervals."""
+    lines = [heading]
+    for name, rates in rows:
         lines.append([model_title(name), *map(percent, rates)])
         details = [f"{rate.counts}, {rate.interval}" if rate else "" for rate in rates]
         lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])

@@ -71,7 +71,7 @@ def measure(
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-    rates = {}
+    rates: dict[str, dict | None] = {}
     for name, column in MEASURED.items():
         prompts = load_prompts(config.data, name)
         records = generate(
