@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -420,3 +421,24 @@ def test_every_field_has_a_sentence_under_it(cls: type) -> None:
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         assert is_text, f"{cls.__name__}.{line.target.id} has no sentence"
         assert after.value.value.rstrip().endswith(".")
+
+
+# Read by name in another way than `.field`.
+READ_ELSEWHERE = {
+    "preset": "config.loading reads it as `SECTION.preset` before the sections are built",
+}
+
+
+def test_every_setting_is_read_by_some_code() -> None:
+    """A field that nobody reads promises what nothing does."""
+    library = Path(module.__file__).parents[1]
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in library.rglob("*.py")
+        if path.parent != Path(module.__file__).parent
+    )
+    read = set(re.findall(r"\.([a-z_0-9]+)\b(?!\()", code))
+    read |= set(re.findall(r"getattr\(\w+, \"([a-z_0-9]+)\"", code))
+    fields = {f.name for cls in sections() if cls is not Config for f in dataclasses.fields(cls)}
+    assert fields - read - READ_ELSEWHERE.keys() == set()
+    assert "no_such_field" not in read and len(fields) > 100
