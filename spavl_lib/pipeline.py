@@ -8,6 +8,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from spavl_lib import stages
 from spavl_lib.config import (
@@ -160,13 +161,12 @@ def run_command(name: str, config: Config) -> str:
 
     Args:
         name: Stage.
-        config: What the command must resolve to. A profile of one's own is named by its file, if
-            this process read it.
+        config: What the command must resolve to. A profile of one's own is named by its file.
     """
     verb = "run" if stages.find(name).notebook else "train"
     profile = profile_argument(config.profile)
     words = ["spavl", verb, name, "--profile", profile]
-    if profile in profile_names() or profile != config.profile:
+    if profile in profile_names() or Path(profile).is_file():
         plain = flatten(load_config(profile).to_dict())
         for key, value in flatten(config.to_dict()).items():
             if value != plain.get(key) and key not in ("profile", "run_name", "seed"):

@@ -49,11 +49,11 @@ def profile_names() -> list[str]:
 
 
 def profile_argument(name: str) -> str:
-    """What `--profile` takes for a config's `profile`: the file, if it is one that was read here.
+    """What `--profile` takes for a config's `profile`, which is the stem of a file of one's own.
 
-    A config names a profile of one's own by its stem alone.
+    The file's whole path is known in the process that read it.
     """
-    return name if name in profile_names() else str(_read_here.get(name, name))
+    return name if name in profile_names() else str(_read_here.get(name, f"{name}.yaml"))
 
 
 def load_config(

@@ -131,7 +131,7 @@ def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
     page = {"judge": "phrases-v1", "models": {"base": metrics, "dpo": metrics}}
     assert "Refusal rate (high)" in render_result_table(page).splitlines()[0]
     assert "2/4" in render_harmless_table(page)
-    assert headlines(page) == ["DPO: refusal rate 50.0 %, helpful rate 25.0 %."]
+    assert headlines(page) == ["DPO: refusal rate 50.0\xa0%, helpful rate 25.0\xa0%."]
     for plot in (
         plotting.plot_rates, plotting.plot_safety_helpfulness, plotting.plot_unsafe_by_class,
     ):  # fmt: skip
