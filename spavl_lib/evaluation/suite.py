@@ -98,6 +98,7 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
     metrics["per_class"] = _per_class(verdicts)
     held_out = _rates(verdicts, "_twemoji")
     metrics["held_out_drawings"] = held_out if any(held_out.values()) else None
+    metrics["held_out"] = metrics["held_out_drawings"]  # the key that other tools read
     metrics["unparsed"] = sum(r["verdict"] == "other" for rows in verdicts.values() for r in rows)
     unjudged = {name: sum("unjudged" in r for r in rows) for name, rows in verdicts.items()}
     metrics["unjudged"] = {name: n for name, n in unjudged.items() if n}
