@@ -120,6 +120,7 @@ def test_a_package_adds_a_trainer(package: Path, runs: Path, spavl: Callable) ->
     assert "--set plugins.mine.steps=6" in page
 
 
+@pytest.mark.slow
 def test_its_notebook_is_run_by_its_name(package: Path, runs: Path, spavl: Callable) -> None:
     notebook = package / "my_trainer.ipynb"
     assert find_notebook("mine") == find_notebook("my_trainer.ipynb") == notebook

@@ -1,4 +1,4 @@
-"""Batches: rows to padded tensors with masks."""
+"""Make batches: turn rows into padded tensors with masks."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
     """Stack rows of token ids into one tensor.
 
     Args:
-        rows: Token ids, or marks, of each row.
-        value: What to pad with.
-        side: Where to pad: `right` or `left`.
+        rows: Token ids or mask values of each row.
+        value: The value of padding.
+        side: The side of padding: `right` or `left`.
 
     Returns:
         (batch, longest row), int64.
@@ -34,11 +34,11 @@ def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join the image tensors of several rows into those of one batch.
 
     Args:
-        parts: For each row its image tensors, (images of the row, ...), or with tiles
-            (images of the row, tiles, ...).
+        parts: For each row its image tensors (images of the row, ...). If the model splits images
+            into tiles, their shape is (images of the row, tiles, ...).
 
     Returns:
-        The same tensors, (images of all rows, ...). Rows of fewer tiles are filled with zeros.
+        The same tensors (images of all rows, ...). Rows with fewer tiles are filled with zeros.
     """
     stacked = {}
     for name in parts[0] if parts else ():
@@ -59,16 +59,16 @@ class PreferenceCollator:
 
     processor: ProcessorMixin
     max_length: int = 0
-    """Tokens a sequence may have, with image tokens; 0 for no limit."""
+    """Largest number of tokens of a sequence, including image tokens; 0 means no limit."""
     padding_side: str = "right"
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """Make a batch of preference rows.
 
         Returns:
-            `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64;
-            `completion_mask` is 1 on the tokens of the answer and its EOS. With them the image
-            tensors of 2 * rows images.
+            `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64, and
+            the image tensors of 2 * rows images. `completion_mask` is 1 on the tokens of the
+            response and on its EOS.
 
         Raises:
             InputError: A row is longer than `max_length`, or its image cannot be used.
@@ -97,8 +97,9 @@ class PreferenceCollator:
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
-        if prompts.token_types is not None:  # answers are text
+        if prompts.token_types is not None:
             doubled = [*prompts.token_types, *prompts.token_types]
+            # Type 0 is text, which all tokens of a response are.
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch["mm_token_type_ids"] = pad_rows(types, 0, self.padding_side)
         return batch | {

@@ -1,8 +1,9 @@
-"""Prompts and answers as text and token ids, written in one way for training and generation.
+"""Prompts and responses as text and token ids, in the same form for training and generation.
 
 Every sequence starts with one BOS (if the tokenizer has one) and holds one image slot per image.
-Every answer ends with one EOS, which is scored. The chat template decides everything else; trl's
-own collator leaves BOS and EOS to the template too, and the stock LLaVA-1.5 template has neither.
+Every response ends with one EOS, which counts in the completion mask. The chat template decides
+everything else. (trl's collator also leaves BOS and EOS to the template, but the stock LLaVA-1.5
+template writes neither.)
 """
 
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from spavl_lib.errors import InputError
 
 
 def special_tokens(processor: ProcessorMixin) -> list[str]:
-    """Control tokens of more than one character, with the image token."""
+    """Control tokens of more than one character, including the image token."""
     tokens = [*processor.tokenizer.all_special_tokens, getattr(processor, "image_token", "")]
     return [t for t in tokens if t and len(t) > 1]
 
 
 def neutralise(text: str, processor: ProcessorMixin) -> str:
-    """Text in which nothing reads as a control token: `<image>` becomes `< image>`."""
+    """The text with a space inserted into every control token: `<image>` becomes `< image>`."""
     for token in sorted(set(special_tokens(processor)), key=len, reverse=True):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -35,8 +36,8 @@ def render(
 
     Args:
         processor: The model's processor.
-        prompt: The question, or several turns with `TURN` between.
-        completion: The answer; None to end the text where the answer starts.
+        prompt: The question, or several turns separated by `TURN`.
+        completion: The response. None ends the text at the beginning of the response.
         image: Whether the first turn has an image.
     """
     messages: list[dict] = []
@@ -55,16 +56,16 @@ def render(
 def completion_ids(
     processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
 ) -> list[int]:
-    """Token ids of an answer as it follows its prompt, with one EOS at the end.
+    """Token ids of a response after its prompt, with one EOS at the end.
 
     Args:
         processor: The model's processor.
-        prompt: The question, or several turns with `TURN` between.
-        completion: The answer.
+        prompt: The question, or several turns separated by `TURN`.
+        completion: The response.
         image: Whether the prompt has an image.
 
     Raises:
-        InputError: The prompt is written or tokenised differently once an answer follows.
+        InputError: The prompt is written or tokenised differently if a response follows.
     """
     tokenizer = processor.tokenizer
     before = render(processor, prompt, image=image).rstrip(" ")
@@ -92,7 +93,7 @@ class EncodedPrompts:
     ids: list[list[int]]
     """Token ids of each prompt, with image tokens expanded."""
     token_types: list[list[int]] | None
-    """For families that use it (Qwen-VL): which ids stand for image patches."""
+    """For each id whether it stands for an image patch, as Qwen-VL needs; None for other models."""
     vision: dict[str, Tensor]
     """The image tensors that the processor gives, such as `pixel_values`."""
 
@@ -135,7 +136,7 @@ def encode_prompts(
 
 
 def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:
-    """Token ids of a prompt with one BOS and one image token, for an engine that expands it.
+    """Token ids of a prompt with one BOS and one image token, which vLLM expands.
 
     Args:
         processor: The model's processor.

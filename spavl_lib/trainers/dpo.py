@@ -1,9 +1,10 @@
-"""DPO of a vision-language model on trl's `DPOTrainer`: config in, stage folder out.
+"""DPO of a vision-language model on trl's `DPOTrainer`, from a config to a stage folder.
 
     spavl train dpo --profile demo
 
-trl computes the losses. Ours are the batch (BOS, EOS, one image slot), the choice of trainable
-parameters, checkpoints that resume exactly, and the checks of the first steps.
+trl computes the losses. This package builds the batches (BOS, EOS, one image slot), chooses the
+trainable parameters, writes checkpoints from which a run resumes with identical results, and checks
+the first steps.
 """
 
 import contextlib
@@ -63,15 +64,16 @@ LOGGED = (
 
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
-    """trl's trainer with our checkpoints, checks before every update, and one loss for every cut.
+    """trl's trainer with this package's checkpoints, with checks before every update, and with one
+    loss however a step's batch is cut.
 
-    The losses are means over the pairs of a step, sft is one over its chosen tokens.
+    The losses are means over the pairs of a step; sft is a mean over its chosen tokens.
     """
 
     loss_weights: list[float]
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """trl's loss, as this micro-batch's part of the step's; raises if it is not finite."""
+        """This micro-batch's part of the step's loss. Raises an error if it is not finite."""
         of_pairs, of_tokens = self.shares(inputs, model.training)
         whole = self.loss_weights
         self.loss_weights = [
@@ -90,10 +92,11 @@ def check_reference(logs: dict) -> None:
     """Check at step 1, before any update, that policy and reference are the same model.
 
     Args:
-        logs: Logged values of step 1; rewards are beta times log-ratios, so all must be 0.
+        logs: Logged values of step 1. The implicit rewards are beta times a log-ratio, so all must
+            be 0.
 
     Raises:
-        AssertionError: They differ: dropout is on, or the reference is not the base.
+        AssertionError: The models differ: dropout is on, or the reference is not the base model.
     """
     tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -106,15 +109,15 @@ def check_reference(logs: dict) -> None:
 
 @stage_maker("dpo", inputs=training_inputs, polls_stop=True)
 def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
-    """Train, evaluate on the held-out pairs, save the model and its card.
+    """Train the policy, evaluate it on the held-out pairs, and save it with its model card.
 
     Args:
         config: Uses `data`, `model`, `dpo` and `seed`.
-        stage: As for `train_reward`, and so are `flag` and `live`.
-        flag: Stop flag.
-        live: Live plot.
+        stage: See `train_reward`.
+        flag: See `train_reward`.
+        live: See `train_reward`.
 
-    Returns and raises as `train_reward`.
+    It returns the stage's summary, and raises the same errors as `train_reward`.
     """
     quiet_libraries()
     train_rows, held_out = load_rows(config, stage, "train", "validation")
@@ -153,7 +156,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset, held_out: Dataset
 ) -> CheckedDPOTrainer:
-    """Build trl's trainer over our collator.
+    """Build trl's trainer with `RowCollator` as its collator.
 
     Args:
         config: Config of the run.
@@ -163,7 +166,8 @@ def build_trainer(
         held_out: Preference rows to evaluate on.
 
     Returns:
-        The trainer. With LoRA its reference is the base with the adapters off, else a frozen copy.
+        The trainer. With LoRA the reference is the base with disabled adapters. In full fine-tuning
+        it is a frozen copy of the base.
     """
     dpo = config.dpo
     arguments = TRLConfig(
@@ -183,8 +187,9 @@ def build_trainer(
     lora = config.model.with_lora
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
-        # fp32 master weights: in half precision, small updates are rounded away.
-        if config.launch.engine == "ddp":  # DeepSpeed keeps its own master weights
+        # fp32 master weights, because in half precision rounding loses small updates. DeepSpeed
+        # keeps master weights itself.
+        if config.launch.engine == "ddp":
             policy = policy.float()
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
@@ -212,12 +217,12 @@ def build_trainer(
 def use_cached_reference(
     trainer: CheckedDPOTrainer, config: Config, stage: Stage, processor: ProcessorMixin
 ) -> None:
-    """Add the reference's log-probabilities to every row, from the cache file beside the runs.
+    """Add the reference's log-probabilities to every row, from a cache file in the runs folder.
 
     Args:
-        trainer: The trainer whose rows they are added to. It no longer needs its reference.
+        trainer: The trainer whose rows get the log-probabilities. Its reference is then freed.
         config: Config of the run.
-        stage: Stage that is trained; the cache is beside its run.
+        stage: Stage that is trained. The cache folder lies beside the stage's run.
         processor: Processor of the model.
     """
     folder, size = stage.run.path.parent / "reference_logps", config.dpo.per_device_batch_size
@@ -233,11 +238,11 @@ def use_cached_reference(
 def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
-    """Write `model/`: a PEFT adapter or a whole model as safetensors, its processor and its card.
+    """Write `model/`: an adapter or a complete model as safetensors, the processor and a card.
 
     Args:
         model: The trained policy.
-        processor: Its processor.
+        processor: Processor of the model.
         stage: Stage to write into.
         config: Config of the run.
         card: Text of the model card.

@@ -63,6 +63,7 @@ def test_two_hosts_on_loopback_train_what_one_process_does(alone: Callable[[str]
     assert not (stage.path / ".ranks").exists()
 
 
+@pytest.mark.slow
 def test_when_the_parent_is_killed_its_processes_end(tmp_path: Path) -> None:
     parent = start("orphans", dpo__max_steps=400)
     _, stage = stage_of("orphans")

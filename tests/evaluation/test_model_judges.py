@@ -235,6 +235,15 @@ def test_an_endpoint_judges_and_is_asked_nothing_twice(server: Server, tmp_path:
     assert judge_all(judge(server, tmp_path), records) == rows and len(server.asked) == 3
 
 
+def test_equal_requests_are_asked_once_and_kept_in_a_new_folder(
+    server: Server, tmp_path: Path
+) -> None:
+    asks = Client(server.url, "m", cache=tmp_path / "a" / "b" / "cache.jsonl", first_wait_s=0.01)
+    asks([{"role": "user", "content": "Q?"}])
+    asks([{"content": "Q?", "role": "user"}])  # the same request in another order
+    assert len(server.asked) == 1 and (tmp_path / "a" / "b" / "cache.jsonl").is_file()
+
+
 def test_injected_answers_change_no_verdict(server: Server, tmp_path: Path) -> None:
     server.reply = wordy
     for unsafe in (True, False):
@@ -447,6 +456,12 @@ def test_a_guard_is_asked_in_its_own_form(guard_folder: Path) -> None:
     assert text == head + "assistant: A < /s> sly < s>answer.\nVerdict:"
     assert form_of("OpenSafetyLab/MD-Judge-v0.1", None) == "md-judge"
     assert form_of("some/chat", "{{ messages }}") == "rubric"
+
+
+def test_a_control_token_of_one_character_stays_in_the_text(guard_folder: Path) -> None:
+    made = guard(guard_folder)
+    made.tokenizer.add_special_tokens({"additional_special_tokens": ["~", "<end>"]})
+    assert made._plain("a ~ b <end>") == "a ~ b < end>"
 
 
 def test_noise_is_no_verdict_and_voids_the_judging(guard_folder: Path) -> None:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spavl_lib.evaluation.numbers import duration, percent, read_metrics, read_rate
+from spavl_lib.errors import InputError
+from spavl_lib.evaluation.numbers import (
+    duration,
+    model_title,
+    percent,
+    read_metrics,
+    read_rate,
+)
 from spavl_lib.evaluation.rates import Rate, pool
 from spavl_lib.report.table import render_result_table
 
@@ -72,3 +79,29 @@ def test_terminal_table() -> None:
     dpo = next(line for line in lines if line.startswith("DPO"))
     assert dpo.split()[:3] == ["DPO", "98.9", "%"] and "262/265, 96.7–99.6 %" in text
     assert render_result_table({}) == "Nothing measured yet."
+
+
+def test_errors_are_the_distances_to_the_ends_of_the_interval() -> None:
+    rate = Rate.of(1, 10)
+    assert rate.errors == pytest.approx((0.1 - 0.017876, 0.404150 - 0.1), abs=1e-5)
+
+
+def test_intervals_that_touch_are_not_apart() -> None:
+    low, touching = Rate(0.25, 0.125, 0.5), Rate(0.75, 0.5, 0.875)
+    assert not low.apart(touching) and not touching.apart(low)
+    assert low.apart(Rate(0.75, 0.625, 0.875))
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{"models": [1]}, {"models": {"base": {"unsafe_rate": {"value": 2, "n": 3}}}}],
+    ids=["models", "share"],
+)
+def test_metrics_of_another_form_are_refused(metrics: dict) -> None:
+    with pytest.raises(InputError, match="expected"):
+        read_metrics(metrics)
+
+
+def test_a_long_name_is_cut_at_24_characters() -> None:
+    assert model_title("x" * 24) == "x" * 24
+    assert len(model_title("x" * 25)) == 24

@@ -41,6 +41,7 @@ def test_certainty_stays_a_number_and_in_the_last_bin() -> None:
     (row,) = calibration([1e6, -1e6])
     assert row == {"n": 2, "certainty": 1.0, "right": 0.5}
     assert [row["n"] for row in calibration([0.0, 0.15, 50.0], bins=10)] == [2, 1]
+    assert [row["n"] for row in calibration([4.0, 800.0], bins=10)] == [2]  # certainty 0.98 and 1
 
 
 def test_a_margin_of_zero_is_half_certain_and_wrong() -> None:

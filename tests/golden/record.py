@@ -7,6 +7,7 @@ the reasons stay in the file.
 """
 
 import argparse
+import contextlib
 import json
 import tempfile
 import time
@@ -56,7 +57,22 @@ def conditions() -> dict:
     return {"versions": provenance.versions()} | {k: machine[k] for k in keys}
 
 
-def trajectory(name: str, root: Path) -> dict:
+class Stopped(Exception):
+    """Enough steps were trained."""
+
+
+class StopAfter:
+    """Ends a training after some steps, in the place of a live plot."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def update(self, rows: list[dict], *, force: bool = False) -> None:
+        if rows[-1].get("step", 0) >= self.steps:
+            raise Stopped
+
+
+def trajectory(name: str, root: Path, steps: int = STEPS) -> dict:
     """Train: the kept numbers by step, and what they rest on.
 
     Raises:
@@ -69,7 +85,8 @@ def trajectory(name: str, root: Path) -> dict:
     if kind == "ppo":
         short = load_config("smoke", {"reward.max_steps": 2}, seed=0, run_name="golden")
         maker_of("reward")(short, Run(short, root=root).stage("reward"))
-    maker_of(kind)(config, run.stage(kind))
+    with contextlib.suppress(Stopped):
+        maker_of(kind)(config, run.stage(kind), live=StopAfter(steps) if steps < STEPS else None)
     rows = read_jsonl(run.stage(kind).metrics_path)
     rows = [row for row in rows if any(k in row for k in KEPT)]
     return {
@@ -78,7 +95,7 @@ def trajectory(name: str, root: Path) -> dict:
         "conditions": conditions(),
         "steps": {k: [r[k] for r in rows if k in r] for k in KEPT if any(k in r for r in rows)},
         "row_ids": [r["row_ids"] for r in rows if "row_ids" in r],
-        "weights_sha256": run.stage(kind).summary["weights_sha256"],
+        "weights_sha256": run.stage(kind).summary["weights_sha256"] if steps == STEPS else "",
     }
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from spavl_lib import cli
 from spavl_lib.notebook.execute import list_notebooks, stage_of
 
 REPO = Path(__file__).parents[2]
+WARM = Path(__file__).parent / "warm"
 NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) != "scaling"]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
@@ -32,10 +34,29 @@ pytestmark = [
 
 def execute(*words: str, runs: Path) -> subprocess.CompletedProcess:
     """A Python module as a command, in the checkout, with its own runs folder."""
-    env = os.environ | {"SPAVL_RUNS": str(runs), "PYTHONPATH": str(REPO), "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(WARM), str(REPO)])
+    env = os.environ | {"SPAVL_RUNS": str(runs), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=REPO, env=env, capture_output=True, text=True
     )
+
+
+@pytest.fixture(scope="module")
+def warm_kernels() -> Iterator[None]:
+    """Kernels of `execute` are forked from one process that has imported the libraries."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        place = str(Path(folder) / "kernels")
+        server = subprocess.Popen(
+            [sys.executable, "-m", "tests.notebooks.warm_kernels", place],
+            cwd=REPO, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert server.stdout and server.stdout.readline() == "ready\n"
+            patch.setenv("SPAVL_WARM_KERNELS", place)
+            yield
+        finally:
+            server.terminate()
+            server.wait()
 
 
 BARE = ("01_data_exploration", "02_reward_model", "04_dpo")
@@ -55,7 +76,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def chain(runs: Path) -> tuple[Path, str]:
+def chain(runs: Path, warm_kernels: None) -> tuple[Path, str]:
     """The sequence's run folder, and what `spavl run all` printed."""
     run = runs / "chain"
     for name in BARE:

@@ -25,7 +25,10 @@ SHORT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm",
+    [pytest.param(a, marks=pytest.mark.slow if a == "ppo" else ()) for a in ALGORITHMS],
+)
 def test_a_number_that_is_none_stops_before_the_update(
     cases: Callable[[str], Case], algorithm: str, soak: bool, record: Callable
 ) -> None:

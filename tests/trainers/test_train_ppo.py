@@ -267,7 +267,7 @@ def test_a_policy_that_says_nothing_at_all_is_stopped(
         return [[eos_id]] * len(seeds)
 
     monkeypatch.setattr(ppo_rollout, "sample", nothing)
-    with pytest.raises(InputError, match="every answer is empty"):
+    with pytest.raises(InputError, match="every response is empty"):
         train(settings(folders["lora"]), tmp_path)
 
 

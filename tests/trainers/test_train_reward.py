@@ -64,7 +64,8 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert resumed["weights_sha256"] == expected["weights_sha256"]
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_recomputing_activations_changes_no_number(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
