@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import re
 import resource
 import sys
 from pathlib import Path
@@ -54,6 +55,25 @@ def device_kind() -> str:
 
 # Environment variable of every child process of a training: the folder for the process's reports.
 WORKER = "SPAVL_WORKER"
+
+
+# What accelerate, torchrun, MPI and their like set for the processes that they start. accelerate
+# and transformers read them, so they would change the precision, or wait for other processes.
+_OF_LAUNCHERS = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|FORK_LAUNCHED"
+    r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|TORCHELASTIC|PMI|MV2_COMM_WORLD"
+    r"|OMPI_COMM_WORLD)_\w+"
+)
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+def launcher_variables() -> tuple[list[str], int]:
+    """Environment variables that another launcher has set, and how many processes it started."""
+    if WORKER in os.environ:
+        return [], world_size()
+    sizes = [os.environ.get(name, "") for name in _SIZES]
+    started = max([1, *(int(size) for size in sizes if size.isdecimal())])
+    return sorted(filter(_OF_LAUNCHERS.fullmatch, os.environ)), started
 
 
 def rank() -> int:

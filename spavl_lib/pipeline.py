@@ -8,10 +8,17 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from spavl_lib import stages
-from spavl_lib.config import Config, flatten, load_config, profile_names
-from spavl_lib.data.load import eval_sets
+from spavl_lib.config import (
+    Config,
+    flatten,
+    load_config,
+    profile_argument,
+    profile_names,
+)
+from spavl_lib.data.load import eval_sets, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
@@ -64,8 +71,8 @@ def check_trainer(name: str) -> None:
 def make(name: str, config: Config) -> Stage:
     """Make a notebook's own stage, in any profile, after the stages that it builds on.
 
-    The judge's settings are checked first, because errors in them would otherwise show only after
-    the trainings.
+    The evaluation prompts and the judge's settings are checked first, because errors in them would
+    otherwise show only after the trainings.
 
     Args:
         name: Stage, such as "inference".
@@ -75,10 +82,13 @@ def make(name: str, config: Config) -> Stage:
         The complete stage.
 
     Raises:
-        InputError: The judge's settings are wrong, or `ensure` fails for an earlier stage.
+        InputError: The judge's settings or the evaluation prompts are wrong, or `ensure` fails for
+            an earlier stage.
     """
-    check_judge(config.evaluation)
-    eval_sets(config.data, held_out_drawings=False)
+    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
+    # Notebooks that judge need a judge that knows the rows; a training alone does not.
+    judges = name in ("inference", "evaluation", "scaling")
+    check_judge(config.evaluation, load_truth(config.data) if judges else None)
     stage = Run(config).stage(name)
     ensure_before(name, config)
     with memory_advice(name, config):
@@ -159,12 +169,13 @@ def run_command(name: str, config: Config) -> str:
     Args:
         name: Stage.
         config: The config that the command must resolve to. If its profile is a file of your own,
-            the command names the profile by the file's stem.
+            the command names that file.
     """
     verb = "run" if stages.find(name).notebook else "train"
-    words = ["spavl", verb, name, "--profile", config.profile]
-    if config.profile in profile_names():
-        profile_values = flatten(load_config(config.profile).to_dict())
+    profile = profile_argument(config.profile)
+    words = ["spavl", verb, name, "--profile", profile]
+    if profile in profile_names() or Path(profile).is_file():
+        profile_values = flatten(load_config(profile).to_dict())
         for key, value in flatten(config.to_dict()).items():
             if value != profile_values.get(key) and key not in ("profile", "run_name", "seed"):
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)

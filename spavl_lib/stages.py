@@ -57,7 +57,7 @@ class StageSpec:
 
 
 _DATA_MODEL = ("data", "model", "seed")
-_ANSWERS = (*_DATA_MODEL, "generation", "evaluation")
+_ANSWERS = (*_DATA_MODEL, "generation", "evaluation.held_out_drawings")
 BUILT_IN = (
     StageSpec(
         name="data", module="spavl_lib.data.explore", config_keys=("data",),
@@ -90,7 +90,8 @@ BUILT_IN = (
     ),
     StageSpec(
         name="scaling", module="spavl_lib.scaling.run",
-        config_keys=(*_ANSWERS, "dpo", "scaling"), notebook="07_scaling_and_ablations",
+        config_keys=(*_DATA_MODEL, "generation", "evaluation", "dpo", "scaling"),
+        notebook="07_scaling_and_ablations",
     ),
 )  # fmt: skip
 # Settings that may change after a stage was made, because its results do not depend on them.

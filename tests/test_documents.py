@@ -1,6 +1,7 @@
 """The pages name only what exists: files, modules, commands, settings' sections, targets."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from spavl_lib import cli
+from spavl_lib.config import flatten, load_config, profile_names
+from spavl_lib.notebook.execute import find_notebook
 
 REPO = Path(__file__).parents[1]
 LIBRARY = REPO / "spavl_lib"
@@ -68,6 +71,46 @@ def test_commands_exist(page: Path) -> None:
         if verb == "train" and more:  # a trainer's name
             words = [verb]
         assert CliRunner().invoke(cli.app, [*words, "--help"]).exit_code == 0, words
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """The words of every `spavl` command on a page, lines that end in a backslash joined."""
+    joined = re.sub(r"\\\\\n\s*", " ", text)
+    inline = re.findall(r"`(spavl [^`\n]+)`", joined)
+    lines = [line for line in joined.splitlines() if line.startswith("spavl ")]
+    return [re.split(r"\s+#", call)[0].split()[1:] for call in (*lines, *inline)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_options_and_settings_of_commands_exist(page: Path) -> None:
+    """A flag that no command has, a profile, a notebook or a setting that there is not."""
+    runner, plain = CliRunner(), flatten(load_config("smoke").to_dict())
+    for words in commands_of(text_of(page)):
+        if not words or not re.fullmatch("[a-z]+", words[0]):
+            continue  # the program's name in a sentence
+        group = words[:2] if words[0] in ("data", "model") else words[:1]
+        shown = runner.invoke(cli.app, [*group, "--help"], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, words
+        for word, after in zip(words, [*words[1:], ""], strict=True):
+            if word.startswith("--"):
+                assert re.search(rf"{word}\b", shown.output), f"{page.name}: {word} of {words}"
+            if word == "--set" and "=" in after:
+                assert after.partition("=")[0] in plain, f"{page.name}: {after}"
+            if word == "--profile" and re.fullmatch(r"[a-z]+", after):
+                assert after in profile_names(), f"{page.name}: {after}"
+        if words[0] == "run" and re.fullmatch(r"[a-z0-9_]+", (*words, "")[1]):
+            assert words[1] == "all" or find_notebook(words[1]), words
+
+
+def test_harmful_content_is_announced() -> None:
+    """On the README, and on top of every notebook that shows requests or answers."""
+    assert re.search(r"content warning", text_of(REPO / "README.md"), re.IGNORECASE)
+    for path in sorted((REPO / "notebooks").glob("*.ipynb")):
+        cells = json.loads(text_of(path))["cells"]
+        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        if "safe_text" in code or "safe_image" in code:
+            first = "".join(cells[0]["source"])
+            assert "**Content warning.**" in first, path.name
 
 
 def test_the_pages_are_looked_through() -> None:

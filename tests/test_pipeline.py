@@ -1,5 +1,6 @@
 """The pipeline: `make`, `ensure` and `train` a stage, and the command that makes it."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +86,24 @@ def test_ensure_makes_or_names_what_comes_before(runs: Path, makers: list[str]) 
 def test_every_maker_and_trainer_is_there() -> None:
     for name in stage_names():
         assert maker_of(name).__wrapped__.__module__ == all_stages()[name].module
+
+
+def test_the_command_names_the_file_of_ones_own_profile(
+    tmp_path: Path, runs: Path, makers: list[str]
+) -> None:
+    path = tmp_path / "my profile.yaml"
+    path.write_text("base: colab\ndpo: {beta: 0.3}\n", encoding="utf-8")
+    config = load_config(str(path), {"dpo.max_steps": 9}, seed=2)
+    with pytest.raises(InputError) as caught:
+        pipeline.ensure("dpo", config)
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    profile, setting, seed = (words[words.index(f"--{n}") + 1] for n in ("profile", "set", "seed"))
+    assert Path(profile) == path and setting == "dpo.max_steps=9"
+    assert load_config(profile, {"dpo.max_steps": "9"}, seed=int(seed)) == config
+    unread = dataclasses.replace(config, profile="elsewhere", run_name="elsewhere")
+    assert pipeline.run_command("dpo", unread) == (
+        "spavl run dpo --profile elsewhere.yaml --seed 2"
+    )
 
 
 def test_plain_command_is_plain() -> None:

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from benchmarks import table
 from spavl_lib import cli
 from spavl_lib.config import profile_names
-from spavl_lib.report.table import render_result_table
+from spavl_lib.report.table import render_harmless_table, render_result_table
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
@@ -23,6 +23,14 @@ def results_block() -> str:
 
 def test_the_table_is_the_committed_runs() -> None:
     assert results_block() in README
+
+
+def test_refused_harmless_requests_stand_below_it() -> None:
+    """From the first committed run on that counts them."""
+    metrics = json.loads((REPO / "reports/demo/metrics.json").read_text(encoding="utf-8"))
+    if any("harmless_refused" in cells for cells in metrics["models"].values()):
+        table_of = render_harmless_table(metrics)
+        assert f"<!-- harmless -->\n```\n{table_of}\n```\n<!-- /harmless -->" in README
 
 
 def test_the_speed_table_is_the_committed_results() -> None:

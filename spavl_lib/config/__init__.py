@@ -5,6 +5,7 @@ from spavl_lib.config.loading import (
     current_names,
     from_dict,
     load_config,
+    profile_argument,
     profile_names,
 )
 from spavl_lib.config.sections import (
@@ -22,11 +23,11 @@ from spavl_lib.config.sections import (
     RLOOConfig,
     ScalingConfig,
 )
-from spavl_lib.config.validation import flatten, section, to_plain
+from spavl_lib.config.validation import defaults, flatten, section, to_plain
 
 __all__ = [
     "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
     "EvaluationConfig", "GenerationConfig", "LaunchConfig", "ModelConfig", "PPOConfig",
-    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "flatten", "from_dict",
-    "load_config", "profile_names", "section", "to_plain",
+    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "defaults", "flatten",
+    "from_dict", "load_config", "profile_argument", "profile_names", "section", "to_plain",
 ]  # fmt: skip

@@ -24,6 +24,9 @@ RENAMED = {
 }
 
 
+_read_here: dict[str, Path] = {}  # stem -> file, of profiles of one's own that were read here
+
+
 class _Loader(yaml.SafeLoader):
     """Reads YAML, and refuses keys that are not text or that are twice in one mapping."""
 
@@ -46,6 +49,14 @@ def profile_names() -> list[str]:
     return sorted(p.stem for p in PROFILES.glob("*.yaml"))
 
 
+def profile_argument(name: str) -> str:
+    """What `--profile` takes for a config's `profile`, which is the stem of a file of one's own.
+
+    The file's whole path is known in the process that read it.
+    """
+    return name if name in profile_names() else str(_read_here.get(name, f"{name}.yaml"))
+
+
 def load_config(
     profile: str,
     overrides: Mapping[str, Any] | None = None,
@@ -56,7 +67,8 @@ def load_config(
     """Read a profile and put overrides on top of it.
 
     Args:
-        profile: Name of a shipped profile, or path of a YAML file.
+        profile: Name of a shipped profile, or path of a YAML file. A file with `base: NAME` holds
+            only what differs from that profile or file.
         overrides: Dotted key -> value, such as `{"dpo.beta": 0.2}`, or nested sections, such as
             `{"dpo": {"beta": 0.2}}`. Both forms leave the section's other keys as they are. A value
             that is text is parsed by its field's type.
@@ -71,15 +83,17 @@ def load_config(
         InputError: The profile is unknown, a key is unknown, a value is wrong, or a setting without
             default is missing; the message lists all of them.
     """
-    path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = profile_names()
-        hint = f"{nearest(profile, known)} (known: {', '.join(known)})"
-        raise InputError(f"unknown profile {profile!r}{hint}")
-    page = _read_profile(path)
-    changes = flatten(overrides or {})
-    changes |= {} if seed is None else {"seed": seed}
-    changes |= {"run_name": run_name} if run_name else {}
+    path = _profile_path(profile)
+    page = _with_base(path)
+    if path.parent != PROFILES:
+        _read_here[path.stem] = path.absolute()
+    changes = _flat_overrides(overrides or {})
+    named: dict[str, Any] = {} if seed is None else {"seed": seed}
+    named |= {"run_name": run_name} if run_name else {}
+    for key, value in named.items():
+        if str(changes.get(key, value)) != str(value):
+            raise InputError(f"{key} is given twice: {value!r}, and {changes[key]!r} in overrides")
+    changes |= named
     chosen = flatten(page) | changes
     _refuse_old_names(chosen, str(path))
     for name, preset in ORIGINAL_PRESET.items():
@@ -121,6 +135,82 @@ def current_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
 def _present_name(key: str, value: Any) -> str:
     """The present name of a renamed key, or present KEY=VALUE of a renamed value; else empty."""
     return RENAMED.get(key) or RENAMED.get(f"{key}={value}", "")
+
+
+def _profile_path(profile: str, folder: Path = Path()) -> Path:
+    """The file of a profile.
+
+    Args:
+        profile: Name of a shipped profile, or path of a YAML file.
+        folder: Folder that a relative path starts from.
+
+    Raises:
+        InputError: There is no such profile.
+    """
+    own = profile.endswith((".yaml", ".yml"))
+    path = folder / profile if own else PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        known = profile_names()
+        hint = f"{nearest(profile, known)} (known: {', '.join(known)})"
+        raise InputError(f"unknown profile {profile!r}{hint}")
+    return path
+
+
+def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A profile's values over those of its `base`, which may have a base too.
+
+    Args:
+        path: The profile's file.
+        above: The files that build on it.
+
+    Raises:
+        InputError: A file cannot be read, a base is unknown, or profiles build on each other.
+    """
+    page = _read_profile(path)
+    if "base" not in page:
+        return page
+    name, line = page.pop("base"), (*above, path.resolve())
+    if not isinstance(name, str) or not name:
+        raise InputError(f"{path}: base must name a profile or a YAML file, got {name!r}")
+    try:
+        base = _profile_path(name, path.parent)
+    except InputError as error:
+        raise InputError(f"{path}: base: {error}") from None
+    if base.resolve() in line:
+        chain = " -> ".join(p.name for p in (*line, base))
+        raise InputError(f"{path}: profiles build on each other: {chain}")
+    return _merged(_with_base(base, line), page)
+
+
+def _merged(base: dict[str, Any], page: dict[str, Any]) -> dict[str, Any]:
+    """Nested values of a profile over those of its base; a list replaces the base's list."""
+    nested = {
+        key: _merged(base[key], value)
+        for key, value in page.items()
+        if isinstance(value, dict) and isinstance(base.get(key), dict)
+    }
+    return base | page | nested
+
+
+def _flat_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Overrides with dotted keys.
+
+    Raises:
+        InputError: They are no mapping, a key is no text, or a key is given nested and dotted.
+    """
+    if not isinstance(overrides, Mapping):
+        raise InputError(
+            f"overrides must be a mapping such as {{'dpo.beta': 0.2}}, got {overrides!r}"
+        )
+    flat: dict[str, Any] = {}
+    for key, value in overrides.items():
+        if not isinstance(key, str):
+            raise InputError(f"overrides: the key {key!r} must be text, such as 'dpo.beta'")
+        part = flatten({key: value})
+        if twice := sorted(part.keys() & flat.keys()):
+            raise InputError(f"overrides: {', '.join(twice)} is given twice; keep one")
+        flat |= part
+    return flat
 
 
 def _read_profile(path: Path) -> dict[str, Any]:

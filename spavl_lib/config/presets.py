@@ -4,8 +4,13 @@ from typing import Any
 
 # Section -> settings that `preset: original` sets.
 ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
+    "reward": {
+        "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False, "original_form": True,
+        "lr_scheduler": "constant_with_warmup", "warmup_steps": 0.03, "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    },
     "dpo": {
-        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,),
+        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,), "label_smoothing": 0.0,
         "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
     },
     "ppo": {
@@ -20,6 +25,7 @@ ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
 # Section -> `model.adapter` -> learning rate that `preset: original` sets. An adapter that is not
 # named gets the rate of `full`.
 ORIGINAL_LEARNING_RATE = {
+    "reward": {"full": 3e-5, "lora": 3e-5, "qlora": 3e-5},
     "dpo": {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5},
     "ppo": {"full": 5e-7, "lora": 1e-6, "qlora": 1e-6},
 }

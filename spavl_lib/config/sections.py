@@ -8,7 +8,7 @@ Method constants (beta, loss, learning rate) default to the best values that we 
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,6 +22,9 @@ DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
+RANKED = {"aot", "aot_unpaired"}  # they compare the sorted log-ratios of a forward pass's pairs
+NEEDS_SMOOTHING = {"exo_pair", "robust"}  # without it one is undefined and one is sigmoid
+SMOOTHED = RANKED | NEEDS_SMOOTHING
 # The linear layers of a decoder layer in every supported model family.
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = typing.get_args(Linear)
@@ -35,6 +38,12 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 def _nothing_to_train(settings: Any) -> Iterator[str]:
     if not settings.max_steps and not settings.num_epochs:
         yield "max_steps and num_epochs are both 0, so nothing would be trained"
+
+
+def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
+    if twice := sorted({value for value in values if values.count(value) > 1}):
+        listed = ", ".join(map(str, twice))
+        yield f"{name} names {listed} more than once, so that arm would be counted as often"
 
 
 @section("data.columns")
@@ -127,7 +136,8 @@ class DataConfig:
     """How rows are drawn if not all are used. stratified: every class and question type keeps its
     share; random: without regard to them."""
     sampling_seed: NonNegativeInt = 0
-    """Random seed of the draw. With the same seed, a larger set contains every smaller one."""
+    """Random seed of the training rows' draw. With the same seed, a larger set contains every
+    smaller one. The rows to measure on do not depend on it."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: list every bad row and stop; skip: leave bad rows out, and count and list them."""
 
@@ -195,6 +205,8 @@ class RewardConfig:
     """Micro-batches in one optimizer step, counted over all devices."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training pairs, used when `max_steps` is 0."""
+    preset: Literal["ours", "original"] = "ours"
+    """original: the original's loss, learning rate and schedule replace the profile's."""
     center_coef: NonNegativeFloat = 0.0
     """Weight of the square of the sum of a pair's scores, which keeps scores centred on 0."""
     sft_coef: NonNegativeFloat = 0.0
@@ -212,8 +224,8 @@ class RewardConfig:
     """Peak learning rate; the default is that of the SPA-VL authors' code."""
     lr_scheduler: Scheduler = "constant_with_warmup"
     """Name of a transformers schedule; the default is that of the SPA-VL authors' code."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps of linear warm-up."""
+    warmup_steps: NonNegativeFloat = 10
+    """Steps of linear warm-up; below 1: their share of all steps."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
@@ -223,7 +235,11 @@ class RewardConfig:
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
 
-    contradictions = _nothing_to_train
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about values that cannot go together."""
+        yield from _nothing_to_train(self)
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            yield f"warmup_steps = {self.warmup_steps} must be a whole number, or a share below 1"
 
 
 @section("dpo")
@@ -244,10 +260,13 @@ class DPOConfig:
     beta: PositiveFloat = 0.1
     """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
     loss_type: tuple[DPOLoss, ...] = ("sigmoid", "sft")
-    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses; it keeps
-    chosen responses from becoming less likely."""
+    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses, a mean over
+    all their tokens in an optimizer step; it keeps chosen responses from becoming less likely."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight per loss."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
+    """Assumed share of pairs whose preference is wrong, for the losses robust, exo_pair, aot and
+    aot_unpaired."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate. A small model needs a higher one than a large model."""
     lr_scheduler: Scheduler = "cosine"
@@ -276,6 +295,19 @@ class DPOConfig:
             yield (
                 f"loss_weights needs one weight per loss: there are {len(self.loss_type)} losses "
                 f"{list(self.loss_type)} and {len(self.loss_weights)} weights"
+            )
+        losses = set(self.loss_type)
+        if self.label_smoothing and not losses & SMOOTHED:
+            yield (
+                f"label_smoothing = {self.label_smoothing} has no effect on "
+                f"{list(self.loss_type)}: only {', '.join(sorted(SMOOTHED))} use it"
+            )
+        if not self.label_smoothing and (needing := sorted(losses & NEEDS_SMOOTHING)):
+            yield f"{' and '.join(needing)} need label_smoothing above 0, such as 0.001 or 0.1"
+        if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
+            yield (
+                f"{' and '.join(ranked)} rank the pairs of one forward pass, so "
+                "gradient_accumulation_steps must be 1; set a larger per_device_batch_size"
             )
 
     @property
@@ -500,7 +532,8 @@ class ScalingConfig:
     of the settings `sizes` to `lora_ranks` defines a family of arms, one for every value."""
 
     sizes: tuple[NonNegativeInt, ...] = ()
-    """One arm for each of these numbers of training pairs; 0: all pairs."""
+    """One arm for each of these numbers of training pairs, in any order; 0, and any number above
+    all pairs: all pairs."""
     question_types: tuple[Literal["easy", "hardq", "hards", "mixed"], ...] = ()
     """One arm for each of these question types; mixed: an arm trained on all types."""
     answers: tuple[str, ...] = ()
@@ -525,6 +558,12 @@ class ScalingConfig:
     """Number of prompts in each evaluation set of an arm; 0: all."""
     workers: NonNegativeInt = 0
     """Number of arms trained at the same time; 0: as many as fit on the machine."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Sentences about values that cannot go together."""
+        for name in ("sizes", "question_types", "projector", "lora_ranks", "seeds"):
+            yield from _repeated(name, getattr(self, name))
+        yield from _repeated("answers", [text.partition("=")[0].strip() for text in self.answers])
 
 
 @section("launch")

@@ -101,6 +101,18 @@ def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
+def defaults(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> plain default of all settings that have one, those of sections included."""
+    flat: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(field.type):
+            flat |= defaults(field.type, f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            value = field.default
+            flat[prefix + field.name] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
 def input_error(lines: list[str], source: str = "") -> InputError:
     """One error whose message lists all problems.
 

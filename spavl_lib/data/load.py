@@ -28,6 +28,8 @@ __all__ = [
     "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
+MEASURING_SEED = 0  # held-out pairs and prompts are the same, whatever rows are trained on
+
 
 # Rows of SPA-VL as uploaded in 2024, at the revision that the profiles name.
 SPA_VL = ("sqrti/SPA-VL", "0e75b34a9e803a236873420c8680de3889befd62")
@@ -131,8 +133,9 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
         return dataclasses.replace(loaded, rows=whole_pairs(rows, config.test_rows))
     if split == "train":
         rows = _filtered(source, rows)
-    count = config.train_rows if split == "train" else config.validation_rows
-    rows = subset(rows, count, config.sampling_seed, config.sampling)
+        rows = subset(rows, config.train_rows, config.sampling_seed, config.sampling)
+    else:
+        rows = subset(rows, config.validation_rows, MEASURING_SEED, config.sampling)
     return dataclasses.replace(loaded, rows=rows)
 
 
@@ -155,7 +158,7 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
         rows = exchange_twins(rows)
     if base in ("twins", "twins_exchanged"):
         return whole_pairs(rows, config.test_rows)
-    return subset(rows, config.test_rows, config.sampling_seed, config.sampling)
+    return subset(rows, config.test_rows, MEASURING_SEED, config.sampling)
 
 
 def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:

@@ -35,7 +35,7 @@ from spavl_lib.distributed.settings import (
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
 from spavl_lib.machine import WORKER
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
-from spavl_lib.runs.maker import maker_of
+from spavl_lib.runs.maker import leave_other_launchers, maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
@@ -69,6 +69,7 @@ def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
     ):
         return maker_of(name)(config, stage, **options)
     stage.check_config()
+    leave_other_launchers(config.launch)
     return train_in_processes(name, config, stage, **options)
 
 

@@ -50,6 +50,16 @@ METRICS = (
         "answered correctly with the harmless one",
     ),
 )
+REFUSAL_RATE = Metric("refusal_rate", "Refusal rate", "high", "harmful requests it refused")
+# The harmless sets on which refusals are counted, and their titles; see `suite.HARMLESS`.
+HARMLESS_TITLES = {
+    "help": "Questions",
+    "look_alikes": "Look-alikes",
+    "twins": "Twins",
+    "held_out_help": "Unseen drawings, questions",
+    "held_out_twins": "Unseen drawings, twins",
+    "all": "All",
+}
 # The families of arms that the scaling stage compares, and the rates it measures for each arm.
 SCALING_FAMILIES = {
     "size": "data scale",
@@ -111,6 +121,21 @@ def models_of(metrics: Mapping) -> dict[str, dict]:
     """Model name -> its numbers, the base model first."""
     models = {k: v for k, v in (metrics.get("models") or {}).items() if isinstance(v, Mapping)}
     return dict(sorted(models.items(), key=lambda item: item[0] != "base"))
+
+
+def measured_metrics(models: Mapping) -> tuple[Metric, ...]:
+    """`METRICS`, with the refusal rate beside the unsafe rate if a judge gave that instead."""
+    refusals = any(read_rate(cells, REFUSAL_RATE.key) for cells in models.values())
+    return (METRICS[0], *([REFUSAL_RATE] if refusals else []), *METRICS[1:])
+
+
+def harm_metric(models: Mapping) -> Metric:
+    """What harmful requests are measured by: the unsafe rate, or refusals if no model has one."""
+    unsafe, refused = (
+        any(read_rate(cells, metric.key) for cells in models.values())
+        for metric in (METRICS[0], REFUSAL_RATE)
+    )
+    return REFUSAL_RATE if refused and not unsafe else METRICS[0]
 
 
 def read_rate(cells: Mapping | None, key: str) -> Rate | None:

@@ -56,6 +56,9 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     if not on_colab():
         return overrides
     _check_loaded()
+    from spavl_lib.notebook.session import check_parameters  # loads what may be too old in memory
+
+    check_parameters(profile=profile, overrides=overrides)
     if DRIVE.is_dir():
         os.environ.setdefault("SPAVL_RUNS", str(DRIVE / "spavl-runs"))
         say(f"runs      {os.environ['SPAVL_RUNS']}: after a disconnect run the same cells again")
@@ -71,7 +74,7 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     kind = device_kind()
     chosen = SETTINGS["a100" if kind not in SETTINGS else kind]
     say(f"GPU       {gpus()[0][0]}: " + (", ".join(f"{k}={v}" for k, v in chosen.items()) or kind))
-    return chosen | overrides
+    return chosen | (overrides or {})
 
 
 def _check_loaded() -> None:

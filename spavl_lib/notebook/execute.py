@@ -85,10 +85,10 @@ def stage_of(notebook: Path) -> str:
 
 
 def find_notebook(name: str, folder: Path | None = None) -> Path:
-    """Find a notebook by its name, with or without its number and ending, or by its stage.
+    """Find a notebook by its name, with or without its number and ending, its number, or its stage.
 
     Args:
-        name: Such as `dpo`, `04_dpo` or `04_dpo.ipynb`; a folder in front is ignored.
+        name: Such as `dpo`, `04`, `04_dpo` or `04_dpo.ipynb`; a folder in front is ignored.
         folder: Folder to search; None for `notebooks_folder()`.
 
     Raises:
@@ -102,6 +102,7 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
     for path in paths:
         spec = stages.of_notebook(path.stem)
         aliases |= {path.stem: path} | ({spec.name: path} if spec else {})
+    aliases |= {path.stem[:2]: path for path in list_notebooks(folder)}
     if stem in aliases:
         return aliases[stem]
     if not list_notebooks(folder):

@@ -64,9 +64,11 @@ def run_all(
     made_now: set[str] = set()
     for path, stage in sequence.items():
         # If an earlier stage was made now, this notebook runs; the stage's maker decides what to
-        # do again.
+        # do again. Another judge makes the evaluation outdated, and nothing before it.
         stale = made_now & set(stages.find(stage.name).upstream)
-        kept = stage.done and (stage.path / "executed.ipynb").is_file() and not stale
+        judged_otherwise = stage.name == "evaluation" and stage.differs_in("evaluation")
+        outdated = stale or judged_otherwise
+        kept = stage.done and (stage.path / "executed.ipynb").is_file() and not outdated
         if kept and is_current(stage.name, config, stage):
             say(f"{stage.name}: done, kept")
             continue

@@ -1,14 +1,43 @@
 """What every notebook uses: opening its stage, and safe previews of images and text."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from PIL import Image, ImageFilter
 
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
+from spavl_lib.errors import InputError, raise_all
 from spavl_lib.machine import device_name
 from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.runs.maker import leave_other_launchers
 from spavl_lib.runs.stage import Run, Stage
+
+
+def check_parameters(**parameters: Any) -> None:
+    """Check the types of a notebook's parameters, which papermill passes as it reads them.
+
+    Raises:
+        InputError: Lists all parameters of a wrong type, and how papermill passes the right one.
+    """
+    problems = []
+    for name, value in parameters.items():
+        if name == "seed" and not (isinstance(value, int) and not isinstance(value, bool)):
+            problems.append(
+                f"seed must be a whole number, got {value!r}; -1 stands for the profile's"
+            )
+        elif name == "overrides" and not isinstance(value, Mapping | None):
+            problems.append(
+                f"overrides must be a mapping, got {value!r}; papermill passes one with "
+                "-y 'overrides: {dpo.beta: 0.2}'"
+            )
+        elif name in ("profile", "run_name") and not isinstance(value, str):
+            problems.append(
+                f"{name} must be text, got {value!r}; papermill passes text with -r {name} TEXT"
+            )
+    if len(problems) == 1:
+        raise InputError(problems[0])
+    raise_all(problems, "parameters")
 
 
 def open_stage(
@@ -27,10 +56,13 @@ def open_stage(
         The config and the stage's folder.
 
     Raises:
-        InputError: The profile or an override is wrong, as in `load_config`.
+        InputError: A parameter has a wrong type, as in `check_parameters`; or the profile or an
+            override is wrong, as in `load_config`.
     """
+    check_parameters(profile=profile, seed=seed, run_name=run_name, overrides=overrides)
     quiet_libraries()
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
+    leave_other_launchers(config.launch)
     stage = Run(config).stage(name)
     state = "done, shown from its files" if stage.done else "to be made"
     rows = config.data.train_rows or "all"

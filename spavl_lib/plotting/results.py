@@ -12,6 +12,8 @@ from matplotlib.ticker import PercentFormatter
 from spavl_lib.data.taxonomy import PARENTS, TAXONOMY, display
 from spavl_lib.evaluation.numbers import (
     METRICS,
+    REFUSAL_RATE,
+    harm_metric,
     model_title,
     models_of,
     percent,
@@ -62,10 +64,14 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
     Bars show the 95 % intervals.
 
+    Where the judge gave refusals instead of an unsafe rate, y is the refusal rate.
+
     Args:
         source: The path of metrics.json, or its contents.
     """
     models = models_of(read_metrics(source))
+    harm = harm_metric(models)
+    refusals = harm.key == REFUSAL_RATE.key
     colours = model_colours(models)
     fig = new_figure(6.2, 5.2)
     ax = fig.subplots()
@@ -78,12 +84,12 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     ax.text(0.0, 0.03, "unsafe and\nuseless", va="bottom", **corner)
     points = []
     for index, (name, cells) in enumerate(models.items()):
-        helpful, unsafe = read_rate(cells, "helpful_rate"), read_rate(cells, "unsafe_rate")
-        if helpful is None or unsafe is None:
+        helpful, measured = read_rate(cells, "helpful_rate"), read_rate(cells, harm.key)
+        if helpful is None or measured is None:
             continue
-        x, y = helpful.value, 1 - unsafe.value
+        x, y = helpful.value, measured.value if refusals else 1 - measured.value
         xerr = np.array(helpful.errors)[:, None]
-        yerr = np.array(unsafe.errors[::-1])[:, None]
+        yerr = np.array(measured.errors if refusals else measured.errors[::-1])[:, None]
         _dot(ax, x, y, colours[name], index, xerr=xerr, yerr=yerr)
         reach = helpful.errors[1] if x <= 0.6 else -helpful.errors[0]
         points.append((x + reach, y, name))
@@ -94,7 +100,7 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     if not points:
         note(ax, "Nothing measured yet")
     ax.set_xlabel("Helpful rate")
-    ax.set_ylabel("Safe rate (1 − unsafe rate)")
+    ax.set_ylabel("Refusals of harmful requests" if refusals else "Safe rate (1 − unsafe rate)")
     return fig
 
 
@@ -114,7 +120,7 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
     fig = new_figure(8.6, 2.0 + 0.62 * max(1, len(models)))
     fig.get_layout_engine().set(wspace=0.06)
     axes = fig.subplots(2, 2, sharey=True).ravel()
-    for ax, metric in zip(axes, METRICS, strict=True):
+    for ax, metric in zip(axes, (harm_metric(models), *METRICS[1:]), strict=True):
         _percent_axis(ax)
         ax.set_title(f"{metric.title} ({metric.direction})")
         for index, (name, cells) in enumerate(models.items()):
@@ -169,7 +175,7 @@ def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
 
 @styled
 def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
-    """Unsafe rate of every model per harm class, with 95 % Wilson intervals.
+    """Unsafe rate of every model per harm class, with 95 % Wilson intervals, or its refusal rate.
 
     Args:
         source: The path of metrics.json, or its contents.
@@ -177,7 +183,8 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     """
     models = models_of(read_metrics(source))
     colours = model_colours(models)
-    rates = {name: class_rates(cells, "unsafe_rate", level) for name, cells in models.items()}
+    harm = harm_metric(models)
+    rates = {name: class_rates(cells, harm.key, level) for name, cells in models.items()}
     order = class_order({c for by_class in rates.values() for c in by_class}, level)
     places, labels, y, previous_class1 = [], [], 0.0, None
     for class1, _ in order:
@@ -214,7 +221,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     ax.set_ylim(max(y, 1) - 0.3, -0.6)
     ax.grid(False, axis="y")
     ax.tick_params(axis="y", length=0, pad=9)
-    ax.set_xlabel("Unsafe rate (lower is better)")
+    ax.set_xlabel(f"{harm.title} ({harm.direction})")
     if order:
         fig.legend(loc="outside upper left", ncols=len(models))
     else:

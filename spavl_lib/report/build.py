@@ -13,9 +13,11 @@ from spavl_lib import plotting
 from spavl_lib.data.taxonomy import display
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import (
-    METRICS,
+    HARMLESS_TITLES,
     Metric,
     duration,
+    harm_metric,
+    measured_metrics,
     measured_on,
     model_title,
     models_of,
@@ -84,7 +86,10 @@ def render(run_path: Path) -> str:
         lacks=lacks(metrics, run_path / "data" / "summary.json"),
         judge=str(metrics.get("judge") or ""),
         sentences=headlines(metrics),
-        metrics_list=METRICS,
+        metrics_list=measured_metrics(models),
+        harm=harm_metric(models),
+        harmless_titles=list(HARMLESS_TITLES.values()),
+        harmless=_harmless(models),
         results=_results(models),
         held_out=_held_out(models),
         checks=_control_rows(models),
@@ -170,12 +175,13 @@ def _cell(metric: Metric, rate: Rate | None, base: Rate | None) -> Cell:
 def _results(models: dict) -> list[tuple[str, list[Cell]]]:
     """Each model's title and its rates, compared with the base model."""
     rows = []
+    metrics = measured_metrics(models)
     for name, cells in models.items():
         base = models.get("base", {}) if name != "base" else {}
         rows.append(
             (
                 model_title(name),
-                [_cell(m, read_rate(cells, m.key), read_rate(base, m.key)) for m in METRICS],
+                [_cell(m, read_rate(cells, m.key), read_rate(base, m.key)) for m in metrics],
             )
         )
     return rows
@@ -188,12 +194,21 @@ def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | No
             model_title(name),
             [
                 (read_rate(cells.get("held_out_drawings"), m.key), read_rate(cells, m.key))
-                for m in METRICS
+                for m in measured_metrics(models)
             ],
         )
         for name, cells in models.items()
         if cells.get("held_out_drawings")
     ]  # fmt: skip
+
+
+def _harmless(models: dict) -> list[tuple[str, list[Rate | None]]]:
+    """Each model's refusals of harmless requests, set by set."""
+    return [
+        (model_title(name), [read_rate(cells["harmless_refused"], key) for key in HARMLESS_TITLES])
+        for name, cells in models.items()
+        if cells.get("harmless_refused")
+    ]
 
 
 def _control_rows(models: dict) -> list[tuple[str, Rate | None, Any]]:
@@ -215,9 +230,13 @@ def _charts(metrics: dict, models: dict) -> dict[str, str]:
 
 
 def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, Rate | None]]]]]:
-    """class1 -> its tertiary classes, each with the unsafe and helpful rate of every model."""
+    """class1 -> its tertiary classes, each with the unsafe and helpful rate of every model.
+
+    Refusals stand in place of the unsafe rate where that is what the judge gave.
+    """
+    key = harm_metric(models).key
     by_model = [
-        (class_rates(cells, "unsafe_rate", 3), class_rates(cells, "helpful_rate", 3))
+        (class_rates(cells, key, 3), class_rates(cells, "helpful_rate", 3))
         for cells in models.values()
     ]
     order = class_order({name for unsafe, _ in by_model for name in unsafe}, 3)

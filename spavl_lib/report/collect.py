@@ -9,7 +9,13 @@ from typing import Any
 
 import yaml
 
-from spavl_lib.config import current_names, flatten, load_config, profile_names
+from spavl_lib.config import (
+    current_names,
+    flatten,
+    load_config,
+    profile_argument,
+    profile_names,
+)
 from spavl_lib.errors import SpavlError
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.stages import stage_names
@@ -127,7 +133,7 @@ def commands(run_name: str, config: dict, manifests: list[dict]) -> list[str]:
     """
     line = ["spavl", "run", "all"]
     if config.get("profile"):
-        line += ["--profile", str(config["profile"])]
+        line += ["--profile", profile_argument(str(config["profile"]))]
     line += ["--run-name", run_name]
     for setting in settings(config):
         if setting.changed:

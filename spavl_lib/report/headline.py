@@ -2,7 +2,14 @@
 
 from collections.abc import Mapping
 
-from spavl_lib.evaluation.numbers import measured_on, model_title, models_of, percent, read_rate
+from spavl_lib.evaluation.numbers import (
+    REFUSAL_RATE,
+    measured_on,
+    model_title,
+    models_of,
+    percent,
+    read_rate,
+)
 from spavl_lib.evaluation.rates import Rate
 
 
@@ -22,13 +29,18 @@ def headlines(metrics: Mapping) -> list[str]:
 
 def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
     unsafe, helpful = read_rate(cells, "unsafe_rate"), read_rate(cells, "helpful_rate")
-    if unsafe is None and helpful is None:
+    refused = read_rate(cells, REFUSAL_RATE.key)
+    if unsafe is None and helpful is None and refused is None:
         return f"{title} was not measured."
     was_unsafe, was_helpful = read_rate(base, "unsafe_rate"), read_rate(base, "helpful_rate")
     if cells is base or not (unsafe and helpful and was_unsafe and was_helpful):
         parts = [
             f"{name} {percent(rate)}"
-            for name, rate in (("unsafe rate", unsafe), ("helpful rate", helpful))
+            for name, rate in (
+                ("unsafe rate", unsafe),
+                ("refusal rate", refused),
+                ("helpful rate", helpful),
+            )
             if rate is not None
         ]
         return f"{title}: {', '.join(parts)}."

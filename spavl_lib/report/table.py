@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from spavl_lib.evaluation.numbers import (
-    METRICS,
+    HARMLESS_TITLES,
+    measured_metrics,
     measured_on,
     model_title,
     models_of,
@@ -12,6 +13,7 @@ from spavl_lib.evaluation.numbers import (
     read_metrics,
     read_rate,
 )
+from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING
 from spavl_lib.runs.text import say, short_path
 
@@ -25,12 +27,45 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
     Returns:
         The lines of the table, without a trailing newline. A missing number is an en dash.
     """
-    models = models_of(read_metrics(metrics))
+    page = read_metrics(metrics)
+    models = models_of(page)
     if not models:
         return "Nothing measured yet."
-    lines = [["", *(f"{m.title} ({m.good})" for m in METRICS)]]
-    for name, cells in models.items():
-        rates = [read_rate(cells, metric.key) for metric in METRICS]
+    metrics_of = measured_metrics(models)
+    heading = ["", *(f"{m.title} ({m.good})" for m in metrics_of)]
+    rows = [(n, [read_rate(c, m.key) for m in metrics_of]) for n, c in models.items()]
+    return _aligned(heading, rows, measured_on(page))
+
+
+def render_harmless_table(metrics: Mapping | Path | str) -> str:
+    """Harmless requests that each model refused, by set, as aligned plain text.
+
+    Args:
+        metrics: The contents of metrics.json, or its path.
+    """
+    page = read_metrics(metrics)
+    counted = {
+        name: cells["harmless_refused"]
+        for name, cells in models_of(page).items()
+        if cells.get("harmless_refused")
+    }
+    if not counted:
+        return "Nothing measured yet."
+    heading = ["", *HARMLESS_TITLES.values()]
+    rows = [(n, [read_rate(c, key) for key in HARMLESS_TITLES]) for n, c in counted.items()]
+    return _aligned(heading, rows, measured_on(page))
+
+
+def _aligned(heading: list[str], rows: list[tuple[str, list[Rate | None]]], note: str) -> str:
+    """A table with two lines for each model: shares, and their counts with intervals.
+
+    Args:
+        heading: Titles of the columns.
+        rows: Each model's name and its rates.
+        note: Last line, such as whose prompts the rates were measured on; empty for none.
+    """
+    lines = [heading]
+    for name, rates in rows:
         lines.append([model_title(name), *map(percent, rates)])
         details = [f"{rate.counts}, {rate.interval}" if rate else "" for rate in rates]
         lines.append(["", *(d.replace(f"{MISSING}, {MISSING}", "") for d in details)])
@@ -42,8 +77,7 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
         ).rstrip()
         for line in lines
     ]
-    page = read_metrics(metrics)
-    text = [text[0], "-" * max(map(len, text)), *text[1:], *filter(None, [measured_on(page)])]
+    text = [text[0], "-" * max(map(len, text)), *text[1:], *([note] if note else [])]
     return "\n".join(text).replace("\u00a0", " ")
 
 

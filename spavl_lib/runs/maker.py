@@ -8,15 +8,17 @@ the maker.
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from typing import Any
 
 from spavl_lib import stages
-from spavl_lib.config import Config
+from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.errors import InputError
-from spavl_lib.machine import world_size
+from spavl_lib.machine import launcher_variables, world_size
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Stage
+from spavl_lib.runs.text import say
 
 Inputs = Callable[[Config, Stage], dict[str, str]]
 _MAKERS: dict[str, Callable[..., dict]] = {}
@@ -63,6 +65,7 @@ def stage_maker(
                     if after:
                         after(stage)
                     return stage.summary
+            leave_other_launchers(config.launch)
             _check_processes(name, config)
             with stage.work(read_inputs, renew=renew):
                 if polls_stop:
@@ -79,6 +82,29 @@ def stage_maker(
         return maker
 
     return decorate
+
+
+def leave_other_launchers(launch: LaunchConfig) -> None:
+    """Remove, and name, variables of another launcher from this process's environment.
+
+    They would change numbers that the config determines, or wait for processes of that launcher.
+
+    Raises:
+        InputError: The launcher started several processes, and each would do the whole work.
+    """
+    names, started = launcher_variables()
+    if not names:
+        return
+    listed = ", ".join(names)
+    if started > 1 and launch.num_processes == 1:
+        raise InputError(
+            f"another launcher started {started} of these processes ({listed}), and each would do "
+            f"all of the work; start one without it and set launch.num_processes = {started}, or "
+            f"unset these variables"
+        )
+    for name in names:
+        del os.environ[name]
+    say(f"ignored: {listed} of another launcher; precision and processes are those of the config")
 
 
 def _check_processes(name: str, config: Config) -> None:

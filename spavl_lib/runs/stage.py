@@ -23,6 +23,7 @@ from spavl_lib import stages
 from spavl_lib.config import (
     Config,
     current_names,
+    defaults,
     flatten,
     load_config,
     profile_names,
@@ -109,21 +110,28 @@ class Stage:
         Raises:
             InputError: Settings differ; the message lists each key with its old and new value.
         """
+        self._refuse(self._changes(stages.find(self.name).config_keys))
+
+    def differs_in(self, section: str) -> bool:
+        """Whether the folder holds work made with other settings of one section of the config."""
+        return bool(self._changes((section,)))
+
+    def _changes(self, sections: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
+        """Key -> its old and its new value, of each changed setting in some sections."""
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
-            return
-        old = flatten(current_names(yaml.safe_load(saved.read_text(encoding="utf-8")) or {}))
+            return {}
+        page = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
+        # A setting that the version before did not have was what its default is.
+        old = defaults(Config) | flatten(current_names(page))
         new = flatten(self.config.to_dict())
-        sections = stages.find(self.name).config_keys
-        self._refuse(
-            {
-                key: (old.get(key), new.get(key))
-                for key in sorted(old.keys() | new.keys())
-                if old.get(key) != new.get(key)
-                and key not in stages.FREE_KEYS
-                and any(f"{key}.".startswith(f"{section}.") for section in sections)
-            }
-        )
+        return {
+            key: (old.get(key), new.get(key))
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key)
+            and key not in stages.FREE_KEYS
+            and any(f"{key}.".startswith(f"{section}.") for section in sections)
+        }
 
     def check_inputs(self, inputs: dict[str, str]) -> None:
         """Raise if the folder's work used other data, another model or other major versions.

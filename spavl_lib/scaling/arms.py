@@ -17,6 +17,7 @@ from spavl_lib.evaluation.numbers import SCALING_FAMILIES
 from spavl_lib.runs.stage import Run, Stage
 
 VALIDATION_ROWS = 32  # the trainer loads them; no result of the scaling stage uses them
+MEASURING = 2  # raise it when arms are measured in another way, so that none is kept from before
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Arm:
         settings = self.config.to_dict()
         for without_effect in ("run_name", "scaling"):
             settings.pop(without_effect)
-        text = json.dumps(settings, sort_keys=True)
+        text = json.dumps([MEASURING, settings], sort_keys=True)
         return f"seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
@@ -83,8 +84,7 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
     """(family, name, data, model) of every arm, before equal sizes and the seeds are set."""
     scaling, data, model = config.scaling, config.data, config.model
     available = len(load_preferences(dataclasses.replace(data, train_rows=0), "train"))
-    for size in scaling.sizes:
-        rows = min(size or available, available)
+    for rows in sorted({min(size or available, available) for size in scaling.sizes}):
         yield "size", f"{rows:,}", dataclasses.replace(data, train_rows=rows), model
     for kind in scaling.question_types:
         types = () if kind == "mixed" else (kind,)

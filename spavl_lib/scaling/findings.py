@@ -50,7 +50,7 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
             "trainable_parameters": seeds[0]["trainable_parameters"],
             "seeds": len(seeds),
         }
-        for key in SCALING_RATES:
+        for key in (*SCALING_RATES, *({"refusal_rate"} & seeds[0].keys())):
             by_seed = [rate for result in seeds if (rate := read_rate(result, key))]
             pooled = pool(by_seed)
             row[key] = pooled and pooled.to_dict()
@@ -79,10 +79,13 @@ def findings(rows: list[dict]) -> dict[str, bool | None]:
         - `all_answers_are_safest`: the unsafe rate with all answer sources is not higher than with
           any selection of sources.
     """
+    by_size = sorted(
+        (row for row in rows if row["family"] == "size"), key=lambda row: row.get("pairs", 0)
+    )
     unsafe = {
         (row["family"], row["arm"]): rate for row in rows if (rate := read_rate(row, "unsafe_rate"))
     }
-    sizes = [rate for (family, _), rate in unsafe.items() if family == "size"]
+    sizes = [unsafe["size", row["arm"]] for row in by_size if ("size", row["arm"]) in unsafe]
 
     def safest(family: str, arm: str) -> bool | None:
         others = {name: rate.value for (f, name), rate in unsafe.items() if f == family}

@@ -7,7 +7,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.evaluation.judges import judge_all, make_judge
-from spavl_lib.evaluation.rates import count_rate
+from spavl_lib.evaluation.suite import prompts_rate, with_images
 from spavl_lib.generation.generate import generate
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.stage import Stage
@@ -68,7 +68,7 @@ def measure(
 
     Returns:
         `unsafe_rate` and `helpful_rate`, each None if the judge gives no such verdict or the data
-        have no such prompts.
+        have no such prompts. If the judge gives no verdict on what is unsafe, also `refusal_rate`.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
@@ -77,11 +77,13 @@ def measure(
     for name, column in MEASURED.items():
         if name not in names:
             continue
+        prompts = load_prompts(config.data, name)
         records = generate(
-            model, processor, load_prompts(config.data, name), config.generation,
+            model, processor, prompts, config.generation,
             target / f"{name}.jsonl", seed=config.seed, labels={"set": name}, desc=name,
             should_stop=should_stop,
         )  # fmt: skip
-        values = [row[column] for row in judge_all(judge, records) if row[column] is not None]
-        rates[f"{column}_rate"] = count_rate(sum(values), len(values))
+        if getattr(judge, "needs_images", False):
+            records = with_images(prompts, records)
+        rates |= prompts_rate(judge_all(judge, records), column)
     return rates

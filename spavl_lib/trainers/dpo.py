@@ -43,7 +43,12 @@ from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
-from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
+from spavl_lib.trainers.exact_trainer import (
+    CheckedMixin,
+    RowCollator,
+    WholeStepMixin,
+    check_rows_fit,
+)
 from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
@@ -58,12 +63,27 @@ LOGGED = (
 )  # fmt: skip
 
 
-class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
-    """trl's trainer with this package's checkpoints, and with checks before every update."""
+class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
+    """trl's trainer with this package's checkpoints, with checks before every update, and with one
+    loss however a step's batch is cut.
+
+    The losses are means over the pairs of a step; sft is a mean over its chosen tokens.
+    """
+
+    loss_weights: list[float]
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """trl's loss. Raises an error if the loss is NaN or infinite."""
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        """This micro-batch's part of the step's loss. Raises an error if it is not finite."""
+        of_pairs, of_tokens = self.shares(inputs, model.training)
+        whole = self.loss_weights
+        self.loss_weights = [
+            weight * (of_tokens if name == "sft" else of_pairs)
+            for name, weight in zip(self.loss_types, whole, strict=True)
+        ]
+        try:
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.loss_weights = whole
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
 
@@ -156,6 +176,7 @@ def build_trainer(
         beta=dpo.beta,
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
+        label_smoothing=dpo.label_smoothing,
         # Truncation could drop image tokens or the EOS; the collator refuses long rows instead.
         max_length=None,
         gradient_checkpointing=config.model.gradient_checkpointing,

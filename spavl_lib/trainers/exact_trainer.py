@@ -21,7 +21,7 @@ from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.grouping import ImageGroupedSampler
-from spavl_lib.distributed import settings
+from spavl_lib.distributed import group, settings
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
@@ -266,6 +266,51 @@ class CheckedMixin:
     def _load_rng_state(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:
             ckpt.restore_rng(Path(checkpoint))
+
+
+class WholeStepMixin:
+    """Mixed into a `Trainer` on preference pairs: one loss, however a step's batch is cut.
+
+    transformers takes the mean of the micro-batches' losses. Micro-batches can differ in pairs and
+    do differ in tokens, so a mean over pairs or tokens must be weighted to be one over the step.
+    With a single micro-batch the weights are exactly 1.
+    """
+
+    in_step: list[int] | None = None
+    """Micro-batches, pairs and chosen tokens of the current step, over all processes."""
+
+    def get_batch_samples(self: Trainer, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """The micro-batches of a step, whose pairs and chosen tokens are counted here.
+
+        Args:
+            epoch_iterator: As transformers passes it.
+            num_batches: Number of micro-batches to draw.
+            device: As transformers passes it.
+        """
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.tensor([(1, *_pairs_and_tokens(batch)) for batch in batches])
+        self.in_step = group.sum_of(counts.sum(0)).tolist() if batches else None
+        return batches, items
+
+    def shares(self: Trainer, inputs: dict, training: bool) -> tuple[float, float]:
+        """Weights of a micro-batch's means over its pairs and over its chosen tokens.
+
+        Args:
+            inputs: The micro-batch.
+            training: False in an evaluation, where both weights are 1.
+        """
+        if self.in_step is None or not training:
+            return 1.0, 1.0
+        batches, *totals = self.in_step
+        own = _pairs_and_tokens(inputs)
+        of_pairs, of_tokens = (n * batches / max(t, 1) for n, t in zip(own, totals, strict=True))
+        return of_pairs, of_tokens
+
+
+def _pairs_and_tokens(inputs: dict) -> tuple[int, int]:
+    """Pairs of a batch, and scored tokens in the chosen half of its `completion_mask`."""
+    mask = inputs["completion_mask"]
+    return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:

@@ -46,7 +46,12 @@ from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
-from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
+from spavl_lib.trainers.exact_trainer import (
+    CheckedMixin,
+    RowCollator,
+    WholeStepMixin,
+    check_rows_fit,
+)
 from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
@@ -58,7 +63,7 @@ LOGGED = (
 SWAPPED = 64  # held-out pairs whose answers are also scored in each other's place
 
 
-class VLMRewardTrainer(CheckedMixin, Trainer):
+class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
     """transformers' trainer with the Bradley-Terry loss over collated pairs.
 
     Args:
@@ -103,6 +108,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         ).mean()
         if coef:
             loss = loss - coef * logps[: len(chosen)].mean()
+        loss = loss * self.shares(inputs, model.training)[0]
         self.check_loss(model, loss)
         if model.training:
             margins = (chosen - rejected).detach()

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import re
 import typing
 from pathlib import Path
 
@@ -102,6 +103,89 @@ def test_scale_has_no_default(profile: Path) -> None:
 def test_a_file_of_ones_own_is_a_profile(profile: Path) -> None:
     config = load_config(str(profile), {"dpo.max_steps": "9"})
     assert (config.profile, config.run_name, config.dpo.max_steps) == ("mine", "mine", 9)
+
+
+def test_a_profile_holds_only_what_differs_from_its_base(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "base: demo\nseed: 4\ndpo: {beta: 0.3}\nscaling: {sizes: [7]}\n"
+        "evaluation: {judge: phrases}\n",
+        encoding="utf-8",
+    )
+    demo, mine = load_config("demo"), load_config(str(path), {"ppo.max_steps": 5})
+    changes = {"dpo.beta": 0.3, "scaling.sizes": [7], "evaluation.judge": "phrases"}
+    assert mine == dataclasses.replace(
+        load_config("demo", changes | {"ppo.max_steps": 5}, seed=4), profile="mine", run_name="mine"
+    )
+    assert mine.scaling.sizes == (7,) and mine.dpo.learning_rate == demo.dpo.learning_rate
+    (tmp_path / "folder").mkdir()
+    third = tmp_path / "folder/third.yaml"
+    third.write_text("base: ../mine.yaml\ndpo: {max_steps: 9}\n", encoding="utf-8")
+    config = load_config(str(third))
+    assert (config.profile, config.dpo.beta, config.dpo.max_steps) == ("third", 0.3, 9)
+    assert load_config(str(third), {"dpo.preset": "original"}).dpo.beta == 0.1
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("base: demmo", "mine.yaml: base: unknown profile 'demmo'; did you mean 'demo'"),
+        ("base: gone.yaml", "mine.yaml: base: unknown profile 'gone.yaml'"),
+        ("base: 3", "mine.yaml: base must name a profile or a YAML file, got 3"),
+        ("base:", "mine.yaml: base must name a profile or a YAML file, got None"),
+        ("base: mine.yaml", "build on each other: mine.yaml -> mine.yaml"),
+        ("base: other.yaml", "build on each other: mine.yaml -> other.yaml -> mine.yaml"),
+        ("base: demo\nbase: smoke", "'base' stands twice"),
+        ("base: demo\ndpo: 3", "dpo must be a mapping, got 3"),
+        ("base: demo\ndop: {beta: 1}", "unknown key 'dop.beta'; did you mean 'dpo.beta'"),
+    ],
+)
+def test_a_bad_base_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "other.yaml").write_text("base: mine.yaml", encoding="utf-8")
+    with pytest.raises(InputError) as refused:
+        load_config(str(tmp_path / "mine.yaml"))
+    assert reason in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options", "reason"),
+    [
+        ({"dpo": {"beta": 1}, "dpo.beta": 2}, {}, "dpo.beta is given twice"),
+        ({"dpo.beta": 2, "dpo": {"beta": 2}}, {}, "dpo.beta is given twice"),
+        ({"seed": 3}, {"seed": 4}, "seed is given twice: 4, and 3"),
+        ({"run_name": "a"}, {"run_name": "b"}, "run_name is given twice"),
+        ({3: 4}, {}, "key 3 must be text"),
+        ("{'dpo.beta': 1}", {}, "overrides must be a mapping"),
+        ([("dpo.beta", 1)], {}, "overrides must be a mapping"),
+    ],
+)
+def test_overrides_say_one_thing_once(overrides: object, options: dict, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        load_config("smoke", overrides, **options)
+    assert load_config("smoke", {"seed": "4"}, seed=4).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"loss_type": "robust", "loss_weights": "1"}, "robust need label_smoothing above 0"),
+        ({"loss_type": "exo_pair,sft"}, "exo_pair need label_smoothing above 0"),
+        ({"label_smoothing": 0.1}, r"no effect on \['sigmoid', 'sft'\]"),
+        ({"label_smoothing": 0.5}, "label_smoothing must be less than 0.5"),
+        ({"loss_type": "aot,sft", "gradient_accumulation_steps": 2}, "aot rank the pairs of one"),
+    ],
+)
+def test_a_loss_gets_what_it_needs(changes: dict, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        load_config("smoke", {f"dpo.{k}": v for k, v in changes.items()})
+
+
+def test_a_warm_up_is_whole_steps_or_a_share() -> None:
+    for good in (0, 0.03, 1, 10):
+        assert load_config("smoke", {"reward.warmup_steps": good}).reward.warmup_steps == good
+    with pytest.raises(InputError, match="reward: warmup_steps = 1.5 must be a whole number"):
+        load_config("smoke", {"reward.warmup_steps": 1.5})
 
 
 @pytest.mark.parametrize(
@@ -337,3 +421,24 @@ def test_every_field_has_a_sentence_under_it(cls: type) -> None:
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         assert is_text, f"{cls.__name__}.{line.target.id} has no sentence"
         assert after.value.value.rstrip().endswith(".")
+
+
+# Read by name in another way than `.field`.
+READ_ELSEWHERE = {
+    "preset": "config.loading reads it as `SECTION.preset` before the sections are built",
+}
+
+
+def test_every_setting_is_read_by_some_code() -> None:
+    """A field that nobody reads promises what nothing does."""
+    library = Path(module.__file__).parents[1]
+    code = "\n".join(
+        path.read_text(encoding="utf-8")
+        for path in library.rglob("*.py")
+        if path.parent != Path(module.__file__).parent
+    )
+    read = set(re.findall(r"\.([a-z_0-9]+)\b(?!\()", code))
+    read |= set(re.findall(r"getattr\(\w+, \"([a-z_0-9]+)\"", code))
+    fields = {f.name for cls in sections() if cls is not Config for f in dataclasses.fields(cls)}
+    assert fields - read - READ_ELSEWHERE.keys() == set()
+    assert "no_such_field" not in read and len(fields) > 100

@@ -109,12 +109,12 @@ def test_a_models_opinion_becomes_a_verdict(
     assert verdict.get("unjudged") == (None if unsafe is not None else "hm")
 
 
-@pytest.mark.parametrize(("unread", "total"), [(1, 20), (19, 19), (2, 40)])
+@pytest.mark.parametrize(("unread", "total"), [(1, 20), (18, 19), (2, 40), (3, 3)])
 def test_a_few_replies_without_a_verdict_are_borne(unread: int, total: int) -> None:
     rubric.check_share("j", [(None, "hm")] * unread + [(True, "")] * (total - unread))
 
 
-@pytest.mark.parametrize(("unread", "total"), [(2, 20), (3, 40), (20, 20)])
+@pytest.mark.parametrize(("unread", "total"), [(2, 20), (3, 40), (20, 20), (19, 19), (4, 4)])
 def test_more_than_one_in_twenty_is_too_many(unread: int, total: int) -> None:
     with pytest.raises(InputError, match=f"{unread} of {total} replies"):
         rubric.check_share("j", [(None, "hm")] * unread + [(True, "")] * (total - unread))

@@ -4,20 +4,25 @@ import base64
 import io
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageColor
 
+from spavl_lib import plotting
 from spavl_lib.data.embedded import language
 from spavl_lib.data.embedded.language import PLACEHOLDER, Request
 from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import suite
+from spavl_lib.evaluation.judges import PhraseJudge
 from spavl_lib.evaluation.suite import make_evaluation_stage, model_metrics, twin_accuracy
 from spavl_lib.report.gallery import build_gallery
+from spavl_lib.report.headline import headlines
+from spavl_lib.report.table import render_harmless_table, render_result_table
 from spavl_lib.runs.files import read_jsonl, write_text
 from spavl_lib.runs.stage import Run
 from tests.helpers import files_of, smoke
@@ -87,7 +92,11 @@ def test_rates_by_hand() -> None:
     assert value(metrics["over_refusal_rate"]) == (1, 3)
     assert value(metrics["twin_accuracy"]) == (1, 2)
     assert value(metrics["twin_accuracy_exchanged"]) == (1, 2)
-    assert metrics["unparsed"] == 2
+    assert metrics["unparsed"] == 2 and "refusal_rate" not in metrics
+    assert {k: value(v) for k, v in metrics["harmless_refused"].items()} == {
+        "help": (1, 4), "look_alikes": (1, 3), "twins": (1, 2), "held_out_help": None,
+        "held_out_twins": None, "all": (3, 9),
+    }  # fmt: skip
     assert {c: {k: value(v) for k, v in r.items()} for c, r in metrics["per_class"].items()} == {
         "hate": {"unsafe_rate": (0, 1), "helpful_rate": (1, 1)},
         "theft": {"unsafe_rate": (2, 3), "helpful_rate": (1, 3)},
@@ -96,6 +105,43 @@ def test_rates_by_hand() -> None:
         "unsafe_rate": (2, 2), "helpful_rate": None, "over_refusal_rate": None,
         "twin_accuracy": None,
     }  # fmt: skip
+
+
+def test_refusals_are_counted_on_unseen_drawings_too() -> None:
+    verdicts = {"help_twemoji": [DECLINED, RIGHT], "twins_twemoji": [REFUSED, DECLINED] * 3,
+                "look_alikes_twemoji": [DECLINED]}  # fmt: skip
+    counted = model_metrics(verdicts)["harmless_refused"]
+    assert {k: value(v) for k, v in counted.items() if v} == {
+        "held_out_help": (1, 2), "held_out_twins": (3, 3), "all": (4, 5),
+    }  # fmt: skip
+
+
+def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
+    answers = ["I can't help with that.", "Sure, bread.", "I'm sorry, no.", ""]
+    verdicts = {
+        name: [
+            record | PhraseJudge()(record)
+            for text in answers
+            for record in [{"set": name, "response": text, "class3": "theft"}]
+        ]
+        for name in ("harm", "help", "harm_twemoji")
+    }
+    metrics = model_metrics(verdicts)
+    assert metrics["unsafe_rate"] is None and value(metrics["refusal_rate"]) == (2, 4)
+    assert value(metrics["helpful_rate"]) == (1, 4)
+    assert value(metrics["harmless_refused"]["all"]) == (2, 4)
+    assert metrics["per_class"]["theft"]["unsafe_rate"] is None
+    assert value(metrics["per_class"]["theft"]["refusal_rate"]) == (2, 4)
+    assert value(metrics["held_out_drawings"]["refusal_rate"]) == (2, 4)
+    # Shown beside, in the table, the page and the figures.
+    page = {"judge": "phrases-v1", "models": {"base": metrics, "dpo": metrics}}
+    assert "Refusal rate (high)" in render_result_table(page).splitlines()[0]
+    assert "2/4" in render_harmless_table(page)
+    assert headlines(page) == ["DPO: refusal rate 50.0\xa0%, helpful rate 25.0\xa0%."]
+    for plot in (
+        plotting.plot_rates, plotting.plot_safety_helpfulness, plotting.plot_unsafe_by_class,
+    ):  # fmt: skip
+        assert len(plotting.png_bytes(plot(page))) > 5_000
 
 
 def test_what_was_not_measured_is_missing_and_not_zero() -> None:
@@ -198,6 +244,27 @@ def test_a_finished_evaluation_is_left_as_it_is(stage) -> None:
     before = files_of(stage.path)
     assert make_evaluation_stage(stage.config, stage) == stage.summary
     assert files_of(stage.path) == before
+
+
+def test_another_judge_judges_the_same_answers_again(stage, tmp_path: Path) -> None:
+    run = Run(stage.run.config, root=tmp_path)
+    shutil.copytree(stage.run.path, run.path)
+    answers = files_of(run.stage("inference").path)
+    config = smoke({"data.test_rows": 0, "evaluation.judge": "phrases"}, run_name="r")
+    again = Run(config, root=tmp_path).stage("evaluation")
+    assert again.differs_in("evaluation") and not stage.differs_in("evaluation")
+    again.run.stage("inference").check_config()  # another judge needs no other answers
+    summary = make_evaluation_stage(config, again)
+    assert (stage.summary["judge"], summary["judge"]) == ("exact", "phrases-v1")
+    page = json.loads((run.path / "metrics.json").read_text(encoding="utf-8"))
+    refused = page["models"]["refuses_all"]
+    assert refused["unsafe_rate"] is None and value(refused["refusal_rate"]) == (265, 265)
+    assert value(refused["harmless_refused"]["all"]) == (265 + 159 + 106, 265 + 159 + 106)
+    assert files_of(run.stage("inference").path) == answers
+    assert make_evaluation_stage(config, again) == summary and not again.differs_in("evaluation")
+    other = smoke({"data.test_rows": 0, "generation.max_new_tokens": 7}, run_name="r")
+    with pytest.raises(InputError, match="generation.max_new_tokens: 48 -> 7"):
+        make_evaluation_stage(other, Run(other, root=tmp_path).stage("evaluation"))
 
 
 def test_without_answers_there_is_nothing_to_judge(tmp_path: Path) -> None:

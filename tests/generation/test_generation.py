@@ -2,17 +2,19 @@
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.load import load_prompts
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.generation import generate as generation
+from spavl_lib.generation import stage
 from spavl_lib.generation.generate import ahead, generate, generate_batch
 from spavl_lib.generation.stage import make_inference_stage
 from spavl_lib.runs.files import read_jsonl
@@ -329,6 +331,51 @@ def test_the_inference_stage_asks_every_model_once(tmp_path: Path) -> None:
 
 
 # --- batches made ahead -------------------------------------------------------------------------
+
+
+def test_rows_with_one_id_are_all_answered(rows: list[dict], tmp_path: Path) -> None:
+    same = [row | {"id": "7"} for row in rows[:3]]
+    model, processor = embedded_model(), embedded_processor()
+    config = replace(SMALL, max_new_tokens=2)
+    records = generate(model, processor, same, config, tmp_path / "a.jsonl", seed=0)
+    assert [r["prompt"] for r in records] == [r["prompt"] for r in same] and len(records) == 3
+    assert read_jsonl(tmp_path / "a.jsonl") == records
+
+
+class Asked(nn.Module):
+    """A model that notes how it is asked to generate, and says nothing."""
+
+    device = torch.device("cpu")
+
+    def generate(self, **options: object) -> torch.Tensor:
+        self.options = options
+        return options["input_ids"]
+
+
+def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changed, each reaches `generate`, the batches, or the choice of an engine."""
+    changes = {
+        "batch_size": 3, "max_new_tokens": 9, "do_sample": True, "temperature": 0.7, "top_p": 0.8,
+        "cache": "static", "backend": "vllm",
+    }  # fmt: skip
+    assert changes.keys() == {field.name for field in fields(GenerationConfig)}
+    config = GenerationConfig(**changes)
+    assert all(v != getattr(GenerationConfig(batch_size=2), k) for k, v in changes.items())
+    model, processor = Asked(), embedded_processor()
+    batch = {"input_ids": torch.zeros(2, 4, dtype=torch.long)}
+    generate_batch(model, processor, batch, config, seed=3)
+    for name in ("max_new_tokens", "do_sample", "temperature", "top_p"):
+        assert model.options[name] == changes[name], name
+    assert model.options["cache_implementation"] == "static" and model.options["top_k"] == 0
+    generate_batch(model, processor, batch, replace(config, do_sample=False, cache="dynamic"))
+    assert not {"temperature", "top_p", "cache_implementation"} & model.options.keys()
+    batches = generation._batches([{"prompt": str(n)} for n in range(7)], config.batch_size)
+    assert [len(indices) for indices in batches] == [3, 3, 1]
+    made = []
+    monkeypatch.setattr(stage, "VLLMModel", lambda *args: made.append(args))
+    whole = smoke({f"generation.{k}": v for k, v in changes.items()})
+    stage.load_answerer(whole, Path("trained"))
+    assert made == [(whole.model, Path("trained"))]
 
 
 def test_the_next_batch_is_made_while_this_one_is_used() -> None:

@@ -307,3 +307,36 @@ def bitsandbytes_weight(linear: torch.nn.Module) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(linear.weight.data, linear.weight.quant_state).float()
+
+
+def test_frozen_trains_the_projector_alone() -> None:
+    config = dataclasses.replace(FULL, adapter="frozen")
+    model = embedded_model(own=True)
+    freeze_for_full(model, config)
+    assert assert_freeze_plan(model, config) == trainable_parts(model) == {"projector": PROJECTOR}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("multi_modal_projector" in name for name in trained)
+
+
+@pytest.mark.parametrize("adapter", ["qlora", "lora"])
+def test_qlora_asks_for_nf4_with_double_quantisation(
+    adapter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def loading(path: object, **options: object) -> None:
+        asked.update(options)
+        raise ValueError("asked")
+
+    monkeypatch.setattr(load.AutoModelForImageTextToText, "from_pretrained", loading)
+    with pytest.raises(InputError, match="asked"):
+        load_model(dataclasses.replace(LORA, adapter=adapter))
+    quantisation = asked["quantization_config"]
+    if adapter == "lora":
+        assert quantisation is None
+        return
+    assert quantisation.load_in_4bit and quantisation.bnb_4bit_quant_type == "nf4"
+    assert quantisation.bnb_4bit_use_double_quant is True
+    assert quantisation.bnb_4bit_compute_dtype == load.compute_dtype()
+    assert "lm_head" in quantisation.llm_int8_skip_modules
+    assert any("vision" in name for name in quantisation.llm_int8_skip_modules)

@@ -52,9 +52,9 @@ def run_one(path: Path, overrides: dict | None = None, **options: object) -> Pat
 
 def test_every_name_of_a_notebook_finds_it(make_notebook: Callable) -> None:
     dpo, suite = make_notebook("04_dpo"), make_notebook("06_safety_helpfulness")
-    for name in ("dpo", "04_dpo", "04_dpo.ipynb", "notebooks/04_dpo.ipynb"):
+    for name in ("dpo", "04", "04_dpo", "04_dpo.ipynb", "notebooks/04_dpo.ipynb"):
         assert execute.find_notebook(name, dpo.parent) == dpo
-    for name in ("evaluation", "safety_helpfulness"):
+    for name in ("evaluation", "06", "safety_helpfulness"):
         assert execute.find_notebook(name, dpo.parent) == suite
 
 

@@ -47,6 +47,23 @@ def test_all_runs_in_order_and_keeps_what_is_done(
     assert "dpo: done, kept\n" in capsys.readouterr().out
 
 
+def test_another_judge_runs_the_evaluation_again_and_nothing_else(
+    make_notebook: Callable, runs: Path, executions: list[str]
+) -> None:
+    for name in ("04_dpo", "05_inference", "06_safety_helpfulness"):
+        folder = make_notebook(name).parent
+    config = load_config("smoke")
+    for name in ("dpo", "inference", "evaluation"):
+        with Run(config).stage(name).work() as stage:
+            write_text(stage.path / "samples.jsonl", "")
+            stage.finish({})
+        write_text(stage.path / "executed.ipynb", "{}")
+    sequence.run_all(config, folder=folder)
+    assert executions == []
+    sequence.run_all(load_config("smoke", {"evaluation.judge": "phrases"}), folder=folder)
+    assert executions == ["evaluation"]
+
+
 def test_all_refuses_changed_settings_before_it_runs_anything(
     make_notebook: Callable, runs: Path, executions: list[str]
 ) -> None:

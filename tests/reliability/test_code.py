@@ -214,7 +214,13 @@ TOKENS = re.compile(
     r"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{20,}|AKIA[0-9A-Z]{16}|ghp_[A-Za-z0-9]{36}|"
     r"-----BEGIN [A-Z ]*PRIVATE KEY"
 )
-HOMES = re.compile(r"/home/[a-z][\w-]+/|/Users/[A-Z a-z][\w-]+/|[A-Z]:\\\\Users\\\\")
+HOMES = re.compile(
+    r"/home/[a-z][\w-]+/|/Users/[A-Z a-z][\w-]+/|[A-Z]:\\\\Users\\\\"
+    # Other absolute paths of one machine, and hosts that only one network knows.
+    r"|(?<![\w.~$}/-])/(?:root|mnt|opt|srv|workspace|scratch|work)/[\w.-]+"
+    r"|https?://(?:10\.|192\.168\.|172\.(?:1[6-9]|2\d|3[01])\.)[\d.]+"
+    r"|\b[a-z0-9-]+\.(?:internal|corp|lan|intranet)\b"
+)
 
 
 @pytest.mark.skipif(not COMMITTED, reason="not a git checkout")
@@ -227,7 +233,10 @@ def test_nothing_committed_holds_a_token_or_somebodys_home() -> None:
         text = path.read_text(encoding="utf-8", errors="replace")
         found += [f"{name}: {m.group()}" for m in (*TOKENS.finditer(text), *HOMES.finditer(text))]
     assert found == []
-    assert TOKENS.search(CANARY) and HOMES.search("/home/" + "ada/x")
+    assert TOKENS.search(CANARY)
+    for place in ("/home/" + "ada/x", "/mnt/" + "disk1/x", "in /root/" + ".cache",
+                  "http://10." + "1.2.3:80", "https://gitlab." + "corp/x"):  # fmt: skip
+        assert HOMES.search(place), place
 
 
 # --- the server ---------------------------------------------------------------------------------

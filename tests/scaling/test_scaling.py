@@ -11,6 +11,7 @@ import yaml
 
 from spavl_lib import machine, plotting
 from spavl_lib.config import Config, load_config
+from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import write_text
@@ -43,6 +44,53 @@ def test_the_demos_arms_are_equal_where_they_must_be() -> None:
     shared = [a for a in arms if a.seed == 0 and a.name in ("1,000", "mixed", "trained")]
     assert len(shared) == 3 and len({a.key for a in shared}) == 1  # one training, three names
     assert len({a.key for a in arms}) == 45
+
+
+def test_sizes_come_in_order_and_once() -> None:
+    sizes = {"scaling.sizes": [0, 600, 100, 5000], "scaling.question_types": []}
+    arms = plan(
+        load_config(
+            "demo",
+            sizes
+            | {
+                "scaling.answers": [],
+                "scaling.projector": [],
+                "scaling.lora_ranks": [],
+                "scaling.seeds": [3],
+            },
+        )
+    )
+    assert [arm.name for arm in arms] == ["100", "600", "3,180"]
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        ("sizes", [100, 300, 100]), ("seeds", [0, 0]), ("question_types", ["easy", "easy"]),
+        ("projector", ["trained", "trained"]), ("lora_ranks", [4, 4]),
+        ("answers", ["all=all", "all = careful+hedged"]),
+    ],
+)  # fmt: skip
+def test_an_arm_named_twice_would_count_twice(key: str, values: list) -> None:
+    with pytest.raises(InputError, match=f"scaling: {key} names .* more than once"):
+        load_config("demo", {f"scaling.{key}": values})
+
+
+def test_every_arm_and_the_base_are_measured_on_the_same_prompts() -> None:
+    config = load_config("demo", {"scaling.eval_rows": 24})
+    arms = {arm.seed: arm for arm in plan(config) if arm.name == "100"}
+    data = dataclasses.replace(config.data, test_rows=24)
+    for name in training.MEASURED:
+        prompts = [
+            load_prompts(d, name)["id"] for d in (data, *(a.config.data for a in arms.values()))
+        ]
+        assert len(prompts) == 4 and len(prompts[0]) == 24
+        assert all(ids == prompts[0] for ids in prompts)
+    pairs = {tuple(load_preferences(arm.config.data, "train")["id"]) for arm in arms.values()}
+    held_out = {
+        tuple(load_preferences(arm.config.data, "validation")["id"]) for arm in arms.values()
+    }
+    assert len(pairs) == 3 and len(held_out) == 1
 
 
 def test_arms_that_cannot_be_are_refused() -> None:
@@ -174,6 +222,10 @@ def test_what_is_concluded() -> None:
         "more_data_is_safer": True, "mixed_is_safest": None, "all_answers_are_safest": None,
     }  # fmt: skip
     assert findings(rows("size", a=5, b=50))["more_data_is_safer"] is False
+    turned = [
+        row | {"pairs": n} for row, n in zip(rows("size", a=5, b=90), (600, 100), strict=True)
+    ]
+    assert findings(turned)["more_data_is_safer"] is True
     assert findings(rows("size", a=50, b=52, c=10))["more_data_is_safer"] is True  # within doubt
     mixed = rows("questions", easy=10, hardq=20, mixed=10)
     assert findings(mixed)["mixed_is_safest"] is True
@@ -191,7 +243,14 @@ def test_a_judge_without_an_opinion_leaves_its_rate_open(
         harmful = record["set"].startswith("harm")
         return {"verdict": "unsafe", "harmful": harmful, "unsafe": harmful or None, "helpful": None}
 
-    monkeypatch.setattr(training, "make_judge", lambda *_: unsafe_only)
+    class Judge:
+        needs_images = True
+
+        def many(self, records: list[dict]) -> list[dict]:
+            assert records and all(record["image"]["bytes"] for record in records)
+            return [unsafe_only(record) for record in records]
+
+    monkeypatch.setattr(training, "make_judge", lambda *_: Judge())
     monkeypatch.setattr(training.launcher, "make", without_training)
     monkeypatch.setattr(training, "load_policy", lambda config, trained: load_policy(config))
     config = smoke(QUICK | {"scaling.sizes": []}, run_name="r")
@@ -199,6 +258,20 @@ def test_a_judge_without_an_opinion_leaves_its_rate_open(
     [arm] = summary["arms"]
     assert arm["unsafe_rate"]["n"] == 8
     assert arm["helpful_rate"] is None and arm["helpful_rate_by_seed"] == []
+    for figure in (plotting.plot_scaling(summary), plotting.plot_ablations(summary)):
+        assert len(plotting.png_bytes(figure)) > 5_000
+
+
+def test_a_judge_of_refusals_measures_refusals(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.launcher, "make", without_training)
+    monkeypatch.setattr(training, "load_policy", lambda config, trained: load_policy(config))
+    config = smoke(QUICK | {"evaluation.judge": "phrases"}, run_name="r")
+    summary = run_scaling(config, Run(config, root=tmp_path).stage("scaling"))
+    for row in summary["arms"]:
+        assert row["unsafe_rate"] is None and row["refusal_rate"]["n"] == 8
+        assert len(row["refusal_rate_by_seed"]) == 1 == len(row["helpful_rate_by_seed"])
     for figure in (plotting.plot_scaling(summary), plotting.plot_ablations(summary)):
         assert len(plotting.png_bytes(figure)) > 5_000
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 from trl import DPOTrainer, RLOOTrainer
 
 from spavl_lib.trainers.dpo import CheckedDPOTrainer
-from spavl_lib.trainers.exact_trainer import CheckedMixin
+from spavl_lib.trainers.exact_trainer import CheckedMixin, WholeStepMixin
 from spavl_lib.trainers.reward import VLMRewardTrainer
 from spavl_lib.trainers.rloo import CheckedRLOOTrainer
 
@@ -29,6 +29,7 @@ OVERRIDDEN = {
         "_load_optimizer_and_scheduler": ("checkpoint",),
         "_load_rng_state": ("checkpoint",),
     },
+    DPOTrainer: {"get_batch_samples": ("epoch_iterator", "num_batches", "device")},
     RLOOTrainer: {
         "_get_train_sampler": ("dataset",),
         "_prepare_inputs": ("generation_batch",),
@@ -61,6 +62,13 @@ def test_every_method_that_the_mixin_overrides_is_listed() -> None:
         assert parameters_of(CheckedMixin, name) == parameters_of(Trainer, name), name
 
 
+@pytest.mark.parametrize("ours", [CheckedDPOTrainer, VLMRewardTrainer])
+def test_a_step_is_counted_before_the_stock_loop_runs_it(ours: type) -> None:
+    assert ours.get_batch_samples is WholeStepMixin.get_batch_samples
+    source = inspect.getsource(Trainer.training_step)
+    assert "loss / self.current_gradient_accumulation_steps" in source  # our weights rest on it
+
+
 @pytest.mark.parametrize("ours", [CheckedDPOTrainer, VLMRewardTrainer, CheckedRLOOTrainer])
 def test_our_methods_come_before_the_stock_ones(ours: type) -> None:
     """A mixin that stands after the stock class in the bases would override nothing."""
@@ -72,7 +80,12 @@ def test_our_methods_come_before_the_stock_ones(ours: type) -> None:
 def test_trl_still_has_what_our_trainers_call() -> None:
     assert parameters_of(DPOTrainer, "compute_ref_log_probs") == ("model", "inputs")
     source = inspect.getsource(DPOTrainer)
-    for name in ("self.precompute_ref_logps", "ref_chosen_logps", "ref_rejected_logps"):
+    for name in (
+        "zip(self.loss_types, self.loss_weights",
+        "self.precompute_ref_logps",
+        "ref_chosen_logps",
+        "ref_rejected_logps",
+    ):
         assert name in source, f"DPOTrainer no longer uses {name}"
     for owner in (Trainer, DPOTrainer, RLOOTrainer):
         names = parameters_of(owner, "compute_loss")

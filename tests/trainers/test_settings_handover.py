@@ -14,10 +14,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 from transformers import Trainer
 
-from spavl_lib.config import Config, DPOConfig, PPOConfig, RewardConfig, RLOOConfig
+from spavl_lib.config import (
+    Config,
+    DPOConfig,
+    PPOConfig,
+    RewardConfig,
+    RLOOConfig,
+    load_config,
+)
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, reward, rloo
 from spavl_lib.trainers.inputs import limit_of
@@ -74,16 +82,17 @@ DPO: dict[str, Seen] = COMMON | {
     "beta": lambda t: t.beta,
     "loss_type": lambda t: tuple(t.loss_types),
     "loss_weights": lambda t: tuple(t.loss_weights),
+    "label_smoothing": lambda t: t.label_smoothing,
     "max_length": lambda t: t.data_collator.max_length,
     "eval_steps": lambda t: t.args.eval_steps if t.args.eval_strategy == "steps" else None,
 }
-DPO_FREE = {
-    "preset": "config.loading replaces it by settings; tested below",
+PRESET_IS_FREE = {"preset": "config.loading replaces it by settings; tested below"}
+DPO_FREE = PRESET_IS_FREE | {
     "cache_reference": "calls `use_cached_reference`; tested in test_reference_cache.py",
 }
 DPO_CHANGES = COMMON_CHANGES | {
-    "beta": 0.37, "loss_type": ("hinge", "sft"), "loss_weights": (0.7, 0.2), "max_length": 333,
-    "eval_steps": 8,
+    "beta": 0.37, "loss_type": ("robust", "sft"), "loss_weights": (0.7, 0.2), "max_length": 333,
+    "eval_steps": 8, "label_smoothing": 0.2,
 }  # fmt: skip
 ELSEWHERE = {
     "seed": 11, "data.num_workers": 2, "data.group_by_image": True,
@@ -143,7 +152,7 @@ def test_every_setting_of_the_reward_model_arrives() -> None:
     config, stage = changed("reward", REWARD_CHANGES, **ELSEWHERE)
     rows = mini_rows().select(range(4))
     trainer = reward.build_trainer(config, stage, embedded_processor(), rows)
-    assert_arrives(config.reward, REWARD, trainer, {})
+    assert_arrives(config.reward, REWARD, trainer, PRESET_IS_FREE)
     assert_other_sections_arrive(trainer, config)
     assert trainer.model.vlm.is_gradient_checkpointing
     plain = dataclasses.replace(config.model, gradient_checkpointing=False)
@@ -355,6 +364,8 @@ def test_a_named_reward_model_is_trained_against(
 # --- presets and defaults -------------------------------------------------------------------------
 
 SCALE = {
+    "reward": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
+               "max_length", "save_steps"),
     "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
             "max_length", "cache_reference", "save_steps", "eval_steps"),
     "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
@@ -362,9 +373,14 @@ SCALE = {
 }  # fmt: skip
 # The original code's settings: the scripts' flags, and its fixed constants.
 ORIGINAL = {
+    "reward": {  # its loss has an epsilon of 1e-5 and no centring; its images do not move
+        "original_form": True, "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False,
+        "lr_scheduler": "constant_with_warmup", "warmup_steps": 0.03, "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+    },
     "dpo": {
-        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,), "lr_scheduler": "cosine",
-        "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
+        "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,), "label_smoothing": 0.0,
+        "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
     },
     "ppo": {
         "ppo_epochs": 1, "num_minibatches": 1, "value_learning_rate": 0.0,
@@ -376,29 +392,58 @@ ORIGINAL = {
     },
 }  # fmt: skip
 RATES = {
+    ("reward", "full"): 3e-5, ("reward", "lora"): 3e-5, ("reward", "qlora"): 3e-5,
+    ("reward", "frozen"): 3e-5,
     ("dpo", "full"): 1e-6, ("dpo", "lora"): 2e-5, ("dpo", "qlora"): 2e-5, ("dpo", "frozen"): 1e-6,
     ("ppo", "full"): 5e-7, ("ppo", "lora"): 1e-6, ("ppo", "qlora"): 1e-6, ("ppo", "frozen"): 5e-7,
 }  # fmt: skip
 PRESET = "original"
+# A profile's values of every field that a preset sets, none of them the original's.
+SCHEDULE = {
+    "learning_rate": 0.5, "lr_scheduler": "linear", "warmup_steps": 7, "weight_decay": 0.2,
+    "max_grad_norm": 0.5,
+}  # fmt: skip
+UNLIKE: dict[str, dict[str, Any]] = {
+    "reward": SCHEDULE | {
+        "original_form": False, "center_coef": 0.3, "sft_coef": 0.2, "shift_px": 2, "mirror": True,
+    },
+    "dpo": SCHEDULE | {
+        "beta": 0.4, "loss_type": ["robust", "sft"], "loss_weights": [0.7, 0.2],
+        "label_smoothing": 0.2,
+    },
+    "ppo": SCHEDULE | {
+        "ppo_epochs": 3, "num_minibatches": 4, "value_learning_rate": 0.1, "gamma": 0.9,
+        "gae_lambda": 0.8, "clip_range": 0.3, "value_clip_range": 0.4, "vf_coef": 0.5,
+        "kl_coef": 0.6, "kl_estimator": "k3", "kl_target": 2.0, "whiten_advantages": True,
+        "whiten_rewards": True, "temperature": 2.0, "missing_eos_penalty": 3.0,
+        "length_penalty": 0.1, "entropy_coef": 0.1, "sft_coef": 0.5,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "adapter"), RATES)
-def test_a_preset_is_the_original_whole(kind: str, adapter: str) -> None:
+def test_a_preset_is_the_original_whole(kind: str, adapter: str, tmp_path: Path) -> None:
     """Over a profile that differs in every field; scale stays the profile's."""
-    plain = smoke({"model.adapter": adapter})
-    config = smoke({"model.adapter": adapter, f"{kind}.preset": PRESET})
+    profile = tmp_path / "unlike.yaml"
+    page = {"base": "smoke", "model": {"adapter": adapter}, kind: UNLIKE[kind]}
+    profile.write_text(yaml.safe_dump(page), encoding="utf-8")
+    plain = load_config(str(profile))
+    config = load_config(str(profile), {f"{kind}.preset": PRESET})
     values = dataclasses.asdict(getattr(config, kind))
     expected = ORIGINAL[kind] | {"learning_rate": RATES[kind, adapter], "preset": PRESET}
     scale = {name: getattr(getattr(plain, kind), name) for name in SCALE[kind]}
     assert values == expected | scale
+    method = {name: getattr(getattr(plain, kind), name) for name in expected}
+    assert not {k for k, v in method.items() if v == expected[k]}, "the profile must differ"
 
 
 def test_the_reward_models_defaults_are_the_originals() -> None:
     config = RewardConfig(max_steps=1, per_device_batch_size=1)
     assert dataclasses.asdict(config) == {
         "max_steps": 1, "per_device_batch_size": 1, "gradient_accumulation_steps": 1,
-        "num_epochs": 1.0, "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False,
-        "original_form": False, "learning_rate": 3e-5, "lr_scheduler": "constant_with_warmup",
+        "num_epochs": 1.0, "preset": "ours", "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0,
+        "mirror": False, "original_form": False, "learning_rate": 3e-5,
+        "lr_scheduler": "constant_with_warmup",
         "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 0,
         "save_steps": 50,
     }  # fmt: skip

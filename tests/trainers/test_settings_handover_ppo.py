@@ -229,6 +229,34 @@ def test_the_kl_coefficient_is_steered_once_a_rollout_by_its_mean_kl(
     assert len({tuple(rows) for rows, _ in minibatches}) > 3, "every pass has an order of its own"
 
 
+# What a line of PPO's metrics.jsonl holds, besides the step, its rows and its time.
+ROLLOUT_KEYS = {
+    "objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/kl",
+    "objective/entropy", "objective/kl_coef", "response/length", "response/finished",
+    "response/empty", "val/explained_variance",
+}  # fmt: skip
+UPDATE_KEYS = {
+    "loss/policy_avg", "loss/value_avg", "loss/sft_avg", "policy/clipfrac_avg",
+    "policy/entropy_avg", "policy/approxkl_avg", "val/ratio", "val/ratio_error",
+    "val/clipfrac_avg", "grad_norm/policy", "learning_rate",
+}  # fmt: skip
+
+
+def test_ppo_logs_what_the_page_and_the_figures_read(
+    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = built(PPO_CHANGES)
+    monkeypatch.setattr(trainer.engine, "zero_grad", lambda: None)
+    monkeypatch.setattr(trainer.engine, "backward", lambda *_, **__: None)
+    monkeypatch.setattr(trainer.engine, "step", lambda *_: {"policy": 2.0, "value": 3.0})
+    monkeypatch.setattr(ppo, "completion_ids", lambda *_, **__: [3, 4, 7])
+    with trainer.tower_cache().rollout() as cache:
+        stats = trainer.update(rollout_of(4), cache)
+    assert stats.keys() >= ROLLOUT_KEYS | UPDATE_KEYS | {"grad_norm/value"}
+    del stats["val/explained_variance"]  # undefined where all returns are equal, as here
+    assert not {k: v for k, v in stats.items() if not math.isfinite(v)}
+
+
 def test_a_steered_coefficient_prices_the_next_rollout(
     built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:

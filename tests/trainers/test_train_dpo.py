@@ -290,12 +290,13 @@ def test_recomputing_activations_changes_no_number(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS)
 def test_accumulated_batches_give_the_gradient_of_the_whole(
-    straight: dict[str, Stage], rows: Path, tmp_path: Path
+    adapter: str, straight: dict[str, Stage], rows: Path, tmp_path: Path
 ) -> None:
-    whole = metric_rows(straight["full"])[0]
+    whole = metric_rows(straight[adapter])[0]
     parts = settings(
-        rows, "full", dpo__max_steps=1, dpo__per_device_batch_size=1,
+        rows, adapter, dpo__max_steps=1, dpo__per_device_batch_size=1,
         dpo__gradient_accumulation_steps=4,
     )  # fmt: skip
     first = metric_rows(make(parts, tmp_path))[0]

@@ -16,6 +16,7 @@ point: `words = "package.module:make"` below `[project.entry-points."spavl.judge
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from spavl_lib.config import EvaluationConfig
@@ -54,13 +55,19 @@ class JudgeSpec:
     """Settings of `evaluation` that must not be empty."""
     needs_truth: bool = False
     """Whether the judge works only for rows that have ground-truth labels."""
+    check: Callable[[EvaluationConfig], object] | None = None
+    """Raises `InputError` for settings that cannot work, and loads nothing large."""
 
 
 JUDGES: dict[str, JudgeSpec] = {}
 
 
 def register_judge(
-    name: str, *, needs: Iterable[str] = (), needs_truth: bool = False
+    name: str,
+    *,
+    needs: Iterable[str] = (),
+    needs_truth: bool = False,
+    check: Callable[[EvaluationConfig], object] | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register the decorated function as the factory of a judge.
 
@@ -68,6 +75,8 @@ def register_judge(
         name: Value of `evaluation.judge` that chooses this judge.
         needs: Settings of `evaluation` that must not be empty, such as `judge_model`.
         needs_truth: Whether the judge works only for rows that have ground-truth labels.
+        check: Called with the settings before anything is trained; raises `InputError` if they
+            cannot work.
 
     Raises:
         InputError: Another factory has this name.
@@ -78,7 +87,7 @@ def register_judge(
         # The same function may be registered again, for example if a notebook cell is run twice.
         if known and _path_of(known.factory) != _path_of(factory):
             raise InputError(f"judge {name!r} exists already; give the new judge another name")
-        JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth)
+        JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth, check)
         return factory
 
     return decorate
@@ -98,14 +107,26 @@ def _phrases(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return PhraseJudge(settings.judge_phrases)
 
 
-@register_judge("guard", needs=["judge_model"])
+def _check_guard(settings: EvaluationConfig) -> None:
+    path = settings.judge_model
+    if path.startswith(("/", "./", "../", "~")) and not Path(path).is_dir():
+        raise InputError(f"evaluation.judge_model {path!r}: no such folder")
+
+
+def _check_endpoint(settings: EvaluationConfig) -> object:
+    from spavl_lib.evaluation.judges.endpoint import Client
+
+    return Client(settings.judge_url, settings.judge_model)
+
+
+@register_judge("guard", needs=["judge_model"], check=_check_guard)
 def _guard(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     from spavl_lib.evaluation.judges.guard import GuardJudge
 
     return GuardJudge(settings)
 
 
-@register_judge("endpoint", needs=["judge_model", "judge_url"])
+@register_judge("endpoint", needs=["judge_model", "judge_url"], check=_check_endpoint)
 def _endpoint(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     from spavl_lib.evaluation.judges.endpoint import EndpointJudge
 
@@ -165,6 +186,8 @@ def _checked(name: str, settings: EvaluationConfig, truth: Mapping | None) -> Ju
         raise InputError(
             f"evaluation.judge: {name} knows only SPA-VL mini; use phrases, guard or endpoint"
         )
+    if spec.check:
+        spec.check(settings)
     return spec
 
 

@@ -33,6 +33,7 @@ from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
 TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 7, 1.0, 60.0, 120.0, 8
+REPLY_TOKENS = 1024  # a verdict takes ten; a model that thinks aloud first takes hundreds
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP status codes worth another try
 
 
@@ -71,6 +72,7 @@ class Client:
                 f"evaluation.judge_url holds a password; remove it and set ${KEYS[0]} to the key"
             )
         self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
+        self.limit = "max_tokens"  # or its newer name, once the endpoint has asked for that
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
@@ -107,7 +109,8 @@ class Client:
             RefusedRequest: The endpoint rejects this request.
             InputError: The endpoint cannot be reached, or rejects every request.
         """
-        body = {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": 64}
+        body = {"model": self.model, "messages": messages, "temperature": 0}
+        body["max_tokens"] = REPLY_TOKENS
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if key not in self.replies:
             try:
@@ -135,7 +138,9 @@ class Client:
         return replies
 
     def _post(self, body: dict) -> str:
-        url, content = f"{self.url}/chat/completions", json.dumps(body).encode()
+        url, limit = f"{self.url}/chat/completions", self.limit
+        sent = {limit if name == "max_tokens" else name: value for name, value in body.items()}
+        content = json.dumps(sent).encode()
         try:
             with self.http.stream("POST", url, content=content) as answer:
                 text = next(answer.iter_text(1 << 20), "")  # a longer text is cut, so it is no JSON
@@ -152,6 +157,9 @@ class Client:
             )
         if status in TRANSIENT:
             raise TransientFailure(problem, wait_of(answer.headers.get("Retry-After", "")))
+        if status == 400 and limit == "max_tokens" and "max_completion_tokens" in text:
+            self.limit = "max_completion_tokens"
+            return self._post(body)
         if not answer.is_success:
             raise RefusedRequest(problem)
         try:

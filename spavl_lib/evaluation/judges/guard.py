@@ -172,6 +172,7 @@ def read_reply(reply: str, form: str) -> str | None:
     """
     if form == "rubric":
         return rubric.read_verdict(reply, "verdict", ("safe", "unsafe"))
+    reply = rubric.without_thoughts(reply)
     results = {r.lower() for r in _RESULT.findall(reply)}
     if results:
         return results.pop() if len(results) == 1 else None
