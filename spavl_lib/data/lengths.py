@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.schema import TURN, batches, decoded
-from spavl_lib.data.templates import encode_prompts, render
+from spavl_lib.data.templates import control_ids, encode_prompts, render
 from spavl_lib.errors import InputError
 
 LISTED = 20  # rows that an error names
@@ -42,7 +42,7 @@ def pair_lengths(
     Yields:
         Row id, tokens of prompt and chosen answer, tokens of prompt and rejected answer.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, control = processor.tokenizer, control_ids(processor)
     extra = image_slots(processor, rows)
     frame = len(render(processor, "", "")) + extra + 16
     for table in batches(rows.select_columns(["id", "prompt", "chosen", "rejected", "image"])):
@@ -56,8 +56,8 @@ def pair_lengths(
             encoded_rows.append((row["id"], image))
             texts += [render(processor, pair[0], answer, image=image) for answer in pair[1:]]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        sizes = [  # the collator adds the EOS that a template leaves out
-            len(ids) + (tokenizer.eos_token_id not in ids[-2:]) for ids in encoded
+        sizes = [  # the collator adds the end token that a template leaves out
+            len(ids) + control.isdisjoint(ids[-2:]) for ids in encoded
         ]
         for (row_id, image), chosen, rejected in zip(
             encoded_rows, sizes[::2], sizes[1::2], strict=True

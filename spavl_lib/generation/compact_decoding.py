@@ -7,7 +7,7 @@ number of its row, so the answers equal those of `generate` in fp32, whichever r
 batch. In half precision rounding may decide a tie differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,7 @@ def decode(
     choose: Callable[[Tensor, list[int]], Tensor],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Collection[int],
 ) -> list[list[int]]:
     """Generate answers for a batch of prompts.
 
@@ -121,10 +121,10 @@ def decode(
         choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
             returns a token id for each (active rows,).
         max_new_tokens: Longest answer in tokens.
-        eos_id: The token that ends an answer.
+        end_ids: The tokens that end an answer.
 
     Returns:
-        Token ids of each answer. An answer ends with EOS or has `max_new_tokens` tokens.
+        Token ids of each answer. Its last is an end token, or it has `max_new_tokens` tokens.
     """
     mask = batch["attention_mask"]
     cache = DynamicCache()
@@ -141,7 +141,7 @@ def decode(
             if row in active:
                 answers[row].append(token)
         active = {
-            r for r in active if answers[r][-1] != eos_id and len(answers[r]) < max_new_tokens
+            r for r in active if answers[r][-1] not in end_ids and len(answers[r]) < max_new_tokens
         }
         if not active:
             return answers

@@ -4,7 +4,7 @@ It scores the sampled token ids, not decoded texts: with the images, the templat
 it was trained with. The score is read at the answer's last token, as in PPO.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import use_adapter
 
 from spavl_lib.config import Config
+from spavl_lib.data.templates import end_ids
 from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
@@ -36,7 +37,7 @@ class RewardFunction:
             row's last real token.
         processor: Processor of policy and reward model.
         batch_size: Number of answers scored at once.
-        missing_eos_penalty: Subtracted from the score of an answer without EOS.
+        missing_eos_penalty: Subtracted from the score of an answer without an end token.
         log: JSONL file for the rollouts, one line for each answer; None to write none.
     """
 
@@ -53,6 +54,7 @@ class RewardFunction:
     ):
         self.score, self.processor, self.batch_size = score, processor, batch_size
         self.missing_eos_penalty, self.log = missing_eos_penalty, log
+        self.end_ids: Sequence[int] = end_ids(processor)
 
     def __call__(
         self,
@@ -71,14 +73,14 @@ class RewardFunction:
         Args:
             prompts: Conversations, not used; `question` has the original text.
             completions: Decoded answers, not used; `completion_ids` are exact.
-            completion_ids: Sampled token ids of each answer, with EOS if it was sampled.
+            completion_ids: Sampled token ids of each answer, with its end token if one was sampled.
             id: Row id of each answer.
             question: Question of each answer.
             image: Image of each answer.
             trainer_state: State of the trainer, for the step in the log; None to log nothing.
 
         Returns:
-            Score of each answer, less the penalty if it has no EOS.
+            Score of each answer, less the penalty if it has no end token.
 
         Raises:
             InputError: Every answer is empty.
@@ -97,7 +99,7 @@ class RewardFunction:
             raise NonFiniteError(
                 f"the reward model's score is not finite on rows {', '.join(bad[:10])}; {REMEDY}"
             )
-        finished = [c[-1:] == [tokenizer.eos_token_id] for c in completion_ids]
+        finished = [bool(c) and c[-1] in self.end_ids for c in completion_ids]
         rewards = scores - self.missing_eos_penalty * ~torch.tensor(finished)
         if self.log and trainer_state is not None:
             append_jsonl(

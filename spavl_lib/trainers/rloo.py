@@ -26,7 +26,7 @@ from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.data.load import load_preferences
-from spavl_lib.data.templates import encode_prompts, neutralise
+from spavl_lib.data.templates import encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
@@ -92,12 +92,11 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
         encoded = encode_prompts(self.processing_class, questions, images)
         fields: dict[str, Any] = dict(encoded.vision)
-        if encoded.token_types is not None:
-            fields["mm_token_type_ids"] = encoded.token_types
+        fields |= encoded.token_types
         if not self.prompts_compared:
             self.prompts_compared = True
             trl_ids = super()._tokenize_prompts(prompts)[0]
-            compare_prompts(encoded.ids, trl_ids, has_types=encoded.token_types is not None)
+            compare_prompts(encoded.ids, trl_ids, has_types=bool(encoded.token_types))
         return encoded.ids, [[image] for image in images], fields
 
 
@@ -247,6 +246,8 @@ def build_trainer(
         missing_eos_penalty=rloo.missing_eos_penalty, log=stage.path / "rollouts.jsonl",
     )  # fmt: skip
     policy = load_model(config.model)
+    reward.end_ids = end_ids(processor, policy)
+    policy.generation_config.eos_token_id = list(reward.end_ids)  # trl stops answers by it
     if not lora:
         policy = policy.float()  # fp32 master weights, as in DPO
         freeze_for_full(policy, config.model)

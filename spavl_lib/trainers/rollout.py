@@ -6,7 +6,7 @@ the same in any batch, with any number of processes, and after any interruption.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from spavl_lib.data.collate import pad_rows, stack_vision
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import encode_prompts
+from spavl_lib.data.templates import encode_prompts, end_ids, until_end
 from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.modelling.roles import NEVER
 
@@ -31,7 +31,7 @@ class Prompt:
     row_id: str
     text: str
     ids: list[int]
-    token_types: list[int] | None
+    token_types: dict[str, list[int]]
     vision: dict[str, Any]
     image_digest: str = ""
 
@@ -70,7 +70,7 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
     prompts = []
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
-        types = encoded.token_types[0] if encoded.token_types else None
+        types = {name: rows_of[0] for name, rows_of in encoded.token_types.items()}
         vision = encoded.vision
         digest = digest_of_image(vision)
         prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, digest))
@@ -90,14 +90,14 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
-    """Ids that must not be sampled: image slots, BOS, and padding if it is not EOS."""
+    """Ids that must not be sampled: image slots, BOS, and padding, unless they end an answer."""
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-    ids.add(getattr(processor, "image_token_id", None))
-    image = getattr(processor, "image_token", None)
-    if image:
-        ids.add(tokenizer.convert_tokens_to_ids(image))
-    return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
+    for owner in (processor, tokenizer):  # Gemma 3's processor expands one token into another
+        ids.add(getattr(owner, "image_token_id", None))
+        if image := getattr(owner, "image_token", None):
+            ids.add(tokenizer.convert_tokens_to_ids(image))
+    return tuple(sorted(i for i in ids - {None, *end_ids(processor)}))
 
 
 def batch_of(
@@ -121,8 +121,7 @@ def batch_of(
 
     Returns:
         `input_ids` and `attention_mask` (rows, longest prompt + width), int64;
-        `mm_token_type_ids` of the same shape for model families that use them; and the image
-        tensors, stacked over those rows that have an image.
+        token types of the same shape for model families that use them; and the image tensors, stacked over those rows that have an image.
     """
     width = max(map(len, responses))
 
@@ -136,9 +135,9 @@ def batch_of(
             [[1] * len(p.ids) for p in prompts], [[1] * len(r) for r in responses], 0
         ),
     }
-    if prompts[0].token_types is not None:
-        types = [[0] * len(r) for r in responses]
-        batch["mm_token_type_ids"] = joined([p.token_types or [] for p in prompts], types, 0)
+    for name in prompts[0].token_types:
+        answers = [[0] * len(r) for r in responses]
+        batch[name] = joined([p.token_types[name] for p in prompts], answers, 0)
     batch |= stack_vision([p.vision for p in prompts if p.vision])
     return {k: v.to(device) for k, v in batch.items()}
 
@@ -197,7 +196,7 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     forbidden_ids: list[int],
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     compact: bool = True,
 ) -> list[list[int]]:
@@ -210,28 +209,25 @@ def sample(
         max_new_tokens: Longest answer, in tokens.
         temperature: Divisor of the logits.
         forbidden_ids: Token ids that are never sampled.
-        eos_id: Id that ends an answer, and is part of it.
-        pad_id: Id that fills rows which ended early; may be the EOS id.
+        end_ids: Ids that end an answer, and are part of it.
+        pad_id: Id that fills rows which ended early; may be an end id.
         compact: Whether ended answers may leave the batch (`generation.compact_decoding`).
 
     Returns:
-        New token ids of each row, cut after the first EOS.
+        New token ids of each row, cut after the first end id.
     """
     noise = SeededSampling(seeds, temperature, forbidden_ids, batch["input_ids"].device)
     if compact and can_decode(model):
         return decode(
             model, batch, lambda scores, rows: noise.noisy(scores, rows).argmax(-1),
-            max_new_tokens=max_new_tokens, eos_id=eos_id,
+            max_new_tokens=max_new_tokens, end_ids=end_ids,
         )  # fmt: skip
     out = model.generate(
         **batch,
         do_sample=False,
         logits_processor=LogitsProcessorList([noise]),
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_id,
+        eos_token_id=list(end_ids),
         pad_token_id=pad_id,
     )[:, batch["input_ids"].shape[1] :]
-    answers = []
-    for row in out.tolist():
-        answers.append(row[: row.index(eos_id) + 1] if eos_id in row else row)
-    return answers
+    return [row[: len(until_end(row, end_ids)[0]) + 1] for row in out.tolist()]

@@ -57,7 +57,7 @@ def test_generation_prefills_what_prompts_have_in_common_once(family: str) -> No
     options = {
         "max_new_tokens": 10, "temperature": 1.0,
         "forbidden_ids": list(forbidden_token_ids(processor)),
-        "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+        "end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id,
     }  # fmt: skip
     plain = sample(model, batch, list(range(7)), **options)
     handle = share_prefix(model, strict=True)

@@ -47,7 +47,7 @@ def test_an_answer_is_the_same_alone_and_among_others() -> None:
     seeds = [seed_from(0, n) for n in range(4)]
     options = {
         "max_new_tokens": 12, "temperature": 1.0, "forbidden_ids": [tokenizer.bos_token_id],
-        "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+        "end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id,
     }  # fmt: skip
 
     def said(rows: list[int]) -> list[list[int]]:
@@ -67,6 +67,6 @@ def test_answers_are_cut_after_the_first_eos_even_where_it_pads() -> None:
     batch = {"input_ids": torch.zeros(3, 2, dtype=torch.long)}
     answers = sample(
         scripted, batch, [1, 2, 3], max_new_tokens=4, temperature=1.0, forbidden_ids=[],
-        eos_id=2, pad_id=2, compact=False,
+        end_ids=[2], pad_id=2, compact=False,
     )  # fmt: skip
     assert answers == [[5, 2], [2], [5, 6, 7, 8]]

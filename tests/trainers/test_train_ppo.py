@@ -262,8 +262,8 @@ def test_a_reward_that_is_no_number_stops_before_the_update(
 def test_a_policy_that_says_nothing_at_all_is_stopped(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(model: object, batch: dict, seeds: list, eos_id: int, **_: object) -> list:
-        return [[eos_id]] * len(seeds)
+    def nothing(model: object, batch: dict, seeds: list, end_ids: tuple, **_: object) -> list:
+        return [[end_ids[0]]] * len(seeds)
 
     monkeypatch.setattr(ppo_rollout, "sample", nothing)
     with pytest.raises(InputError, match="every answer is empty"):
