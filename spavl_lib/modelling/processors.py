@@ -182,9 +182,7 @@ def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         )
     rows = getattr(config.get_text_config(), "vocab_size", None)
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    beyond = [
-        tokenizer.convert_ids_to_tokens(i) for i in named if i is not None and i >= (rows or i + 1)
-    ]
+    beyond = [tokenizer.convert_ids_to_tokens(i) for i in named if rows and (i or 0) >= rows]
     if beyond:
         raise ValueError(
             f"the model's vocabulary has {rows} rows, none for {', '.join(dict.fromkeys(beyond))} "
@@ -217,8 +215,8 @@ def check_template(processor: ProcessorMixin) -> None:
     if missing or "'type'" in text:
         raise ValueError(
             f"its chat template writes no {', no '.join(map(repr, missing)) or 'plain text'} for a "
-            "question with an image and its answer; write one that does into chat_template.jinja in "
-            "the model's folder"
+            "question with an image and its answer; write one that does into chat_template.jinja "
+            "in the model's folder"
         )
 
 

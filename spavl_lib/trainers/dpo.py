@@ -35,6 +35,7 @@ from spavl_lib.modelling.load import (
     model_hashes,
     quiet_libraries,
 )
+from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import write_json, write_text, writing
@@ -110,6 +111,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         held_out = load_preferences(config.data, "validation")
     note_rows(stage, train=train_rows, validation=held_out)
     processor = load_processor(config.model)
+    stage.note(processor=describe(processor))
     trainer = build_trainer(config, stage, processor, train_rows, held_out)
     parts = assert_freeze_plan(trainer.model, config.model)
     check_rows_fit(trainer, train_rows, processor)

@@ -1,4 +1,4 @@
-"""The model card, `model/README.md`, of a trained policy."""
+"""The model card, `model/README.md`, of a trained policy or reward model."""
 
 import textwrap
 from collections.abc import Sequence
@@ -16,6 +16,8 @@ def model_card(
     facts: Sequence[str],
     table: str,
     results: dict[str, Any],
+    title: str = "",
+    use: str = "it may still answer unsafely, or refuse what is harmless",
 ) -> str:
     """Write the model card of a stage.
 
@@ -27,6 +29,8 @@ def model_card(
         facts: Sizes and settings, in the order in which they are listed.
         table: Heading of the results.
         results: Name of each result and its value.
+        title: What the model is; empty for "DPO-aligned" and the like.
+        use: What whoever uses it must know.
 
     Returns:
         Markdown with the front matter that the Hub reads.
@@ -48,7 +52,7 @@ base_model: {model.name}
 {library}tags: [{", ".join((stage, *tags))}, safety, vision-language]
 ---
 
-# {stage.upper()}-aligned {name}
+# {title or f"{stage.upper()}-aligned"} {name}
 
 {text}
 
@@ -56,6 +60,6 @@ base_model: {model.name}
 |---|---|
 {rows}
 
-A research artefact of a tutorial: it may still answer unsafely, or refuse what is harmless.
+A research artefact of a tutorial: {use}.
 Use it under the licences of its base model and data.
 """

@@ -96,8 +96,8 @@ def check_batch(
         image_token_id: Id of an image slot, None if the model has none.
 
     Raises:
-        AssertionError: A mask does not cover exactly answer and end token; BOS is doubled or missing;
-            image slots are missing.
+        AssertionError: A mask does not cover exactly answer and end token; BOS is doubled or
+            missing; image slots are missing.
     """
     tokenizer, ends = processor.tokenizer, end_ids(processor)
     bos = tokenizer.bos_token_id

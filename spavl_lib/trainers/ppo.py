@@ -26,6 +26,7 @@ from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
 from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.runs.files import append_jsonl, read_jsonl
 from spavl_lib.runs.maker import stage_maker
@@ -70,6 +71,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         rows = load_preferences(config.data, "train")
     note_rows(stage, train=rows)
     trainer = PPOTrainer(config, stage, rows, folder, flag)
+    stage.note(processor=describe(trainer.processor))
     trainer.check()
     trainer.train(live)
     summary = trainer.summary()

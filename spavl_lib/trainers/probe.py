@@ -18,6 +18,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
+GREY = 0.5  # in the units of the image processor's output
 IMAGE_EFFECT = 1e-3  # nats; a model that uses the image changes by 0.1 and more
 
 
@@ -55,10 +56,7 @@ def reference_probe(
                 values = _logps(model, batch)
                 logps += values.tolist()
                 if row.get("image") is not None:
-                    blank = {
-                        k: torch.zeros_like(v) if v.is_floating_point() else v
-                        for k, v in batch.items()
-                    }
+                    blank = {k: _blank(v) if k == "pixel_values" else v for k, v in batch.items()}
                     effects.append((_logps(model, blank) - values).abs().max().item())
     finally:
         model.train(training)
@@ -69,6 +67,11 @@ def reference_probe(
             "were loaded and that the processor belongs to the model"
         )
     return {"ids": [row["id"] for row in picked], "logps": logps}
+
+
+def _blank(pixels: Tensor) -> Tensor:
+    """Images (images, ...) of one grey. Zeros stay, for some families take them for padding."""
+    return torch.where(pixels == 0, pixels, GREY)
 
 
 def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -36,6 +36,7 @@ from spavl_lib.modelling.adapters import (
 )
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
+from spavl_lib.modelling.processors import describe
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
@@ -180,6 +181,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     rows = load_preferences(config.data, "train")
     note_rows(stage, train=rows)
     processor = load_processor(config.model)
+    stage.note(processor=describe(processor))
     trainer = build_trainer(config, stage, processor, rows, folder)
     ckpt.check_room(trainer.checkpoints, trainer.model)
     trainer.report_to_stage(

@@ -120,8 +120,9 @@ def batch_of(
         device: Device of the tensors.
 
     Returns:
-        `input_ids` and `attention_mask` (rows, longest prompt + width), int64;
-        token types of the same shape for model families that use them; and the image tensors, stacked over those rows that have an image.
+        `input_ids` and `attention_mask` (rows, longest prompt + width), int64; token types of the
+        same shape for model families that use them; and the image tensors, stacked over those rows
+        that have an image.
     """
     width = max(map(len, responses))
 

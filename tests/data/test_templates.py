@@ -85,9 +85,6 @@ def test_an_answer_ends_with_the_templates_own_end_token(case: str) -> None:
     rows = spread(mini_rows(), 3)
     batch = PreferenceCollator(processor)(rows)
     check_batch(batch, rows, processor, named("<image>"))
-    sizes = [int(m.sum()) for m in batch["attention_mask"]]
-    counted = list(pair_lengths(processor, mini_rows().select(range(0))))
-    assert counted == [] and min(sizes) > 0
     assert named(control) not in forbidden_token_ids(processor)
 
 
