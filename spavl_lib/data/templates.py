@@ -255,6 +255,7 @@ def encode_prompts(
         images=nested if any(nested) else None, text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
+    encoded.pop("batch_num_images", None)  # of LLaVA-OneVision, for which one a row is the rule
     mask = encoded.pop("attention_mask").bool()
 
     def rows(name: str) -> list[list[int]]:

@@ -198,6 +198,7 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
 
 def _card(config: Config, summary: dict) -> str:
     reward, metrics = config.reward, summary["metrics"]
+    pairs = reward.per_device_batch_size * reward.gradient_accumulation_steps
     rates = {name: metrics[name]["value"] for name in ("pair_accuracy",) if name in metrics}
     return model_card(
         config, "reward", tags=("reward-model",), source="", table="held-out pairs",
@@ -208,7 +209,7 @@ def _card(config: Config, summary: dict) -> str:
         ),
         facts=[
             f"{summary['train_rows']} pairs",
-            f"{summary['steps']} steps of {reward.global_batch_size}",
+            f"{summary['steps']} steps of {pairs}",
             f"peak rate {reward.learning_rate}",
         ],
         results=rates | {"final loss": summary["final_loss"]},
