@@ -86,6 +86,15 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"(^|\.)({'|'.join(names)})\.")
 
 
+# Towers that lay all images of a batch into one row, so that no image's output stands by itself.
+PACKED_TOWERS = ("pixtral",)
+
+
+def packs_images(config: Any) -> bool:
+    """Whether the model's tower is one of `PACKED_TOWERS`. LLaVA's class may have any tower."""
+    return getattr(getattr(config, "vision_config", None), "model_type", "") in PACKED_TOWERS
+
+
 FAMILIES: Registry[type[Family]] = Registry("model family", "spavl.families", "model.name")
 register_family = FAMILIES.register
 

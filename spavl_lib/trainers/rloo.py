@@ -17,16 +17,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, RLOOConfig
+from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.lengths import check_prompt_lengths
 from spavl_lib.data.load import load_preferences
-from spavl_lib.data.templates import encode_prompts, end_ids, neutralise
+from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
@@ -91,41 +92,53 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         """Token ids as in training the reward model, which trl's own tokenisation can miss."""
         questions = [p[-1]["content"][-1]["text"] for p in prompts]
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
-        encoded = encode_prompts(self.processing_class, questions, images)
-        fields: dict[str, Any] = dict(encoded.vision)
-        fields |= encoded.token_types
+        processor = getattr(self.processing_class, "processor", self.processing_class)
+        encoded = encode_prompts(processor, questions, images)
         if not self.prompts_compared:
             self.prompts_compared = True
-            trl_ids = super()._tokenize_prompts(prompts)[0]
-            compare_prompts(encoded.ids, trl_ids, has_types=bool(encoded.token_types))
-        return encoded.ids, [[image] for image in images], fields
+            compare_prompts(encoded.ids, super()._tokenize_prompts(prompts)[0])
+        self.processing_class = _Encoded(processor, encoded)
+        return encoded.ids, [[image] for image in images], encoded.vision | encoded.token_types
 
 
-def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]], *, has_types: bool) -> None:
-    """Check at the first step whether trl would tokenise the prompts as our reward model saw them.
+class _Encoded:
+    """The processor as trl calls it for the update: it gives what the answers were sampled from.
+
+    trl would process the prompts' text a second time, with a BOS of the tokenizer before that of
+    the template, and its token types would then belong to other ids.
+
+    Args:
+        processor: The model's processor, which does everything else.
+        encoded: The prompts of the step.
+    """
+
+    def __init__(self, processor: ProcessorMixin, encoded: EncodedPrompts):
+        self.processor, self.encoded = processor, encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, **_: Any) -> BatchFeature:
+        types = {n: pad_rows(rows, 0, "left") for n, rows in self.encoded.token_types.items()}
+        return BatchFeature(self.encoded.vision | types)
+
+
+def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]]) -> None:
+    """Say at the first step if trl would tokenise the prompts unlike our reward model saw them.
 
     Args:
         ours: Token ids that are used.
         trl_ids: Token ids that trl would use.
-        has_types: Whether trl's token types, which belong to its own ids, enter the update.
-
-    Raises:
-        InputError: They differ, and the token types would not fit.
     """
     differing = sum(list(a) != list(b) for a, b in zip(ours, trl_ids, strict=True))
-    if not differing:
-        return
-    problem = (
-        f"trl's own tokenisation gives other ids for {differing} of {len(ours)} prompts "
-        f"(they begin {list(trl_ids[0])[:4]} and end {list(trl_ids[0])[-4:]}; ours begin "
-        f"{ours[0][:4]} and end {ours[0][-4:]})"
-    )
-    if has_types:
-        raise InputError(
-            f"{problem}, and the token types that this model family needs belong to those; use "
-            "`spavl train ppo` instead"
+    if differing:
+        warnings.warn(
+            f"trl's own tokenisation gives other ids for {differing} of {len(ours)} prompts "
+            f"(they begin {list(trl_ids[0])[:4]} and end {list(trl_ids[0])[-4:]}; ours begin "
+            f"{ours[0][:4]} and end {ours[0][-4:]}); ours are used, as in training the reward "
+            "model",
+            stacklevel=2,
         )
-    warnings.warn(f"{problem}; ours are used, as in training the reward model", stacklevel=2)
 
 
 def check_first(logs: dict) -> None:

@@ -3,6 +3,7 @@
 `SPAVL_WRITE_DOCS=1 pytest tests/families` writes the table.
 """
 
+import copy
 import functools
 import os
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from spavl_lib.modelling import load
 from spavl_lib.modelling.export import export
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_model, load_policy, load_processor
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers.dpo import train_dpo
 from spavl_lib.trainers.guards import check_batch
@@ -107,8 +109,13 @@ def same_as_the_processor(tried: Tried, rows: list[dict]) -> None:
     batch = PreferenceCollator(processor)(rows)
     check_batch(batch, rows, processor, model.config.image_token_id)
     completion = batch.pop("completion_mask").bool()
+    sharing = copy.deepcopy(model)
+    apply_sharing(sharing, "auto")  # as the trainers do, where the family allows it
     with torch.no_grad():
         ours = model(**batch).logits.log_softmax(-1)
+        shared = sharing(**batch).logits.log_softmax(-1)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(shared[real], ours[real], atol=TOLERANCE, rtol=0)
     tokenizer, images = processor.tokenizer, decode_images(rows)
     for number, ids in enumerate(batch["input_ids"]):
         row, side = rows[number % len(rows)], ("chosen", "rejected")[number // len(rows)]
