@@ -126,7 +126,7 @@ def edit(path: Path, **changes: object) -> None:
 
 USELESS = {
     no_template: "has no chat template; write the one that it was trained with",
-    text_only: "chat template writes no 'Question one\\?'|chat template writes no",
+    text_only: "chat template writes no '<|image_pad|>'",
     without_slot: "chat template writes no '<|image_pad|>'",
     broken: "its chat template fails",
     raising: "its chat template fails: only text",
@@ -141,7 +141,7 @@ def test_what_cannot_be_used_is_said_in_a_sentence(harm: Callable, tmp_path: Pat
     harm(folder)
     with pytest.raises(InputError, match="cannot load a processor for model") as caught:
         loaded(folder)
-    assert USELESS[harm].split("|")[0].replace("\\", "")[:30] in str(caught.value)
+    assert USELESS[harm] in str(caught.value)
     assert str(caught.value).count("\n") == 0
 
 
