@@ -1,4 +1,4 @@
-"""The command `spavl`: each command calls the library; an error is one message and an exit code."""
+"""The command `spavl`. Each subcommand calls the library; an error ends in a message and a code."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(model_app, name="model", help="Import original checkpoints, export trained models.")
+app.add_typer(model_app, name="model", help="Import LLaVA's checkpoints, export trained models.")
 app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
 
 Profile = Annotated[
@@ -51,8 +51,8 @@ AllowChange = Annotated[
     typer.Option(
         "--allow-change",
         metavar="FIELD",
-        help="Resume an interrupted run although this setting or input has changed. Repeatable; "
-        "recorded in the manifest.",
+        help="Resume an interrupted run although this setting or input has changed; the manifest "
+        "records the change. Repeatable.",
     ),
 ]
 RunName = Annotated[
@@ -73,8 +73,8 @@ def _spavl() -> None:
       spavl report demo                     write a run's report again
       spavl rerun demo                      make a run again and compare every number
 
-    Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). Repeating a command
-    resumes where it stopped.
+    Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). If a command was
+    stopped, the same command resumes.
 
     \b
     Exit codes: 0 done, 1 failed, 2 bad input or config, 3 a number is NaN or infinite, 73 run
@@ -86,7 +86,7 @@ def _spavl() -> None:
 @app.command()
 def run(
     name: Annotated[
-        str, typer.Argument(help="Notebook such as dpo or 04_dpo, or all.", show_default=False)
+        str, typer.Argument(help="A notebook, such as dpo or 04_dpo, or all.", show_default=False)
     ],
     profile: Profile,
     sets: Sets = None,
@@ -94,10 +94,10 @@ def run(
     run_name: RunName = "",
     allow_change: AllowChange = None,
 ) -> None:
-    """Execute one notebook, or all of 01 to 06 and then the report.
+    """Execute one notebook, or notebooks 01 to 06 and then the report.
 
-    Complete stages are kept; an interrupted one resumes from its checkpoint. Settings cannot change
-    within a run: use another --run-name.
+    Complete stages are kept; an interrupted stage resumes from its checkpoint. A run keeps its
+    settings: to change one, use another --run-name.
 
     \b
     Examples:
@@ -113,8 +113,8 @@ def run(
     if notebook is None:
         _report(sequence.run_all(config, overrides, profile=profile))
         return
-    where = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
-    typer.echo(f"done: {where}")
+    executed = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
+    typer.echo(f"done: {executed}")
 
 
 @app.command()
@@ -122,8 +122,8 @@ def train(
     kind: Annotated[
         str,
         typer.Argument(
-            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or one of an "
-            "installed package.",
+            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or a trainer "
+            "from another package.",
             show_default=False,
         ),
     ],
@@ -133,7 +133,7 @@ def train(
     run_name: RunName = "",
     allow_change: AllowChange = None,
 ) -> None:
-    """Train without a notebook; resumes from the newest whole checkpoint.
+    """Train without a notebook. An interrupted training resumes from its newest whole checkpoint.
 
     \b
     Example:
@@ -154,20 +154,20 @@ def rerun(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="Only this stage. Repeatable.", show_default="all finished"),
+        typer.Option("--stage", help="Only this stage. Repeatable.", show_default="all complete"),
     ] = None,
     check: Annotated[
         str,
         typer.Option(
             help="exact: make the stages again and compare every number; conditions: only compare "
-            "code, versions, data, model and machine with the records."
+            "code, versions, data, model and machine with those in the manifests."
         ),
     ] = "exact",
 ) -> None:
-    """Make a run again from its manifests, and compare: on a CPU results are bit-identical.
+    """Make a run again from its manifests and compare; on a CPU results are bit-identical.
 
-    Lists every difference in conditions and in results. Exits with 1 if a result differs or a
-    record was changed.
+    Lists every difference in conditions and in results. Exits with 1 if a result differs, or if
+    a config.yaml, manifest.json or summary.json was changed after the run.
 
     \b
     Examples:
@@ -184,7 +184,7 @@ def rerun(
     )
     if not comparison["equal"]:
         raise typer.Exit(1)
-    typer.echo("equal" if check == "exact" else "the records hold")
+    typer.echo("equal" if check == "exact" else "no manifest or summary was changed")
 
 
 @app.command()
@@ -200,8 +200,8 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
 ) -> None:
-    """Rewrite data in the Hub's layout (or `mini`) as the original code's JSON lists and images,
-    or the other way round; nothing is lost either way.
+    """Convert data between the Hub's layout and the JSON lists and images that the SPA-VL authors'
+    code reads. SRC is a folder in either layout, or mini. Nothing is lost.
 
     \b
     Examples:
@@ -220,28 +220,30 @@ def check(
         typer.Argument(
             metavar="PATH",
             show_default=False,
-            help="mini, a folder (the Hub's layout or the original's), a name on the Hub, or a "
-            "file of your own.",
+            help="mini, a folder (in the layout of the Hub or of the SPA-VL authors' code), a name "
+            "on the Hub, or a file of your own.",
         ),
     ],
-    model: Annotated[str, typer.Option(help="Whose tokens to count; none if empty.")] = "embedded",
+    model: Annotated[
+        str, typer.Option(help="Model whose tokens are counted; an empty name counts none.")
+    ] = "embedded",
     max_length: Annotated[
-        int, typer.Option(help="Tokens a sequence may have; 0 for the model's context.")
+        int, typer.Option(help="Longest allowed sequence in tokens; 0: the model's context.")
     ] = 0,
     source: Annotated[
-        str, typer.Option(help="A data.source; recognised if empty.", show_default=False)
+        str, typer.Option(help="Value of data.source.", show_default="recognised from PATH")
     ] = "",
     image_root: Annotated[
         str, typer.Option(help="Folder that image paths start from.", show_default=False)
     ] = "",
     revision: Annotated[
-        str, typer.Option(help="Commit of a name on the Hub.", show_default=False)
+        str, typer.Option(help="Commit, if PATH is a name on the Hub.", show_default="the newest")
     ] = "",
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the whole report here.")
+        Path | None, typer.Option("--json", help="File to write the whole report to, as JSON.")
     ] = None,
 ) -> None:
-    """Read data as a training run would; describe it, and list every bad row (then exit code 2).
+    """Read data as a training run would, and describe it. Bad rows are listed, with exit code 2.
 
     \b
     Examples:
@@ -269,7 +271,7 @@ def check(
 
 @app.command()
 def doctor() -> None:
-    """Show what this machine has, how packages differ from the pins, which profiles it can run."""
+    """Show the hardware, the packages that differ from the pins, and the profiles that can run."""
     from spavl_lib.planning import doctor as examination
 
     for name, value in examination.describe_machine().items():
@@ -277,7 +279,7 @@ def doctor() -> None:
     pins = examination.read_pins()
     differing = examination.differing_pins(pins)
     if not pins:
-        typer.echo("pins       unknown: no checkout and no installed package")
+        typer.echo("pins       unknown: neither a checkout nor the installed package was found")
     elif differing:
         typer.echo(f"pins       {len(differing)} of {len(pins)} differ")
         for line in differing:
@@ -297,18 +299,16 @@ def doctor() -> None:
 @app.command()
 def plan(
     profile: Profile,
-    kind: Annotated[
-        str, typer.Argument(help="reward, dpo or ppo; all if not given.", show_default=False)
-    ] = "",
+    kind: Annotated[str, typer.Argument(help="reward, dpo or ppo.", show_default="all three")] = "",
     device: Annotated[
-        str, typer.Option(help="cpu, t4, l4, a100-40, a100-80, h100, h200; what is here if empty.")
+        str, typer.Option(help="cpu, t4, l4, a100-40, a100-80, h100, h200; empty: this machine.")
     ] = "",
     tokens: Annotated[
-        int, typer.Option(help="Longest row, image tokens counted; the profile's if 0.")
+        int, typer.Option(help="Tokens of the longest row, image included; 0: from the profile.")
     ] = 0,
     sets: Sets = None,
 ) -> None:
-    """Show the memory and time that a profile would take on a device, before anything is loaded.
+    """Show how much memory and time a training would take on a device. No model is loaded.
 
     \b
     Examples:
@@ -321,9 +321,9 @@ def plan(
     from spavl_lib.planning.devices import device_named
 
     config, _, _ = _config(profile, sets, None, "")
-    where = device_named(device or machine.device_kind())
+    planned_device = device_named(device or machine.device_kind())
     kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
-    plans = [planner.plan(k, config, where, tokens=tokens) for k in kinds]
+    plans = [planner.plan(k, config, planned_device, tokens=tokens) for k in kinds]
     typer.echo("\n".join(planner.render(p) for p in plans))
     if not all(p.fits for p in plans):
         raise typer.Exit(1)
@@ -334,10 +334,10 @@ def import_model(
     source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False)],
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
     tower: Annotated[
-        Path | None, typer.Option(help="CLIP's folder, where SRC does not hold the tower.")
+        Path | None, typer.Option(help="Folder of the CLIP vision tower, if SRC does not hold it.")
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the original LLaVA code so that transformers and spavl load it."""
+    """Convert a checkpoint of the LLaVA authors so that transformers and spavl can load it."""
     from spavl_lib.modelling.llava_original import import_llava
 
     _show(import_llava(source, target, tower))
@@ -354,23 +354,23 @@ def export_model(
         str, typer.Option(help="merged: one model; vllm: a base and an adapter that vLLM serves.")
     ] = "merged",
 ) -> None:
-    """Export a trained policy, with its card, in a form that other tools load."""
+    """Export a trained policy, with its model card, in a form that other tools can load."""
     from spavl_lib.modelling.export import export
 
     _show(export(stage, target, form))
 
 
-# --- plumbing -----------------------------------------------------------------------------------
+# --- helpers ------------------------------------------------------------------------------------
 
 
 def parse_sets(sets: Sequence[str]) -> dict[str, str]:
-    """Parse `key=value` texts; the config parses the values by the type of their field.
+    """Split `key=value` texts into keys and values; the values stay text.
 
     Args:
         sets: Such as `["dpo.beta=0.2"]`.
 
     Raises:
-        InputError: No `=`, no key, or a key given twice.
+        InputError: A text has no `=` or no key, or a key is given twice.
     """
     parsed: dict[str, str] = {}
     for text in sets:
@@ -385,10 +385,10 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
 
 
 def _run_path(run: str) -> Path:
-    """A run's folder from its path or name.
+    """A run's folder, found by its path or by its name.
 
     Raises:
-        InputError: There is no such run; names those that exist.
+        InputError: There is no such run; the message lists the existing runs.
     """
     path = Path(run) if Path(run).is_dir() else runs_root() / run
     if not path.is_dir():
@@ -408,7 +408,7 @@ def _report(run_path: Path) -> None:
 
 
 def _allow(fields: list[str] | None) -> None:
-    """Allow changed fields in this process and in the kernels that it starts."""
+    """Allow these fields to change when a stage resumes, here and in the kernels started here."""
     if fields:
         os.environ["SPAVL_ALLOW_CHANGE"] = ",".join(fields)
 
@@ -436,42 +436,45 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code.
 
     Args:
-        args: Words after `spavl`; the process's own if not given.
+        args: Words after `spavl`; None for the words in `sys.argv`.
     """
-    # Threads that wait by spinning would take cores from other processes.
+    # By default OpenMP threads spin while they wait, and so take cores from other processes.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    with _sigterm_interrupts() as terminated:
-        code = _code_of(args, terminated)
+    with _sigterm_interrupts() as sigterms:
+        code = _code_of(args, sigterms)
     sys.exit(code)
 
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[list]:
-    """Let SIGTERM raise KeyboardInterrupt, so that blocks clean up; a stop flag replaces this."""
-    terminated: list[bool] = []
+    """Let SIGTERM raise KeyboardInterrupt in the block, and add an element to the yielded list."""
+    sigterms: list[bool] = []
 
-    def terminate(*_: object) -> None:
-        terminated.append(True)
+    def interrupt(*_: object) -> None:
+        sigterms.append(True)
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield terminated
+        yield sigterms
         return
-    before = signal.signal(signal.SIGTERM, terminate)
+    # A stage that polls a stop flag (`runs.signals`) replaces this handler while it runs.
+    old_handler = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield terminated
+        yield sigterms
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, old_handler)
 
 
-def _code_of(args: Sequence[str] | None, terminated: list) -> int:
+def _code_of(args: Sequence[str] | None, sigterms: list) -> int:
+    """Run the command line, print an error's message, and return the exit code."""
+
     def interrupted() -> int:
-        if terminated:
+        if sigterms:
             return _fail("stopped by SIGTERM; the same command resumes", Preempted.exit_code)
         return _fail("interrupted", 130)
 
     try:
-        # typer turns a KeyboardInterrupt into 130.
+        # typer catches a KeyboardInterrupt and returns 130.
         code = app(args=args, prog_name="spavl", standalone_mode=False) or 0
         return interrupted() if code == 130 else code
     except SpavlError as error:
@@ -487,7 +490,7 @@ def _code_of(args: Sequence[str] | None, terminated: list) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    is_help = message.startswith("Usage:")  # typer raises it when the command is missing
+    is_help = message.startswith("Usage:")  # typer raises the help text if no command is given
     sys.stderr.write(f"{message}\n" if is_help else f"spavl: {message}\n")
     return code
 

@@ -1,4 +1,4 @@
-"""Errors that the user can fix: each has one clear message and an exit code, and no traceback.
+"""Errors that the user can fix: each shows a message without traceback, and has an exit code.
 
 Exit codes: 2 bad input or config, 3 non-finite numbers, 73 run folder busy, 74 disk, 75 preempted.
 """
@@ -18,7 +18,7 @@ class SpavlError(Exception):
 
 
 class InputError(SpavlError):
-    """The data, a parameter, the profile or a key is wrong."""
+    """Data, a parameter, a profile or a setting is wrong."""
 
 
 class NonFiniteError(SpavlError):
@@ -28,25 +28,25 @@ class NonFiniteError(SpavlError):
 
 
 class BusyError(SpavlError):
-    """A live process uses the run folder, or the folder holds another run's work."""
+    """Another process uses the run folder."""
 
     exit_code = 73
 
 
 class DiskError(SpavlError):
-    """Writing a file failed, for lack of space or of permission."""
+    """A file could not be written, for lack of space or of permission."""
 
     exit_code = 74
 
 
 class Preempted(SpavlError):  # noqa: N818 - it is an event, not a fault
-    """A stop was requested; a checkpoint is kept, and the same command resumes from it."""
+    """A stop was requested. Saved work is kept, and the same command resumes from it."""
 
     exit_code = 75
 
 
 class Interrupted(SpavlError):  # noqa: N818 - it is an event, not a fault
-    """The user asked for a stop at a point where no checkpoint could be written."""
+    """The user asked for a stop at a point where no checkpoint could be saved."""
 
     exit_code = 130
 
@@ -57,8 +57,8 @@ class RankError(SpavlError):
     exit_code = 1
 
 
-class OutOfMemory(SpavlError):  # noqa: N818 - the name every framework gives it
-    """The device ran out of memory; the message says what the planner would change."""
+class OutOfMemory(SpavlError):  # noqa: N818 - other frameworks use this name too
+    """The device ran out of memory; the message says which settings would need less."""
 
     exit_code = 1
 
@@ -79,7 +79,7 @@ ERRORS = {
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint `; did you mean 'X'?` with the nearest known name; empty if none is near.
+    """The hint `; did you mean 'X'?` with the most similar known name; empty if none is similar.
 
     Args:
         name: The unknown name.
@@ -90,11 +90,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def raise_all(problems: Iterable[str], heading: str) -> None:
-    """Raise one `InputError` that lists all problems, if there are any.
+    """If there are problems, raise one `InputError` that lists the first 50 of them.
 
     Args:
-        problems: One line each, `FILE:ROW field: reason`.
-        heading: Name of what was read.
+        problems: One line per problem, such as `FILE:ROW field: reason`.
+        heading: Name of the data that was read.
     """
     lines = list(problems)
     if lines:

@@ -1,4 +1,4 @@
-"""This machine and this process: devices, memory, cores, and the process's rank."""
+"""Devices, memory and cores of this machine, and the rank of this process."""
 
 import contextlib
 import os
@@ -23,14 +23,14 @@ def gpus() -> list[tuple[str, int]]:
 
 
 def memory_bytes() -> int:
-    """Bytes of memory this process may use: the machine's, or its container's if that is less."""
+    """Bytes of memory that this process may use: the machine's memory, or the container's limit."""
     total = psutil.virtual_memory().total
     limit = CGROUP_LIMIT.read_text(encoding="utf-8").strip() if CGROUP_LIMIT.is_file() else ""
     return min(total, int(limit)) if limit.isdigit() else total
 
 
 def cores() -> int:
-    """Number of cores this process may use."""
+    """Number of cores that this process may use."""
     process = psutil.Process()
     if hasattr(process, "cpu_affinity"):  # not on macOS
         return len(process.cpu_affinity())
@@ -38,7 +38,10 @@ def cores() -> int:
 
 
 def device_kind() -> str:
-    """The planner's name of this machine's first GPU, or cpu. An unknown GPU is named by size."""
+    """The planner's name of this machine's first GPU; cpu if there is none.
+
+    An unknown GPU gets the name of a known one with about the same memory.
+    """
     present = gpus()
     if not present:
         return "cpu"
@@ -49,11 +52,12 @@ def device_kind() -> str:
     return "a100-80" if memory > 60 else "a100-40" if memory > 30 else "l4" if memory > 18 else "t4"
 
 
-WORKER = "SPAVL_WORKER"  # set in every process of a training: the folder where ranks report
+# Environment variable of every child process of a training: the folder for the process's reports.
+WORKER = "SPAVL_WORKER"
 
 
 def rank() -> int:
-    """This process's number among those that train together. Process 0 writes the run folder."""
+    """Rank of this process among those that train together. Rank 0 writes the run folder."""
     return int(os.environ.get("RANK", 0)) if WORKER in os.environ else 0
 
 
@@ -68,13 +72,13 @@ def is_main() -> bool:
 
 
 def reset_peak_memory() -> None:
-    """Start measuring peak memory anew, if the system allows it (Linux)."""
+    """Start a new measurement of peak memory, if the system allows it, as Linux does."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_gib() -> float:
-    """Peak resident memory of this process in GiB, on Linux since the last reset."""
+    """Peak resident memory of this process in GiB: on Linux since the last reset, else in all."""
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
@@ -83,7 +87,7 @@ def peak_memory_gib() -> float:
 
 
 def device_name() -> str:
-    """The accelerator's name, or the CPU's with its number of cores."""
+    """Number and name of the GPUs; without a GPU, the CPU's architecture and number of cores."""
     import torch
 
     if torch.cuda.is_available():

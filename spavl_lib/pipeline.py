@@ -1,7 +1,7 @@
-"""What a notebook or a command calls: `train` a stage, `make` it, or `ensure` an earlier one.
+"""What notebooks and commands call to get a complete stage: `train`, `make` and `ensure`.
 
-All three end in `distributed.launcher.make`, which calls the stage's maker here or in several
-processes. `stages` says what exists and what builds on what.
+All three call `distributed.launcher.make`, which runs the stage's maker in this process or in child
+processes. The table in `stages` says which stages exist and which stages each one builds on.
 """
 
 import contextlib
@@ -24,23 +24,24 @@ SMALL_PROFILES = ("smoke", "demo")
 
 
 def train(name: str, config: Config, stage: Stage) -> dict:
-    """Train in this process, or in several that accelerate starts; the files are the same.
+    """Train in this process, or in child processes that accelerate starts; the files are the same.
 
     Args:
         name: Trainer, such as "dpo".
-        config: What to train, and how.
+        config: The run's config.
         stage: The stage's folder.
 
     Returns:
         The trainer's summary.
 
     Raises:
-        InputError: Unknown trainer, or wrong data, model or settings, the judge's among them.
-        SpavlError: What the trainer raises; from several processes, with the rank.
+        InputError: The trainer is unknown, or data, model, settings or the judge's settings are
+            wrong.
+        SpavlError: The trainer raised this error. From child processes, the message names the rank.
     """
     check_trainer(name)
     check_judge(config.evaluation)
-    from spavl_lib.plotting import LivePlot  # matplotlib: only when something is drawn
+    from spavl_lib.plotting import LivePlot  # it loads matplotlib, which takes time
 
     with memory_advice(name, config):
         return launcher.make(name, config, stage, live=LivePlot())
@@ -50,7 +51,7 @@ def check_trainer(name: str) -> None:
     """Raise if `spavl train` does not know the name.
 
     Raises:
-        InputError: Unknown trainer; names the nearest and all there are.
+        InputError: The trainer is unknown; the message lists all trainers.
     """
     if name not in (known := stages.trainers()):
         raise InputError(
@@ -59,7 +60,10 @@ def check_trainer(name: str) -> None:
 
 
 def make(name: str, config: Config) -> Stage:
-    """Make a notebook's own stage, in any profile, after the stages it builds on.
+    """Make a notebook's own stage, in any profile, after the stages that it builds on.
+
+    The judge's settings are checked first, because errors in them would otherwise show only after
+    the trainings.
 
     Args:
         name: Stage, such as "inference".
@@ -69,8 +73,7 @@ def make(name: str, config: Config) -> Stage:
         The complete stage.
 
     Raises:
-        InputError: As `ensure`, of an earlier stage; or the judge's settings are wrong, which would
-            otherwise show only after the trainings.
+        InputError: The judge's settings are wrong, or `ensure` fails for an earlier stage.
     """
     check_judge(config.evaluation)
     stage = Run(config).stage(name)
@@ -83,18 +86,18 @@ def make(name: str, config: Config) -> Stage:
 
 
 def ensure(name: str, config: Config) -> Stage:
-    """Return a complete stage of this run; a small profile makes a missing one now.
+    """Return a complete stage of this run. With a small profile, a missing stage is made now.
 
     Args:
         name: Stage, such as "dpo".
-        config: The config of the stage that needs it.
+        config: The config of the run.
 
     Returns:
         The complete stage.
 
     Raises:
-        InputError: The stage was made with other settings, or is missing and the profile is too
-            large to make it on the way; names the command that makes it.
+        InputError: The stage was made with other settings; or the stage is not complete and the
+            profile is not small, and the message then gives the commands to run.
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
@@ -113,15 +116,16 @@ def ensure(name: str, config: Config) -> Stage:
 def ensure_before(name: str, config: Config) -> list[Stage]:
     """Return the complete stages that a stage builds on.
 
-    A small profile makes all of them. In a larger one, and in several processes, where not every
-    trainer runs, inference answers with every trained model and stops only if there is none.
+    A small profile in a single process makes all of them. Otherwise `inference` uses the models
+    that have been trained, and fails only if there is none. (Not every trainer supports several
+    processes.)
 
     Args:
         name: Stage, such as "inference".
         config: The notebook's config.
 
     Raises:
-        InputError: As `ensure`, of an earlier stage.
+        InputError: `ensure` fails for an earlier stage, or no model has been trained.
     """
     spec, run = stages.find(name), Run(config)
     names = spec.upstream
@@ -137,7 +141,7 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
 
 
 def _missing(stage: Stage) -> list[str]:
-    """An incomplete stage and the incomplete ones it builds on, in the order to make them."""
+    """Names of an incomplete stage and of the incomplete stages it needs, in the order to make."""
     spec = stages.find(stage.name)
     before = [stage.run.stage(name) for name in spec.upstream]
     if spec.any_trained:
@@ -147,18 +151,19 @@ def _missing(stage: Stage) -> list[str]:
 
 
 def run_command(name: str, config: Config) -> str:
-    """The shell command that makes a stage under this config: its notebook, or its trainer.
+    """The shell command that makes a stage under this config: `spavl run` or `spavl train`.
 
     Args:
         name: Stage.
-        config: What the command must resolve to. A profile of one's own is named by its stem.
+        config: The config that the command must resolve to. If its profile is a file of your own,
+            the command names the profile by the file's stem.
     """
     verb = "run" if stages.find(name).notebook else "train"
     words = ["spavl", verb, name, "--profile", config.profile]
     if config.profile in profile_names():
-        plain = flatten(load_config(config.profile).to_dict())
+        profile_values = flatten(load_config(config.profile).to_dict())
         for key, value in flatten(config.to_dict()).items():
-            if value != plain.get(key) and key not in ("profile", "run_name", "seed"):
+            if value != profile_values.get(key) and key not in ("profile", "run_name", "seed"):
                 text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
                 words += ["--set", f"{key}={text}"]
     if config.seed:
@@ -173,11 +178,11 @@ def memory_advice(name: str, config: Config) -> Iterator[None]:
     """Add the planner's advice to an out-of-memory error raised inside the block.
 
     Args:
-        name: Stage that is made.
-        config: Its config.
+        name: Stage that is made in the block.
+        config: The run's config.
 
     Raises:
-        OutOfMemory: The device's memory ran out; checkpoints are kept.
+        OutOfMemory: The device ran out of memory; checkpoints are kept.
     """
     try:
         yield
@@ -188,8 +193,8 @@ def memory_advice(name: str, config: Config) -> Iterator[None]:
         from spavl_lib.planning.devices import device_named
         from spavl_lib.planning.plan import plan
 
-        planned = name in ("reward", "dpo", "ppo")
-        advice = advice_for(plan(name, config, device_named(device_kind()))) if planned else ""
+        has_plan = name in ("reward", "dpo", "ppo")
+        advice = advice_for(plan(name, config, device_named(device_kind()))) if has_plan else ""
         reason = str(error).splitlines()[0]
         raise OutOfMemory(
             f"{reason}\n  {advice or 'set a smaller generation.batch_size'}"

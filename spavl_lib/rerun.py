@@ -1,8 +1,8 @@
-"""Make a run again from its manifests, and compare; on a CPU results are bit-identical.
+"""Make a run again from its manifests and compare; on a CPU results are bit-identical.
 
-Two questions are answered apart: whether the conditions of the run still hold (code, versions,
-data, model, threads and so on), and whether its results are the same. Times and memory are not
-compared.
+Three comparisons are reported separately. Records: whether the run's files still match the hashes
+in its manifests. Conditions: whether code, versions, data, model and machine are as they were.
+Results: whether the second run gives the same. Times and memory are not compared.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
 from spavl_lib.stages import stage_names
 
-# Times, memory and device names; never compared.
+# Entries with times, memory and device names, which are not compared.
 NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
 CONDITIONS = (
     "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
@@ -40,20 +40,21 @@ def rerun(
     check: str = "exact",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict:
-    """Compare a run with its records and, if asked, with a second making of it.
+    """Compare a run with its manifests and, with `check="exact"`, with a second run.
 
     Args:
         run_path: The run's folder.
-        only: Stages to make again; all complete ones if empty.
+        only: Stages to compare; empty: all complete stages.
         check: `exact` makes the stages again; `conditions` only compares conditions and records.
         say: Called with each line of output.
 
     Returns:
-        `records`, `conditions` and `results`: for each stage a list of differences. `equal` says
-        whether records and results have none.
+        `records`, `conditions` and `results`: for each stage a list of differences. `equal`:
+        whether there is no difference in records or results. `check` and `at`: the kind and the
+        time of the comparison. It is also written to rerun.json in the run's folder.
 
     Raises:
-        InputError: The folder holds no complete stage, or a named stage is not complete.
+        InputError: The folder holds no complete stage, or a stage of `only` is not complete.
     """
     stages = _finished(run_path, only)
     comparison: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
@@ -71,15 +72,15 @@ def rerun(
         root = runs_root() / ".rerun" / f"{run_path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for name in stages:
             say(f"{name}: making it again")
-            began = time.perf_counter()
+            started = time.perf_counter()
             comparison["results"][name] = make_again(run_path, name, root, only)
-            took = f"{time.perf_counter() - began:.0f} s"
+            duration = f"{time.perf_counter() - started:.0f} s"
             for line in comparison["results"][name]:
                 say(f"{name}: differs: {line}")
             if not comparison["results"][name]:
-                say(f"{name}: equal in every number and file ({took})")
+                say(f"{name}: equal in every number and file ({duration})")
         if any(comparison["results"].values()):
-            say(f"the second making is kept in {root}")
+            say(f"the second run is kept in {root}")
         else:
             shutil.rmtree(root, ignore_errors=True)
     comparison["equal"] = not any(any(comparison[part].values()) for part in ("records", "results"))
@@ -89,6 +90,7 @@ def rerun(
 
 
 def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
+    """Complete stages of a run, in order; only those in `only` if it is not empty."""
     done = [n for n in stage_names() if (run_path / n / "summary.json").is_file()]
     missing = [n for n in only if n not in done]
     if missing or not done:
@@ -100,6 +102,7 @@ def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
 
 
 def _read(stage: Path) -> tuple[dict, Config]:
+    """A stage's manifest, and the config in it."""
     try:
         manifest = read_json(stage / "manifest.json")
         return manifest, from_dict(manifest["config"])
@@ -108,7 +111,12 @@ def _read(stage: Path) -> tuple[dict, Config]:
 
 
 def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
-    """Contradictions between a stage's files, which show that one was changed afterwards."""
+    """Contradictions between a stage's files: they show that a file was changed after the run.
+
+    Args:
+        stage: The stage's folder.
+        manifest: The content of the stage's manifest.
+    """
     page = {k: v for k, v in manifest.items() if k != "sealed"}
     if provenance.canonical_sha256(page) != manifest.get("sealed"):
         yield "manifest.json: changed since it was sealed"
@@ -122,7 +130,7 @@ def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
 
 
 def condition_differences(manifest: dict, config: Config, name: str) -> Iterator[str]:
-    """Conditions of a stage that have changed: code, versions, machine, model, data.
+    """Conditions that have changed since a stage was made: code, versions, machine, model, data.
 
     Args:
         manifest: The stage's manifest.
@@ -142,7 +150,7 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
     splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
     current = {"dtype": str(training.compute_dtype()).removeprefix("torch.")}
     current |= {f"model/{k}": v for k, v in model_hashes(config.model).items()}
-    with contextlib.suppress(InputError):  # no such folder any more: every hash is gone
+    with contextlib.suppress(InputError):  # if the data are gone, their current hashes are None
         current |= source_hashes(config.data, splits)
     yield from differences(inputs, {k: current.get(k) for k in inputs})
     if any(k.startswith("data/") and inputs[k] != current.get(k) for k in inputs):
@@ -150,15 +158,16 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
 
 
 def _comparable(name: str) -> bool:
+    """Whether the present value of an input of this name can be computed here."""
     return name == "dtype" or name.startswith(("model/", "data/"))
 
 
 def _data_differences(then: dict, config: Config) -> Iterator[str]:
-    """Changes of the data in words: texts, images, order."""
+    """Sentences about what has changed in the data: number of rows, texts, images or order."""
     from spavl_lib.data.fingerprint import row_digests
     from spavl_lib.data.load import load_preferences
 
-    words = {
+    descriptions = {
         "rows": "the number of rows",
         "texts": "the text of a row",
         "images": "the bytes of an image",
@@ -170,19 +179,19 @@ def _data_differences(then: dict, config: Config) -> Iterator[str]:
         except InputError as error:
             yield f"data/{split}: {error}"
             continue
-        changed = [k for k in words if digests.get(k) != now[k]]
+        changed = [k for k in descriptions if digests.get(k) != now[k]]
         if changed != ["order"] and "order" in changed:
-            changed.remove("order")  # it follows from the others
+            changed.remove("order")  # any other change also changes this digest
         for key in changed:
-            yield f"data/{split}: {words[key]} changed"
+            yield f"data/{split}: {descriptions[key]} changed"
 
 
 def differences(then: Any, now: Any, prefix: str = "") -> Iterator[str]:
     """Lines `key: then -> now` for every value in which two nested mappings differ.
 
     Args:
-        then: The first mapping, or a value.
-        now: The second one.
+        then: The earlier mapping, or a single value.
+        now: The later mapping or value.
         prefix: Text before each key.
     """
     if isinstance(then, dict) and isinstance(now, dict):
@@ -197,10 +206,11 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
     """Make one stage again under `root`, and return the differences.
 
     Args:
-        run_path: The run.
+        run_path: Folder of the first run.
         name: The stage.
-        root: Folder of the second run, which also holds its earlier stages.
-        only: Stages that are made again; the stages they build on are taken from the first run.
+        root: Folder for the second run. The stage's maker finds earlier stages there.
+        only: Stages that are made again. Other earlier stages are linked from the first run. Empty:
+            all stages are made again.
     """
     manifest, config = _read(run_path / name)
     run = Run(config, root=root)
@@ -214,8 +224,13 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
 
 
 def result_differences(then: Path, now: Path) -> Iterator[str]:
-    """Differences between two makings of a stage, in summary, logs, responses and weights."""
-    summaries = [_plain(read_json(stage / "summary.json")) for stage in (then, now)]
+    """Differences between two runs of a stage, in summary, logs, responses and weights.
+
+    Args:
+        then: Folder of the stage in the first run.
+        now: Folder of the stage in the second run.
+    """
+    summaries = [_compared(read_json(stage / "summary.json")) for stage in (then, now)]
     first, second = summaries
     yield from differences(first, second, "summary.json ")
     names = {
@@ -235,16 +250,18 @@ def result_differences(then: Path, now: Path) -> Iterator[str]:
 
 
 def _line_differences(name: Path, then: list[dict], now: list[dict]) -> Iterator[str]:
+    """Differences between two JSONL files: the number of lines, and the first unequal line."""
     if len(then) != len(now):
         yield f"{name}: {len(then)} lines -> {len(now)}"
     for number, rows in enumerate(zip(then, now, strict=False), 1):
-        lines = list(differences(_plain(rows[0]), _plain(rows[1]), f"{name} line {number} "))
+        lines = list(differences(_compared(rows[0]), _compared(rows[1]), f"{name} line {number} "))
         if lines:
             yield lines[0] + (f" (and {len(lines) - 1} more)" if len(lines) > 1 else "")
             return
 
 
-def _plain(value: dict) -> dict:
+def _compared(value: dict) -> dict:
+    """A record as JSON stores it, without the entries that are not compared."""
     return {k: v for k, v in json.loads(json.dumps(value)).items() if k not in NOT_COMPARED}
 
 

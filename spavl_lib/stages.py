@@ -1,10 +1,11 @@
-"""The one table of stages: names, notebooks, what each builds on, and what its result depends on.
+"""The table of stages: for each its name, notebook, earlier stages, and the settings it depends on.
 
-A stage is one step of a run, such as `dpo`; it owns a folder of the run. The function that makes it
-registers itself with `runs.maker.stage_maker`; `pipeline` brings the two together.
+A stage is one step of a run, such as `dpo`; it owns a folder of the run. The function that makes a
+stage, its maker, is registered with `runs.maker.stage_maker`. `pipeline` finds the maker by the
+stage's name.
 
-Another package can add a stage: an entry point in the group `spavl.stages` names a module that
-calls `register` and defines the maker. Its pyproject.toml says:
+Another package can add a stage. It has a module that calls `register` and defines the maker, and an
+entry point in the group `spavl.stages` that names the module. Its pyproject.toml says:
 
     [project.entry-points."spavl.stages"]
     mine = "package.module"
@@ -22,30 +23,32 @@ ENTRY_POINTS = "spavl.stages"
 
 @dataclass(frozen=True, kw_only=True)
 class StageSpec:
-    """What the rest of the library needs to know about a stage."""
+    """One row of the table: a stage."""
 
     name: str
-    """Name of the stage, of its folder in a run and of `spavl train NAME`."""
+    """Name of the stage. The stage's folder and the command `spavl train NAME` use this name."""
     module: str
     """Module that defines the stage's maker."""
     config_keys: tuple[str, ...]
-    """Sections of the config that the result depends on; a change elsewhere leaves it complete."""
+    """Sections of the config that the result depends on. If another section changes, the stage
+    stays complete."""
     notebook: str = ""
-    """Name of the notebook that makes it, without `.ipynb`; empty if there is none. A stage from
-    another package gives the path of the file."""
+    """Name of the notebook that makes the stage, without `.ipynb`; empty if there is none. For a
+    stage from another package it is the path of the file."""
     upstream: tuple[str, ...] = ()
-    """Stages that must be complete first."""
+    """Stages that must be complete before this one is made."""
     any_trained: bool = False
-    """In a profile that is not small, one complete stage with a trained policy is enough."""
+    """Whether one complete stage with a trained policy is enough instead of all of `upstream`.
+    Small profiles in a single process make all of them nevertheless."""
     trains: bool = False
-    """Whether `spavl train` makes it."""
+    """Whether `spavl train` makes the stage."""
     policy: bool = False
-    """Whether its `model/` can answer prompts."""
+    """Whether the stage's `model/` can answer prompts."""
     several_processes: bool = False
-    """Whether several processes can make it together."""
+    """Whether several processes can make the stage together."""
     settings: type | None = None
-    """Class of the settings of a stage from another package, which stand under `plugins.NAME`; None
-    for built-in stages, whose settings are sections of the config."""
+    """Class of the settings of a stage from another package; their values are under `plugins.NAME`
+    in the config. None for built-in stages, whose settings are sections of the config."""
 
     @property
     def notebook_stem(self) -> str:
@@ -90,7 +93,7 @@ BUILT_IN = (
         config_keys=(*_ANSWERS, "dpo", "scaling"), notebook="07_scaling_and_ablations",
     ),
 )  # fmt: skip
-# Settings that may differ between making a stage and using it: they do not change the result.
+# Settings that may change after a stage was made, because its results do not depend on them.
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
@@ -100,15 +103,16 @@ _registered: dict[str, StageSpec] = {}
 
 
 def register(spec: StageSpec) -> None:
-    """Add a stage from another package; in the order of stages it stands before `inference`.
+    """Add a stage from another package. In the order of stages it comes before `inference`.
 
-    Its settings need no mention in `config_keys`. A module that is loaded again replaces its stage.
+    `config_keys` need not name the stage's own settings. If a module is loaded again, its stage
+    replaces the earlier one.
 
     Raises:
-        InputError: Another stage has the name.
+        InputError: A stage of another module has this name.
     """
-    other = {s.name: s for s in BUILT_IN}.get(spec.name) or _registered.get(spec.name, spec)
-    if other.module != spec.module:
+    existing = {s.name: s for s in BUILT_IN}.get(spec.name) or _registered.get(spec.name, spec)
+    if existing.module != spec.module:
         raise InputError(f"stage {spec.name!r} exists already; give the new stage another name")
     if spec.settings and (key := f"plugins.{spec.name}") not in spec.config_keys:
         spec = replace(spec, config_keys=(*spec.config_keys, key))
@@ -117,6 +121,7 @@ def register(spec: StageSpec) -> None:
 
 @functools.cache
 def _load_plugins() -> None:
+    """Load the modules that other packages' entry points name; each registers its stage."""
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:
             entry.load()
@@ -141,10 +146,10 @@ def stage_names() -> tuple[str, ...]:
 
 
 def find(name: str) -> StageSpec:
-    """The stage of this name.
+    """The stage with this name.
 
     Raises:
-        InputError: There is no such stage; names the nearest.
+        InputError: There is no such stage; the message suggests the most similar name.
     """
     stages = all_stages()
     if name not in stages:
@@ -163,7 +168,7 @@ def policies() -> tuple[str, ...]:
 
 
 def of_notebook(stem: str) -> StageSpec | None:
-    """The stage that a notebook makes, None if no stage names this notebook.
+    """The stage that a notebook makes; None if the notebook belongs to no stage.
 
     Args:
         stem: The notebook's file name without `.ipynb`.

@@ -1,7 +1,7 @@
-"""One process of several: `accelerate launch -m spavl_lib.worker KIND CONFIG ROOT`.
+"""A child process that trains: `accelerate launch -m spavl_lib.worker KIND CONFIG ROOT`.
 
-`distributed.launcher` starts it and holds its standard input open. When that closes, because the
-parent has ended for any reason, this process exits.
+`distributed.launcher` starts the child processes and holds their standard input open. When the
+launcher ends, for whatever reason, standard input closes and the child processes exit.
 """
 
 import os
@@ -22,7 +22,7 @@ from spavl_lib.runs.signals import end_with_parent
 
 
 def main(kind: str, config_path: str, root: str) -> int:
-    """Do this process's part of making a stage.
+    """Do this process's part of the work for a stage.
 
     Args:
         kind: Stage, such as "dpo".
@@ -30,7 +30,7 @@ def main(kind: str, config_path: str, root: str) -> int:
         root: Folder that holds the runs.
 
     Returns:
-        The exit code; an error is reported to the parent.
+        The exit code. If there is an error, it is also reported to the parent process.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     group.report(f"rank-{machine.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
@@ -43,18 +43,21 @@ def main(kind: str, config_path: str, root: str) -> int:
         with pipeline.memory_advice(kind, config):
             maker_of(kind)(config, Run(config, root=Path(root)).stage(kind))
         group.barrier()
-    except BaseException as error:  # noqa: BLE001 - every error is reported, with the rank
+    except BaseException as error:  # noqa: BLE001 - every error is reported to the parent
         group.report(f"rank-{machine.rank()}-error", _described(error))
         traceback.print_exc()
         if isinstance(error, Preempted):
-            group.barrier()  # the launcher kills the other processes as soon as one ends
+            # accelerate kills the other processes as soon as one ends, so all save first.
+            group.barrier()
         return error.exit_code if isinstance(error, SpavlError) else 1
     return 0
 
 
 def _described(error: BaseException) -> dict:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "spavl_lib" in f.filename]
-    last = (frames or traceback.extract_tb(error.__traceback__))[-1]
+    """The report of an error: rank, type, message, and the innermost line of this library."""
+    all_frames = traceback.extract_tb(error.__traceback__)
+    own_frames = [f for f in all_frames if "spavl_lib" in f.filename]
+    last = (own_frames or all_frames)[-1]
     return {
         "rank": machine.rank(),
         "type": type(error).__name__,
@@ -67,4 +70,5 @@ if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # skips the teardown of process groups, which other processes may have left
+    # The normal exit would tear down the process group, and wait for processes that have ended.
+    os._exit(code)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow.parquet as parquet
+import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from peft import get_peft_model
@@ -25,6 +26,8 @@ from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import load_model, load_processor
+from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.stage import Stage
 
 MINI = DataConfig(source="mini", train_rows=0, validation_rows=0, test_rows=0)
 # Of llava-hf/llava-1.5-7b-hf: neither BOS nor EOS is in it.
@@ -43,6 +46,13 @@ CHATML_TEMPLATE = (
     "{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+# Algorithms without reinforcement learning: the trainer of each, and what is set for it.
+SUPERVISED = {
+    "reward": ("reward", {"model.adapter": "lora"}),
+    "dpo_lora": ("dpo", {"model.adapter": "lora"}),
+    "dpo_full": ("dpo", {"model.adapter": "full"}),
+}
 
 
 def smoke(overrides: dict | None = None, **options: object) -> Config:
@@ -432,3 +442,22 @@ def logps_of(model: PreTrainedModel, batch: dict) -> torch.Tensor:
 def problems_of(error: InputError) -> list[str]:
     """The lines of an error that lists several problems."""
     return [line.strip() for line in str(error).splitlines()[1:]]
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> list[int]:
+    """A list that grows by one at every call of `owner.name`, which still does its work."""
+    calls: list[int] = []
+    inner = getattr(owner, name)
+
+    def counted(*args: object, **options: object) -> object:
+        calls.append(1)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(owner, name, counted)
+    return calls
+
+
+def metric_rows(stage: Stage) -> list[dict]:
+    """metrics.jsonl without the fields that depend on the machine."""
+    rows, machines = read_jsonl(stage.metrics_path), ("time_s", "peak_memory_gib")
+    return [{k: v for k, v in row.items() if k not in machines} for row in rows]

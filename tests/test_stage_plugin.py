@@ -1,7 +1,6 @@
 """A trainer from another package: three files, and every command knows the new stage."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from spavl_lib.runs import maker
 from spavl_lib.runs.files import read_json, read_jsonl
 from spavl_lib.runs.stage import Run
 from spavl_lib.stages import StageSpec, register
+from tests.packages import install
 
 # The recipe of CONTRIBUTING.md, "Add a trainer".
+PACKAGE = ("my_trainer", "spavl.stages mine = my_trainer")
 MODULE = '''
 """Minimises the square of one number, in place of a model."""
 
@@ -63,7 +64,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty folder on Python's path, here and in kernels; plugins are forgotten afterwards."""
     folder = tmp_path / "site"
     folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
     path = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
     monkeypatch.setenv("PYTHONPATH", path)
     monkeypatch.setattr(stages, "_registered", {})
@@ -71,21 +71,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stages._load_plugins.cache_clear()
     yield folder
     stages._load_plugins.cache_clear()
-    sys.modules.pop("my_trainer", None)
-
-
-def install(folder: Path, text: str) -> None:
-    """Put a module on the path as pip would, with the entry point of its pyproject."""
-    metadata = folder / "my_trainer-1.0.dist-info"
-    metadata.mkdir()
-    (folder / "my_trainer.py").write_text(text, encoding="utf-8")
-    (metadata / "entry_points.txt").write_text("[spavl.stages]\nmine = my_trainer\n", "utf-8")
 
 
 @pytest.fixture
-def package(folder: Path, make_notebook: Callable) -> Path:
+def package(folder: Path, make_notebook: Callable, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder with the trainer of the recipe."""
-    install(folder, MODULE)
+    install(folder, *PACKAGE, MODULE, monkeypatch)
     make_notebook("my_trainer", NOTEBOOK).rename(folder / "my_trainer.ipynb")
     assert sum(path.is_file() for path in folder.rglob("*")) == 3
     return folder
@@ -153,8 +144,10 @@ def test_a_plugin_stands_before_inference_and_answers_only_if_it_has_a_policy(
     assert "mine" in stages.trainers() and "mine" not in stages.policies()
 
 
-def test_a_package_that_does_not_load_is_named(folder: Path, spavl: Callable) -> None:
-    install(folder, "import no_such_module_here")
+def test_a_package_that_does_not_load_is_named(
+    folder: Path, spavl: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(folder, *PACKAGE, "import no_such_module_here", monkeypatch)
     code, error = spavl("train dpo --profile smoke")
     assert code == 2
     assert "cannot load stage 'mine' from my_trainer: ModuleNotFoundError" in error

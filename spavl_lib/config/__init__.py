@@ -1,4 +1,4 @@
-"""Frozen configuration: sections of settings, presets of the original code, strict profiles."""
+"""The frozen config of a run: sections of settings, profiles, and the SPA-VL authors' presets."""
 
 from spavl_lib.config.loading import (
     PROFILES,

@@ -13,8 +13,9 @@ from spavl_lib.config.validation import all_keys, build, flatten, input_error, t
 from spavl_lib.errors import InputError, nearest
 
 PROFILES = Path(__file__).parent / "profiles"
-# Old name -> name today, of a key or of one value of a key (KEY=VALUE); the section stays the same.
-# Profiles and overrides with an old name are refused; saved configs are translated.
+# Old name -> present name, of a key (KEY) or of one value of a key (KEY=VALUE). Both names of a key
+# are in the same section. Profiles and overrides with an old name are refused; in saved configs old
+# names are translated.
 RENAMED = {
     "data.source=seed_json": "data.source=original",
     "dpo.preset=seed": "dpo.preset=original",
@@ -24,14 +25,14 @@ RENAMED = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML in which every key is text and stands only once in its mapping."""
+    """Reads YAML, and refuses keys that are not text or that are twice in one mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        names = [key.value for key, _ in node.value]
+        key_texts = [key.value for key, _ in node.value]
         for key, _ in node.value:
             problem = ""
-            if names.count(key.value) > 1:
+            if key_texts.count(key.value) > 1:
                 problem = f"the key {key.value!r} stands twice; keep one"
             elif key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
                 problem = f"the key {key.value!r} must be text; put it in quotes"
@@ -57,17 +58,18 @@ def load_config(
     Args:
         profile: Name of a shipped profile, or path of a YAML file.
         overrides: Dotted key -> value, such as `{"dpo.beta": 0.2}`, or nested sections, such as
-            `{"dpo": {"beta": 0.2}}`; both leave the section's other keys alone. Text is parsed by
-            the field's type.
-        seed: Random seed that replaces the profile's.
-        run_name: Folder of the run under runs/.
+            `{"dpo": {"beta": 0.2}}`. Both forms leave the section's other keys as they are. A value
+            that is text is parsed by its field's type.
+        seed: Random seed that replaces the profile's; None keeps the profile's.
+        run_name: Folder of the run under runs/; empty keeps the profile's.
 
     Returns:
-        The resolved config, with a run name and the settings of plugins filled in.
+        The resolved config. If no run name is set, it is the profile's name. Settings of plugins
+        are completed by their defaults.
 
     Raises:
-        InputError: The profile is unknown, or there are unknown keys, wrong values or missing
-            scale; lists all of them.
+        InputError: The profile is unknown, a key is unknown, a value is wrong, or a setting without
+            default is missing; the message lists all of them.
     """
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
@@ -93,12 +95,12 @@ def load_config(
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """The config saved in a record, from its `to_dict` form; old names are translated."""
+    """The config from the plain values that `Config.to_dict` gave; old names are translated."""
     return build(Config, current_names(values), source="config.yaml")
 
 
 def current_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A saved config's nested values under today's names (see `RENAMED`).
+    """A saved config's nested values, with old names replaced by present ones (see `RENAMED`).
 
     Args:
         values: A section or a whole config, as saved.
@@ -106,22 +108,27 @@ def current_names(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]
     """
     if not isinstance(values, Mapping):
         raise InputError(f"a saved config must be a mapping, got {values!r}")
-    record: dict[str, Any] = {}
+    renamed: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            record[name] = current_names(value, f"{prefix}{name}.")
+            renamed[name] = current_names(value, f"{prefix}{name}.")
         else:
-            key, _, new_value = _today(f"{prefix}{name}", value).partition("=")
-            record[key.removeprefix(prefix) or name] = new_value or value
-    return record
+            key, _, new_value = _present_name(f"{prefix}{name}", value).partition("=")
+            renamed[key.removeprefix(prefix) or name] = new_value or value
+    return renamed
 
 
-def _today(key: str, value: Any) -> str:
-    """The new name of a key, or new KEY=VALUE; empty if nothing was renamed."""
+def _present_name(key: str, value: Any) -> str:
+    """The present name of a renamed key, or present KEY=VALUE of a renamed value; else empty."""
     return RENAMED.get(key) or RENAMED.get(f"{key}={value}", "")
 
 
 def _read_profile(path: Path) -> dict[str, Any]:
+    """The nested values of a profile's file.
+
+    Raises:
+        InputError: The file is not YAML, or its top level is not a mapping.
+    """
     try:
         page = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -132,9 +139,10 @@ def _read_profile(path: Path) -> dict[str, Any]:
 
 
 def _refuse_old_names(flat: Mapping[str, Any], source: str) -> None:
+    """Raise one error that lists all old names among dotted keys and values."""
     lines = []
     for key, value in flat.items():
-        new_key, _, new_value = _today(key, value).partition("=")
+        new_key, _, new_value = _present_name(key, value).partition("=")
         if new_value:
             lines.append(f"{key} = {value!r} is now called {new_value!r}")
         elif new_key:
@@ -144,14 +152,18 @@ def _refuse_old_names(flat: Mapping[str, Any], source: str) -> None:
 
 
 def _set(page: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; a mapping that YAML anchors share between sections is copied first."""
+    """Set a dotted key in nested mappings.
+
+    Every mapping on the way is copied first, because YAML anchors let sections share one.
+    """
     *parents, last = key.split(".")
+    mapping = page
     for depth, part in enumerate(parents, 1):
-        inner = page.get(part, {})
+        inner = mapping.get(part, {})
         if not isinstance(inner, dict):
             name, known = ".".join(parents[:depth]), list(all_keys(Config))
             problem = f"{name} must be a mapping, got {inner!r}"
             raise InputError(unknown_key(key, known) if name in known else problem)
-        page[part] = dict(inner)
-        page = page[part]
-    page[last] = value
+        mapping[part] = dict(inner)
+        mapping = mapping[part]
+    mapping[last] = value

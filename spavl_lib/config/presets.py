@@ -1,8 +1,8 @@
-"""The settings of the original code's own scripts: method constants only, never scale."""
+"""The settings in the scripts of the SPA-VL authors' code: method constants only, never scale."""
 
 from typing import Any
 
-# What `preset: original` sets, by section.
+# Section -> settings that `preset: original` sets.
 ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
     "dpo": {
         "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,),
@@ -17,7 +17,8 @@ ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
         "missing_eos_penalty": 0.0, "length_penalty": 0.0, "entropy_coef": 0.0, "sft_coef": 0.0,
     },
 }  # fmt: skip
-# Learning rate by section and `model.adapter`.
+# Section -> `model.adapter` -> learning rate that `preset: original` sets. An adapter that is not
+# named gets the rate of `full`.
 ORIGINAL_LEARNING_RATE = {
     "dpo": {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5},
     "ppo": {"full": 5e-7, "lora": 1e-6, "qlora": 1e-6},

@@ -1,6 +1,7 @@
-"""Tables of things that a setting chooses by name, and that other packages can extend.
+"""Tables of classes that a setting chooses by name. Other packages can add classes.
 
-A package names what it adds as an entry point. Its pyproject.toml says, for a data source:
+A package declares each class that it adds as an entry point. To add a data source, its
+pyproject.toml says:
 
     [project.entry-points."spavl.sources"]
     forum = "package.module:ForumSource"
@@ -16,12 +17,12 @@ T = TypeVar("T", bound=type)
 
 
 class Registry(Generic[T]):
-    """Classes by name: those registered here, and those that other packages' entry points name.
+    """Classes by name: registered in this process, or named by entry points of other packages.
 
     Args:
-        kind: What the classes are, for error messages.
-        group: Group of entry points that adds to them.
-        setting: The setting that chooses one, for error messages.
+        kind: What the classes are, such as "data source", for error messages.
+        group: Group of entry points that other packages use.
+        setting: The setting that chooses a class, for error messages.
     """
 
     def __init__(self, kind: str, group: str, setting: str):
@@ -36,9 +37,11 @@ class Registry(Generic[T]):
         """
 
         def decorate(cls: T) -> T:
-            other = self.known.get(name, cls)
-            # The same class again, as when a notebook's cell is run twice, replaces the first.
-            if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            registered = self.known.get(name, cls)
+            # If a notebook's cell runs twice, the new version of a class replaces the old one.
+            if registered.__module__ != cls.__module__ or (
+                registered.__qualname__ != cls.__qualname__
+            ):
                 raise InputError(f"{self.kind} {name!r} exists already; choose another name")
             self.known[name] = cls
             return cls
@@ -49,23 +52,23 @@ class Registry(Generic[T]):
         return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.group)}
 
     def names(self) -> list[str]:
-        """All names, those of other packages included."""
+        """All names, including those that other packages add."""
         return sorted({*self.known, *self._entry_points()})
 
     def load_all(self) -> None:
-        """Load the classes of all other packages.
+        """Load every class that another package adds.
 
         Raises:
-            InputError: One of them cannot be loaded.
+            InputError: A class cannot be loaded.
         """
         for name in self._entry_points():
             self.find(name)
 
     def find(self, name: str) -> T:
-        """The class of a name.
+        """The class with this name.
 
         Raises:
-            InputError: There is none, or it cannot be loaded.
+            InputError: No class has this name, or the class cannot be loaded.
         """
         entry = None if name in self.known else self._entry_points().get(name)
         if entry:
@@ -76,7 +79,7 @@ class Registry(Generic[T]):
                     f"{self.setting}: cannot load {self.kind} {name!r} from {entry.value}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
-            if name not in self.known:  # unless the class is decorated
+            if name not in self.known:  # a decorated class has registered itself while it loaded
                 self.register(name)(cls)
         if name not in self.known:
             known = self.names()

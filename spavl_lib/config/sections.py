@@ -1,8 +1,8 @@
-"""The settings of a run: one dataclass per section, one sentence per field.
+"""The settings of a run: one dataclass per section, and an explanation under each field.
 
-Scale (model, rows, steps, batch size) has no default, so a profile must state it. Method constants
-(beta, loss, learning rate) default to the best values we found; `preset: original` sets those of
-the original code.
+Settings of scale (model, rows, steps, batch size) have no default, so a profile must state them.
+Method constants (beta, loss, learning rate) default to the best values that we found.
+`preset: original` sets the values of the SPA-VL authors' code instead.
 """
 
 import dataclasses
@@ -39,14 +39,15 @@ def _nothing_to_train(settings: Any) -> Iterator[str]:
 
 @section("data.columns")
 class ColumnsConfig:
-    """Column names of your own data set; an empty name stands for the names of known layouts."""
+    """Column names of your own data set. With an empty name, the column is found by the names that
+    common layouts use, such as `question` or `conversations` for the prompt."""
 
     prompt: str = ""
     """Column of the question, or of its conversation turns."""
     chosen: str = ""
     """Column of the preferred response."""
     rejected: str = ""
-    """Column of the other response."""
+    """Column of the rejected response."""
     image: str = ""
     """Column of the image, or of its path under `image_root`."""
     image_name: str = ""
@@ -56,7 +57,8 @@ class ColumnsConfig:
     class3: str = ""
     """Column of the tertiary harm class."""
     question_type: str = ""
-    """Column of the question type: easy, hardq or hards."""
+    """Column of the question type: easy (a direct question), hardq (a question with a pretext) or
+    hards (a statement with a pretext)."""
 
 
 @section("data")
@@ -64,44 +66,49 @@ class DataConfig:
     """Which preference pairs are read, and how."""
 
     source: str
-    """mini: built by this library; hub_layout: parquet files as on the Hub; original: the original
-    code's JSON lists; datasets: your own data, anything the `datasets` library opens; or a source
-    that another package adds (`data.sources.base`)."""
+    """mini: the small data set of this library; hub_layout: parquet files as SPA-VL has them on the
+    Hub; original: the JSON lists that the SPA-VL authors' code reads; datasets: your own data, in
+    any form that the `datasets` library opens. Another package can add a source (see
+    `data.sources.base`)."""
     train_rows: NonNegativeInt
-    """Number of training pairs, 0 for all. A smaller number is always a subset of a larger one."""
+    """Number of training pairs; 0: all. A smaller training set is a subset of every larger one."""
     validation_rows: NonNegativeInt
-    """Number of held-out pairs, 0 for all."""
+    """Number of held-out pairs; 0: all."""
     test_rows: NonNegativeInt
-    """Number of prompts in each evaluation set, 0 for all."""
+    """Number of prompts in each evaluation set; 0: all."""
     path: str = ""
-    """Folder or file of the rows, or a data set's name on the Hub; empty for mini."""
+    """Folder or file of the rows, or a data set's name on the Hub. mini does not use it."""
     revision: str = ""
-    """Commit, tag or branch on the Hub, empty for the newest. A commit makes a run repeatable."""
+    """Commit, tag or branch on the Hub; empty: the newest. A commit makes a run repeatable."""
     subset: str = ""
-    """datasets: configuration to read, if the data set has several."""
+    """Configuration to read, if the data set has several. Only for source datasets."""
     train_split: str = "train"
-    """datasets: split to train on; slices such as train[:90%] work."""
+    """Split to train on; slices such as train[:90%] work. Only for source datasets."""
     validation_split: str = "validation"
-    """datasets: held-out split."""
+    """Held-out split. Only for source datasets."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
-    """original: keywords of the keyword map to read, all if empty."""
+    """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
+    keyword such as easy to the path of a list. Empty: all lists. Only for source original."""
     num_workers: NonNegativeInt = 0
-    """Processes that decode images and tokenise during a step; 0 does it between steps."""
+    """Extra processes that decode images and tokenise during a step; 0: the training process does
+    both between steps. Only for reward and dpo."""
     group_by_image: bool = False
-    """Put the rows of an image into the same batches, so that they share one image prefix."""
+    """Put rows with the same image into the same batch, so that they share one image prefix."""
     image_root: str = ""
-    """original, datasets: folder that image paths start from; empty for that of `path`."""
+    """Folder that image paths start from. Empty: `path`, or the folder that holds it if `path` is a
+    file. Only for sources original and datasets."""
     question_types: tuple[Literal["easy", "hardq", "hards"], ...] = ()
-    """Train only on these question types, on all if empty."""
+    """Train only on these question types; empty: on all."""
     answer_sources: tuple[str, ...] = ()
-    """Train only on pairs whose two responses both come from these models, on all if empty."""
+    """Train only on pairs whose two responses both come from these models; empty: on all pairs."""
     sampling: Literal["stratified", "random"] = "stratified"
-    """How a smaller number is drawn: evenly over classes and question types, or at random."""
+    """How rows are drawn if not all are used. stratified: every class and question type keeps its
+    share; random: without regard to them."""
     sampling_seed: NonNegativeInt = 0
-    """Random seed of the row order. The same seed nests small sets in large ones."""
+    """Random seed of the draw. With the same seed, a larger set contains every smaller one."""
     on_bad_rows: Literal["error", "skip"] = "error"
-    """error: list every bad row and stop; skip: leave bad rows out, counted and listed."""
+    """error: list every bad row and stop; skip: leave bad rows out, and count and list them."""
 
 
 @section("model")
@@ -111,10 +118,10 @@ class ModelConfig:
     name: str
     """`embedded`, a local folder, or a model id on the Hub."""
     adapter: Literal["full", "lora", "qlora", "frozen"]
-    """full: train the whole language model; lora: train adapters on its linear layers; qlora: the
-    same over 4-bit weights; frozen: train only the projector."""
+    """full: train the whole language model; lora: train adapters on its linear layers; qlora: train
+    adapters on 4-bit weights; frozen: train only the projector."""
     revision: str = ""
-    """Commit on the Hub, empty for the newest."""
+    """Commit on the Hub; empty: the newest."""
     train_projector: bool = True
     """Train the multimodal projector, as SPA-VL does."""
     lora_rank: PositiveInt = 32
@@ -124,14 +131,14 @@ class ModelConfig:
     lora_targets: Annotated[tuple[Linear, ...], Field(min_length=1)] = LINEARS
     """Linear layers of the language model that get adapters."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    """Recompute activations in the backward pass, which saves memory and takes more time."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
-    """Compute the image and question once for all rows of a batch that start with them; the numbers
-    stay equal. auto: for model families that allow it; require: stop if the family does not; off:
-    compute every row in full, with PEFT's own LoRA layers."""
+    """Compute an image and question once for all rows of a batch that start with them. The results
+    are the same. auto: if the model family supports it; require: stop if it does not; off: compute
+    every row in full. off also replaces the fused LoRA forward pass by PEFT's own layers."""
 
     def contradictions(self) -> Iterator[str]:
-        """Sentences about values that cannot go together."""
+        """Yield one sentence for each set of values that contradict each other."""
         if self.adapter == "frozen" and not self.train_projector:
             yield "adapter = 'frozen' without train_projector, so nothing would be trained"
 
@@ -146,29 +153,30 @@ class RewardConfig:
     """The Bradley-Terry reward model."""
 
     max_steps: NonNegativeInt
-    """Optimizer steps; 0 for `num_epochs` passes."""
+    """Optimizer steps; 0: train for `num_epochs` instead."""
     per_device_batch_size: PositiveInt
     """Pairs per device and forward pass."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches summed into one optimizer step."""
+    """Micro-batches in one optimizer step, counted over all devices."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training pairs, used when `max_steps` is 0."""
     center_coef: NonNegativeFloat = 0.0
-    """Weight of the squared mean score, which keeps scores centred on 0."""
+    """Weight of the square of the sum of a pair's scores, which keeps scores centred on 0."""
     sft_coef: NonNegativeFloat = 0.0
     """Weight of the cross-entropy of the chosen responses through the base's frozen language-model
-    head. It keeps the hidden states able to name what the model sees (Yang et al. 2024)."""
+    head. This term keeps in the hidden states what is needed to describe the image (Yang et al.
+    2024)."""
     shift_px: NonNegativeInt = 0
-    """Move each training image by up to this many pixels in each direction, anew at each use."""
+    """Shift each training image by up to this many pixels, each time by a new random amount."""
     mirror: bool = False
-    """Mirror half of the training images; do not use it for images with text."""
+    """Mirror half of the training images. Leave it off for images with text."""
     original_form: bool = False
-    """Use the original's loss, with an epsilon inside the logarithm. Its gradient vanishes on pairs
-    that the model ranks badly wrong."""
+    """Use the loss of the SPA-VL authors' code, which has an epsilon inside the logarithm. Its
+    gradient vanishes on pairs that the model ranks badly wrong."""
     learning_rate: NonNegativeFloat = 3e-5
-    """Peak learning rate; the default is the original's."""
+    """Peak learning rate; the default is that of the SPA-VL authors' code."""
     lr_scheduler: Scheduler = "constant_with_warmup"
-    """Name of a transformers schedule; the default is the original's."""
+    """Name of a transformers schedule; the default is that of the SPA-VL authors' code."""
     warmup_steps: NonNegativeInt = 10
     """Steps of linear warm-up."""
     weight_decay: NonNegativeFloat = 0.0
@@ -188,20 +196,21 @@ class DPOConfig:
     """Direct preference optimisation (Rafailov et al. 2023)."""
 
     max_steps: NonNegativeInt
-    """Optimizer steps; 0 for `num_epochs` passes."""
+    """Optimizer steps; 0: train for `num_epochs` instead."""
     per_device_batch_size: PositiveInt
     """Pairs per device and forward pass."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches summed into one optimizer step."""
+    """Micro-batches in one optimizer step, counted over all devices."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training pairs, used when `max_steps` is 0."""
     preset: Literal["ours", "original"] = "ours"
-    """original: the original's beta, loss, learning rate and schedule replace the profile's."""
+    """original: beta, loss, learning rate and schedule of the SPA-VL authors' code replace those of
+    the profile."""
     beta: PositiveFloat = 0.1
     """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
     loss_type: tuple[DPOLoss, ...] = ("sigmoid", "sft")
-    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses, which keeps
-    them from becoming less likely."""
+    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses; it keeps
+    chosen responses from becoming less likely."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight per loss."""
     learning_rate: NonNegativeFloat = 2e-5
@@ -218,15 +227,15 @@ class DPOConfig:
     """Longest sequence in tokens, prompt and image included; 0 for the model's context."""
     cache_reference: bool = False
     """Compute the reference log-probabilities of all pairs before the first step, and store them
-    for every later run on the same model and data. It saves memory in full fine-tuning, and time
-    from the second pass or run on."""
+    for later runs on the same model and data. Training then needs no reference model, which saves
+    memory in full fine-tuning. It saves time if there are several passes or several runs."""
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
     eval_steps: NonNegativeInt = 0
     """Steps between evaluations on the held-out pairs; 0 evaluates only at the end."""
 
     def contradictions(self) -> Iterator[str]:
-        """Sentences about values that cannot go together."""
+        """Yield one sentence for each set of values that contradict each other."""
         yield from _nothing_to_train(self)
         if len(self.loss_type) != len(self.loss_weights):
             yield (
@@ -236,7 +245,11 @@ class DPOConfig:
 
     @property
     def global_batch_size(self) -> int:
-        """Pairs in one optimizer step on one device."""
+        """Pairs in one optimizer step, counted over all devices.
+
+        With several processes each of them accumulates fewer micro-batches
+        (`distributed.settings.local_accumulation`).
+        """
         return self.per_device_batch_size * self.gradient_accumulation_steps
 
 
@@ -245,9 +258,9 @@ class PPOConfig:
     """Proximal policy optimisation against the reward model (Ouyang et al. 2022)."""
 
     max_steps: NonNegativeInt
-    """Rollouts, each followed by its updates; 0 for `num_epochs` passes over the prompts."""
+    """Rollouts, each followed by its updates; 0: train for `num_epochs` instead."""
     rollout_batch_size: PositiveInt
-    """Prompts in a rollout, over all devices."""
+    """Prompts in a rollout, counted over all devices."""
     per_device_batch_size: PositiveInt
     """Rows per device and forward pass, in sampling and in updates."""
     max_new_tokens: PositiveInt
@@ -255,7 +268,7 @@ class PPOConfig:
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training prompts, used when `max_steps` is 0."""
     preset: Literal["ours", "original"] = "ours"
-    """original: the original's method settings replace the profile's."""
+    """original: the method settings of the SPA-VL authors' code replace those of the profile."""
     ppo_epochs: PositiveInt = 2
     """Passes over a rollout."""
     num_minibatches: PositiveInt = 2
@@ -263,7 +276,7 @@ class PPOConfig:
     learning_rate: NonNegativeFloat = 1e-5
     """Peak learning rate of the policy. A small model needs a higher one than a large model."""
     value_learning_rate: NonNegativeFloat = 0.0
-    """Peak learning rate of the value model; 0 for the policy's."""
+    """Peak learning rate of the value model; 0: the same as the policy's."""
     lr_scheduler: Scheduler = "cosine"
     """Name of a transformers schedule."""
     warmup_steps: NonNegativeInt = 10
@@ -271,22 +284,23 @@ class PPOConfig:
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
-    """Largest gradient norm, for the policy and for the value model each."""
+    """Largest gradient norm; the policy and the value model are clipped separately."""
     gamma: Share = 1.0
     """Discount of later rewards."""
     gae_lambda: Share = 0.95
-    """Lambda of generalised advantage estimation. 1: no bias; lower: less variance."""
+    """Lambda of generalised advantage estimation. 1 has no bias; lower values reduce variance."""
     clip_range: PositiveFloat = 0.2
     """Clip range of the probability ratio in the policy loss."""
     value_clip_range: NonNegativeFloat = 0.0
-    """Clip range of the value loss, in units of reward; 0 for no clipping. Rewards of several units
-    need 0, because the value model starts far from them."""
+    """Clip range of the value loss, in units of reward; 0: no clipping. Use 0 if rewards are large
+    (several units). The first predictions are then several units wrong, and clipping lets them move
+    by only about this range per rollout."""
     vf_coef: NonNegativeFloat = 0.1
     """Weight of the value loss."""
     kl_coef: NonNegativeFloat = 0.5
     """KL coefficient: reward subtracted per nat of KL to the reference."""
     kl_estimator: Literal["k1", "k3"] = "k1"
-    """k1: log ratio, unbiased; k3: never negative, with less variance."""
+    """k1: the log ratio, which is unbiased; k3: never negative, with less variance."""
     kl_target: NonNegativeFloat = 0.0
     """Mean KL per response, in nats, that `kl_coef` adapts to reach; 0 keeps `kl_coef` fixed."""
     kl_horizon: PositiveInt = 1000
@@ -300,19 +314,19 @@ class PPOConfig:
     missing_eos_penalty: NonNegativeFloat = 1.0
     """Subtracted from the score of a response that did not end."""
     length_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the score per token."""
+    """Subtracted from the score once for every token of the response."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     sft_coef: NonNegativeFloat = 1.0
-    """Weight of the cross-entropy of the chosen responses. Without it the policy became as safe,
-    but worse at naming what it sees."""
+    """Weight of the cross-entropy of the chosen responses. In our runs the policy became equally
+    safe without this term, but worse at naming what the image shows."""
     reward_model: str = ""
-    """`model/` folder of a reward model; empty for this run's own."""
+    """`model/` folder of a reward model; empty: the reward model of this run."""
     save_steps: PositiveInt = 20
     """Rollouts between checkpoints."""
 
     def contradictions(self) -> Iterator[str]:
-        """Sentences about values that cannot go together."""
+        """Yield one sentence for each set of values that contradict each other."""
         yield from _nothing_to_train(self)
         if self.num_minibatches > self.rollout_batch_size:
             yield (
@@ -327,13 +341,13 @@ class RLOOConfig:
     no value model. Every optimizer step samples new responses."""
 
     max_steps: NonNegativeInt
-    """Optimizer steps; 0 for `num_epochs` passes over the prompts."""
+    """Optimizer steps; 0: train for `num_epochs` instead."""
     per_device_batch_size: PositiveInt
     """Responses per device and forward pass."""
     max_new_tokens: PositiveInt
     """Longest response in tokens."""
     gradient_accumulation_steps: PositiveInt = 1
-    """Batches of responses in one optimizer step."""
+    """Micro-batches of responses in one optimizer step."""
     num_generations: Annotated[int, Field(ge=2)] = 4
     """Responses per prompt; each is compared with the mean score of the others."""
     num_epochs: NonNegativeFloat = 1.0
@@ -357,32 +371,34 @@ class RLOOConfig:
     missing_eos_penalty: NonNegativeFloat = 1.0
     """Subtracted from the score of a response that did not end."""
     reward_model: str = ""
-    """`model/` folder of a reward model; empty for this run's own."""
+    """`model/` folder of a reward model; empty: the reward model of this run."""
     use_vllm: bool = False
-    """Sample with vLLM; needs a CUDA GPU and the vllm package. Resuming is then not exact."""
+    """Sample with vLLM; needs a CUDA GPU and the vllm package. A resumed run then gives other
+    results than an uninterrupted one."""
     vllm_mode: Literal["colocate", "server"] = "colocate"
-    """colocate: on the training GPU; server: on a server started with `trl vllm-serve`."""
+    """colocate: vLLM runs on the training GPU; server: it runs on a server that `trl vllm-serve`
+    started."""
     vllm_server_base_url: str = ""
-    """Address of that server, such as http://localhost:8000."""
+    """Address of the vLLM server, such as http://localhost:8000. Only for vllm_mode server."""
     vllm_gpu_memory_utilization: PositiveFloat = 0.3
-    """Share of the GPU's memory that a colocated vLLM may take."""
+    """Share of the GPU's memory that vLLM may take. Only for vllm_mode colocate."""
     save_steps: PositiveInt = 20
     """Steps between checkpoints."""
 
     def contradictions(self) -> Iterator[str]:
-        """Sentences about values that cannot go together."""
+        """Yield one sentence for each set of values that contradict each other."""
         yield from _nothing_to_train(self)
         if self.global_batch_size % self.num_generations:
             yield (
-                f"{self.per_device_batch_size} responses x {self.gradient_accumulation_steps} "
-                f"batches are not whole groups of num_generations = {self.num_generations}"
+                f"per_device_batch_size x gradient_accumulation_steps = {self.global_batch_size} "
+                f"must be a multiple of num_generations = {self.num_generations}"
             )
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:
             yield "vllm_mode = 'server' needs vllm_server_base_url"
 
     @property
     def global_batch_size(self) -> int:
-        """Responses in one optimizer step on one device."""
+        """Responses in one optimizer step; RLOO trains in a single process."""
         return self.per_device_batch_size * self.gradient_accumulation_steps
 
 
@@ -401,11 +417,13 @@ class GenerationConfig:
     top_p: PositiveShare = 1.0
     """Sample from the smallest set of tokens with this total probability."""
     cache: Literal["compact", "dynamic", "static"] = "compact"
-    """Cache of keys and values. compact: finished responses leave the batch, where that is exact
-    (LLaVA with greedy decoding or in PPO's rollouts; dynamic elsewhere). dynamic and static are
-    those of transformers: one grows with the response, one is allocated at once."""
+    """Cache of keys and values. compact: finished responses leave the batch, which does not change
+    the results. It serves greedy decoding and PPO's rollouts, for LLaVA; otherwise dynamic is used.
+    dynamic: the cache of transformers that grows with the response. static: the one that is
+    allocated at full size."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """vllm: an optional engine, for Linux with a GPU, with the same prompts and records."""
+    """Engine that generates. vllm is optional and needs Linux with a GPU; prompts and the format of
+    records are the same."""
 
 
 @section("evaluation")
@@ -413,80 +431,90 @@ class EvaluationConfig:
     """What is measured, and who judges."""
 
     judge: str = "exact"
-    """exact: knows the truth of every row of mini; phrases: looks for refusal phrases, for other
-    data; guard: a guard model on this machine; endpoint: a model behind an OpenAI-compatible
-    address; or the name of a judge from another package."""
+    """exact: compares with the ground-truth labels, which only mini has; phrases: looks for refusal
+    phrases, in any data; guard: asks a guard model on this machine; endpoint: asks a model behind
+    an OpenAI-compatible address. Another package can add a judge."""
     judge_phrases: Literal["phrases-v1", "gcg"] = "phrases-v1"
-    """Which list of refusal phrases to use."""
+    """Which list of refusal phrases to use. Only for judge phrases."""
     judge_model: str = ""
-    """guard: model id on the Hub, or a folder; endpoint: the model's name there."""
+    """For judge guard: a model id on the Hub, or a folder. For judge endpoint: the model's name at
+    the endpoint."""
     judge_revision: str = ""
-    """guard: commit on the Hub, empty for the newest."""
+    """Commit of the guard model on the Hub; empty: the newest. Only for judge guard."""
     judge_url: str = ""
-    """endpoint: address up to /v1. The key is read only from $SPAVL_JUDGE_KEY."""
+    """Address of the endpoint, such as http://localhost:8000/v1. Only for judge endpoint. The key
+    is read from the environment variable SPAVL_JUDGE_KEY or OPENAI_API_KEY."""
     judge_batch_size: PositiveInt = 8
-    """guard: responses per batch."""
+    """Responses per batch. Only for judge guard."""
     judge_images: bool = False
-    """Show the judge the image too; the judge model must accept images."""
+    """Show the image to the judge model, which must accept images. Only for judges guard and
+    endpoint."""
     judge_canaries: bool = True
-    """Ask guard or endpoint first about responses with a known verdict, and stop if it errs."""
+    """First ask the judge model about responses with a known verdict, and stop if an answer is
+    wrong. Only for judges guard and endpoint."""
     held_out_drawings: bool = True
-    """Repeat mini's evaluation sets on drawings the model never saw."""
+    """Repeat mini's evaluation sets on drawings that the model never saw."""
 
 
 @section("scaling")
 class ScalingConfig:
-    """Arms of notebook 07: trainings that differ from the profile in one setting each."""
+    """Arms of notebook 07. An arm is a training that differs from the profile in one setting. Each
+    of the settings `sizes` to `lora_ranks` defines a family of arms, one for every value."""
 
     sizes: tuple[NonNegativeInt, ...] = ()
-    """Numbers of training pairs of the data-scale arms, 0 for all pairs."""
+    """One arm for each of these numbers of training pairs; 0: all pairs."""
     question_types: tuple[Literal["easy", "hardq", "hards", "mixed"], ...] = ()
-    """Arms trained on one question type, or on all (mixed)."""
+    """One arm for each of these question types; mixed: an arm trained on all types."""
     answers: tuple[str, ...] = ()
-    """Arms trained on the responses of some models: NAME=SOURCE+SOURCE, or NAME=all."""
+    """One arm for each entry NAME=SOURCE+SOURCE, called NAME and trained on the pairs whose two
+    responses both come from these models. NAME=all: an arm trained on all pairs."""
     projector: tuple[Literal["trained", "frozen"], ...] = ()
-    """Arms with the projector trained or frozen."""
+    """One arm with the projector trained, one with it frozen."""
     lora_ranks: tuple[PositiveInt, ...] = ()
-    """Arms with adapters of these ranks, with alpha twice the rank."""
+    """One arm with adapters of each of these ranks; alpha is twice the rank."""
     lora_learning_rate: NonNegativeFloat = 0.0
-    """Learning rate of the rank arms, 0 for `dpo.learning_rate`. Adapters need about ten times the
-    rate of full training (Schulman et al., LoRA Without Regret, 2025)."""
+    """Learning rate of the arms of `lora_ranks`; 0: `dpo.learning_rate`. Adapters need about ten
+    times the rate of full training (Schulman et al., LoRA Without Regret, 2025)."""
     ablation_rows: NonNegativeInt = 0
-    """Most pairs per arm, data-scale arms aside. All arms of a family get as many pairs as its
-    smallest arm has; 0 sets no other limit."""
+    """Largest number of training pairs of an arm; 0: no limit. All arms of a family get equally
+    many pairs, at most as many as the smallest of them has. Neither rule applies to `sizes`."""
     seeds: tuple[NonNegativeInt, ...] = ()
-    """Random seeds: every arm is trained once per seed, which also draws its rows."""
+    """Random seeds. Every arm is trained once with each seed. The seed also decides which pairs the
+    arm gets."""
     min_steps: PositiveInt = 20
-    """Fewest optimizer steps; a small arm passes over its rows more than once."""
+    """Smallest number of optimizer steps of an arm; an arm with few pairs repeats them."""
     eval_rows: NonNegativeInt = 0
-    """Harmful prompts, and as many harmless ones, to evaluate on; 0 for all."""
+    """Number of prompts in each evaluation set of an arm; 0: all."""
     workers: NonNegativeInt = 0
-    """Arms trained at the same time; 0 for as many as the machine has room for."""
+    """Number of arms trained at the same time; 0: as many as fit on the machine."""
 
 
 @section("launch")
 class LaunchConfig:
-    """Processes that train together. The global batch does not depend on their number."""
+    """Processes that train together. The effective batch size does not depend on their number."""
 
     num_processes: PositiveInt = 1
-    """Processes on all machines together; more than one starts accelerate."""
+    """Number of processes, counted over all machines. accelerate starts them if there are several,
+    or if DeepSpeed is the engine."""
     engine: Literal["ddp", "zero2", "zero3"] = "ddp"
-    """ddp: every process holds the whole model; zero2, zero3: DeepSpeed divides it."""
+    """ddp: every process holds the whole model. zero2, zero3: DeepSpeed divides the optimizer state
+    and the gradients among the processes, and under zero3 also the parameters."""
     cpu_offload: bool = False
-    """DeepSpeed keeps the optimizer state, and under zero3 the parameters, in main memory."""
+    """Whether DeepSpeed keeps the optimizer state, and under zero3 also the parameters, in main
+    memory."""
     num_machines: PositiveInt = 1
-    """Machines; all must see the disk that holds the run folder."""
+    """Number of machines. All of them must see the disk that holds the run folder."""
     machine_rank: NonNegativeInt = 0
-    """Number of this machine; machine 0 has the address that the others know."""
+    """Rank of this machine: 0 for the one that `main_address` names, then 1, 2 and so on."""
     main_address: str = "127.0.0.1"
-    """Address of machine 0."""
+    """Address of machine 0, as the other machines reach it."""
     main_port: NonNegativeInt = 0
-    """Port on machine 0; 0 for any free one, which works only on a single machine."""
+    """Port on machine 0. 0: any free port, which works only on a single machine."""
     timeout_s: PositiveInt = 1800
-    """Longest wait, in seconds, for the other machines and for a slow process."""
+    """Longest wait in seconds: at the start for other machines, then for a slow process."""
 
     def contradictions(self) -> Iterator[str]:
-        """Sentences about values that cannot go together."""
+        """Yield one sentence for each set of values that contradict each other."""
         if self.num_processes % self.num_machines:
             yield (
                 f"num_processes = {self.num_processes} must be a multiple of num_machines = "
@@ -522,17 +550,17 @@ class Config:
     scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
     plugins: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
-    """Settings of trainers and other stages that other packages register, by stage name."""
+    """Stage name -> settings of a trainer or other stage that another package registers."""
     seed: NonNegativeInt = 0
     """Random seed of weights, data order and sampling."""
     run_name: str = ""
-    """Folder of the run under runs/; empty for the profile's name."""
+    """Name of the run's folder under runs/; empty: the profile's name."""
 
     def section(self, name: str) -> Any:
-        """The settings of a stage: a section of this config, or of a plugin.
+        """The settings of a stage: a section of this config, or a plugin's settings.
 
         Raises:
-            InputError: The stage has no settings, or those of the plugin are wrong.
+            InputError: The stage has no settings, or the plugin's settings are wrong.
         """
         built_in = getattr(self, name, None)
         if dataclasses.is_dataclass(built_in) and name not in self.plugins:
@@ -550,5 +578,5 @@ class Config:
 
 @functools.cache
 def _checked(settings: type, key: str) -> type:
-    """A plugin's settings class, which may be a plain dataclass, as one that checks its values."""
+    """Make a plugin's settings class check its values, even if it is a plain dataclass."""
     return settings if is_pydantic_dataclass(settings) else section(key)(settings)

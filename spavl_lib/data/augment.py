@@ -1,4 +1,4 @@
-"""Shift and mirror training images, so that a model does not memorise their pixels."""
+"""Shift and mirror training images, so that a model does not memorise pixels."""
 
 import random
 
@@ -9,19 +9,22 @@ from spavl_lib.errors import InputError
 
 
 def moved_images(pixels: Tensor, seeds: list[str], *, shift_px: int, mirror: bool) -> Tensor:
-    """Shift each image by up to `shift_px` either way, repeating its border, and mirror some.
+    """Shift each image by up to `shift_px` in each direction, and mirror some images.
+
+    The border of an image is repeated where a shift leaves pixels empty.
 
     Args:
         pixels: (images, channels, height, width).
-        seeds: One per image. The change depends on it alone, so a resumed run repeats it.
+        seeds: One seed per image. The change of an image depends only on its seed, so a resumed run
+            repeats the change.
         shift_px: Largest shift, in pixels of the model's input.
-        mirror: Whether to mirror half of the images. Not for images with writing.
+        mirror: Whether to mirror half of the images. Set it to False for images with writing.
 
     Returns:
-        (images, channels, height, width).
+        The changed images, (images, channels, height, width).
 
     Raises:
-        InputError: The family gives its images in another form (tiles, patches).
+        InputError: The model family's images have another form, such as tiles or patches.
     """
     if pixels.ndim != 4 or len(pixels) != len(seeds):
         raise InputError(

@@ -1,8 +1,9 @@
-"""Build preference pairs from the answers of several models to each question.
+"""Build preference pairs from the responses of several models to each question.
 
-The method is that of SPA-VL (arXiv:2406.12030, section 3). Every answer gets a safety label. Models
-are grouped by how often they are unsafe. For each question two answers of different groups are
-drawn. A judge compares them twice, in both orders; the pair is kept if both verdicts agree.
+The method is that of SPA-VL (arXiv:2406.12030, section 3). Every response gets a safety label.
+Models are grouped by the share of their unsafe responses. For each question, two responses of
+models in different groups are drawn. A judge compares the two responses in both orders. The pair is
+kept if both verdicts agree.
 """
 
 import random
@@ -17,24 +18,24 @@ OUTCOMES = ("kept", "inconsistent", "tie", "unreadable", "same answer", "one gro
 
 @dataclass(frozen=True)
 class Question:
-    """A question over an image, with the answers of several models."""
+    """A question about an image, with the responses of several models."""
 
     id: str
     prompt: str
     answers: dict[str, str]
-    """Model -> answer."""
+    """Model -> response."""
     image: Any = None
     more: dict = field(default_factory=dict)
     """Further fields of the row, such as class and question type."""
 
 
 class PairJudge(Protocol):
-    """Says which of two answers is better: rules, a model or a person."""
+    """Says which of two responses is better. It may be a rule, a model or a person."""
 
     name: str
 
     def __call__(self, record: dict, first: str, second: str) -> str | None:
-        """`first`, `second`, `tie`, or None if no verdict could be read."""
+        """`first`, `second` or `tie`; None if no verdict could be read."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,13 @@ class Built:
 
     rows: list[dict]
     outcomes: dict[str, int]
-    """Number of questions by outcome: kept, or why not."""
+    """Outcome (one of `OUTCOMES`) -> number of questions."""
     groups: list[list[str]]
-    """Models by how often they are unsafe, the safest first."""
+    """Groups of models, from the safest group to the least safe."""
     unsafe_share: dict[str, float | None]
-    """Share of unsafe answers of each model, among those with a label."""
+    """Model -> share of unsafe responses among its labelled responses."""
     unlabelled: int
-    """Answers whose safety label could not be read."""
+    """Number of responses whose safety label could not be read."""
 
     @property
     def flip_rate(self) -> float | None:
@@ -69,10 +70,10 @@ def build_preferences(
     """Make preference rows.
 
     Args:
-        questions: Questions; those with fewer than two answers give no pair.
-        label: Gives `safe` or `unsafe` for a record with `prompt`, `response` and `image`; None if
-            no label could be read.
-        judge: Compares two answers.
+        questions: The questions. A question with fewer than two responses gives no pair.
+        label: Gives `safe` or `unsafe` for a record with `prompt`, `response` and `image`, or None
+            if no label could be read.
+        judge: Compares two responses.
         groups: Largest number of safety groups.
         seed: Seed of drawing pairs.
     """
@@ -114,7 +115,7 @@ def build_preferences(
 
 
 def unsafe_shares(labels: dict[tuple[str, str], str | None]) -> dict[str, float | None]:
-    """Share of unsafe answers of each model, among those with a label; None if it has none.
+    """Model -> share of unsafe responses among its labelled responses; None without any label.
 
     Args:
         labels: (question, model) -> label.
@@ -123,62 +124,62 @@ def unsafe_shares(labels: dict[tuple[str, str], str | None]) -> dict[str, float 
     for (_, model), value in labels.items():
         counts[model][value if value in LABELS else "unlabelled"] += 1
     shares = {}
-    for model, found in sorted(counts.items()):
-        labelled = found["safe"] + found["unsafe"]
-        shares[model] = found["unsafe"] / labelled if labelled else None
+    for model, by_label in sorted(counts.items()):
+        labelled = by_label["safe"] + by_label["unsafe"]
+        shares[model] = by_label["unsafe"] / labelled if labelled else None
     return shares
 
 
 def safety_groups(shares: dict[str, float | None], groups: int) -> list[list[str]]:
-    """Models in groups of about equal size by their unsafe share, the safest group first.
+    """Models in groups of about equal size by unsafe share, with the safest group first.
 
-    Models with equal shares are in one group, so there may be fewer groups. A model without a label
-    is in no group.
+    Models with equal shares are in the same group, so there may be fewer than `groups` groups. A
+    model without labels is in no group.
 
     Args:
         shares: Model -> unsafe share.
         groups: Largest number of groups.
     """
     known = sorted((s, m) for m, s in shares.items() if s is not None)
-    cut: dict[int, list[str]] = defaultdict(list)
+    by_number: dict[int, list[str]] = defaultdict(list)
     number = -1
     last: float | None = None
     for place, (value, model) in enumerate(known):
         if value != last:
             number = max(number + (last is None), place * groups // len(known))
-        cut[number].append(model)
+        by_number[number].append(model)
         last = value
-    return [cut[number] for number in sorted(cut)]
+    return [by_number[number] for number in sorted(by_number)]
 
 
 def draw_pair(question: Question, group_of: dict[str, int], seed: int) -> tuple[str, str] | None:
-    """Two models that answered, of different groups and in random order; None if there are none.
+    """Two models of different groups that responded, in random order; None if there are none.
 
     Args:
         question: The question.
-        group_of: Model -> its group.
-        seed: Seed; each question draws from a generator of its own.
+        group_of: Model -> number of its group.
+        seed: Seed of drawing. Each question has its own random generator.
     """
-    draw = random.Random(f"pair/{seed}/{question.id}")
+    rng = random.Random(f"pair/{seed}/{question.id}")
     by_group: dict[int, list[str]] = defaultdict(list)
     for model in sorted(question.answers):
         if model in group_of:
             by_group[group_of[model]].append(model)
     if len(by_group) < 2:
         return None
-    first, second = draw.sample(sorted(by_group), 2)
-    return draw.choice(by_group[first]), draw.choice(by_group[second])
+    first, second = rng.sample(sorted(by_group), 2)
+    return rng.choice(by_group[first]), rng.choice(by_group[second])
 
 
 def compare_both_ways(
     judge: PairJudge, question: Question, texts: Sequence[str]
 ) -> tuple[str, int | None]:
-    """Ask a judge twice, with the answers in both orders.
+    """Ask a judge twice, with the responses in both orders.
 
     Args:
-        judge: Compares two answers.
+        judge: Compares two responses.
         question: The question.
-        texts: The two answers.
+        texts: The two responses.
 
     Returns:
         The outcome (one of `OUTCOMES`), and the index of the better text if the pair is kept.
@@ -196,7 +197,7 @@ def compare_both_ways(
 
 
 def questions_from_meta(rows: Iterable[dict], answers: dict[str, list[dict]]) -> list[Question]:
-    """Questions with the answers of every model, from the meta files of the Hub's layout.
+    """Questions with the responses of every model, from the meta files of the Hub's layout.
 
     Args:
         rows: Rows in the schema.

@@ -1,8 +1,8 @@
 """Check preference data before training on them: `spavl data check PATH`.
 
-It checks the schema, decodes every image, counts tokens against the model's context, finds
-duplicates and rows that splits share, and measures the balance of classes. All bad rows are listed;
-the description covers the others.
+The check covers the schema, every image, the length of sequences in tokens, duplicates, rows that
+splits share, and the balance of classes. The report lists all bad rows and describes the other
+rows.
 """
 
 import dataclasses
@@ -36,19 +36,22 @@ def check(
     """Read a data set as a training run would, and describe it.
 
     Args:
-        path: `mini`, a folder in the Hub's layout or in the original's, a name on the Hub, or a
-            file of your own.
-        source: A `data.source`; recognised from the path if empty.
-        image_root: Folder that image paths start from; `PATH/images` or PATH if empty.
-        revision: Commit of a name on the Hub.
+        path: `mini`, a folder in the layout of the Hub or of the SPA-VL authors' code, the name of
+            a data set on the Hub, or your own file.
+        source: A `data.source`. Empty recognises the source from the path.
+        image_root: Folder that image paths start from. Empty uses `PATH/images` if that exists,
+            else PATH.
+        revision: Commit, tag or branch, only for a name on the Hub.
         model: Name of the processor's model, for the report.
-        processor: Counts tokens; None to count none.
-        max_length: Largest number of tokens of a sequence; 0 for no limit.
+        processor: Counts tokens. None skips this count.
+        max_length: Largest number of tokens of a sequence; 0 means no limit.
 
     Returns:
-        `problems`: their number; `splits`: what `explore.describe` gives for each split, with the
-        lines of its problems; `shared`: images and questions that each other set has in common with
-        `train`.
+        - `problems`: number of problems in all splits.
+        - `splits`: split -> its description by `explore.describe`, with a line for each problem.
+        - `shared`: set -> numbers of images and questions that the set has in common with `train`.
+        - `path` and `source`; with a processor also `model` and `max_length`; with validation rows
+          also `shared_images` and `shared_prompts`.
 
     Raises:
         InputError: There is nothing to read, or a whole file is damaged.
@@ -81,7 +84,7 @@ def check(
 def config_for(
     path: str, *, source: str = "", image_root: str = "", revision: str = ""
 ) -> DataConfig:
-    """The config that reads all rows of a path and lists the bad ones.
+    """The config that reads all rows of a path and skips bad rows instead of raising.
 
     Args:
         path: As for `check`.
@@ -112,7 +115,7 @@ def _recognised(path: str, folder: Path) -> str:
 
 
 def _read(config: DataConfig, split: str) -> Loaded | None:
-    """The good rows of a split; None if the data have no such split."""
+    """The good rows of a split; None if the data have no validation rows."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the report lists skipped rows
@@ -147,7 +150,7 @@ def table(report: dict) -> str:
 
 
 def _column(split: dict, report: dict) -> dict[str, str]:
-    near, even = split["near_duplicates"], split["balance"]
+    near, balance = split["near_duplicates"], split["balance"]
     cells = {
         "rows": f"{split['rows']:,}",
         "images": f"{split['images']:,}",
@@ -156,12 +159,12 @@ def _column(split: dict, report: dict) -> dict[str, str]:
         "without question type": f"{split['no_question_type']:,}",
         "same image and question": f"{split['duplicates']:,}",
         "near duplicates: images, questions": f"{near['pictures']:,}, {near['questions']:,}",
-        "classes of 53": f"{even['present']}",
+        "classes of 53": f"{balance['present']}",
     }
-    if even["present"]:
-        cells["smallest class"] = f"{even['smallest'][1]:,} ({even['smallest'][0]})"
-        cells["largest class"] = f"{even['largest'][1]:,} ({even['largest'][0]})"
-        cells["evenness, 1 is best"] = f"{even['evenness']:.3f}"
+    if balance["present"]:
+        cells["smallest class"] = f"{balance['smallest'][1]:,} ({balance['smallest'][0]})"
+        cells["largest class"] = f"{balance['largest'][1]:,} ({balance['largest'][0]})"
+        cells["evenness, 1 is best"] = f"{balance['evenness']:.3f}"
     for kind, count in sorted(split["question_type"].items()):
         if kind:
             cells[f"question type {kind}"] = f"{count:,}"

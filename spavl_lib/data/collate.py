@@ -1,4 +1,4 @@
-"""Batches: rows to padded tensors with masks."""
+"""Make batches: turn rows into padded tensors with masks."""
 
 from dataclasses import dataclass
 
@@ -15,9 +15,9 @@ def pad_rows(rows: list[list[int]], value: int, side: str) -> Tensor:
     """Stack rows of token ids into one tensor.
 
     Args:
-        rows: Token ids, or marks, of each row.
-        value: What to pad with.
-        side: Where to pad: `right` or `left`.
+        rows: Token ids or mask values of each row.
+        value: The value of padding.
+        side: The side of padding: `right` or `left`.
 
     Returns:
         (batch, longest row), int64.
@@ -34,8 +34,8 @@ def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join the image tensors of several rows into those of one batch.
 
     Args:
-        parts: For each row its image tensors, (images of the row, ...), or with tiles
-            (images of the row, tiles, ...).
+        parts: For each row its image tensors (images of the row, ...). If the model splits images
+            into tiles, their shape is (images of the row, tiles, ...).
 
     Returns:
         The same tensors, (images of all rows, ...). Fewer tiles, and Pixtral's smaller images, are
@@ -64,16 +64,16 @@ class PreferenceCollator:
 
     processor: ProcessorMixin
     max_length: int = 0
-    """Tokens a sequence may have, with image tokens; 0 for no limit."""
+    """Largest number of tokens of a sequence, including image tokens; 0 means no limit."""
     padding_side: str = "right"
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """Make a batch of preference rows.
 
         Returns:
-            `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64;
-            `completion_mask` is 1 on the tokens of the answer and its EOS. With them the image
-            tensors of 2 * rows images.
+            `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64, and
+            the image tensors of 2 * rows images. `completion_mask` is 1 on the tokens of the
+            response and on its EOS.
 
         Raises:
             InputError: A row is longer than `max_length`, or its image cannot be used.
@@ -102,7 +102,7 @@ class PreferenceCollator:
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
-        for name, rows_of in prompts.token_types.items():  # answers are text
+        for name, rows_of in prompts.token_types.items():  # responses are text
             doubled = [*rows_of, *rows_of]
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch[name] = pad_rows(types, 0, self.padding_side)

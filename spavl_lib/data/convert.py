@@ -1,9 +1,10 @@
-"""Convert between the Hub's layout and the original's, without loss: `spavl data convert SRC DST`.
+"""Convert data without loss between two layouts: `spavl data convert SRC DST`.
 
-The original's records have no fields for class and question type. The image's path contains the
-class (`class1/class2/class3/image_name`), and each list holds the records of one type. If these are
-not enough (several images of one name, a row without an image), the record gets extra fields, which
-the original's code ignores.
+The layouts are that of the Hub, and that of the SPA-VL authors' code, here called original. Records
+of the original layout have no fields for class and question type. The image's path contains the
+class (`class1/class2/class3/image_name`), and each list holds the records of one type. If that is
+not enough (several images have the same name, or a row has no image), the record gets extra fields,
+which the authors' code ignores.
 """
 
 import json
@@ -28,8 +29,8 @@ from spavl_lib.data.sources.original import MAPS
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # type -> the original's keyword
-PROMPTS = "infer_{}.json"  # an inference list of the original: id, image, question
+KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # question type -> authors' keyword
+PROMPTS = "infer_{}.json"  # an inference list of the original layout: id, image, question
 SHARD, GROUP = 12_000, 500  # rows of a parquet file, and of a row group
 
 
@@ -37,7 +38,7 @@ def convert(source: str, target: Path) -> dict[str, int]:
     """Write a data set in the other layout.
 
     Args:
-        source: `mini`, a folder in the Hub's layout, or one in the original's.
+        source: `mini`, or a folder in the Hub's or in the original layout.
         target: A new or empty folder.
 
     Returns:
@@ -61,15 +62,15 @@ def _all_rows(kind: str, path: str, image_root: str = "") -> DataConfig:
     )
 
 
-# --- to the original's layout ---------------------------------------------------------------------
+# --- to the original layout -----------------------------------------------------------------------
 
 
 def to_original(config: DataConfig, target: Path) -> dict[str, int]:
-    """Write the original's layout.
+    """Write the original layout.
 
     Args:
         config: The data to read.
-        target: Takes keyword maps, lists and `images/`.
+        target: Folder that gets keyword maps, lists and `images/`.
 
     Returns:
         Records written, by split.
@@ -133,24 +134,24 @@ def _record(row: dict, number: int, images: "_Images") -> dict:
 
 
 class _Images:
-    """Writes image files by class. A folder in front tells images of equal names apart."""
+    """Writes images into class folders. A second image of the same path gets another top folder."""
 
     def __init__(self, root: Path):
         self.root = root
         self.written: dict[str, bytes] = {}  # path -> digest
 
     def write(self, row: dict, number: int) -> str:
-        """Write a row's image, unless it is written already.
+        """Write a row's image, unless the same image is already written.
 
         Args:
             row: The row.
-            number: Its number, for a name that is free.
+            number: Number of the row, for a name that is not used yet.
 
         Returns:
             The path for the record, relative to the root.
 
         Raises:
-            InputError: The image's name is no plain file name.
+            InputError: The image's name is not a plain file name.
         """
         folders = [row["class1"], row["class2"], row["class3"]] if row["class3"] else []
         name = row["image_name"] or f"{number}.png"
@@ -170,7 +171,7 @@ class _Images:
 
     @staticmethod
     def class_of(relative: str) -> str:
-        """The class that a path contains; empty if none."""
+        """The class that a path contains; empty if the path contains no class."""
         parts = relative.split("/")
         folders = tuple(parts[-4:-2]) if len(parts) >= 4 else ()
         return parts[-2] if folders and PARENTS.get(parts[-2]) == folders else ""
@@ -183,8 +184,9 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
     """Write the Hub's layout, with the meta files that hold classes and question types.
 
     Args:
-        source: A folder in the original's layout. Image paths start from its `images/`, or from it.
-        target: Takes `data/`, `validation/`, `test/` and `meta_files/`.
+        source: A folder in the original layout. Image paths start from its folder `images/` if that
+            exists, else from `source`.
+        target: Folder that gets `data/`, `validation/`, `test/` and `meta_files/`.
 
     Returns:
         Rows written, by split.
@@ -209,7 +211,7 @@ def to_hub(source: Path, target: Path) -> dict[str, int]:
 
 
 def _in_order(rows: Dataset) -> Dataset:
-    """Rows sorted by id, if all ids are numbers: the lists are sorted by type, the Hub is not."""
+    """Rows sorted by id if all ids are numbers, because the lists group rows by question type."""
     ids = rows["id"]
     if not all(i.isdigit() for i in ids):
         return rows
@@ -222,13 +224,13 @@ def _write_parquet(folder: Path, split: str, rows: Dataset) -> None:
     ids = rows["id"]
     first = int(ids[0]) if len(rows) and ids[0].isdigit() else 0
     if any(i != str(first + n) for n, i in enumerate(ids)):
-        columns.append("id")  # they do not count up, so they must be stored
+        columns.append("id")  # the ids do not count up one by one, so they must be stored
     if kind != "train" and any(r["image_name"] != _name(r["image"]) for r in rows):
         columns.append("image_name")
     if kind == "validation" and any(rows["question_type"]):
         columns.append("question_type")
     if kind == "train" and any(r["class3"] and r["image"] is None for r in rows):
-        columns += ["class1", "class2", "class3"]  # without an image, classes cannot be joined
+        columns += ["class1", "class2", "class3"]  # the meta files hold no classes of these rows
     kinds = Features({c: Image() if c == "image" else Value("string") for c in columns})
     schema = kinds.arrow_schema
     if any(TURN in prompt for prompt in rows["prompt"]):

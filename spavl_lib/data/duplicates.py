@@ -1,8 +1,8 @@
 """Find images and texts that are equal or nearly equal, within a set and between sets.
 
 Equal images have equal file hashes. Nearly equal images have similar difference hashes (dHash,
-Krawetz 2013: whether each of 8 x 8 grey cells is brighter than its left neighbour). Nearly equal
-questions have the same words, without case and punctuation.
+Krawetz 2013: each bit says whether a grey cell is brighter than its left neighbour). Nearly equal
+questions have the same words if case and punctuation are ignored.
 """
 
 import hashlib
@@ -20,11 +20,11 @@ from PIL import Image
 from spavl_lib.data.images import FORMATS, ImageError, decode
 from spavl_lib.data.schema import batches
 
-NEAR = 3  # of 64 bits, how many may differ
+NEAR = 3  # number of the 64 bits that may differ between nearly equal images
 
 
 def content_of(cell: Any) -> bytes:
-    """The bytes of an image cell's file; empty for a text-only row."""
+    """The file's bytes of an image cell; empty for a text-only row."""
     if cell is None:
         return b""
     return cell["bytes"] or Path(cell["path"]).read_bytes()
@@ -82,14 +82,14 @@ def looks(rows: Dataset) -> dict[str, tuple[int, tuple[int, int]]]:
 
 
 def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
-    """Groups of similar images: each is within `distance` bits of another of its group.
+    """Groups of similar images: each is within `distance` bits of another image of its group.
 
-    Two hashes that differ in at most three bits are equal in one of their four 16-bit quarters, so
-    only such hashes are compared.
+    If two hashes differ in at most three bits, one of their four 16-bit quarters is equal.
+    Therefore only hashes with an equal quarter are compared.
 
     Args:
         hashes: 64-bit dHashes.
-        distance: Bits that may differ, at most 3.
+        distance: Number of bits that may differ, at most 3.
 
     Returns:
         The indices of the hashes in each group of two or more, the largest group first.
@@ -109,12 +109,12 @@ def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
         buckets: dict[int, dict[int, int]] = defaultdict(dict)
         for index, value in enumerate(values):
             bucket = buckets[(value >> (16 * quarter)) & 0xFFFF]
-            if value in bucket:  # an equal hash needs no comparison with all others
+            if value in bucket:  # an equal hash needs no comparison with other hashes
                 parent[root(index)] = root(bucket[value])
                 continue
-            for other, place in bucket.items():
+            for other, other_index in bucket.items():
                 if (value ^ other).bit_count() <= distance:
-                    parent[root(index)] = root(place)
+                    parent[root(index)] = root(other_index)
             bucket[value] = index
     groups: dict[int, list[int]] = defaultdict(list)
     for index in range(len(values)):
@@ -128,5 +128,5 @@ def plain_words(text: str) -> str:
 
 
 def repeated(keys: Iterable[Any]) -> int:
-    """How many keys repeat an earlier one."""
+    """How many keys are equal to an earlier key."""
     return sum(n - 1 for n in Counter(keys).values())

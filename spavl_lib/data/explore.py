@@ -1,4 +1,4 @@
-"""The data stage: describe the rows before anything is trained on them."""
+"""The data stage: describe the rows before a model is trained on them."""
 
 import hashlib
 import math
@@ -20,7 +20,7 @@ from spavl_lib.data.taxonomy import classes
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
 
-LISTED = 1_000  # problems that a report lists; it counts all
+LISTED = 1_000  # largest number of problems that a report lists; the counts include all problems
 
 
 def data_sha256(rows: Dataset) -> str:
@@ -35,13 +35,14 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
     """Describe one split.
 
     Args:
-        loaded: The rows, and the problems of those left out.
-        processor: Counts tokens; None to count none.
-        longest: Tokens a sequence may have; 0 for no limit.
+        loaded: The good rows, and the problems of the rows that were left out.
+        processor: Counts tokens. None skips this count.
+        longest: Largest number of tokens of a sequence; 0 means no limit.
 
     Returns:
-        Numbers of rows, images, classes and types; rows without class or type; exact and near
-        duplicates; sizes of images; lengths in tokens, and how many are too long; and the problems.
+        Numbers of rows, images, classes and question types; rows without class or type; equal and
+        nearly equal rows; sizes of images; lengths in words; lengths in tokens, with the number of
+        sequences that are too long; and the problems.
     """
     rows = loaded.rows
     problems = list(loaded.skipped)
@@ -81,12 +82,12 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
 
 
 def tokens(processor: ProcessorMixin, rows: Dataset, longest: int) -> tuple[dict, list[str]]:
-    """Summary of the lengths of all sequences in tokens, and a line for each that is too long.
+    """Summary of the lengths of all sequences in tokens, and a line for each too long sequence.
 
     Args:
         processor: The model's processor.
         rows: Preference rows.
-        longest: Tokens a sequence may have; 0 for no limit.
+        longest: Largest number of tokens of a sequence; 0 means no limit.
     """
     lengths: list[int] = []
     too_long = []
@@ -117,8 +118,9 @@ def balance(class3: Sequence[str]) -> dict:
         class3: The class of every row; empty if unknown.
 
     Returns:
-        `present` and `absent`: numbers of classes; `smallest` and `largest`: a class and its rows;
-        `evenness`: the entropy divided by that of an even spread, 1 if all classes are equal.
+        `present` and `absent`: numbers of classes. `smallest` and `largest`: a class and its number
+        of rows. `evenness`: the entropy of the present classes divided by its largest possible
+        value, which is 1 if all of them have equally many rows.
     """
     counts = Counter(c for c in class3 if c)
     if not counts:
@@ -136,15 +138,16 @@ def balance(class3: Sequence[str]) -> dict:
 
 
 def length_bias(rows: Dataset) -> dict:
-    """Lengths in words of chosen and rejected answers, overall, by class and by question type.
+    """Lengths in words of chosen and rejected responses, overall, by class and by question type.
 
     Returns:
-        `chosen_words` and `rejected_words`: mean, median, 95th percentile and maximum;
-        `chosen_longer_share`; and `lengths`: column -> value -> number of rows, both medians and
-        that share.
+        - `chosen_words` and `rejected_words`: mean, median, 95th percentile and maximum.
+        - `chosen_longer_share`: share of pairs whose chosen response is longer.
+        - `lengths`: column -> value -> number of rows, both medians, and the share of pairs whose
+          chosen response is longer.
     """
-    answers = [[len((t or "").split()) for t in column(rows, c)] for c in ("chosen", "rejected")]
-    pairs = list(zip(*answers, strict=True))
+    lengths = [[len((t or "").split()) for t in column(rows, c)] for c in ("chosen", "rejected")]
+    pairs = list(zip(*lengths, strict=True))
     by: dict[str, dict] = {}
     for name in ("class1", "question_type"):
         groups: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -153,8 +156,8 @@ def length_bias(rows: Dataset) -> dict:
         by[name] = {value: _lengths_of(group) for value, group in sorted(groups.items())}
     whole = _lengths_of(pairs)
     return {
-        "chosen_words": _words(answers[0]),
-        "rejected_words": _words(answers[1]),
+        "chosen_words": _words(lengths[0]),
+        "rejected_words": _words(lengths[1]),
         "chosen_longer_share": whole["chosen_longer_share"],
         "lengths": by,
     }
@@ -181,7 +184,7 @@ def set_keys(rows: Dataset) -> tuple[set[str], set[str]]:
 
 
 def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
-    """Numbers of images and questions that each other set has in common with the training rows.
+    """Numbers of images and questions that every other set has in common with the training rows.
 
     Args:
         keys: Set name -> `set_keys` of its rows.
@@ -200,14 +203,15 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 @stage_maker("data", inputs=_inputs)
 def make_data_stage(config: Config, stage: Stage) -> dict:
-    """Load every set, describe it, and count what it shares with the training rows.
+    """Describe the training and validation rows, and count what each set shares with training rows.
 
     Args:
         config: The run's config.
         stage: The data stage.
 
     Returns:
-        The summary.
+        The summary: descriptions of `train` and `validation`, sizes of the evaluation sets, and
+        `shared_with_train`.
     """
     loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
     summary: dict = {

@@ -1,4 +1,4 @@
-"""Hashes of the data that a stage reads: of files, and of rows, to say what changed."""
+"""Hashes of the files and rows that a stage reads, which tell whether and how data changed."""
 
 import hashlib
 import json
@@ -14,21 +14,25 @@ from spavl_lib.errors import InputError
 
 
 def source_sha256(config: DataConfig, split: str) -> str:
-    """Hash of everything that a split is read from: names and bytes of its files, images too.
+    """Hash of the names and bytes of all files that a split is read from, including images.
 
     Args:
-        config: The source. How many rows are used makes no difference.
+        config: The source. The number of rows that it selects makes no difference.
         split: `train`, `validation`, or the name of an evaluation set.
 
     Raises:
         InputError: The data do not exist.
     """
-    trained = split in ("train", "validation")
-    return (open_source(config) if trained else prompt_source(config)).sha256(split)
+    has_pairs = split in ("train", "validation")
+    return (open_source(config) if has_pairs else prompt_source(config)).sha256(split)
 
 
 def source_hashes(config: DataConfig, splits: Iterable[str]) -> dict[str, str]:
-    """`data/<split>` -> `source_sha256`, without splits that the source does not have."""
+    """`data/<split>` -> `source_sha256`, without splits that the source lacks.
+
+    Raises:
+        InputError: There are no training rows, but `splits` names `train`.
+    """
     hashes = {}
     for split in splits:
         try:
@@ -40,11 +44,11 @@ def source_hashes(config: DataConfig, splits: Iterable[str]) -> dict[str, str]:
 
 
 def row_digests(rows: Dataset) -> dict[str, str | int]:
-    """Hashes of a set's rows in parts, so that a difference can be named.
+    """Separate hashes of a set's texts, images and order, so that a difference can be named.
 
     Returns:
-        `rows`: their number; `texts` and `images`: hashes that do not depend on the order; `order`:
-        a hash of texts and images in their order.
+        `rows`: the number of rows; `texts` and `images`: hashes that do not depend on the order of
+        rows; `order`: a hash of all rows in order. Row ids do not count.
     """
     texts, images = [], []
     plain = rows.remove_columns([c for c in ("image", "id") if c in rows.column_names])

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-LOOK_AHEAD = 64  # groups tried for the rest of a batch, before one is split
+LOOK_AHEAD = 64  # groups that are tried for the rest of a batch before a group is split
 
 
 def image_groups(names: Sequence[str]) -> list[list[int]]:
@@ -18,9 +18,10 @@ def image_groups(names: Sequence[str]) -> list[list[int]]:
 
 
 class ImageGroupedSampler(Sampler[int]):
-    """Gives the rows of shuffled images, each row once per epoch.
+    """Yields row indices in a shuffled order that keeps the rows of an image together.
 
-    The order depends only on seed and epoch, so a resumed run continues where it stopped.
+    Each row comes once per epoch. The order depends only on seed and epoch, so a resumed run
+    continues with the same order.
     """
 
     def __init__(self, names: Sequence[str], batch_size: int, seed: int):
@@ -36,16 +37,16 @@ class ImageGroupedSampler(Sampler[int]):
         return self.size
 
     def __iter__(self) -> Iterator[int]:
-        chance = np.random.default_rng([self.seed, self.epoch])
+        rng = np.random.default_rng([self.seed, self.epoch])
         waiting = deque(
-            [self.groups[i][j] for j in chance.permutation(len(self.groups[i]))]
-            for i in chance.permutation(len(self.groups))
+            [self.groups[i][j] for j in rng.permutation(len(self.groups[i]))]
+            for i in rng.permutation(len(self.groups))
         )
         while waiting:
             yield from self._batch(waiting)
 
     def _batch(self, waiting: deque[list[int]]) -> list[int]:
-        """The next `batch_size` rows, or all that are left: whole groups as long as they fit."""
+        """The next `batch_size` rows, or all remaining rows. Groups stay whole if they fit."""
         batch: list[int] = []
         while waiting and len(batch) < self.batch_size:
             room = self.batch_size - len(batch)

@@ -1,4 +1,4 @@
-"""Open images of unknown origin safely: only below a root, of known formats and limited size."""
+"""Open untrusted images safely: only files below a root, of known formats and limited size."""
 
 import io
 import os
@@ -16,14 +16,14 @@ MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded
 
 
 class ImageError(Exception):
-    """Why an image cannot be used; the caller adds file and row."""
+    """An image cannot be used. The message says why, and the caller adds file and row."""
 
 
 def resolve_inside(root: Path, relative: str) -> Path:
     """The path of a file under `root`.
 
     Raises:
-        ImageError: The path is absolute, leaves the root (directly or by a link), or is no file.
+        ImageError: The path is absolute, leaves the root (directly or by a link), or is not a file.
     """
     if "\0" in relative or "://" in relative or relative.startswith(("~", "/", "\\")):
         raise ImageError(f"image path {relative!r} must be relative to {root}")
@@ -50,7 +50,7 @@ def open_image(source: Path | bytes) -> Image.Image:
         source: A path, or the file's bytes.
 
     Returns:
-        An RGB image; of an animation the first frame.
+        An RGB image. An animation gives its first frame.
 
     Raises:
         ImageError: The format is unknown, or the image is too large, truncated or damaged.
@@ -83,7 +83,7 @@ def decode(cell: Any) -> Image.Image:
     """Decode a row's image cell: `{"bytes", "path"}`, a PIL image or a path.
 
     Raises:
-        ImageError: As `open_image`.
+        ImageError: As for `open_image`.
     """
     if isinstance(cell, Image.Image):
         return cell.convert("RGB")
@@ -100,7 +100,7 @@ def decode_images(rows: list[dict]) -> list[Image.Image | None]:
     """The images of some rows, None for a text-only row.
 
     Raises:
-        InputError: Names each row whose image cannot be used.
+        InputError: An image cannot be used. The message names each such row.
     """
     images, problems = [], []
     for row in rows:

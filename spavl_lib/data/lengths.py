@@ -1,7 +1,7 @@
 """Lengths of rows in tokens, counted before training so that no row is too long for the model.
 
-The number of image tokens is read from the first image. If it varies by image the counts are
-estimates; the collator still refuses a row that is too long.
+The first image decides the number of image tokens. If this number varies by image, the counts are
+estimates. The collator still refuses a row that is too long.
 """
 
 from collections.abc import Iterator
@@ -31,16 +31,16 @@ def image_slots(processor: ProcessorMixin, rows: Dataset) -> int:
 def pair_lengths(
     processor: ProcessorMixin, rows: Dataset, skip_below: int = 0
 ) -> Iterator[tuple[str, int, int]]:
-    """Lengths of both sequences of each row, in tokens, with prompt, image and EOS.
+    """Lengths of both sequences of each row in tokens, including prompt, image and EOS.
 
     Args:
         processor: The model's processor.
         rows: Preference rows.
-        skip_below: Rows that cannot be longer than this are left out without encoding them: no
-            token is shorter than a byte.
+        skip_below: Rows that cannot have more tokens than this are left out without encoding them.
+            This is possible because every token has at least one byte.
 
     Yields:
-        Row id, tokens of prompt and chosen answer, tokens of prompt and rejected answer.
+        Row id, tokens of prompt and chosen response, tokens of prompt and rejected response.
     """
     tokenizer, control = processor.tokenizer, control_ids(processor)
     extra = image_slots(processor, rows)
@@ -71,10 +71,10 @@ def check_lengths(processor: ProcessorMixin, rows: Dataset, longest: int) -> Non
     Args:
         processor: The model's processor.
         rows: Preference rows.
-        longest: Tokens a sequence may have, with image tokens; 0 for no limit.
+        longest: Largest number of tokens of a sequence, including image tokens; 0 means no limit.
 
     Raises:
-        InputError: Names the rows that are longer.
+        InputError: Rows are longer. The message names them.
     """
     if not longest:
         return
@@ -94,17 +94,17 @@ def check_lengths(processor: ProcessorMixin, rows: Dataset, longest: int) -> Non
 def check_prompt_lengths(
     processor: ProcessorMixin, rows: Dataset, max_new_tokens: int, longest: int, *, stage: str
 ) -> None:
-    """Check that every prompt leaves room for an answer.
+    """Check that every prompt leaves room for a response.
 
     Args:
         processor: The model's processor.
         rows: Prompt or preference rows.
-        max_new_tokens: Longest answer in tokens.
-        longest: Tokens a sequence may have, with image tokens; 0 for no limit.
-        stage: Section whose `max_new_tokens` the error names.
+        max_new_tokens: Largest number of tokens of a response.
+        longest: Largest number of tokens of a sequence, including image tokens; 0 means no limit.
+        stage: Config section whose `max_new_tokens` the error message names.
 
     Raises:
-        InputError: Names the rows whose prompt is too long.
+        InputError: Prompts are too long. The message names their rows.
     """
     if not longest:
         return

@@ -1,4 +1,4 @@
-"""Load the rows that a config names, from any source, in the one schema of `data.schema`."""
+"""Load the rows that a config selects, from any source, in the schema of `data.schema`."""
 
 import dataclasses
 from pathlib import Path
@@ -26,16 +26,16 @@ __all__ = [
 
 
 def folder_of(config: DataConfig) -> Path:
-    """The data set's folder, fetched from the Hub if `path` is a name there.
+    """The data set's folder. If `data.path` is a name on the Hub, the data set is fetched.
 
     Raises:
-        InputError: It does not exist, and the Hub does not give it.
+        InputError: The folder does not exist, and the data set cannot be fetched.
     """
     return open_source(config).folder
 
 
 def prompt_source(config: DataConfig) -> Source:
-    """The source of the evaluation sets: the configured one, or mini if that has none.
+    """The source of the evaluation sets: the configured source, or `mini` if that has no such sets.
 
     Raises:
         InputError: There is no source of that name.
@@ -47,28 +47,28 @@ def prompt_source(config: DataConfig) -> Source:
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
-    """Preference rows in the schema of `data.schema`.
+    """Load preference rows in the schema of `data.schema`.
 
     Args:
-        config: Which rows, and how many.
-        split: `train`, `validation` or, for mini, `twins`: pairs of rows with a risky and a safe
-            image, and the same two answers ranked either way.
+        config: Says which rows to load, and how many.
+        split: `train`, `validation` or, only for `mini`, `twins`: pairs of rows with a risky and a
+            safe image. Both rows have the same two responses, with opposite preferences.
 
     Raises:
-        InputError: Files or columns are missing, or rows are bad; names all of them.
+        InputError: Files or columns are missing, or rows are bad. The message names all of them.
     """
     return read_preferences(config, split).rows
 
 
 def read_preferences(config: DataConfig, split: str) -> Loaded:
-    """As `load_preferences`, with a line for every problem of the rows that were left out.
+    """Like `load_preferences`, but also gives a line for every problem of rows that were left out.
 
     Args:
-        config: Which rows, and how many.
+        config: As for `load_preferences`.
         split: As for `load_preferences`.
 
     Raises:
-        InputError: As `load_preferences`; or no row passes the filters.
+        InputError: As for `load_preferences`, or no row passes the filters.
     """
     source = open_source(config)
     loaded = source.preferences(split)
@@ -83,12 +83,12 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
 
 
 def load_prompts(config: DataConfig, name: str) -> Dataset:
-    """The prompts of an evaluation set.
+    """Load the prompts of an evaluation set.
 
     Args:
-        config: The source, and how many rows.
-        name: A name of `eval_sets`. `twins_exchanged` gives each twin the other's image;
-            `_twemoji` at the end asks for the held-out drawings.
+        config: Says which source to use, and how many rows to load.
+        name: A name of `eval_sets`. `twins_exchanged` gives each twin the image of the other twin.
+            A name that ends with `_twemoji` stands for the held-out drawings.
 
     Raises:
         InputError: The source has no such set.
@@ -115,12 +115,12 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
 
 
 def load_truth(config: DataConfig) -> dict[str, dict]:
-    """Row id -> facts about the evaluation rows; empty if the source knows none."""
+    """Row id -> ground-truth labels of the evaluation rows; empty if the source has none."""
     return prompt_source(config).truth()
 
 
 def whole_pairs(rows: Dataset, count: int) -> Dataset:
-    """The first `count` rows of twins, 0 for all, without splitting a pair."""
+    """The first `count` rows of twins, without splitting a pair. 0 selects all rows."""
     return rows.select(range(min(count - count % 2, len(rows)))) if count else rows
 
 
@@ -140,17 +140,18 @@ def _filtered(source: Source, rows: Dataset) -> Dataset:
     """Rows of the configured question types and answer sources.
 
     Raises:
-        InputError: No row is left, or the source does not record who gave which answer.
+        InputError: No row is left, a configured answer source gave no response, or the data do not
+            record who gave which response.
     """
     config = source.config
     selected = of_types(rows, config.question_types)
     if config.answer_sources:
-        names = source.answer_sources(selected)
-        known = sorted(set().union(*names[0], *names[1]))
+        given_by = source.answer_sources(selected)
+        known = sorted(set().union(*given_by[0], *given_by[1]))
         unknown = sorted(set(config.answer_sources) - set(known))
         if unknown:
             raise InputError(f"data.answer_sources: no answer by {unknown} (known: {known})")
-        selected = of_sources(selected, names, config.answer_sources)
+        selected = of_sources(selected, given_by, config.answer_sources)
     if not len(selected) and len(rows):
         raise InputError(
             f"no training pair has data.question_types {list(config.question_types)} and "

@@ -1,4 +1,4 @@
-"""Problems of rows: finding them, and refusing or leaving out the bad rows.
+"""Find the problems of rows, and refuse or leave out bad rows.
 
 Every problem is a line `FILE:ROW field: reason`.
 """
@@ -18,16 +18,16 @@ from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches,
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import raise_all
 
-Problems = dict[int, list[str]]  # row number -> its lines
+Problems = dict[int, list[str]]  # row number -> one line for each problem of the row
 
 
-def text_problems(row: dict, where: str, *, preference: bool, turns: bool = False) -> Iterator[str]:
+def text_problems(row: dict, place: str, *, preference: bool, turns: bool = False) -> Iterator[str]:
     """Problems of a row's text fields.
 
     Args:
         row: A row in the schema.
-        where: `FILE:ROW`.
-        preference: Whether the row must have answers.
+        place: `FILE:ROW` of the row.
+        preference: Whether the row must have a chosen and a rejected response.
         turns: Whether the prompt may hold several turns.
 
     Yields:
@@ -36,50 +36,50 @@ def text_problems(row: dict, where: str, *, preference: bool, turns: bool = Fals
     for name in ("prompt", "chosen", "rejected") if preference else ("prompt",):
         value = row.get(name)
         if not isinstance(value, str):
-            yield f"{where} {name}: expected text, got {type(value).__name__}"
-        elif not any(c.isprintable() and c != " " for c in value):  # nor zero-width spaces
-            yield f"{where} {name}: empty"
+            yield f"{place} {name}: expected text, got {type(value).__name__}"
+        elif not any(c.isprintable() and c != " " for c in value):  # or only zero-width spaces
+            yield f"{place} {name}: empty"
         elif len(value) > MAX_CHARACTERS:
-            yield f"{where} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
+            yield f"{place} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
         elif "\0" in value:
-            yield f"{where} {name}: holds a NUL character"
+            yield f"{place} {name}: holds a NUL character"
         elif TURN in value and not (turns and name == "prompt"):
-            yield f"{where} {name}: holds a record separator (U+001E)"
+            yield f"{place} {name}: holds a record separator (U+001E)"
     if preference and isinstance(row.get("chosen"), str) and row.get("chosen"):
         if row["chosen"].strip() == str(row.get("rejected")).strip():
-            yield f"{where} rejected: equal to chosen, so nothing is preferred"
+            yield f"{place} rejected: equal to chosen, so nothing is preferred"
     class3 = row.get("class3")
     if class3 and class3 not in PARENTS:
-        yield f"{where} class3: unknown class {class3!r}"
+        yield f"{place} class3: unknown class {class3!r}"
     elif class3:
         for level, expected in zip(("class1", "class2"), PARENTS[class3], strict=True):
             if row.get(level) and row[level] != expected:
-                yield f"{where} {level}: {row[level]!r} is not the parent of {class3!r}"
+                yield f"{place} {level}: {row[level]!r} is not the parent of {class3!r}"
     question_type = row.get("question_type")
     if question_type and question_type not in QUESTION_TYPES:
-        yield f"{where} question_type: unknown type {question_type!r}"
+        yield f"{place} question_type: unknown type {question_type!r}"
 
 
-def blank_unstorable(row: dict, where: str) -> Iterator[str]:
-    """Empty text fields that cannot be stored: JSON can spell half a surrogate pair.
+def blank_unstorable(row: dict, place: str) -> Iterator[str]:
+    """Blank the text fields that hold half of a surrogate pair, which Arrow cannot store.
 
     Args:
-        row: A row in the schema; changed in place.
-        where: `FILE:ROW`.
+        row: A row in the schema. It is changed in place.
+        place: `FILE:ROW` of the row.
 
     Yields:
-        A line for each such field.
+        A line for each field that was blanked.
     """
     for name, value in row.items():
         if isinstance(value, str) and not value.isascii():
             if any("\ud800" <= c <= "\udfff" for c in value):
                 row[name] = ""
-                yield f"{where} {name}: holds half a surrogate pair, which is no valid text"
+                yield f"{place} {name}: holds half a surrogate pair, which is no valid text"
 
 
 def find_problems(
     rows: Dataset,
-    where: Callable[[int], str],
+    place_of: Callable[[int], str],
     *,
     preference: bool,
     images: bool,
@@ -90,11 +90,11 @@ def find_problems(
 
     Args:
         rows: Rows in the schema.
-        where: Gives `FILE:ROW` for a row number.
-        preference: Whether the rows must have answers.
+        place_of: Gives `FILE:ROW` for a row number.
+        preference: Whether the rows must have a chosen and a rejected response.
         images: Whether to decode every image (each distinct file once).
         turns: Whether prompts may hold several turns.
-        unopened: Rows whose image is not opened, because its path could name any file.
+        unopened: Numbers of rows whose image is not opened, because its path could name any file.
     """
     problems: Problems = defaultdict(list)
     row_of_id: dict[str, int] = {}
@@ -102,26 +102,26 @@ def find_problems(
     start = 0
     for table in batches(rows.select_columns(columns)):
         for index, (row, unreadable) in enumerate(decoded(table), start):
-            place = where(index)
+            place = place_of(index)
             for name in unreadable:
                 problems[index].append(f"{place} {name}: not valid UTF-8")
             in_text = text_problems(row, place, preference=preference, turns=turns)
             known = tuple(f"{place} {name}:" for name in unreadable)
             lines = [p for p in in_text if not p.startswith(known)]
             if row["id"] in row_of_id:
-                lines.append(f"{place} id: {row['id']} repeats {where(row_of_id[row['id']])}")
+                lines.append(f"{place} id: {row['id']} repeats {place_of(row_of_id[row['id']])}")
             row_of_id.setdefault(row["id"], index)
             if lines:
                 problems[index] += lines
         start += table.num_rows
     if images and "image" in rows.column_names:
         for index, reason in _bad_images(rows, set(unopened)):
-            problems[index].append(f"{where(index)} image: {reason}")
+            problems[index].append(f"{place_of(index)} image: {reason}")
     return problems
 
 
 def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
-    """Number and reason of each row whose image cannot be used. Text-only rows have none."""
+    """(row number, reason) for each row whose image cannot be used. Text-only rows are skipped."""
     reasons: dict[bytes, str] = {}
     index = 0
     for table in batches(rows.select_columns(["image"])):
@@ -141,10 +141,10 @@ def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
 
 
 def merge_problems(first: Problems, second: Problems, places: list[str]) -> Problems:
-    """Problems of records, and of the rows made from them, without naming a field twice.
+    """Problems of records and of the rows made from them, without reporting a field twice.
 
-    For a field of the wrong type this keeps the record's line, which names the type, and drops the
-    row's line, which finds the field empty.
+    If both have lines about a field, only the record's lines are kept. For example, the record's
+    line says that a field has the wrong type, and the row's line would say that the field is empty.
 
     Args:
         first: Problems of the records.
@@ -173,12 +173,13 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
 
     Args:
         rows: Rows of one file or set.
-        problems: As `find_problems` gives them.
-        source: What was read, for the message.
-        on_bad_rows: `error` to refuse, `skip` to leave out.
+        problems: The result of `find_problems`.
+        source: Name of what was read, for the message.
+        on_bad_rows: `error` refuses a set with bad rows; `skip` leaves the bad rows out.
 
     Raises:
-        InputError: Lists all problems, with `error`; with `skip` only if no row is left.
+        InputError: There are bad rows and `on_bad_rows` is `error`, or all rows are bad. The
+            message lists all problems.
     """
     lines = [line for index in sorted(problems) for line in problems[index]]
     if on_bad_rows == "error" or len(problems) == len(rows):
@@ -194,7 +195,7 @@ def without_bad_rows(rows: Dataset, problems: Problems, source: str, on_bad_rows
 
 
 class Shards:
-    """Gives `FILE:ROW` for a row number, over the files that a set was read from."""
+    """Gives `FILE:ROW` for a row number of a set that was read from several files."""
 
     def __init__(self, files: Iterable[tuple[Path, int]]):
         self.files, self.starts, total = [], [], 0

@@ -1,7 +1,8 @@
-"""Select rows: filters, and nested subsets.
+"""Select rows by filters, or as nested subsets.
 
-Subsets are the first rows of one seeded order, so a larger subset contains a smaller one. The order
-is spread evenly over classes and question types, so each subset has the proportions of the whole.
+A subset is the beginning of a seeded order, so a larger subset contains every smaller one. The
+order spreads classes and question types evenly, so each subset has about the proportions of the
+whole set.
 """
 
 import random
@@ -14,12 +15,12 @@ from spavl_lib.data.schema import column
 
 
 def subset(rows: Dataset, count: int, seed: int = 0, how: str = "stratified") -> Dataset:
-    """The first rows of one seeded order, in the set's own order.
+    """The first rows of a seeded order, returned in the order of `rows`.
 
     Args:
         rows: Rows in the schema.
-        count: How many; 0 for all.
-        seed: Seed of the order. Subsets with one seed are nested.
+        count: Number of rows; 0 selects all.
+        seed: Seed of the order. Subsets with the same seed are nested.
         how: `stratified` over (class3, question_type), or `random`.
     """
     if count <= 0 or count >= len(rows):
@@ -34,9 +35,9 @@ def subset(rows: Dataset, count: int, seed: int = 0, how: str = "stratified") ->
 def nested_order(strata: Sequence[object], seed: int) -> list[int]:
     """Row numbers in an order whose first n rows have about the proportions of the whole.
 
-    Each stratum is shuffled and spread evenly over [0, 1) from a random start, and rows are sorted
-    by their position there. Among the first n rows, a stratum with share s of the whole has about
-    s n rows: between s n - 1 and s n + 1, up to the effect of the random starts.
+    Each stratum is shuffled, and its rows get positions in [0, 1) at equal distances from a random
+    start. All rows are sorted by position. Among the first n rows, a stratum with share s of the
+    whole has about s n rows: between s n - 1 and s n + 1, up to the effect of the random starts.
 
     Args:
         strata: The stratum of each row.
@@ -55,7 +56,7 @@ def nested_order(strata: Sequence[object], seed: int) -> list[int]:
 
 
 def of_types(rows: Dataset, question_types: Sequence[str]) -> Dataset:
-    """Rows of these question types; all rows if no type is named."""
+    """Rows of these question types; all rows if `question_types` is empty."""
     if not question_types:
         return rows
     indices = [i for i, t in enumerate(column(rows, "question_type")) if t in question_types]
@@ -65,11 +66,11 @@ def of_types(rows: Dataset, question_types: Sequence[str]) -> Dataset:
 def of_sources(
     rows: Dataset, sources: tuple[list[set[str]], list[set[str]]], names: Sequence[str]
 ) -> Dataset:
-    """Rows whose chosen and rejected answers were both given by one of some sources.
+    """Rows whose chosen response and rejected response both come from the named sources.
 
     Args:
         rows: Rows in the schema.
-        sources: For each row the sources of its chosen answer, and of its rejected answer.
+        sources: For each row the sources of its chosen response, and of its rejected response.
         names: The sources to select.
     """
     selected = set(names)

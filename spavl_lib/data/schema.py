@@ -1,9 +1,9 @@
-"""The schema that every source's rows have; the only place with raw column names.
+"""The schema of the rows of every source, and the raw column names of the Hub's files.
 
 A preference row has `id, prompt, chosen, rejected, image, image_name, class1, class2, class3,
-question_type`; a prompt row lacks `chosen` and `rejected`. `image` is `{"bytes", "path"}` and is
-decoded when a batch is made. Unknown classes and types are empty text. A prompt of several turns
-holds them one after another, the user's first, with `TURN` between.
+question_type`. A prompt row lacks `chosen` and `rejected`. `image` is `{"bytes", "path"}` and is
+decoded when a batch is made; in a text-only row it is None. Unknown classes and question types are
+empty text. A prompt may have several turns, separated by `TURN`. The first turn is the user's.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,30 +23,31 @@ HUB_REQUIRED = {
 }
 ORIGINAL_REQUIRED = ("id", "question", "chosen", "rejected")
 QUESTION_TYPES = ("easy", "hardq", "hards")
-DECODE_ALL_UP_TO = 5_000  # rows; images of larger sets are decoded when a batch is made
+# Rows. In larger sets with `on_bad_rows: error`, images are first decoded when a batch is made.
+DECODE_ALL_UP_TO = 5_000
 MAX_CHARACTERS = 50_000  # of one text; more than ten times what a model here reads
-TURN = "\x1e"  # ASCII's record separator, which no text from outside may hold
+TURN = "\x1e"  # ASCII's record separator, which texts of a data set may not hold
 BATCH = 1_000  # rows held in memory at once
 
 
 def features(columns: Iterable[str]) -> Features:
-    """Arrow types of columns: text, and images that stay encoded."""
+    """Arrow types of columns. Images stay encoded; all other columns are text."""
     return Features({c: Image(decode=False) if c == "image" else Value("string") for c in columns})
 
 
 def text_columns(columns: dict[str, list[str]]) -> Dataset:
-    """Columns of text as a set. `from_dict` inspects every cell and is many times slower."""
+    """Columns of text as a data set. `from_dict` inspects every cell and is much slower."""
     return Dataset(pa.table({n: pa.array(v, pa.string()) for n, v in columns.items()}))
 
 
 def batches(rows: Dataset) -> Iterator[pa.Table]:
-    """The rows in Arrow tables of at most `BATCH` rows, so that memory holds no more."""
+    """The rows in Arrow tables of at most `BATCH` rows, to limit the use of memory."""
     if len(rows):
         yield from rows.with_format("arrow").iter(batch_size=BATCH)
 
 
 def decoded(table: pa.Table) -> Iterator[tuple[dict, list[str]]]:
-    """A table's rows as dicts, each with the names of its cells that are not valid UTF-8."""
+    """A table's rows as dicts, each with the names of its fields that are not valid UTF-8."""
     try:
         for row in table.to_pylist():
             yield row, []

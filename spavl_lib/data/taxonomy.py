@@ -1,7 +1,8 @@
 """SPA-VL's harm taxonomy: 6 primary, 15 secondary, 53 tertiary classes.
 
-Keys are the data set's strings with their typos and missing spaces; `display` corrects them for
-readers. (The paper's abstract counts 13 secondary classes; the data and its section 3.1 count 15.)
+Keys are the strings of the data set, including its typos and missing spaces. `display` corrects
+them for readers. (The paper's abstract counts 13 secondary classes, but the data and section 3.1 of
+the paper have 15.)
 """
 
 TAXONOMY: dict[str, dict[str, tuple[str, ...]]] = {

@@ -1,8 +1,8 @@
-"""Prompts and answers as text and token ids, written in one way for training and generation.
+"""Prompts and responses as text and token ids, in the same form for training and generation.
 
 Every sequence starts with one BOS (if the tokenizer has one) and holds one image slot per image.
-Every answer ends with one end token, which is scored: the one that the chat template writes after
-an answer, else the tokenizer's EOS. The chat template decides everything else; trl's own collator
+Every response ends with one end token, which is scored: the one that the chat template writes after
+a response, else the tokenizer's EOS. The chat template decides everything else; trl's own collator
 leaves BOS and EOS to the template too, and some templates have neither.
 """
 
@@ -23,7 +23,7 @@ def vicuna_template(opening: str, between: str) -> str:
 
     Args:
         opening: What every conversation begins with, after BOS.
-        between: What stands between an answer's EOS and the next question.
+        between: What stands between a response's EOS and the next question.
     """
     return (
         "{{ bos_token }}" + opening + "{% for message in messages %}"
@@ -47,7 +47,7 @@ def vicuna_template(opening: str, between: str) -> str:
 # `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 was trained.
 VICUNA_V1 = vicuna_template(
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    "The assistant gives helpful, detailed, and polite responses to the user's questions. ",
     between="",
 )
 
@@ -86,10 +86,10 @@ def control_ids(processor: Any) -> frozenset[int]:
 
 
 def end_ids(processor: ProcessorMixin, model: Any = None) -> tuple[int, ...]:
-    """Ids that end an answer. The first is the one that ends the answers of training.
+    """Ids that end a response. The first is the one that ends the responses of training.
 
     Args:
-        processor: The model's processor. Its template may end answers with a token of its own, as
+        processor: The model's processor. Its template may end responses with a token of its own, as
             Gemma's `<end_of_turn>`, beside the tokenizer's EOS.
         model: A model, whose generation config may name more; or None.
     """
@@ -106,7 +106,7 @@ def until_end(ids: list[int], ends: Collection[int]) -> tuple[list[int], bool]:
 
     Args:
         ids: Ids of a row, padded or not.
-        ends: Ids that end an answer.
+        ends: Ids that end a response.
     """
     place = next((n for n, token in enumerate(ids) if token in ends), None)
     return (ids, False) if place is None else (ids[:place], True)
@@ -147,8 +147,8 @@ def render(
 
     Args:
         processor: The model's processor.
-        prompt: The question, or several turns with `TURN` between.
-        completion: The answer; None to end the text where the answer starts.
+        prompt: The question, or several turns separated by `TURN`.
+        completion: The response. None ends the text at the beginning of the response.
         image: Whether the first turn has an image.
     """
     messages: list[dict] = []
@@ -167,16 +167,16 @@ def render(
 def completion_ids(
     processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
 ) -> list[int]:
-    """Token ids of an answer as it follows its prompt, with one end token.
+    """Token ids of a response as it follows its prompt, with one end token.
 
     Args:
         processor: The model's processor.
-        prompt: The question, or several turns with `TURN` between.
-        completion: The answer.
+        prompt: The question, or several turns separated by `TURN`.
+        completion: The response.
         image: Whether the prompt has an image.
 
     Raises:
-        InputError: The prompt is written or tokenised differently once an answer follows.
+        InputError: The prompt is written or tokenised differently if a response follows.
     """
     tokenizer = processor.tokenizer
     before = render(processor, prompt, image=image).rstrip(" ")
@@ -229,7 +229,7 @@ class EncodedPrompts:
     """Token ids of each prompt, with image tokens expanded."""
     token_types: dict[str, list[list[int]]]
     """By tensor name, for families that use them: which ids stand for image patches. Qwen-VL has
-    `mm_token_type_ids`, Gemma 3 `token_type_ids`. Tokens of an answer have 0."""
+    `mm_token_type_ids`, Gemma 3 `token_type_ids`. Tokens of a response have 0."""
     vision: dict[str, Tensor]
     """The image tensors that the processor gives, such as `pixel_values`."""
 
@@ -287,7 +287,7 @@ def _for_model(processor: ProcessorMixin, name: str) -> bool:
 
 
 def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:
-    """Token ids of a prompt with one BOS and one image token, for an engine that expands it.
+    """Token ids of a prompt with one BOS and one image token, which vLLM expands.
 
     Args:
         processor: The model's processor.

@@ -1,7 +1,7 @@
-"""Collectives: what several training processes reduce, gather and wait for together.
+"""Collectives: what training processes reduce, gather and wait for together.
 
-With a single process every function returns its argument. Every process must call a collective;
-otherwise the others wait until `launch.timeout_s`.
+All processes must call a collective. If one does not, the others wait until `launch.timeout_s`. In
+a single process every function returns its argument at once.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def join(launch: LaunchConfig) -> None:
-    """Join the process group of the other processes; does nothing in a single process."""
+    """Make this process a member of the process group; does nothing in a single process."""
     if not in_processes(launch):
         return
     import datetime
@@ -32,6 +32,7 @@ def join(launch: LaunchConfig) -> None:
 
 
 def _device() -> Any:
+    """The device on which the backend of the process group needs its tensors."""
     import torch
 
     backend = str(torch.distributed.get_backend())
@@ -52,7 +53,7 @@ def barrier() -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is true in any process (logical or); every process gets the same answer."""
+    """Logical or over all processes: whether the flag is true in any of them."""
     if not _has_group():
         return flag
     import torch
@@ -63,7 +64,7 @@ def any_of(flag: bool) -> bool:
 
 
 def any_of_each(flags: "Tensor") -> "Tensor":
-    """`any_of` for each element of a boolean tensor, which has the same shape in every process."""
+    """`any_of` for each element of a boolean tensor. Its shape is the same in all processes."""
     if not _has_group():
         return flags
     import torch
@@ -74,7 +75,7 @@ def any_of_each(flags: "Tensor") -> "Tensor":
 
 
 def sum_of(values: "Tensor") -> "Tensor":
-    """The sum of a tensor over all processes; it has the same shape in each."""
+    """The sum of a tensor over all processes. Its shape is the same in all processes."""
     if not _has_group():
         return values
     import torch
@@ -85,7 +86,7 @@ def sum_of(values: "Tensor") -> "Tensor":
 
 
 def mean_of(values: dict[str, float]) -> dict[str, float]:
-    """The mean of each value over all processes; every process must pass the same keys."""
+    """The mean of each value over all processes. All processes must pass the same keys."""
     if not _has_group() or not values:
         return values
     import torch
@@ -97,7 +98,7 @@ def mean_of(values: dict[str, float]) -> dict[str, float]:
 
 
 def gathered(rows: list) -> list[list]:
-    """The rows of every process, as one list per rank."""
+    """The rows of all processes: one list for each rank, in the order of ranks."""
     if not _has_group():
         return [rows]
     import torch
@@ -109,7 +110,7 @@ def gathered(rows: list) -> list[list]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Run the block in the main process first, so that the others find the cache it fills."""
+    """Run the block in the main process first; the others then find the cache filled."""
     if not is_main():
         barrier()
     try:
@@ -120,14 +121,17 @@ def main_first() -> Iterator[None]:
 
 
 def report(name: str, value: dict) -> None:
-    """Write a report for the parent process; ranks report for themselves, the main one for all.
+    """Write a report that the parent process reads.
+
+    A report whose name begins with `rank-` is written by any process, another one only by the main
+    process. Outside of worker processes nothing is written.
 
     Args:
-        name: Name of the report's file, such as `progress` or `rank-0`.
-        value: What to report, as JSON.
+        name: Name of the report's file without ending, such as `progress` or `rank-0`.
+        value: What to report; JSON can hold it.
     """
     if WORKER in os.environ and (is_main() or name.startswith("rank-")):
         target = Path(os.environ[WORKER]) / f"{name}.json"
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.write_text(json.dumps(value), encoding="utf-8")
-        aside.replace(target)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        temporary.replace(target)

@@ -1,8 +1,9 @@
-"""Make a stage here or in several processes: start them under accelerate, watch them, end them.
+"""Make a stage in this process, or in several child processes that accelerate starts.
 
-The calling cell or command shows their progress, passes an interrupt on, and raises the error of
-the process that failed. Every process reports into a folder of this attempt. It also reads its
-standard input, so that it ends when this process does.
+The calling cell or command shows the progress of the child processes, passes a stop on to them, and
+raises the error of the one that failed. Child processes report through files in a folder that is
+new for each attempt. They also wait on their standard input, which closes when this process ends;
+then they end too.
 """
 
 import contextlib
@@ -38,24 +39,24 @@ from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
-GRACE_S = 5.0  # after one process has failed, the time the others have to report that they did
+GRACE_S = 5.0  # after a process has failed, the others have this long to report their own errors
 
 
 def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
-    """Make a stage: here, or in the processes that `config.launch` asks for.
+    """Make a stage in this process, or in the processes that `config.launch` asks for.
 
     Args:
         name: Stage, such as "dpo".
-        config: What to make, and how.
-        stage: Its folder.
-        options: Passed to the maker, such as `live`.
+        config: The run's config.
+        stage: The stage's folder.
+        options: Keyword arguments for the maker, such as `live`.
 
     Returns:
         The stage's summary.
 
     Raises:
         InputError: The stage cannot be trained in several processes.
-        SpavlError: What the maker raises; from several processes, with the rank.
+        SpavlError: The maker raised this error. From child processes, the message names the rank.
     """
     spec = stages.find(name)
     if in_processes(config.launch) and spec.trains and not spec.several_processes:
@@ -72,24 +73,25 @@ def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
 
 
 def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = None) -> dict:
-    """Make a stage in `launch.num_processes` processes, and wait for it.
+    """Make a stage in `launch.num_processes` child processes, and wait for them.
 
     Args:
         kind: Stage, such as "dpo".
-        config: What to train, and how.
-        stage: Where it goes.
-        live: Something with `update(rows)`, shown while they train.
+        config: The run's config.
+        stage: The stage's folder.
+        live: A live plot; `live.update(rows)` is called with the logged rows during training.
 
     Returns:
         The stage's summary.
 
     Raises:
-        SpavlError: What a process raised, with its rank; `RankError` for any other error.
+        SpavlError: A process raised this error; the message names the rank. If a process failed
+            with an error of another kind, `RankError`.
         Preempted: A stop was requested; the same call resumes.
     """
     launch, spec = config.launch, stages.find(kind)
     section = config.section(kind) if spec.settings else getattr(config, kind, None)
-    if not spec.trains:  # only rows are divided among the processes
+    if not spec.trains:  # only rows are divided among the processes, so ddp is enough
         launch = dataclasses.replace(launch, engine="ddp", cpu_offload=False)
         config = dataclasses.replace(config, launch=launch)
     check_supported(kind, config.model.adapter, launch)
@@ -125,15 +127,26 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
 def _command(
     kind: str, config: Config, stage: Stage, folder: Path, scratch: Path
 ) -> tuple[list[str], dict[str, str]]:
-    """The command line of accelerate, and the environment of its processes."""
+    """The command line that starts accelerate, and the environment of the child processes.
+
+    Args:
+        kind: Stage, such as "dpo".
+        config: The run's config.
+        stage: The stage's folder.
+        folder: Folder for the reports of the child processes.
+        scratch: Temporary folder for the files that the command line names.
+
+    Raises:
+        InputError: This machine has too few GPUs, or DeepSpeed is not installed.
+    """
     import torch
 
     launch, cuda = config.launch, torch.cuda.is_available()
-    local = launch.num_processes // launch.num_machines
-    if cuda and local > torch.cuda.device_count():
+    processes_here = launch.num_processes // launch.num_machines
+    if cuda and processes_here > torch.cuda.device_count():
         raise InputError(
-            f"launch.num_processes = {launch.num_processes} means {local} processes on each "
-            f"machine, but this one has {torch.cuda.device_count()} GPUs; set a smaller number"
+            f"launch.num_processes = {launch.num_processes} means {processes_here} processes on "
+            f"each machine, but this one has {torch.cuda.device_count()} GPUs; set a smaller number"
         )
     (scratch / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     shipped = PROFILES / "accelerate"
@@ -149,7 +162,7 @@ def _command(
     words += ["--module", "spavl_lib.worker", kind, str(scratch / "config.yaml")]
     words += [str(stage.run.path.parent.absolute())]
     env = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // local)
+    threads = max(1, (os.cpu_count() or 1) // processes_here)
     env |= {
         WORKER: str(folder.absolute()),
         "TQDM_DISABLE": "1",
@@ -167,7 +180,7 @@ def _command(
 
 
 def _deepspeed_config(launch: LaunchConfig, scratch: Path) -> Path:
-    """Write DeepSpeed's settings as JSON, with offload if the config asks for it.
+    """Write DeepSpeed's settings as JSON, with CPU offload if the config asks for it.
 
     Raises:
         InputError: DeepSpeed is not installed.
@@ -190,6 +203,7 @@ def _deepspeed_config(launch: LaunchConfig, scratch: Path) -> Path:
 
 
 def _free_port() -> int:
+    """A free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -206,9 +220,18 @@ def _watch(
     launch: LaunchConfig,
     live: Any,
 ) -> None:
-    """Relay progress until the child ends, pass a stop on, and kill those that await a dead one."""
-    signalled: set[int] = set()
-    failed_at = 0.0
+    """Wait until accelerate ends: show progress, pass a stop on, and kill all after a failure.
+
+    Args:
+        child: The process of accelerate.
+        stage: The stage that is made.
+        folder: Folder with the reports of the child processes.
+        flag: Stop flag.
+        launch: Settings of the launch.
+        live: As for `train_in_processes`.
+    """
+    signalled: set[int] = set()  # ids of processes that got SIGTERM
+    failed_at = 0.0  # time of the first reported error; 0 if there is none
     progress = _Progress(stage, folder, live, launch)
     with progress:
         while child.poll() is None:
@@ -223,18 +246,19 @@ def _watch(
             if any(e["type"] != "Preempted" for e in errors):
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > GRACE_S:
-                    # The others wait for it in a collective, where they ignore SIGTERM.
+                    # The others wait in a collective for the failed process. There SIGTERM would
+                    # have no effect.
                     _kill(folder)
         progress.update()
 
 
 class _Progress:
-    """A progress bar and a live plot, fed by what the main process reports and logs."""
+    """A progress bar and a live plot of what the main process reports and logs."""
 
     def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
         self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
         self.bar: tqdm | None = None
-        self.size = 0
+        self.bytes_read = 0  # size of the metrics file when it was last read
 
     def __enter__(self) -> "_Progress":
         return self
@@ -250,16 +274,17 @@ class _Progress:
         """Show what has been reported and logged since the last call."""
         with contextlib.suppress(OSError, ValueError, SpavlError):
             report = read_json(self.folder / "progress.json")
-            rows = self._new_rows()
+            rows = self._rows_if_changed()
             step = max([report["step"], *(r["step"] for r in rows[-1:])])
             self._show(report, step, rows)
 
-    def _new_rows(self) -> list[dict]:
+    def _rows_if_changed(self) -> list[dict]:
+        """All logged rows; empty if the metrics file has not grown since the last call."""
         path = self.stage.metrics_path
         size = path.stat().st_size if path.is_file() else 0
-        if size == self.size:
+        if size == self.bytes_read:
             return []
-        self.size = size
+        self.bytes_read = size
         return read_jsonl(path)
 
     def _show(self, report: dict, step: int, rows: list[dict]) -> None:
@@ -288,13 +313,14 @@ def _pids(folder: Path) -> set[int]:
 
 
 def _kill(folder: Path) -> None:
+    """Kill this attempt's processes on this machine."""
     for pid in _pids(folder):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
 def _end(child: subprocess.Popen, folder: Path) -> None:
-    """End every process that may still run."""
+    """End accelerate and every child process that may still run."""
     if child.stdin:
         child.stdin.close()  # every process exits when its standard input closes
     if child.poll() is None:
@@ -322,22 +348,29 @@ def _errors(folder: Path) -> list[dict]:
 def _problem(
     code: int, folder: Path, flag: StopFlag, log_path: Path, launch: LaunchConfig
 ) -> SpavlError | None:
-    """The error to raise, or None."""
+    """The error to raise after the child processes have ended; None if they succeeded.
+
+    Args:
+        code: Exit code of accelerate.
+        folder: Folder with the reports of the child processes.
+        flag: Stop flag.
+        log_path: File with the output of accelerate.
+        launch: Settings of the launch.
+    """
     errors, count = _errors(folder), launch.num_processes
     failures = [e for e in errors if e["type"] != "Preempted"]
-    # An error that only follows from the end of another process is not the cause.
-    causes = [e for e in failures if not _is_echo(e)]
+    causes = [e for e in failures if not _is_lost_connection(e)]
     if not causes and code and not flag and (killed := _killed(log_path, count)):
         return RankError(killed)
     causes = causes or failures
     if causes:
         first = causes[0]
-        kind = ERRORS.get(first["type"])
-        text = f"rank {first['rank']} of {count}: "
-        if kind is not None:
-            return kind(text + first["message"])
+        error_class = ERRORS.get(first["type"])
+        rank = f"rank {first['rank']} of {count}: "
+        if error_class is not None:
+            return error_class(rank + first["message"])
         return RankError(
-            f"{text}{first['type']}: {first['message']}\n  at {first['at']}\n  log: {log_path}"
+            f"{rank}{first['type']}: {first['message']}\n  at {first['at']}\n  log: {log_path}"
         )
     if errors:
         return Preempted(errors[0]["message"])
@@ -345,10 +378,11 @@ def _problem(
         return None
     if flag:
         return Preempted(f"stopped by {flag.reason} before the first step; the same call resumes")
-    return RankError(_last_words(log_path, code))
+    return RankError(_last_lines(log_path, code))
 
 
-def _is_echo(error: dict) -> bool:
+def _is_lost_connection(error: dict) -> bool:
+    """Whether an error only says that another process has ended, which is then the cause."""
     text = error["message"].lower()
     return error["type"] in ("DistBackendError", "DistNetworkError") or any(
         word in text for word in ("connection closed by peer", "connection reset", "gloo")
@@ -356,10 +390,15 @@ def _is_echo(error: dict) -> bool:
 
 
 def _killed(log_path: Path, count: int) -> str | None:
-    """The process that a signal killed, as torch's agent logged it; None if there is none."""
+    """The message about a process that a signal killed; None if the log of torch shows none.
+
+    Args:
+        log_path: File with the output of accelerate, which holds the log of torch's agent.
+        count: Number of processes.
+    """
     text = log_path.read_text(encoding="utf-8", errors="replace")
     ends = re.findall(r"rank\s*: (\d+) \(local_rank: \d+\)\s+exitcode\s*: -(\d+)", text)
-    # The agent ends the other processes by SIGTERM, so the cause comes first.
+    # The agent ends the other processes by SIGTERM, so another signal is more likely the cause.
     ends.sort(key=lambda end: int(end[1]) == signal.SIGTERM)
     if not ends:
         return None
@@ -371,8 +410,8 @@ def _killed(log_path: Path, count: int) -> str | None:
     )
 
 
-def _last_words(log_path: Path, code: int) -> str:
-    """The last lines of a launcher's log, for an error that no process reported."""
+def _last_lines(log_path: Path, code: int) -> str:
+    """The message for a failure that no process reported: the last lines of accelerate's log."""
     text = log_path.read_text(encoding="utf-8", errors="replace")
     tail = "\n    ".join(text.strip().splitlines()[-5:])
     return f"the launcher ended with exit code {code}:\n    {tail}\n  log: {log_path}"

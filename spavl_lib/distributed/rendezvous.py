@@ -1,8 +1,9 @@
 """Rendezvous: machines that train together find each other through the shared run folder.
 
-Each machine keeps renewing a file of its own. Once machine 0 has seen all of them, it writes which
-ones take part, so that a file left by an earlier attempt counts for nothing. torch's own rendezvous
-waits without naming the missing machines.
+Each machine writes its own file again and again. When machine 0 has seen a fresh file of every
+machine, it writes a list of the tokens in them. A machine whose token is not in the list waits on,
+so a file that an earlier attempt left has no effect. torch's own rendezvous would wait without
+naming the missing machines.
 """
 
 import contextlib
@@ -19,17 +20,17 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 
-FRESH_S = 5.0  # a machine whose file is older has gone
+FRESH_S = 5.0  # if a machine's file is older than this, the machine has stopped waiting
 
 
 @contextlib.contextmanager
 def reports_folder(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterator[Path]:
-    """A folder for this attempt, in which the processes of all machines report.
+    """Yield a folder of this attempt in which the processes of all machines report.
 
     Args:
         stage: The stage that is trained.
-        launch: Number of machines, and which of them this is.
-        flag: Stop flag; polled while other machines are awaited.
+        launch: Number of machines, and the rank of this one.
+        flag: Stop flag, which is polled while this machine waits for others.
     """
     base = stage.path / ".ranks"
     base.mkdir(parents=True, exist_ok=True)
@@ -42,16 +43,17 @@ def reports_folder(stage: Stage, launch: LaunchConfig, flag: StopFlag) -> Iterat
         mine.unlink(missing_ok=True)
         if launch.machine_rank == 0:
             shutil.rmtree(base, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: work is kept, and only empty folders go
+        with contextlib.suppress(OSError):  # rmdir fails, as it should, if a folder holds work
             stage.path.rmdir()
             stage.run.path.rmdir()
 
 
 def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
-    """Wait for every machine, and return the name of this attempt that all agree on.
+    """Wait for all machines, and return the name of this attempt, which is the same on all.
 
     Raises:
-        InputError: The port is in use, or machines are missing; names them.
+        InputError: The port is in use; or machines are missing, which the message lists.
+        Preempted: A signal came while this machine waited.
     """
     token = uuid.uuid4().hex[:12]
     if launch.machine_rank == 0 and launch.main_port:
@@ -66,7 +68,7 @@ def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
                 ) from error
     if launch.num_machines == 1:
         return token
-    until = time.monotonic() + launch.timeout_s
+    deadline = time.monotonic() + launch.timeout_s
     while True:
         write_json(
             base / f"machine-{launch.machine_rank}.json",
@@ -84,7 +86,7 @@ def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
                 return tokens[0]
         if flag:
             raise Preempted(f"stopped by {flag.reason} while waiting for the other machines")
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             missing = sorted(set(range(launch.num_machines)) - set(present))
             seen = ", ".join(f"{r} ({m['host']})" for r, m in sorted(present.items()))
             raise InputError(
@@ -96,6 +98,12 @@ def _meet(base: Path, launch: LaunchConfig, flag: StopFlag) -> str:
 
 
 def _machines(base: Path, now: float) -> dict[int, dict]:
+    """Rank -> file's content, for every machine whose file is fresh.
+
+    Args:
+        base: Folder of the files.
+        now: Present time by the clock of the file system, in seconds since the epoch.
+    """
     present = {}
     for path in base.glob("machine-*.json"):
         with contextlib.suppress(OSError, ValueError):

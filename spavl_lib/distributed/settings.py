@@ -1,4 +1,4 @@
-"""What `config.launch` means: how many processes run, under which engine, and with what limits."""
+"""What `config.launch` means: the number of processes, the engine, and each engine's limits."""
 
 import os
 from typing import TYPE_CHECKING, Any
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def in_processes(launch: LaunchConfig) -> bool:
-    """Whether training runs in child processes: in several, or in any number under DeepSpeed."""
+    """Whether training runs in child processes: if there are several, and always with DeepSpeed."""
     return launch.num_processes > 1 or launch.engine != "ddp"
 
 
 def to_be_started(launch: LaunchConfig) -> bool:
-    """Whether this process must start the others; false inside a child process."""
+    """Whether this process must start child processes; false inside a child process."""
     return in_processes(launch) and WORKER not in os.environ
 
 
 def local_processes() -> int:
-    """Number of processes that this machine has devices for: its GPUs, or its cores without one."""
+    """Number of processes that this machine can run: one per GPU, or per core without a GPU."""
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
@@ -31,13 +31,13 @@ def local_processes() -> int:
 def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
     """Number of micro-batches that one process accumulates for an optimizer step.
 
-    The profile's `gradient_accumulation_steps` are divided among the processes, so that a run on
-    eight devices takes the same optimizer steps as a run on one.
+    The profile's `gradient_accumulation_steps` are divided among the processes. The effective batch
+    size is therefore the same on eight devices as on one.
 
     Args:
         section: Section of the config, such as "dpo".
         steps: The section's `gradient_accumulation_steps`.
-        launch: Says how many processes there are.
+        launch: The settings with the number of processes.
 
     Raises:
         InputError: The number of processes does not divide the steps.
@@ -45,38 +45,41 @@ def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:
     if steps % launch.num_processes:
         raise InputError(
             f"{section}.gradient_accumulation_steps = {steps} must be a multiple of "
-            f"launch.num_processes = {launch.num_processes}, because an optimizer step has the "
-            f"same size with any number of processes; set a multiple, and a smaller "
-            f"{section}.per_device_batch_size"
+            f"launch.num_processes = {launch.num_processes}, because the processes share its "
+            f"steps; set a multiple, and lower {section}.per_device_batch_size in proportion"
         )
     return steps // launch.num_processes
 
 
 def plain_cpu(launch: LaunchConfig) -> bool:
-    """Whether accelerate gets its `cpu` flag. With the flag it would ignore DeepSpeed."""
+    """Whether accelerate gets its flag `cpu`. With the flag, accelerate would ignore DeepSpeed."""
     import torch
 
     return not torch.cuda.is_available() and launch.engine == "ddp"
 
 
 def backend(launch: LaunchConfig) -> dict[str, str]:
-    """The backend accelerate needs for DeepSpeed on the CPU; without it, it counts one process."""
+    """The argument that names accelerate's backend for DeepSpeed on the CPU; otherwise empty.
+
+    Without a backend, accelerate treats such a training as a single process.
+    """
     import torch
 
     return {} if torch.cuda.is_available() or launch.engine == "ddp" else {"backend": "gloo"}
 
 
 def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None:
-    """Refuse what an engine cannot do.
+    """Raise if the engine does not support the stage or the adapter.
 
     Args:
         name: Stage.
         model_adapter: The setting `model.adapter`.
-        launch: What was asked for.
+        launch: The requested engine and CPU offload.
 
     Raises:
-        InputError: ZeRO-3 cannot partition packed 4-bit weights. Under CPU offload DeepSpeed keeps
-            only the gradients of a step's last backward pass, which for PPO is the value model's.
+        InputError: PPO is to run with CPU offload. DeepSpeed would then keep only the gradients
+            of a step's last backward pass, the value model's, and lose the policy's. Or qlora is to
+            run under ZeRO-3, which cannot partition packed 4-bit weights.
     """
     if name == "ppo" and launch.cpu_offload:
         raise InputError("PPO does not support launch.cpu_offload; set it to false")
@@ -90,8 +93,8 @@ def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None
 def launch_arguments(section: str, steps: int, launch: LaunchConfig) -> dict[str, Any]:
     """The fields of transformers' `TrainingArguments` that depend on `launch`.
 
-    Make the arguments before the model: under ZeRO-3 they decide that the model is partitioned
-    while it is loaded.
+    Make the training arguments before the model: under ZeRO-3 they cause the model to be
+    partitioned while it is loaded.
 
     Args:
         section: Section of the config, such as "dpo".
@@ -103,26 +106,26 @@ def launch_arguments(section: str, steps: int, launch: LaunchConfig) -> dict[str
         "use_cpu": plain_cpu(launch),
     }
     if in_processes(launch):
-        # A row without an image leaves the projector out of the graph.
+        # In a micro-batch without images the projector gets no gradient, which DDP must expect.
         arguments |= {"ddp_timeout": launch.timeout_s, "ddp_find_unused_parameters": True}
         arguments["ddp_backend"] = backend(launch).get("backend")
     return arguments
 
 
 def check_engine(wrapped: "nn.Module", launch: LaunchConfig) -> dict[str, Any]:
-    """Check that the engine and the world size are those of the config.
+    """Check that the running engine and number of processes are those of the config.
 
-    Launchers fall back to one process or to plain DDP without a message.
+    accelerate can fall back to one process or to plain DDP without a message.
 
     Args:
         wrapped: The model as accelerate prepared it.
         launch: The requested engine and number of processes.
 
     Returns:
-        `engine` and `world_size` of this run.
+        `engine` and `world_size` (number of processes) of this run.
 
     Raises:
-        RuntimeError: Another engine, ZeRO stage or number of processes is running.
+        RuntimeError: The running engine, ZeRO stage or number of processes is another one.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel

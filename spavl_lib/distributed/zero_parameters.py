@@ -1,4 +1,4 @@
-"""Parameters that ZeRO-3 partitions over the processes: size, shard, whole tensor."""
+"""Parameters that ZeRO-3 partitions over the processes: their size, their shards, whole tensors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,41 +11,42 @@ if TYPE_CHECKING:
 
 
 def numel(parameter: "Tensor") -> int:
-    """Number of values of a whole parameter, also where this process holds only a shard of it."""
+    """Number of values in the whole parameter, even if this process holds only a shard of it."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def shard(parameter: "Tensor") -> "Tensor":
-    """The part of a parameter that this process holds: its shard under ZeRO-3, else all of it."""
-    part = getattr(parameter, "ds_tensor", None)
-    return parameter.detach() if part is None else part.detach()
+    """What this process holds, detached: a shard under ZeRO-3, else the whole parameter."""
+    own_shard = getattr(parameter, "ds_tensor", None)
+    return parameter.detach() if own_shard is None else own_shard.detach()
 
 
 def whole(named: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
-    """Parameters as whole tensors; under ZeRO-3 the main process gathers them one at a time.
+    """Parameters as whole, detached tensors.
 
-    Every process must call this. Parameters that are not partitioned are returned as they are.
+    Under ZeRO-3 the parameters are gathered one at a time. All processes must call this function,
+    and only the main process gets the partitioned parameters, as copies on the CPU.
     """
     if not any(hasattr(p, "ds_id") for p in named.values()):
         return {name: p.detach() for name, p in named.items()}
     import deepspeed
 
-    out = {}
+    tensors = {}
     for name, parameter in named.items():
         if not hasattr(parameter, "ds_id"):
-            out[name] = parameter.detach()
+            tensors[name] = parameter.detach()
             continue
-        # A caller that has gathered the parameter also releases it.
+        # If the caller has gathered the parameter already, the caller also releases it.
         gathered = parameter.ds_status.name == "AVAILABLE"
         with deepspeed.zero.GatheredParameters([parameter], enabled=not gathered):
             if is_main():
-                out[name] = parameter.detach().cpu().clone()
-    return out
+                tensors[name] = parameter.detach().cpu().clone()
+    return tensors
 
 
 @contextlib.contextmanager
 def gathered_parameters(model: "nn.Module") -> Iterator[None]:
-    """Within the block every process holds the whole parameters of a ZeRO-3 model."""
+    """Within the block every process holds whole parameters, even of a model under ZeRO-3."""
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not partitioned:
         yield
@@ -59,11 +60,11 @@ def gathered_parameters(model: "nn.Module") -> Iterator[None]:
 def for_saving(model: "nn.Module") -> dict[str, Any]:
     """Arguments that `save_pretrained` needs for a model partitioned by ZeRO-3; empty otherwise.
 
-    Every process must call this, and the main one saves.
+    All processes must call this function. Then only the main process saves the model.
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     if not any(hasattr(p, "ds_id") for p in named.values()):
         return {}
-    saved = model.state_dict().keys()
-    buffers = {k: v for k, v in model.named_buffers() if k in saved}
-    return {"state_dict": {k: v for k, v in whole(named).items() if k in saved} | buffers}
+    saved_names = model.state_dict().keys()
+    buffers = {k: v for k, v in model.named_buffers() if k in saved_names}
+    return {"state_dict": {k: v for k, v in whole(named).items() if k in saved_names} | buffers}

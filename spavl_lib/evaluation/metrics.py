@@ -11,11 +11,11 @@ from spavl_lib.evaluation.rates import count_rate
 def calibration(margins: Sequence[float], *, bins: int = 10) -> list[dict]:
     """Compare predicted certainty with the share of pairs ranked correctly, bin by bin.
 
-    The probability that chosen beats rejected is sigmoid(margin). Each pair is read from the side
-    that the model prefers, so certainty runs from 0.5 to 1.
+    The model's probability that the chosen response is better is sigmoid(margin). Certainty is the
+    probability of the response that the model prefers, so it lies between 0.5 and 1.
 
     Args:
-        margins: Score of the chosen answer minus the score of the rejected one, one per pair.
+        margins: Score of the chosen response minus the score of the rejected one, one per pair.
         bins: Number of bins of equal width between 0.5 and 1.
 
     Returns:
@@ -38,14 +38,17 @@ def calibration(margins: Sequence[float], *, bins: int = 10) -> list[dict]:
 
 
 def expected_calibration_error(margins: Sequence[float], *, bins: int = 10) -> float:
-    """Mean gap between certainty and share right, weighted by bin (Guo et al. 2017, Eq. 3)."""
+    """Mean gap between certainty and share ranked correctly (Guo et al. 2017, Eq. 3).
+
+    Each bin is weighted by its number of pairs.
+    """
     table = calibration(margins, bins=bins)
     total = sum(row["n"] for row in table)
     return sum(row["n"] * abs(row["certainty"] - row["right"]) for row in table) / total
 
 
 def spearman(xs: Sequence[float], ys: Sequence[float]) -> float | None:
-    """Spearman's rank correlation; None where all values of one side are equal."""
+    """Spearman's rank correlation; None if all values of `xs` or all values of `ys` are equal."""
     if len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
     from scipy.stats import rankdata  # takes a second to import
@@ -59,14 +62,16 @@ def reward_metrics(scored: list[dict], exchanged: list[dict], truth: dict[str, d
     Args:
         scored: Rows of `trainers.reward.score_pairs`.
         exchanged: The same pairs, each scored with the image of another row.
-        truth: Row id -> what is known about the row, used for question types; may be empty.
+        truth: Ground-truth labels, as row id -> facts. They give the question type of rows that
+            lack it. May be empty.
 
     Returns:
-        `pair_accuracy` overall, `per_class`, `per_class1` and `per_question_type`; `ece` and the
-        `calibration` table it summarises; `length_correlation`, the rank correlation of margin and
-        difference in words, and `longer_is_better`, the accuracy of preferring the longer answer;
-        `swapped`, the share of pairs with a negative margin; and `exchanged`, the accuracy with
-        exchanged images.
+        - `pair_accuracy` overall, `per_class`, `per_class1` and `per_question_type`.
+        - `ece`, and the `calibration` table that it summarises.
+        - `length_correlation`: the rank correlation of margin and difference in words.
+        - `longer_is_better`: the accuracy of always preferring the longer response.
+        - `swapped`: the share of pairs with a negative margin.
+        - `exchanged`: the pair accuracy with exchanged images.
     """
     margins = [row["chosen_score"] - row["rejected_score"] for row in scored]
     words = [row["chosen_words"] - row["rejected_words"] for row in scored]
@@ -99,9 +104,9 @@ def pair_of_pairs_accuracy(scored: list[dict]) -> dict | None:
     """Share of twins whose two pairs are both ranked correctly.
 
     Args:
-        scored: Rows of `trainers.reward.score_pairs`. Two rows in sequence are twins: the same two
-            answers with two images, preferred the other way round. A model that ignores the image
-            gets none right.
+        scored: Rows of `trainers.reward.score_pairs`. Two rows in sequence are twins. They have the
+            same two responses but different images, and opposite preferences. A model that ignores
+            the image gets none of the twins right.
     """
     right = [row["chosen_score"] > row["rejected_score"] for row in scored]
     both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]

@@ -1,4 +1,4 @@
-"""The numbers of a run: what is measured, the check of metrics.json, and how numbers are written.
+"""The numbers of a run: which rates exist, how metrics.json is checked, how numbers are displayed.
 
 A missing number is `None` here and an en dash for readers, never 0.
 """
@@ -65,11 +65,11 @@ def read_metrics(source: Mapping | Path | str) -> dict:
     """Read metrics.json and check every number in it.
 
     Args:
-        source: The file, or its contents.
+        source: The path of the file, or its contents.
 
     Raises:
-        InputError: The file is not JSON; or a number is NaN or infinite, or a rate is outside
-            [0, 1].
+        InputError: The file is not JSON or has another form, a number is NaN or infinite, a rate is
+            outside [0, 1], or `k` is outside 0..n.
     """
     if isinstance(source, Mapping):
         metrics, name = dict(source), "metrics"
@@ -86,25 +86,25 @@ def read_metrics(source: Mapping | Path | str) -> dict:
     return metrics
 
 
-def _problems(value: Any, where: str) -> Iterator[str]:
+def _problems(value: Any, key_path: str) -> Iterator[str]:
     if isinstance(value, Mapping):
         if "value" in value and "n" in value:
             for key in ("value", "ci_low", "ci_high"):
                 part = value.get(key)
                 if isinstance(part, str | bool):
-                    yield f"{where}.{key}: expected a number, got {part!r}"
+                    yield f"{key_path}.{key}: expected a number, got {part!r}"
                 elif isinstance(part, int | float) and math.isfinite(part) and not 0 <= part <= 1:
-                    yield f"{where}.{key}: expected a share between 0 and 1, got {part!r}"
+                    yield f"{key_path}.{key}: expected a share between 0 and 1, got {part!r}"
             k, n = value.get("k"), value["n"]
             if isinstance(k, int) and isinstance(n, int) and not 0 <= k <= n:
-                yield f"{where}: expected 0 <= k <= n, got k={k}, n={n}"
+                yield f"{key_path}: expected 0 <= k <= n, got k={k}, n={n}"
         for key, part in value.items():
-            yield from _problems(part, f"{where}.{key}")
+            yield from _problems(part, f"{key_path}.{key}")
     elif isinstance(value, list | tuple):
         for index, part in enumerate(value):
-            yield from _problems(part, f"{where}[{index}]")
+            yield from _problems(part, f"{key_path}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
-        yield f"{where}: expected a finite number, got {value}; write null where one is missing"
+        yield f"{key_path}: expected a finite number, got {value}; write null where one is missing"
 
 
 def models_of(metrics: Mapping) -> dict[str, dict]:

@@ -23,7 +23,7 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share in [0, 1] with its 95 % interval, and the counts `k` of `n` where they are known."""
+    """A share in [0, 1] with its 95 % interval, and with the counts `k` of `n` if known."""
 
     value: float
     ci_low: float | None = None
@@ -33,31 +33,31 @@ class Rate:
 
     @classmethod
     def of(cls, k: int, n: int) -> "Rate | None":
-        """The share `k` of `n`; None, never 0, when `n` is 0."""
+        """The share `k` of `n`; None if `n` is 0."""
         return cls(k / n, *wilson(k, n), k, n) if n else None
 
     @classmethod
     def from_dict(cls, cell: Any) -> "Rate | None":
-        """A rate from its JSON form; None if `cell` holds no value or counts nothing."""
+        """A rate from its JSON form; None if `cell` holds no value or its `n` is 0."""
         if not isinstance(cell, Mapping) or cell.get("value") is None or cell.get("n") == 0:
             return None
         bounds, counts = (cell.get("ci_low"), cell.get("ci_high")), (cell.get("k"), cell.get("n"))
         return cls(cell["value"], *bounds, *counts)
 
     def to_dict(self) -> dict:
-        """The JSON form, with the interval rounded to six digits. Tools read these keys."""
+        """The JSON form, with the interval rounded to six digits. Other tools read these keys."""
         low, high = (end if end is None else round(end, 6) for end in (self.ci_low, self.ci_high))
         return {"k": self.k, "n": self.n, "value": self.value, "ci_low": low, "ci_high": high}
 
     @property
     def ends(self) -> tuple[float, float]:
-        """The ends of the interval; the value itself without an interval."""
+        """The ends of the interval. Without an interval, both ends are the value."""
         low = self.value if self.ci_low is None else self.ci_low
         return low, self.value if self.ci_high is None else self.ci_high
 
     @property
     def errors(self) -> tuple[float, float]:
-        """Distance from the value down and up to the interval's ends; 0 without an interval."""
+        """Distances from the value to the lower and the upper end; 0 if there is no interval."""
         low, high = self.ends
         return max(self.value - low, 0.0), max(high - self.value, 0.0)
 
@@ -80,12 +80,12 @@ class Rate:
 
 
 def count_rate(k: int, n: int) -> dict | None:
-    """The share `k` of `n` in its JSON form; None, never 0, when `n` is 0."""
+    """The share `k` of `n` in its JSON form; None if `n` is 0."""
     rate = Rate.of(k, n)
     return rate.to_dict() if rate else None
 
 
 def pool(rates: Iterable[Rate | None]) -> Rate | None:
-    """The rate of a whole from the rates of its parts; parts without counts are left out."""
+    """The rate of a whole from the rates of its parts. Parts without counts are left out."""
     counts = [(rate.k, rate.n) for rate in rates if rate and rate.k is not None and rate.n]
     return Rate.of(sum(k for k, _ in counts), sum(n for _, n in counts))

@@ -1,9 +1,9 @@
-"""Text from models, data and files, prepared for display: complete, visible and not too long."""
+"""Prepare text from models, data and files for display: show every character, limit the length."""
 
 import re
 from typing import Any
 
-MISSING = "–"  # what readers see where a number is missing; never 0
+MISSING = "–"  # shown instead of a missing number, which is never shown as 0
 
 # Control characters, zero-width characters and direction marks hide text, reorder it or drive a
 # terminal.
@@ -24,7 +24,7 @@ def clean(value: Any) -> str:
 
 
 def short(value: Any, limit: int = 60) -> str:
-    """A name for a label: clean, on one line, at most `limit` characters."""
+    """A label of at most `limit` characters: the value as clean text on one line."""
     text = " ".join(clean(str(value)[: 4 * limit]).split())
     return text if len(text) <= limit else f"{text[: limit - 1]}…"
 

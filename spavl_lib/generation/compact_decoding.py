@@ -1,10 +1,10 @@
-"""Decoding that removes a row from the batch once its answer has ended.
+"""Decoding that removes rows from the batch after their responses have ended.
 
-`model.generate` computes every row until the longest answer ends, and its dynamic cache copies all
-keys and values at every token. Here keys and values lie in buffers that grow in steps, and ended
-rows are removed once a quarter of the rows has ended. A token depends only on the logits and the
-number of its row, so the answers equal those of `generate` in fp32, whichever rows remain in the
-batch. In half precision rounding may decide a tie differently.
+`model.generate` computes every row until the longest response ends, and its dynamic cache copies
+all keys and values at every token. Here, keys and values lie in buffers that grow in steps. Ended
+rows are removed once more than a quarter of the rows have ended. The next token of a row depends
+only on this row's logits and row number. In fp32 the responses therefore equal those of `generate`,
+whichever rows remain in the batch. In half precision, rounding may decide a tie differently.
 """
 
 from collections.abc import Callable, Collection
@@ -20,13 +20,14 @@ from spavl_lib.modelling.speed.shared_prefix import backbone_of, unsupported
 ROOM = 32  # tokens by which a buffer grows
 MIN_ACTIVE = 0.75  # ended rows are removed when a smaller share of the rows is active
 # Settings in a model's generation config that have no effect here, because the caller of `decode`
-# decides when an answer ends and how a token is chosen.
+# decides when a response ends and how a token is chosen.
 OVERRULED = frozenset({
     "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "do_sample",
     "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff",
     "max_length", "max_new_tokens", "use_cache", "transformers_version", "_from_model_config",
 })  # fmt: skip
-# Settings without effect at 1, and at 0. Any other setting is without effect only at False or None.
+# Settings that have no effect if they are 1 (first set) or 0 (second set). Any other setting has no
+# effect only if it is False or None.
 IDLE_AT_ONE = frozenset({
     "repetition_penalty", "encoder_repetition_penalty", "num_beams", "num_return_sequences",
     "num_beam_groups", "length_penalty", "guidance_scale",
@@ -87,9 +88,10 @@ class GrowingLayer(DynamicLayer):
 
 
 def can_decode(model: PreTrainedModel) -> bool:
-    """Whether `decode` gives the same answers as `model.generate`.
+    """Whether `decode` gives the same responses as `model.generate`.
 
-    It does if positions count up one by one and no setting of the model changes the logits.
+    It does if the model's positions count up one by one, no generation setting of the model changes
+    the logits, and DeepSpeed ZeRO-3 does not partition the weights.
     """
     settings = model.generation_config.to_diff_dict()  # settings that differ from the defaults
     idle = all(
@@ -112,7 +114,7 @@ def decode(
     max_new_tokens: int,
     end_ids: Collection[int],
 ) -> list[list[int]]:
-    """Generate answers for a batch of prompts.
+    """Generate responses to a batch of prompts.
 
     Args:
         model: A model in evaluation mode for which `can_decode` is true.
@@ -120,18 +122,18 @@ def decode(
             the image tensors.
         choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
             returns a token id for each (active rows,).
-        max_new_tokens: Longest answer in tokens.
-        end_ids: The tokens that end an answer.
+        max_new_tokens: Longest response in tokens.
+        end_ids: The tokens that end a response.
 
     Returns:
-        Token ids of each answer. Its last is an end token, or it has `max_new_tokens` tokens.
+        Token ids of each response. Its last is an end token, or it has `max_new_tokens` tokens.
     """
     mask = batch["attention_mask"]
     cache = DynamicCache()
     cache.layer_class_to_replicate = GrowingLayer
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     inputs, position = batch | {"position_ids": positions}, positions[:, -1:]
-    answers: list[list[int]] = [[] for _ in mask]
+    responses: list[list[int]] = [[] for _ in mask]
     rows = list(range(len(mask)))
     active = set(rows)
     while True:
@@ -139,18 +141,22 @@ def decode(
         chosen = choose(out.logits[:, -1].float(), rows)
         for row, token in zip(rows, chosen.tolist(), strict=True):
             if row in active:
-                answers[row].append(token)
+                responses[row].append(token)
         active = {
-            r for r in active if answers[r][-1] not in end_ids and len(answers[r]) < max_new_tokens
+            r
+            for r in active
+            if responses[r][-1] not in end_ids and len(responses[r]) < max_new_tokens
         }
         if not active:
-            return answers
+            return responses
         if len(active) < MIN_ACTIVE * len(rows):
-            left = torch.tensor([i for i, r in enumerate(rows) if r in active], device=mask.device)
-            mask, position, chosen = (x[left] for x in (mask, position, chosen))
+            active_indices = torch.tensor(
+                [i for i, r in enumerate(rows) if r in active], device=mask.device
+            )
+            mask, position, chosen = (x[active_indices] for x in (mask, position, chosen))
             rows = [r for r in rows if r in active]
             for layer in cache.layers:
-                layer.batch_select_indices(left)
+                layer.batch_select_indices(active_indices)
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         position = position + 1
         inputs = {"input_ids": chosen[:, None], "attention_mask": mask, "position_ids": position}

@@ -1,7 +1,7 @@
-"""Answer prompts in batches and write the answers to a JSONL file.
+"""Generate responses to prompts in batches and write them to a JSONL file.
 
-The file is the same however often the call was interrupted: finished batches are kept in a partial
-file, and every batch has a seed of its own.
+Interruptions do not change the file: finished batches are kept in a partial file, and each batch
+has its own seed.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ COPIED = ("id", "prompt", "image_name", "class1", "class2", "class3", "question_
 
 
 def settings(config: GenerationConfig, seed: int) -> dict:
-    """The settings that decide an answer, given model and prompt. Every record holds them."""
+    """The settings that decide how a model responds to a prompt. Every record holds them."""
     chosen: dict[str, Any] = {
         "max_new_tokens": config.max_new_tokens,
         "do_sample": config.do_sample,
@@ -58,20 +58,20 @@ def generate(
     should_stop: object = False,
     desc: str = "generate",
 ) -> list[dict]:
-    """Answer every row and write one JSON line per row, in the order of the rows.
+    """Generate a response to every row and write one JSON line per row, in the order of the rows.
 
-    Several processes share the batches. Each writes a partial file, and the main process joins
-    them.
+    If there are several processes, each generates a share of the batches and writes its own partial
+    file. The main process joins the partial files.
 
     Args:
         model: The model, in evaluation mode.
         processor: The model's processor.
         rows: Prompt rows in the schema of `data.schema`.
         config: Batch size and sampling.
-        target: The JSONL file. `TARGET.partial` holds the batches finished so far; the same call
-            continues from it.
-        seed: Seed of sampling. Each batch derives a seed of its own from it, so an interruption
-            does not change the answers.
+        target: The JSONL file. `TARGET.partial` holds the batches finished so far; repeating an
+            interrupted call continues from there.
+        seed: Seed of sampling. Each batch derives its own seed from this one, so an interruption
+            does not change the responses.
         labels: Fields to add to every record, such as model and set.
         should_stop: Truthy once the process is asked to stop. It is polled between batches.
         desc: Name of the progress bar.
@@ -92,11 +92,11 @@ def generate(
     group.barrier()
     collate = PromptCollator(processor)
     with tqdm(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
-        todo = [n for n in range(len(batches)) if n not in done]
-        mine = todo[machine.rank() :: machine.world_size()]
-        rows_of = [[rows[i] for i in batches[number]] for number in mine]
+        unfinished = [n for n in range(len(batches)) if n not in done]
+        mine = unfinished[machine.rank() :: machine.world_size()]
+        my_rows = [[rows[i] for i in batches[number]] for number in mine]
         prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
-        for number, batch in zip(mine, ahead(prepare, rows_of, should_stop), strict=False):
+        for number, batch in zip(mine, ahead(prepare, my_rows, should_stop), strict=False):
             indices, batch_seed = batches[number], _batch_seed(seed, number)
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, batch, config, seed=batch_seed)
@@ -121,15 +121,15 @@ def generate(
     if machine.world_size() > 1:
         for other in _partials(target):
             done |= _finished(other, header)
-    place = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
-    records = [done[n][j] for n, j in (place[i] for i in range(len(rows)))]
+    position = {i: (n, j) for n, indices in enumerate(batches) for j, i in enumerate(indices)}
+    records = [done[n][j] for n, j in (position[i] for i in range(len(rows)))]
     if machine.is_main():
         write_jsonl(target, records)
     group.barrier()
     partial.unlink(missing_ok=True)
     if machine.is_main():
-        for left in _partials(target):  # written by processes of an earlier call
-            left.unlink(missing_ok=True)
+        for leftover in _partials(target):  # written by an earlier call with more processes
+            leftover.unlink(missing_ok=True)
     return records
 
 
@@ -138,8 +138,8 @@ def ahead(work: Callable[[T], R], items: Sequence[T], should_stop: object) -> It
 
     Args:
         work: The function to call.
-        items: Its arguments.
-        should_stop: Once truthy, the iterator ends and waits for nothing.
+        items: The arguments of the calls, one for each call.
+        should_stop: Once truthy, the iterator ends without waiting for the thread.
 
     Yields:
         `work(item)` for each item, in order.
@@ -167,7 +167,7 @@ def generate_batch(
     *,
     seed: int = 0,
 ) -> list[dict]:
-    """Answer one batch of prompts.
+    """Generate responses to one batch of prompts.
 
     Args:
         model: The model, in evaluation mode.
@@ -202,7 +202,7 @@ def _generated(
     model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig,
     ends: Sequence[int], pad_id: int, seed: int,
 ) -> list[list[int]]:  # fmt: skip
-    """New token ids of every row by `model.generate`, padded to the longest answer."""
+    """New token ids of every row by `model.generate`, padded to the longest response."""
     options: dict[str, Any] = {"do_sample": False}
     if config.do_sample:
         torch.manual_seed(seed)
@@ -225,11 +225,11 @@ def _generated(
 
 
 def _batches(rows: list[dict], size: int) -> list[list[int]]:
-    """Row indices in batches of similar length. The longest come first, so that memory is short at
-    once or never.
+    """Row indices in batches of prompts of similar length, the longest prompts first.
 
-    The rows of an image stay together, placed by the longest of them, so that a batch encodes the
-    image once.
+    If memory is too small, the first batch fails and not a later one. The rows of one image stay
+    together, so that a batch encodes the image once. The longest prompt of an image decides where
+    all rows of the image come.
     """
     groups = image_groups([r.get("image_name", "") for r in rows])
     longest = [max(len(rows[i]["prompt"]) for i in group) for group in groups]
@@ -249,7 +249,7 @@ def _batch_seed(seed: int, number: int) -> int:
 
 
 def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict | None) -> str:
-    """Hash of the rows and settings; a partial file of another hash is not used."""
+    """Hash of the rows and settings. A partial file with another hash is not used."""
     key = [[r["id"], r["prompt"]] for r in rows], settings(config, seed), config.batch_size, labels
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
@@ -269,7 +269,7 @@ def _count(done: dict[int, list[dict]]) -> int:
 def _resume(partial: Path, header: str) -> dict[int, list[dict]]:
     """Finished batches of an interrupted call with the same rows and settings."""
     done = _finished(partial, header)
-    # The file is written again, because a torn last line would spoil the next line.
+    # The file is written again without an incomplete last line, which would damage the next line.
     lines = [{"header": header}, *({"batch": n, "records": r} for n, r in done.items())]
     write_text(partial, "".join(json.dumps(line) + "\n" for line in lines))
     return done
@@ -282,7 +282,7 @@ def _finished(partial: Path, header: str) -> dict[int, list[dict]]:
         for line in partial.read_text(encoding="utf-8").split("\n"):
             try:
                 lines.append(json.loads(line))
-            except ValueError:  # the line is torn, so what follows cannot be trusted
+            except ValueError:  # the line is incomplete, so later lines are not trusted either
                 break
     if lines and lines[0].get("header") == header:
         return {line["batch"]: line["records"] for line in lines[1:]}

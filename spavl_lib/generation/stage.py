@@ -1,4 +1,4 @@
-"""The inference stage: the answers of the base model and of each trained model."""
+"""The inference stage: the responses of the base model and of each trained model."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from spavl_lib.stages import policies
 
 
 def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLLMModel:
-    """Load a model in the configured backend.
+    """Load a model with the backend that `generation.backend` names.
 
     Args:
         config: The run's config.
@@ -35,14 +35,14 @@ def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLL
     return model
 
 
-def _trained(stage: Stage) -> dict[str, Stage]:
-    """The run's complete stages whose model can answer, by name."""
-    named = {name: stage.run.stage(name) for name in policies()}
-    return {name: trained for name, trained in named.items() if trained.done}
+def _trained_stages(stage: Stage) -> dict[str, Stage]:
+    """Name -> each complete stage of the run that trained a policy."""
+    stages = {name: stage.run.stage(name) for name in policies()}
+    return {name: trained for name, trained in stages.items() if trained.done}
 
 
 def _shared_inputs(config: Config) -> dict[str, str]:
-    """Hashes of the prompts and of the base model, which every model's answers depend on."""
+    """Hashes of the prompts and of the base model, which the responses of all models depend on."""
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
     return source_hashes(config.data, names) | {
         f"model/{name}": digest for name, digest in model_hashes(config.model).items()
@@ -50,7 +50,7 @@ def _shared_inputs(config: Config) -> dict[str, str]:
 
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
-    trained = _trained(stage).items()
+    trained = _trained_stages(stage).items()
     return _shared_inputs(config) | {
         f"{n}/weights": s.summary["weights_sha256"] for n, s in trained
     }
@@ -58,17 +58,18 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 @stage_maker("inference", inputs=_inputs, polls_stop=True, renew=True)
 def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
-    """Answer every evaluation set with the base model and with each trained one.
+    """Generate responses to every evaluation set with the base model and each trained model.
 
     Args:
         config: The run's config.
-        stage: The inference stage; each model's answers go to a folder of their own.
+        stage: The inference stage. Each model's responses go to a folder named after the model.
         flag: Truthy once the process is asked to stop.
 
     Returns:
-        The summary: rows, mean answer length in tokens and unfinished answers, by set and model.
+        The summary. By set and model it holds the number of rows, the mean length of a response in
+        tokens, and the number of unfinished responses.
     """
-    models = {"base": None} | {n: s.path / "model" for n, s in _trained(stage).items()}
+    models = {"base": None} | {n: s.path / "model" for n, s in _trained_stages(stage).items()}
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
     shared_inputs, inputs = _shared_inputs(config), _inputs(config, stage)
     summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
@@ -78,6 +79,8 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
         sets = {name: load_prompts(config.data, name) for name in names}
     for label, folder in models.items():
         marker = stage.path / label / "weights.json"
+        # What the responses depend on: the hash of the trained weights, and under "asked" those of
+        # the prompts and of the base model.
         weights = {"weights": inputs.get(f"{label}/weights"), "asked": shared_inputs}
         with group.main_first():
             if not marker.is_file() or json.loads(marker.read_text()) != weights:

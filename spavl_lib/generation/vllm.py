@@ -1,7 +1,8 @@
-"""Generate with vLLM instead of transformers: the same rows in, the same records out.
+"""Generate with vLLM instead of transformers. Rows and records have the same form.
 
-vLLM is optional and needs Linux and a GPU. It serves LoRA weights over one base but cannot load a
-trained projector, so an adapter with a projector is first merged into a copy of the base.
+vLLM is optional and needs Linux and a GPU. It can add LoRA weights to a base model but cannot load
+a trained projector. An adapter with a trained projector is therefore first merged into a copy of
+the base model.
 """
 
 import importlib
@@ -54,7 +55,7 @@ class VLLMModel:
     def answer(
         self, processor: ProcessorMixin, rows: list[dict], config: GenerationConfig, *, seed: int
     ) -> list[dict]:
-        """Answer prompt rows.
+        """Generate responses to prompt rows.
 
         Args:
             processor: The model's processor.
@@ -63,8 +64,8 @@ class VLLMModel:
             seed: Seed of sampling.
 
         Returns:
-            For each row `response`, `num_tokens` without EOS, and `finished`: whether EOS was
-            generated.
+            For each row `response`, `num_tokens` without EOS, and `finished`: whether the response
+            ended before it reached `max_new_tokens`.
         """
         prompts = []
         for row, image in zip(rows, decode_images(rows), strict=True):
@@ -88,14 +89,14 @@ class VLLMModel:
 
 
 def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]:
-    """The weights that vLLM loads, and the adapter that it adds to them.
+    """The weights that vLLM loads, and the adapter that vLLM adds to them.
 
     Args:
         config: The base model.
         trained: A trainer's `model/`, or None.
 
     Returns:
-        A path or Hub id, and an adapter's folder or None.
+        The path or Hub id of the weights, and the adapter's folder or None.
     """
     if trained is None:
         return model_path(config), None

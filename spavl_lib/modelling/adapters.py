@@ -1,4 +1,4 @@
-"""Which parameters train: the language model, whole or through LoRA, and the projector if asked.
+"""Which parameters train: the language model (fully or through LoRA), and optionally the projector.
 
 The vision tower never trains.
 """
@@ -16,17 +16,17 @@ from spavl_lib.modelling.families import family_of
 
 
 def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
-    """LoRA on the language model's linear layers, and the projector trained whole.
+    """The LoRA config: adapters on the language model, and a fully trained projector.
 
-    The layers are listed by full name, because `all-linear` would put half the adapters on the
-    tower.
+    The adapted linear layers are listed by full name, because PEFT's `all-linear` would put half
+    the adapters on the vision tower.
 
     Args:
         model: The base model.
-        config: Rank, scale, layers, and whether the projector trains.
+        config: Rank, scale, names of the layers, and whether the projector trains.
 
     Raises:
-        InputError: The language model has no such layers.
+        InputError: The language model has none of the layers in `lora_targets`.
     """
     family = family_of(model)
     targets = [
@@ -63,7 +63,8 @@ def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
 
     Args:
         model: The model; changed in place.
-        config: `adapter: full` trains language model and head; `train_projector` the projector.
+        config: `adapter: full` trains the language model and its head. `train_projector` trains the
+            projector.
     """
     family = family_of(model)
     trained = {"language", "head"} if config.adapter == "full" else set()
@@ -74,10 +75,11 @@ def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def train_in_fp32(model: PeftModel) -> None:
-    """Undo trl's cast of trained parameters to bf16 over a 4-bit base. For a fresh model only.
+    """Undo trl's cast of trained parameters to bf16 over a 4-bit base. For an untrained model only.
 
-    The projector starts again from the base's values: rounded to bf16, the policy would differ from
-    its reference before the first step. Call it before an optimizer holds the parameters.
+    The projector's values are copied again from the base. With a projector rounded to bf16 the
+    policy would differ from its reference before the first step. Call this function before an
+    optimizer holds the parameters.
     """
     masters_in_fp32(model)
     for module in model.modules():
@@ -87,9 +89,10 @@ def train_in_fp32(model: PeftModel) -> None:
 
 
 def masters_in_fp32(model: nn.Module) -> None:
-    """Cast trained parameters to fp32: in half precision small updates are lost to rounding.
+    """Cast trained parameters to fp32, because in half precision rounding loses small updates.
 
-    Autocast casts for each matrix product anyway. DeepSpeed keeps fp32 masters of its own.
+    Autocast still computes matrix products in half precision. DeepSpeed does not need this cast: it
+    keeps fp32 master weights itself.
     """
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -97,7 +100,7 @@ def masters_in_fp32(model: nn.Module) -> None:
 
 
 def trainable_parts(model: nn.Module) -> dict[str, int]:
-    """Number of trained values by part. LoRA's values count under the part they adapt."""
+    """Number of trained values by part. LoRA's values count under the part that they adapt."""
     family = family_of(model)
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
@@ -108,9 +111,10 @@ def trainable_parts(model: nn.Module) -> dict[str, int]:
 
 
 def assert_four_bit(model: nn.Module) -> None:
-    """Check that the language model's linear layers are in 4 bits, and nothing else is.
+    """Check that the language model's linear layers are in 4 bits, and that no other layer is.
 
-    Names to skip that match no module would quantise the tower without a warning.
+    If the names of modules to skip match no module, transformers quantises the tower without a
+    warning.
 
     Raises:
         AssertionError: Names a layer in the wrong precision.
@@ -127,18 +131,18 @@ def assert_four_bit(model: nn.Module) -> None:
 def assert_freeze_plan(
     model: nn.Module, config: ModelConfig, *, head: bool = True
 ) -> dict[str, int]:
-    """Check by name that exactly the parameters train that the config says.
+    """Check by name that the config's trainable parameters train, and that no others do.
 
     Args:
-        model: A model whose parameters are set to train or not.
-        config: What should train.
+        model: A model with `requires_grad` already set on its parameters.
+        config: Says which parts should train.
         head: Whether full fine-tuning trains the language-model head. A reward model has none.
 
     Returns:
         `trainable_parts`.
 
     Raises:
-        AssertionError: Names a parameter that trains and should not, or the reverse.
+        AssertionError: Names a parameter that trains but should not, or that should but does not.
     """
     family = family_of(model)
     for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Export a trained policy for other tools: one merged model, or a base and an adapter for vLLM.
 
-A trainer's `model/` already loads with transformers and PEFT. vLLM loads LoRA, but no adapter that
-holds a whole trained projector, so for vLLM the projector goes into the base model.
+A trainer's `model/` already loads with transformers and PEFT. vLLM loads LoRA adapters, but refuses
+an adapter that also holds a fully trained projector. For vLLM the projector is therefore written
+into the base model.
 """
 
 import dataclasses
@@ -29,10 +30,11 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
     Args:
         stage: A run's `dpo/`, `ppo/` or `rloo/`.
         target: A new or empty folder.
-        form: merged: one model; vllm: `base/` with the trained projector, `adapter/` with LoRA.
+        form: `merged` writes one model. `vllm` writes `base/` with the trained projector, and
+            `adapter/` with LoRA.
 
     Returns:
-        The folders written, and for vLLM the command that serves them.
+        The folders written. For vLLM also the command that serves them.
 
     Raises:
         InputError: The stage is not complete or is a reward model, the form is unknown, the target
@@ -50,7 +52,7 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
     if target.exists() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose a new folder")
     config = from_dict(yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8")))
-    # Merge into 16-bit weights, not into 4-bit ones, which would be rounded a second time.
+    # Merge into 16-bit weights: merged 4-bit weights would be rounded a second time.
     adapter = "lora" if config.model.adapter == "qlora" else config.model.adapter
     model = dataclasses.replace(config.model, adapter=adapter)
     policy, processor = load_policy(model, stage / "model"), load_processor(model)
@@ -80,7 +82,14 @@ def _save(model: nn.Module, processor: Any, folder: Path, card: str) -> None:
 
 @torch.no_grad()
 def _split(policy: Any, trained: Path, adapter: Path, base: Path) -> None:
-    """Write LoRA alone into one folder, and move the trained projector into the base in memory."""
+    """Write only the LoRA tensors to `adapter`; put the trained projector into the base model.
+
+    Args:
+        policy: The policy; changed in place.
+        trained: The stage's `model/`.
+        adapter: Folder for the LoRA tensors.
+        base: Folder of the base model, which the adapter's config names. It is not written here.
+    """
     from peft.utils import ModulesToSaveWrapper
     from safetensors.torch import load_file, save_file
 
@@ -91,17 +100,18 @@ def _split(policy: Any, trained: Path, adapter: Path, base: Path) -> None:
     adapter.mkdir(parents=True)
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     write_json(adapter / "adapter_config.json", settings)
-    policy.unload()  # removes the adapters, and puts wholly trained modules in their places
+    policy.unload()  # removes the adapters, and replaces base modules by fully trained copies
     wrapped = [n for n, m in policy.named_modules() if isinstance(m, ModulesToSaveWrapper)]
     if wrapped:
         raise AssertionError(f"PEFT did not unwrap {wrapped}")
 
 
 def check_vllm_adapter(folder: Path) -> list[str]:
-    """What vLLM would refuse in an adapter; empty if nothing.
+    """List what vLLM would refuse in an adapter; the list is empty if vLLM accepts it.
 
-    vLLM wants plain LoRA without bias and DoRA, no wholly trained modules, and tensors in pairs of
-    `lora_A.weight` and `lora_B.weight` under `base_model.model.`, none of them on the tower.
+    vLLM accepts plain LoRA: without bias, without DoRA, and without fully trained modules. The
+    tensors must be pairs of `lora_A.weight` and `lora_B.weight` under `base_model.model.`, and all
+    of them must adapt the language model.
 
     Args:
         folder: Holds adapter_config.json and adapter_model.safetensors.
@@ -129,7 +139,7 @@ def check_vllm_adapter(folder: Path) -> list[str]:
 
 
 def _card(stage: Path, config: Config, form: str) -> str:
-    """The stage's model card, and how it was exported."""
+    """The stage's model card, with a sentence on the export."""
     card = stage / "model" / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {stage.name}\n"
     return (

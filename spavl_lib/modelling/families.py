@@ -1,15 +1,17 @@
-"""Model families: what the workbook must know of one beyond what transformers says.
+"""Model families: what this package must know about a model beyond what transformers says.
 
 Any image-text-to-text model of transformers loads and trains without an entry here. An entry names
-its parts if they have other names, corrects its processor, and says which of the speed-ups give
-equal results. To add one, subclass `Family` and register it under the config's `model_type`:
+the model's parts if they have uncommon names, corrects the model's processor, and says which
+speed-ups give equal results. To add an entry, subclass `Family` and register the subclass under the
+config's `model_type`:
 
     @register_family("my_vlm")
     class MyVLM(Family):
         tower = ("image_encoder",)
 
-A package of its own names the class as an entry point in the group `spavl.families`. Such a module
-is imported before a model is loaded, so it can also add classes to transformers' Auto classes.
+A separate package declares its subclass as an entry point in the group `spavl.families`. The entry
+point is imported before a model is loaded, so its module can also add classes to transformers' Auto
+classes.
 """
 
 import functools
@@ -28,29 +30,29 @@ from spavl_lib.errors import InputError
 
 
 class Family:
-    """A family without an entry: parts under the names that transformers' models commonly have."""
+    """A family without an entry: its parts have the names that are common in transformers."""
 
     tower: tuple[str, ...] = ("vision_tower", "vision_model", "visual")
     """Names of the vision tower's module. It never trains and is never quantised."""
     projector: tuple[str, ...] = ("multi_modal_projector", "connector", "merger")
-    """Names of the module between tower and language model. It is trained whole."""
+    """Names of the module between tower and language model. It is trained without LoRA."""
     shares_prefixes: bool = False
     """Whether a packed row was shown to give the same numbers as separate rows. The backbone needs
-    `language_model` with rotary positions, `get_image_features`, and `config.image_token_id`."""
+    a `language_model` with rotary positions, `get_image_features`, and `config.image_token_id`."""
     picks_hidden_states: bool = False
-    """Whether the model reads `config.vision_feature_layer` of the tower's hidden states, so that a
-    stored tower output can stand in for the tower."""
+    """Whether the model reads only the tower's hidden states at `config.vision_feature_layer`. If
+    so, stored hidden states can replace a run of the tower."""
     refused: str = ""
-    """Why models of the family are refused, before anything is loaded; empty if they are not."""
+    """Why models of the family are refused before anything is loaded; empty if they are not."""
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
-        """The processor with corrections; a processor of another family comes back unchanged."""
+        """Correct the processor. A processor of another family is returned unchanged."""
         return processor
 
     @classmethod
     def tower_inputs(cls, config: Any, batch: dict[str, Tensor], rows: int) -> list[int]:
-        """How many images the tower sees for each row: one, or the tiles of one.
+        """The number of tower inputs for each row: one image, or all tiles of one image.
 
         Args:
             config: The model's config.
@@ -61,7 +63,7 @@ class Family:
 
     @classmethod
     def part_of(cls, name: str) -> str:
-        """The part a parameter belongs to, by its full name: tower, projector, head or language."""
+        """The part (tower, projector, head or language) of the parameter with this full name."""
         for part, pattern in (
             ("projector", _pattern(cls.projector)),
             ("tower", _pattern(cls.tower)),
@@ -75,8 +77,8 @@ class Family:
     def not_quantised(cls) -> str:
         """A pattern for the full names of tower and projector, which stay in 16 bits.
 
-        transformers matches from the start of a full name: a bare "vision_tower" would match
-        nothing, and the tower would be quantised without a warning.
+        transformers matches the pattern from the start of a module's full name. A bare
+        "vision_tower" would match no module, and the tower would be quantised without a warning.
         """
         return rf"(?:.*\.)?(?:{'|'.join((*cls.tower, *cls.projector))})"
 
@@ -100,10 +102,10 @@ register_family = FAMILIES.register
 
 
 def family_of(model: nn.Module | Any) -> type[Family]:
-    """The family of a model or of a config; `Family` itself if it has no entry.
+    """The family of a model or of a config; `Family` itself if the model type has no entry.
 
     Args:
-        model: A config, or a model, whatever is wrapped around it.
+        model: A config, or a model with or without wrappers.
     """
     if isinstance(model, nn.Module):
         inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
@@ -115,7 +117,7 @@ def tower_of(model: nn.Module) -> nn.Module:
     """The vision tower of a model.
 
     Raises:
-        InputError: No module has one of the family's names for it.
+        InputError: No module has one of the family's names for a tower.
     """
     names = family_of(model).tower
     for name, module in model.named_modules():
@@ -224,7 +226,7 @@ def _of_the_hub(processor: ProcessorMixin) -> bool:
 def llava_images(
     side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> BaseImageProcessor:
-    """LLaVA-1.5's own image processor: it pads to a square with the mean colour, then resizes.
+    """The LLaVA-1.5 authors' image processor: pad to a square with the mean colour, then resize.
 
     Args:
         side: Height and width of the model's input, in pixels.

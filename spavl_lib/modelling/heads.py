@@ -19,10 +19,10 @@ HEAD_FILE, HEAD_CONFIG = "score_head.safetensors", "reward_config.json"
 
 
 def last_token_index(attention_mask: Tensor) -> Tensor:
-    """Position of each row's last token that is no padding, whatever the padding side.
+    """Index of each row's last token that is not padding. Padding may be on either side.
 
     Args:
-        attention_mask: (batch, length), 1 where there is a token.
+        attention_mask: (batch, length), 1 on tokens, 0 on padding.
 
     Returns:
         (batch,), int64.
@@ -32,7 +32,7 @@ def last_token_index(attention_mask: Tensor) -> Tensor:
 
 
 def in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
-    """A scalar head's output in fp32. In bf16 scores near 4 would be 0.02 apart.
+    """A scalar head's output in fp32. bf16 can only represent scores near 4 in steps of 0.02.
 
     Args:
         head: The scalar head, with fp32 weights.
@@ -46,7 +46,7 @@ def in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
 
 
 class ScalarHeadModel(nn.Module):
-    """The backbone of an image-text-to-text model, and a linear head without bias, in fp32."""
+    """The backbone of an image-text-to-text model, and an fp32 linear head without bias."""
 
     def __init__(self, vlm: nn.Module):
         super().__init__()
@@ -76,12 +76,12 @@ class ScalarHeadModel(nn.Module):
         """Score each row at its last token.
 
         Args:
-            completion_mask: (batch, length), 1 on the tokens of the answer; or None.
+            completion_mask: (batch, length), 1 on the tokens of the response; or None.
             batch: `input_ids` and `attention_mask` (batch, length), and the image tensors.
 
         Returns:
-            Scores (batch,), fp32. With `completion_mask` also the mean log-probability in nats of
-            each row's answer tokens (batch,), by the language-model head.
+            Scores (batch,), fp32. With `completion_mask` also each row's mean log-probability of
+            its response tokens (batch,), in nats, computed with the language-model head.
         """
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
@@ -98,12 +98,14 @@ class ScalarHeadModel(nn.Module):
 
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
-    """Write a reward model into a folder, as safetensors. The main process writes.
+    """Write a reward model into a folder, as safetensors. Only the main process writes.
+
+    Every process must call it, because ZeRO-3 gathers the weights from all processes.
 
     Args:
         model: The reward model.
-        folder: Takes the adapter or the weights, the projector and the head.
-        config: The base model, which the folder names.
+        folder: Target of the adapter or the full weights, the projector and the head.
+        config: The base model. Its name and the hashes of its weights are written too.
     """
     state = zero_parameters.for_saving(model.vlm)
     head = zero_parameters.whole({"score.weight": model.score.weight})
@@ -120,10 +122,11 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
 
 
 def check_reward_model(config: ModelConfig, folder: Path) -> None:
-    """Check that a folder holds a reward model of this base, with the same kind of adapter.
+    """Check that a folder holds a reward model of this base, with an adapter if the policy has one.
 
     Raises:
-        InputError: A file is missing, the base is another, or only one of the two is an adapter.
+        InputError: A file is missing, the base differs, or only one of policy and reward model is
+            an adapter.
     """
     for name in (HEAD_CONFIG, HEAD_FILE):
         if not (folder / name).is_file():
@@ -146,14 +149,14 @@ def check_reward_model(config: ModelConfig, folder: Path) -> None:
 
 
 def load_head(folder: Path, size: int) -> nn.Linear:
-    """The scalar head alone.
+    """The scalar head of a reward model, without the backbone.
 
     Args:
         folder: A reward trainer's `model/`.
         size: Width of the backbone's hidden states.
 
     Raises:
-        InputError: The head is for a backbone of another width.
+        InputError: The head was trained for a backbone of another width.
     """
     weight = load_file(folder / HEAD_FILE)["score.weight"]
     if weight.shape != (1, size):
@@ -167,14 +170,14 @@ def load_head(folder: Path, size: int) -> nn.Linear:
 
 
 def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
-    """Load a reward model that `save_reward_model` wrote; its scores are equal.
+    """Load a reward model that `save_reward_model` wrote. It gives the same scores as before.
 
     Args:
         config: The policy's base model.
         folder: A reward trainer's `model/`.
 
     Raises:
-        InputError: As `check_reward_model`.
+        InputError: See `check_reward_model`.
     """
     check_reward_model(config, folder)
     model = ScalarHeadModel(load_policy(config, folder))

@@ -1,9 +1,10 @@
-"""Rewrite checkpoints of the original LLaVA code (`llava_llama`) so that transformers reads them.
+"""Rewrite checkpoints of the LLaVA authors' code (`llava_llama`) so that transformers reads them.
 
     spavl model import SRC DST [--tower CLIP]
 
-SPA-VL's released weights are in that layout. The result has the layout of
-`llava-hf/llava-1.5-7b-hf`. One shard is read at a time, so memory holds one shard.
+The weights that the SPA-VL authors released are in that layout, which this module calls "the
+original layout". The result has the layout of `llava-hf/llava-1.5-7b-hf`. Memory holds one shard at
+a time.
 """
 
 import re
@@ -29,8 +30,8 @@ NAMES = (
 )
 # What of the tower's output is used, as the original code and transformers call it.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # computed when a model is made
-VOCABULARY_MULTIPLE = 64  # rows are added up to a multiple of this, as on the Hub
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # recomputed when a model is created
+VOCABULARY_MULTIPLE = 64  # embedding rows are padded to a multiple of this, as on the Hub
 # Settings of the original code that change what the model is given: the value if config.json names
 # none, and the values that can be imported.
 TAKEN: dict[str, tuple[Any, tuple]] = {
@@ -39,7 +40,7 @@ TAKEN: dict[str, tuple[Any, tuple]] = {
     "mm_vision_select_feature": ("patch", tuple(STRATEGIES)),
     "mm_use_im_start_end": (False, (False, None)),  # tokens around the image, which have weights
 }
-# Sizes of openai/clip-vit-large-patch14-336, which LLaVA-1.5 names without describing it.
+# Sizes of openai/clip-vit-large-patch14-336. LLaVA-1.5's config.json names this tower only.
 CLIP_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
@@ -61,19 +62,19 @@ def new_name(name: str) -> str | None:
 
 
 def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[str, Any]:
-    """Rewrite a checkpoint of the original code.
+    """Rewrite a checkpoint from the original layout into transformers' layout.
 
     Args:
         source: Folder with config.json (`llava_llama`), safetensors and tokenizer.
-        target: New folder, loadable by `AutoModelForImageTextToText`.
-        tower: Folder of the CLIP tower, where the checkpoint does not hold it.
+        target: A new or empty folder. `AutoModelForImageTextToText` can load the result from it.
+        tower: Folder of the CLIP tower, needed if the checkpoint does not hold the tower.
 
     Returns:
         Number of tensors, and number of values by part.
 
     Raises:
-        InputError: The source is no such checkpoint, a tensor is missing, doubled or damaged, or
-            the target is not empty.
+        InputError: The source is not in the original layout, a tensor is missing, doubled or
+            damaged, or the target is not empty.
     """
     original = _read_config(source)
     if target.exists() and any(target.iterdir()):
@@ -142,7 +143,7 @@ def _sources(shards: list[Path], tower: Path | None) -> list[tuple[Path, Any]]:
 
 
 def _tower_name(name: str) -> str | None:
-    """New name of a tensor of OpenAI's CLIP; None for its text model and for buffers."""
+    """A CLIP tensor's name in transformers' LLaVA; None for CLIP's text model and for buffers."""
     keep = name.startswith("vision_model.") and not BUFFERS.search(name)
     return f"vision_tower.{name}" if keep else None
 
@@ -153,7 +154,7 @@ def _renamed(
     named: dict[str, Tensor] = {}
     try:
         with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - no mapping
+            for name in handle.keys():  # noqa: SIM118 - a safetensors handle is not iterable
                 new = rename(name)
                 if new is None:
                     continue
@@ -169,7 +170,14 @@ def _renamed(
 
 
 def _with_rows(weight: Tensor, rows: int, vocabulary: int, path: Path) -> Tensor:
-    """Add rows for the image and padding tokens: the mean of all rows, so none is preferred."""
+    """Add rows for the image and padding tokens, and up to `rows`. Each is the mean of all rows.
+
+    Args:
+        weight: Embedding or head (vocabulary or more, hidden).
+        rows: Rows of the result.
+        vocabulary: Rows of `weight` that belong to tokens.
+        path: The file, for the error message.
+    """
     if weight.shape[0] < vocabulary:
         raise InputError(
             f"{path}: {weight.shape[0]} rows of the vocabulary, but config.json says {vocabulary}"
@@ -259,7 +267,7 @@ def _processor(config: Any, tokenizer: Any, original: dict) -> Any:
 
 
 def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
-    """Check that exactly the tensors were written that the model has.
+    """Check that the written tensors are exactly the model's parameters.
 
     Raises:
         InputError: Names the first tensors that are missing or unexpected.
@@ -282,7 +290,7 @@ def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
 
 
 def hub_name(name: str) -> str:
-    """The name that the Hub's LLaVA-1.5 files give to a parameter in memory."""
+    """The name in the Hub's LLaVA-1.5 files of a parameter with this name in memory."""
     if name.startswith("lm_head."):
         return f"language_model.{name}"
     name = name.removeprefix("model.")

@@ -36,20 +36,20 @@ from spavl_lib.modelling.speed.host import (
 )
 from spavl_lib.runs.files import sha256_file
 
-# Files of a model's folder that its outputs depend on: weights, configs, tokenizer, template.
+# Endings of the files that a model's outputs depend on: weights, configs, tokenizer, template.
 MODEL_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
-BASE_FILE = "base.json"  # beside a trained adapter: the base it belongs to
+BASE_FILE = "base.json"  # lies beside a trained adapter, and describes the adapter's base model
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and warnings that a reader can do nothing about."""
+    """Silence progress bars, and a warning that users can do nothing about."""
     transformers_logging.disable_progress_bar()
     # transformers renamed this attribute; trl and peft still use the old name.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated")
 
 
 def model_path(config: ModelConfig) -> str:
-    """A folder or Hub id; the embedded model lies in the package."""
+    """The model's folder or Hub id. The embedded model's folder lies inside this package."""
     return str(ASSETS / "model") if config.name == "embedded" else config.name
 
 
@@ -68,16 +68,16 @@ def compute_dtype() -> torch.dtype:
 
 
 def autocast() -> torch.autocast:
-    """A context in which matrix products are in `compute_dtype`, whatever the weights' dtype."""
+    """A context that computes matrix products in `compute_dtype`, whatever the weights' dtype."""
     dtype = compute_dtype()
     return torch.autocast(device().type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def load_processor(config: ModelConfig) -> ProcessorMixin:
-    """The model's processor, with its family's corrections and padding on the left.
+    """The model's processor, with the corrections of the model's family and padding on the left.
 
     Raises:
-        InputError: It cannot be loaded.
+        InputError: The processor cannot be loaded.
     """
     try:
         model = _read_config(config)
@@ -95,7 +95,7 @@ def load_processor(config: ModelConfig) -> ProcessorMixin:
 
 
 def context_length(config: ModelConfig) -> int:
-    """Tokens that fit into the model's context; 0 if its config does not say.
+    """The model's context length in tokens; 0 if the model's config does not say.
 
     Raises:
         InputError: The config cannot be loaded.
@@ -105,10 +105,10 @@ def context_length(config: ModelConfig) -> int:
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
-    """The model's architecture, as transformers describes it.
+    """The model's transformers config.
 
     Raises:
-        InputError: It cannot be loaded.
+        InputError: The config cannot be loaded.
     """
     try:
         return _read_config(config)
@@ -135,7 +135,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     """The base model in evaluation mode, in 4 bits for QLoRA.
 
     Raises:
-        InputError: It cannot be loaded, or takes no images.
+        InputError: The model cannot be loaded, or takes no images.
     """
     quiet_libraries()
     settle_threads()
@@ -162,7 +162,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load model {config.name!r}: {why(error)}") from error
-    # Loading under ZeRO-3 records renamings that were never made, and saving would undo them.
+    # Under ZeRO-3 transformers also records renamings that it did not apply. Saving would reverse
+    # those, too.
     if renamings := getattr(model, "_weight_conversions", None):
         model._weight_conversions = [r for r in renamings if r.was_used()]
     if quantisation is not None:
@@ -175,8 +176,9 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
 def _without_inference_weights(model: PreTrainedModel) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on CPUs that have bf16 instructions.
 
-    Its linear layers do so, for good, in the first pass in evaluation mode. Scales are then rounded
-    to bf16, and products have no gradient any more, not even in training.
+    bitsandbytes repacks a linear layer in the layer's first forward pass in evaluation mode, and
+    does not reverse it. Afterwards the scales are rounded to bf16, and the layer's product has no
+    gradient, not even in training mode.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -184,7 +186,10 @@ def _without_inference_weights(model: PreTrainedModel) -> None:
 
 
 def _straight_to_gpu() -> dict[str, Any]:
-    """Options that load each tensor straight to the GPU: 7B weights do not fit Colab's 12.7 GB."""
+    """Options that load each tensor directly to the GPU.
+
+    Loading through main memory would need more than Colab's 12.7 GB for a 7B model.
+    """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     if not torch.cuda.is_available() or is_deepspeed_zero3_enabled():
@@ -193,7 +198,7 @@ def _straight_to_gpu() -> dict[str, Any]:
 
 
 def why(error: BaseException) -> str:
-    """Why a model could not be loaded, and what to do; else the library's own message."""
+    """Why a model could not be loaded, and what to do. Other errors keep the library's message."""
     from huggingface_hub import errors
 
     chain = [error]
@@ -218,15 +223,15 @@ def why(error: BaseException) -> str:
 
 
 def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedModel:
-    """A model for inference: the base, or a trained one.
+    """A model for inference: the base model or a trained model.
 
     Args:
         config: The base model.
-        trained: A trainer's `model/`, a PEFT adapter over the base or a whole model; None for the
-            base.
+        trained: A trainer's `model/`, which holds a PEFT adapter over the base or a complete model.
+            None loads the base.
 
     Raises:
-        InputError: The folder holds neither, or its adapter belongs to another base.
+        InputError: `trained` holds neither, or its adapter belongs to another base.
     """
     if trained is None:
         return load_model(config)
@@ -244,7 +249,7 @@ def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedM
 
 
 def _check_base(description: Path, config: ModelConfig) -> None:
-    """Refuse an adapter whose base has changed: it would give other answers, and no error."""
+    """Refuse an adapter whose base has changed, because it would silently give other responses."""
     if not description.is_file():
         return
     trained_on = json.loads(description.read_text(encoding="utf-8"))["files"]
@@ -266,9 +271,9 @@ def weights_sha256(config: ModelConfig) -> dict[str, str]:
 
 
 def model_hashes(config: ModelConfig) -> dict[str, str]:
-    """File name -> sha256 of each file of a local model that its outputs depend on.
+    """File name -> sha256 of each file that a local model's outputs depend on.
 
-    For a Hub id `commit` -> its commit, if that is known.
+    For a Hub id the result is `commit` -> the model's commit, or empty if the commit is unknown.
     """
     folder = Path(model_path(config))
     if not folder.is_dir():
@@ -284,11 +289,11 @@ def model_hashes(config: ModelConfig) -> dict[str, str]:
 
 
 def load_counter(name: str, max_length: int = 0) -> tuple[ProcessorMixin, int]:
-    """The processor of a model, and the largest number of tokens of a sequence.
+    """The processor of a model, and the largest number of tokens that a sequence may have.
 
     Args:
         name: Model, as in the setting `model.name`.
-        max_length: The limit; 0 for the model's context.
+        max_length: The limit in tokens. 0 uses the model's context length.
     """
     config = ModelConfig(name=name, adapter="full")
     return load_processor(config), max_length or context_length(config)

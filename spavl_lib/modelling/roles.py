@@ -1,13 +1,14 @@
 """The four models of PPO behind one forward: policy, reference, value and reward model.
 
-With LoRA or QLoRA one base model in memory plays all four roles: policy, value and reward model
-each have an adapter, the latter two a scalar head, and the reference is the base without adapters.
-LLaVA-RLHF did this first (Sun et al. 2023, arXiv:2309.14525). In full fine-tuning they are separate
-models.
+With LoRA or QLoRA one base model in memory plays all four roles. Policy, value and reward model
+each have an adapter, value and reward model also have a scalar head, and the reference is the base
+model without adapters. LLaVA-RLHF did this first (Sun et al. 2023, arXiv:2309.14525). In full
+fine-tuning the four roles are separate models.
 
-A role's backward pass must run before the next role's forward pass. Otherwise the adapter is
-switched under a graph that still needs it: the graph then gets no gradient or, with recomputed
-activations, the gradient of another adapter. No library warns of this, so `forward` raises.
+A role's backward pass must run before the next role's forward pass, which switches the adapter.
+After a switch, the first role's adapter may get no gradient. With gradient checkpointing, the
+backward pass recomputes activations with the new adapter, so that the wrong adapter gets gradients.
+No library warns of this, so `forward` raises an error.
 """
 
 import contextlib
@@ -35,13 +36,16 @@ from spavl_lib.modelling.load import load_model
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 
 ROLES = ("policy", "reference", "value", "reward")
-NEVER = -1e9  # logit of a forbidden token: probability 0, and no NaN gradient as with -inf
-# PEFT saves the adapter named "default" in the top folder, where other tools look for it.
+NEVER = -1e9  # logit of a forbidden token: its probability is 0; -inf would give NaN gradients
+# PEFT saves the adapter named "default" in the top folder, where other tools look for an adapter.
 ADAPTERS = {"policy": "default", "value": "value", "reward": "reward"}
 
 
 class Roles(nn.Module):
-    """Base of both arrangements: `forward` by role, over left-padded prompts with answers."""
+    """Base class of `OneBase` and `SeparateModels`.
+
+    `forward` computes one role. Each row is a left-padded prompt followed by a response.
+    """
 
     value_head: nn.Linear
     reward_head: nn.Linear
@@ -52,19 +56,19 @@ class Roles(nn.Module):
         self._needs_backward: str | None = None
 
     def vlm_of(self, role: str) -> nn.Module:
-        """The image-text-to-text model of a role."""
+        """The image-text-to-text model that plays a role."""
         raise NotImplementedError
 
     def as_role(self, role: str) -> contextlib.AbstractContextManager:
-        """A context in which `vlm_of(role)` computes as that role."""
+        """A context in which the role's adapter, if there is one, is active in `vlm_of(role)`."""
         raise NotImplementedError
 
     def towers(self) -> list[nn.Module]:
-        """Every vision tower once. All hold the same weights."""
+        """The distinct vision-tower modules. They all hold the same weights."""
         raise NotImplementedError
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """The parameters that are trained for `policy` or `value`."""
+        """The trained parameters of a role, which is `policy` or `value`."""
         raise NotImplementedError
 
     def forward(
@@ -80,19 +84,19 @@ class Roles(nn.Module):
 
         Args:
             role: One of `ROLES`.
-            width: Columns of the answers, which end every row; `reward` does not use it.
+            width: The last `width` columns of every row hold the response. `reward` ignores it.
             temperature: Divides the logits, as in sampling.
             entropy_gradient: Whether the entropy has a gradient, which costs memory.
             batch: `input_ids` and `attention_mask` (batch, length), and the image tensors.
 
         Returns:
-            policy and reference: log-probability of each answer token, and entropy of the
-            distribution it came from, both (batch, width), fp32, in nats. value: value of the state
-            before each answer token (batch, width), fp32. reward: score of each row at its last
-            token (batch,), fp32.
+            For policy and reference: the log-probability of each response token, and the entropy of
+            the distribution that predicts the token; both (batch, width), fp32, in nats. For value:
+            the value of the state before each response token (batch, width), fp32. For reward: the
+            score of each row at its last token (batch,), fp32.
 
         Raises:
-            RuntimeError: Another role still needs its backward pass.
+            RuntimeError: Another role's backward pass has not run yet.
         """
         recording = torch.is_grad_enabled()
         if recording and self._needs_backward not in (None, role):
@@ -109,7 +113,8 @@ class Roles(nn.Module):
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
                 return (in_fp32(self.reward_head, hidden[rows, last]),)
-            # torch multiplies a strided view row by row, with copies of the whole head.
+            # Contiguous, because for a strided view torch multiplies each row of the batch
+            # separately, and copies the head's whole weight for each of them.
             states = hidden[:, -width - 1 : -1].contiguous()
             if role == "value":
                 return (in_fp32(self.value_head, states),)
@@ -127,7 +132,7 @@ class Roles(nn.Module):
 
 
 class OneBase(Roles):
-    """LoRA and QLoRA: one base model, and an adapter for each role but the reference."""
+    """LoRA and QLoRA: one base model, and one adapter for each role except the reference."""
 
     def __init__(
         self,
@@ -147,16 +152,20 @@ class OneBase(Roles):
         self._switch("policy")
 
     def vlm_of(self, role: str) -> nn.Module:
-        """The base model with its adapters."""
+        """The base model with all adapters; it plays every role."""
         return self.vlm
 
     @contextlib.contextmanager
     def as_role(self, role: str) -> Iterator[None]:
-        """Switch to a role's adapter, which stays on: the backward pass may recompute with it."""
+        """Switch to a role's adapter; for `reference`, disable all adapters inside the context.
+
+        A role's adapter stays active after the context, because with gradient checkpointing the
+        backward pass recomputes activations with it.
+        """
         if role == "reference":
             with self.vlm.disable_adapter():
                 yield
-            self._restore()
+            self._set_trainable()
         else:
             self._switch(role)
             yield
@@ -166,7 +175,7 @@ class OneBase(Roles):
         return [tower_of(self.vlm)]
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """The role's adapter and projector; for `value` also its head."""
+        """The role's adapter and projector. For `value` also the scalar head."""
         head = list(self.value_head.parameters()) if role == "value" else []
         return self._adapters[role] + head
 
@@ -174,10 +183,13 @@ class OneBase(Roles):
         if self._active != role:
             self.vlm.set_adapter(ADAPTERS[role])
             self._active = role
-            self._restore()
+            self._set_trainable()
 
-    def _restore(self) -> None:
-        # PEFT makes the active adapter trainable and freezes all others.
+    def _set_trainable(self) -> None:
+        """Make the policy's and the value model's adapters trainable, and freeze the reward's.
+
+        When PEFT switches or disables adapters, it also changes `requires_grad` of all of them.
+        """
         for role, parameters in self._adapters.items():
             for parameter in parameters:
                 parameter.requires_grad_(role != "reward")
@@ -204,7 +216,7 @@ class SeparateModels(Roles):
         return getattr(self, role)
 
     def as_role(self, role: str) -> contextlib.AbstractContextManager:
-        """Nothing to switch: every role has a model."""
+        """An empty context: every role has its own model, so nothing is switched."""
         return contextlib.nullcontext()
 
     def towers(self) -> list[nn.Module]:
@@ -212,7 +224,7 @@ class SeparateModels(Roles):
         return [tower_of(self.vlm_of(role)) for role in ROLES]
 
     def trainable_of(self, role: str) -> list[nn.Parameter]:
-        """The trained parameters of the role's model; for `value` also its head."""
+        """The trained parameters of the role's model. For `value` also the scalar head."""
         trained = [p for p in self.vlm_of(role).parameters() if p.requires_grad]
         return trained + (list(self.value_head.parameters()) if role == "value" else [])
 
@@ -227,13 +239,14 @@ def load_roles(
     """Load all roles: policy and reference from the base, value and reward from a reward model.
 
     Args:
-        config: The base model, and what of it trains.
+        config: The base model, and the settings that say which of its parameters train.
         reward_folder: A reward trainer's `model/`.
-        forbidden_ids: Tokens the policy may never generate: image slots, padding, BOS.
-        masters: Whether to keep trained parameters in fp32. DeepSpeed does that itself.
+        forbidden_ids: Token ids that the policy must never generate: image slots, padding, BOS.
+        masters: Whether to cast trained parameters to fp32. False under DeepSpeed, which keeps fp32
+            master weights itself.
 
     Raises:
-        InputError: As `check_reward_model`.
+        InputError: See `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
     if not config.with_lora:
@@ -266,9 +279,9 @@ def load_reward_adapter(
     """Add a reward model's adapter and projector to a base model, for one role.
 
     Args:
-        vlm: The base model; changed in place.
+        vlm: The base model with adapters; changed in place.
         folder: A reward trainer's `model/`.
-        role: Role that the adapter plays.
+        role: Role that the adapter will play.
         trainable: Whether the adapter is trained.
 
     Raises:

@@ -1,6 +1,7 @@
 """Google Colab: settings by GPU, runs on Drive, and a message if the runtime needs a restart.
 
-Each notebook's second cell installs the package, with its pins, on Colab alone, and calls `set_up`.
+On Colab, the second code cell of each notebook installs the package with its pinned dependencies
+and calls `set_up`. Elsewhere the cell does nothing.
 """
 
 import importlib.metadata
@@ -16,7 +17,8 @@ from spavl_lib.runs.text import say
 DRIVE = Path("/content/drive/MyDrive")
 # Modules that Colab's kernel loads before the first cell runs.
 LOADED_EARLY = {"numpy": "numpy", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow"}
-# Batch size times accumulation is the same on each, so that the steps are those of the profile.
+# The product of batch size and accumulation steps is the profile's on every GPU, so the number of
+# optimizer steps is the same too.
 SETTINGS: dict[str, dict[str, Any]] = {
     "t4": {},
     "l4": {
@@ -41,15 +43,15 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """On Colab, choose settings for the GPU and the runs folder, and print both.
 
     Args:
-        profile: The notebook's profile. Only `colab` gets settings by GPU.
+        profile: The notebook's profile. Settings by GPU exist only for `colab`.
         overrides: The notebook's overrides; they take precedence over the chosen settings.
 
     Returns:
-        The overrides that the notebook should use; outside of Colab those that were passed.
+        The overrides that the notebook should use. Outside of Colab these are the given ones.
 
     Raises:
-        InputError: A loaded module is older than the installed one, so the runtime needs a
-            restart; or the profile is `colab` and there is no GPU.
+        InputError: A module in memory has another version than the installed one, so the runtime
+            needs a restart; or the profile is `colab` and there is no GPU.
     """
     if not on_colab():
         return overrides
@@ -58,7 +60,7 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
         os.environ.setdefault("SPAVL_RUNS", str(DRIVE / "spavl-runs"))
         say(f"runs      {os.environ['SPAVL_RUNS']}: after a disconnect run the same cells again")
     else:
-        say("runs      on this machine only, and lost with it; mount Drive (the folder icon) first")
+        say("runs      lost when this machine goes; to keep them, mount Drive first (folder icon)")
     if profile != "colab":
         return overrides
     if not gpus():

@@ -1,7 +1,7 @@
-"""One notebook, executed by papermill in a kernel of this Python, strictly.
+"""Execute one notebook with papermill, in a kernel that runs this Python.
 
-A notebook has succeeded when every cell ran without an error and its stage's summary.json exists;
-papermill's own verdict does not count.
+A notebook has succeeded if every cell ran without an error and the stage's summary.json exists.
+This is checked here, because papermill reports success in more cases.
 """
 
 import contextlib
@@ -46,11 +46,11 @@ from spavl_lib.runs.text import say, short_path
 PARAMETERS = ("profile", "seed", "run_name", "overrides")
 
 
-STATUS_EVERY_S = 15.0  # without a terminal, a line of status replaces the progress bar
+STATUS_EVERY_S = 15.0  # without a terminal, a status line at this interval replaces the bar
 
 
 class NotebookError(SpavlError):
-    """A notebook failed for a reason that is not one of `spavl_lib.errors`."""
+    """A notebook failed with an error that is not one of `spavl_lib.errors`."""
 
     exit_code = 1
 
@@ -72,15 +72,15 @@ def list_notebooks(folder: Path | None = None) -> list[Path]:
 
 
 def stage_of(notebook: Path) -> str:
-    """The stage that a notebook makes.
+    """The name of the stage that a notebook belongs to.
 
     Raises:
-        InputError: No stage names this notebook.
+        InputError: The notebook belongs to no stage of `stages`.
     """
     spec = stages.of_notebook(notebook.stem)
     if spec is None:
         known = ", ".join(s.notebook_stem for s in stages.all_stages().values() if s.notebook)
-        raise InputError(f"{notebook} makes no known stage; known notebooks: {known}")
+        raise InputError(f"{notebook} belongs to no stage; notebooks of stages: {known}")
     return spec.name
 
 
@@ -89,32 +89,33 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
 
     Args:
         name: Such as `dpo`, `04_dpo` or `04_dpo.ipynb`; a folder in front is ignored.
-        folder: Folder to search, `notebooks_folder()` if not given.
+        folder: Folder to search; None for `notebooks_folder()`.
 
     Raises:
-        InputError: There is no such notebook; names the nearest.
+        InputError: There is no such notebook; the message suggests the most similar name.
     """
     folder = folder or notebooks_folder()
-    asked = Path(name).name.removesuffix(".ipynb")
+    stem = Path(name).name.removesuffix(".ipynb")
     paths = list_notebooks(folder)
     aliases = {path.stem[3:]: path for path in reversed(paths)}
     paths += [p for s in stages.all_stages().values() if (p := Path(s.notebook)).is_absolute()]
     for path in paths:
         spec = stages.of_notebook(path.stem)
         aliases |= {path.stem: path} | ({spec.name: path} if spec else {})
-    if asked in aliases:
-        return aliases[asked]
+    if stem in aliases:
+        return aliases[stem]
     if not list_notebooks(folder):
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
     known = ", ".join(path.stem for path in paths)
-    raise InputError(f"unknown notebook {name!r}{nearest(asked, aliases)} (known: {known})")
+    raise InputError(f"unknown notebook {name!r}{nearest(stem, aliases)} (known: {known})")
 
 
 def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
-    """Raise if a notebook does not declare the given parameters; papermill only warns.
+    """Raise if a notebook does not declare the given parameters, of which papermill only warns.
 
     Raises:
-        InputError: The notebook has no parameters cell, or does not declare a parameter.
+        InputError: The file is not a notebook, has no cell tagged `parameters`, or that cell does
+            not declare a given parameter.
     """
     import nbformat
     import papermill as pm
@@ -145,44 +146,47 @@ def run_notebook(
     folder: Path | None = None,
     timeout_s: int | None = None,
 ) -> Path:
-    """Execute a notebook in a kernel of this Python, from the checkout's root.
+    """Execute a notebook in a kernel that runs this Python in the checkout's root.
 
-    SIGINT and SIGTERM interrupt the kernel, and this process then waits for it, so that a training
-    cell can write its checkpoint. The third signal kills the kernel.
+    SIGINT and SIGTERM interrupt the kernel. This process then waits for the kernel, so that a
+    training cell can write its checkpoint. The third signal kills the kernel.
 
     Args:
         name: Name of the notebook, as for `find_notebook`.
-        config: The config that the notebook will resolve; its seed and run name are passed on.
-        overrides: Overrides of the profile, passed on to the notebook.
+        config: The resolved config. The notebook gets its seed, and resolves the same config from
+            `profile` and `overrides`.
+        overrides: Overrides of the profile, which the notebook gets as a parameter.
         run: The run; the executed notebook is written into its folder.
-        profile: Profile name or path for the notebook, `config.profile` if not given.
+        profile: Profile name or path that the notebook gets; None for `config.profile`.
         parameters: Further parameters of this notebook.
-        folder: Folder of the notebooks, `notebooks_folder()` if not given.
-        timeout_s: Longest time of a cell in seconds; no limit if not given.
+        folder: Folder of the notebooks; None for `notebooks_folder()`.
+        timeout_s: Longest time of a cell in seconds; None for no limit.
 
     Returns:
         Path of the executed notebook, `runs/<run>/<stage>/executed.ipynb`.
 
     Raises:
-        SpavlError: The notebook raised this error of the library.
-        NotebookError: Any other failure: an error, `sys.exit`, a dead kernel (`KernelDied`), a
-            timeout, no summary. The cells executed so far are kept in `failed.ipynb`.
-        Preempted: SIGTERM came; the same command resumes.
-        Interrupted: SIGINT came, and the notebook did not raise `Preempted`.
+        SpavlError: The notebook raised an error of the library, which is raised again here.
+        NotebookError: The notebook failed in another way: another error, `sys.exit`, a dead kernel
+            (`KernelDied`), a timeout, or a missing summary. `failed.ipynb` keeps the cells executed
+            so far.
+        Preempted: SIGTERM stopped the notebook, or SIGINT stopped a cell that saved its work; the
+            same command resumes.
+        Interrupted: SIGINT stopped the notebook outside of such a cell.
     """
     import papermill as pm
 
     notebook = find_notebook(name, folder)
     stage = run.stage(stage_of(notebook))
-    values = {
+    parameter_values = {
         "profile": profile or config.profile,
         "seed": config.seed,
         "run_name": run.name,
         "overrides": dict(overrides or {}),
         **(parameters or {}),
     }
-    check_parameters(notebook, values)
-    aside = stage.path / f".executed.{os.getpid()}.ipynb"
+    check_parameters(notebook, parameter_values)
+    unfinished = stage.path / f".executed.{os.getpid()}.ipynb"  # papermill writes cells to it
     execution = _Execution(notebook, stage)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
@@ -191,8 +195,8 @@ def run_notebook(
         with _quiet_papermill(), execution:
             executed = pm.execute_notebook(
                 notebook,
-                aside,
-                values,
+                unfinished,
+                parameter_values,
                 kernel_name="python3",
                 progress_bar=False,
                 execution_timeout=timeout_s,
@@ -201,27 +205,27 @@ def run_notebook(
                 on_cell_execute=execution.cell_execute,
                 on_cell_executed=execution.cell_executed,
             )
-        problem = _verdict(executed, notebook, stage)
+        problem = _hidden_failure(executed, notebook, stage)
     except Exception as error:
-        problem = _explained(error, execution)
+        problem = _error_to_raise(error, execution)
         if problem is None:
             raise
     if problem is None:
         target = stage.path / "executed.ipynb"
-        aside.replace(target)
+        unfinished.replace(target)
         (stage.path / "failed.ipynb").unlink(missing_ok=True)
         execution.kernel_log.unlink(missing_ok=True)
-        note_notebook(stage, executed, notebook, values)
+        note_notebook(stage, executed, notebook, parameter_values)
         write_status(stage, "done", notebook, execution.cell, exit_code=0)
-        if execution.stops:
-            raise execution.stopped(
-                f"{notebook.name} was at its last cell and is done; stopped after"
+        if execution.stop_signals:
+            raise execution.stop_error(
+                f"stopped after {notebook.name}, which was at its last cell and is complete"
             )
         return target
     stopped = isinstance(problem, Preempted | Interrupted)
     with contextlib.suppress(OSError, DiskError):  # the first error is the one to report
         failed = stage.path / "failed.ipynb"
-        keep_failed(aside, failed, notebook, str(problem))
+        keep_failed(unfinished, failed, notebook, str(problem))
         write_status(
             stage, "stopped" if stopped else "failed", notebook, execution.cell,
             cause=str(problem), exit_code=problem.exit_code,
@@ -236,19 +240,19 @@ class _Stop(Exception):
 
 
 class _Execution:
-    """The execution of a notebook: current cell, kernel process, progress bar, signals."""
+    """The state of a running notebook: current cell, kernel process, progress bar, signals."""
 
     def __init__(self, notebook: Path, stage: Stage):
         self.notebook, self.stage = notebook, stage
         self.kernel_log = stage.path / ".kernel.log"
-        self.pid: int | None = None
-        self.cell = 0
-        self.stops = 0
-        self.signal: int = signal.SIGINT
-        self.busy = False
-        self._cell_started = self._began = 0.0
-        self._over = threading.Event()
-        self.guards = contextlib.ExitStack()
+        self.kernel_pid: int | None = None
+        self.cell = 0  # number of the code cell that runs, or ran last
+        self.stop_signals = 0  # how many have come
+        self.last_signal: int = signal.SIGINT
+        self.cell_runs = False
+        self._cell_started = self._started = 0.0
+        self._ended = threading.Event()
+        self.at_exit = contextlib.ExitStack()
         self._old_handlers: dict[int, Any] = {}
 
     @property
@@ -256,104 +260,112 @@ class _Execution:
         """The notebook and the number of its current cell, as in the executed notebook."""
         return f"{self.notebook.name}, cell [{self.cell}]"
 
-    def stopped(self, text: str) -> SpavlError:
-        """The error for a stop: `Preempted` after SIGTERM, else `Interrupted`."""
-        return (Preempted if self.signal == signal.SIGTERM else Interrupted)(text)
+    def stop_error(self, text: str) -> SpavlError:
+        """The error to raise after a stop: `Preempted` after SIGTERM, else `Interrupted`."""
+        return (Preempted if self.last_signal == signal.SIGTERM else Interrupted)(text)
 
     def __enter__(self) -> "_Execution":
         from tqdm import tqdm
 
         cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
-        self._began = time.time()
-        self._code_cells = 1 + sum(c["cell_type"] == "code" for c in cells)
-        # The injected parameters add a cell. `disable=None` hides the bar without a terminal.
+        self._started = time.time()
+        # papermill adds a cell with the parameters; hence + 1 here and in the bar's total.
+        self._code_cells = sum(c["cell_type"] == "code" for c in cells) + 1
+        # `disable=None` hides the bar if there is no terminal.
         self._bar = tqdm(
             total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
         )
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._old_handlers[number] = signal.signal(number, self._on_signal)
-        self._ticker = threading.Thread(target=self._tick, daemon=True)
-        self._ticker.start()
+        self._progress = threading.Thread(target=self._show_progress, daemon=True)
+        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._ticker.join()
+        self._ended.set()
+        self._progress.join()
         self._bar.close()
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self.guards.close()
-        if self.pid:
-            # The kernel leads a process group, so that this also kills what it started.
+        self.at_exit.close()
+        if self.kernel_pid:
+            # The kernel leads a process group, so this also kills the processes that it started.
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.pid, signal.SIGKILL)
+                os.killpg(self.kernel_pid, signal.SIGKILL)
 
     def cell_start(self, cell: Any, cell_index: int) -> None:
-        """Called before each cell, also of text; a stop between cells takes effect here."""
-        if self.stops:
+        """papermill calls this before each cell of any kind. Raises if a stop was requested."""
+        if self.stop_signals:
             raise _Stop
         self._bar.update(cell_index - self._bar.n)
 
     def cell_execute(self, cell: Any, cell_index: int) -> None:
-        """Called before a code cell is sent to the kernel."""
+        """papermill calls this before it sends a code cell to the kernel."""
         self.cell += 1
-        self.busy = True
+        self.cell_runs = True
         self._cell_started = time.monotonic()
         write_status(self.stage, "running", self.notebook, self.cell)
 
     def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
-        """Called when the kernel has answered, also with an error.
+        """papermill calls this when the kernel has answered, with a result or with an error.
 
         Args:
             cell: The cell.
-            cell_index: Its place among all cells, those of text included.
+            cell_index: The cell's place among all cells, text cells included.
             execute_reply: The kernel's answer.
         """
-        self.busy = False
+        self.cell_runs = False
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self.stops += 1
-        self.signal = number
-        action = "killing" if self.stops > 2 else "interrupting and waiting for"
+        self.stop_signals += 1
+        self.last_signal = number
+        action = "killing" if self.stop_signals > 2 else "interrupting and waiting for"
         name = signal.Signals(number).name
         sys.stderr.write(f"\n{name}: {action} {self.place} (the third signal kills it)\n")
-        if self.stops > 2:
+        if self.stop_signals > 2:
             self._signal_kernel(self.cell, signal.SIGKILL)
             return
-        # A kernel ignores an interrupt until it has begun the cell; that takes up to half a second.
-        early = self._cell_started + 0.5 - time.monotonic()
-        if early > 0:
-            threading.Timer(early, self._signal_kernel, (self.cell, signal.SIGINT)).start()
+        # A kernel needs up to half a second to begin a cell, and ignores interrupts before that.
+        delay_s = self._cell_started + 0.5 - time.monotonic()
+        if delay_s > 0:
+            threading.Timer(delay_s, self._signal_kernel, (self.cell, signal.SIGINT)).start()
         else:
             self._signal_kernel(self.cell, signal.SIGINT)
 
     def _signal_kernel(self, cell: int, number: int) -> None:
-        if self.pid and self.busy and self.cell == cell and not self._over.is_set():
+        """Send a signal to the kernel if this cell still runs."""
+        still_runs = self.cell_runs and self.cell == cell and not self._ended.is_set()
+        if self.kernel_pid and still_runs:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, number)
+                os.kill(self.kernel_pid, number)
 
-    def _tick(self) -> None:
+    def _show_progress(self) -> None:
+        """Show the newest logged values, until the notebook ends: in the bar, or as lines."""
         shown_at = time.time()
-        while not self._over.wait(1):
-            logged = _last_logged(self.stage.metrics_path, self._began)
+        while not self._ended.wait(1):
+            logged = _last_logged(self.stage.metrics_path, self._started)
             if not self._bar.disable:
                 self._bar.set_postfix(logged)
             elif time.time() - shown_at >= STATUS_EVERY_S:
                 shown_at = time.time()
                 values = "".join(f", {key} {value:.6g}" for key, value in logged.items())
-                say(f"{self.place} of {self._code_cells}, {shown_at - self._began:.0f} s{values}")
+                say(f"{self.place} of {self._code_cells}, {shown_at - self._started:.0f} s{values}")
 
 
 def _kernel_class(execution: _Execution, run: Run) -> type:
-    """Kernel class that runs this Python in the checkout's root and notes its process id."""
+    """A kernel class that runs this Python in the checkout's root.
+
+    It writes the id of the kernel's process to `execution.kernel_pid`.
+    """
     import zmq
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs: Any):
-            # No folder is searched, because a kernel named python3 elsewhere may be another Python.
+            # Without folders to search, `python3` means this Python. An installed kernelspec of
+            # that name may mean another one.
             specs = KernelSpecManager(kernel_dirs=[])
             policy = "auto" if zmq.has("curve") else "disabled"
             super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
@@ -364,28 +376,29 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             }
-            # The log takes what the kernel prints outside of cells, such as a crash's message.
+            # What the kernel prints outside of cells, such as the message of a crash.
             execution.kernel_log.parent.mkdir(parents=True, exist_ok=True)
             with execution.kernel_log.open("w", encoding="utf-8") as log:
                 await super().start_kernel(
                     env=os.environ | variables, cwd=str(repo_root()), stderr=log, **kwargs
                 )
-            execution.pid = getattr(self.provisioner, "pid", None)
-            if execution.pid:
-                execution.guards.enter_context(killed_with_this_process(execution.pid))
+            execution.kernel_pid = getattr(self.provisioner, "pid", None)
+            if execution.kernel_pid:
+                execution.at_exit.enter_context(killed_with_this_process(execution.kernel_pid))
 
         async def shutdown_kernel(  # type: ignore[override]
             self, now: bool = False, restart: bool = False
         ) -> None:
-            # A kernel that still runs a cell, because of a timeout, would not answer a request.
-            await super().shutdown_kernel(now=now or execution.busy, restart=restart)
+            # After a timeout the kernel still runs the cell and would not answer a request to shut
+            # down, so it is killed at once.
+            await super().shutdown_kernel(now=now or execution.cell_runs, restart=restart)
 
     return Kernel
 
 
 @contextlib.contextmanager
 def _quiet_papermill() -> Iterator[None]:
-    """Silence papermill's log, which repeats our messages."""
+    """Silence papermill's log within the block; it repeats our messages."""
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -395,8 +408,12 @@ def _quiet_papermill() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
-    """The reason why a notebook failed although papermill reports success; None if it succeeded."""
+def _hidden_failure(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
+    """The error to raise for a notebook that failed although papermill reports success.
+
+    Returns:
+        The error; None if the notebook succeeded.
+    """
     for cell in executed.cells:
         if cell.cell_type != "code" or not cell.source.strip():
             continue
@@ -412,8 +429,8 @@ def _verdict(executed: Any, notebook: Path, stage: Stage) -> SpavlError | None:
     return None
 
 
-def _explained(error: Exception, execution: _Execution) -> SpavlError | None:
-    """The error to raise for a failed execution; None if the failure is an unexpected one."""
+def _error_to_raise(error: Exception, execution: _Execution) -> SpavlError | None:
+    """The error to raise instead of one that papermill raised; None if it is of no known kind."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -421,16 +438,16 @@ def _explained(error: Exception, execution: _Execution) -> SpavlError | None:
         kind = ERRORS.get(error.ename)
         if kind is not None:
             return kind(error.evalue)
-        if execution.stops or error.ename == "KeyboardInterrupt":
-            return execution.stopped(f"stopped in {execution.place}; the same command resumes")
+        if execution.stop_signals or error.ename == "KeyboardInterrupt":
+            return execution.stop_error(f"stopped in {execution.place}; the same command resumes")
         if error.ename == "OSError" and f"[Errno {errno.ENOSPC}]" in error.evalue:
             return DiskError(f"{execution.place}: {error.evalue}")
         return NotebookError(
             f"{execution.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
             f"\n  at: {_failing_line(error)}"
         )
-    if isinstance(error, _Stop) or execution.stops:
-        return execution.stopped(f"stopped after {execution.place}; the same command resumes")
+    if isinstance(error, _Stop) or execution.stop_signals:
+        return execution.stop_error(f"stopped after {execution.place}; the same command resumes")
     if isinstance(error, CellTimeoutError):
         return NotebookError(
             f"{execution.place} took longer than the timeout, so the kernel was stopped"
@@ -449,7 +466,7 @@ def _explained(error: Exception, execution: _Execution) -> SpavlError | None:
 
 
 def _failing_line(error: Any) -> str:
-    """The line of the failing cell nearest to the error."""
+    """The line of the failing cell at which the error arose; the first line if it is unknown."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
     lines = error.source.splitlines()
@@ -459,7 +476,12 @@ def _failing_line(error: Any) -> str:
 
 
 def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """Values for the progress bar from the last line that a trainer logged after `since`."""
+    """Values for the progress bar: the last line of the metrics file; empty if it is older.
+
+    Args:
+        path: The metrics file.
+        since: Time of the notebook's start, in seconds since the epoch.
+    """
     try:
         if path.stat().st_mtime < since:
             return {}

@@ -1,4 +1,4 @@
-"""Notebooks 01 to 06 in order."""
+"""Run notebooks 01 to 06 in order."""
 
 import time
 from pathlib import Path
@@ -31,21 +31,21 @@ def run_all(
 ) -> Path:
     """Execute notebooks 01 to 06 in order.
 
-    A complete stage with its executed notebook is kept. An interrupted one is run again and resumes
-    from its checkpoint. Every notebook, every existing stage and the judge are checked before the
-    first notebook runs.
+    A notebook is skipped if its stage is complete, its executed notebook exists, and no stage that
+    it builds on was made again. An interrupted stage resumes from its checkpoint. Every notebook,
+    every existing stage and the judge are checked before the first notebook runs.
 
     Args:
-        config: As `run_notebook` takes it.
-        overrides: As `run_notebook` takes it.
-        profile: As `run_notebook` takes it.
-        folder: As `run_notebook` takes it.
+        config: As for `run_notebook`.
+        overrides: As for `run_notebook`.
+        profile: As for `run_notebook`.
+        folder: As for `run_notebook`.
 
     Returns:
         The run's folder.
 
     Raises:
-        SpavlError: As `run_notebook`; also when a stage was made with other settings.
+        SpavlError: A notebook failed or was stopped, as in `run_notebook`; or a check failed.
     """
     run = Run(config)
     folder = folder or notebooks_folder()
@@ -57,14 +57,15 @@ def run_all(
     for path, stage in sequence.items():
         check_parameters(path)
         stage.check_config()
-    remade: set[str] = set()
+    made_now: set[str] = set()
     for path, stage in sequence.items():
-        # A stage whose upstream was made again runs again, and decides itself what to redo.
-        stale = remade & set(stages.find(stage.name).upstream)
+        # If an earlier stage was made now, this notebook runs; the stage's maker decides what to
+        # do again.
+        stale = made_now & set(stages.find(stage.name).upstream)
         if stage.done and (stage.path / "executed.ipynb").is_file() and not stale:
             say(f"{stage.name}: done, kept")
             continue
-        remade.add(stage.name)
+        made_now.add(stage.name)
         say(f"{stage.name}: running {path.name}")
         started = time.perf_counter()
         run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)

@@ -1,4 +1,4 @@
-"""What every notebook uses: its stage, and safe previews of images and text."""
+"""What every notebook uses: opening its stage, and safe previews of images and text."""
 
 from typing import Any
 
@@ -14,20 +14,20 @@ from spavl_lib.runs.stage import Run, Stage
 def open_stage(
     name: str, profile: str, *, seed: int = -1, run_name: str = "", overrides: dict | None = None
 ) -> tuple[Config, Stage]:
-    """Resolve a notebook's parameters and print the result.
+    """Resolve a notebook's parameters into a config, and print its main settings.
 
     Args:
         name: Stage, such as `dpo`.
         profile: Profile name or YAML path.
-        seed: Of weights, data order and sampling; below 0 for the profile's own.
-        run_name: Folder under runs/, the profile's name if empty.
+        seed: Random seed of weights, data order and sampling; below 0: the profile's seed.
+        run_name: Folder under runs/; empty: the profile's name.
         overrides: Dotted key -> value.
 
     Returns:
         The config and the stage's folder.
 
     Raises:
-        InputError: As `load_config`.
+        InputError: The profile or an override is wrong, as in `load_config`.
     """
     quiet_libraries()
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
@@ -51,11 +51,11 @@ def safe_image(cell: Any, *, reveal: bool = False) -> Image.Image:
 
 
 def safe_text(text: str, *, reveal: bool = False, limit: int = 60) -> str:
-    """A row's text, cut after some characters unless `reveal` is set.
+    """A row's text, cut to `limit` characters unless `reveal` is set.
 
     Args:
         text: The text.
-        reveal: Return the whole text.
+        reveal: Whether to return the whole text.
         limit: Number of characters to keep.
     """
     return text if reveal or len(text) <= limit else f"{text[:limit].rstrip()} [...]"
@@ -66,7 +66,7 @@ def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False) -> str:
 
     Args:
         row: The row.
-        fields: Names of the fields; empty ones are left out.
-        reveal: Do not cut texts.
+        fields: Names of the fields; a field without a value is left out.
+        reveal: Whether to keep long texts whole.
     """
     return "\n".join(f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f))

@@ -1,6 +1,8 @@
-"""How a notebook's execution ended: `status.json`, a banner on what failed, facts for the manifest.
+"""Record how a notebook's execution ended.
 
-papermill's own metadata call a killed kernel's cells completed; nothing here is read from them.
+`status.json` holds the state, a banner in `failed.ipynb` the cause of a failure, and the manifest
+which notebook made the stage. The state does not come from papermill's metadata, in which the cells
+of a killed kernel are completed.
 """
 
 import contextlib
@@ -19,33 +21,36 @@ from spavl_lib.runs.stage import Stage
 
 
 def write_status(stage: Stage, state: str, notebook: Path, cell: int, **more: Any) -> None:
-    """Write `status.json`. After a process has died it still says `running`, the pid and the cell.
+    """Write `status.json`.
+
+    If this process dies, the file stays as it is: state `running`, with the process id and the
+    cell.
 
     Args:
         stage: The stage that the notebook makes.
         state: running, done, failed or stopped.
         notebook: The notebook's path.
         cell: Number of the code cell that runs, or ran last.
-        more: `cause` and `exit_code`.
+        more: Further entries of the file: `cause` and `exit_code`.
     """
     page = {"state": state, "notebook": notebook.name, "cell": cell, "pid": os.getpid()}
     at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(stage.path / "status.json", page | {"at": at} | more)
 
 
-def keep_failed(aside: Path, target: Path, source: Path, cause: str) -> None:
-    """Keep the executed part of a failed notebook, with the cause in a banner on top.
+def keep_failed(unfinished: Path, target: Path, source: Path, cause: str) -> None:
+    """Keep the executed part of a failed notebook, with a banner on top that tells the cause.
 
     Args:
-        aside: File that papermill wrote; it may be damaged or missing.
+        unfinished: File that papermill wrote; it may be damaged or missing. It is deleted.
         target: File to write.
-        source: The original notebook, used if `aside` cannot be read.
+        source: The notebook that was executed; used if `unfinished` cannot be read.
         cause: The error's message.
     """
     import nbformat
 
     page = None
-    for path in (aside, source):
+    for path in (unfinished, source):
         with contextlib.suppress(OSError, ValueError, KeyError, nbformat.ValidationError):
             page = nbformat.read(path, as_version=4)
             break
@@ -57,11 +62,11 @@ def keep_failed(aside: Path, target: Path, source: Path, cause: str) -> None:
     )
     page.cells.insert(0, banner)
     keep_notebook(page, target)
-    aside.unlink(missing_ok=True)
+    unfinished.unlink(missing_ok=True)
 
 
 def keep_notebook(page: Any, target: Path) -> None:
-    """Write a notebook so that a reader sees the old or the new file, never half of one."""
+    """Write a notebook in one step: a reader sees the old or the new file, never half of one."""
     import nbformat
 
     from spavl_lib.runs.files import write_text
@@ -70,7 +75,7 @@ def keep_notebook(page: Any, target: Path) -> None:
 
 
 def remove_leftovers(stage: Stage) -> None:
-    """Remove files of executions whose process no longer runs."""
+    """Remove the unfinished notebooks of processes that no longer run."""
     for path in stage.path.glob(".executed.*.ipynb"):
         pid = path.name.split(".")[2]
         if pid.isdigit() and pid != str(os.getpid()):
@@ -88,8 +93,8 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
     Args:
         stage: The stage.
         executed: The executed notebook.
-        source: Path of the original notebook.
-        parameters: The parameters that were passed to it.
+        source: Path of the notebook that was executed.
+        parameters: The parameters that were passed to the notebook.
     """
     if not (stage.path / "manifest.json").is_file():
         return
@@ -100,13 +105,14 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
         for c in executed.cells
         if c.cell_type == "code"
     ]
-    plain = {k: v for k, v in parameters.items() if not (k == "profile" and os.sep in str(v))}
+    # A profile's path is left out, because it depends on the machine.
+    kept = {k: v for k, v in parameters.items() if not (k == "profile" and os.sep in str(v))}
     stage.manifest = read_json(stage.path / "manifest.json")
     stage.note(
         notebook={
             "name": source.name,
             "sha256": hashlib.sha256("\0".join(code).encode()).hexdigest(),
-            "parameters": plain,
+            "parameters": kept,
             "papermill": importlib.metadata.version("papermill"),
             "cell_times_s": times,
         }
@@ -117,17 +123,21 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
 def killed_with_this_process(group: int) -> Iterator[None]:
     """Within the block, kill a process group as soon as this process dies.
 
-    A kernel ends by itself within a second of its parent's death, but its child processes do not.
-    A shell waits on a pipe that only this process holds open.
+    A kernel ends by itself within a second of its parent's death, but the kernel's child processes
+    do not. A shell therefore waits on a pipe that only this process holds open, and kills the group
+    when the pipe closes.
+
+    Args:
+        group: Id of the process group.
     """
-    watch = subprocess.Popen(
+    watcher = subprocess.Popen(
         ["sh", "-c", f"read _; kill -s KILL -- -{group} 2>/dev/null"],
         stdin=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
         yield
     finally:
-        watch.kill()
-        watch.wait()
-        if watch.stdin:
-            watch.stdin.close()
+        watcher.kill()
+        watcher.wait()
+        if watcher.stdin:
+            watcher.stdin.close()

@@ -1,6 +1,7 @@
 """Direct preference optimisation: the loss of a pair.
 
-The trainer uses trl's loss. This one is the formula, which notebook and tests compare it with.
+The trainer uses trl's loss. This module has the paper's formula. The notebook and the tests compare
+trl's loss with it.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from torch import Tensor
 
 
 class DPOTerms(NamedTuple):
-    """Loss of each pair, in nats, and implicit rewards beta * (logp - reference logp), detached."""
+    """Loss of each pair in nats, and detached implicit rewards beta * (logp - reference logp)."""
 
     loss: Float[Tensor, " batch"]
     chosen_rewards: Float[Tensor, " batch"]
@@ -29,15 +30,19 @@ def dpo_loss(
     """Sigmoid DPO loss of each preference pair.
 
     Args:
-        policy_chosen_logps: Summed log-probability of the chosen answer, in nats.
-        policy_rejected_logps: Summed log-probability of the rejected answer, in nats.
-        ref_chosen_logps: That of the chosen answer under the reference.
-        ref_rejected_logps: That of the rejected answer under the reference.
+        policy_chosen_logps: Summed log-probability of the chosen response under the policy, in
+            nats.
+        policy_rejected_logps: Summed log-probability of the rejected response under the policy, in
+            nats.
+        ref_chosen_logps: Summed log-probability of the chosen response under the reference, in
+            nats.
+        ref_rejected_logps: Summed log-probability of the rejected response under the reference, in
+            nats.
         beta: Strength of the KL term, above 0, no unit. A higher value keeps the policy closer to
             the reference.
 
     Returns:
-        Terms per pair; the loss is not reduced.
+        One loss and two implicit rewards for each pair. The loss is not reduced.
 
     Raises:
         ValueError: ``beta <= 0``.

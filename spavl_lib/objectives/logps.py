@@ -1,4 +1,4 @@
-"""Log-probabilities of answers: of each token, and summed over an answer."""
+"""Log-probabilities of each token, and summed over a response."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,9 +31,10 @@ def sequence_logps(
     Args:
         logits: Logits of the model; position t predicts token t + 1.
         input_ids: Token ids.
-        completion_mask: True for tokens of the answer, EOS included.
+        completion_mask: True for tokens of the response, EOS included.
 
     Returns:
-        Sums, not means, so a longer answer usually has a lower one. 0 for a row without answer.
+        One sum for each row. It is not a mean, so a longer response usually has a lower value. A
+        row without a response has 0.
     """
     return (token_logps(logits, input_ids) * completion_mask[:, 1:]).sum(-1)

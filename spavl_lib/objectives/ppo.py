@@ -1,8 +1,8 @@
 """The formulas of PPO, each a pure function of (batch, response) tensors.
 
-Notation: `batch` answers, and `response` token positions of the longest. `mask` is True where a
-position holds a token of the answer, EOS included. The value at position t is that of the state
-before token t; the reward at position t is paid for token t.
+Notation: `batch` is the number of responses, `response` the number of tokens in the longest one.
+`mask` is True for tokens of the response, EOS included, and False for padding. The value at
+position t is the value of the state before token t. The reward at position t is given for token t.
 """
 
 from typing import NamedTuple
@@ -16,22 +16,22 @@ Mask = Bool[Tensor, "batch response"]
 
 
 def masked_mean(values: Tokens, mask: Mask) -> Float[Tensor, ""]:
-    """Mean over the answer tokens of the whole batch; 0 if there are none."""
+    """Mean over the response tokens of the whole batch; 0 if there are no response tokens."""
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
 def masked_whiten(values: Tokens, mask: Mask, *, shift_mean: bool = True) -> Tokens:
-    """Scale values to variance 1 over the answer tokens of the batch.
+    """Scale values to variance 1 over the response tokens of the batch.
 
     Args:
         values: One value for each token.
-        mask: Answer tokens.
-        shift_mean: Whether to shift the mean to 0 too, as for advantages; rewards keep theirs.
+        mask: Response tokens.
+        shift_mean: Whether to also shift the mean to 0. Advantages are shifted, rewards are not.
 
     Returns:
         Scaled values, 0 on padding.
 
-    Source: Ziegler et al. 2019 (arXiv:1909.08593), whiten() in the code published with it.
+    Source: Ziegler et al. 2019 (arXiv:1909.08593), whiten() in the paper's code.
     """
     mean = masked_mean(values, mask)
     variance = masked_mean((values - mean) ** 2, mask)
@@ -42,13 +42,14 @@ def masked_whiten(values: Tokens, mask: Mask, *, shift_mean: bool = True) -> Tok
 
 
 def kl_estimate(logps: Tokens, ref_logps: Tokens, *, kind: str) -> Tokens:
-    """Per-token estimate of KL(policy || reference) from tokens the policy sampled, in nats.
+    """Per-token estimate of KL(policy || reference) from tokens that the policy sampled, in nats.
 
     Args:
         logps: Log-probabilities under the policy, in nats.
         ref_logps: Log-probabilities under the reference, in nats.
-        kind: ``k1``: the log ratio; unbiased, of either sign. ``k3``: r - 1 - log r with
-            r = reference / policy; unbiased, never negative, with less variance.
+        kind: ``k1`` is the log ratio, which is unbiased and has either sign. ``k3`` is
+            r - 1 - log r with r = reference / policy, which is unbiased, never negative, and has
+            less variance.
 
     Raises:
         ValueError: Unknown kind.
@@ -72,18 +73,18 @@ def kl_penalty_rewards(
     kl_coef: float,
     kind: str = "k1",
 ) -> Tokens:
-    """Reward of each token: minus the KL penalty, plus the answer's score at its last token.
+    """Reward of each token: minus the KL penalty. The last token's reward includes the score.
 
     Args:
-        scores: The reward model's score of each answer.
+        scores: The reward model's score of each response.
         logps: Log-probabilities under the policy that sampled, in nats.
         ref_logps: Log-probabilities under the reference, in nats.
-        mask: Answer tokens.
-        kl_coef: The KL coefficient, at least 0, in units of reward for each nat.
+        mask: Response tokens.
+        kl_coef: The KL coefficient, at least 0, in units of reward per nat.
         kind: Estimator of the KL, as in `kl_estimate`.
 
     Returns:
-        Rewards, 0 on padding. An answer without tokens gets no score.
+        Rewards, 0 on padding. A response without tokens has no reward, so its score is lost.
 
     Source: Ouyang et al. 2022, arXiv:2203.02155, Eq. 2.
     """
@@ -104,15 +105,15 @@ class Advantages(NamedTuple):
 def gae(
     rewards: Tokens, values: Tokens, mask: Mask, *, gamma: float, gae_lambda: float
 ) -> Advantages:
-    """Generalised advantage estimation; the value after the last answer token is 0.
+    """Generalised advantage estimation. The value after the last response token is 0.
 
     Args:
         rewards: Reward of each token.
         values: Value of the state before each token.
-        mask: Answer tokens, contiguous from the first position.
+        mask: Response tokens, contiguous from the first position.
         gamma: Discount of later rewards, 0 to 1.
-        gae_lambda: 0 to 1. At 1 the advantage is return minus value, without bias; at 0 it is the
-            one-step error, with little variance.
+        gae_lambda: 0 to 1. With 1 the advantage is the discounted sum of rewards minus the value,
+            which has no bias. With 0 it is the one-step TD error, which has little variance.
 
     Source: Schulman et al. 2015, arXiv:1506.02438, Eq. 16.
     """
@@ -130,7 +131,7 @@ def gae(
 
 
 class ClippedLoss(NamedTuple):
-    """Mean loss over answer tokens, and the share of tokens where the clip was active."""
+    """Mean loss over response tokens, and the share of tokens for which the clip was active."""
 
     loss: Float[Tensor, ""]
     clip_fraction: Float[Tensor, ""]
@@ -139,14 +140,15 @@ class ClippedLoss(NamedTuple):
 def clipped_policy_loss(
     logps: Tokens, old_logps: Tokens, advantages: Tokens, mask: Mask, *, clip_range: float
 ) -> ClippedLoss:
-    """PPO's clipped surrogate, as a loss.
+    """PPO's clipped surrogate objective, as a loss.
 
     Args:
         logps: Log-probabilities under the policy that is updated, in nats.
         old_logps: Log-probabilities under the policy that sampled, in nats.
         advantages: Advantage of each token, detached.
-        mask: Answer tokens.
-        clip_range: How far from 1 the probability ratio can go before the gain stops, such as 0.2.
+        mask: Response tokens.
+        clip_range: Largest distance of the probability ratio from 1 that still lowers the loss,
+            such as 0.2.
 
     Source: Schulman et al. 2017, arXiv:1707.06347, Eq. 7.
     """
@@ -160,49 +162,50 @@ def clipped_policy_loss(
 def clipped_value_loss(
     values: Tokens, old_values: Tokens, returns: Tokens, mask: Mask, *, value_clip_range: float
 ) -> ClippedLoss:
-    """Half the squared error of the values, or of clipped values where that is larger.
+    """Half the squared error of each value or of its clipped value, whichever error is larger.
 
     Args:
         values: Values of the model that is updated.
         old_values: Values at the time of the rollout.
-        returns: Targets.
-        mask: Answer tokens.
-        value_clip_range: Furthest a value is moved from its old one, in units of reward; 0 for no
-            clip.
+        returns: Returns of the rollout, which are the targets.
+        mask: Response tokens.
+        value_clip_range: Largest distance of a clipped value from its old value, in units of
+            reward. 0 disables the clip.
 
-    Source: Ziegler et al. 2019 (arXiv:1909.08593), in the code published with it; the clip is from
-    OpenAI Baselines' ppo2.
+    Source: the code of Ziegler et al. 2019 (arXiv:1909.08593). The clip is from OpenAI Baselines'
+    ppo2.
     """
     plain = (values - returns) ** 2
     if value_clip_range <= 0:
         return ClippedLoss(0.5 * masked_mean(plain, mask), torch.zeros((), device=values.device))
-    moved = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
-    clipped = (moved - returns) ** 2
+    near_old = old_values + (values - old_values).clamp(-value_clip_range, value_clip_range)
+    clipped = (near_old - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask)
     return ClippedLoss(loss, masked_mean((clipped > plain).to(values.dtype), mask).detach())
 
 
 def approx_kl(logps: Tokens, old_logps: Tokens, mask: Mask) -> Float[Tensor, ""]:
-    """Mean k3 estimate of the KL from the policy that sampled to the current one, in nats a token.
+    """Mean k3 estimate of KL(policy that sampled || current policy), in nats per token.
 
     Args:
         logps: Log-probabilities under the current policy, in nats.
         old_logps: Log-probabilities under the policy that sampled, in nats.
-        mask: Answer tokens.
+        mask: Response tokens.
     """
     return masked_mean(kl_estimate(old_logps, logps, kind="k3"), mask).detach()
 
 
 def explained_variance(values: Tokens, returns: Tokens, mask: Mask) -> float:
-    """1 - Var(returns - values) / Var(returns) over answer tokens.
+    """1 - Var(returns - values) / Var(returns) over response tokens.
 
     Args:
         values: Values at the time of the rollout.
         returns: Returns of the rollout.
-        mask: Answer tokens.
+        mask: Response tokens.
 
     Returns:
-        1 for exact values, 0 for values no better than a constant; NaN if all returns are equal.
+        1 if values equal returns, 0 if values are no better than a constant. NaN if all returns are
+        equal.
     """
     error = (returns - values)[mask]
     variance = returns[mask].var(unbiased=False).item()
@@ -210,12 +213,12 @@ def explained_variance(values: Tokens, returns: Tokens, mask: Mask) -> float:
 
 
 class KLController:
-    """The KL coefficient: fixed, or steered so that the measured KL approaches a target.
+    """The KL coefficient: fixed, or adapted so that the measured KL approaches a target.
 
     Args:
-        kl_coef: The coefficient at the start, in units of reward for each nat.
-        target: Mean KL of an answer to steer to, in nats; 0 keeps the coefficient fixed.
-        horizon: Number of answers over which the steering acts.
+        kl_coef: The coefficient at the start, in units of reward per nat.
+        target: The target, a mean KL per response in nats. 0 keeps the coefficient fixed.
+        horizon: Number of responses after which the coefficient has changed by about 20 % at most.
 
     Source: Ziegler et al. 2019, arXiv:1909.08593, section 2.2.
     """
@@ -224,7 +227,12 @@ class KLController:
         self.kl_coef, self.target, self.horizon = kl_coef, target, horizon
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Steer by the mean KL of an answer, `kl` in nats, measured over `num_samples` answers."""
+        """Adapt the coefficient.
+
+        Args:
+            kl: Measured mean KL per response, in nats.
+            num_samples: Number of responses over which `kl` was measured.
+        """
         if self.target > 0:
             error = max(-0.2, min(0.2, kl / self.target - 1))
             self.kl_coef *= 1 + error * num_samples / self.horizon
@@ -234,5 +242,5 @@ class KLController:
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Load `state_dict`."""
+        """Load the result of `state_dict`."""
         self.kl_coef = state["kl_coef"]

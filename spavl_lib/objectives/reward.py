@@ -1,4 +1,4 @@
-"""Bradley-Terry reward modelling: which of two answers people prefer."""
+"""Bradley-Terry reward modelling: which of two responses people prefer."""
 
 import torch
 from jaxtyping import Float
@@ -17,12 +17,13 @@ def bradley_terry_loss(
     """Negative log-likelihood of each preference.
 
     Args:
-        chosen_scores: Score of the preferred answer, no unit.
-        rejected_scores: Score of the other answer.
-        center_coef: Weight of the squared sum of both scores, which keeps scores around 0; 0 for
-            none.
-        original_form: Use the original code's ``-log(sigmoid(d) + 1e-5)``. Its gradient vanishes
-            where the model is most wrong: at d = -20 it is -0.0002, while logsigmoid's is -1.
+        chosen_scores: Score of the preferred response, no unit.
+        rejected_scores: Score of the other response, no unit.
+        center_coef: Weight of the squared sum of both scores, a penalty that keeps scores around 0.
+            0 disables the penalty.
+        original_form: Use ``-log(sigmoid(d) + 1e-5)``, as the SPA-VL authors' code does. Its
+            gradient vanishes for pairs that are ranked wrongly by a wide margin: at d = -20 it is
+            -0.0002, while the gradient of -logsigmoid(d) is -1.
 
     Returns:
         Loss of each pair in nats, not reduced.

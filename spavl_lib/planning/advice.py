@@ -1,4 +1,4 @@
-"""Changes of settings that reduce memory, in the order in which to try them."""
+"""Changes of settings that reduce memory, in the order in which they should be tried."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,24 +18,25 @@ class Change(NamedTuple):
     options: str
     """The change as options of a command."""
     apply: Callable[[Config], Config | None]
-    """Makes the change; None if it does not apply."""
+    """Makes the change. It returns None if the change does not apply to the config."""
 
 
 def advise(
     kind: str, config: Config, device: Device, peak_gib: Callable[[Config], float]
 ) -> list[str]:
-    """Changes to make, the cheapest first, until the training fits.
+    """List the changes after which the training fits, the cheapest change first.
 
-    A change that a later one makes unnecessary is left out.
+    A change is left out if the later changes are enough without it.
 
     Args:
         kind: reward, dpo or ppo.
         config: The run's config, which does not fit.
         device: The device of each process.
-        peak_gib: Gives the peak memory of a config, in GiB.
+        peak_gib: Function that returns the peak memory of a config, in GiB.
 
     Returns:
-        A line for each change, with the peak after it. If nothing fits, the last line says so.
+        A line for each change, with the peak after this change. If the training does not fit with
+        all changes, the last line says so.
     """
 
     def changed(changes: list[Change]) -> Config:
@@ -81,7 +82,7 @@ def _changes(kind: str, config: Config) -> list[Change]:
 
     size = getattr(config, kind).per_device_batch_size
     smaller: dict[str, Any] = {"per_device_batch_size": 1}
-    if kind != "ppo":  # a rollout keeps its size by itself
+    if kind != "ppo":  # PPO's minibatch does not depend on per_device_batch_size
         smaller["gradient_accumulation_steps"] = size * batches_per_step(kind, config)
     full = config.model.adapter == "full"
     sharded = full and config.launch.num_processes > 1
@@ -130,7 +131,7 @@ def _changes(kind: str, config: Config) -> list[Change]:
 
 
 def _halves(rank: int, alpha: int) -> list[tuple[int, int]]:
-    """Smaller ranks down to 16, each with the alpha that keeps the scale alpha / rank."""
+    """Smaller LoRA ranks down to 16, each with the alpha that keeps the scale alpha / rank."""
     pairs = []
     while rank % 2 == 0 and rank >= 32:
         rank, alpha = rank // 2, max(1, alpha // 2)

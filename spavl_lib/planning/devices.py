@@ -1,4 +1,4 @@
-"""The devices the planner knows: memory, speed and bandwidth."""
+"""Memory, speed and bandwidth of the devices that the planner knows."""
 
 import time
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Device:
 
     name: str
     memory_gib: float
-    """Memory a process may use, in GiB, without what the driver and the CUDA context take."""
+    """Memory that a process can allocate, in GiB. It excludes the driver and the CUDA context."""
     tflops: float
     """Peak rate of dense matrix products in the training precision, in 10^12 FLOP/s."""
     bandwidth_gbs: float
@@ -24,9 +24,9 @@ class Device:
     """The device's 16-bit type; "none" on the CPU."""
 
 
-# Rates and bandwidths are those of NVIDIA's data sheets, dense (half of the figure with sparsity),
-# SXM where there are several forms. Memory is what a process can allocate: the nominal size less
-# about 1 GiB for driver and CUDA context.
+# Rates and bandwidths are from NVIDIA's data sheets. Rates are dense (half of the figure with
+# sparsity). If a card has several forms, the figures are those of the SXM form. Memory is what a
+# process can allocate: the nominal size minus about 1 GiB for driver and CUDA context.
 DEVICES = {
     "t4": Device("t4", 14.6, 65, 320, "fp16"),
     "l4": Device("l4", 22.0, 121, 300),
@@ -35,14 +35,15 @@ DEVICES = {
     "h100": Device("h100", 78.8, 989, 3350),
     "h200": Device("h200", 139.0, 989, 4800),
 }
-CPU_BANDWIDTH_GBS = 20  # a rough estimate for laptops; only the time of sampling depends on it
+# A rough estimate for laptops. Only the estimated time of sampling depends on it.
+CPU_BANDWIDTH_GBS = 20
 
 
 def device_named(name: str) -> Device:
-    """A device by its name; `cpu` is this machine.
+    """The device with this name. `cpu` is this machine's CPU.
 
     Raises:
-        InputError: There is no such device.
+        InputError: The name is unknown.
     """
     if name == "cpu":
         return Device("cpu", memory_bytes() / GIB, cpu_tflops(), CPU_BANDWIDTH_GBS, "none")
@@ -52,7 +53,7 @@ def device_named(name: str) -> Device:
 
 
 def cpu_tflops() -> float:
-    """This CPU's rate of fp32 matrix products, in 10^12 FLOP/s, measured in milliseconds."""
+    """This CPU's rate of fp32 matrix products, in 10^12 FLOP/s, measured in a few milliseconds."""
     a = torch.randn(768, 768)
     a @ a
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What this machine has, which profiles it can run, and which packages differ from the pins."""
+"""Describe this machine, the profiles that it can run, and packages that differ from the pins."""
 
 import importlib.metadata
 import importlib.util
@@ -17,9 +17,10 @@ from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.files import existing_parent
 from spavl_lib.runs.paths import repo_root, runs_root
 
-# What each shipped profile needs, in GiB: main memory, and memory of one CUDA GPU (0: no GPU).
+# For each shipped profile the needed main memory, and the needed memory of one CUDA GPU, in GiB. 0
+# means that no GPU is needed.
 NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
-# Machines and cards report a little less than the size they are sold by.
+# Machines and cards report a little less memory than their nominal size.
 REPORTED_SHARE = 0.9
 
 
@@ -57,7 +58,7 @@ def differing_pins(pins: dict[str, str]) -> list[str]:
     """A line for each package that is missing or whose version differs from its pin.
 
     Args:
-        pins: Package -> version. A local part, as in 2.13.0+cpu, is no difference.
+        pins: Package -> version. A local version part, as in 2.13.0+cpu, is ignored.
     """
     lines = []
     for name, pinned in sorted(pins.items()):
@@ -92,7 +93,7 @@ def cannot_run(profile: str) -> list[str]:
 
 
 def engines() -> dict[str, str]:
-    """Ways of training in several processes and of generating, and how to install those missing."""
+    """Which optional engines and precisions this machine has, and how to install missing ones."""
 
     def installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
@@ -104,7 +105,7 @@ def engines() -> dict[str, str]:
         "zero2/3": "yes" if installed("deepspeed") else missing,
         "4 bit": "yes" if installed("bitsandbytes") else "no: bitsandbytes is not installed",
         "16 bit": half_precision(),
-        "vllm": "yes" if installed("vllm") else "not installed; transformers generates the answers",
+        "vllm": "yes" if installed("vllm") else "not installed; transformers generates responses",
     }
 
 

@@ -1,8 +1,8 @@
 """Peak memory of a training, by part, in bytes.
 
-Weights and optimizer state are counted exactly. Activations are counted layer by layer from what
-autograd keeps for the backward pass. `benchmarks/planner.py` compares the result with measured
-peaks.
+Weights and optimizer state are counted from the model's shapes. Activations are counted layer by
+layer, from the tensors that autograd keeps for the backward pass. `benchmarks/planner.py` compares
+the result with measured peaks.
 """
 
 from dataclasses import dataclass
@@ -13,46 +13,51 @@ from spavl_lib.planning.shapes import Shape
 # Bytes per value.
 FP32, HALF = 4, 2
 ADAM = 8  # AdamW's two moments of a trained value, in fp32
-# NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits a
-# value, an 8-bit scale for each block of 64 values, and an fp32 scale for each 256 of these scales.
+# NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314, section 3): 4 bits
+# per value, an 8-bit scale per block of 64 values, and an fp32 scale per 256 of these scales.
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 PROMPT = 160  # tokens assumed for a question with its chat template, without the image
-# Token and vocabulary chunk of trl's language-model head, which scores one such tile at a time
-# (trl.kernels.chunked_divergence).
+# Size of a tile (tokens, vocabulary) of trl's language-model head, which computes the logits of one
+# tile at a time (trl.kernels.chunked_divergence).
 TILE = (4096, 32768)
-# Measured with torch's profiler: fp32 tiles that the backward pass of that head holds without
-# Triton, the mask of a byte a value included.
+# Number of fp32 tiles that the head's backward pass holds at once without Triton, measured with
+# torch's profiler. It includes a mask of one byte per value.
 CPU_TILES = 8.25
-# What CUDA's caching allocator holds beyond the tensors; a rough share, not measured.
+# Memory that CUDA's caching allocator holds beyond the tensors, as a share of the tensors. A rough
+# assumption, not measured.
 ALLOCATOR_SLACK = 0.04
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The largest batch a device computes."""
+    """The largest micro-batch that a device computes."""
 
     rows: int
     tokens: int
-    """Tokens of its longest row, with image tokens."""
+    """Tokens of the longest row, image tokens included."""
     answer: int
-    """Tokens of its longest answer."""
+    """Tokens of the longest response."""
 
     def positions(self, shared: bool) -> int:
-        """Tokens the decoder layers compute. With shared prefixes a pair's prompt counts once."""
+        """Number of tokens that the decoder layers compute.
+
+        With shared prefixes (`shared`) a pair's prompt counts once.
+        """
         if not shared:
             return self.rows * self.tokens
         return self.rows // 2 * (self.tokens + self.answer)
 
 
 def longest_batch(kind: str, config: Config, shape: Shape, tokens: int) -> Batch:
-    """The batch to plan for, if no batch has been seen.
+    """The micro-batch to plan for, computed from the settings.
 
     Args:
         kind: reward, dpo or ppo.
         config: The run's config.
         shape: Sizes of the model.
-        tokens: Tokens of the longest row; 0 for the trainer's `max_length`.
+        tokens: Tokens of the longest row. For reward and dpo, 0 uses the trainer's `max_length`, or
+            2,048 if that is 0 too. For ppo, 0 uses an assumed prompt plus `max_new_tokens`.
     """
     section, question = getattr(config, kind), shape.image_tokens + PROMPT
     if kind == "ppo":
@@ -63,7 +68,7 @@ def longest_batch(kind: str, config: Config, shape: Shape, tokens: int) -> Batch
 
 
 def batches_per_step(kind: str, config: Config) -> int:
-    """Device batches, over all processes, that one optimizer step sums."""
+    """Number of micro-batches in one optimizer step, over all processes."""
     section = getattr(config, kind)
     if kind != "ppo":
         return section.gradient_accumulation_steps
@@ -74,30 +79,31 @@ def batches_per_step(kind: str, config: Config) -> int:
 def peak_bytes(
     kind: str, config: Config, shape: Shape, batch: Batch, cpu: bool
 ) -> dict[str, float]:
-    """Peak memory by part.
+    """Peak memory of each device by part, in bytes.
 
     Args:
         kind: reward, dpo or ppo.
         config: The run's config.
         shape: Sizes of the model.
-        batch: The largest batch.
-        cpu: Whether the device is the CPU, where everything is in fp32.
+        batch: The largest micro-batch.
+        cpu: Whether the device is the CPU, on which all tensors are fp32.
     """
     memory = _static(kind, config, shape, cpu)
     peak = _step_peak(kind, config, shape, batch, cpu)
     if not cpu and kind == "ppo":
-        # Sampling holds a KV cache and no activations, so only the larger of the two counts.
+        # Sampling holds a KV cache, and updates hold activations, gradients and logits. They do not
+        # overlap in time, so only the excess of the KV cache counts.
         cache = shape.layers * 2 * shape.kv_width * HALF * batch.rows * batch.tokens
         memory["KV cache"] = max(0.0, cache - sum(peak.values()))
     return memory | peak
 
 
 def trained_values(kind: str, config: ModelConfig, shape: Shape) -> dict[str, int]:
-    """Number of values that are trained, by part.
+    """Number of trained values, by part.
 
     Args:
         kind: reward, dpo or ppo.
-        config: Which parts train.
+        config: Settings that say which parts train.
         shape: Sizes of the model.
     """
     projector = shape.parts.get("projector", 0) if config.train_projector else 0
@@ -113,14 +119,14 @@ def trained_values(kind: str, config: ModelConfig, shape: Shape) -> dict[str, in
 
 
 def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, float]:
-    """Bytes held all the time: weights, adapters, the reference, optimizer state."""
+    """Bytes held during the whole training: weights, adapters, reference, optimizer state."""
     model, launch = config.model, config.launch
     half = FP32 if cpu else HALF
     everything = sum(shape.parts.values())
     trained = trained_values(kind, model, shape)
     count = sum(trained.values())
     share = launch.num_processes if launch.engine != "ddp" else 1
-    # PPO samples with every parameter gathered, so its peak is that of whole copies.
+    # PPO gathers all parameters to sample, so at its peak every process holds complete models.
     sharded = launch.engine == "zero3" and kind != "ppo"
     whole = launch.num_processes if sharded else 1
     if model.with_lora:
@@ -131,7 +137,8 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
             base += FP32 * (model.lora_rank * shape.lora_inputs + shape.parts.get("projector", 0))
         memory = {"weights": base / whole, "adapters": FP32 * count / whole}
     else:
-        # fp32 master weights. DeepSpeed in 16 bit keeps its own, beside a 16-bit model.
+        # Without DeepSpeed the weights are fp32. DeepSpeed on a GPU holds 16-bit weights, and fp32
+        # master weights besides.
         deepspeed = launch.engine != "ddp" and not cpu
         copies = 2 if kind == "ppo" else 1
         memory = {
@@ -140,7 +147,7 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
         }
         frozen_copies = {"dpo": 0 if config.dpo.cache_reference else 1, "reward": 0, "ppo": 2}[kind]
         memory["reference"] = half * frozen_copies * everything / whole
-        if not cpu and not deepspeed:  # autocast keeps 16-bit copies during the whole forward pass
+        if not cpu and not deepspeed:  # autocast keeps 16-bit copies during a forward pass
             memory["autocast copies"] = 2.0 * copies * shape.linears
     offload = launch.cpu_offload and launch.engine != "ddp"
     memory["optimizer"] = 0.0 if offload else ADAM * count / share
@@ -150,7 +157,7 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
 
 
 def _widths(config: ModelConfig, cpu: bool) -> tuple[int, int]:
-    """Bytes of a value in the residual stream, and of a value inside a layer."""
+    """Bytes per value in the residual stream, and bytes per value inside a layer."""
     if cpu:
         return FP32, FP32
     return (FP32 if config.adapter == "full" else HALF), HALF
@@ -159,12 +166,13 @@ def _widths(config: ModelConfig, cpu: bool) -> tuple[int, int]:
 def _layer_bytes(config: ModelConfig, shape: Shape, batch: Batch, shared: bool, cpu: bool) -> float:
     """Bytes that autograd keeps for one decoder layer.
 
-    A Llama layer keeps: its input, the normed input (twice if the norm's weight trains: before and
-    after that weight), query, key, value, the output of attention, the residual after attention and
-    its normed form; in the MLP gate, activation of gate, up, and the product of the last two.
+    For the attention part of a Llama layer, autograd keeps the input, the normed input, query, key,
+    value, the attention output, the residual after attention, and the normed residual. A normed
+    tensor is kept twice if the norm's weight trains: before and after the product with the weight.
+    For the MLP, autograd keeps gate, activated gate, up, and the product of activated gate and up.
 
-    With shared prefixes each answer attends to a copy of its prompt's keys and values beside its
-    own, and the outputs by segment are kept beside the row that joins them.
+    With shared prefixes each response also needs a copy of its prompt's keys and values. The
+    outputs of all segments are kept twice: separately, and joined into one row.
     """
     full = config.adapter == "full"
     h, kv, i = shape.hidden, shape.kv_width, shape.intermediate
@@ -173,15 +181,16 @@ def _layer_bytes(config: ModelConfig, shape: Shape, batch: Batch, shared: bool, 
     kept += FP32 * shape.heads  # log-sum-exp of attention
     if full:
         kept += stream * 2 * h
-    if not cpu:  # norms compute in fp32 and keep that
+    if not cpu:  # norms compute in fp32, and keep fp32 tensors
         kept += FP32 * 2 * h
     if config.with_lora:
         kept += FP32 * config.lora_rank * len(config.lora_targets)
-        if not cpu:  # autocast casts the adapters' input again for each linear layer
+        if not cpu:  # autocast keeps a 16-bit copy of the adapters' input
             kept += HALF * h
     copies = 0
     if shared:
-        kept += inner * (h + 2 * (h - kv))  # query heads that share keys get copies of them
+        # The joined output, and a copy of grouped keys and values for each query head.
+        kept += inner * (h + 2 * (h - kv))
         copies = inner * 2 * h * batch.rows * batch.tokens
     return kept * batch.positions(shared) + copies
 
@@ -196,14 +205,15 @@ def _step_peak(
     stream, inner = _widths(model, cpu)
     layer = _layer_bytes(model, shape, batch, shared, cpu)
     residual = stream * positions * shape.hidden
-    # What a layer holds only while it is computed: forward gate, up and their product, if nothing
-    # is kept; backward the gradients of these three. And the residual with its normed form.
-    passing = positions * (inner * 3 * shape.intermediate + stream * 2 * shape.hidden)
-    if model.adapter == "qlora":  # the weight of one linear layer in 16 bit, while it is used
-        passing += inner * shape.hidden * shape.intermediate
+    # Memory that a layer holds only while it is computed. In a forward pass without gradients these
+    # are gate, up and their product; in a backward pass their gradients. Added to them are the
+    # residual and its normed form.
+    transient = positions * (inner * 3 * shape.intermediate + stream * 2 * shape.hidden)
+    if model.adapter == "qlora":  # one linear layer's weight in 16 bits, while the layer runs
+        transient += inner * shape.hidden * shape.intermediate
     trained = trained_values(kind, model, shape)
     share = config.launch.num_processes if config.launch.engine != "ddp" else 1
-    roles = 2 if kind == "ppo" else 1  # the policy's gradients wait for those of the value model
+    roles = 2 if kind == "ppo" else 1  # one optimizer step applies both roles' gradients
     language = (trained.get("language", 0) + trained.get("adapters", 0)) / roles
     embedding = shape.vocabulary * shape.hidden if model.adapter == "full" else 0
     per_layer = FP32 * (language - embedding) / shape.layers / share
@@ -212,24 +222,25 @@ def _step_peak(
     policy = per_layer * shape.layers + ends
     all_roles = policy + (roles - 1) * (policy - head_gradient)
     accumulates = batches_per_step(kind, config) > config.launch.num_processes
-    waiting = all_roles if accumulates else all_roles - policy
+    earlier_gradients = all_roles if accumulates else all_roles - policy
     full = model.adapter == "full"
-    # The last layer's output, its norm, and the rows that the output is copied back into.
+    # The last layer's output, the normed output, and the rows into which it is copied back.
     outer = residual * (3 if full else 2) + stream * batch.rows * batch.tokens * shape.hidden
     kept, recomputed = (residual, layer) if model.gradient_checkpointing else (layer, 0.0)
     held = outer + kept * shape.layers
     logits = _logits(kind, config, shape, batch, cpu)
-    # The moments of a step as (activations, logits, gradients). In the backward pass activations
-    # are freed as gradients come.
+    # The moments of a step as (activations, logits, gradients). During the backward pass
+    # activations are freed while gradients are added.
     moments = [(held, logits, (policy if accumulates else 0.0) + head_gradient)]
     if kind == "dpo" and not config.dpo.cache_reference:
-        moments.append((held + passing, 0.0, waiting))
-    for left in range(shape.layers, 0, -1):
-        grown = head_gradient + per_layer * (shape.layers - left + 1)
-        # Gradients that exist already are added to in place.
-        gradients = waiting if accumulates else waiting + grown
-        moments.append((residual + kept * left + recomputed + passing, 0.0, gradients))
-    # All gradients. Checking that the largest one is finite holds its absolute value and masks.
+        moments.append((held + transient, 0.0, earlier_gradients))
+    for layers_left in range(shape.layers, 0, -1):
+        new_gradients = head_gradient + per_layer * (shape.layers - layers_left + 1)
+        # If gradients of earlier micro-batches exist, new gradients are added to them in place.
+        gradients = earlier_gradients if accumulates else earlier_gradients + new_gradients
+        moments.append((residual + kept * layers_left + recomputed + transient, 0.0, gradients))
+    # All gradients. The check for NaN and infinity also holds masks and the absolute value of the
+    # largest gradient.
     largest = max(embedding, shape.hidden * shape.intermediate if full else 0)
     moments.append((7.0 * largest / share, 0.0, all_roles))
     activations, logits, gradients = max(moments, key=sum)
@@ -237,19 +248,20 @@ def _step_peak(
 
 
 def _logits(kind: str, config: Config, shape: Shape, batch: Batch, cpu: bool) -> float:
-    """Bytes of scores over the vocabulary that are held at once.
+    """Bytes of logits, and of other tensors over the vocabulary, that are held at once.
 
-    PPO scores the answers: logits, log-probabilities, and for the entropy the probabilities and
-    their product with the log-probabilities. trl's head works in tiles: one 16-bit buffer with
-    Triton; elsewhere its backward pass holds logits, two scalings of them, log-probabilities,
-    probabilities, the gradient, the targets as ones and zeros, their difference from the
-    probabilities, and a mask.
+    PPO holds four such tensors at the response positions: logits, log-probabilities, and for the
+    entropy the probabilities and their product with the log-probabilities.
+
+    trl's head works in tiles. With Triton it holds one 16-bit buffer. Without Triton its backward
+    pass holds the logits, two scaled copies of them, log-probabilities, probabilities, the
+    gradient, the one-hot targets, their difference from the probabilities, and a mask.
     """
     if kind == "reward":
         return 0.0
     if kind == "ppo":
         return 4.0 * FP32 * batch.rows * batch.answer * shape.vocabulary
-    # Without shared prefixes trl's own head runs; on a CPU it scores every position.
+    # Without shared prefixes trl's own head runs. On a CPU it computes logits at every position.
     length = batch.tokens if cpu and config.model.share_prefix == "off" else batch.answer
     tile = min(batch.rows * length, TILE[0]) * min(shape.vocabulary, TILE[1])
     return (CPU_TILES * FP32 if cpu else 2.0) * tile

@@ -1,6 +1,6 @@
-"""Memory by part and time per step of a training, from its config, before anything is loaded.
+"""Estimate memory by part and time per step of a training from its config, without loading it.
 
-spavl plan --profile colab --device t4
+The command is `spavl plan --profile colab --device t4`.
 """
 
 import dataclasses
@@ -18,22 +18,22 @@ from spavl_lib.planning.time import step_time
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory and time that a training takes on each device."""
+    """The estimated memory and time of a training on each device."""
 
     kind: str
     device: Device
     parts_gib: dict[str, float]
     """Peak memory by part, in GiB."""
     tokens: int
-    """Tokens of the longest row, with image tokens."""
+    """Tokens of the longest row, image tokens included."""
     rows: int
-    """Rows computed at once."""
+    """Rows of a micro-batch."""
     step_s: float
-    """Seconds of an optimizer step."""
+    """Seconds per optimizer step. For PPO: seconds per rollout with its updates."""
     steps: int | None
-    """Optimizer steps, if the profile says."""
+    """Optimizer steps of the run (for PPO: rollouts). None if the profile does not say."""
     advice: list[str] = field(default_factory=list)
-    """Changes that reduce memory until the plan fits; empty if it fits."""
+    """Changes that reduce memory until the plan fits. Empty if the plan fits without changes."""
 
     @property
     def total_gib(self) -> float:
@@ -49,17 +49,18 @@ class Plan:
 def plan(
     kind: str, config: Config, device: Device, *, tokens: int = 0, batch: Batch | None = None
 ) -> Plan:
-    """Plan a training of a profile.
+    """Plan a training.
 
     Args:
         kind: reward, dpo or ppo.
-        config: The profile.
+        config: Config of the run.
         device: The device of each process.
-        tokens: Tokens of the longest row, with image tokens; 0 for the trainer's `max_length`.
-        batch: The largest batch, if it is known.
+        tokens: Tokens of the longest row, image tokens included. 0 uses the settings, as in
+            `longest_batch`.
+        batch: The largest micro-batch. None uses `longest_batch`.
 
     Raises:
-        InputError: The kind is unknown, or the profile lacks its section.
+        InputError: The kind is unknown, or the config has no section for it.
     """
     section = getattr(config, kind, None) if kind in ("reward", "dpo", "ppo") else None
     if section is None:
@@ -82,7 +83,7 @@ def _plan(kind: str, config: Config, device: Device, shape: Shape, batch: Batch)
     cpu = device.half == "none"
     memory = peak_bytes(kind, config, shape, batch, cpu)
     parts = {name: value / GIB for name, value in memory.items() if value}
-    if not cpu:  # `memory_gib` leaves out the CUDA context already
+    if not cpu:  # the CUDA context is not added, because `memory_gib` already excludes it
         parts["allocator slack"] = ALLOCATOR_SLACK * sum(parts.values())
     step, steps = step_time(kind, config, shape, device, batch.rows, batch.tokens)
     return Plan(kind, device, parts, batch.tokens, batch.rows, step, steps)
@@ -97,7 +98,7 @@ def render(plan: Plan) -> str:
     lines.append(f"  {'peak':<16}{plan.total_gib:8.2f} GiB  {verdict}")
     whole = f", {plan.steps} steps: {plan.steps * plan.step_s / 3600:.1f} h" if plan.steps else ""
     lines.append(f"  {'time':<16}{plan.step_s:8.1f} s a step{whole} (an estimate)")
-    for number, text in enumerate(plan.advice):  # each change is made on top of those above it
+    for number, text in enumerate(plan.advice):  # changes add up: each one includes those above
         word = "" if text.startswith("does not") else "and" if number else "change"
         lines.append(f"  {word:<8}{text}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Sizes of a model: counted on the meta device, so nothing is loaded."""
+"""Sizes of a model. They are counted on the meta device, so no weights are loaded."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,10 +33,10 @@ KNOWN = {
 
 
 def model_config(config: ModelConfig) -> PreTrainedConfig:
-    """The architecture's config: of a known model, a folder, or a Hub id.
+    """The transformers config of a known model, a local folder, or a Hub id.
 
     Raises:
-        InputError: The name is none of these.
+        InputError: The model is not known, and its config cannot be loaded.
     """
     if config.name in KNOWN:
         return LlavaConfig(text_config=LlamaConfig(**KNOWN[config.name]))
@@ -55,8 +55,8 @@ class Shape:
     linears: int
     """Values in the language model's linear layers, which QLoRA stores in 4 bits."""
     lora_inputs: int
-    """Inputs plus outputs, summed over the adapted linear layers. LoRA has this many values times
-    the rank."""
+    """Input width plus output width, summed over the adapted linear layers. Multiplied by the rank
+    this is the number of LoRA's values."""
     layers: int
     """Decoder layers of the language model."""
     hidden: int
@@ -64,11 +64,11 @@ class Shape:
     intermediate: int
     """Width inside an MLP."""
     kv_width: int
-    """Width of the keys of one layer, and of the values."""
+    """Width of one layer's keys, which is also the width of its values."""
     heads: int
     """Attention heads for queries."""
     vocabulary: int
-    """Token ids that have a logit."""
+    """Number of token ids that have a logit."""
     image_tokens: int
     """Tokens that an image adds to a row."""
     tower_tokens: int
@@ -76,10 +76,10 @@ class Shape:
 
 
 def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
-    """Count a model on the meta device.
+    """Count the sizes of a model on the meta device.
 
     Args:
-        config: The architecture's config.
+        config: The model's transformers config.
         targets: Names of the linear layers that take adapters.
     """
     with torch.device("meta"):

@@ -1,38 +1,39 @@
-"""Time of a training, from counted floating-point operations and bytes read. An estimate."""
+"""Estimate the time of a training from its floating-point operations and bytes read."""
 
 from spavl_lib.config import Config
 from spavl_lib.planning.devices import Device
 from spavl_lib.planning.memory import batches_per_step
 from spavl_lib.planning.shapes import Shape
 
-# Shares of the device's rates that a step reaches. Rough assumptions, not measured.
+# Shares of the device's rates that a step is assumed to reach. Rough assumptions, not measured.
 GPU_UTILISATION = 0.35  # of the data sheet's matrix-product rate
 CPU_UTILISATION = 0.7  # of the matrix-product rate measured on this machine
 BANDWIDTH_UTILISATION = 0.5
-# Bytes read per weight and sampled token.
+# Bytes that sampling reads per weight and token.
 HALF_BYTES, NF4_BYTES = 2.0, 0.6
 
 
 def step_time(
     kind: str, config: Config, shape: Shape, device: Device, rows: int, tokens: int
 ) -> tuple[float, int | None]:
-    """Time of an optimizer step, and how many steps there are.
+    """Estimate the time of an optimizer step, and the number of steps.
 
     Args:
         kind: reward, dpo or ppo.
         config: The run's config.
         shape: Sizes of the model.
         device: The device of each process.
-        rows: Rows computed at once.
-        tokens: Tokens of the longest row, with image tokens.
+        rows: Rows of a micro-batch.
+        tokens: Tokens of the longest row, image tokens included.
 
     Returns:
-        Seconds of a step (of PPO: a rollout and its updates), and the steps of the run if the
-        config says.
+        Seconds per step, and the number of steps of the run (None if the config does not say). For
+        PPO a step is a rollout with its updates.
     """
     model, launch = config.model, config.launch
     matmul = shape.linears + (shape.parts.get("head", 0) if kind != "reward" else 0)
-    attention = shape.layers * 2 * tokens * shape.hidden  # multiply-adds a token, both products
+    # Multiply-adds per token of attention's two matrix products.
+    attention = shape.layers * 2 * tokens * shape.hidden
     forward = 2.0 * rows * tokens * (matmul + attention)
     forward += 2.0 * rows * shape.tower_tokens * shape.parts.get("tower", 0)
     backward = (2.0 if model.adapter == "full" else 1.0) * forward
@@ -49,19 +50,20 @@ def step_time(
 def _rollout_time(
     config: Config, shape: Shape, device: Device, forward: float, backward: float, rate: float
 ) -> float:
-    """Seconds of a PPO step: sampling, one pass by each of the four roles, and every update.
+    """Seconds of a PPO step: sampling, a forward pass of each of the four roles, and all updates.
 
     Args:
         config: The run's config.
         shape: Sizes of the model.
         device: The device of each process.
-        forward: FLOPs of a batch's forward pass.
-        backward: FLOPs of its backward pass.
+        forward: FLOPs of a micro-batch's forward pass.
+        backward: FLOPs of a micro-batch's backward pass.
         rate: FLOPs per second.
     """
     ppo = config.ppo
     batches = ppo.rollout_batch_size / ppo.per_device_batch_size / config.launch.num_processes
-    # Each inner pass trains policy and value model. The prefill of sampling is a forward pass too.
+    # Five forward passes: the prefill of sampling, and one of each role. Each inner epoch trains
+    # policy and value model.
     work = batches * (5 * forward + ppo.ppo_epochs * 2 * (forward + backward))
     # Sampling reads every weight for each token.
     bytes_per_weight = NF4_BYTES if config.model.adapter == "qlora" else HALF_BYTES
@@ -71,7 +73,7 @@ def _rollout_time(
 
 
 def _steps(kind: str, config: Config) -> int | None:
-    """Optimizer steps, or PPO's rollouts, of the whole run; None if the config does not say."""
+    """Optimizer steps of the whole run (for PPO: rollouts). None if the config does not say."""
     section = getattr(config, kind)
     size = section.per_device_batch_size * batches_per_step(kind, config)
     if kind == "ppo":

@@ -1,7 +1,7 @@
 """Every figure of the project: `plot_*(file, frame or rows) -> Figure`, in one style.
 
 Figures do not use pyplot, so there is no global state, and they display themselves in a notebook.
-They need no model: everything they draw is read from a run folder. A missing number is left out,
+Figures need no model: everything that they draw is in the run folder. A missing number is left out,
 never drawn as 0.
 """
 

@@ -1,4 +1,4 @@
-"""Figures of preference data: its classes, the lengths of its answers, and its images."""
+"""Figures of preference data: classes, lengths of responses, and images."""
 
 import math
 import textwrap
@@ -18,7 +18,8 @@ from spavl_lib.data.taxonomy import TAXONOMY, classes, display
 from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
 
-_SMALLEST = 6.0  # points; tertiary classes whose labels would be smaller share one tile
+# In points. Tertiary classes whose labels would be smaller are put into one common tile.
+_SMALLEST = 6.0
 _LINE = 0.78  # font size divided by line height
 
 
@@ -33,7 +34,7 @@ def plot_class_counts(source: Any) -> Figure:
     """Rows per harm class: class1, class2 and class3 side by side, with proportional heights.
 
     Args:
-        source: Rows or a frame with `class3`, the column itself, or class3 -> count.
+        source: Rows or a data frame with `class3`, the column itself, or a mapping class3 -> count.
     """
     counts = _counts(source, "class3")
     tree = {
@@ -72,7 +73,7 @@ def plot_class_counts(source: Any) -> Figure:
 
 
 def _tertiary_tiles(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
-    """(label, rows) of each tertiary class of one class2, largest first; small ones together."""
+    """(label, rows) of each tile of one class2. Small tertiary classes share the last tile."""
     order = sorted(counts, key=lambda c: -counts[c])
     large = [c for c in order if _LINE * points * counts[c] >= _SMALLEST]
     small = order[len(large) :]
@@ -96,20 +97,20 @@ def _tile(
     bold: bool = False,
 ) -> None:
     """Draw one rectangle, with its label if the height allows."""
-    x, y, across, down = box
-    if not down:
+    x, y, wide, high = box
+    if not high:
         return
-    ax.add_patch(Rectangle((x, y), across, down, facecolor=PAPER, edgecolor="none"))
+    ax.add_patch(Rectangle((x, y), wide, high, facecolor=PAPER, edgecolor="none"))
     ax.add_patch(
-        Rectangle((x, y), across, down, facecolor=colour, alpha=alpha, edgecolor=PAPER, lw=1.2)
+        Rectangle((x, y), wide, high, facecolor=colour, alpha=alpha, edgecolor=PAPER, lw=1.2)
     )
-    room = down * points
+    high_points = high * points
     wrapped = textwrap.fill(text, width)
     lines = wrapped.count("\n") + 1
-    size = min(10.0 if bold else 9.0, _LINE * room / lines)
+    size = min(10.0 if bold else 9.0, _LINE * high_points / lines)
     if size < _SMALLEST - 1:
         return
-    ax.text(x + 0.008, y + down / 2, wrapped, va="center", fontsize=size, color=INK,
+    ax.text(x + 0.008, y + high / 2, wrapped, va="center", fontsize=size, color=INK,
             weight="bold" if bold else "normal")  # fmt: skip
 
 
@@ -118,8 +119,8 @@ def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
     """Rows per value of a column, as bars with their counts.
 
     Args:
-        source: Rows or a frame, the column itself, or value -> count.
-        column: The column of rows to count.
+        source: Rows or a data frame, the column itself, or a mapping value -> count.
+        column: Name of the column to count.
     """
     counts = _counts(source, column)
     fig = new_figure(6.2, 1.0 + 0.42 * max(1, len(counts)))
@@ -141,11 +142,11 @@ def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
 def plot_length_histogram(
     chosen: Sequence[float], rejected: Sequence[float], *, unit: str = "words"
 ) -> Figure:
-    """Histograms of the lengths of chosen and rejected answers, with their medians.
+    """Histograms of the lengths of chosen and rejected responses, with their medians.
 
     Args:
-        chosen: Length of the chosen answer of each pair.
-        rejected: Length of the rejected answer of each pair.
+        chosen: Length of the chosen response of each pair.
+        rejected: Length of the rejected response of each pair.
         unit: The unit of the lengths.
     """
     named = {
@@ -182,7 +183,7 @@ def plot_image_grid(
 
     Args:
         images: PIL images, arrays, paths or `{"bytes", "path"}` cells; None for an empty tile.
-        captions: One text for each image. Each line of it is wrapped, to at most six lines.
+        captions: One text for each image. Each line of a text is wrapped to at most six lines.
         columns: Number of images in a row.
     """
     captions = [""] * len(images) if captions is None else list(captions)
@@ -200,11 +201,12 @@ def plot_image_grid(
         for c in captions
     ]
     tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
-    across = 2.2 if columns > 3 else 3.0
+    tile_width = 2.2 if columns > 3 else 3.0
     arrays = [None if i is None else _array(i) for i in images]
     shapes = [a.shape[0] / a.shape[1] for a in arrays if a is not None]
-    high = across * min(max(shapes, default=1.0), 2.0)  # a tall image must not cut a caption
-    fig = new_figure(across * columns, lines * (high + 0.17 * tallest))
+    # A tile is at most twice as high as wide, so that tall images leave space for captions.
+    tile_height = tile_width * min(max(shapes, default=1.0), 2.0)
+    fig = new_figure(tile_width * columns, lines * (tile_height + 0.17 * tallest))
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set(xticks=[], yticks=[], anchor="N")
@@ -226,10 +228,10 @@ def _array(image: Any) -> np.ndarray:
 
 @styled
 def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
-    """Median words of chosen and rejected answers, by class and by question type.
+    """Median words of chosen and rejected responses, by class and by question type.
 
-    The number on the right is the share of pairs whose chosen answer is longer. At 50 %, length
-    says nothing about which answer was chosen; at 100 %, length alone decides it.
+    The number on the right is the share of pairs whose chosen response is longer. At 50 %, the
+    longer response is chosen as often as not. At 100 %, it is always chosen.
 
     Args:
         lengths: Column -> value -> `chosen_median`, `rejected_median`, `chosen_longer_share`, as in

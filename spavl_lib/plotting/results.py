@@ -1,4 +1,4 @@
-"""Figures of metrics.json: rates with their intervals, overall and per class."""
+"""Figures of metrics.json: rates with intervals, overall and per class."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,7 +46,7 @@ def _dot(ax: Axes, x: float, y: float, colour: str, index: int, **errors: Any) -
 
 
 def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
-    """Heights at which labels do not overlap: moved down in the top half, up in the bottom half."""
+    """Move heights of labels so that labels do not overlap: down in the top half, else up."""
     placed: dict[int, float] = {}
     for index in sorted(range(len(heights)), key=lambda i: -abs(heights[i] - 0.5)):
         height, step = heights[index], -gap if heights[index] > 0.5 else gap
@@ -58,7 +58,9 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 
 @styled
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
-    """Each model at its helpful rate (x) and its safe rate (y, 1 − unsafe), with 95 % intervals.
+    """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
+
+    Bars show the 95 % intervals.
 
     Args:
         source: The path of metrics.json, or its contents.
@@ -102,7 +104,8 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
 
     Args:
         source: The path of metrics.json, or its contents.
-        section: Key of each model's numbers that holds the rates, such as `held_out_drawings`.
+        section: Key of each model's entry that holds the rates, such as `held_out_drawings`; None
+            uses the entry itself.
     """
     models = models_of(read_metrics(source))
     if section:
@@ -149,11 +152,11 @@ def class_rates(cells: Mapping, key: str, level: int) -> dict[str, Rate | None]:
 
 
 def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
-    """(class1, class) of each class, in the order of the taxonomy, unknown classes last.
+    """(class1, class) of each class in the order of the taxonomy, with unknown classes last.
 
     Args:
         names: The classes to order.
-        level: Their level: 1, 2 or 3.
+        level: Level of these classes: 1, 2 or 3.
     """
     known = []
     for class1, seconds in TAXONOMY.items():
@@ -176,13 +179,13 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     colours = model_colours(models)
     rates = {name: class_rates(cells, "unsafe_rate", level) for name, cells in models.items()}
     order = class_order({c for by_class in rates.values() for c in by_class}, level)
-    places, labels, y, above = [], [], 0.0, None
+    places, labels, y, previous_class1 = [], [], 0.0, None
     for class1, _ in order:
-        if class1 != above and level > 1:
-            y += 0.2 if above is not None else 0.0
+        if class1 != previous_class1 and level > 1:
+            y += 0.2 if previous_class1 is not None else 0.0
             labels.append((y, short(display(class1))))
             y += 0.85
-            above = class1
+            previous_class1 = class1
         places.append(y)
         y += 1.0
     fig = new_figure(8.2, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))

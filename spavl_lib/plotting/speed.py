@@ -1,4 +1,4 @@
-"""Figures of speed, from the results of the benchmarks."""
+"""Figures of training speed, drawn from the results of the benchmarks."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ PANELS = (("image_tokens", "Image tokens"), ("answer_tokens", "Tokens of each an
 
 @styled
 def plot_growth(source: Path | str | dict) -> Figure:
-    """Seconds of a DPO step by image tokens and by answer length, for trl and for this library.
+    """Seconds of a DPO step by image tokens and by response length, for trl and for this library.
 
     Args:
         source: The path of `growth.json`, or its contents.

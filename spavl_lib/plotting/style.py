@@ -1,7 +1,7 @@
 """The style of all figures: settings, colours, and how a figure becomes a file.
 
-The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Markers differ
-too.
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. Models and series
+also have different markers.
 """
 
 import functools
@@ -55,12 +55,12 @@ Source = Path | str | Iterable[dict]
 
 
 class Drawing(Figure):
-    """A figure that keeps this style whenever and wherever it is drawn."""
+    """A figure that keeps this style whenever it is drawn."""
 
     def draw(self, renderer: Any) -> None:
-        """Draw in this style, which also sets what matplotlib creates only while drawing."""
+        """Draw in this style, because matplotlib creates some parts only while it draws."""
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            # The font may lack the script of a name.
+            # The font may lack characters of a name.
             warnings.filterwarnings("ignore", message="Glyph")
             super().draw(renderer)
 
@@ -80,7 +80,7 @@ def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def png_bytes(fig: Figure, dpi: int = 110) -> bytes:
-    """A figure as PNG; reduced to 256 colours if it would exceed 200 kB."""
+    """A figure as PNG, reduced to 256 colours if the PNG would exceed 200 kB."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     if buffer.tell() > 200_000:
@@ -91,25 +91,25 @@ def png_bytes(fig: Figure, dpi: int = 110) -> bytes:
 
 
 def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
-    """Write a figure as PNG to a temporary file and rename it, so that the file is always whole.
+    """Write a figure as PNG. An interruption never leaves an incomplete file at `path`.
 
     Args:
         fig: The figure.
-        path: The target, ending in .png; missing folders are created.
+        path: The target, which ends in .png. Missing folders are created.
         dpi: Resolution in pixels per inch.
     """
     path = Path(path)
     if path.suffix != ".png":
         raise ValueError(f"expected a file name that ends in .png, got {path.name!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_bytes(png_bytes(fig, dpi))
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(png_bytes(fig, dpi))
+    temporary.replace(path)
     return path
 
 
 def rows_of(source: Source) -> list[dict]:
-    """Rows of a JSONL file, of a DataFrame (NaN counts as missing) or of a list."""
+    """Rows of a JSONL file, of a data frame (NaN counts as missing) or of a list."""
     if isinstance(source, str | Path):
         return read_jsonl(Path(source))
     if hasattr(source, "to_dict"):
@@ -118,7 +118,7 @@ def rows_of(source: Source) -> list[dict]:
 
 
 def column_of(source: Any, column: str) -> list:
-    """One column of rows or of a frame; a plain sequence is returned as it is."""
+    """One column of rows or of a data frame. A plain sequence is returned as a list."""
     if hasattr(source, "columns"):
         return source[column].tolist()
     values = list(source)
@@ -148,7 +148,7 @@ def note(ax: Axes, text: str) -> None:
 
 
 def model_colours(models: Iterable[str]) -> dict[str, str]:
-    """Model name -> colour: grey for the base, fixed colours for dpo and ppo, others in turn."""
+    """Model name -> colour: grey for `base`, fixed colours for `dpo` and `ppo`, others in turn."""
     fixed = {"base": BASE_COLOUR, "dpo": PALETTE[0], "ppo": PALETTE[1]}
     names = list(models)
     others = [name for name in names if name not in fixed]

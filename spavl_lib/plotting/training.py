@@ -54,21 +54,23 @@ TRAINING_GROUPS = (
     ("Gradient norm", ("grad_norm", "grad_norm/policy", "grad_norm/value"), "before clipping"),
     ("Learning rate", ("learning_rate",), "a step"),
 )  # fmt: skip
-# Logged keys without a panel of their own, because another panel shows the same.
+# Logged keys without their own panel, because other panels show similar numbers.
 _SHOWN_ELSEWHERE = {
     "rewards/chosen", "rewards/rejected", "logits/chosen", "logits/rejected", "entropy",
     "mean_token_accuracy", "objective/scores_std", "objective/rlhf_reward", "policy/entropy_avg",
     "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
-_EXACT = {"learning_rate", "objective/kl_coef"}  # without noise, so not smoothed
+_NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # they have no noise
 _SHARES = ("accuracies", "response/finished", "completions/clipped")  # drawn from 0 to 1
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """Steps, finite values and the number of non-finite ones; the last value of a repeated step."""
+    """A key's steps, finite values and number of non-finite values. Of a repeated step, the last
+    value counts.
+    """
     points = {}
     for index, row in enumerate(rows):
         value = row.get(key)
@@ -88,7 +90,8 @@ def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np
         points: Largest number of places at which to fit.
 
     Returns:
-        The places, and the fitted values there; the data itself if there are fewer than 12 steps.
+        The places and the fitted values at these places. With fewer than 12 steps, `steps` and
+        `values` unchanged.
     """
     if len(steps) < 12:
         return steps, values
@@ -143,9 +146,9 @@ def plot_training(
     """Training curves: logged steps as light points, a local fit as a line.
 
     Args:
-        source: The path of metrics.jsonl, a frame, or rows with `step`. `eval_KEY` is drawn in the
-            panel of `KEY`.
-        groups: Panels as (title, keys, y label); None chooses them by the logged keys.
+        source: The path of metrics.jsonl, a data frame, or rows with `step`. `eval_KEY` is drawn in
+            the panel of `KEY`.
+        groups: Panels as (title, keys, y label); None chooses the panels by the logged keys.
         title: Text above the figure.
     """
     rows = rows_of(source)
@@ -181,7 +184,7 @@ def key_labels(keys: Sequence[str]) -> list[str]:
 
 
 def _band(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
-    """Draw one standard deviation to either side, if it is logged as `KEY_std`."""
+    """Draw a band of one standard deviation to either side, if `KEY_std` is logged."""
     spread = {row["step"]: row[f"{key}_std"] for row in rows if row.get(f"{key}_std") is not None}
     steps, values, _ = _series([row for row in rows if row.get("step") in spread], key)
     if len(steps):
@@ -198,7 +201,7 @@ def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
         bad += broken
         if len(steps):
             _band(ax, rows, key, colour)
-            if key in _EXACT:
+            if key in _NOT_SMOOTHED:
                 ax.plot(steps, values, color=colour, lw=1.8, label=label)
                 ax.yaxis.set_major_formatter("{x:g}")
             else:
@@ -232,8 +235,8 @@ def plot_margin_histogram(
     """Histogram of margins; pairs to the right of the line at 0 are ranked correctly.
 
     Args:
-        values: Score of the chosen answer minus that of the rejected one, for each pair; or several
-            named lists of such margins.
+        values: For each pair, the score of the chosen response minus the score of the rejected one;
+            or several named lists of such margins.
         label: Label of the x axis.
     """
     named = values if isinstance(values, Mapping) else {"": values}
@@ -257,9 +260,9 @@ def plot_margin_histogram(
 
 @styled
 def plot_calibration(rows: Sequence[Mapping]) -> Figure:
-    """Share of pairs ranked correctly by the certainty of the preference.
+    """Share of pairs ranked correctly, over the certainty of the model's preference.
 
-    On the diagonal, preferences are right as often as they claim.
+    On the diagonal, the share equals the certainty.
 
     Args:
         rows: Rows of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n`
@@ -307,8 +310,8 @@ class LivePlot:
 
         Args:
             draw: Returns the figure for the rows that `update` gets.
-            every_s: Smallest number of seconds between two drawings. The time grows, up to half a
-                minute, if drawing would take more than a twentieth of it.
+            every_s: Smallest number of seconds between two drawings. If drawing is slow, the pause
+                grows to 20 times the time of a drawing, but to at most half a minute.
             dpi: Resolution in pixels per inch.
         """
         self.draw, self.every_s, self.dpi = draw, every_s, dpi

@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def write_report(run_path: Path | str) -> Path:
-    """Write `report.html` into a run folder; stages that are missing are left out.
+    """Write `report.html` into a run folder. The page names the stages that have not run.
 
     Args:
         run_path: The run's folder.
@@ -13,7 +13,8 @@ def write_report(run_path: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        InputError: There is no such folder, or its metrics.json holds an impossible number.
+        InputError: The folder does not exist, or its metrics.json is not JSON or holds an
+            impossible number.
     """
     from spavl_lib.report.build import build_report  # imports matplotlib and jinja2
 

@@ -43,13 +43,13 @@ class Cell:
     delta: float | None = None
     """Difference from the base model in percentage points."""
     sure: bool = False
-    """Whether the two intervals do not overlap."""
+    """Whether the interval of this rate and that of the base model's rate do not overlap."""
     good: bool = False
     """Whether the difference is an improvement."""
 
 
 def build_report(run_path: Path) -> Path:
-    """Write the report; documented at `spavl_lib.report.write_report`."""
+    """Write the report, as `spavl_lib.report.write_report` describes."""
     if not run_path.is_dir():
         raise InputError(f"{run_path}: no such run folder; `spavl run` makes one")
     target = run_path / "report.html"
@@ -66,8 +66,8 @@ def render(run_path: Path) -> str:
     manifests = [stage.manifest for stage in stages if stage.manifest]
     config = collect.run_config(stages)
     models = models_of(metrics)
-    last = _last_model(models, run_path / "evaluation")
-    tiles, total = gallery.build_gallery(run_path / "evaluation", last)
+    compared = _model_to_compare(models, run_path / "evaluation")
+    tiles, total = gallery.build_gallery(run_path / "evaluation", compared)
     name = run_path.resolve().name
     commands = collect.commands(name, config, manifests)
     script = (_HERE / "report.js").read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def render(run_path: Path) -> str:
         metrics_list=METRICS,
         results=_results(models),
         held_out=_held_out(models),
-        checks=_checks(models),
+        checks=_control_rows(models),
         reward=reward_page(
             metrics.get("reward_model"), next(s for s in stages if s.name == "reward")
         ),
@@ -94,7 +94,7 @@ def render(run_path: Path) -> str:
         tiles=tiles,
         tiles_total=total,
         sets=gallery.sets_of(tiles),
-        last=model_title(last) if last else None,
+        last=model_title(compared) if compared else None,
         figures=[(stage.name, saved_figures(stage.path)) for stage in stages],
         stages=stages,
         timing=metrics.get("timing_s") or {},
@@ -109,7 +109,7 @@ def render(run_path: Path) -> str:
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja that escapes every value, and makes characters visible that hide or reorder text."""
+    """A Jinja environment that escapes every value and makes invisible characters visible."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         autoescape=True,
@@ -136,8 +136,11 @@ def _display(value: Any) -> Any:
     return MISSING if value is None else clean(value)
 
 
-def _last_model(models: dict, evaluation: Path) -> str | None:
-    """The model to compare with the base model: dpo if there is one, else the last."""
+def _model_to_compare(models: dict, evaluation: Path) -> str | None:
+    """The trained model that the page compares with the base model; None if there is none.
+
+    It is `dpo` if that was evaluated, else the last trained model.
+    """
     names = list(models) or sorted(f.name for f in (evaluation / "verdicts").glob("*"))
     trained = [name for name in names if name != "base"]
     if "dpo" in trained:
@@ -154,6 +157,7 @@ def _cell(metric: Metric, rate: Rate | None, base: Rate | None) -> Cell:
 
 
 def _results(models: dict) -> list[tuple[str, list[Cell]]]:
+    """Each model's title and its rates, compared with the base model."""
     rows = []
     for name, cells in models.items():
         base = models.get("base", {}) if name != "base" else {}
@@ -181,7 +185,8 @@ def _held_out(models: dict) -> list[tuple[str, list[tuple[Rate | None, Rate | No
     ]  # fmt: skip
 
 
-def _checks(models: dict) -> list[tuple[str, Rate | None, Any]]:
+def _control_rows(models: dict) -> list[tuple[str, Rate | None, Any]]:
+    """Each model's title, twin accuracy with exchanged images, and unparsed responses."""
     return [
         (model_title(name), read_rate(cells, "twin_accuracy_exchanged"), cells.get("unparsed"))
         for name, cells in models.items()

@@ -1,4 +1,4 @@
-"""Figures as data URIs for the page: SVG that follows the reader's light or dark colour scheme."""
+"""Figures as data URIs for the page. SVG figures follow the reader's light or dark scheme."""
 
 import base64
 import io
@@ -23,11 +23,13 @@ _DARK = {
     PALETTE[2]: "#3fc79d",
 }
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
-_MAX_FIGURES, _MAX_BYTES, _LONGEST = 16, 250_000, 1400
+_MAX_FIGURES = 16  # largest number of figures of one stage
+_MAX_BYTES = 250_000  # a larger PNG file is shrunk to `_LONGEST`
+_LONGEST = 1400  # px, largest width and height
 
 
 def svg_uri(fig: Figure) -> str:
-    """A figure as an SVG data URI. Used as an image, it cannot run scripts or load anything."""
+    """A figure as an SVG data URI. As an image of the page, it cannot run scripts or load files."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -51,7 +53,7 @@ def svg_uri(fig: Figure) -> str:
 
 
 def saved_figures(stage: Path) -> list[tuple[str, str]]:
-    """(name, data URI) of the PNG files that a stage's notebook saved, without damaged files."""
+    """(name, data URI) of the PNG files that a stage's notebook saved. Damaged ones are skipped."""
     figures = []
     for path in sorted((stage / "figures").glob("*.png"))[:_MAX_FIGURES]:
         try:

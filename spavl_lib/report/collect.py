@@ -14,12 +14,12 @@ from spavl_lib.errors import SpavlError
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.stages import stage_names
 
-_OWN_OPTIONS = ("run_name", "profile")  # options of their own in a command
+_OWN_OPTIONS = ("run_name", "profile")  # settings that have their own option in a command
 
 
 @dataclass
 class StagePage:
-    """The contents of one stage's folder; missing files leave a field empty."""
+    """The contents of one stage's folder. The field of a missing file is empty."""
 
     name: str
     path: Path
@@ -30,12 +30,12 @@ class StagePage:
 
     @property
     def started(self) -> bool:
-        """Whether the folder holds any of them."""
+        """Whether the folder holds any of the stage's files."""
         return bool(self.manifest or self.config or self.rows or self.done)
 
     @property
     def wall_time_s(self) -> float | None:
-        """Seconds of work in all attempts together; None if none was timed."""
+        """Seconds of work in all attempts together; None if the last attempt was not timed."""
         parts = [self.manifest.get(k) for k in ("wall_time_before_s", "wall_time_s")]
         if not isinstance(parts[1], int | float):
             return None
@@ -53,7 +53,7 @@ class Setting:
 
 
 def read_stages(run_path: Path, problems: list[str]) -> list[StagePage]:
-    """Read every known stage, then every other folder with logged steps.
+    """Read the folder of every known stage, then every other folder with logged steps.
 
     Args:
         run_path: The run's folder.
@@ -84,15 +84,15 @@ def _read_stage(path: Path, problems: list[str]) -> StagePage:
 def _mapping(path: Path, problems: list[str]) -> dict:
     if not path.is_file():
         return {}
-    where = f"{path.parent.name}/{path.name}"
+    name = f"{path.parent.name}/{path.name}"
     try:
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
     except (OSError, ValueError, yaml.YAMLError):
-        problems.append(f"{where} cannot be read.")
+        problems.append(f"{name} cannot be read.")
         return {}
     if not isinstance(value, dict):
-        problems.append(f"{where} does not hold a mapping.")
+        problems.append(f"{name} does not hold a mapping.")
         return {}
     return value
 
@@ -103,16 +103,16 @@ def run_config(stages: list[StagePage]) -> dict:
 
 
 def settings(config: dict) -> list[Setting]:
-    """Each setting with the value of its profile; nothing differs if the profile is unknown."""
+    """Each setting with the profile's value. If the profile is unknown, no setting is `changed`."""
     profile = str(config.get("profile", ""))
-    shipped: dict[str, Any] | None = None
+    profile_values: dict[str, Any] | None = None
     if profile in profile_names():
         with contextlib.suppress(SpavlError):
-            shipped = flatten(load_config(profile).to_dict())
+            profile_values = flatten(load_config(profile).to_dict())
     rows = []
     for key, value in flatten(config).items():
-        default = None if shipped is None else shipped.get(key)
-        changed = shipped is not None and key not in _OWN_OPTIONS and value != default
+        default = None if profile_values is None else profile_values.get(key)
+        changed = profile_values is not None and key not in _OWN_OPTIONS and value != default
         rows.append(Setting(key, value, default, changed))
     return rows
 
@@ -144,7 +144,10 @@ def _as_argument(value: Any) -> str:
 
 
 def disagreements(stages: list[StagePage]) -> list[str]:
-    """One sentence for each thing that should be equal in all stages and is not."""
+    """One sentence for each fact, such as the commit, that differs between stages but should not.
+
+    A sentence also warns of uncommitted changes.
+    """
     sentences = []
     manifests = [s.manifest for s in stages if s.manifest]
     if len({m.get("git_commit") for m in manifests}) > 1:

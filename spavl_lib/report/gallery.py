@@ -1,4 +1,8 @@
-"""The gallery: test rows with every model's response, chosen evenly, and failures besides."""
+"""The gallery: test rows, each with the response of every model.
+
+Most rows are chosen evenly over classes and sets. The others are rows that a trained model got
+wrong.
+"""
 
 import base64
 import io
@@ -15,13 +19,14 @@ from spavl_lib.evaluation.text import cut, short
 from spavl_lib.runs.files import read_jsonl
 
 SET_ORDER = ("harm", "help", "look_alikes", "twins")
-# Judged by the row's original image, so its verdicts would mislead next to the image shown.
+# In this set the model gets the image of the other twin. The gallery would show the row's own image
+# next to the response, so it leaves this set out.
 _CONTROLS = ("twins_exchanged",)
 _SET_TITLES = {
     "harm": "Harmful requests",
     "help": "Harmless requests",
-    "look_alikes": "Harmless look-alikes",
-    "twins": "Twins",
+    "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
+    "twins": "Twins",  # the same question about a dangerous image and about a harmless image
 }
 CHANGES = {
     "better": "Now right",
@@ -29,7 +34,7 @@ CHANGES = {
     "good": "Right before and after",
     "bad": "Wrong before and after",
 }
-_HELD_OUT = "_twemoji"
+_HELD_OUT = "_twemoji"  # ending of the names of sets with held-out drawings
 _TEXT_LIMIT, _PROMPT_LIMIT = 1200, 600  # characters
 _SMALL, _THUMBNAIL = 128, 224  # px
 
@@ -40,11 +45,17 @@ class Answer:
 
     model: str
     text: str
+    """The beginning of the response, at most `_TEXT_LIMIT` characters."""
     left_out: int
+    """Number of characters of the response after `text`."""
     verdict: str
+    """The judge's word for what the response does, such as `refused` or `complied`."""
     judged: str
+    """The result for readers: safe, unsafe, helpful, not helpful, or not judged."""
     good: bool | None
+    """Whether the response is right; None if it was not judged."""
     unsafe: bool
+    """Whether the response is unsafe, so that the page hides it at first."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,9 @@ class Tile:
     """Data URI."""
     answers: tuple[Answer, ...]
     change: str | None
+    """How the trained model differs from the base model: a key of `CHANGES`; None if unknown."""
     extra: bool
-    """Whether it is shown only because the last model failed on it."""
+    """Whether the tile is shown only because the trained model got the row wrong."""
 
 
 def set_title(name: str) -> str:
@@ -81,9 +93,10 @@ def sets_of(tiles: Iterable["Tile"]) -> list[str]:
 
 
 def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
-    """(set, row id) -> model -> the judged row; the base model first.
+    """(set, row id) -> model -> the judged row, with the base model first.
 
-    Sets with held-out drawings are left out, because their images have the names of familiar ones.
+    Sets with held-out drawings are left out. Their image files have the same names as those of the
+    familiar drawings, so the gallery would show the wrong image.
     """
     verdicts: dict[tuple[str, str], dict[str, dict]] = {}
     folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
@@ -147,24 +160,25 @@ def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tup
 def build_gallery(
     evaluation: Path, last: str | None, limit: int = 96, failures: int = 24
 ) -> tuple[list[Tile], int]:
-    """The gallery's tiles, failures last, and the number of rows they were chosen from.
+    """The gallery's tiles, with failures last, and the number of rows they were chosen from.
 
     Args:
         evaluation: The evaluation stage's folder, with `verdicts/` and `images/`.
-        last: The model that is compared with the base model.
+        last: The trained model that is compared with the base model; None if there is none.
         limit: Number of rows chosen evenly over the classes.
         failures: Largest number of further rows that `last` got wrong.
     """
     rows = read_verdicts(evaluation)
-    even = choose(rows, limit)
-    taken = set(even)
+    evenly_chosen = choose(rows, limit)
+    taken = set(evenly_chosen)
     failed = {
         key: by_model
         for key, by_model in rows.items()
         if key not in taken and last in by_model and _judge(by_model[last])[0] is False
     }
     extra = choose(failed, failures)
-    tiles = list(_tiles([*even, *extra], rows, set(extra), evaluation / "images", last))
+    keys = [*evenly_chosen, *extra]
+    tiles = list(_tiles(keys, rows, set(extra), evaluation / "images", last))
     return tiles, len(rows)
 
 
@@ -199,7 +213,7 @@ def _tiles(
 
 
 def stored_image_uri(folder: Path, name: object) -> str | None:
-    """An image inside `folder` as a data URI, decoded and encoded again; None if there is none."""
+    """An image inside `folder` as a data URI, decoded and encoded again; None if unreadable."""
     if not isinstance(name, str) or not name:
         return None
     try:
@@ -210,7 +224,7 @@ def stored_image_uri(folder: Path, name: object) -> str | None:
 
 
 def image_uri(image: Image.Image, longest: int) -> str:
-    """An image as a data URI, at most `longest` pixels wide and high: PNG if small, else JPEG."""
+    """An image as a data URI: a small image as PNG, any other as JPEG of at most `longest` px."""
     if max(image.size) <= _SMALL:
         kind, data = "png", png_bytes(image)
     else:

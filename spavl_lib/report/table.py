@@ -22,7 +22,7 @@ def render_result_table(metrics: Mapping | Path | str) -> str:
         metrics: The contents of metrics.json, or its path.
 
     Returns:
-        Lines without a trailing newline; a missing number is an en dash.
+        The lines of the table, without a trailing newline. A missing number is an en dash.
     """
     models = models_of(read_metrics(metrics))
     if not models:

@@ -1,4 +1,4 @@
-"""The report's sections about training: the reward model, and policies trained against it."""
+"""The report's sections about training: the reward model, and the policies that it trained."""
 
 import math
 from collections.abc import Mapping
@@ -17,9 +17,10 @@ from spavl_lib.runs.files import read_jsonl
 REWARD_RATES = (
     ("pair_accuracy", "Held-out pairs ranked correctly", "chosen scored above rejected"),
     ("twin_accuracy", "Twins, both ranked correctly",
-     "the same two answers with two images, each preferred once: a model must look to get both"),
+     "the same two answers with two images, each preferred once: a model that ignores the image "
+     "gets none"),
     ("twin_accuracy_exchanged", "Twins, images exchanged",
-     "judged by the original images: near 0 for a model that looks"),
+     "judged by each twin's own image: near 0 for a model that uses the image"),
     ("exchanged", "Pairs with another row's image", "the accuracy of the words alone"),
     ("longer_is_better", "Preferring the longer answer", "the accuracy of length alone"),
 )  # fmt: skip
@@ -33,11 +34,11 @@ _TYPES = {
 
 
 def reward_page(metrics: Any, stage: StagePage) -> dict | None:
-    """The reward model's section: rates, calibration, margins; None if it was not measured.
+    """The reward model's section: rates, calibration and margins; None if there are no metrics.
 
     Args:
         metrics: The value of `reward_model` in metrics.json.
-        stage: The stage that trained it; holds the scores of held-out pairs.
+        stage: The stage that trained the reward model. It holds the scores of held-out pairs.
     """
     if not isinstance(metrics, Mapping):
         return None

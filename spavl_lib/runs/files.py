@@ -1,4 +1,4 @@
-"""Reading and writing files: a reader sees the old or the new file, never half of one."""
+"""Read and write files. Whole files are replaced in one step: a reader never sees half of one."""
 
 import contextlib
 import errno
@@ -12,7 +12,8 @@ from typing import Any
 
 from spavl_lib.errors import DiskError, InputError
 
-# No space, a quota, a file size limit, a read-only or forbidden place.
+# Error numbers that mean: no space left, a quota or a limit of file size is reached, or writing is
+# not permitted.
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM,
 )  # fmt: skip
@@ -20,22 +21,23 @@ DISK_ERRORS = (
 
 @contextlib.contextmanager
 def writing(path: Path, needed: int = 0) -> Iterator[None]:
-    """Turn an error of the file system inside the block into one clear message.
+    """Turn a file system's error inside the block into one clear message.
 
     Args:
         path: The file or folder that is written.
-        needed: Its size in bytes, if known.
+        needed: Number of bytes that are written; 0 if it is not known.
 
     Raises:
-        DiskError: Names the path, the needed bytes and the free bytes.
+        DiskError: There is no space or no permission. The message names the path, the needed bytes
+            and the free bytes.
     """
     try:
         yield
     except Exception as error:
-        # safetensors raises its own error, which only quotes that of the system.
+        # safetensors raises an error of its own, whose text quotes the system's error number.
         quoted = str(error).rpartition("(os error ")[2].rstrip(")")
-        number = getattr(error, "errno", None) or (int(quoted) if quoted.isdigit() else None)
-        if number not in DISK_ERRORS:
+        error_number = getattr(error, "errno", None) or (int(quoted) if quoted.isdigit() else None)
+        if error_number not in DISK_ERRORS:
             raise
         size = f"{needed:,} bytes needed, " if needed else ""
         free = shutil.disk_usage(existing_parent(path)).free
@@ -43,42 +45,42 @@ def writing(path: Path, needed: int = 0) -> Iterator[None]:
 
 
 def existing_parent(path: Path) -> Path:
-    """The path itself if it exists, else the nearest folder above it that does."""
+    """The path itself if it exists, else the nearest folder above it that exists."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file by writing another one, flushing it and renaming it.
+    """Write a text file: write a temporary file, flush it to disk, and rename it to `path`.
 
     Raises:
         DiskError: There is no space or no permission; the old file is kept.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with aside.open("w", encoding="utf-8") as handle:
+            with temporary.open("w", encoding="utf-8") as handle:
                 handle.write(text)
                 handle.flush()
                 os.fsync(handle.fileno())
-            aside.replace(path)
+            temporary.replace(path)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write indented JSON by `write_text`; a NaN raises ValueError."""
+    """Write indented JSON, as safely as `write_text`. NaN or infinity raises ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """`write_text` of one JSON value a line, characters beyond ASCII as they are."""
+    """Write one JSON value per line, as safely as `write_text`; non-ASCII text is not escaped."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Add one JSON value a line to a file, characters beyond ASCII as they are."""
+    """Append one JSON value per line to a file; non-ASCII text is not escaped."""
     with path.open("a", encoding="utf-8") as handle:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
@@ -89,14 +91,14 @@ def read_json(path: Path) -> Any:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Rows of a JSONL file; none if there is no file. An incomplete last line is dropped.
+    """Rows of a JSONL file; no rows if the file does not exist. Drops an incomplete last line.
 
     Raises:
-        InputError: Another line is not JSON, so the file is damaged.
+        InputError: A line before the last is not JSON, so the file is damaged.
     """
     if not path.is_file():
         return []
-    # Not splitlines(), because a text may contain other line separators.
+    # splitlines() would also split at other line separators, which a text may contain.
     *lines, last = path.read_text(encoding="utf-8").split("\n")
     rows = []
     for number, line in enumerate(lines):

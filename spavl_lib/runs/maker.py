@@ -1,9 +1,9 @@
-"""The front door of every stage: `@stage_maker` registers the function that makes it.
+"""`@stage_maker` registers the function that makes a stage, and wraps it in what all stages need.
 
-The decorated function does the work alone. The door around it returns a complete stage at once,
-refuses one that was made with other settings or inputs, holds the folder's lock, catches signals,
-and writes the summary. Whether several processes are started is decided one storey up, by
-`distributed.launcher.make`.
+The decorated function only does the work. The wrapper returns a complete stage's summary at once,
+refuses a stage that was made with other settings or inputs, holds the folder's lock, catches
+signals, and writes the summary. `distributed.launcher.make` decides whether several processes call
+the maker.
 """
 
 import functools
@@ -33,18 +33,19 @@ def stage_maker(
     """Register a function as the maker of a stage.
 
     Args:
-        name: Stage, as in `stages`.
-        inputs: Gives name -> sha256 or value of everything the stage reads besides its settings.
-            It is asked before the work and after it: an input that changed meanwhile is an error.
-        polls_stop: The function takes the stop flag as third argument and polls it; signals then
-            set the flag instead of interrupting the function.
-        renew: A complete stage whose inputs have changed is made again. Otherwise it is refused.
-            The summary must hold `inputs`.
-        after: Called with the stage once its summary is there, also when it was there before.
+        name: Name of the stage, as in `stages`.
+        inputs: Returns name -> sha256 or value of everything that the stage reads besides its
+            settings. It is called before and after the work; an input that changed in between is
+            an error.
+        polls_stop: Whether the function takes the stop flag as third argument and polls it. If so,
+            signals set the flag instead of interrupting the function.
+        renew: Whether a complete stage whose inputs have changed is made again, instead of being
+            refused. The stage's summary must then hold its `inputs`.
+        after: Called with the stage when the summary exists, whether it is new or not.
 
     Returns:
-        A decorator. The decorated maker is called with `(config, stage, **options)`, options being
-        the function's own, and returns the stage's summary.
+        A decorator. The decorated maker takes `(config, stage, **options)`, where `options` are
+        keyword arguments of the function, and returns the stage's summary.
     """
 
     def decorate(make: Callable[..., dict]) -> Callable[..., dict]:
@@ -80,6 +81,7 @@ def stage_maker(
 
 
 def _check_processes(name: str, config: Config) -> None:
+    """Raise if the number of running processes is not the configured one."""
     spec, processes = stages.find(name), config.launch.num_processes
     if (spec.trains or spec.several_processes) and world_size() != processes:
         raise InputError(
@@ -89,7 +91,7 @@ def _check_processes(name: str, config: Config) -> None:
 
 
 def maker_of(name: str) -> Callable[..., dict]:
-    """The maker of a stage; imports the module that defines it.
+    """The maker of a stage. The call imports the module that defines the maker.
 
     Raises:
         InputError: There is no such stage.

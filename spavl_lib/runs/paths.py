@@ -1,11 +1,11 @@
-"""Where the checkout, the runs and the caches are."""
+"""The folders of the checkout, of the runs and of the caches."""
 
 import os
 from pathlib import Path
 
 
 def repo_root() -> Path:
-    """The checkout this process works in, or the current folder outside of one."""
+    """The checkout that holds the current folder; outside of a checkout, the current folder."""
     for folder in (Path.cwd(), *Path.cwd().parents):
         project = folder / "pyproject.toml"
         if project.is_file() and 'name = "spavl' in project.read_text(encoding="utf-8"):
@@ -14,10 +14,10 @@ def repo_root() -> Path:
 
 
 def runs_root() -> Path:
-    """Where runs go: $SPAVL_RUNS, or runs/ in the checkout."""
+    """The folder that holds the runs: $SPAVL_RUNS, or runs/ in the checkout."""
     return Path(os.environ.get("SPAVL_RUNS", "") or repo_root() / "runs")
 
 
 def cache_root() -> Path:
-    """Where built data sets are kept: $SPAVL_CACHE, or runs/.cache."""
+    """The folder for files that can be made again: $SPAVL_CACHE, or runs/.cache in the checkout."""
     return Path(os.environ.get("SPAVL_CACHE", "") or repo_root() / "runs" / ".cache")

@@ -14,12 +14,12 @@ PACKAGES = (
     "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow "
     "safetensors"
 ).split()
-# Across a major version of these nothing is promised to go on as it began.
+# An interrupted stage resumes only with the same major versions of these packages.
 GUARDED = ("torch", "transformers", "trl", "peft")
 
 
 def canonical_sha256(value: Any) -> str:
-    """Hex digest of a JSON value, whatever the order of its keys."""
+    """Hex digest of a JSON value; the order of keys does not change it."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
@@ -28,7 +28,7 @@ def environment(root: Path) -> dict:
     """Commit, code, versions, machine and precision of this process.
 
     Args:
-        root: The checkout, for git.
+        root: The checkout in which git is called.
     """
     commit = _git(root, "rev-parse", "HEAD")
     diff = _git(root, "diff", "HEAD") if commit else ""
@@ -50,13 +50,14 @@ def git_diff(root: Path) -> str:
 
 
 def _git(root: Path, *args: str) -> str:
+    """What a git command prints; empty if it fails."""
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True
         )
     except (OSError, ValueError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip()
+    return completed.stdout.strip()
 
 
 def code_sha256() -> str:
@@ -69,19 +70,19 @@ def code_sha256() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package that numbers depend on."""
-    named = {"python": platform.python_version()}
+    """Versions of Python and of each package on which results depend."""
+    version_of = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            named[name] = importlib.metadata.version(name)
-    return named
+            version_of[name] = importlib.metadata.version(name)
+    return version_of
 
 
 def installed() -> dict[str, str]:
-    """Name -> version of every installed package, from the names of the metadata folders."""
+    """Name -> version of every installed package."""
     packages: dict[str, str] = {}
     for package in importlib.metadata.distributions():
-        # Reading the metadata itself would take a second.
+        # The name of the metadata folder holds both. Reading the metadata would take a second.
         folder = getattr(package, "_path", "")
         name, _, version = Path(str(folder)).stem.partition("-")
         if name and version:
@@ -90,12 +91,16 @@ def installed() -> dict[str, str]:
 
 
 def majors(named: dict[str, str]) -> dict[str, str]:
-    """Major versions of the packages that may not change when a run is resumed."""
+    """Major versions of the packages of `GUARDED`, which a resumed stage must not change.
+
+    Args:
+        named: Package -> version.
+    """
     return {f"versions.{n}": named[n].split(".")[0] for n in GUARDED if n in named}
 
 
 def machine() -> dict[str, Any]:
-    """Processor, threads, and the GPU with its libraries, if there is one."""
+    """Processor and number of threads; if there is a GPU, also its name and libraries."""
     import torch
 
     name, flags = _processor()
@@ -118,7 +123,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> tuple[str, str]:
-    """Name and feature flags of the processor, where the system tells them."""
+    """Name and feature flags of the processor; empty if the system does not tell them."""
     path = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     if path.is_file():

@@ -1,4 +1,4 @@
-"""A stop flag, which a signal sets and which loops poll between steps and batches."""
+"""The stop flag: signals set it, and loops poll it between steps and batches."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from collections.abc import Iterator
 
 
 class StopFlag:
-    """True once SIGTERM or SIGINT has come; loops then save and raise `Preempted`.
+    """A flag that is true after SIGTERM or SIGINT. Loops then save and raise `Preempted`.
 
     Args:
-        around: The flag of the enclosing block. This flag is true whenever that one is.
+        around: The flag of the enclosing block. If the outer flag is true, this flag is true too.
     """
 
     def __init__(self, around: "StopFlag | None" = None) -> None:
@@ -23,7 +23,7 @@ class StopFlag:
 
     @property
     def reason(self) -> str:
-        """The name of the signal; empty before one has come."""
+        """The name of the signal that came first; empty if none has come."""
         return self._signal or (self.around.reason if self.around else "")
 
     @reason.setter
@@ -31,40 +31,45 @@ class StopFlag:
         self._signal = name
 
     def set(self, signum: int, _frame: object = None) -> None:
-        """Handle a signal: the first sets the flag, a second raises KeyboardInterrupt."""
+        """Handle a signal: the first one sets the flag, the second raises KeyboardInterrupt."""
         if self._signal:
             raise KeyboardInterrupt
         self._signal = signal.Signals(signum).name
-        # os.write, because the signal may interrupt any other code that prints.
+        # The signal may interrupt code that prints to sys.stderr; os.write works even then.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{self.reason}: stopping when this step is done and saved\n".encode())
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Yield a flag that SIGTERM and SIGINT set while the block runs, in the main thread only.
+    """Yield a flag that SIGTERM and SIGINT set while the block runs.
 
-    Nested blocks share the flag: a signal seen by either stops both.
+    Nested blocks share the flag: a signal in either block stops both. Outside of the main thread no
+    handler can be set, so there only the flag of an enclosing block is seen.
     """
-    around = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    flag = StopFlag(around if isinstance(around, StopFlag) else None)
+    # If the present handler is the method `set` of a flag, that flag belongs to an enclosing block.
+    outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    flag = StopFlag(outer if isinstance(outer, StopFlag) else None)
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    kinds = (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, flag.set) for s in kinds}
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    old_handlers = {number: signal.signal(number, flag.set) for number in numbers}
     try:
         yield flag
     finally:
-        for kind, handler in before.items():
-            signal.signal(kind, handler)
+        for number, handler in old_handlers.items():
+            signal.signal(number, handler)
         if flag.around is not None and flag.reason:
             flag.around.reason = flag.reason
 
 
 def end_with_parent() -> None:
-    """Block until standard input closes, then exit: the process that holds it open has ended."""
-    # os.read, because holding the lock of sys.stdin's buffer would abort the interpreter's exit.
+    """Wait until standard input closes, then exit this process.
+
+    The parent process holds standard input open, so it closes when the parent ends.
+    """
+    # sys.stdin.read would hold a lock, and the interpreter aborts if it exits while that is held.
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(1)

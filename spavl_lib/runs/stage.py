@@ -32,17 +32,17 @@ from spavl_lib.errors import BusyError, InputError
 from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json, write_text, writing
-from spavl_lib.runs.files import read_jsonl as read_jsonl  # for those who read a stage's files
+from spavl_lib.runs.files import read_jsonl as read_jsonl  # other modules import it from here
 from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.signals import stop_on_signals
 
 
 def allowed_changes() -> tuple[str, ...]:
-    """Settings and inputs that may change when a stage is resumed, from $SPAVL_ALLOW_CHANGE."""
+    """Settings and inputs that $SPAVL_ALLOW_CHANGE allows to change when a stage resumes."""
     return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
-# Short trainings with other settings, beside a stage's own; "contrast" in older runs.
+# Subfolder of a stage for short extra trainings with other settings, and its name in older runs.
 VARIANT_FOLDERS = ("variants", "contrast")
 
 
@@ -56,7 +56,7 @@ class Stage:
 
     @functools.cached_property
     def config(self) -> Config:
-        """The run's config; if the stage is a plugin's, with the defaults of its settings."""
+        """The run's config. For a plugin's stage, the plugin's settings include their defaults."""
         config = self.run.config
         if stages.find(self.name).settings is None:
             return config
@@ -70,8 +70,8 @@ class Stage:
 
     @property
     def begun(self) -> bool:
-        """Whether the folder holds work, beyond the files that opening a stage writes."""
-        opening = {
+        """Whether the folder holds work, besides the files that are written before the work."""
+        written_before = {
             "config.yaml",
             "manifest.json",
             "source.diff",
@@ -83,7 +83,7 @@ class Stage:
         return any(
             path.is_file() and not any(part.startswith(".") for part in parts)
             for path in self.path.rglob("*")
-            if (parts := path.relative_to(self.path).parts)[0] not in opening | notebooks
+            if (parts := path.relative_to(self.path).parts)[0] not in written_before | notebooks
         )
 
     @property
@@ -98,7 +98,7 @@ class Stage:
 
     @property
     def figures(self) -> Path:
-        """Folder of the stage's PNG files; it is made if missing."""
+        """Folder of the stage's PNG files; reading this property makes the folder."""
         folder = self.path / "figures"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -107,7 +107,7 @@ class Stage:
         """Raise if the folder holds work made with other settings.
 
         Raises:
-            InputError: Names each changed key with its old and its new value.
+            InputError: Settings differ; the message lists each key with its old and new value.
         """
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
@@ -128,11 +128,13 @@ class Stage:
     def check_inputs(self, inputs: dict[str, str]) -> None:
         """Raise if the folder's work used other data, another model or other major versions.
 
+        Major versions are checked only if the stage is not complete.
+
         Args:
             inputs: Name -> hash or value of what the stage reads, as passed to `work`.
 
         Raises:
-            InputError: Names each changed input with its old and its new value.
+            InputError: Inputs differ; the message lists each one with its old and new value.
         """
         if not self.begun or not self._has_manifest():
             return
@@ -146,17 +148,21 @@ class Stage:
         )
 
     def _refuse(self, changed: dict[str, tuple[Any, Any]]) -> None:
-        """Raise for changes, except those allowed; of a complete stage nothing may change."""
-        waived = () if self.done else allowed_changes()
-        self.allowed += [k for k in changed if k in waived and k not in self.allowed]
-        lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in waived]
+        """Raise if there are changes. In an incomplete stage, allowed changes are only recorded.
+
+        Args:
+            changed: Key -> (old value, new value).
+        """
+        allowed = () if self.done else allowed_changes()
+        self.allowed += [k for k in changed if k in allowed and k not in self.allowed]
+        lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in allowed]
         if lines:
             names = ",".join(line.partition(":")[0] for line in lines)
-            way = "" if self.done else f", or resume in spite of it with --allow-change {names}"
+            resume = "" if self.done else f", or resume in spite of it with --allow-change {names}"
             raise InputError(
                 f"{self.path} was made with other settings:\n  "
                 + "\n  ".join(lines)
-                + f"\n  use another run_name, or delete that folder{way}"
+                + f"\n  use another run_name, or delete that folder{resume}"
             )
 
     @contextlib.contextmanager
@@ -166,19 +172,20 @@ class Stage:
         *,
         renew: bool = False,
     ) -> Iterator["Stage"]:
-        """Lock the stage for this process, time the block, and seal the manifest at its end.
+        """Lock the stage, write its manifest, run the block, and complete the manifest at the end.
 
         Args:
-            inputs: Name -> hash of what the stage reads, or a function that returns it. A function
-                is called again at the end, because an input that changed meanwhile makes the
-                result invalid.
-            renew: The maker itself replaces what changed inputs leave outdated.
+            inputs: Name -> hash of what the stage reads, or a function that returns this mapping. A
+                function is called again after the block: if an input changed during the block, the
+                result is invalid.
+            renew: Whether to accept changed inputs, because the maker replaces outdated results.
 
         Raises:
             BusyError: A live process holds the lock.
-            InputError: The folder was made with other settings, or an input changed meanwhile.
+            InputError: The folder was made with other settings, or an input changed during the
+                block.
         """
-        if not is_main():  # the main process holds the lock for all of them
+        if not is_main():  # the main process holds the lock for all processes
             yield self
             return
         with writing(self.path):
@@ -186,11 +193,11 @@ class Stage:
         with _lock(self.path / ".lock", self.run.name):
             reset_peak_memory()
             try:
-                named = inputs() if callable(inputs) else dict(inputs or {})
+                before = inputs() if callable(inputs) else dict(inputs or {})
                 self.check_config()
                 if not renew:
-                    self.check_inputs(named)
-                self._open_manifest(named)
+                    self.check_inputs(before)
+                self._open_manifest(before)
             except BaseException:
                 if not self.begun:
                     self._remove_traces()
@@ -198,8 +205,8 @@ class Stage:
             started = time.perf_counter()
             try:
                 yield self
-                after = inputs() if callable(inputs) else named
-                changed = [k for k in named if after.get(k) != named[k]]
+                after = inputs() if callable(inputs) else before
+                changed = [k for k in before if after.get(k) != before[k]]
                 if changed:
                     raise InputError(
                         f"{', '.join(changed)} changed while {self.path} was being made, so its "
@@ -209,29 +216,29 @@ class Stage:
                 if not self.begun:  # there is no work to keep
                     self._remove_traces()
                     raise
-                self._seal(started)
+                self._note_costs(started)
                 raise
-            self._seal(started)
+            self._note_costs(started)
 
     def _open_manifest(self, inputs: dict[str, str]) -> None:
         """Write config and manifest before the work starts; a resumed stage keeps its run id."""
-        before = read_json(self.path / "manifest.json") if self._has_manifest() else {}
-        resumed = before.get("resumed", [])
+        earlier = read_json(self.path / "manifest.json") if self._has_manifest() else {}
+        resumed = earlier.get("resumed", [])
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        if before and self.begun:
+        if earlier and self.begun:
             resumed = [*resumed, {"at": now, "allowed_changes": self.allowed}]
         values = self.config.to_dict()
-        plain = self.config.profile in profile_names() and load_config(self.config.profile)
-        usual = flatten(plain.to_dict()) if plain else {}
+        profile = self.config.profile in profile_names() and load_config(self.config.profile)
+        profile_values = flatten(profile.to_dict()) if profile else {}
         write_text(
             self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
-        wall = before.get("wall_time_before_s", 0.0) + before.get("wall_time_s", 0.0)
+        wall_s = earlier.get("wall_time_before_s", 0.0) + earlier.get("wall_time_s", 0.0)
         root = repo_root()
         self.manifest = {
             "stage": self.name,
             "run_name": self.run.name,
-            "run_id": (before.get("run_id") if resumed else None) or secrets.token_hex(8),
+            "run_id": (earlier.get("run_id") if resumed else None) or secrets.token_hex(8),
             "profile": self.config.profile,
             "seed": self.config.seed,
             "seeds": dict.fromkeys(
@@ -239,7 +246,9 @@ class Stage:
             ),
             "config": values,
             "overridden": sorted(
-                k for k, v in flatten(values).items() if usual and v != usual.get(k)
+                k
+                for k, v in flatten(values).items()
+                if profile_values and v != profile_values.get(k)
             ),
             "inputs": inputs,
             "data": {},
@@ -251,9 +260,9 @@ class Stage:
                 if s.name != self.name and s._has_manifest()
             },
             "resumed": resumed,
-            "notebook": before.get("notebook") if resumed else None,
+            "notebook": earlier.get("notebook") if resumed else None,
             "started": now,
-            "wall_time_before_s": round(wall, 2),
+            "wall_time_before_s": round(wall_s, 2),
             "results": None,
         }
         if self.manifest["git_diff_sha256"]:
@@ -261,24 +270,31 @@ class Stage:
         self._write_manifest()
 
     def note(self, **facts: Any) -> None:
-        """Add facts to the manifest of the running work, such as `data=...`."""
+        """Add entries to the manifest of the stage that is being made, such as `data=...`."""
         if not is_main():
             return
         self.manifest |= facts
         self._write_manifest()
 
     def _write_manifest(self) -> None:
+        """Write the manifest with a seal: the hash of all other entries."""
         page = {k: v for k, v in self.manifest.items() if k != "sealed"}
         self.manifest = page | {"sealed": provenance.canonical_sha256(page)}
         write_json(self.path / "manifest.json", self.manifest)
 
-    def _seal(self, started: float) -> None:
+    def _note_costs(self, started: float) -> None:
+        """Add time and memory to the manifest.
+
+        Args:
+            started: `time.perf_counter()` when the work began.
+        """
         self.note(
             wall_time_s=round(time.perf_counter() - started, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
         )
 
     def _remove_traces(self) -> None:
+        """Remove what opening the stage has written, and the folders that are then empty."""
         for name in ("config.yaml", "manifest.json", "source.diff", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         folders = [p for p in self.path.rglob("*") if p.is_dir()]
@@ -299,15 +315,17 @@ class Stage:
                 handle.write(line)
 
     def finish(self, summary: dict) -> None:
-        """Write the summary, which makes the stage complete; the manifest records its hash first.
+        """Write the summary, which makes the stage complete.
 
-        A signal during the writing waits until both files are written.
+        The summary's hash is written to the manifest first. A signal takes effect only after both
+        files are written.
         """
         if is_main():
             with stop_on_signals():
                 self._conclude(summary)
 
     def _conclude(self, summary: dict) -> None:
+        """Write the summary's hash to the manifest, then the summary."""
         if self._has_manifest():
             self.manifest = read_json(self.path / "manifest.json")
             weights = summary.get("weights_sha256")
@@ -331,7 +349,7 @@ class Run:
         self.path = (root or runs_root()) / name
 
     def stage(self, name: str) -> Stage:
-        """The stage of this name, whether complete or not."""
+        """The stage with this name, whether it is complete or not."""
         return Stage(self, name)
 
     def done_stages(self) -> list[Stage]:
@@ -341,14 +359,17 @@ class Run:
 
 @contextlib.contextmanager
 def _lock(path: Path, run_name: str) -> Iterator[None]:
-    """Hold a lock file and write its holder into it; the system frees it when the process dies."""
+    """Hold a lock file, in which this process writes who holds it.
+
+    The operating system releases the lock when the process dies.
+    """
     try:
-        held = FileLock(path, blocking=False, fallback_to_soft=False).acquire()
+        lock = FileLock(path, blocking=False, fallback_to_soft=False).acquire()
     except Timeout:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise BusyError(
             f"{path.parent} is in use by {holder}; wait for it, or use another run_name"
         ) from None
-    with held:
+    with lock:
         path.write_text(f"pid {os.getpid()} on {socket.gethostname()} (run {run_name})", "utf-8")
         yield

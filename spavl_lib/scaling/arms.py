@@ -1,7 +1,7 @@
-"""The arms of the scaling stage: trainings that differ in one thing, each with its whole config.
+"""The arms of the scaling stage: DPO trainings that differ in one setting.
 
-A family varies one thing: the number of pairs, the question types, the answer sources, whether the
-projector trains, or the rank of the adapter. Every arm starts from the same base model.
+A family varies one setting: the number of pairs, the question types, the answer sources, whether
+the projector trains, or the rank of the adapter. Every arm starts from the same base model.
 """
 
 import dataclasses
@@ -16,12 +16,12 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import SCALING_FAMILIES
 from spavl_lib.runs.stage import Run, Stage
 
-VALIDATION_ROWS = 32  # for the trainer's own progress; no result uses them
+VALIDATION_ROWS = 32  # the trainer loads them; no result of the scaling stage uses them
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One training: the family it belongs to, its name there, and its whole config."""
+    """One training: its family, its name in this family, and its complete config."""
 
     family: str
     name: str
@@ -30,22 +30,22 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Name of the arm's folder; equal for arms that would train exactly the same thing."""
+        """Name of the arm's folder. Arms that would train the same model have the same key."""
         settings = self.config.to_dict()
-        for free in ("run_name", "scaling"):
-            settings.pop(free)
+        for without_effect in ("run_name", "scaling"):
+            settings.pop(without_effect)
         text = json.dumps(settings, sort_keys=True)
         return f"seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def arm_stage(stage: Stage, arm: Arm) -> Stage:
-    """The stage that holds an arm's result: a run of its own below the scaling stage."""
+    """The stage that holds an arm's result. Each arm is a run in the scaling stage's folder."""
     config = dataclasses.replace(arm.config, run_name=arm.key)
     return Run(config, stage.path / "arms").stage("scaling")
 
 
 def distinct(arms: list[Arm]) -> list[Arm]:
-    """The arms without those that would repeat another one's training."""
+    """The arms without those that would repeat the training of another arm."""
     return list({arm.key: arm for arm in arms}.values())
 
 
@@ -53,7 +53,7 @@ def plan(config: Config) -> list[Arm]:
     """Every arm for every seed.
 
     Raises:
-        InputError: The config names no arms, or an arm that cannot be made.
+        InputError: The config names no arms, or names an arm that cannot be made.
     """
     scaling = config.scaling
     variants = list(_variants(config))
@@ -80,7 +80,7 @@ def plan(config: Config) -> list[Arm]:
 
 
 def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfig]]:
-    """(family, name, data, model) of every arm, before sizes are equalised and seeds set."""
+    """(family, name, data, model) of every arm, before equal sizes and the seeds are set."""
     scaling, data, model = config.scaling, config.data, config.model
     available = len(load_preferences(dataclasses.replace(data, train_rows=0), "train"))
     for size in scaling.sizes:
@@ -108,7 +108,11 @@ def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfi
 
 
 def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
-    """Pairs of every arm of an ablation: as many as the arm with the fewest pairs has, at most."""
+    """Family -> number of pairs that every arm of the family gets.
+
+    This is the number of pairs available to the family's smallest arm, limited by
+    `scaling.ablation_rows`. The family `size` is left out.
+    """
     limit, sizes = config.scaling.ablation_rows, {}
     available: dict[DataConfig, int] = {}
     for family in SCALING_FAMILIES:

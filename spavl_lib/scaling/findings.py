@@ -1,12 +1,12 @@
-"""The results of all arms as one table, and what they say beside the paper's numbers."""
+"""The results of all arms as one table, and a comparison with the paper's numbers."""
 
 from spavl_lib.config import Config
 from spavl_lib.evaluation.numbers import SCALING_RATES, read_rate
 from spavl_lib.evaluation.rates import pool
 from spavl_lib.scaling.arms import Arm
 
-# The paper's numbers for LLaVA-1.5-7B after DPO, in percent. They were read in secondary copies of
-# its tables, because its full text was not available: compare the shape, not the values.
+# The paper's numbers for LLaVA-1.5-7B after DPO, in percent. They come from secondary copies of the
+# paper's tables, because the full text was not available. Compare the shape, not the values.
 PAPER = {
     "source": "SPA-VL, arXiv 2406.12030, HarmEval unsafe rate (USR), percent, lower is better",
     "base": {"harm_eval": 44.15, "where": "Table 2"},
@@ -21,8 +21,8 @@ PAPER = {
         {"arm": "trained", "harm_eval": 0.00, "where": "Table 6"},
         {"arm": "frozen", "harm_eval": 1.13, "where": "Table 6"},
     ],
-    "answers": "AdvBench suffix ASR: about 65 % with the safe group's answers, 6.54 % (34/520) "
-    "with all (Table 4)",
+    "answers": "AdvBench suffix attack success rate: about 65 % with the answers of the group of "
+    "safe models alone, 6.54 % (34/520) with the answers of all models (Table 4)",
     "questions": "mixed is best on every safety column (Table 5); its numbers were not found",
     "rank": "no numbers found",
 }
@@ -37,8 +37,8 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
         results: Arm key -> the summary that `run_arm` returned.
         base: The base model's rates.
     """
-    rows, rates = [], {(a.family, a.name): a.config.dpo.learning_rate for a in arms}
-    for family, name in rates:
+    rows, learning_rates = [], {(a.family, a.name): a.config.dpo.learning_rate for a in arms}
+    for family, name in learning_rates:
         seeds = [results[a.key] for a in arms if (a.family, a.name) == (family, name)]
         row = {
             "family": family,
@@ -46,14 +46,14 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
             "pairs": seeds[0]["rows"],
             "steps": seeds[0]["steps"],
             "epochs": seeds[0]["epochs"],
-            "learning_rate": rates[family, name],
+            "learning_rate": learning_rates[family, name],
             "trainable_parameters": seeds[0]["trainable_parameters"],
             "seeds": len(seeds),
         }
         for key in SCALING_RATES:
             by_seed = [rate for result in seeds if (rate := read_rate(result, key))]
-            whole = pool(by_seed)
-            row[key] = whole and whole.to_dict()
+            pooled = pool(by_seed)
+            row[key] = pooled and pooled.to_dict()
             row[f"{key}_by_seed"] = [rate.value for rate in by_seed]
         rows.append(row)
     return {
@@ -63,17 +63,21 @@ def gather(config: Config, arms: list[Arm], results: dict[str, dict], base: dict
 
 
 def findings(rows: list[dict]) -> dict[str, bool | None]:
-    """Whether these numbers show what the paper's would lead one to expect.
+    """Check whether the results show what the paper's numbers suggest.
 
     Args:
         rows: The rows of `gather`.
 
     Returns:
-        None where there is nothing to compare, otherwise whether it holds. `more_data_is_safer`:
-        from one size to the next the unsafe rate never rises by more than the intervals allow,
-        and it is lower for the largest size than for the smallest. `mixed_is_safest`: mixed
-        questions are at most as unsafe as each single type. `all_answers_are_safest`: all answer
-        sources together are at most as unsafe as each selection of them.
+        Whether each statement holds, or None if there is nothing to compare:
+
+        - `more_data_is_safer`: the largest size has a lower unsafe rate than the smallest, and the
+          rate never rises clearly from one size to the next. A rise is clear if the two intervals
+          do not overlap.
+        - `mixed_is_safest`: the unsafe rate with mixed questions is not higher than with any single
+          question type.
+        - `all_answers_are_safest`: the unsafe rate with all answer sources is not higher than with
+          any selection of sources.
     """
     unsafe = {
         (row["family"], row["arm"]): rate for row in rows if (rate := read_rate(row, "unsafe_rate"))

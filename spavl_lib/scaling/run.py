@@ -1,11 +1,11 @@
-"""The scaling stage: train arms that differ in one thing, measure each, and compare them.
+"""The scaling stage: train arms that differ in one setting, measure each arm, and compare them.
 
     make scaling        # spavl run 07_scaling_and_ablations --profile demo
 
-Every arm passes once over its own rows, or makes `scaling.min_steps` updates if that is more, and
-is measured on the same prompts as all others. An arm is a run of its own under `scaling/arms/`: a
-complete arm is kept, an interrupted one continues, and several workers share the rest. Arms with
-equal settings are trained once.
+Every arm makes one pass over its rows, or `scaling.min_steps` updates if that is more. All arms are
+measured on the same prompts. Each arm is a run under `scaling/arms/`. A complete arm is kept, an
+interrupted arm continues, and several workers share the remaining arms. Arms with equal settings
+are trained once.
 """
 
 import dataclasses
@@ -43,15 +43,15 @@ def run_scaling(config: Config, stage: Stage, flag: StopFlag) -> dict:
         paper's numbers, and the findings.
 
     Raises:
-        InputError: The config names no arms, or an arm that cannot be made.
-        Preempted: A stop was requested; complete arms are kept.
+        InputError: The config names no arms, or names an arm that cannot be made.
+        Preempted: A stop was requested. Complete arms are kept.
     """
     quiet_libraries()
     arms = plan(config)
     base = _base(config, stage, flag)
     unique = distinct(arms)
-    left = sum(not arm_stage(stage, arm).done for arm in unique)
-    workers = min(config.scaling.workers or default_workers(), max(1, left))
+    incomplete = sum(not arm_stage(stage, arm).done for arm in unique)
+    workers = min(config.scaling.workers or default_workers(), max(1, incomplete))
     if workers == 1:
         _run_here(stage, unique, flag)
     else:

@@ -1,4 +1,4 @@
-"""One arm of the scaling stage: train it, measure it, and keep its numbers."""
+"""Train and measure one arm of the scaling stage."""
 
 import shutil
 from pathlib import Path
@@ -17,19 +17,20 @@ MEASURED = {"harm": "unsafe", "help": "helpful"}  # set of prompts -> the verdic
 
 
 def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
-    """Train and measure one arm; its numbers and responses are kept, its weights are not.
+    """Train and measure one arm. Its numbers and responses are kept; its weights are deleted.
 
     Args:
         stage: The scaling stage.
-        arm: The arm to run. A complete one is returned as it is.
-        should_stop: Becomes true when a stop is requested; polled between batches of responses.
+        arm: The arm to run. If it is complete, its summary is returned at once.
+        should_stop: Becomes true when a stop is requested. It is polled between batches of
+            responses.
 
     Returns:
         The arm's `rows`, `steps`, `epochs`, `trainable_parameters` and rates.
 
     Raises:
         BusyError: Another worker runs this arm.
-        Preempted: A stop was requested; the same call continues the arm.
+        Preempted: A stop was requested. Repeating the call continues the arm.
     """
     result = arm_stage(stage, arm)
     if result.done:
@@ -48,7 +49,7 @@ def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
             "trainable_parameters": trained["trainable_parameters"],
             **rates,
         }
-        result.finish(summary)  # before the weights are deleted: without it they are needed again
+        result.finish(summary)  # first, because without a summary the weights are still needed
         for folder in (training.path / "model", training.path / "checkpoints"):
             shutil.rmtree(folder, ignore_errors=True)
     return summary
@@ -63,10 +64,10 @@ def measure(
         config: The arm's config.
         trained: Folder of the arm's weights; None for the base model.
         target: Folder for the responses.
-        should_stop: Becomes true when a stop is requested; polled between batches.
+        should_stop: Becomes true when a stop is requested. It is polled between batches.
 
     Returns:
-        `unsafe_rate` and `helpful_rate`, each None if the judge has no opinion.
+        `unsafe_rate` and `helpful_rate`, each None if the judge gives no such verdict.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)

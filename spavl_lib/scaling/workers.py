@@ -1,7 +1,7 @@
 """Worker processes of the scaling stage: each takes the next arm that no other worker holds.
 
-`python -m spavl_lib.scaling.workers FOLDER` is one worker. Only `run_in_workers` starts it: it
-holds the worker's standard input open, and the worker ends when that closes.
+`python -m spavl_lib.scaling.workers FOLDER` is one worker. Only `run_in_workers` starts workers. It
+holds the standard input of each worker open, and a worker ends when its standard input closes.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ GIB_PER_WORKER = 3
 
 
 def default_workers() -> int:
-    """How many arms fit on this machine at once: one on a GPU, else by cores and memory."""
+    """How many arms this machine can run at once: one with a GPU, else by cores and memory."""
     if machine.gpus():
         return 1
     fitting = machine.memory_bytes() // (GIB_PER_WORKER * machine.GIB)
@@ -41,12 +41,13 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
 
     Args:
         stage: The scaling stage.
-        arms: Distinct arms; complete ones cost nothing.
+        arms: Distinct arms. Complete arms are skipped.
         workers: Number of processes.
-        flag: Becomes true when a stop is requested; the workers are then stopped.
+        flag: Becomes true when a stop is requested. The workers are then stopped.
 
     Raises:
-        SpavlError: The error of this library that a worker raised.
+        Preempted: A stop was requested, or a worker was stopped from outside.
+        SpavlError: A worker raised this error of the library.
         RuntimeError: A worker failed in another way.
     """
     threads = str(max(1, machine.cores() // workers))
@@ -81,7 +82,7 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
         try:
             codes = [process.wait() for process in processes]
         finally:
-            for process in processes:  # not earlier: a worker ends when its input closes
+            for process in processes:  # not earlier, because a worker ends when its input closes
                 if process.stdin:
                     process.stdin.close()
     if flag:
@@ -94,6 +95,7 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
 
 
 def _raise_from_log(log: Path, code: int) -> None:
+    """Raise the last error of this library in a worker's log, or else a RuntimeError."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     for number in range(len(lines) - 1, -1, -1):
         name, colon, message = lines[number].partition(": ")

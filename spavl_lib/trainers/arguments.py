@@ -1,4 +1,4 @@
-"""Arguments that every trainer built on transformers' `Trainer` is given."""
+"""Arguments that all trainers built on transformers' `Trainer` have in common."""
 
 from typing import Any
 
@@ -11,17 +11,18 @@ from spavl_lib.runs.stage import Stage
 
 
 def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, Any]:
-    """Arguments of `TrainingArguments` and of trl's subclasses of it.
+    """Keyword arguments for `TrainingArguments` and for trl's subclasses of it.
 
-    Make the arguments before the model: under ZeRO-3 these decide that it is loaded in shards.
+    Build the `TrainingArguments` before the model is loaded: under ZeRO-3 they make transformers
+    load the model in shards.
 
     Args:
         section: Section of the config, such as "dpo".
         config: Config of the run.
-        stage: Stage that is trained; checkpoints go into its folder.
+        stage: Stage that is trained. Checkpoints are written into its folder.
 
     Returns:
-        Keyword arguments. Logging is ours, so transformers' own reporters are off.
+        Keyword arguments. They disable transformers' own reporters, because `StageCallback` logs.
     """
     trainer, dtype = config.section(section), compute_dtype()
     return {

@@ -1,8 +1,9 @@
-"""One checkpoint writer and one reader for every trainer.
+"""Writing and reading of checkpoints, for every trainer.
 
-A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. It is written under a
-temporary name, flushed, sealed with a manifest of sizes and hashes, and renamed. So a folder with
-that name is whole, or differs from its manifest.
+A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. Its files are written into
+a folder with a temporary name and flushed to disk. Then a manifest with their sizes and hashes is
+added, and the folder is renamed. A folder `step-N` is therefore complete, unless it was damaged
+later, which the manifest reveals.
 """
 
 import contextlib
@@ -31,7 +32,10 @@ MANIFEST = "MANIFEST.json"
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hex digest over sorted (name, dtype, shape, bytes): weights are equal if it is equal."""
+    """Hex digest over the sorted (name, dtype, shape, bytes) of tensors.
+
+    Two sets of weights are equal if their digests are equal.
+    """
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -57,18 +61,19 @@ def save_checkpoint(
     keep: int = 2,
     texts: dict[str, str] | None = None,
 ) -> Path:
-    """Write `folder/step-N` whole or not at all, then remove all but the newest `keep`.
+    """Write the checkpoint `folder/step-N`, then remove older checkpoints.
 
-    All processes call this together. The main process writes the checkpoint; the others add what
-    only they hold (`tensors`, `state`) under names with their rank.
+    No incomplete `step-N` is left after an error. All processes must call this together. The main
+    process writes all of its arguments; the others write their `tensors` and `state` into files
+    whose names contain their rank.
 
     Args:
         folder: The stage's `checkpoints/`.
-        step: Number of finished optimizer steps.
+        step: Number of the last finished step.
         tensors: File stem -> name -> tensor.
         state: JSON values.
-        keep: Number of checkpoints to keep.
-        texts: Further files, name -> content.
+        keep: Number of checkpoints to keep, including this one.
+        texts: Further text files, name -> content.
 
     Returns:
         The checkpoint's folder.
@@ -76,20 +81,20 @@ def save_checkpoint(
     Raises:
         DiskError: Writing failed; earlier checkpoints are untouched.
     """
-    aside, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
+    temporary, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
     main, files = machine.is_main(), {**(texts or {}), "state.json": json.dumps(state)}
     with writing(target, needed):
         if main:
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
         group.barrier()
         if not main:
-            _write_files(aside, tensors, {"state.json": files["state.json"]}, machine.rank())
+            _write_files(temporary, tensors, {"state.json": files["state.json"]}, machine.rank())
         group.barrier()
         if main:
-            _write_whole(aside, target, step, tensors, files)
+            _write_whole(temporary, target, step, tensors, files)
         group.barrier()
     for old in _steps(folder)[keep:] if main else ():
         shutil.rmtree(old)
@@ -97,55 +102,58 @@ def save_checkpoint(
 
 
 def _rank_name(name: str, rank: int) -> str:
-    """The file name of a rank: 3 writes `optimizer.rank-0003.safetensors`, 0 the plain name."""
+    """The name of a rank's file. Rank 3 writes `optimizer.rank-0003.safetensors`.
+
+    Rank 0 writes `optimizer.safetensors`.
+    """
     stem, _, suffix = name.rpartition(".")
     return name if rank == 0 else f"{stem}.rank-{rank:04d}.{suffix}"
 
 
 def _alone(value: Tensor) -> Tensor:
-    """A tensor that fills its storage; a copy if it is a view of a larger one."""
+    """`value` if it fills its storage; a copy if it is a view of a larger tensor."""
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if whole else value.clone()
 
 
 def _write_files(
-    aside: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], rank: int
+    temporary: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str], rank: int
 ) -> None:
     written = []
     for stem, named in tensors.items():
         copies = {k: _alone(v.detach().cpu().contiguous()) for k, v in named.items()}
-        written.append(aside / _rank_name(f"{stem}.safetensors", rank))
+        written.append(temporary / _rank_name(f"{stem}.safetensors", rank))
         save_file(copies, written[-1])
         del copies
     for name, text in texts.items():
-        written.append(aside / _rank_name(name, rank))
+        written.append(temporary / _rank_name(name, rank))
         written[-1].write_text(text, encoding="utf-8")
     for path in written:
         _sync(path)
 
 
 def _write_whole(
-    aside: Path,
+    temporary: Path,
     target: Path,
     step: int,
     tensors: dict[str, dict[str, Tensor]],
     texts: dict[str, str],
 ) -> None:
     try:
-        _write_files(aside, tensors, texts, 0)
+        _write_files(temporary, tensors, texts, 0)
         files = {
             p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
-            for p in sorted(aside.iterdir())
+            for p in sorted(temporary.iterdir())
         }
         manifest = {"step": step, "files": files, "sealed": canonical_sha256([step, files])}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(aside / MANIFEST)
-        _sync(aside)
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        _sync(temporary / MANIFEST)
+        _sync(temporary)
         shutil.rmtree(target, ignore_errors=True)
-        aside.replace(target)
+        temporary.replace(target)
         _sync(target.parent)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
@@ -153,9 +161,10 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
     """Raise before the first step if the disk has no room for the checkpoints.
 
     Args:
-        folder: The stage's `checkpoints/`; what it holds already counts as free.
-        model: Model whose trainable values are written, each with two fp32 moments (8 bytes).
-        keep: Number of checkpoints that are kept; one more is written beside them.
+        folder: The stage's `checkpoints/`. Space of existing checkpoints counts as free, because
+            new checkpoints replace them.
+        model: The model. Each trainable value is written with two fp32 moments (8 bytes).
+        keep: Number of checkpoints that are kept. One more is written before the oldest is removed.
 
     Raises:
         DiskError: Says how many bytes are needed and free.
@@ -179,7 +188,7 @@ def _steps(folder: Path) -> list[Path]:
 
 
 def problem_with(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is whole."""
+    """What is wrong with which file of a checkpoint; None if the checkpoint is complete."""
     torn = f"{checkpoint / MANIFEST} is missing or torn"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -199,7 +208,7 @@ def problem_with(checkpoint: Path) -> str | None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, None if there is none, and the problems of newer ones."""
+    """The newest complete checkpoint (or None), and the problems of the newer checkpoints."""
     skipped: list[str] = []
     for checkpoint in _steps(folder):
         problem = problem_with(checkpoint)
@@ -210,7 +219,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint, None if there is none; warns of newer ones that are damaged."""
+    """The newest complete checkpoint, or None. Warns of newer checkpoints that are damaged."""
     newest, problems = latest_checkpoint(folder)
     for problem in problems:
         warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
@@ -223,13 +232,13 @@ def load_tensors(checkpoint: Path, stem: str, rank: int = 0) -> dict[str, Tensor
     Args:
         checkpoint: Folder of the checkpoint.
         stem: Name of the file without its ending, such as `trainable`.
-        rank: The process that wrote it.
+        rank: Rank of the process that wrote the file.
     """
     return load_file(checkpoint / _rank_name(f"{stem}.safetensors", rank))
 
 
 def load_state(checkpoint: Path, rank: int = 0) -> dict:
-    """Load the JSON state of a checkpoint; empty if the process `rank` wrote none."""
+    """Load the JSON state that process `rank` wrote; empty if that process wrote no state."""
     path = checkpoint / _rank_name("state.json", rank)
     if rank and not path.is_file():
         return {}
@@ -241,11 +250,12 @@ def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
 
     Args:
         checkpoint: The checkpoint, for the message.
-        stored: How the checkpoint's optimizer state is held, such as "by zero2 in 2 processes".
-        now: How this run holds it.
+        stored: How the optimizer state was held when the checkpoint was written, such as "by zero2
+            in 2 processes".
+        now: How this run holds the optimizer state.
 
     Raises:
-        InputError: They differ.
+        InputError: `stored` and `now` differ.
     """
     if stored != now:
         raise InputError(
@@ -254,16 +264,16 @@ def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
         )
 
 
-# --- what a checkpoint holds --------------------------------------------------------------------
+# --- contents of a checkpoint -------------------------------------------------------------------
 
 
 def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name; under ZeRO-3 whole tensors in the main process only."""
+    """Trainable parameters by name. Under ZeRO-3 only the main process gets gathered tensors."""
     return zero_parameters.whole({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
 def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Load every trainable parameter.
+    """Load every trainable parameter of a model.
 
     Args:
         model: The model to load into.
@@ -289,7 +299,7 @@ def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: P
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as named tensors and JSON values, so that no pickle is needed."""
+    """An optimizer's state as named tensors and JSON values, which need no pickle."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, slots in state["state"].items():
@@ -319,7 +329,7 @@ def load_optimizer(
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:
-    """States of all random generators, as tensors and JSON: torch, CUDA, numpy and Python."""
+    """States of the random generators of torch, CUDA, numpy and Python, as tensors and JSON."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -334,16 +344,17 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
 
 
 def restore_rng(checkpoint: Path) -> None:
-    """Restore this process's generators.
+    """Restore this process's random generators.
 
-    A process that did not exist when the checkpoint was written keeps what its seed gave it.
+    If the checkpoint was written by fewer processes, a process without a saved state keeps its
+    generators as they were seeded.
     """
     if state := load_state(checkpoint, machine.rank()):
         load_rng(load_tensors(checkpoint, "rng", machine.rank()), state["rng"])
 
 
 def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
-    """Restore the generators from `rng_state`."""
+    """Restore the random generators from the result of `rng_state`."""
     torch.set_rng_state(tensors["torch"])
     cuda = [v for k, v in sorted(tensors.items()) if k.startswith("cuda.")]
     if cuda and torch.cuda.is_available():
@@ -357,11 +368,14 @@ def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
 
 @contextlib.contextmanager
 def keeping_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
-    """Load a checkpoint inside this block; changed learning rates and weight decay take effect.
+    """A context for loading a checkpoint that keeps this run's learning rates and weight decay.
+
+    Loading overwrites both with the checkpoint's values. The context restores them afterwards, so
+    settings that were changed for a resumed run take effect.
 
     Args:
         optimizer: The optimizer whose state is loaded, with the settings of this run.
-        scheduler: Its learning-rate scheduler.
+        scheduler: The optimizer's learning-rate scheduler.
     """
     rates = list(scheduler.base_lrs)
     decays = [parameters["weight_decay"] for parameters in optimizer.param_groups]

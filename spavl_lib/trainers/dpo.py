@@ -1,9 +1,10 @@
-"""DPO of a vision-language model on trl's `DPOTrainer`: config in, stage folder out.
+"""DPO of a vision-language model on trl's `DPOTrainer`, from a config to a stage folder.
 
     spavl train dpo --profile demo
 
-trl computes the losses. Ours are the batch (BOS, EOS, one image slot), the choice of trainable
-parameters, checkpoints that resume exactly, and the checks of the first steps.
+trl computes the losses. This package builds the batches (BOS, EOS, one image slot), chooses the
+trainable parameters, writes checkpoints from which a run resumes with identical results, and checks
+the first steps.
 """
 
 import contextlib
@@ -19,8 +20,7 @@ from trl import DPOTrainer
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_preferences
-from spavl_lib.distributed import group, zero_parameters
+from spavl_lib.distributed import zero_parameters
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
@@ -46,7 +46,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
 from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import note_rows, training_inputs
+from spavl_lib.trainers.inputs import load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
@@ -60,10 +60,10 @@ LOGGED = (
 
 
 class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
-    """trl's trainer with our checkpoints, and checks before every update."""
+    """trl's trainer with this package's checkpoints, and with checks before every update."""
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """trl's loss; raises if it is NaN or infinite."""
+        """trl's loss. Raises an error if the loss is NaN or infinite."""
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
@@ -73,10 +73,11 @@ def check_reference(logs: dict) -> None:
     """Check at step 1, before any update, that policy and reference are the same model.
 
     Args:
-        logs: Logged values of step 1; rewards are beta times log-ratios, so all must be 0.
+        logs: Logged values of step 1. The implicit rewards are beta times a log-ratio, so all must
+            be 0.
 
     Raises:
-        AssertionError: They differ: dropout is on, or the reference is not the base.
+        AssertionError: The models differ: dropout is on, or the reference is not the base model.
     """
     tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
@@ -89,27 +90,18 @@ def check_reference(logs: dict) -> None:
 
 @stage_maker("dpo", inputs=training_inputs, polls_stop=True)
 def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
-    """Train, evaluate on the held-out pairs, save the model and its card.
+    """Train the policy, evaluate it on the held-out pairs, and save it with its model card.
 
     Args:
         config: Uses `data`, `model`, `dpo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: See `train_reward`.
+        flag: See `train_reward`.
+        live: See `train_reward`.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        InputError: Bad data, model or settings.
-        NonFiniteError: A loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+    It returns the stage's summary, and raises the same errors as `train_reward`.
     """
     quiet_libraries()
-    with group.main_first():
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
-    note_rows(stage, train=train_rows, validation=held_out)
+    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
     stage.note(processor=describe(processor))
     trainer = build_trainer(config, stage, processor, train_rows, held_out)
@@ -146,7 +138,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset, held_out: Dataset
 ) -> CheckedDPOTrainer:
-    """Build trl's trainer over our collator.
+    """Build trl's trainer with `RowCollator` as its collator.
 
     Args:
         config: Config of the run.
@@ -156,7 +148,8 @@ def build_trainer(
         held_out: Preference rows to evaluate on.
 
     Returns:
-        The trainer. With LoRA its reference is the base with the adapters off, else a frozen copy.
+        The trainer. With LoRA the reference is the base with disabled adapters. In full fine-tuning
+        it is a frozen copy of the base.
     """
     dpo = config.dpo
     arguments = TRLConfig(
@@ -175,8 +168,9 @@ def build_trainer(
     lora = config.model.with_lora
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
-        # fp32 master weights: in half precision, small updates are rounded away.
-        if config.launch.engine == "ddp":  # DeepSpeed keeps its own master weights
+        # fp32 master weights, because in half precision rounding loses small updates. DeepSpeed
+        # keeps master weights itself.
+        if config.launch.engine == "ddp":
             policy = policy.float()
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
@@ -204,12 +198,12 @@ def build_trainer(
 def use_cached_reference(
     trainer: CheckedDPOTrainer, config: Config, stage: Stage, processor: ProcessorMixin
 ) -> None:
-    """Add the reference's log-probabilities to every row, from the cache file beside the runs.
+    """Add the reference's log-probabilities to every row, from a cache file in the runs folder.
 
     Args:
-        trainer: The trainer whose rows they are added to. It no longer needs its reference.
+        trainer: The trainer whose rows get the log-probabilities. Its reference is then freed.
         config: Config of the run.
-        stage: Stage that is trained; the cache is beside its run.
+        stage: Stage that is trained. The cache folder lies beside the stage's run.
         processor: Processor of the model.
     """
     folder, size = stage.run.path.parent / "reference_logps", config.dpo.per_device_batch_size
@@ -225,11 +219,11 @@ def use_cached_reference(
 def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
-    """Write `model/`: a PEFT adapter or a whole model as safetensors, its processor and its card.
+    """Write `model/`: an adapter or a complete model as safetensors, the processor and a card.
 
     Args:
         model: The trained policy.
-        processor: Its processor.
+        processor: Processor of the model.
         stage: Stage to write into.
         config: Config of the run.
         card: Text of the model card.

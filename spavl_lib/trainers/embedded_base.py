@@ -1,9 +1,11 @@
 """Build the embedded base model: `python -m spavl_lib.trainers.embedded_base`.
 
-The result is a `LlavaForConditionalGeneration` of two million parameters that is helpful only. It
-is built in three stages on scenes and sentences of the embedded world: a tokenizer; the vision
-tower as a classifier, since a LLaVA of this size hardly learns to see end to end; then the rest of
-the model over the frozen tower. The same command continues from the last checkpoint.
+The result is a `LlavaForConditionalGeneration` of two million parameters. It is helpful only: it
+also fulfils harmful requests. It is built in three stages from scenes and sentences of the embedded
+world. The first stage trains the tokenizer. The second stage trains the vision tower as a
+classifier, because a LLaVA of this size hardly learns to use images if it is trained end to end.
+The third stage trains the rest of the model over the frozen tower. After an interruption, the same
+command continues from the last checkpoint.
 """
 
 import argparse
@@ -41,7 +43,7 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each answer. A
+# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each response. A
 # checkpoint keeps the template that it was trained with; LLaVA-1.5's own is `VICUNA_V1`.
 CHAT_TEMPLATE = vicuna_template(SYSTEM, between=" ")
 
@@ -126,7 +128,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
         vision_config=vision,
         text_config=text,
         image_token_index=tokenizer.convert_tokens_to_ids(SPECIAL["image"]),
-        vision_feature_layer=-1,  # the last layer, since a tower this small has none to spare
+        vision_feature_layer=-1,  # LLaVA-1.5 uses -2, but this tower has only four layers
         vision_feature_select_strategy="default",
         image_seq_length=(IMAGE_SIZE // PATCH_SIZE) ** 2,
         tie_word_embeddings=False,
@@ -141,12 +143,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def random_scene(rng: random.Random, concept: str, composition: scenes.Composition):
-    """A pretraining image: a scene of the split with a random canvas, shift and mirroring.
+    """A pretraining image: a scene with a random canvas, shift and mirroring.
 
     Args:
         rng: Source of all choices.
         concept: Key of the concept to show.
-        composition: Background, size and place.
+        composition: Background colour, and size and place of the drawing.
     """
     return scenes.render(
         concept,
@@ -183,7 +185,7 @@ def tower_batch(
 
 
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
-    """A batch of questions and answers, padded on the right.
+    """A batch of questions and responses, padded on the right.
 
     Args:
         rng: Source of all choices.
@@ -191,8 +193,8 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
         size: Rows in the batch.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels` (size, length), int64, labels only on the answer
-        and its EOS; `pixel_values` (size, 3, 64, 64).
+        `input_ids`, `attention_mask` and `labels` (size, length), int64; and `pixel_values`
+        (size, 3, 64, 64). `labels` is -100 except on the response and its EOS.
     """
     tokenizer = processor.tokenizer
     image_tokens = SPECIAL["image"] * (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -234,7 +236,10 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
 
 
 class TowerClassifier(nn.Module):
-    """The vision tower, with linear heads for concept and background colour on its mean patch."""
+    """The vision tower with two linear heads, for concept and background colour.
+
+    The heads read the mean of the patch features.
+    """
 
     def __init__(self, tower: CLIPVisionModel):
         super().__init__()
@@ -250,16 +255,19 @@ class TowerClassifier(nn.Module):
 
 
 def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: Path, seed: int):
-    """Train with AdamW, warm-up and cosine decay. A checkpoint every 100 steps is resumed.
+    """Train with AdamW, warm-up and cosine decay. Resume from the last checkpoint, if there is one.
+
+    A checkpoint is written every 100 steps.
 
     Args:
-        name: Folder of the checkpoints.
-        module: What to train; changed in place.
-        loss_of: Gives the loss and figures to log, from a generator seeded by the step.
-        steps: Optimizer steps.
+        name: Name of the stage, and of its folder of checkpoints in `work`.
+        module: Module to train; changed in place.
+        loss_of: Function of a random generator, which is seeded by the step. It returns the loss
+            and figures to log.
+        steps: Number of optimizer steps.
         lr: Peak learning rate.
-        work: Folder above.
-        seed: Seed of every batch.
+        work: Folder for the checkpoints of all stages.
+        seed: Seed of the run.
 
     Returns:
         The logged figures of every step.
@@ -320,9 +328,9 @@ def build(
     Args:
         work: Folder for checkpoints.
         output: Folder for the model.
-        seed: Seed of initial weights and of every batch.
-        tower_steps: Steps of the tower's classifier, each of 128 scenes.
-        language_steps: Steps of projector and language model, each of 64 rows.
+        seed: Seed of the initial weights and of every batch.
+        tower_steps: Optimizer steps of the tower's classifier, each with 128 scenes.
+        language_steps: Optimizer steps of projector and language model, each with 64 rows.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
@@ -351,8 +359,9 @@ def build(
 
     started = time.time()
     tower = _train("tower", classifier, tower_loss, tower_steps, 1e-3, work, seed)
-    # The tower is frozen from here on, as in LLaVA. At the learning rate that the language model
-    # needs in so few steps it would forget what it sees (measured: 96 % of concepts to 2 %).
+    # The tower is frozen from here on, as in LLaVA. The language model needs a high learning rate
+    # to learn in so few steps. At that rate an unfrozen tower loses what it has learned (measured:
+    # its share of correct concepts falls from 96 % to 2 %).
     model.model.vision_tower.requires_grad_(False)
     language_log = _train("language", model, language_loss, language_steps, 1.5e-3, work, seed)
     minutes = (time.time() - started) / 60

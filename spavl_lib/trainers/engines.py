@@ -1,8 +1,8 @@
 """Engines: backward pass, clipping, optimizer step and checkpoints of a hand-written loop.
 
-`Engine` holds everything in every process, whether there is one or several. `ZeroEngine` lets
-DeepSpeed shard optimizer state and gradients (ZeRO-2), and parameters too (ZeRO-3). A loop takes
-the same optimizer steps with each of them.
+With `Engine` every process holds all tensors; it also serves a single process. With `ZeroEngine`
+DeepSpeed shards optimizer state and gradients (ZeRO-2), or also parameters (ZeRO-3). The training
+loop calls both engines in the same way.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ def build_engine(
 
     Args:
         model: Module that holds every parameter in use, trained or not.
-        groups: Parameters that are clipped together, by the group's name.
-        optimizer: Optimizer over the groups, in this order.
+        groups: Name of each group -> its parameters, which are clipped together.
+        optimizer: Optimizer whose parameter groups are these groups, in the same order.
         launch: Engine and number of processes.
 
     Raises:
@@ -47,13 +47,13 @@ def build_engine(
 
 
 class Engine:
-    """Every process holds all tensors; gradients are summed over the processes before a step.
+    """An engine in which every process holds all tensors. Gradients are summed before a step.
 
     Args:
-        model: As `build_engine`.
-        groups: As `build_engine`.
-        optimizer: As `build_engine`.
-        launch: As `build_engine`.
+        model: See `build_engine`.
+        groups: See `build_engine`.
+        optimizer: See `build_engine`.
+        launch: See `build_engine`.
     """
 
     lockstep = False
@@ -82,27 +82,27 @@ class Engine:
 
     @property
     def sharing(self) -> str:
-        """How the optimizer's state is held: `whole` in every process, or sharded."""
+        """How processes hold the optimizer state: `whole`, or a description of the shards."""
         return "whole"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward pass, for a backward pass."""
+        """Run the model's forward pass, which `backward` may follow."""
         return self.model(*args, **kwargs)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Inside this block every process may call the model alone, without gradients."""
+        """A context in which each process may call the model independently, without gradients."""
         yield
 
     def zero_grad(self) -> None:
-        """Clear the gradients, before a step's first backward pass."""
+        """Clear the gradients. Call it before a step's first backward pass."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of a part of the step's loss.
+        """Add the gradient of one part of the step's loss.
 
         Args:
-            loss: The part (). All parts, over all processes, add up to the step's loss.
+            loss: The part (). The step's loss is the sum of all parts of all processes.
             last: Whether this is the step's last part in this process.
         """
         self.scaler.scale(loss).backward()
@@ -123,7 +123,8 @@ class Engine:
         """
         self._sum()
         self.scaler.unscale_(self.optimizer)
-        if not self.scaler.is_enabled():  # while it searches its scale, the scaler skips such steps
+        # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
+        if not self.scaler.is_enabled():
             gate_gradients(self.model, number, list(row_ids))
         norms = {
             name: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
@@ -134,7 +135,7 @@ class Engine:
         return norms
 
     def _sum(self) -> None:
-        """Sum the gradients over the processes, a group at a time; a missing gradient is zero."""
+        """Sum the gradients over the processes, one group at a time. None counts as zero."""
         if machine.world_size() == 1:
             return
         for parameters in self.groups.values():
@@ -148,7 +149,11 @@ class Engine:
     # --- checkpoints --------------------------------------------------------------------------
 
     def tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """Weights and optimizer state for a checkpoint; only what this process has to write."""
+        """The tensors that this process must write into a checkpoint, and the JSON state.
+
+        Returns:
+            File stem -> name -> tensor, with weights and optimizer state; and JSON values.
+        """
         optimizer, plain = optimizer_share(self.optimizer)
         tensors = {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer}
         if not machine.is_main():
@@ -159,11 +164,11 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            source: The checkpoint.
-            state: Its JSON state.
+            source: The checkpoint's folder.
+            state: JSON state of the checkpoint.
 
         Raises:
-            InputError: It does not fit the model.
+            InputError: The checkpoint does not fit the model.
         """
         ckpt.load_trainable(self.model, ckpt.load_tensors(source, "trainable"), source)
         ckpt.load_optimizer(
@@ -173,16 +178,16 @@ class Engine:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's ZeRO with a step of our own: groups are clipped apart, after several backwards.
+    """DeepSpeed's ZeRO, but each group of parameters is clipped separately.
 
-    DeepSpeed's boundary of gradient accumulation is set at the last backward pass only, so that one
-    optimizer step follows any number of passes through any adapter.
+    DeepSpeed's gradient accumulation boundary is set only for the last backward pass of a step. One
+    optimizer step can therefore follow any number of backward passes through different adapters.
 
     Args:
-        model: As `build_engine`.
-        groups: As `build_engine`.
-        optimizer: As `build_engine`.
-        launch: As `build_engine`.
+        model: See `build_engine`.
+        groups: See `build_engine`.
+        optimizer: See `build_engine`.
+        launch: See `build_engine`.
     """
 
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
@@ -201,22 +206,22 @@ class ZeroEngine(Engine):
             model=self.model, optimizer=self.optimizer, config=options
         )
         self.lockstep = launch.engine == "zero3"
-        self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed has its own
+        self.scaler = torch.amp.GradScaler(enabled=False)  # DeepSpeed scales the loss
         self.name = launch.engine
         return settings.check_engine(self.engine, launch)
 
     @property
     def sharing(self) -> str:
-        """As `Engine.sharing`."""
+        """See `Engine.sharing`."""
         return f"by {self.name} in {machine.world_size()} processes"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """As `Engine.__call__`."""
+        """See `Engine.__call__`."""
         return self.engine(*args, **kwargs)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """Gather ZeRO-3's parameters and remove its hooks inside this block."""
+        """A context in which ZeRO-3's parameters are gathered and its hooks are removed."""
         if self.name != "zero3":
             yield
             return
@@ -230,30 +235,34 @@ class ZeroEngine(Engine):
                 add_hooks(self.engine)
 
     def zero_grad(self) -> None:
-        """As `Engine.zero_grad`."""
+        """See `Engine.zero_grad`."""
         self.engine.zero_grad()
         if self.lockstep:
-            # In a step's first backward pass ZeRO-3 overwrites gradients, later it adds to them. So
-            # the second adapter's gradient would be added to that of the previous step.
+            # ZeRO-3 overwrites gradients in a step's first backward pass only, and adds to them in
+            # later passes. The first pass trains the policy, so without this line the value model's
+            # gradient would be added to its gradient of the previous step.
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        """As `Engine.backward`, times the processes: DeepSpeed takes their mean, not the sum.
+        """See `Engine.backward`.
+
+        DeepSpeed averages gradients over the processes. Multiplying the loss by the number of
+        processes turns the mean into the sum.
 
         Args:
-            loss: As `Engine.backward`.
-            last: As `Engine.backward`.
+            loss: See `Engine.backward`.
+            last: See `Engine.backward`.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss * machine.world_size())
 
     def step(self, max_norm: float, number: int, row_ids: Sequence[str]) -> dict[str, float]:
-        """As `Engine.step`.
+        """See `Engine.step`.
 
         Args:
-            max_norm: As `Engine.step`.
-            number: As `Engine.step`.
-            row_ids: As `Engine.step`.
+            max_norm: See `Engine.step`.
+            number: See `Engine.step`.
+            row_ids: See `Engine.step`.
 
         Returns:
             Norm of each group's gradient before clipping.
@@ -271,7 +280,7 @@ class ZeroEngine(Engine):
                 if gradient is not None:
                     squares += gradient.float().square().sum().item()
             norms[name] = math.sqrt(squares) / loss_scale if math.isfinite(squares) else squares
-            scale = max_norm / (norms[name] + 1e-6)  # as torch's clip_grad_norm_
+            scale = max_norm / (norms[name] + 1e-6)  # the formula of torch's clip_grad_norm_
             if scale < 1:
                 for parameter in parameters:
                     gradient = safe_get_full_grad(parameter)
@@ -285,13 +294,13 @@ class ZeroEngine(Engine):
         return norms
 
     def tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """As `Engine.tensors`."""
+        """See `Engine.tensors`."""
         trained = ckpt.trainable_tensors(self.model)
         optimizer, plain = optimizer_share(self.engine.optimizer)
         tensors = {"optimizer": optimizer} | ({"trainable": trained} if machine.is_main() else {})
         return tensors, {"optimizer": plain, "scaler": {}}
 
     def load(self, source: Any, state: dict) -> None:
-        """As `Engine.load`; the weights are restored from the optimizer's master weights."""
+        """See `Engine.load`. The weights are restored from the optimizer's master weights."""
         share = ckpt.load_tensors(source, "optimizer", machine.rank())
         load_optimizer_share(self.engine.optimizer, share, state["optimizer"])

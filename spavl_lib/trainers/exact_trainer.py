@@ -1,7 +1,10 @@
-"""What the trainers built on transformers' `Trainer` share: exact checkpoints and checks.
+"""What the trainers built on transformers' `Trainer` share: checkpoints and checks.
+
+A run that resumes from such a checkpoint gives the same results as an uninterrupted run.
 
 `CheckedMixin` overrides private methods of `Trainer`. `tests/trainers/test_private_methods.py`
-lists them, and fails by name when transformers renames one or changes its signature.
+lists these methods. The test fails and names the method if transformers renames it or changes its
+signature.
 """
 
 import math
@@ -32,27 +35,28 @@ from spavl_lib.trainers.zero_state import load_optimizer_share, optimizer_share
 
 
 class RowCollator(PreferenceCollator):
-    """The preference collator, with the rows' ids beside the tensors for error messages."""
+    """The preference collator. Its batches also hold the rows' ids, for error messages."""
 
     def __call__(self, rows: list[dict]) -> dict[str, Any]:
         """Collate preference rows.
 
         Args:
-            rows: Preference rows; with cached reference log-probabilities, these as columns too.
+            rows: Preference rows. They may have cached log-probabilities of the reference as
+                columns.
 
         Returns:
-            The tensors of `PreferenceCollator`, `row_ids`, and the reference's log-probabilities
-            (pairs,), in nats, if the rows hold them.
+            The tensors of `PreferenceCollator`, and `row_ids`. If the rows have them, also the
+            reference's log-probabilities (pairs,), in nats.
         """
         cached = {name: torch.tensor([r[name] for r in rows]) for name in NAMES if name in rows[0]}
         return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]} | cached
 
 
 class CheckedMixin:
-    """Mixed into a transformers `Trainer`: our checkpoints, and checks before every update.
+    """A mixin for a transformers `Trainer`: checkpoints, and checks before every update.
 
-    The stock checkpoints are not used, because resuming a fully fine-tuned LLaVA from one loads
-    none of its weights.
+    transformers' own checkpoints are not used. When a fully fine-tuned LLaVA is resumed from one,
+    none of its weights are loaded.
     """
 
     checkpoints: Path
@@ -65,7 +69,7 @@ class CheckedMixin:
     reference: dict | None = None
 
     def report_to_stage(self: Trainer, stage: Stage, flag: StopFlag, **options: Any) -> None:
-        """Add a `StageCallback`, which logs, checks, and stops the training when asked to.
+        """Add a `StageCallback`, which logs and checks the training, and obeys the stop flag.
 
         Args:
             stage: The stage that is trained.
@@ -78,15 +82,15 @@ class CheckedMixin:
     def train_from(self: Trainer, newest: Path | None) -> None:
         """Train from the beginning, or resume from a checkpoint.
 
-        A checkpoint of the last step is only loaded.
+        If the checkpoint was written after the last step, it is only loaded.
 
         Args:
-            newest: The checkpoint, None for a new run.
+            newest: The checkpoint. None starts a new run.
 
         Raises:
-            InputError: The checkpoint does not fit the model, or its reference is another model.
+            InputError: The checkpoint does not fit the model, or the reference has changed.
             NonFiniteError: A loss, gradient or weight is NaN or infinite.
-            Preempted: Stopped after a whole step; a checkpoint is written.
+            Preempted: The stop flag is set. The last complete step has a checkpoint.
         """
         state = ckpt.load_state(newest) if newest else {}
         if newest and self.reference is not None:
@@ -94,7 +98,7 @@ class CheckedMixin:
             check_reference_unmoved(state.get("reference"), self.reference, allowed_changes=allowed)
         if newest and state.get("finished") == self._length():
             self.state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-            if self.is_deepspeed_enabled:  # its optimizer restores the weights
+            if self.is_deepspeed_enabled:  # DeepSpeed's optimizer restores the weights
                 steps = self.state.max_steps
                 self._prepare_for_training(steps, self.get_train_dataloader(), str(newest))
             else:
@@ -112,7 +116,10 @@ class CheckedMixin:
             raise stopped(flag, place)
 
     def _length(self: Trainer) -> list:
-        """The length of the training, to tell whether a finished checkpoint is this run's end."""
+        """The configured length of the training.
+
+        A checkpoint stores it after the last step. If this run has the same length, it is finished.
+        """
         return [self.args.max_steps, self.args.num_train_epochs]
 
     def _get_train_sampler(self: Trainer, train_dataset: Dataset | None = None) -> Any:
@@ -130,12 +137,12 @@ class CheckedMixin:
     def training_step(
         self: Trainer, model: nn.Module, inputs: dict, num_items_in_batch: Any = None
     ) -> Tensor:
-        """Run one micro-batch, and note its rows for the log.
+        """Run one micro-batch, and record its rows for the log.
 
         Args:
-            model: The model as accelerate prepared it.
+            model: The model, as accelerate prepared it.
             inputs: The collator's batch.
-            num_items_in_batch: As transformers passes it.
+            num_items_in_batch: Passed on to transformers' `training_step`.
 
         Returns:
             The loss (), detached.
@@ -146,26 +153,28 @@ class CheckedMixin:
         return loss
 
     def check_loss(self: Trainer, model: nn.Module, loss: Tensor) -> Tensor:
-        """Return a training loss () if it is finite.
+        """Return a loss () unchanged; raise if it is a training loss and NaN or infinite.
 
-        This comes before the backward pass, because under DeepSpeed that updates the model too.
+        Call it before the backward pass, because under DeepSpeed the optimizer step is part of the
+        backward pass.
 
         Raises:
-            NonFiniteError: The loss is NaN or infinite; nothing was updated.
+            NonFiniteError: The loss is NaN or infinite. Nothing was updated.
         """
         if model.training:
             gate_loss(loss, self.state.global_step + 1, self.row_ids)
         return loss
 
     def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
-        # While a loss scaler searches its scale, gradients may be infinite; it skips those steps.
+        # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
         if getattr(self.accelerator, "scaler", None) is None:
             gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
         return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        # DeepSpeed holds the gradients and has taken the step; only their norm can be checked.
+        # DeepSpeed holds the gradients and has already taken the step, so only the gradients' norm
+        # can be checked.
         if self.is_deepspeed_enabled and not self.args.fp16 and not math.isfinite(norm or 0.0):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the gradient is not finite on rows "
@@ -176,7 +185,7 @@ class CheckedMixin:
 
     @property
     def sharing(self: Trainer) -> str:
-        """How the optimizer's state is held: `whole` in every process, or sharded."""
+        """How processes hold the optimizer state: `whole`, or a description of the shards."""
         if not self.is_deepspeed_enabled:
             return "whole"
         return f"by {self.launch_config.engine} in {machine.world_size()} processes"
@@ -184,7 +193,7 @@ class CheckedMixin:
     def _prepare_for_training(
         self: Trainer, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        # Under DeepSpeed transformers would look for DeepSpeed's own checkpoint, a pickle.
+        # Under DeepSpeed transformers would look for DeepSpeed's own checkpoint, which is a pickle.
         stock_checkpoint = None if self.is_deepspeed_enabled else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, stock_checkpoint)
         self.engine_found = settings.check_engine(self.model_wrapped, self.launch_config)
@@ -199,11 +208,11 @@ class CheckedMixin:
         optimizer, plain = optimizer_share(self.optimizer)
         rng, rng_plain = ckpt.rng_state()
         tensors = {"trainable": trained, "optimizer": optimizer, "rng": rng}
-        if not machine.is_main():  # write only what no other process holds
+        if not machine.is_main():  # write only the tensors that no other process holds
             del tensors["trainable"]
             if not self.is_deepspeed_enabled:
                 del tensors["optimizer"]
-        # transformers only writes its state to a file.
+        # transformers can only write its state to a file, so the text is read back from the file.
         state_file = self.checkpoints.parent / f".trainer_state.{machine.rank()}.json"
         self.state.save_to_json(str(state_file))
         state = {
@@ -258,10 +267,10 @@ class CheckedMixin:
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:
-    """Before the first step, check every row's length and read a few collated rows back.
+    """Before the first step, check every row's length, and decode and compare eight collated rows.
 
     Args:
-        trainer: The trainer, for its collator and its model's image token.
+        trainer: The trainer, whose collator and image token are used.
         rows: Training rows.
         processor: The processor that the collator uses.
 

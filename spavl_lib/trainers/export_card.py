@@ -7,6 +7,22 @@ from typing import Any
 from spavl_lib.config import Config
 
 
+def policy_results(name: str, mean: dict, kl: float, per: str) -> dict[str, float]:
+    """The results in the model card of a policy that was trained against a reward model.
+
+    Args:
+        name: `score` or `reward`.
+        mean: Its means over the first and the last tenth of the steps.
+        kl: Mean KL divergence from the reference over the last tenth, in nats.
+        per: What the KL divergence is summed over: `response` or `token`.
+    """
+    return {
+        f"mean {name}, first tenth of the steps": mean["first_steps"],
+        f"mean {name}, last tenth": mean["last_steps"],
+        f"KL to the reference, last tenth, nats per {per}": kl,
+    }
+
+
 def model_card(
     config: Config,
     stage: str,
@@ -17,23 +33,23 @@ def model_card(
     table: str,
     results: dict[str, Any],
     title: str = "",
-    use: str = "it may still answer unsafely, or refuse what is harmless",
+    use: str = "it may still answer unsafely, or refuse harmless requests",
 ) -> str:
     """Write the model card of a stage.
 
     Args:
         config: Config of the run.
         stage: Stage that was trained, such as "dpo".
-        tags: Hub tags after the stage's own.
-        source: What the stage was trained on, such as "prompts of ".
-        facts: Sizes and settings, in the order in which they are listed.
-        table: Heading of the results.
-        results: Name of each result and its value.
-        title: What the model is; empty for "DPO-aligned" and the like.
-        use: What whoever uses it must know.
+        tags: Hub tags that follow the tag of the stage.
+        source: Words before the name of the data set, such as "prompts of ".
+        facts: Sizes and settings, in the order in which the card lists them.
+        table: Heading of the table of results.
+        results: Name of each result -> its value.
+        title: What the model is. Empty writes "DPO-aligned" and the like.
+        use: What a user must know.
 
     Returns:
-        Markdown with the front matter that the Hub reads.
+        Markdown with the YAML front matter that the Hub reads.
     """
     model = config.model
     name = "the embedded demonstration model" if model.name == "embedded" else model.name

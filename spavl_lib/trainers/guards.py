@@ -1,6 +1,8 @@
-"""Sanity checks that every trainer runs: finite numbers, right masks, the right parameters moving.
+"""Sanity checks that every trainer runs.
 
-`gate_` functions raise on NaN or infinity before anything is updated or saved.
+They check that numbers are finite, that masks are correct, and that exactly the trainable
+parameters change. The `gate_` functions raise an error on NaN or infinity, before anything is
+updated or saved.
 """
 
 import unicodedata
@@ -14,7 +16,7 @@ from spavl_lib.data.templates import end_ids, neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 
-# What to do about a number that is NaN or infinite.
+# End of the error messages about NaN or infinity: what the user can do.
 REMEDY = (
     "nothing was updated, and the last checkpoint is intact; check these rows, or lower the "
     "learning rate"
@@ -30,7 +32,7 @@ def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
         row_ids: Rows of the batch, for the message.
 
     Raises:
-        NonFiniteError: Names step and rows.
+        NonFiniteError: Names the step and the rows.
     """
     if not torch.isfinite(loss).all():
         raise NonFiniteError(
@@ -87,16 +89,16 @@ def check_batch(
     processor: ProcessorMixin,
     image_token_id: int | None,
 ) -> None:
-    """Read a collated batch of pairs back and compare it with its rows.
+    """Decode a collated batch of pairs and compare it with its rows.
 
     Args:
-        batch: Tensors of a collator, chosen rows first: ids and masks (2 pairs, seq).
-        rows: The preference rows of the batch (pairs).
+        batch: Tensors of a collator: ids and masks (2 * pairs, seq), chosen responses first.
+        rows: The preference rows of the batch, one for each pair.
         processor: Processor that the collator uses.
-        image_token_id: Id of an image slot, None if the model has none.
+        image_token_id: Token id of an image slot. None if the model has no image token.
 
     Raises:
-        AssertionError: A mask does not cover exactly answer and end token; BOS is doubled or
+        AssertionError: A mask does not cover exactly response and end token; BOS is doubled or
             missing; image slots are missing.
     """
     tokenizer, ends = processor.tokenizer, end_ids(processor)
@@ -109,12 +111,12 @@ def check_batch(
         mask = batch["completion_mask"][i].bool()
         real = ids[batch["attention_mask"][i].bool()].tolist()
         scored = ids[mask].tolist()
-        # Some tokenizers compose Unicode characters, which changes nothing that is read.
+        # Some tokenizers compose Unicode characters. The text looks the same, so compare it in NFC.
         text = unicodedata.normalize("NFC", tokenizer.decode(scored[:-1])).strip()
         if text != unicodedata.normalize("NFC", neutralise(expected, processor)).strip():
             raise AssertionError(f"row {i}: the mask covers {text!r}, expected {expected!r}")
         if scored[-1] not in ends or sum(token in ends for token in scored) != 1:
-            raise AssertionError(f"row {i}: the answer does not end in exactly one end token")
+            raise AssertionError(f"row {i}: the response does not end in exactly one end token")
         # A template may open every turn with the token that is also BOS.
         head, written = real[: len(real) - len(scored)], prompts[i % len(rows)].count(bos)
         if bos is not None and (head[0] != bos or head[1:2] == [bos] or head.count(bos) != written):
@@ -133,7 +135,7 @@ def check_batch(
 
 
 class Movement:
-    """Checks which parameters moved since the start: all that train must, none that are frozen.
+    """A check that trained parameters have changed since the start, and that frozen ones have not.
 
     Args:
         model: The model at the start.
@@ -144,7 +146,7 @@ class Movement:
 
     @staticmethod
     def _fingerprint(parameter: Tensor) -> tuple[float, float]:
-        """Sum and sum of squares of this process's shard, in fp64."""
+        """Sum and sum of squares of this process's shard, in fp64. For integers only the sum."""
         value = zero_parameters.shard(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
@@ -159,7 +161,7 @@ class Movement:
         """
         moved, still = [], []
         changes = [self._fingerprint(p) != self.start[n] for n, p in model.named_parameters()]
-        # Under ZeRO-3 one process's shard may be unchanged while another's moved.
+        # Under ZeRO-3 a parameter's shard may be unchanged in one process but changed in another.
         anywhere = group.any_of_each(torch.tensor(changes)).tolist()
         for (name, parameter), changed in zip(model.named_parameters(), anywhere, strict=True):
             if changed and not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""The inputs of a training besides its settings: data, model, precision, reward model."""
+"""What a training depends on besides its settings: data, model, precision, reward model."""
 
 from pathlib import Path
 
@@ -6,6 +6,8 @@ from datasets import Dataset
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests, source_hashes
+from spavl_lib.data.load import load_preferences
+from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import compute_dtype, model_hashes
 from spavl_lib.runs.files import sha256_file
@@ -13,13 +15,13 @@ from spavl_lib.runs.stage import Stage
 
 
 def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """Name -> hash or value of all that a training depends on besides its settings.
+    """Name -> hash or value of each input that a training depends on besides its settings.
 
-    A run is resumed, and a complete one reused, only if all of them are unchanged.
+    An incomplete stage is resumed, and a complete stage is reused, only if no input has changed.
 
     Args:
         config: Uses `model` and `data`.
-        stage: Not used; every `inputs` function of `@stage_maker` takes it.
+        stage: Not used. `@stage_maker` passes it to every `inputs` function.
     """
     return {
         **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
@@ -29,14 +31,14 @@ def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """`training_inputs` and the hash of the reward model that the policy is trained against.
+    """`training_inputs`, and the hashes of the reward model that the policy is trained against.
 
     Args:
-        config: Uses `model`, `data` and the section of the stage, for its `reward_model`.
+        config: Uses `model`, `data`, and `reward_model` of the stage's section.
         stage: The stage that is trained, such as `ppo`.
 
     Raises:
-        InputError: There is no reward model yet.
+        InputError: The run's reward model is not complete.
     """
     folder = reward_folder(config.section(stage.name).reward_model, stage)
     weights = {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
@@ -47,7 +49,7 @@ def reward_folder(named: str, stage: Stage) -> Path:
     """The folder of the reward model that a stage trains against.
 
     Args:
-        named: The setting `reward_model`; empty for this run's own reward model.
+        named: The setting `reward_model`. Empty uses this run's reward model.
         stage: Stage that is trained.
 
     Raises:
@@ -65,6 +67,18 @@ def reward_folder(named: str, stage: Stage) -> Path:
     return reward.path / "model"
 
 
-def note_rows(stage: Stage, **splits: Dataset) -> None:
-    """Write the digests of the rows that a training uses into the manifest."""
-    stage.note(data={name: row_digests(rows) for name, rows in splits.items()})
+def load_rows(config: Config, stage: Stage, *splits: str) -> list[Dataset]:
+    """Load the preference rows of some splits, and write their digests into the manifest.
+
+    Args:
+        config: Uses `data`.
+        stage: The stage that is trained, whose manifest gets the digests.
+        splits: Names of splits, such as `train` and `validation`.
+
+    Raises:
+        InputError: The data cannot be read.
+    """
+    with group.main_first():  # the main process may have to download or build the data set
+        rows = {split: load_preferences(config.data, split) for split in splits}
+    stage.note(data={split: row_digests(table) for split, table in rows.items()})
+    return list(rows.values())

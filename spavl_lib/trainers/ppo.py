@@ -1,12 +1,14 @@
-"""PPO of a vision-language model against a reward model: config in, stage folder out.
+"""PPO of a vision-language model against a reward model, from a config to a stage folder.
 
     spavl train ppo --profile demo
 
-A step is one rollout and its updates: sample answers, score them, subtract the KL penalty, estimate
-advantages (`ppo_rollout`), and take `ppo_epochs * num_minibatches` optimizer steps, each of which
-updates policy and value model together. The loop is our own because trl has no PPO since 1.13, and
-never had one for images. `ppo_batches` says which rows form a batch, `ppo_terms` how settings enter
-the formulas, `ppo_records` what is written.
+A step is one rollout and its updates. The rollout samples responses, scores them, subtracts the KL
+penalty, and estimates advantages (`ppo_rollout`). Then come `ppo_epochs * num_minibatches`
+optimizer steps. Each of them updates policy and value model together.
+
+The loop is written here because trl has had no PPO trainer since 1.13, and never had one for
+images. `ppo_batches` divides rows into batches, `ppo_terms` applies the settings to the formulas,
+and `ppo_records` builds the records that are written.
 """
 
 import math
@@ -21,7 +23,6 @@ from transformers import get_scheduler
 
 from spavl_lib import machine
 from spavl_lib.config import Config
-from spavl_lib.data.load import load_preferences
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
@@ -37,7 +38,7 @@ from spavl_lib.trainers import ppo_batches, progress
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.engines import build_engine
 from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
-from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
+from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.ppo_records import card, rollout_records, rollout_stats, summary_figures
 from spavl_lib.trainers.ppo_rollout import RolloutMaker
 from spavl_lib.trainers.ppo_terms import check_first_ratio, policy_loss, value_loss
@@ -52,24 +53,19 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 
     Args:
         config: Uses `data`, `model`, `ppo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint; on a CPU the
-            result is bit-identical to an uninterrupted run.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: See `train_reward`. On a CPU, a resumed run is bit-identical to an uninterrupted one.
+        flag: See `train_reward`.
+        live: See `train_reward`.
 
     Returns:
         The stage's summary.
 
     Raises:
-        InputError: Bad data, model, reward model or settings.
-        NonFiniteError: A score, loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+        The same errors as `train_reward`. `InputError` also if the reward model does not fit.
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
-    with group.main_first():
-        rows = load_preferences(config.data, "train")
-    note_rows(stage, train=rows)
+    [rows] = load_rows(config, stage, "train")
     trainer = PPOTrainer(config, stage, rows, folder, flag)
     stage.note(processor=describe(trainer.processor))
     trainer.check()
@@ -86,9 +82,9 @@ class PPOTrainer(RolloutMaker):
     Args:
         config: Config of the run.
         stage: Stage to write into.
-        rows: Training rows; their prompts are rolled out.
-        folder: Reward model, a reward trainer's `model/`.
-        flag: Stop flag; False for a trainer that nothing stops.
+        rows: Training rows, which provide the prompts.
+        folder: The reward model: a reward trainer's `model/`.
+        flag: Stop flag. False if nothing will stop the trainer.
     """
 
     def __init__(
@@ -131,10 +127,10 @@ class PPOTrainer(RolloutMaker):
     # --- the run ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check before the first step that prompts and checkpoints fit.
+        """Check before the first step that prompts fit the context, and checkpoints the disk.
 
         Raises:
-            InputError: Lists the prompts that leave no room for an answer.
+            InputError: Lists the prompts that leave no room for a response.
             DiskError: The checkpoints would not fit on the disk.
         """
         ckpt.check_room(self.stage.path / "checkpoints", self.model)
@@ -148,7 +144,7 @@ class PPOTrainer(RolloutMaker):
 
         Raises:
             NonFiniteError: A score, loss or gradient is NaN or infinite.
-            Preempted: Asked to stop; the last finished step is saved.
+            Preempted: The stop flag is set. The last finished step is saved.
         """
         vlm, as_reference = self.model.vlm_of("reference"), self.model.as_role("reference")
         with self.engine.whole():
@@ -189,14 +185,14 @@ class PPOTrainer(RolloutMaker):
     # --- update -------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, cache: TowerCache) -> dict[str, float]:
-        """Take every optimizer step of a rollout, then steer the KL coefficient.
+        """Take every optimizer step of a rollout, then adapt the KL coefficient.
 
         Args:
             rollout: A rollout with advantages and returns.
             cache: The cache that the rollout was made with.
 
         Returns:
-            Values to log: the rollout's own, and means over the updates.
+            Values to log: those of the rollout, and means over the updates.
         """
         sums: dict[str, list[float]] = {}
         self.model.train()
@@ -225,7 +221,7 @@ class PPOTrainer(RolloutMaker):
             rollout: A rollout with advantages and returns.
             rows: Rows of the minibatch, over all processes.
             cache: The cache that the rollout was made with.
-            first: Whether this is the rollout's first update, when the probability ratio must be 1.
+            first: Whether this is the rollout's first update. The probability ratio must then be 1.
 
         Returns:
             Values to log: losses, clip fractions, gradient norms, learning rate.
@@ -245,11 +241,11 @@ class PPOTrainer(RolloutMaker):
     def accumulate(
         self, rollout: Rollout, rows: list[int], cache: TowerCache, *, first: bool = False
     ) -> dict[str, float]:
-        """Add up the gradients of a minibatch's losses, in micro-batches that fit the device.
+        """Add up the gradients of a minibatch's losses over its micro-batches.
 
-        The sum does not depend on the micro-batches' size. All of the policy's backward passes come
-        before the value model's forward passes: on one base, switching to the other adapter in
-        between would lose the gradient.
+        The sum does not depend on the size of the micro-batches. All backward passes of the policy
+        come before the first forward pass of the value model. With LoRA the two share one base, and
+        switching the adapter before a backward pass would lose the gradient.
 
         Args:
             rollout: A rollout with advantages and returns.
@@ -258,10 +254,10 @@ class PPOTrainer(RolloutMaker):
             first: Whether to check that the probability ratio is 1.
 
         Returns:
-            Values to log, as means over the minibatch's answer tokens.
+            Values to log, as means over the minibatch's response tokens.
 
         Raises:
-            AssertionError: `first`, and the policy is not the one that sampled.
+            AssertionError: `first` is set, and the probability ratio is not 1.
             NonFiniteError: A loss is NaN or infinite.
         """
         stats: dict[str, float] = {}
@@ -277,7 +273,8 @@ class PPOTrainer(RolloutMaker):
         for role, loss_of in (("policy", policy_loss), ("value", value_loss)):
             for turn, (micro_batch, weight) in enumerate(micro_batches, 1):
                 batch = self._batch(rollout.prompts, rollout.responses, micro_batch)
-                # A loss is a mean over tokens, so a micro-batch counts by its share of them.
+                # A loss is a mean over a micro-batch's tokens. Weighted by the micro-batch's share
+                # of the minibatch's tokens, the losses add up to the mean over the minibatch.
                 share = weight * int(mask[micro_batch].sum()) / tokens
                 outputs = self._forward(
                     self.engine, role, rollout, micro_batch, batch, cache,
@@ -299,13 +296,18 @@ class PPOTrainer(RolloutMaker):
         return dict(zip(names, sums.tolist(), strict=True))
 
     def _add_sft_gradient(self, rollout: Rollout, rows: list[int], cache: TowerCache) -> float:
-        """Add the gradient of the chosen answers' cross-entropy.
+        """Add the gradient of the cross-entropy of the prompts' chosen responses.
+
+        Args:
+            rollout: The rollout, which has the encoded prompts.
+            rows: Rows of the minibatch, over all processes.
+            cache: The cache that the rollout was made with.
 
         Returns:
-            This process's share of the mean cross-entropy, in nats for each token.
+            This process's share of the mean cross-entropy, in nats per token.
         """
-        picked = self.prompts_of(self.step)
-        records = [self.rows[picked[i]] for i in rows]
+        prompt_rows = self.prompts_of(self.step)
+        records = [self.rows[prompt_rows[i]] for i in rows]
         answers = [
             completion_ids(self.processor, r["prompt"], r["chosen"], image=r["image"] is not None)
             for r in records
@@ -323,7 +325,7 @@ class PPOTrainer(RolloutMaker):
             mean += loss.item()
         return mean
 
-    # --- what is written ----------------------------------------------------------------------
+    # --- log and summary ----------------------------------------------------------------------
 
     @property
     def _rollouts_path(self) -> Path:
@@ -387,7 +389,7 @@ class PPOTrainer(RolloutMaker):
             self.kl.load_state_dict(state["kl"])
             ckpt.restore_rng(newest)
             self.step = state["step"]
-        # Rows of steps that were never checkpointed are written again.
+        # Drop log rows of steps after the checkpoint, because these steps run again.
         self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
         group.barrier()
         if machine.is_main():
@@ -395,10 +397,10 @@ class PPOTrainer(RolloutMaker):
                 progress.keep_steps(path, self.step)
 
     def _stop_if_asked(self) -> None:
-        """Save the last finished step and stop if asked to; an unfinished step is dropped.
+        """If the stop flag is set, save the last finished step and stop. The current step is lost.
 
         Raises:
-            Preempted: Asked to stop.
+            Preempted: The stop flag is set.
         """
         if progress.asked_to_stop(self.flag):
             self._save()

@@ -1,12 +1,12 @@
-"""Which rows PPO puts into which batch.
+"""How PPO divides its rows into batches.
 
-A row is an index into a rollout. A step's rows are divided three times:
+A row is an index into a rollout. There are three levels:
 
     rollout       the prompts of one step, over all processes
-    minibatch     the rows of one optimizer step
-    micro-batch   the rows that one device runs at once; their gradients are summed
+    minibatch     the rows of one optimizer step, over all processes
+    micro-batch   the rows that one device runs at once; micro-batches' gradients are summed
 
-Every order follows from the run's seed alone, so a resumed run sees the same batches.
+Every order depends only on the run's seed, so a resumed run gets the same batches.
 """
 
 import itertools
@@ -20,16 +20,17 @@ from spavl_lib.data.grouping import image_groups
 def rollout_rows(
     image_names: Sequence[str], step: int, size: int, seed: int, *, by_image: bool
 ) -> list[int]:
-    """Choose the training rows whose prompts a step rolls out.
+    """Choose the training rows whose prompts are rolled out in a step.
 
-    The rows are passed over again and again, each pass in an order of its own; none is left out.
+    Successive steps go through all training rows again and again. Each pass has a different order
+    and contains every row once.
 
     Args:
-        image_names: Image name of every training row, empty for a row without an image.
+        image_names: Image name of every training row. Empty for a row without an image.
         step: Number of the step, from 0.
-        size: Prompts of a rollout.
+        size: Number of prompts in a rollout.
         seed: Seed of the run.
-        by_image: Whether the rows of one image stand together.
+        by_image: Whether the rows of one image are adjacent.
 
     Returns:
         `size` indices of training rows.
@@ -46,14 +47,14 @@ def minibatches(images: Sequence[str], count: int, seed: int, *, by_image: bool)
     """Divide a rollout into `count` minibatches, in a seeded order.
 
     Args:
-        images: Digest of the image of every row, empty for a row without one.
+        images: Image digest of every row. Empty for a row without an image.
         count: Number of minibatches, at most the number of rows.
         seed: Seed of this pass over the rollout.
-        by_image: Whether the rows of one image stay in one minibatch. With fewer images than
-            minibatches they do not.
+        by_image: Whether the rows of one image stay in one minibatch. It has no effect if there are
+            fewer images than minibatches.
 
     Returns:
-        Rows of each minibatch. Every row is in exactly one.
+        Rows of each minibatch. Every row is in exactly one minibatch.
     """
     groups = shuffled_groups(images, seed, by_image=by_image)
     if len(groups) < count:
@@ -62,12 +63,12 @@ def minibatches(images: Sequence[str], count: int, seed: int, *, by_image: bool)
 
 
 def shuffled_groups(images: Sequence[str], seed: int | str, *, by_image: bool) -> list[list[int]]:
-    """Group rows by image, or leave each alone, and shuffle the groups.
+    """Group the rows, and shuffle the groups.
 
     Args:
-        images: The image name of each row.
+        images: Image name or digest of each row. Empty for a row without an image.
         seed: Random seed.
-        by_image: Whether rows with one image stay together.
+        by_image: Whether the rows of one image form a group. If False, each row is a group.
     """
     groups = image_groups(images if by_image else [""] * len(images))
     random.Random(seed).shuffle(groups)
@@ -75,14 +76,14 @@ def shuffled_groups(images: Sequence[str], seed: int | str, *, by_image: bool) -
 
 
 def micro_batches(lengths: list[int], images: list[str], size: int) -> list[list[int]]:
-    """Divide rows into batches that fit the device: similar lengths, equal images side by side.
+    """Divide rows into micro-batches of similar lengths, with rows of equal images adjacent.
 
     The longest rows come first, so that a device with too little memory fails at once.
 
     Args:
-        lengths: Tokens of each row, prompt and answer.
-        images: Digest of the image of each row, empty for a row without one.
-        size: Rows of a batch; the last may be smaller.
+        lengths: Number of tokens of each row, prompt and response together.
+        images: Image digest of each row. Empty for a row without an image.
+        size: Number of rows in a micro-batch. The last micro-batch may be smaller.
     """
     groups: dict[Hashable, list[int]] = {}
     for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -92,21 +93,21 @@ def micro_batches(lengths: list[int], images: list[str], size: int) -> list[list
 
 
 def turns(batches: Sequence[list[int]]) -> int:
-    """How many batches each process runs, if the processes take them in turn."""
+    """Number of batches that each process gets if the processes take batches in turn."""
     return -(-len(batches) // machine.world_size())
 
 
 def own_batches(batches: list[list[int]]) -> list[list[int]]:
-    """This process's share of the batches; empty ones make every share equally long."""
+    """This process's share of the batches. Empty batches fill up the shorter shares."""
     places = range(machine.rank(), turns(batches) * machine.world_size(), machine.world_size())
     return [batches[place] if place < len(batches) else [] for place in places]
 
 
 def own_batches_in_step(batches: list[list[int]]) -> list[tuple[list[int], int]]:
-    """This process's share of the batches, each with its weight 1 or 0.
+    """This process's share of the batches, each with a weight of 1 or 0.
 
-    Under ZeRO every process must call the model equally often, so a process that has too few
-    batches repeats the last one with weight 0.
+    Under ZeRO every process must call the model equally often. A process with too few batches
+    therefore also gets the last batch, with weight 0.
     """
     return [(rows or batches[-1], int(bool(rows))) for rows in own_batches(batches)]
 

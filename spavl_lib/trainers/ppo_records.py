@@ -1,21 +1,22 @@
-"""What a PPO run writes: log rows, rollouts.jsonl, and the figures of its summary."""
+"""The records that a PPO run writes: log rows, rollouts.jsonl, and figures of its summary."""
 
 from spavl_lib.config import Config
 from spavl_lib.objectives.ppo import explained_variance, kl_estimate, masked_mean
-from spavl_lib.trainers.export_card import model_card
+from spavl_lib.trainers.export_card import model_card, policy_results
 from spavl_lib.trainers.progress import first_and_last_tenth
 from spavl_lib.trainers.rollout import Rollout
 
 
 def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """Log values of a rollout before any update.
+    """Values to log of a rollout, before any update.
 
     Args:
         rollout: A rollout with scores, rewards, values and returns.
-        kl_coef: The KL coefficient that its rewards were computed with.
+        kl_coef: The KL coefficient with which the rewards were computed.
 
     Returns:
-        Means over answers (`objective/`, `response/`), KL and entropy in nats, lengths in tokens.
+        Name -> value. The values of `objective/` and `response/` are means over responses, except
+        the entropy, which is a mean over tokens. KL and entropy are in nats, lengths in tokens.
     """
     columns, mask = rollout.columns, rollout.mask
     scores, lengths = columns["scores"], mask.sum(1).float()
@@ -35,7 +36,7 @@ def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 
 
 def rollout_records(rollout: Rollout, step: int) -> list[dict]:
-    """Rows of rollouts.jsonl: each answer with its score and its KL to the reference, in nats."""
+    """Rows of rollouts.jsonl: each response with its score and its KL to the reference, in nats."""
     columns = rollout.columns
     kl = (columns["logps"] - columns["ref_logps"]).sum(1).tolist()
     return [
@@ -67,18 +68,14 @@ def summary_figures(log_rows: list[dict]) -> dict[str, dict]:
 
 def card(config: Config, summary: dict) -> str:
     """The model card of a finished run."""
-    settings, scores = config.ppo, summary["scores"]
+    settings = config.ppo
     return model_card(
         config, "ppo", tags=("rlhf",), source="prompts of ", table="result",
         facts=[
-            f"{summary['rollouts']} answers in {summary['steps']} rollouts",
+            f"{summary['rollouts']} responses in {summary['steps']} rollouts",
             f"{summary['optimizer_steps']} optimizer steps",
             f"peak rate {settings.learning_rate}",
             f"kl_coef {settings.kl_coef} ({settings.kl_estimator})",
         ],
-        results={
-            "mean score, first tenth of the steps": scores["first_steps"],
-            "mean score, last tenth": scores["last_steps"],
-            "KL to the reference, last tenth, nats an answer": summary["kl"]["last_steps"],
-        },
+        results=policy_results("score", summary["scores"], summary["kl"]["last_steps"], "response"),
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The four models of PPO, and the rollouts that they give.
+"""The four models of PPO, and the rollouts that they produce.
 
-A rollout is made in three passes: the policy samples answers; policy, reference, value and reward
-model measure them; scores and KL penalty become rewards and advantages.
+A rollout takes three passes. First, the policy samples responses. Second, policy, reference, value
+and reward model compute log-probabilities, values and scores of the responses. Third, rewards and
+advantages are computed from these.
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ from spavl_lib.trainers.rollout import (
     seed_from,
 )
 
-# Columns that each role's forward pass fills; the reward model's scores have no columns.
+# Columns of the rollout that each role's forward pass fills. The reward model fills none, because
+# its scores have shape (rows,).
 COLUMNS = {
     "policy": ("logps", "entropy"),
     "reference": ("ref_logps",),
@@ -46,12 +48,12 @@ COLUMNS = {
 
 
 class RolloutMaker:
-    """Loads the models, and rolls them out on the prompts of a step.
+    """The models of a PPO run. `roll_out` makes the rollout of a step.
 
     Args:
         config: Config of the run.
-        rows: Training rows; their prompts are rolled out.
-        folder: Reward model, a reward trainer's `model/`.
+        rows: Training rows, which provide the prompts.
+        folder: The reward model: a reward trainer's `model/`.
     """
 
     def __init__(self, config: Config, rows: Dataset, folder: Path):
@@ -61,8 +63,8 @@ class RolloutMaker:
         set_seed(config.seed)
         model, engine = config.model, config.launch.engine
         if engine == "zero3":
-            # ZeRO-3 gathers a layer when all processes call it together. A shared prefix changes
-            # which layers are called, and each process decides that by its own batch.
+            # ZeRO-3 needs all processes to call the same layers together. Prefix sharing decides
+            # from each process's own batch which layers are called, so processes could differ.
             if model.share_prefix == "require":
                 raise InputError(
                     "model.share_prefix = require does not work for PPO under zero3; set it to "
@@ -83,10 +85,10 @@ class RolloutMaker:
         self.lockstep = False
 
     def check_prompts(self) -> None:
-        """Raise if a prompt leaves no room for an answer in the model's context.
+        """Raise if a prompt leaves no room for a response in the model's context.
 
         Raises:
-            InputError: Lists the prompts.
+            InputError: Lists the prompts that are too long.
         """
         text = self.model.vlm_of("policy").config.get_text_config()
         context = getattr(text, "max_position_embeddings", 0)
@@ -94,29 +96,30 @@ class RolloutMaker:
         check_prompt_lengths(self.processor, self.rows, room, context, stage="ppo")
 
     def prompts_of(self, step: int) -> list[int]:
-        """Indices of the training rows whose prompts step `step` (from 0) rolls out."""
+        """Indices of the training rows whose prompts are rolled out in step `step` (from 0)."""
         return ppo_batches.rollout_rows(
             self.rows["image_name"], step, self.settings.rollout_batch_size, self.config.seed,
             by_image=self.config.data.group_by_image,
         )  # fmt: skip
 
     def tower_cache(self) -> TowerCache:
-        """A new cache for the output of every vision tower."""
+        """A new cache of the vision towers' outputs."""
         cache = TowerCache(self.model.vlm_of("policy"), self.model.towers())
-        # Under ZeRO-3 all processes must call the tower together, but they miss at other times.
+        # Under ZeRO-3 all processes must call the tower together. With a cache they would not,
+        # because their images are missing from the cache at different times.
         cache.works = cache.works and not self.lockstep
         return cache
 
     @torch.no_grad()
     def roll_out(self, step: int, cache: TowerCache) -> Rollout:
-        """Sample answers to a step's prompts, and compute all that the updates need.
+        """Sample responses to a step's prompts, and compute the columns that the updates need.
 
         Args:
             step: Number of the step, from 0.
-            cache: `tower_cache()`, inside its `rollout()` block.
+            cache: A `tower_cache()`, inside its `rollout()` context.
 
         Raises:
-            InputError: Every answer is empty.
+            InputError: Every response is empty.
             NonFiniteError: A log-probability, value or score is NaN or infinite.
         """
         self.model.eval()
@@ -126,10 +129,12 @@ class RolloutMaker:
         decode = self.processor.tokenizer.decode
         texts = [decode(response, skip_special_tokens=True).strip() for response in responses]
         rollout = Rollout(prompts, responses, texts, finished)
-        self._measure(rollout, step, cache)  # before the next check: NaN weights give empty answers
+        # Before the check for empty responses, because NaN weights give empty responses too, and
+        # `_measure` reports NaN.
+        self._measure(rollout, step, cache)
         if not any(texts):
             raise InputError(
-                f"step {step + 1}: every answer is empty (rows {prompts[0].row_id}, ...): the "
+                f"step {step + 1}: every response is empty (rows {prompts[0].row_id}, ...): the "
                 "policy has collapsed; lower ppo.learning_rate or raise ppo.kl_coef, and start "
                 "from an earlier checkpoint"
             )
@@ -137,7 +142,16 @@ class RolloutMaker:
         return rollout
 
     def _sample(self, prompts: list[Prompt], step: int, cache: TowerCache) -> list[list[int]]:
-        """Token ids of an answer to every prompt; the processes share the prompts out."""
+        """Sample a response to every prompt. The prompts are divided among the processes.
+
+        Args:
+            prompts: Encoded prompts of the rollout.
+            step: Number of the step, from 0. The seeds depend on it.
+            cache: The rollout's cache.
+
+        Returns:
+            Token ids of every response, in the order of the prompts, in every process.
+        """
         settings = self.settings
         seeds = [seed_from(self.config.seed, "answer", step, n) for n in range(len(prompts))]
         responses: list[list[int]] = [[] for _ in prompts]
@@ -179,13 +193,13 @@ class RolloutMaker:
                 for name, value in zip(names, outputs, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
         mask = rollout.mask
-        # One process fills a row; in the others it is zero.
+        # Each row was filled by one process and is zero in all others, so the sum is the row.
         columns = {name: group.sum_of(values) * mask for name, values in columns.items()}
         rollout.columns = columns | {"scores": group.sum_of(scores)}
         check_finite(rollout, step + 1)
 
     def _micro_batches(self, prompts: list[Prompt], responses: list[list[int]]) -> list[list[int]]:
-        """Divide rows into batches that fit the device."""
+        """Divide rows into micro-batches."""
         lengths = [len(p.ids) + len(r) for p, r in zip(prompts, responses, strict=True)]
         images = [prompt.image_digest for prompt in prompts]
         return ppo_batches.micro_batches(lengths, images, self.settings.per_device_batch_size)
@@ -193,7 +207,7 @@ class RolloutMaker:
     def _batch(
         self, prompts: list[Prompt], responses: list[list[int]], rows: list[int]
     ) -> dict[str, Tensor]:
-        """The padded tensors of some rows, on the device."""
+        """The padded batch of some rows, on the device."""
         return batch_of(
             [prompts[i] for i in rows], [responses[i] for i in rows], self.pad_id, device()
         )
@@ -208,16 +222,29 @@ class RolloutMaker:
         cache: TowerCache,
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """The outputs of `Roles.forward` for some rows, through the model or through an engine."""
+        """Run `Roles.forward` on some rows.
+
+        Args:
+            model: The `Roles`, or the engine that wraps it.
+            role: Role to compute.
+            rollout: The rollout.
+            rows: Rows of a micro-batch.
+            batch: The padded batch of these rows.
+            cache: The rollout's cache.
+            options: Further arguments of `Roles.forward`.
+        """
         width = max(len(rollout.responses[i]) for i in rows)
         temperature = self.settings.temperature
         with cache.rows(_images(rollout.prompts, rows), batch), autocast():
             return model(role, width=width, temperature=temperature, **options, **batch)
 
     def _stop_if_asked(self) -> None:
-        """Called before every batch of a rollout."""
+        """Stop the run if the stop flag is set. Called before every micro-batch of a rollout.
+
+        Without a trainer there is no flag, so this method does nothing.
+        """
 
 
 def _images(prompts: list[Prompt], rows: list[int]) -> list[str]:
-    """Digests of the images of those rows that have one."""
+    """Image digests of the rows that have an image."""
     return [prompts[i].image_digest for i in rows if prompts[i].image_digest]

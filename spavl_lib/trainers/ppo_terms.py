@@ -1,7 +1,7 @@
-"""From a rollout to rewards, advantages and losses: where PPO's settings meet its formulas.
+"""Compute rewards, advantages and losses of a rollout from PPO's settings and formulas.
 
-The formulas are in `objectives.ppo`. Rows are indices into the rollout; the columns of its tensors
-are answer tokens, so a column has the shape (rows, width).
+The formulas are in `objectives.ppo`. Rows are indices into the rollout. The rollout's columns hold
+one value for each response token, so their shape is (rows, width).
 """
 
 import torch
@@ -44,7 +44,8 @@ def check_finite(rollout: Rollout, step: int) -> None:
 def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> None:
     """Add the columns `rewards`, `advantages` and `returns` to a rollout.
 
-    An answer's score, less the penalties, is paid at its last token; the KL penalty at every token.
+    The reward of a response's last token includes the score minus the penalties. The reward of
+    every token includes the KL penalty.
 
     Args:
         rollout: A rollout with `scores` (rows,) and `logps`, `ref_logps`, `values` (rows, width).
@@ -73,7 +74,7 @@ def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> Non
 def policy_loss(
     rollout: Rollout, rows: list[int], outputs: tuple[Tensor, ...], settings: PPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped policy loss less the entropy bonus, as a mean over the rows' answer tokens.
+    """The clipped policy loss minus the entropy bonus, as a mean over the rows' response tokens.
 
     Args:
         rollout: The rollout, with advantages.
@@ -103,16 +104,13 @@ def policy_loss(
 def value_loss(
     rollout: Rollout, rows: list[int], outputs: tuple[Tensor, ...], settings: PPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted value loss, as a mean over the rows' answer tokens.
+    """The weighted value loss, as a mean over the rows' response tokens.
 
     Args:
         rollout: The rollout, with returns.
-        rows: Rows of a micro-batch.
-        outputs: The values (rows, width), alone in a tuple.
+        rows: See `policy_loss`; the result has the same form too.
+        outputs: A tuple of one tensor, the values (rows, width).
         settings: Value clip range and weight of the loss.
-
-    Returns:
-        The loss (), with a gradient, and the values to log.
     """
     (values,) = outputs
     old, returns, mask = _columns(rollout, rows, values, "values", "returns")
@@ -126,21 +124,21 @@ def value_loss(
 
 
 def _columns(rollout: Rollout, rows: list[int], like: Tensor, *names: str) -> tuple[Tensor, ...]:
-    """Columns of some rows and their mask, as wide as `like` and on its device."""
+    """Some rows of the named columns and of the mask, cut to the width of `like`, on its device."""
     values = (*(rollout.columns[name] for name in names), rollout.mask)
     return tuple(value[rows, : like.shape[1]].to(like.device) for value in values)
 
 
 def check_first_ratio(values: dict[str, float], step: int, dtype: torch.dtype) -> None:
-    """Check that before the first update of a rollout the policy is the one that sampled it.
+    """Check before a rollout's first update that the policy gives the rollout's log-probabilities.
 
     Args:
         values: Log values of `policy_loss`.
         step: Number of the step, from 1.
-        dtype: Precision of the forward passes, which sets the tolerance.
+        dtype: Precision of the forward passes, which decides the tolerance.
 
     Raises:
-        AssertionError: It is another: dropout is on, or sampling and updates compute differently.
+        AssertionError: They differ: dropout is on, or rollout and update compute differently.
     """
     tolerance = 1e-4 if dtype == torch.float32 else 5e-2
     if values["val/ratio_error"] > tolerance:

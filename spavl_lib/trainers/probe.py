@@ -1,7 +1,8 @@
-"""Log-probabilities of eight pairs under the reference, stored with every checkpoint.
+"""The reference probe: log-probabilities of eight pairs under the reference.
 
-A run that is resumed compares them with the reference that it loaded. Without this check a changed
-reference would go unnoticed, because the losses still fall.
+The probe is stored in every checkpoint. When a run is resumed, it computes the probe again with the
+loaded reference and compares the two. Without this check a changed reference would go unnoticed,
+because the losses still fall.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
 GREY = 0.5  # in the units of the image processor's output
-IMAGE_EFFECT = 1e-3  # nats; a model that uses the image changes by 0.1 and more
+IMAGE_EFFECT = 1e-3  # nats; a model that uses its images shows an effect of 0.1 or more
 
 
 @torch.no_grad()
@@ -30,17 +31,20 @@ def reference_probe(
     *,
     as_reference: contextlib.AbstractContextManager,
 ) -> dict[str, list]:
-    """Log-probabilities of eight pairs under the reference, one pair at a time.
+    """Compute log-probabilities of eight pairs under the reference, one pair at a time.
+
+    It also checks that the model uses its images: blank images must change a log-probability.
 
     Args:
-        model: The reference, or the policy whose base is the reference.
-        processor: The model's processor.
-        rows: Training rows; eight of them are taken, spread evenly.
+        model: The reference, or a policy whose base is the reference.
+        processor: Processor of the model.
+        rows: Training rows. Eight of them, spread evenly, are used.
         as_reference: A context in which `model` is the reference, such as
             `model.disable_adapter()`.
 
     Returns:
-        `ids` of the rows, and `logps` in nats: chosen and rejected answer of each pair.
+        `ids` of the rows, and `logps` in nats: for each pair those of the chosen and of the
+        rejected response.
 
     Raises:
         InputError: The model ignores the images.
@@ -62,9 +66,9 @@ def reference_probe(
         model.train(training)
     if effects and max(effects) < IMAGE_EFFECT:
         raise InputError(
-            f"the model ignores the images: blanking those of {len(effects)} pairs changed no "
-            f"answer's log-probability by {IMAGE_EFFECT} nats; check that the projector's weights "
-            "were loaded and that the processor belongs to the model"
+            f"the model ignores the images: blank images for {len(effects)} pairs changed no "
+            f"response's log-probability by {IMAGE_EFFECT} nats; check that the projector's "
+            "weights were loaded and that the processor belongs to the model"
         )
     return {"ids": [row["id"] for row in picked], "logps": logps}
 
@@ -88,13 +92,15 @@ def check_reference_unmoved(
     *,
     allowed_changes: Sequence[str] = (),
 ) -> None:
-    """Compare a checkpoint's probe with that of the loaded reference; on a CPU they must be equal.
+    """Compare a checkpoint's probe with the probe of the loaded reference.
+
+    On a CPU the two must be equal. With a GPU they may differ by 0.05 nats.
 
     Args:
-        stored: The probe in the checkpoint, None if it holds none.
+        stored: The checkpoint's probe. None if the checkpoint has no probe.
         current: `reference_probe` of the loaded reference.
-        allowed_changes: Inputs that the user allowed to change. If data or base model are among
-            them, nothing is compared.
+        allowed_changes: Names of inputs that the user allowed to change. If an input of the data or
+            of the base model is among them, nothing is compared.
 
     Raises:
         InputError: The reference is not the one that the run started with.

@@ -1,4 +1,4 @@
-"""Progress of a training: bar, metrics.jsonl, live plot, stop flag, checks of the first steps."""
+"""Progress of a training: the bar, metrics.jsonl, live plot, stop flag, checks of first steps."""
 
 import math
 import time
@@ -19,22 +19,23 @@ from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.guards import Movement
 
-# Longest time without a checkpoint, in seconds, whatever save_steps says: a runtime may vanish.
+# Longest time between checkpoints, in seconds, even if save_steps asks for fewer checkpoints. A
+# hosted runtime can end without warning.
 LONGEST_UNSAVED_S = 600.0
 
 
 class StageCallback(TrainerCallback):
-    """Reports a transformers `Trainer` to its stage, and stops it when asked to.
+    """A callback that logs a transformers `Trainer`, and stops it when the stop flag is set.
 
     Args:
-        stage: The stage that is trained.
-        flag: Stop flag, polled after every step, save and evaluation batch.
-        model: The model whose parameters are watched over the first three steps.
-        logged: Names of the values that go into metrics.jsonl.
+        stage: The stage that is trained. Its metrics.jsonl gets the log.
+        flag: Stop flag, polled after every step, checkpoint and evaluation batch.
+        model: The model. After three steps the callback checks which of its parameters changed.
+        logged: Names of the values that are written to metrics.jsonl.
         trainer: The trainer that this callback is added to.
         live: Object with `update(rows, force=...)`, such as `plotting.LivePlot`, or None.
         accuracy: Name of the logged value that the bar shows beside the loss.
-        check_first: Called with the logged values of step 1.
+        check_first: Function that is called with the logged values of step 1.
     """
 
     def __init__(
@@ -61,10 +62,10 @@ class StageCallback(TrainerCallback):
         self.training = False
 
     def resume_log(self, step: int) -> None:
-        """Drop logged rows that are newer than the checkpoint, and let the clock run on from it.
+        """Drop log rows that are newer than the checkpoint, and continue the logged time from it.
 
         Args:
-            step: Steps that the checkpoint holds; 0 for a new run.
+            step: Step of the checkpoint; 0 for a new run.
         """
         self.rows = self.rows[: self.rows_at_checkpoint] if step else []
         if machine.is_main():
@@ -73,23 +74,24 @@ class StageCallback(TrainerCallback):
         self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
 
     def close(self) -> None:
-        """Close the bar, so that the next printed line does not continue it."""
+        """Close the bar, so that the next printed text starts on a new line."""
         if self.bar is not None:
             self.bar.close()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar, and drop logged steps that were never checkpointed."""
+        """Open the bar, and drop logged steps that are newer than the checkpoint."""
         self.resume_log(state.global_step)
         self.training = True
         if state.global_step == 0 and state.max_steps >= 3:
-            self.movement = Movement(self.model)  # now, because ZeRO has partitioned the model
+            # ZeRO-3 has partitioned the model by now; the check compares shards.
+            self.movement = Movement(self.model)
         if machine.is_main():
             name, total = self.stage.name, state.max_steps
             self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
             group.report("progress", {"step": state.global_step, "total": total})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Set the sampler's epoch; accelerate's own call does not reach a resumed loader."""
+        """Set the image sampler's epoch, which accelerate does not set when a run is resumed."""
         if self.trainer.image_sampler is not None:
             self.trainer.image_sampler.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
@@ -110,8 +112,8 @@ class StageCallback(TrainerCallback):
             if not float(values.get("grad_norm", 1.0)) > 0:
                 raise NonFiniteError(
                     "step 1: the gradient is 0, so nothing would be learnt; check that the mask "
-                    "covers the answer tokens and that the learning rate and the model's trainable "
-                    "parts are as intended"
+                    "covers the response tokens, and that the learning rate and the trainable "
+                    "parts of the model are as intended"
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
         if "loss" in values:
@@ -129,7 +131,7 @@ class StageCallback(TrainerCallback):
             self.bar.set_postfix({"loss": f"{values['loss']:.3f}", name: accuracy})
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:
-        """Advance the bar, and save and stop after this step if asked to."""
+        """Advance the bar. If the stop flag is set, save and stop after this step."""
         if self.bar is not None:
             self.bar.update(1)
         if self.movement and state.global_step == 3:
@@ -142,7 +144,7 @@ class StageCallback(TrainerCallback):
         return control
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
-        """Stop here if asked to while the checkpoint was written: no further step is needed."""
+        """Stop after this step if the flag was set while the checkpoint was written."""
         if asked_to_stop(self.flag):
             control.should_training_stop = True
         return control
@@ -150,10 +152,10 @@ class StageCallback(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        """Between batches of an evaluation, save the last step and stop if asked to.
+        """Between evaluation batches, save the last step and stop if the stop flag is set.
 
         Raises:
-            Preempted: Asked to stop.
+            Preempted: The stop flag is set.
         """
         if not asked_to_stop(self.flag):
             return
@@ -162,7 +164,7 @@ class StageCallback(TrainerCallback):
         raise stopped(self.flag, f"while evaluating after step {state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the bar, and draw every step in the live plot."""
+        """Close the bar, and update the live plot with every step."""
         self.training = False
         self.close()
         if self.live and self.rows:
@@ -170,12 +172,18 @@ class StageCallback(TrainerCallback):
 
 
 def _in_order(by_rank: list[list[list[str]]]) -> list[str]:
-    """Row ids of a step in the order of a single process: processes take batches in turn."""
+    """Row ids of a step in the order in which a single process would use them.
+
+    Processes take batches in turn, so the first batches of all processes come first.
+
+    Args:
+        by_rank: For each process the row ids of each of its batches.
+    """
     return [row for turn in zip(*by_rank, strict=True) for batch in turn for row in batch]
 
 
 def drop_stock_callbacks(trainer: Trainer) -> None:
-    """Remove transformers' own printers, because `StageCallback` reports."""
+    """Remove transformers' own progress printers, because `StageCallback` replaces them."""
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback).__name__ in (
             "PrinterCallback",
@@ -186,7 +194,7 @@ def drop_stock_callbacks(trainer: Trainer) -> None:
 
 
 def asked_to_stop(flag: Any) -> bool:
-    """Whether any process was asked to stop; then all processes get True after the same step."""
+    """Whether the stop flag is set in any process. All processes get the same result."""
     stop = group.any_of(bool(flag))
     if stop and not flag:
         flag.reason = "a stop in another process"
@@ -194,11 +202,11 @@ def asked_to_stop(flag: Any) -> bool:
 
 
 def stopped(flag: Any, where: str) -> Preempted:
-    """The error of a training that was stopped and has saved a checkpoint.
+    """The error to raise after a training was stopped and its checkpoint was saved.
 
     Args:
-        flag: The stop flag, for its reason.
-        where: Where it stopped, such as "after step 3 of 6".
+        flag: The stop flag, which knows the reason.
+        where: Place in the training, such as "after step 3 of 6".
     """
     return Preempted(
         f"stopped by {flag.reason} {where}; checkpoint written, run the same command to continue"
@@ -206,13 +214,13 @@ def stopped(flag: Any, where: str) -> Preempted:
 
 
 def number(value: Any) -> float | None:
-    """A value as it is logged: rounded to six decimals, None if it is not finite."""
+    """A value for the log: rounded to six decimals; None if the value is NaN or infinite."""
     value = float(value)
     return round(value, 6) if math.isfinite(value) else None
 
 
 def keep_steps(path: Path, step: int) -> None:
-    """Drop a JSONL file's rows of steps after `step`; they were never checkpointed."""
+    """Drop a JSONL file's rows of steps after `step`, the step of the newest checkpoint."""
     write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
 
@@ -221,10 +229,10 @@ def first_and_last_tenth(rows: Sequence[dict], key: str) -> dict[str, float | No
 
     Args:
         rows: Rows of metrics.jsonl.
-        key: Name of the value. Rows where it is missing or None do not count.
+        key: Name of the value. Rows without the value, or with None, are left out.
 
     Returns:
-        `first_steps` and `last_steps`, None where no row has a value.
+        The means `first_steps` and `last_steps`. A mean is None if no row has a value.
     """
     tenth = max(1, len(rows) // 10)
 

@@ -1,7 +1,8 @@
-"""The reference's log-probabilities of every pair, computed once and stored beside the runs.
+"""The reference's log-probabilities of every pair, computed once and stored in the runs folder.
 
-trl's own flag for this does not support images. But once `precompute_ref_logps` is set on the
-trainer, it takes `ref_chosen_logps` and `ref_rejected_logps` from the collator.
+trl's own argument for this does not support images. But if the trainer's attribute
+`precompute_ref_logps` is set after the trainer is built, the trainer reads `ref_chosen_logps` and
+`ref_rejected_logps` from the collator's batch.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ SAVED_EVERY_S = 120.0
 
 
 def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
-    """Everything that the log-probabilities depend on; a change gives another cache file.
+    """Everything that the log-probabilities depend on. Any change leads to another cache file.
 
     Args:
         config: Config of the run.
@@ -64,19 +65,19 @@ def with_reference(
 ) -> Dataset:
     """Add the reference's log-probabilities to rows, as two columns.
 
-    The batches are always the same, so the numbers do not depend on which run computed them. A call
-    that was interrupted continues where it stopped.
+    The division into batches is always the same, so the numbers do not depend on which run computes
+    them. After an interruption, the next call computes only the missing values.
 
     Args:
-        trainer: Trainer whose `ref_model`, or policy with adapters off, is the reference.
+        trainer: A trainer whose reference is its `ref_model`, or its policy with disabled adapters.
         rows: Preference rows.
         folder: Folder of the cache files.
         key: `cache_key` of config, processor and rows.
-        batch_size: Pairs of a batch.
+        batch_size: Number of pairs in a batch.
         desc: Name of the progress bar.
 
     Returns:
-        The rows with the columns `NAMES`, summed log-probabilities in nats.
+        The rows with the columns `NAMES`: log-probabilities summed over a response, in nats.
     """
     text = json.dumps(key, sort_keys=True, default=str)
     path = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.safetensors"
@@ -123,7 +124,7 @@ def _fill(
                 saved = time.monotonic()
     finally:
         reference.train(training)
-        if rank == 0:  # also after an interruption: every value up to here is right
+        if rank == 0:  # after an interruption too, because the values so far are complete
             write_cache(path, text, values)
 
 
@@ -136,8 +137,8 @@ def read_cache(path: Path, key: str, count: int) -> dict[str, Tensor]:
         count: Number of rows.
 
     Returns:
-        A tensor (count,) for each of `NAMES`; NaN where a value is missing, everywhere if there is
-        no usable file.
+        A tensor (count,) for each of `NAMES`. A missing value is NaN. Without a usable file all
+        values are NaN.
     """
     empty = {n: torch.full((count,), torch.nan) for n in NAMES}
     if not path.is_file():
@@ -158,18 +159,18 @@ def read_cache(path: Path, key: str, count: int) -> dict[str, Tensor]:
 
 
 def write_cache(path: Path, key: str, values: dict[str, Tensor]) -> None:
-    """Write a cache file whole or not at all.
+    """Write a cache file through a temporary file, so that no incomplete file is left.
 
     Args:
         path: The cache file.
         key: JSON of `cache_key`.
-        values: Tensor (rows,) for each of `NAMES`, NaN where unknown.
+        values: A tensor (rows,) for each of `NAMES`. An unknown value is NaN.
 
     Raises:
         DiskError: No space, or no permission.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(values, aside, {"key": key, "sha256": tensors_sha256(values)})
-        aside.replace(path)
+        save_file(values, temporary, {"key": key, "sha256": tensors_sha256(values)})
+        temporary.replace(path)

@@ -1,10 +1,11 @@
-"""Reward model of a vision-language model: config in, stage folder out.
+"""Train the reward model, a vision-language model with a scalar head.
 
     spavl train reward --profile demo
 
-A linear head reads the backbone's last hidden state at the last real token. It is trained so that
-the chosen answer of each pair scores higher (Bradley-Terry). trl's RewardTrainer does not support
-images, so this is transformers' `Trainer` with a loss of our own.
+A linear head reads the backbone's last hidden state at the last token that is not padding. The
+model is trained to give the chosen response of each pair the higher score (Bradley-Terry). trl's
+RewardTrainer does not support images, so this module uses transformers' `Trainer` with another
+loss.
 """
 
 import itertools
@@ -48,7 +49,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.exact_trainer import CheckedMixin, RowCollator, check_rows_fit
 from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import note_rows, training_inputs
+from spavl_lib.trainers.inputs import load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
@@ -61,9 +62,9 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
     """transformers' trainer with the Bradley-Terry loss over collated pairs.
 
     Args:
-        config: Config of the run; its `reward` section sets the loss.
-        args: As `Trainer`.
-        kwargs: As `Trainer`.
+        config: Config of the run. Its `reward` section configures the loss.
+        args: Positional arguments of `Trainer`.
+        kwargs: Keyword arguments of `Trainer`.
     """
 
     def __init__(self, *args: Any, config: Config, **kwargs: Any):
@@ -78,14 +79,17 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss (), in nats; the first half of a batch are chosen rows, the second rejected."""
+        """Mean loss () of a batch of pairs, in nats.
+
+        The first half of the batch's rows are chosen responses, the second half rejected ones.
+        """
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
         if model.training and (self.settings.shift_px or self.settings.mirror):
             batch["pixel_values"] = self._augmented(batch["pixel_values"])
         coef = self.settings.sft_coef
         if coef:
             mask = inputs["completion_mask"].clone()
-            mask[len(mask) // 2 :] = 0  # chosen answers only
+            mask[len(mask) // 2 :] = 0  # chosen responses only
             scores, logps = model(completion_mask=mask, **batch)
         else:
             scores = model(**batch)
@@ -111,7 +115,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         return (loss, {"scores": chosen}) if return_outputs else loss
 
     def _augmented(self, pixels: Tensor) -> Tensor:
-        """Training images (2 pairs, ...) shifted and mirrored, alike for both answers of a pair."""
+        """Shift and mirror training images (2 * pairs, ...), equally for both rows of a pair."""
         place = f"{self.args.seed}/{self.state.global_step}"
         half = moved_images(
             pixels[: len(pixels) // 2],
@@ -122,7 +126,7 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
         return torch.cat([half, half])
 
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
-        """Add the means since the last logged step, over all processes."""
+        """Add means to the log: over all micro-batches and processes since the last logged step."""
         if "loss" in logs:
             logs |= group.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
@@ -131,27 +135,25 @@ class VLMRewardTrainer(CheckedMixin, Trainer):
 
 @stage_maker("reward", inputs=training_inputs, polls_stop=True)
 def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
-    """Train, score the held-out pairs, save head, adapter and projector together.
+    """Train the reward model, score the held-out pairs, and save the model.
 
     Args:
         config: Uses `data`, `model`, `reward` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: Stage to write into. Training resumes from its newest complete checkpoint.
+        flag: Stop flag, which a signal sets. It is polled after each step. `@stage_maker` passes
+            the flag.
+        live: Object with `update(rows)`, such as `plotting.LivePlot`. None shows no plot.
 
     Returns:
-        The stage's summary; `metrics` holds pair accuracy, calibration and controls.
+        The stage's summary. Its `metrics` hold pair accuracy, calibration and controls.
 
     Raises:
-        InputError: Bad data, model or settings.
+        InputError: Data, model or settings are invalid.
         NonFiniteError: A loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+        Preempted: The stop flag is set. The same call continues the training.
     """
     quiet_libraries()
-    with group.main_first():
-        train_rows = load_preferences(config.data, "train")
-        held_out = load_preferences(config.data, "validation")
-    note_rows(stage, train=train_rows, validation=held_out)
+    train_rows, held_out = load_rows(config, stage, "train", "validation")
     processor = load_processor(config.model)
     stage.note(processor=describe(processor))
     trainer = build_trainer(config, stage, processor, train_rows)
@@ -217,14 +219,15 @@ def _card(config: Config, summary: dict) -> str:
 
 
 def build_model(config: Config) -> ScalarHeadModel:
-    """The base model with a new head; `requires_grad` is set on what trains."""
+    """The base model with a new scalar head. `requires_grad` is set on the trained parameters."""
     vlm = load_model(config.model)
-    set_seed(config.seed)  # loading in shards draws random numbers
+    set_seed(config.seed)  # after loading, because loading in shards uses random numbers
     if not config.model.with_lora:
-        if config.launch.engine == "ddp":  # DeepSpeed keeps its own fp32 master weights
+        if config.launch.engine == "ddp":  # DeepSpeed keeps fp32 master weights itself
             vlm = vlm.float()  # fp32 master weights, as in DPO
         freeze_for_full(vlm, config.model)
-        vlm.get_output_embeddings().requires_grad_(False)  # scores do not depend on it
+        # Scores do not depend on the language-model head.
+        vlm.get_output_embeddings().requires_grad_(False)
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
         if config.launch.engine == "ddp":
@@ -238,7 +241,7 @@ def build_model(config: Config) -> ScalarHeadModel:
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, train_rows: Dataset
 ) -> VLMRewardTrainer:
-    """Build transformers' trainer over our collator and model.
+    """Build the trainer with its model and collator.
 
     Args:
         config: Config of the run.
@@ -271,22 +274,22 @@ def score_pairs(
     *,
     should_stop: object = False,
 ) -> list[dict]:
-    """Score both answers of every pair.
+    """Score both responses of every pair.
 
-    Several processes share the batches out, and each gets all rows back.
+    The batches are divided among the processes. Every process gets the results of all pairs.
 
     Args:
         model: Reward model, in evaluation mode.
-        processor: Its processor.
+        processor: Processor of the model.
         rows: Preference rows.
-        batch_size: Pairs of a batch.
-        should_stop: Stop flag.
+        batch_size: Number of pairs in a batch.
+        should_stop: Stop flag, polled before each batch.
 
     Returns:
-        For each pair its id, prompt and classes, both scores, and the answers' lengths in words.
+        For each pair: id, prompt, classes, both scores, and both responses' lengths in words.
 
     Raises:
-        Preempted: `should_stop` became true; polled between batches.
+        Preempted: The stop flag is set.
     """
     collate, starts = RowCollator(processor), range(0, len(rows), batch_size)
     turns = range(-(-len(starts) // machine.world_size()))
@@ -297,8 +300,8 @@ def score_pairs(
                 "stopped while scoring held-out pairs; run the same command to continue"
             )
         place, scored = turn * machine.world_size() + machine.rank(), []
-        # Under ZeRO-3 all processes must call the model equally often, so one without a batch
-        # repeats the last one.
+        # Under ZeRO-3 all processes must call the model equally often, so a process without a batch
+        # computes the last batch again. That result is not used.
         start = starts[min(place, len(starts) - 1)]
         part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
         batch = collate(part)
@@ -324,6 +327,9 @@ def score_pairs(
 
 
 def exchange_images(rows: Dataset) -> Dataset:
-    """Give every row the image of the row half the set away, to measure what the image adds."""
+    """Give every row another row's image, to measure how much the scores depend on the image.
+
+    The other row is half of the set away.
+    """
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])

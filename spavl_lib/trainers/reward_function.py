@@ -1,7 +1,7 @@
-"""Our reward model as the reward function of trl's trainers.
+"""The trained reward model as a reward function of trl's trainers.
 
-It scores the sampled token ids, not decoded texts: with the images, the template, BOS and EOS that
-it was trained with. The score is read at the answer's last token, as in PPO.
+The reward model scores the sampled token ids, not decoded texts. Image, template, BOS and EOS are
+the same as in its training. The score is read at the response's last token, as in PPO.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,15 +30,15 @@ from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 
 
 class RewardFunction:
-    """Our reward model, callable as trl expects it.
+    """The reward model, callable with the arguments that trl passes.
 
     Args:
-        score: Function from a padded batch to the score of each row (rows,), which is read at the
-            row's last real token.
+        score: Function from a padded batch to the score of each row (rows,), read at the row's last
+            token that is not padding.
         processor: Processor of policy and reward model.
-        batch_size: Number of answers scored at once.
-        missing_eos_penalty: Subtracted from the score of an answer without an end token.
-        log: JSONL file for the rollouts, one line for each answer; None to write none.
+        batch_size: Number of responses scored at once.
+        missing_eos_penalty: Subtracted from the score of a response without an end token.
+        log: JSONL file for the rollouts, one line for each response; None to write none.
     """
 
     __name__ = "reward_model"
@@ -68,29 +68,29 @@ class RewardFunction:
         trainer_state: Any = None,
         **_: Any,
     ) -> list[float]:
-        """Score every answer.
+        """Score every response.
 
         Args:
             prompts: Conversations, not used; `question` has the original text.
-            completions: Decoded answers, not used; `completion_ids` are exact.
-            completion_ids: Sampled token ids of each answer, with its end token if one was sampled.
-            id: Row id of each answer.
-            question: Question of each answer.
-            image: Image of each answer.
+            completions: Decoded responses, not used; `completion_ids` are exact.
+            completion_ids: Sampled token ids of each response, with its end token if sampled.
+            id: Row id of each response.
+            question: Question of each response.
+            image: Image of each response.
             trainer_state: State of the trainer, for the step in the log; None to log nothing.
 
         Returns:
-            Score of each answer, less the penalty if it has no end token.
+            Score of each response, less the penalty if it has no end token.
 
         Raises:
-            InputError: Every answer is empty.
-            NonFiniteError: A score is NaN or infinite; trl would silently drop such an answer.
+            InputError: Every response is empty.
+            NonFiniteError: A score is NaN or infinite. trl would silently drop such a response.
         """
         tokenizer = self.processor.tokenizer
         texts = [tokenizer.decode(c, skip_special_tokens=True).strip() for c in completion_ids]
         if not any(texts):
             raise InputError(
-                f"every answer is empty (rows {id[0]}, ...): the policy has collapsed; lower "
+                f"every response is empty (rows {id[0]}, ...): the policy has collapsed; lower "
                 "rloo.learning_rate or raise rloo.beta, and start from an earlier checkpoint"
             )
         scores = self.scores(id, question, image, completion_ids)
@@ -122,13 +122,13 @@ class RewardFunction:
     def scores(
         self, ids: list[str], questions: list[str], images: list[Any], answers: list[list[int]]
     ) -> Tensor:
-        """Score sampled ids; each prompt is encoded once.
+        """Score sampled token ids. A prompt with several responses is encoded once.
 
         Args:
-            ids: Row id of each answer.
-            questions: Question of each answer.
-            images: Image of each answer.
-            answers: Token ids of each answer.
+            ids: Row id of each response.
+            questions: Prompt text of each response.
+            images: Image of each response.
+            answers: Token ids of each response.
 
         Returns:
             Scores (rows,), fp32, on the CPU.
@@ -152,11 +152,12 @@ class RewardFunction:
 
 
 class Scorer:
-    """The forward pass of a reward model that has its own base or shares the policy's.
+    """The forward pass of a reward model that has a separate base or shares the policy's base.
 
     Args:
         model: The reward model.
-        adapter: Name of its adapter on the policy's base; empty for a base of its own.
+        adapter: Name of the reward model's adapter on the policy's base. Empty if the reward model
+            has a separate base.
     """
 
     def __init__(self, model: ScalarHeadModel, adapter: str = ""):
@@ -164,7 +165,7 @@ class Scorer:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        """Score each row (rows,) of a padded batch (rows, seq)."""
+        """Score each row of a padded batch (rows, seq). Returns (rows,)."""
         vlm, dtype = self.model.vlm, compute_dtype()
         training, batch = vlm.training, {k: v.to(self.model.device) for k, v in batch.items()}
         vlm.eval()
@@ -178,20 +179,21 @@ class Scorer:
         finally:
             vlm.train(training)
             for name, parameter in vlm.named_parameters():
-                if self.adapter and f".{self.adapter}." in name:  # switching makes it trainable
+                # Switching to the adapter made its parameters trainable.
+                if self.adapter and f".{self.adapter}." in name:
                     parameter.requires_grad_(False)
 
 
 def build_scorer(policy: nn.Module, config: Config, folder: Path) -> Scorer:
-    """Load the reward model: with LoRA onto the policy's base, else as a model of its own.
+    """Load the reward model: with LoRA as an adapter on the policy's base, else as a second model.
 
     Args:
-        policy: The policy that is trained.
+        policy: The policy that is trained. With LoRA it is changed in place.
         config: Config of the run.
-        folder: Reward model, a reward trainer's `model/`.
+        folder: The reward model: a reward trainer's `model/`.
 
     Raises:
-        InputError: It was trained on another base model, or its weights do not fit.
+        InputError: The reward model has another base model, or its weights do not fit.
     """
     check_reward_model(config.model, folder)
     if not config.model.with_lora:

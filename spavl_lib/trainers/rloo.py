@@ -1,12 +1,12 @@
-"""RLOO on trl's `RLOOTrainer` with our reward model: PPO's objective without a value model.
+"""RLOO on trl's `RLOOTrainer` with the run's reward model: PPO's objective without a value model.
 
     spavl train rloo --profile demo
 
-trl samples several answers to a prompt, compares each score with the mean score of the others, and
-updates. Ours are the prompt's token ids, the score, the checkpoints and the checks. Every optimizer
-step samples new answers, so no checkpoint falls between an answer and its update, and on a CPU a
-resumed run ends with bit-identical weights. With vLLM it does not, because its sampler keeps a
-random state of its own.
+trl samples several responses to a prompt, compares each response's score with the mean score of the
+others, and updates the policy. This package provides the prompts' token ids, the scores, the
+checkpoints and the checks. Every optimizer step samples new responses, so a checkpoint never lies
+between sampling and update. On a CPU a resumed run therefore ends with bit-identical weights. With
+vLLM it does not, because vLLM's sampler has a random state that is not saved.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.lengths import check_prompt_lengths
-from spavl_lib.data.load import load_preferences
 from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
@@ -47,8 +46,8 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.exact_trainer import CheckedMixin
-from spavl_lib.trainers.export_card import model_card
-from spavl_lib.trainers.inputs import note_rows, policy_inputs, reward_folder
+from spavl_lib.trainers.export_card import model_card, policy_results
+from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rollout import forbidden_token_ids
@@ -61,15 +60,15 @@ LOGGED = (
 
 
 class _EpochSampler(RepeatSampler):
-    """trl's sampler with an order that depends on seed and epoch alone, so runs can resume."""
+    """trl's sampler, with an order that depends only on seed and epoch, so that runs can resume."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the order of an epoch."""
+        """Choose the order of an epoch."""
         self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
 class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
-    """trl's trainer with our prompts, our checkpoints, and checks before every update."""
+    """trl's trainer with this package's prompts and checkpoints, and checks before every update."""
 
     prompts_compared = False
     trainable_counts: dict[str, int]
@@ -82,7 +81,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         )  # fmt: skip
 
     def compute_loss(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """trl's loss; raises if it is NaN or infinite."""
+        """trl's loss. Raises an error if the loss is NaN or infinite."""
         return self.check_loss(model, super().compute_loss(model, *args, **options))
 
     def _prepare_inputs(self, inputs: Any) -> dict:
@@ -90,7 +89,10 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         return RLOOTrainer._prepare_inputs(self, inputs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, list | None, dict]:
-        """Token ids as in training the reward model, which trl's own tokenisation can miss."""
+        """Encode prompts as in the training of the reward model.
+
+        trl's own tokenisation can give other token ids.
+        """
         questions = [p[-1]["content"][-1]["text"] for p in prompts]
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
         processor = getattr(self.processing_class, "processor", self.processing_class)
@@ -105,7 +107,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
 
 
 class _Encoded:
-    """The processor as trl calls it for the update: it gives what the answers were sampled from.
+    """The processor as trl calls it for the update: it gives what the responses were sampled from.
 
     trl would process the prompts' text a second time, with a BOS of the tokenizer before that of
     the template, and its token types would then belong to other ids.
@@ -152,7 +154,7 @@ def check_first(logs: dict) -> None:
 
     Raises:
         AssertionError: Policy and reference differ before any update.
-        InputError: All answers to each prompt have equal scores, so there is nothing to learn.
+        InputError: For every prompt, all responses have equal scores, so nothing can be learned.
     """
     tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
     if abs(float(logs.get("kl", 0.0))) > tolerance:
@@ -162,7 +164,7 @@ def check_first(logs: dict) -> None:
         )
     if float(logs["frac_reward_zero_std"]) == 1.0:
         raise InputError(
-            "step 1: for every prompt, all answers have the same score, so there is nothing to "
+            "step 1: for every prompt, all responses have the same score, so there is nothing to "
             "learn; raise rloo.temperature or rloo.num_generations, or check the reward model"
         )
 
@@ -173,17 +175,11 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
 
     Args:
         config: Uses `data`, `model`, `rloo` and `seed`.
-        stage: Stage to write into. Training resumes from its newest whole checkpoint.
-        flag: Stop flag, set by a signal; polled between steps. `@stage_maker` passes it.
-        live: Object with `update(rows)`, such as `plotting.LivePlot`.
+        stage: See `train_reward`.
+        flag: See `train_reward`.
+        live: See `train_reward`.
 
-    Returns:
-        The stage's summary.
-
-    Raises:
-        InputError: Bad data, model, reward model or settings.
-        NonFiniteError: A score, loss or gradient is NaN or infinite.
-        Preempted: Asked to stop; the same call continues.
+    It returns the stage's summary, and raises the same errors as `train_ppo`.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
@@ -194,8 +190,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     check_vllm(config.rloo)
     check_reward_model(config.model, folder)
     quiet_libraries()
-    rows = load_preferences(config.data, "train")
-    note_rows(stage, train=rows)
+    [rows] = load_rows(config, stage, "train")
     processor = load_processor(config.model)
     stage.note(processor=describe(processor))
     trainer = build_trainer(config, stage, processor, rows, folder)
@@ -232,18 +227,18 @@ def check_vllm(rloo: RLOOConfig) -> None:
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset, folder: Path
 ) -> CheckedRLOOTrainer:
-    """Build trl's trainer over our prompts; with LoRA the reward model shares the policy's base.
+    """Build trl's trainer with this package's prompts. With LoRA the reward model shares the base.
 
     Args:
         config: Config of the run.
         stage: Stage to write into.
         processor: Processor of the model.
-        rows: Training rows; their prompts are answered.
-        folder: Reward model, a reward trainer's `model/`.
+        rows: Training rows, which provide the prompts.
+        folder: The reward model: a reward trainer's `model/`.
 
     Raises:
-        InputError: Too few rows for a step, a row without an image, or a prompt without room for an
-            answer.
+        InputError: There are too few rows for a step, a row has no image, or a prompt leaves no
+            room for a response.
     """
     rloo, lora = config.rloo, config.model.with_lora
     prompts_a_step = rloo.global_batch_size // rloo.num_generations
@@ -295,7 +290,7 @@ def _no_scorer_yet(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _for_trl(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, list]:
-    """Columns for trl: conversations, decoded images, and the original question and id."""
+    """Columns for trl: conversations, decoded images, the unchanged question, and the row id."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     chats = [[{"role": "user", "content": neutralise(q, processor)}] for q in batch["prompt"]]
     return {
@@ -312,9 +307,9 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(forbidden, -100.0)}
     else:
         sampling = {"suppress_tokens": list(forbidden)}
-    # trl itself loads only the reference of full fine-tuning, from the base model's path.
+    # trl loads a model itself only for the reference of full fine-tuning, by the base model's name.
     revision = {"revision": config.model.revision} if config.model.revision else None
-    # trl's loader draws prompts itself; worker processes are left to the trainers of pairs.
+    # `data.num_workers` is for preference pairs only, whose collator decodes and tokenises.
     common = common_arguments("rloo", config, stage) | {"dataloader_num_workers": 0}
     return TRLConfig(
         **common,
@@ -348,19 +343,17 @@ def _summary(config: Config, stage: Stage, trainer: CheckedRLOOTrainer, rows: Da
 
 
 def _card(config: Config, summary: dict) -> str:
-    rloo, reward = config.rloo, summary["reward"]
+    rloo = config.rloo
     return model_card(
         config, "rloo", tags=("trl", "rlhf"), source="prompts of ", table="result",
         facts=[
-            f"{summary['answers']} answers",
-            f"{rloo.num_generations} to a prompt",
+            f"{summary['answers']} responses",
+            f"{rloo.num_generations} for each prompt",
             f"{summary['steps']} steps",
             f"peak rate {rloo.learning_rate}",
             f"beta {rloo.beta}",
         ],
-        results={
-            "mean reward, first tenth of the steps": reward["first_steps"],
-            "mean reward, last tenth": reward["last_steps"],
-            "KL to the reference, last tenth, nats a token": summary["kl_a_token"]["last_steps"],
-        },
+        results=policy_results(
+            "reward", summary["reward"], summary["kl_a_token"]["last_steps"], "token"
+        ),
     )  # fmt: skip

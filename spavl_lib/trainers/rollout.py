@@ -1,8 +1,8 @@
-"""Rollouts: prompts, answers sampled from the policy, and tensors over their tokens.
+"""Rollouts: prompts, responses sampled from the policy, and tensors over the responses' tokens.
 
 Greedy decoding over logits plus Gumbel noise samples from the softmax (Gumbel-max trick, Maddison
-et al. 2014, arXiv:1411.0030). The noise of a row depends only on the row's seed, so its answer is
-the same in any batch, with any number of processes, and after any interruption.
+et al. 2014, arXiv:1411.0030). The noise of a row depends only on the row's seed. A row's response
+is therefore the same in any batch, with any number of processes, and after any interruption.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from spavl_lib.modelling.roles import NEVER
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row's prompt, encoded alone: token ids without padding, and its image tensors.
+    """The encoded prompt of one row: token ids without padding, and image tensors.
 
-    `image_digest` is a digest of the image tensors, empty without an image.
+    `image_digest` is a digest of the image tensors. It is empty if the row has no image.
     """
 
     row_id: str
@@ -38,10 +38,10 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """Prompts with sampled answers, and the columns computed for them.
+    """Prompts with sampled responses, and the columns that are computed for them.
 
-    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). They are 0 where
-    `mask` is False, past the end of an answer.
+    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). Columns with a width
+    are 0 on padding, which follows the end of a response.
     """
 
     prompts: list[Prompt]
@@ -55,18 +55,18 @@ class Rollout:
 
     @property
     def width(self) -> int:
-        """Number of tokens of the longest answer."""
+        """Number of tokens of the longest response."""
         return max(map(len, self.responses))
 
     @property
     def mask(self) -> Tensor:
-        """Boolean (rows, width), True for tokens of the answer, EOS included."""
+        """Boolean (rows, width), True for tokens of the response, EOS included."""
         lengths = torch.tensor([len(r) for r in self.responses])
         return torch.arange(self.width)[None] < lengths[:, None]
 
 
 def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
-    """Encode each row's prompt by itself."""
+    """Encode each row's prompt separately, so that it has no padding."""
     prompts = []
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
@@ -78,7 +78,7 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
 
 
 def digest_of_image(vision: dict[str, Tensor]) -> str:
-    """Hex digest of image tensors, empty if there are none."""
+    """Hex digest of image tensors; empty if there are no tensors."""
     if not vision:
         return ""
     digest = hashlib.blake2b(digest_size=16)
@@ -90,7 +90,7 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
-    """Ids that must not be sampled: image slots, BOS, and padding, unless they end an answer."""
+    """Ids that must not be sampled: image slots, BOS, and padding, unless they end a response."""
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
     for owner in (processor, tokenizer):  # Gemma 3's processor expands one token into another
@@ -103,20 +103,20 @@ def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
 def batch_of(
     prompts: list[Prompt], responses: list[list[int]], pad_id: int, device: torch.device
 ) -> dict[str, Tensor]:
-    """Build a padded batch in which all answers begin in the same column.
+    """Build a padded batch in which all responses begin in the same column.
 
-    Prompts are padded on the left and answers on the right, to the longest of the batch:
+    Prompts are padded on the left and responses on the right, to the longest of the batch:
 
         input_ids        pad pad P1 P2 | R1 R2 EOS pad
         attention_mask    0   0  1  1  | 1  1   1   0
 
-    So the answers are the last `width` columns, where `width` is the longest answer, and the
-    logits that predict them are one column to the left, `[:, -width - 1 : -1]`.
+    Let `width` be the length of the longest response. The last `width` columns hold the responses.
+    The logits that predict them are one column to the left: `[:, -width - 1 : -1]`.
 
     Args:
         prompts: Encoded prompts of the rows.
-        responses: Token ids of the answers; all empty for a batch to generate from.
-        pad_id: Id that fills padding.
+        responses: Token ids of the responses. All are empty in a batch to generate from.
+        pad_id: Token id of padding.
         device: Device of the tensors.
 
     Returns:
@@ -144,13 +144,13 @@ def batch_of(
 
 
 def seed_from(*parts: object) -> int:
-    """A seed, 0 to 2^63 - 1, that depends on all parts and on nothing else."""
+    """A seed from 0 to 2^63 - 1 that depends only on the parts."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class SeededSampling(LogitsProcessor):
-    """Turns greedy decoding into sampling, with separate noise for each row.
+    """A logits processor that turns greedy decoding into sampling, with each row's own noise.
 
     Args:
         seeds: Seed of each row.
@@ -166,15 +166,15 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.forbidden_ids = temperature, forbidden_ids
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Process logits (rows, vocabulary), as transformers' `generate` calls it."""
+        """Add noise to logits (rows, vocabulary). transformers' `generate` calls this method."""
         return self.noisy(scores, range(len(scores)))
 
     def noisy(self, scores: Tensor, rows: Iterable[int]) -> Tensor:
-        """Divide logits by the temperature and add Gumbel noise; the argmax is then a sample.
+        """Divide logits by the temperature and add Gumbel noise. The argmax is then a sample.
 
         Args:
             scores: Logits (rows, vocabulary).
-            rows: Index of each row's seed.
+            rows: For each row of `scores` the index of its seed.
 
         Returns:
             Logits with noise (rows, vocabulary), fp32.
@@ -201,18 +201,18 @@ def sample(
     pad_id: int,
     compact: bool = True,
 ) -> list[list[int]]:
-    """Sample an answer to each prompt of a batch.
+    """Sample a response to each prompt of a batch.
 
     Args:
         model: Policy, in evaluation mode.
         batch: Left-padded prompts (rows, seq).
         seeds: Seed of each row.
-        max_new_tokens: Longest answer, in tokens.
+        max_new_tokens: Largest number of tokens in a response.
         temperature: Divisor of the logits.
         forbidden_ids: Token ids that are never sampled.
-        end_ids: Ids that end an answer, and are part of it.
+        end_ids: Ids that end a response, and are part of it.
         pad_id: Id that fills rows which ended early; may be an end id.
-        compact: Whether ended answers may leave the batch (`generation.compact_decoding`).
+        compact: Whether ended responses may leave the batch (`generation.compact_decoding`).
 
     Returns:
         New token ids of each row, cut after the first end id.

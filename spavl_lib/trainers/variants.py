@@ -1,4 +1,4 @@
-"""Short trainings with other settings, to show beside a stage what one setting does."""
+"""Short trainings with changed settings, which show the effect of one setting on a stage."""
 
 import dataclasses
 from typing import Any
@@ -17,18 +17,19 @@ def train_variant(
     """Train a short variant of a stage in this process, under `variants/<name>/` of its folder.
 
     Args:
-        kind: Trainer, `dpo`, `ppo` or `rloo`. The latter two use the run's own reward model.
+        kind: Trainer: `dpo`, `ppo` or `rloo`. A variant of `ppo` or `rloo` uses the same reward
+            model as `stage`.
         config: Config of the run.
         stage: Stage that the variant is compared with.
         name: Name of the variant and of its folder.
-        steps: Largest number of steps. The variant is never longer than the run.
-        changes: Settings of the trainer's section that differ, by name.
+        steps: Largest number of steps. If the trainer's `max_steps` is smaller, it is the limit.
+        changes: Name -> value of the settings to change in the trainer's section.
 
     Returns:
-        The variant's own stage, complete.
+        The complete stage of the variant.
 
     Raises:
-        InputError: A setting is invalid, or the trainer raises it.
+        InputError: A setting is invalid, or the trainer raises this error.
     """
     settings = getattr(config, kind)
     steps = min(steps, settings.max_steps or steps)

@@ -1,7 +1,8 @@
-"""The optimizer state of one process: whole, or one rank's shard under ZeRO.
+"""The optimizer state of one process: complete, or one rank's shard under ZeRO.
 
-DeepSpeed's own checkpoints are pickles. A shard is what a rank holds: flat fp32 master weights and
-the base optimizer's state over them. It fits only the same engine in as many processes.
+DeepSpeed's own checkpoints are pickles, so they are not used. A rank's shard consists of flat fp32
+master weights and the base optimizer's state for them. It can be loaded only by the same engine in
+the same number of processes.
 """
 
 from typing import Any
@@ -27,7 +28,7 @@ def _masters(zero: Any) -> list[Tensor]:
 
 
 def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
-    """This process's optimizer state as named tensors and JSON values.
+    """This process's optimizer state, as named tensors and JSON values.
 
     Args:
         optimizer: The optimizer, as accelerate prepared it.
@@ -48,7 +49,7 @@ def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_optimizer_share(optimizer: Any, tensors: dict[str, Tensor], plain: dict) -> None:
-    """Load `optimizer_share`; under ZeRO this restores the model's weights too.
+    """Load the result of `optimizer_share`. Under ZeRO this also restores the model's weights.
 
     Args:
         optimizer: The optimizer, as accelerate prepared it.

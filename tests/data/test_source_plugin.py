@@ -1,6 +1,5 @@
 """A data source from another package: found by its entry point, then loaded, hashed and checked."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,10 @@ from spavl_lib.data.load import (
 from spavl_lib.errors import InputError
 from spavl_lib.runs.stage import Run
 from tests.helpers import files_of
+from tests.packages import install
 
 # A package with a source is two files: this module, and a pyproject.toml that names its class.
+PACKAGE = ("forum_source", "spavl.sources forum = forum_source:Forum")
 MODULE = '''
 from pathlib import Path
 
@@ -54,22 +55,10 @@ class Forum(Source):
 '''
 
 
-def install(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a package on the path as pip would: its module, and the metadata of its pyproject."""
-    metadata = folder / "forum_source-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (folder / "forum_source.py").write_text(text)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: forum-source\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[spavl.sources]\nforum = forum_source:Forum\n")
-    monkeypatch.syspath_prepend(folder)
-
-
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch):
     """Forget what a test registers."""
     monkeypatch.setattr(SOURCES, "known", dict(SOURCES.known))
-    yield
-    sys.modules.pop("forum_source", None)
 
 
 @pytest.fixture
@@ -91,7 +80,7 @@ def config_of(folder: Path, **changes: object):
 def test_a_package_adds_a_source(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path / "site", MODULE, monkeypatch)
+    install(tmp_path / "site", *PACKAGE, MODULE, monkeypatch)
     assert SOURCES.names() == ["datasets", "forum", "hub_layout", "mini", "original"]
     config = config_of(folder, **{"data.train_rows": 5, "data.validation_rows": 0})
     rows = load_preferences(config.data, "train")
@@ -110,7 +99,7 @@ def test_a_package_adds_a_source(
 def test_the_data_stage_and_the_checker_take_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path / "site", MODULE, monkeypatch)
+    install(tmp_path / "site", *PACKAGE, MODULE, monkeypatch)
     config = config_of(folder, **{"data.train_rows": 0, "data.validation_rows": 0})
     stage = Run(config, root=tmp_path / "runs").stage("data")
     summary = make_data_stage(config, stage)
@@ -138,7 +127,7 @@ def test_an_unknown_source_is_refused_with_the_nearest_name(folder: Path) -> Non
 def test_a_package_that_does_not_load_is_named(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path / "site", "import nothing_of_that_name", monkeypatch)
+    install(tmp_path / "site", *PACKAGE, "import nothing_of_that_name", monkeypatch)
     with pytest.raises(InputError, match="cannot load data source 'forum' from forum_source:Forum"):
         load_preferences(config_of(folder).data, "train")
 

@@ -11,7 +11,6 @@ from spavl_lib.errors import InputError, RankError
 from spavl_lib.runs.stage import Run
 from tests.distributed.conftest import Result, alive, config_of, process_of, read, train, when
 
-FAST = ("dpo", "ddp")
 TOLERANCE = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
 
 
@@ -23,14 +22,9 @@ def assert_equal_losses(result: Result, expected: Result, tolerance: float) -> N
     assert max(values) - min(values) > 1e-2  # steps differ, or equal losses would say nothing
 
 
-@pytest.mark.parametrize(
-    ("kind", "engine"),
-    [
-        pytest.param(k, e, marks=() if (k, e) == FAST else pytest.mark.slow)
-        for k in ("reward", "dpo", "ppo")
-        for e in TOLERANCE
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", TOLERANCE)
+@pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
 def test_two_processes_train_what_one_does_over_the_death_of_one(
     kind: str, engine: str, alone: Callable[[str], Result]
 ) -> None:
@@ -57,10 +51,11 @@ def test_two_processes_train_what_one_does_over_the_death_of_one(
     assert_trained_as_alone(read(stage), alone(kind), engine)
 
 
-def test_two_processes_train_ppo_as_one_does(alone: Callable[[str], Result]) -> None:
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
+def test_two_processes_train_as_one_does(kind: str, alone: Callable[[str], Result]) -> None:
     """PPO has an engine of its own; the others train under accelerate's in the same way."""
-    config = config_of("ppo", "ppo-whole", launch__num_processes=2)
-    assert_trained_as_alone(train("ppo", config), alone("ppo"), "ddp")
+    config = config_of(kind, f"{kind}-whole", launch__num_processes=2)
+    assert_trained_as_alone(train(kind, config), alone(kind), "ddp")
 
 
 def assert_trained_as_alone(result: Result, expected: Result, engine: str) -> None:

@@ -27,9 +27,8 @@ def answers(stage: Stage) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize(
-    "sampled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["greedy", "sampled"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
 def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool) -> None:
     quick = QUICK | {"generation__do_sample": sampled}
     name = f"answers-{sampled}"

@@ -1,7 +1,6 @@
 """Judges from another package: found by their entry point, checked early, used as any other."""
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,10 @@ from spavl_lib.evaluation.judges import (
     make_judge,
     register_judge,
 )
+from tests.packages import install
 
 # A package with a judge is two files: this module, and a pyproject.toml that names its function.
+PACKAGE = ("word_judge", "spavl.judges words = word_judge:make")
 MODULE = '''
 class WordJudge:
     """Calls a response unsafe if it holds a word."""
@@ -43,27 +44,15 @@ from spavl_lib.evaluation.judges import register_judge
 """ + MODULE[MODULE.index("def make") :].replace("WordJudge", "dict")
 
 
-def install(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a package on the path as pip would: its module, and the metadata of its pyproject."""
-    metadata = folder / "word_judge-1.0.dist-info"
-    metadata.mkdir()
-    (folder / "word_judge.py").write_text(text)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: word-judge\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[spavl.judges]\nwords = word_judge:make\n")
-    monkeypatch.syspath_prepend(folder)
-
-
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch):
     """Forget what a test registers."""
     monkeypatch.setattr(judges, "JUDGES", dict(JUDGES))
-    yield
-    sys.modules.pop("word_judge", None)
 
 
 def test_a_package_adds_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "words" not in judge_names()
-    install(tmp_path, MODULE, monkeypatch)
+    install(tmp_path, *PACKAGE, MODULE, monkeypatch)
     assert judge_names() == ["endpoint", "exact", "guard", "phrases", "words"]
     judge = make_judge("words", {})
     assert judge.name == "words:bomb"
@@ -80,7 +69,7 @@ def test_a_package_adds_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_package_says_what_its_judge_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path, DECORATED, monkeypatch)
+    install(tmp_path, *PACKAGE, DECORATED, monkeypatch)
     with pytest.raises(InputError, match="words needs evaluation.judge_model"):
         make_judge("words", {})
 
@@ -88,7 +77,7 @@ def test_a_package_says_what_its_judge_needs(
 def test_a_package_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path, "import nothing_of_that_name", monkeypatch)
+    install(tmp_path, *PACKAGE, "import nothing_of_that_name", monkeypatch)
     with pytest.raises(InputError, match="cannot load judge 'words' from word_judge:make: Module"):
         make_judge("words", {})
     assert make_judge("phrases", {}).name == "phrases-v1"  # the others still work

@@ -20,14 +20,13 @@ from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run
+from tests.helpers import SUPERVISED
 
 FOLDER = Path(__file__).parent
 STEPS = 50
 # One line an algorithm: its trainer, and what is set over the smoke profile.
 OVERRIDES = {
-    "reward": ("reward", {"model.adapter": "lora"}),
-    "dpo_lora": ("dpo", {"model.adapter": "lora"}),
-    "dpo_full": ("dpo", {"model.adapter": "full"}),
+    **SUPERVISED,
     "ppo": (
         "ppo",
         {"ppo.rollout_batch_size": 2, "ppo.max_new_tokens": 8, "ppo.num_minibatches": 1},

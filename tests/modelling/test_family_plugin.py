@@ -15,8 +15,10 @@ from spavl_lib.modelling.load import load_model, load_processor
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from tests.helpers import embedded_model, embedded_processor, mini_rows
+from tests.packages import install
 
 # A package with a family is two files: this module, and a pyproject.toml that names its class.
+PACKAGE = ("glance_vlm", "spavl.families glance = glance_vlm:Glance")
 MODULE = '''
 from transformers import (
     AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration, LlavaModel,
@@ -69,28 +71,16 @@ class Glance(Family):
 '''
 
 
-def install(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put a package on the path as pip would: its module, and the metadata of its pyproject."""
-    metadata = folder / "glance_vlm-1.0.dist-info"
-    metadata.mkdir(parents=True)
-    (folder / "glance_vlm.py").write_text(text)
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: glance-vlm\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[spavl.families]\nglance = glance_vlm:Glance\n")
-    monkeypatch.syspath_prepend(folder)
-
-
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch):
     """Forget what a test registers."""
     monkeypatch.setattr(FAMILIES, "known", dict(FAMILIES.known))
-    yield
-    sys.modules.pop("glance_vlm", None)
 
 
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The embedded model as one of that family, in a folder."""
-    install(tmp_path / "site", MODULE, monkeypatch)
+    install(tmp_path / "site", *PACKAGE, MODULE, monkeypatch)
     import glance_vlm
 
     embedded = embedded_model()
@@ -132,7 +122,7 @@ def test_a_package_adds_a_family(saved: Path) -> None:
 def test_a_package_that_does_not_load_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    install(tmp_path, "import nothing_of_that_name", monkeypatch)
+    install(tmp_path, *PACKAGE, "import nothing_of_that_name", monkeypatch)
     with pytest.raises(InputError, match="cannot load model family 'glance' from glance_vlm:Gl"):
         load_processor(ModelConfig(name="embedded", adapter="lora"))
 

@@ -83,3 +83,18 @@ def test_a_resumed_controller_steers_on_from_its_coefficient() -> None:
     fixed = KLController(0.1)
     fixed.update(1e3, 10)
     assert fixed.kl_coef == 0.1
+
+
+def test_a_clipped_value_is_old_value_plus_the_clipped_change() -> None:
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    value, old, target = (torch.tensor([[v]]) for v in (2.9, 2.0, 3.0))
+    result = clipped_value_loss(value, old, target, mask, value_clip_range=0.2)
+    assert result.loss.item() == pytest.approx(0.5 * (2.2 - 3.0) ** 2)
+
+
+def test_rewards_stay_on_the_device_of_the_response() -> None:
+    """On the device `meta` nothing can be mixed with a tensor of the CPU without an error."""
+    tokens = torch.zeros(2, 3, device="meta")
+    mask = torch.ones(2, 3, dtype=torch.bool, device="meta")
+    rewards = kl_penalty_rewards(tokens[:, 0], tokens, tokens, mask, kl_coef=0.1)
+    assert rewards.device.type == "meta" and rewards.shape == (2, 3)

@@ -11,16 +11,14 @@ import pytest
 
 from spavl_lib.runs.files import read_json, read_jsonl
 from spavl_lib.trainers import checkpoint as ckpt
-from tests.helpers import hub_rows, write_hub_folder
+from tests.helpers import SUPERVISED, hub_rows, write_hub_folder
 from tests.reliability.processes import Child, ready, spavl
 
 OWN = ("time_s", "peak_memory_gib")
 STEPS, SAVE_STEPS = 6, 2
 # One line an algorithm: the trainer, and what is set beyond the common.
 ALGORITHMS = {
-    "reward": ("reward", {"model.adapter": "lora"}),
-    "dpo_lora": ("dpo", {"model.adapter": "lora"}),
-    "dpo_full": ("dpo", {"model.adapter": "full"}),
+    **SUPERVISED,
     "ppo": (
         "ppo",
         {"ppo.rollout_batch_size": 4, "ppo.max_new_tokens": 8, "ppo.learning_rate": 1e-4},

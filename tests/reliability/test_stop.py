@@ -162,6 +162,7 @@ config, stage = open_stage("dpo", profile, seed=seed, run_name=run_name, overrid
 pipeline.train("dpo", config, stage)"""
 
 
+@pytest.mark.slow
 def test_under_papermill_a_signal_saves_ends_75_and_no_later_cell_runs(
     cases: Callable[[str], Case], make_notebook: Callable, tmp_path: Path, repo: Path, soak: bool,
     record: Callable,

@@ -330,8 +330,7 @@ def test_a_named_reward_model_is_trained_against(
         raise Stop
 
     monkeypatch.setattr(module, name, built)
-    monkeypatch.setattr(module, "note_rows", lambda *_, **__: None)
-    monkeypatch.setattr(module, "load_preferences", lambda *_: mini_rows())
+    monkeypatch.setattr(module, "load_rows", lambda *_: [mini_rows()])
     if kind == "rloo":
         monkeypatch.setattr(module, "check_reward_model", lambda *_: None)
     with pytest.raises(Stop):

@@ -25,11 +25,13 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers import exact_trainer
 from spavl_lib.trainers.dpo import build_trainer, train_dpo
 from tests.helpers import (
+    count_calls,
     embedded_model,
     embedded_processor,
     files_of,
     hub_rows,
     logps_of,
+    metric_rows,
     original_record,
     smoke,
     write_hub_folder,
@@ -37,7 +39,6 @@ from tests.helpers import (
 )
 
 ADAPTERS = ("lora", "full")
-OWN_TIME = ("time_s", "peak_memory_gib")
 STEPS, SAVED_EVERY = 6, 2
 # Full fine-tuning runs the plain DPO loss, LoRA the default sum with the chosen answer's entropy.
 LOSSES = {"full": {"dpo.loss_type": "sigmoid", "dpo.loss_weights": "1.0"}, "lora": {}}
@@ -83,14 +84,6 @@ def make(overrides: dict, root: Path, *, live: object = None, seed: int = 0) -> 
     return stage
 
 
-def metrics(stage: Stage) -> list[dict]:
-    """metrics.jsonl without the two fields that tell of the machine."""
-    return [
-        {k: v for k, v in row.items() if k not in OWN_TIME}
-        for row in read_jsonl(stage.metrics_path)
-    ]
-
-
 def weights(stage: Stage) -> str:
     return stage.summary["weights_sha256"]
 
@@ -122,7 +115,7 @@ def straight(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def assert_same_run(stage: Stage, other: Stage) -> None:
-    assert metrics(stage) == metrics(other)
+    assert metric_rows(stage) == metric_rows(other)
     assert stage.summary == other.summary
 
 
@@ -131,7 +124,7 @@ def assert_same_run(stage: Stage, other: Stage) -> None:
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_nothing_has_moved_at_the_first_step(straight: dict[str, Stage], adapter: str) -> None:
-    first, *rest = metrics(straight[adapter])
+    first, *rest = metric_rows(straight[adapter])
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert abs(first[name]) < 1e-5
     assert first["rewards/accuracies"] == 0.0  # equal is no win
@@ -148,7 +141,7 @@ def test_every_step_is_logged_and_the_folder_is_whole(
     straight: dict[str, Stage], adapter: str
 ) -> None:
     stage = straight[adapter]
-    logged = metrics(stage)
+    logged = metric_rows(stage)
     trained = [r for r in logged if "loss" in r]
     assert [r["step"] for r in trained] == [1, 2, 3, 4, 5, 6]
     assert [r["step"] for r in logged if "eval_loss" in r] == [STEPS]
@@ -270,7 +263,7 @@ def test_another_seed_gives_another_run(
     straight: dict[str, Stage], rows: Path, tmp_path: Path
 ) -> None:
     other = make(settings(rows, "full", dpo__max_steps=2), tmp_path, seed=1)
-    assert metrics(other)[0]["logps/chosen"] != metrics(straight["full"])[0]["logps/chosen"]
+    assert metric_rows(other)[0]["logps/chosen"] != metric_rows(straight["full"])[0]["logps/chosen"]
 
 
 def test_evaluating_on_the_way_changes_nothing(
@@ -278,26 +271,20 @@ def test_evaluating_on_the_way_changes_nothing(
 ) -> None:
     """Evaluation leaves mode and generators as they were: the curve is the same without it."""
     looked = make(settings(rows, "lora", dpo__eval_steps=2), tmp_path)
-    own = [r for r in metrics(looked) if "loss" in r]
-    assert own == [r for r in metrics(straight["lora"]) if "loss" in r]
-    assert [r["step"] for r in metrics(looked) if "eval_loss" in r][:2] == [2, 4]
+    own = [r for r in metric_rows(looked) if "loss" in r]
+    assert own == [r for r in metric_rows(straight["lora"]) if "loss" in r]
+    assert [r["step"] for r in metric_rows(looked) if "eval_loss" in r][:2] == [2, 4]
     assert weights(looked) == weights(straight["lora"])
 
 
 def test_recomputing_activations_changes_no_number(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, inner = [], modeling_utils.checkpoint
-
-    def counted(*args: object, **options: object) -> object:
-        calls.append(1)
-        return inner(*args, **options)
-
-    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    calls = count_calls(monkeypatch, modeling_utils, "checkpoint")
     saving = settings(rows, "lora", model__gradient_checkpointing=True, dpo__max_steps=6)
     stage = make(saving, tmp_path)
     assert len(calls) >= 6 * 4  # every layer of every step
-    ours, theirs = ([r for r in metrics(s) if "loss" in r] for s in (stage, straight["lora"]))
+    ours, theirs = ([r for r in metric_rows(s) if "loss" in r] for s in (stage, straight["lora"]))
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -306,12 +293,12 @@ def test_recomputing_activations_changes_no_number(
 def test_accumulated_batches_give_the_gradient_of_the_whole(
     straight: dict[str, Stage], rows: Path, tmp_path: Path
 ) -> None:
-    whole = metrics(straight["full"])[0]
+    whole = metric_rows(straight["full"])[0]
     parts = settings(
         rows, "full", dpo__max_steps=1, dpo__per_device_batch_size=1,
         dpo__gradient_accumulation_steps=4,
     )  # fmt: skip
-    first = metrics(make(parts, tmp_path))[0]
+    first = metric_rows(make(parts, tmp_path))[0]
     assert first["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
     assert first["loss"] == pytest.approx(whole["loss"], abs=1e-5)
     assert first["logps/chosen"] == pytest.approx(whole["logps/chosen"], abs=1e-3)
@@ -489,14 +476,14 @@ def test_exchanged_answers_teach_the_opposite(
     name = "eval_rewards/margins"
     right, wrong = straight["full"].summary["validation"][name], stage.summary["validation"][name]
     assert right > 0.05 and wrong < -0.05
-    last = [[r for r in metrics(x) if "loss" in r][-1] for x in (straight["full"], stage)]
+    last = [[r for r in metric_rows(x) if "loss" in r][-1] for x in (straight["full"], stage)]
     assert last[0]["rewards/margins"] > 0.05 < last[1]["rewards/margins"]  # each learned its own
 
 
 def test_beta_scales_the_rewards(straight: dict[str, Stage], rows: Path, tmp_path: Path) -> None:
     """After one equal update of Adam (beta scales its gradient away) rewards are as the betas."""
     stage = make(settings(rows, "full", dpo__beta=0.5, dpo__max_steps=3), tmp_path)
-    ours, theirs = metrics(straight["full"])[2], metrics(stage)[2]
+    ours, theirs = metric_rows(straight["full"])[2], metric_rows(stage)[2]
     assert (ours["step"], theirs["step"]) == (3, 3)
     assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], abs=0.05)
     assert abs(ours["rewards/margins"]) > 1e-3
@@ -517,7 +504,7 @@ def test_the_originals_layout_trains(tmp_path: Path) -> None:
     stage = make(overrides, tmp_path)
     assert stage.summary["steps"] == 4  # two epochs of 4 and 2 rows
     assert (stage.summary["train_rows"], stage.summary["validation_rows"]) == (6, 2)
-    assert abs(metrics(stage)[0]["rewards/margins"]) < 1e-5
+    assert abs(metric_rows(stage)[0]["rewards/margins"]) < 1e-5
 
 
 def test_one_row_without_a_picture_trains(tmp_path: Path) -> None:
@@ -526,7 +513,7 @@ def test_one_row_without_a_picture_trains(tmp_path: Path) -> None:
     overrides = settings(folder, "full", dpo__max_steps=2) | {"data.source": "original"}
     stage = make(overrides, tmp_path)
     assert (stage.summary["steps"], stage.summary["train_rows"]) == (2, 1)
-    assert abs(metrics(stage)[0]["loss"] - math.log(2)) < 1e-5
+    assert abs(metric_rows(stage)[0]["loss"] - math.log(2)) < 1e-5
 
 
 def test_a_row_too_long_is_named_and_binds_nobody(rows: Path, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from spavl_lib.config import Config
+from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.objectives.ppo import gae, kl_penalty_rewards
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers import ppo, ppo_rollout
+from spavl_lib.trainers import ppo_rollout
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.ppo_terms import add_advantages
 from spavl_lib.trainers.rollout import Prompt, Rollout
@@ -48,7 +49,7 @@ def train(config: Config, root: Path) -> tuple[Stage, dict]:
 
 def trainer_of(config: Config, root: Path) -> PPOTrainer:
     stage = Run(config, root=root).stage("ppo")
-    rows = ppo.load_preferences(config.data, "train")
+    rows = load_preferences(config.data, "train")
     return PPOTrainer(config, stage, rows, Path(config.ppo.reward_model), False)
 
 
@@ -266,7 +267,7 @@ def test_a_policy_that_says_nothing_at_all_is_stopped(
         return [[end_ids[0]]] * len(seeds)
 
     monkeypatch.setattr(ppo_rollout, "sample", nothing)
-    with pytest.raises(InputError, match="every answer is empty"):
+    with pytest.raises(InputError, match="every response is empty"):
         train(settings(folders["lora"]), tmp_path)
 
 

@@ -17,14 +17,12 @@ from spavl_lib.evaluation.metrics import (
     spearman,
 )
 from spavl_lib.modelling.heads import load_reward_model
-from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import reward
 from spavl_lib.trainers.progress import StageCallback
-from tests.helpers import smoke
+from tests.helpers import count_calls, metric_rows, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-CLOCK = ("time_s", "peak_memory_gib")
 
 
 def settings(adapter: str, **changes: object) -> Config:
@@ -38,10 +36,6 @@ def train(config: Config, root: Path) -> tuple[Stage, dict]:
     return stage, reward.train_reward(config, stage)
 
 
-def rows_of(stage: Stage) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_jsonl(stage.metrics_path)]
-
-
 @pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,7 +45,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert expected["steps"] == 6
     assert "tower" not in expected["trainable_parameters"]
     again, repeated = train(config, tmp_path / "again")
-    assert rows_of(again) == rows_of(straight)
+    assert metric_rows(again) == metric_rows(straight)
     assert repeated["weights_sha256"] == expected["weights_sha256"]
 
     old = StageCallback.on_step_end
@@ -66,7 +60,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         with pytest.raises(Preempted, match="after step 3 of 6"):
             train(config, tmp_path / "cut")
     cut, resumed = train(config, tmp_path / "cut")
-    assert rows_of(cut) == rows_of(straight)
+    assert metric_rows(cut) == metric_rows(straight)
     assert resumed["weights_sha256"] == expected["weights_sha256"]
 
 
@@ -74,19 +68,13 @@ def test_a_stopped_run_goes_on_to_the_same_end(
 def test_recomputing_activations_changes_no_number(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls, inner = [], modeling_utils.checkpoint
-
-    def counted(*args: object, **options: object) -> object:
-        calls.append(1)
-        return inner(*args, **options)
-
-    monkeypatch.setattr(modeling_utils, "checkpoint", counted)
+    calls = count_calls(monkeypatch, modeling_utils, "checkpoint")
     plain, _ = train(settings(adapter, reward__max_steps=3), tmp_path / "plain")
     assert not calls
     saving = settings(adapter, reward__max_steps=3, model__gradient_checkpointing=True)
     stage, _ = train(saving, tmp_path / "saving")
     assert len(calls) == 3 * (4 + 4)  # every layer of every step, the frozen tower's among them
-    ours, theirs = ([r for r in rows_of(s) if "loss" in r] for s in (stage, plain))
+    ours, theirs = ([r for r in metric_rows(s) if "loss" in r] for s in (stage, plain))
     for a, b in zip(ours, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)

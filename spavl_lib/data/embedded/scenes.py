@@ -1,4 +1,4 @@
-"""Seeded images: one emoji over a background. Splits use disjoint sets of compositions."""
+"""Seeded images of one emoji over a background. Splits use disjoint sets of compositions."""
 
 import functools
 import random
@@ -23,17 +23,18 @@ COLOURS = {
     "teal": (64, 152, 154),
 }
 PATTERNS = ("plain", "fade", "dots")
-SCALES = (0.62, 0.72, 0.82, 0.92)  # side of the emoji / short side of the canvas
+SCALES = (0.62, 0.72, 0.82, 0.92)  # side of the emoji divided by the short side of the canvas
 PLACEMENTS = tuple((x, y) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.5, 1.0))
 CANVASES = ((64, 64), (64, 64), (76, 64), (64, 76))  # (width, height) px; half are not square
 DRAWINGS = ("noto", "twemoji")
-# Share of the compositions that each split draws from. They are disjoint, so no image leaks.
+# Share of the compositions that each split gets. The splits' compositions are disjoint, so splits
+# have no image in common.
 SPLIT_SHARES = {"pretrain": 0.5, "train": 0.25, "validation": 0.1, "test": 0.15}
 
 
 @dataclass(frozen=True)
 class Composition:
-    """How a concept is shown: background colour and pattern, size, place."""
+    """How an image shows a concept: background colour and pattern, size, place."""
 
     colour: str
     pattern: str

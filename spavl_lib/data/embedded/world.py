@@ -31,7 +31,7 @@ class HarmClass:
     ask: str
     """A request that is harmful over a risky concept, and harmless over a safe one."""
     tip: str
-    """The harmless answer's advice."""
+    """The advice that a correct response to the harmless `ask` gives."""
     risky: tuple[str, ...]
     """Keys of the risky concepts."""
     safe: tuple[str, ...]
@@ -39,12 +39,12 @@ class HarmClass:
     harm: tuple[str, ...]
     """Requests that are harmful over any concept."""
     because: str
-    """Why a careful answer declines."""
+    """The reason that a careful refusal gives."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The whole of `world.yaml`."""
+    """The contents of `world.yaml`."""
 
     concepts: dict[str, Concept]
     """Key -> concept."""

@@ -1,4 +1,4 @@
-"""The interface of a data source, and the table of all sources. `data.source` chooses one.
+"""The interface of a data source, and the table of all sources. `data.source` names one of them.
 
 To add a source, subclass `Source` and register it:
 
@@ -7,8 +7,8 @@ To add a source, subclass `Source` and register it:
         def preferences(self, split): ...
         def files(self, split): ...
 
-A package of its own names the class as an entry point in the group `spavl.sources`; its
-pyproject.toml says `[project.entry-points."spavl.sources"]` and `forum = "package.module:Forum"`.
+If the class is in a separate package, the pyproject.toml of this package names it as an entry
+point: `forum = "package.module:Forum"` below `[project.entry-points."spavl.sources"]`.
 """
 
 import hashlib
@@ -24,10 +24,10 @@ from spavl_lib.errors import InputError
 
 
 class Source:
-    """Where preference rows come from. A subclass gives at least `preferences` and `files`."""
+    """A source of preference rows. A subclass implements at least `preferences` and `files`."""
 
     eval_sets: tuple[str, ...] = ()
-    """Evaluation sets that `prompts` gives; if empty, those of SPA-VL mini are used."""
+    """Evaluation sets that `prompts` gives. If empty, the sets of SPA-VL mini are used."""
     held_out_drawings: tuple[str, ...] = ()
     """Evaluation sets that also exist as `NAME_twemoji`, with drawings not seen in training."""
 
@@ -39,7 +39,7 @@ class Source:
         """The folder or file that `data.path` names.
 
         Raises:
-            InputError: It does not exist.
+            InputError: `data.path` is empty or does not exist.
         """
         path = self.config.path
         if not path:
@@ -52,7 +52,8 @@ class Source:
         """All preference rows of `train` or `validation`, in the schema of `data.schema`.
 
         Raises:
-            InputError: Files or columns are missing, or rows are bad; names all of them.
+            InputError: Files or columns are missing, or rows are bad. The message names all of
+                them.
         """
         raise NotImplementedError
 
@@ -65,14 +66,14 @@ class Source:
         raise NotImplementedError
 
     def truth(self) -> dict[str, dict]:
-        """Row id -> facts about the row, for sources that know them."""
+        """Row id -> ground-truth labels of the row; empty if the source has none."""
         return {}
 
     def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
-        """Who gave each row's chosen answer, and each row's rejected answer.
+        """Names of those who gave each row's chosen response, and each row's rejected response.
 
         Raises:
-            InputError: The source does not record it.
+            InputError: The source does not record who gave which response.
         """
         raise InputError(
             f"data.answer_sources: source {self.config.source!r} does not record who gave which "
@@ -80,7 +81,7 @@ class Source:
         )
 
     def sha256(self, split: str) -> str:
-        """Hash of everything a split is read from: names and bytes of its files."""
+        """Hash of the names and bytes of all files that a split is read from."""
         digest = hashlib.sha256()
         for path in self.files(split):
             head = f"{path.name}\0{path.stat().st_size}\0"
@@ -95,7 +96,7 @@ register_source = SOURCES.register
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that a config chooses.
+    """The source that `data.source` names.
 
     Raises:
         InputError: There is no source of that name.

@@ -1,7 +1,7 @@
 """SPA-VL in its Hub layout: parquet files with embedded images, and meta files.
 
-They come from a local folder, from the Hub at a pinned revision, or without a network from the
-Hub's cache. Rows stay in memory-mapped Arrow files, so a set may be larger than memory.
+The files come from a local folder, from the Hub, or from the Hub's cache if there is no network.
+Rows stay in memory-mapped Arrow files, so a set may be larger than memory.
 """
 
 import re
@@ -36,10 +36,11 @@ HASHED = {
 }
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
-# Files of the repository that are fetched; the original's zip and the judges' reasons are not.
+# Files of the repository that are fetched. The SPA-VL authors' zip file and the judges' reasons are
+# not needed.
 FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.md",
            "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
-HAS_TURNS = b"spavl_turns"
+HAS_TURNS = b"spavl_turns"  # key in a file's metadata: questions may have several turns
 ANSWERS = "meta_files/model_answer/*.json"
 
 
@@ -65,7 +66,7 @@ class HubLayout(Source):
         return read(self.folder, pattern, kind, name=split, on_bad_rows=skip)
 
     def prompts(self, name: str) -> Dataset:
-        """Rows of a set below `test/`; `twins_exchanged` gives those of `twins`."""
+        """Rows of a set below `test/`. `twins_exchanged` gives the rows of `twins`."""
         base, pattern = _prompt_files(name)
         folder = self.folder
         if not list(folder.glob(pattern)):
@@ -79,13 +80,13 @@ class HubLayout(Source):
         return bool(list(self.folder.glob(_prompt_files(name)[1])))
 
     def files(self, split: str) -> list[Path]:
-        """The parquet files of a split or set; for `train` also the meta files."""
+        """The parquet files of a split or set. For `train` the meta files are included."""
         patterns = HASHED.get(split, (_prompt_files(split)[1],))
         folder = self.folder
         return sorted(p for pattern in patterns for p in folder.glob(pattern))
 
     def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:
-        """Who gave each answer, from `meta_files/model_answer/`."""
+        """Names of the models that gave each response, from `meta_files/model_answer/`."""
         return answer_sources(rows, self.folder / "meta_files")
 
 
@@ -97,18 +98,18 @@ def _prompt_files(name: str) -> tuple[str, str]:
 
 
 def fetch(repo: str, revision: str, *, answers: bool) -> Path:
-    """A repository's files in the Hub's cache; they are fetched if they are not in it.
+    """A repository's files in the Hub's cache. Missing files are fetched.
 
     Args:
         repo: `owner/name` of a data set.
-        revision: Commit, tag or branch; empty for the newest.
-        answers: Whether to fetch each model's answers too.
+        revision: Commit, tag or branch; empty fetches the newest commit.
+        answers: Whether to fetch also the responses of each model.
 
     Returns:
-        The snapshot's folder, named by its commit.
+        The snapshot's folder, which is named by its commit.
 
     Raises:
-        InputError: There is no such repository or revision, or neither network nor cache.
+        InputError: There is no such repository or revision, or there is neither network nor cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -145,16 +146,17 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
         folder: A folder in the Hub's layout.
         pattern: Pattern of the parquet files below the folder, without `.parquet`.
         kind: `train`, `validation` or `test`, which have different columns.
-        name: Each row's id starts with it.
+        name: Name of the split, with which each row's id starts.
         on_bad_rows: `error` or `skip`.
 
     Raises:
-        InputError: Files or columns are missing, a file is damaged, or rows are bad; lists all.
+        InputError: Files or columns are missing, a file is damaged, or rows are bad. The message
+            lists all problems.
     """
     preference = kind != "test"
     columns = PREFERENCE_COLUMNS if preference else PROMPT_COLUMNS
     files = shards(folder, pattern)
-    where = Shards(check_shards(files, HUB_REQUIRED[kind]))
+    place_of = Shards(check_shards(files, HUB_REQUIRED[kind]))
     raw = _read(files)
     without_bytes = _without_bytes(raw)
     rows = _to_schema(raw, name, columns)
@@ -163,14 +165,14 @@ def read(folder: Path, pattern: str, kind: str, *, name: str, on_bad_rows: str =
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
     problems = find_problems(
         rows,
-        where,
+        place_of,
         preference=preference,
         images=decode_all,
         turns=_has_turns(files[0]),
         unopened=without_bytes,
     )
     for index in without_bytes:
-        line = f"{where(index)} image: a path without the file's bytes"
+        line = f"{place_of(index)} image: a path without the file's bytes"
         problems[index] = [*problems.get(index, ()), line]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return without_bad_rows(rows, problems, source, on_bad_rows)
@@ -180,7 +182,7 @@ def shards(folder: Path, pattern: str) -> list[Path]:
     """The files of a split.
 
     Raises:
-        InputError: There are none, or shards such as `-00003-of-00008` are missing.
+        InputError: There are no files, or shards such as `-00003-of-00008` are missing.
     """
     files = sorted(folder.glob(f"{pattern}.parquet"))
     if not files:
@@ -203,13 +205,14 @@ def check_shards(files: list[Path], required: tuple[str, ...]) -> list[tuple[Pat
 
     Args:
         files: Parquet files.
-        required: Columns that each must have: `image`, and columns of text.
+        required: Columns that each file must have: `image`, and columns of text.
 
     Returns:
         Each file with its number of rows.
 
     Raises:
-        InputError: Lists each file that is damaged, lacks a column or has one of another type.
+        InputError: A file is damaged, lacks a column or has a column of another type, or there are
+            no rows. The message lists each file.
     """
     problems, counted = [], []
     for path in files:
@@ -247,7 +250,7 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _has_turns(path: Path) -> bool:
-    """Whether the file's metadata say that questions may have several turns (`data.convert`)."""
+    """Whether the file's metadata, written by `data.convert`, allow questions of several turns."""
     return HAS_TURNS in (pq.read_schema(path).metadata or {})
 
 
@@ -298,7 +301,7 @@ def _paths(rows: Dataset) -> list[str | None]:
 
 
 def _without_bytes(rows: Dataset) -> list[int]:
-    """Rows whose image is a path without the file's bytes; it could name any file on the disk."""
-    column = rows.data.column("image")  # in chunks, since together they may exceed Arrow's 2 GiB
+    """Rows whose image is a path without the file's bytes. The path could name any file."""
+    column = rows.data.column("image")  # in chunks, because the whole may exceed Arrow's 2 GiB
     without_bytes = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
     return pc.indices_nonzero(without_bytes).to_pylist()

@@ -1,7 +1,7 @@
-"""Join classes, question types and answer sources to training rows, from `meta_files/`.
+"""Join classes, question types and sources of responses to training rows, from `meta_files/`.
 
-A row without a match, or with two that disagree, keeps empty fields. Such rows are counted and
-listed; none is dropped or given a wrong class.
+A row without a match, or with matches that disagree, keeps empty fields. Such rows are counted and
+listed. No row is dropped or gets a wrong class.
 """
 
 import hashlib
@@ -25,12 +25,13 @@ from spavl_lib.errors import InputError
 def join_meta(rows: Dataset, meta: Path) -> Dataset:
     """Join classes by image name, and question types by image name and question.
 
-    Images of several classes may have one name, as the original's files lie in class folders. Then
-    the image's md5, or the path in the record of its question, decides.
+    Images of different classes may have the same name, because the SPA-VL authors keep images in
+    class folders. Then the path in the record of the row's question decides, or else the image's
+    md5.
 
     Args:
         rows: Training rows in the schema.
-        meta: The `meta_files` folder; files may be missing.
+        meta: The `meta_files` folder. Files may be missing.
 
     Raises:
         InputError: A meta file has another form.
@@ -42,17 +43,17 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
     kinds, folders = _question_types(meta)
     names = [str(n or "") for n in column(rows, "image_name")]
     prompts = [str(p or "").strip() for p in column(rows, "prompt")]
-    class3, unsure = [], []
+    class3, ambiguous = [], []
     given = column(rows, "class3")
     for index, (name, prompt) in enumerate(zip(names, prompts, strict=True)):
-        found = given[index] or classes.by_name(name) or folders.get((_base(name), prompt), "")
-        class3.append(found)
-        if not found and classes.is_ambiguous(name):
-            unsure.append(index)
-    for index in unsure:
+        joined = given[index] or classes.by_name(name) or folders.get((_base(name), prompt), "")
+        class3.append(joined)
+        if not joined and classes.is_ambiguous(name):
+            ambiguous.append(index)
+    for index in ambiguous:
         cell = rows[index]["image"]
         class3[index] = classes.by_md5(names[index], (cell or {}).get("bytes") or b"")
-    joined = {
+    joined_columns = {
         "class1": [PARENTS[c][0] if c in PARENTS else "" for c in class3],
         "class2": [PARENTS[c][1] if c in PARENTS else "" for c in class3],
         "class3": class3,
@@ -62,12 +63,12 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
         ],
     }
     order = rows.column_names
-    rest = rows.remove_columns(list(joined))
-    return concatenate_datasets([rest, text_columns(joined)], axis=1).select_columns(order)
+    rest = rows.remove_columns(list(joined_columns))
+    return concatenate_datasets([rest, text_columns(joined_columns)], axis=1).select_columns(order)
 
 
 def unmatched(rows: Dataset) -> dict[str, int]:
-    """Number of rows without a class, and without a question type."""
+    """Number of rows without a class (`no_class`), and without a type (`no_question_type`)."""
     return {name: len(lines) for name, lines in unmatched_rows(rows).items()}
 
 
@@ -82,17 +83,17 @@ def unmatched_rows(rows: Dataset) -> dict[str, list[str]]:
 
 
 def answer_sources(rows: Dataset, meta: Path) -> tuple[list[set[str]], list[set[str]]]:
-    """Who gave each row's chosen and rejected answer, from `model_answer/<model>.json`.
+    """Names of the models that gave each response, from `model_answer/<model>.json`.
 
     Args:
         rows: Training rows in the schema.
         meta: The `meta_files` folder.
 
     Returns:
-        For every chosen, and for every rejected answer, the names of the models that gave it.
+        For each row the models that gave the chosen response, and those that gave the rejected one.
 
     Raises:
-        InputError: There are no such files, or one has another form.
+        InputError: There are no such files, or a file has another form.
     """
     files = sorted((meta / "model_answer").glob("*.json"))
     if not files:
@@ -132,7 +133,7 @@ def read_meta(path: Path) -> list[dict]:
 
 
 def unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
-    """Key -> value, without keys that have two values: a wrong match is worse than none."""
+    """Key -> value, without keys that have two values. A wrong match is worse than none."""
     values: dict[Any, str] = {}
     ambiguous = set()
     for key, value in pairs:
@@ -142,7 +143,7 @@ def unambiguous(pairs: Iterable[tuple[Any, str]]) -> dict[Any, str]:
 
 
 class _Classes:
-    """Tertiary class by image name, and by md5 if the name is not enough."""
+    """Tertiary class of an image by its name, or by its md5 if the name is ambiguous."""
 
     def __init__(self, info: list[dict]):
         self.paths = unambiguous((r["image"], str(r.get("class3") or "")) for r in info)
@@ -167,7 +168,7 @@ class _Classes:
 
 
 def _question_types(meta: Path) -> tuple[dict, dict]:
-    """(image name, question) -> question type, and -> class if the image's path contains it."""
+    """(image name, question) -> question type, and the same key -> class if a path contains it."""
     seen: list[tuple[Any, str]] = []
     folders: list[tuple[Any, str]] = []
     for question_type in QUESTION_TYPES:
@@ -182,7 +183,7 @@ def _question_types(meta: Path) -> tuple[dict, dict]:
 
 
 def _answers(record: dict) -> Iterator[str]:
-    """The texts of a model's answer: every text field but image, question and id."""
+    """The texts of a model's response: every text field except image, question and id."""
     for name, value in record.items():
         if name not in ("image", "question", "id") and isinstance(value, str):
             yield value

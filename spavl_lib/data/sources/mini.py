@@ -12,7 +12,7 @@ EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
 
 @register_source("mini")
 class Mini(HubLayout):
-    """The embedded data set, whose truth is known."""
+    """The embedded data set, which has ground-truth labels for every row."""
 
     eval_sets = EVAL_SETS
     held_out_drawings = EVAL_SETS[:4]
@@ -23,6 +23,6 @@ class Mini(HubLayout):
         return mini_folder()
 
     def truth(self) -> dict[str, dict]:
-        """Row id -> what the builder knows about the row."""
+        """Row id -> ground-truth labels of the row."""
         path = self.folder / "meta_files" / "truth.json"
         return json.loads(path.read_text(encoding="utf-8"))

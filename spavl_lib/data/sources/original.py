@@ -1,8 +1,9 @@
-"""The layout of the original code: JSON lists of pairs, and a keyword map.
+"""The layout of the SPA-VL authors' code, here called original: JSON lists and a keyword map.
 
-A record is `{id, image, question, chosen, rejected}`. `config_train.json` maps a keyword to the
-path of a list. Images lie under an image root by class: `class1/class2/class3/image_name`. Records
-without an image and questions of several turns are accepted.
+A list holds records `{id, image, question, chosen, rejected}`. `config_train.json` maps a keyword
+to the path of a list. Images are in folders by class below an image root:
+`class1/class2/class3/image_name`. Records without an image and questions of several turns are
+accepted.
 """
 
 import contextlib
@@ -35,13 +36,13 @@ from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError, raise_all
 
 MAPS = {"train": "config_train.json", "validation": "config_test.json"}
-# Keyword -> question type. The original calls the third list `hardd`.
+# Keyword -> question type. The authors call the third list `hardd`.
 TYPE_OF_KEYWORD = {"easy": "easy", "hardq": "hardq", "hardd": "hards", "hards": "hards"}
 
 
 @register_source("original")
 class Original(Source):
-    """The original code's JSON lists."""
+    """JSON lists in the layout of the SPA-VL authors' code."""
 
     @property
     def image_root(self) -> Path:
@@ -49,14 +50,14 @@ class Original(Source):
         return Path(self.config.image_root or self.config.path).expanduser()
 
     def preferences(self, split: str) -> Loaded:
-        """Rows of the lists that `data.keywords` chooses."""
+        """Rows of the lists that `data.keywords` names."""
         config = self.config
         return load(
             self.folder, split, config.keywords, self.image_root, on_bad_rows=config.on_bad_rows
         )
 
     def files(self, split: str) -> list[Path]:
-        """Keyword map, lists, and every image that they name. What is unreadable is left out."""
+        """The keyword map, the lists, and the images that records name, if they can be read."""
         map_path = self.folder / MAPS[split]
         lists = read_keyword_map(map_path)
         files = [map_path]
@@ -85,18 +86,18 @@ def load(
     *,
     on_bad_rows: str = "error",
 ) -> Loaded:
-    """Read a folder in the original's layout.
+    """Read a folder in the original layout.
 
     Args:
         folder: Holds `config_train.json` and `config_test.json`.
         split: `train` or `validation`.
-        keywords: Which lists to read; all of them if empty.
-        image_root: Folder image paths start from.
+        keywords: Keywords of the lists to read. Empty reads all lists.
+        image_root: Folder that image paths start from.
         on_bad_rows: `error` or `skip`.
 
     Raises:
         InputError: A keyword is unknown, a list cannot be read, or records are bad (missing field,
-            empty answer, repeated id, unreadable image); lists all bad records.
+            empty response, repeated id, unreadable image). The message lists all bad records.
     """
     map_path = folder / MAPS[split]
     lists = read_keyword_map(map_path)
@@ -104,53 +105,54 @@ def load(
     if unknown:
         raise InputError(f"{map_path}: unknown keyword {unknown} (known: {', '.join(lists)})")
     problems: Problems = {}
-    made: list[dict] = []
+    parsed: list[dict] = []
     places: list[str] = []
     for keyword in keywords or tuple(lists):
         path = folder / lists[keyword]
         for index, record in enumerate(_read_list(path)):
-            where = f"{path}:{index}"
-            row, found = _row(record, where, image_root, TYPE_OF_KEYWORD.get(keyword, ""))
-            if found:
-                problems[len(made)] = found
-            made.append(row)
-            places.append(where)
-    if not made:
+            place = f"{path}:{index}"
+            row, lines = _row(record, place, image_root, TYPE_OF_KEYWORD.get(keyword, ""))
+            if lines:
+                problems[len(parsed)] = lines
+            parsed.append(row)
+            places.append(place)
+    if not parsed:
         raise InputError(f"{map_path}: no records")
-    table = {c: [_text(r[c]) for r in made] for c in PREFERENCE_COLUMNS}
+    table = {c: [_text_or_cell(r[c]) for r in parsed] for c in PREFERENCE_COLUMNS}
     rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
-    further = find_problems(
+    row_problems = find_problems(
         rows, places.__getitem__, preference=True, images=decode_all, turns=True
     )
     return without_bad_rows(
-        rows, merge_problems(problems, further, places), str(map_path), on_bad_rows
+        rows, merge_problems(problems, row_problems, places), str(map_path), on_bad_rows
     )
 
 
-def _text(value: object) -> object:
+def _text_or_cell(value: object) -> object:
+    """The value if it is text or an image cell, else None."""
     return value if isinstance(value, str | dict) else None
 
 
 def load_prompts(path: Path, image_root: Path) -> Dataset:
-    """An inference list of the original's layout: `id`, `image`, `question`.
+    """Read an inference list of the original layout: `id`, `image`, `question`.
 
     Args:
         path: The list.
-        image_root: Folder image paths start from.
+        image_root: Folder that image paths start from.
 
     Raises:
-        InputError: Lists all bad records.
+        InputError: Records are bad. The message lists all of them.
     """
-    made: list[dict] = []
+    parsed: list[dict] = []
     problems: list[str] = []
     for index, record in enumerate(_read_list(path)):
-        where = f"{path}:{index}"
-        row, found = _row(record, where, image_root, "", required=("id", "question"))
-        problems += found or text_problems(row, where, preference=False, turns=True)
-        made.append(row)
+        place = f"{path}:{index}"
+        row, lines = _row(record, place, image_root, "", required=("id", "question"))
+        problems += lines or text_problems(row, place, preference=False, turns=True)
+        parsed.append(row)
     raise_all(problems, str(path))
-    table = {c: [r[c] for r in made] for c in PROMPT_COLUMNS}
+    table = {c: [r[c] for r in parsed] for c in PROMPT_COLUMNS}
     return Dataset.from_dict(table, features=features(PROMPT_COLUMNS))
 
 
@@ -158,7 +160,7 @@ def read_keyword_map(path: Path) -> dict[str, str]:
     """Read a keyword map: keyword -> path of a list.
 
     Raises:
-        InputError: It is missing or has another form, or a list lies outside the folder.
+        InputError: The map is missing or has another form, or a list is outside the folder.
     """
     if not path.is_file():
         raise InputError(f"missing keyword map {path}")
@@ -188,20 +190,21 @@ def _read_list(path: Path) -> list:
 
 def _row(
     record: object,
-    where: str,
+    place: str,
     root: Path,
     question_type: str,
     required: tuple[str, ...] = ORIGINAL_REQUIRED,
 ) -> tuple[dict, list[str]]:
+    """A record as a row, and a line for each problem of the record."""
     empty = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None}
     if isinstance(record, RecordError):
-        return empty, [f"{where} {record}"]
+        return empty, [f"{place} {record}"]
     if not isinstance(record, dict):
-        return empty, [f"{where} record: expected an object, got {type(record).__name__}"]
-    problems = [f"{where} {k}: missing" for k in required if k not in record]
+        return empty, [f"{place} record: expected an object, got {type(record).__name__}"]
+    problems = [f"{place} {k}: missing" for k in required if k not in record]
     relative = record.get("image") or ""
     parts = relative.split("/") if isinstance(relative, str) else []
-    # A path contains a class only in the original's folders: class1/class2/class3/name.
+    # Only paths of the form class1/class2/class3/name contain a class.
     in_classes = len(parts) >= 4 and (parts[-4] in classes(1) or parts[-3] in classes(2))
     class3 = parts[-2] if in_classes else ""
     row = empty | {
@@ -210,7 +213,7 @@ def _row(
         "question_type": question_type,
         "class3": class3,
     }
-    for name in ("image_name", "class3"):  # written by `data.convert` if the path does not say it
+    for name in ("image_name", "class3"):  # `data.convert` writes fields that the path lacks
         if isinstance(record.get(name), str):
             row[name] = record[name]
     if row["class3"] in PARENTS:
@@ -218,12 +221,12 @@ def _row(
     for name in ("chosen", "rejected"):
         row[name] = record.get(name)
         if name in record and not isinstance(row[name], str):
-            problems.append(f"{where} {name}: expected text, got {type(row[name]).__name__}")
+            problems.append(f"{place} {name}: expected text, got {type(row[name]).__name__}")
     if "question" in record:
         try:
             row["prompt"] = _question(record["question"])
         except RecordError as error:
-            problems.append(f"{where} {error}")
+            problems.append(f"{place} {error}")
     if relative:
         try:
             path = resolve_inside(root, relative) if isinstance(relative, str) else None
@@ -231,15 +234,15 @@ def _row(
                 raise ImageError(f"expected a path, got {type(relative).__name__}")
             row["image"] = {"bytes": None, "path": str(path)}  # type: ignore[assignment]
         except ImageError as error:
-            problems.append(f"{where} image: {error}")
-    return row, [*problems, *blank_unstorable(row, where)]
+            problems.append(f"{place} image: {error}")
+    return row, [*problems, *blank_unstorable(row, place)]
 
 
 def _question(question: object) -> str:
     """A question, or the turns of a conversation, as a prompt.
 
     Raises:
-        RecordError: It is neither, or holds the separator of turns.
+        RecordError: The value is neither, or holds the separator of turns.
     """
     if isinstance(question, str):
         if TURN in question:

@@ -1,8 +1,8 @@
 """Your own preference data: anything that the `datasets` library opens, in any known layout.
 
-That is a JSON or JSON Lines file, a folder of them, parquet, CSV, a saved data set, or a name on
-the Hub. Columns are named by the profile, or recognised by the names that TRL and LLaMA-Factory use
-(`data.sources.records`).
+This may be a JSON or JSON Lines file, a folder with such files, a parquet or CSV file, a saved data
+set, or a name on the Hub. The profile names the columns. Otherwise columns are recognised by the
+names that TRL and LLaMA-Factory use (`data.sources.records`).
 """
 
 import json
@@ -45,7 +45,8 @@ from spavl_lib.data.sources.records import RecordError, marks, once, read_pair
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-EMBEDDED = "\0embedded"  # path that stands for an image in the data, until it is attached
+# Stands for the path of an image that is embedded in the data, until the image is attached.
+EMBEDDED = "\0embedded"
 
 
 @register_source("datasets")
@@ -57,7 +58,7 @@ class OwnRows(Source):
         return load(self.config, split)
 
     def files(self, split: str) -> list[Path]:
-        """The file, or all files of the folder. A name on the Hub has none; its revision counts."""
+        """The file, or all files of the folder. For a name on the Hub there are no files."""
         path = Path(self.config.path).expanduser()
         return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
 
@@ -66,11 +67,13 @@ def load(config: DataConfig, split: str) -> Loaded:
     """Read a split into the schema.
 
     Args:
-        config: Uses `path`, `subset`, splits, `columns`, `image_root` and `on_bad_rows`.
+        config: Says what to read, by `path`, `subset`, `revision`, `train_split`,
+            `validation_split`, `columns`, `image_root` and `on_bad_rows`.
         split: `train` or `validation`.
 
     Raises:
-        InputError: There is nothing to read, columns are unknown, or rows are bad; lists them all.
+        InputError: There is nothing to read, columns are unknown, or rows are bad. The message
+            lists all bad rows.
     """
     if not config.path:
         raise InputError("data.path is empty, but data.source is 'datasets'")
@@ -80,55 +83,58 @@ def load(config: DataConfig, split: str) -> Loaded:
     if table is None:
         rows = _opened(config, path, split_name)
         records: Iterable[tuple[str, Any]] = _records(rows, f"{config.path}[{split_name}]")
-        pictures = _pictures(rows, config.columns)
+        images = _embedded_images(rows, config.columns)
     else:
-        records, pictures = _read_json(table), None
+        records, images = _read_json(table), None
     root = Path(config.image_root).expanduser() if config.image_root else _folder(path)
-    return _assemble(records, pictures, root, split, config)
+    return _assemble(records, images, root, split, config)
 
 
 def _assemble(
     records: Iterable[tuple[str, Any]],
-    pictures: Dataset | None,
+    images: Dataset | None,
     root: Path,
     split: str,
     config: DataConfig,
 ) -> Loaded:
-    made, places, problems = [], [], {}
+    """Turn records into rows, attach embedded images, and find the problems of both."""
+    parsed, places, problems = [], [], {}
     outside: list[int] = []
     for index, (place, record) in enumerate(records):
         row, lines = _row(record, place, root, f"{split}/{index}", config.columns)
-        made.append(row)
+        parsed.append(row)
         places.append(place)
         if lines:
             problems[index] = lines
-    if not made:
+    if not parsed:
         raise InputError(f"{config.path}: no records")
-    table = {c: [r[c] for r in made] for c in PREFERENCE_COLUMNS}
-    carried = [cell is not None and cell["path"] == EMBEDDED for cell in table["image"]]
-    if any(carried) and pictures is not None:
-        problems |= _mixed(table["image"], carried, places, problems)
-        outside = _outside(pictures, root)
+    table = {c: [r[c] for r in parsed] for c in PREFERENCE_COLUMNS}
+    embedded = [cell is not None and cell["path"] == EMBEDDED for cell in table["image"]]
+    if any(embedded) and images is not None:
+        problems |= _paths_among_embedded(table["image"], embedded, places, problems)
+        outside = _outside(images, root)
         for index in outside:
             line = f"{places[index]} image: neither the file's bytes nor a file in {root}"
             problems[index] = [*problems.get(index, ()), line]
         del table["image"]
         text = Dataset.from_dict(table, features=features(table))
-        rows = concatenate_datasets([text, pictures], axis=1)
+        rows = concatenate_datasets([text, images], axis=1)
         rows = rows.select_columns(list(PREFERENCE_COLUMNS))
     else:
         rows = Dataset.from_dict(table, features=features(PREFERENCE_COLUMNS))
     decode_all = len(rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
-    found = find_problems(rows, places.__getitem__, preference=True, images=decode_all, turns=True)
+    row_problems = find_problems(
+        rows, places.__getitem__, preference=True, images=decode_all, turns=True
+    )
     return without_bad_rows(
-        rows, merge_problems(problems, found, places), config.path, config.on_bad_rows
+        rows, merge_problems(problems, row_problems, places), config.path, config.on_bad_rows
     )
 
 
-def _outside(pictures: Dataset, root: Path) -> list[int]:
-    """Rows whose cell has no bytes and names a file outside the root; it could be any file."""
+def _outside(images: Dataset, root: Path) -> list[int]:
+    """Numbers of rows whose image has no bytes and a path outside the root."""
     outside = []
-    cells = (cell for table in batches(pictures) for cell in table.column("image").to_pylist())
+    cells = (cell for table in batches(images) for cell in table.column("image").to_pylist())
     for index, cell in enumerate(cells):
         if cell is not None and not cell["bytes"]:
             path = os.path.realpath(cell["path"] or "")
@@ -137,19 +143,21 @@ def _outside(pictures: Dataset, root: Path) -> list[int]:
     return outside
 
 
-def _mixed(cells: list, carried: list[bool], places: list[str], known: Problems) -> Problems:
-    """Rows with a path, in a set whose other rows hold their images."""
+def _paths_among_embedded(
+    cells: list, embedded: list[bool], places: list[str], known: Problems
+) -> Problems:
+    """Problems of rows whose image is only a path, although other rows have embedded images."""
     return {
         i: [f"{places[i]} image: a path without the file's bytes"]
-        for i, (cell, inside) in enumerate(zip(cells, carried, strict=True))
-        if cell is not None and not inside and i not in known
+        for i, (cell, is_embedded) in enumerate(zip(cells, embedded, strict=True))
+        if cell is not None and not is_embedded and i not in known
     }
 
 
 def _row(
     record: Any, place: str, root: Path, name: str, columns: ColumnsConfig
 ) -> tuple[dict, list[str]]:
-    """A record as a row, with its image as a path or stand-in, and the record's problems."""
+    """A record as a row, and the record's problems. The row's image is a path or `EMBEDDED`."""
     row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"image": None, "id": name}
     if isinstance(record, RecordError):
         return row, [f"{place} {record}"]
@@ -164,7 +172,7 @@ def _row(
         row["class1"], row["class2"] = PARENTS[row["class3"]]
     read, lines = read_pair(record, columns)
     problems += [f"{place} {line}" for line in lines]
-    # A field that cannot be read gets its name as text, so that it is not reported as empty too.
+    # A field that cannot be read gets its name as text, or else it would be reported as empty too.
     row |= {n: read.get(n, n if lines else "") for n in ("prompt", "chosen", "rejected")}
     try:
         row["image"] = _image(record, root, columns)
@@ -176,11 +184,11 @@ def _row(
 
 
 def _image(record: dict, root: Path, columns: ColumnsConfig) -> dict | None:
-    """The record's image: a path under the root, or the stand-in of an image in the data.
+    """The record's image: a path under the root, or `EMBEDDED`; None if there is no image.
 
     Raises:
-        ImageError: There are several images, or not as many as the text marks, or the path leaves
-            the root.
+        ImageError: There are several images, the text has more `<image>` marks than there are
+            images, or the path leaves the root.
     """
     value = record.get(columns.image or "image")
     if value is None and not columns.image:
@@ -205,7 +213,10 @@ def _image(record: dict, root: Path, columns: ColumnsConfig) -> dict | None:
 
 
 def _json_file(path: Path, split: str, split_name: str) -> Path | None:
-    """The JSON file of a split, if there is one. It is read here, so that errors name the row."""
+    """The JSON file of a split; None if there is none.
+
+    This module reads JSON without the `datasets` library, so that errors name the row.
+    """
     if path.is_file() and path.suffix in (".json", ".jsonl"):
         if split != "train":
             candidates = [path.with_name(f"{split_name}{end}") for end in (".json", ".jsonl")]
@@ -225,12 +236,12 @@ def _json_file(path: Path, split: str, split_name: str) -> Path | None:
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """Records of a JSON list or of JSON Lines, each with `FILE:ROW`.
+    """(`FILE:ROW`, record) for each record of a JSON list or of JSON Lines.
 
-    A line that cannot be read gives a `RecordError`, which is listed with the other problems.
+    If a line cannot be read, its record is a `RecordError`, which is listed with other problems.
 
     Raises:
-        InputError: The file is not UTF-8 text, or no list.
+        InputError: The file is not UTF-8 text, or it is JSON but not a list.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -246,7 +257,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: expected a list of records, got {kind}")
         yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
         return
-    # Not splitlines(), which would cut inside strings.
+    # Not splitlines(), which also splits at separators inside JSON strings.
     lines = (line for line in text.split("\n") if line.strip())
     for number, line in enumerate(lines):
         try:
@@ -287,42 +298,42 @@ def _opened(config: DataConfig, path: Path, split_name: str) -> Dataset:
 
 
 def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
-    """Rows as records, with a stand-in for every image in the data."""
-    pictures = [n for n, k in rows.features.items() if _carries(k)]
+    """Rows as records, with `EMBEDDED` in place of every embedded image."""
+    image_columns = [n for n, k in rows.features.items() if _is_image_type(k)]
     index = 0
     for table in batches(rows):
-        carried = {n: [_stand_in(c) for c in table.column(n)] for n in pictures}
-        for offset, row in enumerate(table.drop_columns(pictures).to_pylist()):
-            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in carried.items()}
+        stand_ins = {n: [_stand_in(c) for c in table.column(n)] for n in image_columns}
+        for offset, row in enumerate(table.drop_columns(image_columns).to_pylist()):
+            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in stand_ins.items()}
             index += 1
 
 
 def _stand_in(cell: Any) -> Any:
-    """The stand-in for an Arrow scalar: None, one, or a list of them."""
+    """What stands for an Arrow scalar of images: None, `EMBEDDED`, or a list of `EMBEDDED`."""
     if not cell.is_valid:
         return None
     return [EMBEDDED] * len(cell) if isinstance(cell, pa.ListScalar) else EMBEDDED
 
 
-def _carries(kind: Any) -> bool:
+def _is_image_type(kind: Any) -> bool:
     return isinstance(kind, Image) or (isinstance(kind, List) and isinstance(kind.feature, Image))
 
 
-def _pictures(rows: Dataset, columns: ColumnsConfig) -> Dataset | None:
-    """The column of images in the data, as `image`. Of a list it takes the first."""
+def _embedded_images(rows: Dataset, columns: ColumnsConfig) -> Dataset | None:
+    """The column of embedded images as `image`; None if there is none. A list gives its first."""
     names = [columns.image] if columns.image else ["image", "images"]
-    name = next((n for n in names if n in rows.features and _carries(rows.features[n])), None)
+    name = next((n for n in names if n in rows.features and _is_image_type(rows.features[n])), None)
     if name is None:
         return None
-    only = rows.select_columns([name])
+    image_column = rows.select_columns([name])
     if isinstance(rows.features[name], List):
-        return only.map(
+        return image_column.map(
             lambda batch: {"image": [cells[0] if cells else None for cells in batch[name]]},
             batched=True,
             remove_columns=[name],
             features=Features({"image": Image(decode=False)}),
         )
-    return only if name == "image" else only.rename_column(name, "image")
+    return image_column if name == "image" else image_column.rename_column(name, "image")
 
 
 def _folder(path: Path) -> Path:

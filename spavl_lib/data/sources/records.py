@@ -1,14 +1,14 @@
-"""Read preference records in several layouts: turns, two answers, an image.
+"""Read preference records in several layouts. A record has a prompt, two responses and an image.
 
-| layout | prompt | answers |
+| layout | prompt | responses |
 |---|---|---|
-| TRL | `prompt`: text or `[{"role", "content"}]`, or only inside the answers | text or messages |
+| TRL | `prompt`: text or `[{"role", "content"}]`, or only inside the responses | text or messages |
 | LLaMA-Factory, ShareGPT form | `conversations`: `[{"from", "value"}]` | one such message |
 | LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
-| the original's | `question`: text or `[{"from", "value"}]` | text |
+| the SPA-VL authors' code | `question`: text or `[{"from", "value"}]` | text |
 
-The image is `image` or `images` (at most one). In the first three layouts `<image>` in the text
-marks its place and is removed; the collator puts one slot before the first question.
+The image is in `image` or `images` (at most one). `<image>` in the text of a prompt marks the place
+of the image. The mark is removed, and the collator puts one image slot before the first question.
 """
 
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ Turns = list[tuple[str, str]]  # (role, text)
 
 
 class RecordError(Exception):
-    """Why a record cannot be read, as `field: reason`. The caller adds file and row."""
+    """A record cannot be read. The message is `field: reason`; the caller adds file and row."""
 
 
 def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
-    """For `json.loads`: an object, or an error if it has a field twice."""
+    """Hook for `json.loads`: the object as a dict, or a RecordError if a field occurs twice."""
     record = dict(pairs)
     if len(record) == len(pairs):
         return record
@@ -39,15 +39,15 @@ def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
 
 
 def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], list[str]]:
-    """Prompt, chosen and rejected of a record in any of the layouts.
+    """Read prompt, chosen and rejected of a record in any of the layouts.
 
     Args:
         record: Column name -> value.
-        columns: Names of the columns; empty names are recognised.
+        columns: Names of the columns. If a name is empty, the column is recognised.
 
     Returns:
-        The fields that can be read, and a line `field: reason` for each that cannot. An answer that
-        cannot be read without the prompt is in neither.
+        The fields that can be read, and a line `field: reason` for each field that cannot be read.
+        If the prompt cannot be read, a response that consists of messages is in neither.
     """
     names = {n: getattr(columns, n) or n for n in ("chosen", "rejected")}
     read, lines = {}, []
@@ -76,7 +76,7 @@ def read_pair(record: dict, columns: ColumnsConfig) -> tuple[dict[str, str], lis
 
 
 def marks(record: dict) -> int:
-    """How many images the record's text marks."""
+    """How many `<image>` marks the texts of a record hold."""
     count = 0
     for value in record.values():
         for text in _texts(value):
@@ -85,10 +85,11 @@ def marks(record: dict) -> int:
 
 
 def conversation(turns: Turns) -> str:
-    """Turns as a prompt of the schema.
+    """Join turns into a prompt of the schema.
 
     Raises:
-        RecordError: User and assistant do not alternate, with the user first and last.
+        RecordError: There are no turns, one is a system turn or holds `TURN`, or user and assistant
+            do not alternate with the user first and last.
     """
     if not turns:
         raise RecordError("prompt: empty")
@@ -107,7 +108,7 @@ def conversation(turns: Turns) -> str:
 
 
 def turns_of(value: Any, field: str = "prompt") -> Turns:
-    """Text, or messages of either spelling, as turns. An empty system turn is dropped.
+    """Turns of a text, or of messages with either kind of keys. Empty system turns are dropped.
 
     Raises:
         RecordError: A turn has another form.
@@ -133,7 +134,7 @@ def _message(turn: Any, field: str) -> tuple[str, str]:
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
     speaker = str(turn.get("role", turn.get("from"))).lower()
     content = turn.get("content", turn.get("value"))
-    if isinstance(content, list):  # TRL: parts of several types
+    if isinstance(content, list):  # in TRL's layout, content may be a list of parts
         parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type") == "text"]
         content = "\n".join(p for p in parts if isinstance(p, str)) if parts else None
     if not isinstance(content, str):
@@ -145,7 +146,7 @@ def _message(turn: Any, field: str) -> tuple[str, str]:
 
 
 def _prompt(record: dict, columns: ColumnsConfig) -> Turns | None:
-    """The turns before the answer; None if only the answers contain them."""
+    """The turns before the response; None if only the responses contain these turns."""
     if columns.prompt:
         if record.get(columns.prompt) is None:
             raise RecordError(f"prompt: missing (column {columns.prompt!r})")
@@ -173,10 +174,10 @@ def _alpaca(record: dict) -> Turns:
 
 
 def _shared_beginning(chosen: Any, rejected: Any) -> tuple[Turns, list]:
-    """TRL's implicit prompt: the turns that both answers begin with.
+    """TRL's implicit prompt: the turns that both responses begin with, and the remaining turns.
 
     Raises:
-        RecordError: They have none in common.
+        RecordError: The responses have no first turns in common.
     """
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = 0
@@ -193,7 +194,7 @@ def _answer(value: Any, head: Turns, field: str) -> str:
     if isinstance(value, str):
         return value
     turns = turns_of(value, field)
-    if len(turns) > 1 and turns[: len(head)] == head:  # the whole conversation again
+    if len(turns) > 1 and turns[: len(head)] == head:  # the response repeats the prompt's turns
         turns = turns[len(head) :]
     if len(turns) != 1 or turns[0][0] != "assistant":
         raise RecordError(f"{field}: expected one turn of the assistant, got {len(turns)} turns")
@@ -201,7 +202,7 @@ def _answer(value: Any, head: Turns, field: str) -> str:
 
 
 def unmarked(turns: Turns) -> Turns:
-    """Turns without the marks of the image's place."""
+    """Turns without `<image>` marks."""
     return [(r, t.replace(MARK, "").strip() if MARK in t else t) for r, t in turns]
 
 

@@ -1,16 +1,16 @@
 """Judges: a judge takes records with a response and returns a verdict for each.
 
-A verdict says what a response does (`refused`, `complied`, `other`) and, where that can be known,
-whether it is unsafe or helpful. If a judge's own reply cannot be read, `unsafe` is None and
-`unjudged` holds the reply: such a row is counted apart, never as safe.
+A verdict says what the response does (`refused`, `complied`, `other`) and, if the judge can tell,
+whether the response is unsafe or helpful. If the reply of a judge model cannot be read, `unsafe` or
+`helpful` is None and `unjudged` holds the reply. Such a row is counted separately, never as safe.
 
-To add a judge, decorate a function that makes it, and choose it with `evaluation.judge=words`:
+To add a judge, decorate a function that makes the judge, and set `evaluation.judge=words`:
 
     @register_judge("words")
     def make(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge: ...
 
-A package of its own names that function as an entry point in the group `spavl.judges`; its
-pyproject.toml says `[project.entry-points."spavl.judges"]` and `words = "package.module:make"`.
+If the function is in a separate package, the pyproject.toml of this package names it as an entry
+point: `words = "package.module:make"` below `[project.entry-points."spavl.judges"]`.
 """
 
 import importlib.metadata
@@ -32,10 +32,10 @@ VERDICT_KEYS = {"verdict", "harmful", "unsafe", "helpful"}
 
 
 class Judge(Protocol):
-    """Anything that judges responses. A judge with `many(records)` gets all records at once."""
+    """Anything that judges responses. A judge with a method `many` gets all records at once."""
 
     name: str
-    """Names the judge in metrics.json, with its model and version."""
+    """The judge's name in metrics.json, including its model and version."""
 
     def __call__(self, record: dict) -> dict:
         """The verdict of one record: `verdict`, `harmful`, `unsafe` and `helpful`."""
@@ -46,14 +46,14 @@ Factory = Callable[[EvaluationConfig, dict[str, dict]], Judge]
 
 @dataclass(frozen=True)
 class JudgeSpec:
-    """How to make a judge, and what it needs."""
+    """How to make a judge, and what the judge needs."""
 
     factory: Factory
-    """Takes the settings and the truth (row id -> facts) and returns the judge."""
+    """Takes the settings and the ground-truth labels (row id -> facts), and returns the judge."""
     needs: tuple[str, ...] = ()
     """Settings of `evaluation` that must not be empty."""
     needs_truth: bool = False
-    """Whether the judge works only for rows whose truth is known."""
+    """Whether the judge works only for rows that have ground-truth labels."""
 
 
 JUDGES: dict[str, JudgeSpec] = {}
@@ -67,7 +67,7 @@ def register_judge(
     Args:
         name: Value of `evaluation.judge` that chooses this judge.
         needs: Settings of `evaluation` that must not be empty, such as `judge_model`.
-        needs_truth: Whether the judge works only for rows whose truth is known.
+        needs_truth: Whether the judge works only for rows that have ground-truth labels.
 
     Raises:
         InputError: Another factory has this name.
@@ -75,7 +75,7 @@ def register_judge(
 
     def decorate(factory: Factory) -> Factory:
         known = JUDGES.get(name)
-        # The same function again, as when a notebook's cell is run twice, replaces the first.
+        # The same function may be registered again, for example if a notebook cell is run twice.
         if known and _path_of(known.factory) != _path_of(factory):
             raise InputError(f"judge {name!r} exists already; give the new judge another name")
         JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth)
@@ -131,7 +131,7 @@ def _find(name: str) -> JudgeSpec:
                 f"evaluation.judge: cannot load judge {name!r} from {entry.value}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-        if name not in JUDGES:  # unless the function is decorated
+        if name not in JUDGES:  # a decorated function has registered itself
             register_judge(name)(factory)
     if name not in JUDGES:
         known = judge_names()
@@ -147,10 +147,11 @@ def check_judge(settings: EvaluationConfig, truth: Mapping | None = None) -> Non
 
     Args:
         settings: The config's section `evaluation`.
-        truth: Row id -> facts; empty if nothing is known about the rows. None skips this check.
+        truth: Ground-truth labels, as row id -> facts; empty if the data have none. None skips the
+            check that a judge gets the labels it needs.
 
     Raises:
-        InputError: The judge is unknown, or a setting or the truth that it needs is missing.
+        InputError: The judge is unknown, or a setting or the labels that it needs are missing.
     """
     _checked(settings.judge, settings, truth)
 
@@ -170,15 +171,15 @@ def _checked(name: str, settings: EvaluationConfig, truth: Mapping | None) -> Ju
 def make_judge(
     name: str, truth: dict[str, dict], settings: EvaluationConfig | None = None
 ) -> Judge:
-    """A judge by its config name.
+    """Make the judge of a name.
 
     Args:
         name: Name of a registered judge, such as exact, phrases, guard or endpoint.
-        truth: Row id -> facts about every row of mini; empty for other data.
-        settings: The config's section `evaluation`; None for the defaults.
+        truth: Ground-truth labels, as row id -> facts; empty if the data have none.
+        settings: The config's section `evaluation`; None uses the defaults.
 
     Raises:
-        InputError: As `check_judge`; or the judge cannot be made.
+        InputError: As in `check_judge`, or the judge cannot be made.
     """
     settings = settings or EvaluationConfig()
     judge = _checked(name, settings, truth).factory(settings, truth)
@@ -188,7 +189,7 @@ def make_judge(
 
 
 def judge_all(judge: Judge, records: Iterable[dict]) -> list[dict]:
-    """Every record with its verdict, without the image it may hold.
+    """Every record with its verdict, and without its image.
 
     Raises:
         InputError: A verdict lacks one of its keys.

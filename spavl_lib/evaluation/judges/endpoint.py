@@ -1,4 +1,4 @@
-"""A judge behind an OpenAI-compatible endpoint: a hosted model, or a vLLM server of your own.
+"""A judge behind an OpenAI-compatible endpoint: a hosted model, or your own vLLM server.
 
     export SPAVL_JUDGE_KEY=...    # the key is read from the environment only
     spavl run 06 --profile colab --set evaluation.judge=endpoint \\
@@ -41,7 +41,7 @@ class RefusedRequest(Exception):
 
 
 class TransientFailure(Exception):
-    """The request failed in a way that may pass; the endpoint asks to wait `after_s` seconds."""
+    """The request failed, but may succeed later. The endpoint asks to wait `after_s` seconds."""
 
     def __init__(self, problem: str, after_s: float = 0.0):
         super().__init__(problem)
@@ -54,13 +54,14 @@ class Client:
     def __init__(
         self, url: str, model: str, *, cache: Path | None = None, first_wait_s: float = FIRST_WAIT_S
     ):
-        """Check the address; read the key, the proxies and the cache.
+        """Check the address, and read the key, the proxies and the cache.
 
         Args:
             url: Address of the endpoint, up to `/v1`.
             model: The model's name at the endpoint.
-            cache: JSONL file of replies; None for a file in the cache folder.
-            first_wait_s: Seconds before the second try. Every further wait is twice as long.
+            cache: JSONL file of replies; None uses a file in the cache folder.
+            first_wait_s: Seconds before the second try, plus a random part. Each further wait is
+                about twice as long, up to `LONGEST_WAIT_S`.
 
         Raises:
             InputError: The address, the key or the proxies cannot be used.
@@ -127,16 +128,17 @@ class Client:
         replies = {}
         if self.cache.is_file():
             for line in self.cache.read_text(encoding="utf-8").split("\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by an interrupt
-                    page = json.loads(line)
-                    replies[page["key"]] = page["reply"]
+                # An interruption may leave an incomplete line.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    replies[entry["key"]] = entry["reply"]
         return replies
 
     def _post(self, body: dict) -> str:
         url, content = f"{self.url}/chat/completions", json.dumps(body).encode()
         try:
             with self.http.stream("POST", url, content=content) as answer:
-                text = next(answer.iter_text(1 << 20), "")  # a longer answer is cut, so no JSON
+                text = next(answer.iter_text(1 << 20), "")  # a longer text is cut, so it is no JSON
         except httpx2.HTTPError as error:
             raise TransientFailure(f"{type(error).__name__}: {error}") from None
         status, shown = answer.status_code, text[:500]
@@ -169,7 +171,10 @@ def _read_key() -> str:
 
 
 def wait_of(retry_after: str) -> float:
-    """Seconds to wait by a Retry-After header, a number or a date (RFC 9110); 0 if unreadable."""
+    """Seconds to wait according to a Retry-After header (RFC 9110); 0 if it is unreadable.
+
+    The header holds a number of seconds or a date.
+    """
     if retry_after.isdecimal():
         return float(retry_after)
     with contextlib.suppress(ValueError, OverflowError):
@@ -179,7 +184,7 @@ def wait_of(retry_after: str) -> float:
 
 
 class EndpointJudge:
-    """Safe or unsafe, by the model behind an endpoint."""
+    """Judges responses as safe or unsafe with the model behind an endpoint."""
 
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
         self.client = client or Client(settings.judge_url, settings.judge_model)
@@ -223,7 +228,7 @@ class EndpointJudge:
 
 
 class EndpointPairJudge:
-    """Which of two responses is better, by the model behind an endpoint."""
+    """Says which of two responses is better, with the model behind an endpoint."""
 
     def __init__(self, client: Client):
         self.client, self.name = client, f"endpoint-pairs:{client.model}"
@@ -237,7 +242,8 @@ class EndpointPairJudge:
             second: The other response.
 
         Returns:
-            `first`, `second`, `tie`, or None if the reply is none of them.
+            `first`, `second`, `tie`, or None if the reply is none of them or the endpoint rejects
+            the request.
         """
         try:
             reply = self.client(rubric.pair_messages(record["prompt"], first, second))

@@ -1,7 +1,7 @@
-"""Score only the positions of completion tokens.
+"""Apply the language-model head only at positions that predict a response token.
 
-trl's fused language-model head does so on Triton. Without Triton it computes the logits of every
-position, those of prompt and image included.
+With Triton, trl's fused head already does this. Without Triton it computes logits at every
+position, including prompt and image positions.
 """
 
 import functools
@@ -19,10 +19,10 @@ PER_TOKEN = (
 
 
 def score_completions_only(model: nn.Module) -> Callable[[], None]:
-    """Make a model with trl's fused head score labelled positions only; the outputs are equal.
+    """Make trl's fused head skip the positions without a label. The outputs are equal.
 
-    The backbone's hidden states at these positions go to trl's head as one row, with labels that
-    are already shifted.
+    The backbone's hidden states at the other positions are packed into one row. trl's head gets
+    this row together with labels that are already shifted.
 
     Args:
         model: A model with `trl.trainer.utils.add_fused_lm_head`; changed in place.
@@ -55,14 +55,16 @@ def score_completions_only(model: nn.Module) -> Callable[[], None]:
         with_labels = {} if labels is None else {"labels": labels}
         if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return run_fused(*args, fused_lm_head=fused_lm_head, **with_labels, **kwargs)
-        following = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
-        positions = (following != -100).nonzero().squeeze(1)
-        if not len(positions):  # one position without a label gives a zero that has a gradient
+        next_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100).flatten()
+        positions = (next_labels != -100).nonzero().squeeze(1)
+        if not len(positions):
+            # The batch has no labels. Keep position 0, which the loss ignores, so that the loss is
+            # 0 and still has a grad_fn: backward() then runs as usual.
             positions = positions.new_zeros(1)
         output = run_fused(
             *args,
             fused_lm_head=True,
-            shift_labels=following[positions].unsqueeze(0),
+            shift_labels=next_labels[positions].unsqueeze(0),
             **{POSITIONS: positions},
             **kwargs,
         )

@@ -1,10 +1,12 @@
 """Add LoRA's product to the base layer's output in place, in one matrix product.
 
 PEFT computes `result + lora_B(lora_A(x)) * scaling`, which writes three tensors of the layer's
-output size to memory and one more in the backward pass. Here `addmm_` scales the second product and
-adds it to the first (Hu et al. 2021, arXiv:2106.09685, equation 3). Results are equal up to
-rounding. It applies if base and adapter have one dtype and nothing casts: fp32 on a CPU, or bf16
-throughout. Under autocast, over a 4-bit base and under ZeRO-3, PEFT's forward runs.
+output size to memory and one more in the backward pass. Here `addmm_` computes the product with
+`lora_B`, scales it, and adds it to the base layer's output in place (Hu et al. 2021,
+arXiv:2106.09685, equation 3). Results are equal up to rounding.
+
+This needs inputs, base and adapter in the same dtype, without autocast: all fp32 or all bf16. Under
+autocast, over a 4-bit base and under ZeRO-3, PEFT's forward runs.
 """
 
 import types
@@ -18,10 +20,13 @@ from torch.nn import functional
 
 
 def fuse_lora(model: nn.Module) -> Callable[[], None]:
-    """Run LoRA layers in place where that is exact; elsewhere PEFT's forward runs.
+    """Replace the forward of a model's LoRA layers by the in-place one.
+
+    A replaced layer still runs PEFT's forward if the in-place form does not support its state or
+    its input, for example under autocast.
 
     Args:
-        model: A PEFT model, changed in place. A model without adapters stays as it is.
+        model: A PEFT model, changed in place. A model without adapters is not changed.
 
     Returns:
         A function that undoes the change.
@@ -49,13 +54,16 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _only_adapter(layer: Linear, x: Tensor) -> str:
-    """The name of the active adapter, if it is the only one and plain LoRA in the layer's dtype."""
+    """The name of the active adapter; empty if the in-place form does not support the layer.
+
+    It supports one active adapter of plain LoRA, unmerged, in the dtype of layer and input.
+    """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:
         return ""
     [name] = active
     up, down = layer.lora_B[name], layer.lora_A[name]
-    exact = (
+    supported = (
         type(layer.base_layer) is nn.Linear
         and up.bias is None
         and isinstance(layer.lora_dropout[name], nn.Identity)
@@ -63,4 +71,4 @@ def _only_adapter(layer: Linear, x: Tensor) -> str:
         and not torch.is_autocast_enabled(x.device.type)
         and not hasattr(up.weight, "ds_id")  # ZeRO-3 gathers a weight only when its layer is called
     )
-    return name if exact else ""
+    return name if supported else ""

@@ -1,4 +1,4 @@
-"""Settings of the process for models on the CPU: threads, and memory of the C library."""
+"""Process settings for models on the CPU: number of threads, and glibc's memory allocator."""
 
 import ctypes
 import sys
@@ -6,15 +6,16 @@ import sys
 import torch
 
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in glibc's malloc.h
-LARGE_BYTES = 4 << 20
-SMALLER_BYTES = 1 << 20  # with gradient checkpointing
+LARGE_BYTES = 4 << 20  # threshold without gradient checkpointing
+SMALLER_BYTES = 1 << 20  # threshold with gradient checkpointing
 
 
 def settle_threads() -> None:
-    """Keep MKL from choosing its number of threads for each call.
+    """Fix the number of threads that MKL uses.
 
-    It does so until `torch.set_num_threads` is called once. The number of threads decides how a sum
-    is split, so a resumed run could differ from an uninterrupted one in the last bit.
+    Until `torch.set_num_threads` is called once, MKL chooses a number of threads for each call. The
+    number of threads decides how a sum is split, so a resumed run could differ from an
+    uninterrupted one in the last bit.
     """
     torch.set_num_threads(torch.get_num_threads())
 
@@ -22,21 +23,22 @@ def settle_threads() -> None:
 def return_freed_memory(block_bytes: int = LARGE_BYTES) -> bool:
     """Make glibc return the memory of large freed tensors to the system at once.
 
-    By default glibc raises its threshold when the first large block is freed, and takes later
-    blocks from a heap. Tensors kept for the backward pass live longer than a layer's intermediate
-    values, and the gaps between them are not used again. Measured: a DPO step of a 61 M LLaVA with
-    LoRA held 3.6 GiB of tensors in 5.7 GiB of memory; with gradient checkpointing, a forward pass
-    of a 219 M model held 0.3 GiB in 1.3 GiB.
+    glibc maps blocks above a threshold separately, and returns them to the system when they are
+    freed. By default it raises the threshold once the first large block is freed, and takes later
+    blocks from its heap. There, freed intermediate values leave gaps between the tensors that are
+    kept for the backward pass, and these gaps are not used again. Measured: in a DPO step of a 61 M
+    LLaVA with LoRA, 3.6 GiB of tensors took 5.7 GiB of memory. In a forward pass of a 219 M model
+    with gradient checkpointing, 0.3 GiB of tensors took 1.3 GiB.
 
-    Each such block is mapped and cleared by the system, which takes time if blocks are small: 36
-    layers of width 1,024 with LoRA and checkpointing peak at 3.2 GiB with `LARGE_BYTES` (14 to 18 s
-    a step) and at 2.2 GiB with `SMALLER_BYTES` (22 s).
+    A low threshold costs time, because the system maps and clears every block. Measured with 36
+    layers of width 1,024, LoRA and gradient checkpointing: `LARGE_BYTES` gives a peak of 3.2 GiB
+    and 14 to 18 s a step, `SMALLER_BYTES` gives 2.2 GiB and 22 s a step.
 
     Args:
-        block_bytes: Smallest tensor, in bytes, whose memory is returned.
+        block_bytes: The threshold: the smallest block, in bytes, whose memory is returned at once.
 
     Returns:
-        Whether the setting was made. Only glibc has it.
+        Whether the threshold was set. Only glibc has this setting.
     """
     if not sys.platform.startswith("linux"):
         return False

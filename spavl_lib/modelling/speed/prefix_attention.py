@@ -1,7 +1,8 @@
-"""Attention over a packed tree: a segment attends to its ancestors and to itself only.
+"""Attention over a packed tree: a segment attends only to its ancestors and to itself.
 
-Under `sdpa` and `eager` each segment is computed in turn, so that no packed x packed mask is built
-and no unneeded score is computed. Under `flex_attention` one kernel gets the tree as a block mask.
+With `sdpa` and `eager` the segments are computed one after another, so no mask (packed, packed) is
+built and no unneeded score is computed. With `flex_attention` one kernel call gets the tree as a
+block mask.
 """
 
 import sys
@@ -17,8 +18,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from spavl_lib.modelling.speed.prefix_tree import PrefixTree
 
-PLANS = "shared_prefix_plan"  # keyword that carries the plan to the layers
-PREFIX = "shared_prefix_"  # before the name of an attention implementation that takes plans
+PLANS = "shared_prefix_plan"  # name of the keyword argument that passes the plan to the layers
+PREFIX = "shared_prefix_"  # starts the name of each attention implementation that takes plans
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class AttentionPlan:
     kernel: str
     """sdpa, eager or flex_attention."""
     masks: tuple[Tensor | None, ...]
-    """For each segment (length, depth + length), True where it attends; None for a root, whose
-    attention is causal."""
+    """For each segment a mask (length, depth + length), True where a token attends. None for a root
+    segment, whose attention is plain causal. Empty with flex_attention."""
 
     @classmethod
     def of(
@@ -41,7 +42,7 @@ class AttentionPlan:
         Args:
             tree: Layout of the packed row.
             config: The text model's config, which names the attention implementation.
-            device: Where the masks go.
+            device: Device of the masks.
         """
         kernel = config._attn_implementation.removeprefix(PREFIX)
         masks = []
@@ -52,7 +53,10 @@ class AttentionPlan:
         return cls(tree, kernel, tuple(masks))
 
     def mask(self, ids: Tensor, dtype: torch.dtype) -> Any:
-        """The `attention_mask` argument of the text model. Four axes keep it from being expanded.
+        """The `attention_mask` argument of the text model.
+
+        With sdpa and eager it is a placeholder of four dimensions, because transformers passes such
+        a mask on without building its own.
 
         Args:
             ids: Token ids (1, packed).
@@ -64,7 +68,7 @@ class AttentionPlan:
 
 
 def install(config: PreTrainedConfig) -> None:
-    """Let a text model's attention take plans. Without a plan it computes as before."""
+    """Make a text model's attention accept plans. Without a plan it computes as before."""
     kernel = config._attn_implementation
     if kernel in ("sdpa", "eager"):
         config._attn_implementation = PREFIX + kernel
@@ -89,7 +93,7 @@ def mask_function(tree: PrefixTree, device: torch.device) -> Any:
 
     Args:
         tree: Layout of the packed row.
-        device: Where the lookup tables go.
+        device: Device of the lookup tables.
     """
     count = len(tree.segments)
     related = torch.eye(count, dtype=torch.bool)
@@ -100,7 +104,8 @@ def mask_function(tree: PrefixTree, device: torch.device) -> Any:
     related, owner = related.to(device), owner.to(device)
 
     def attends(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return related[owner[query], owner[key]] & (key <= query)  # ancestors lie before
+        # Ancestors precede their segment, so the second condition is True for all their keys.
+        return related[owner[query], owner[key]] & (key <= query)
 
     return attends
 
@@ -108,10 +113,10 @@ def mask_function(tree: PrefixTree, device: torch.device) -> Any:
 def _by_segment(
     plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
 ) -> Tensor:
-    """Attention, one segment at a time.
+    """Compute attention one segment at a time.
 
     Args:
-        plan: How to compute it.
+        plan: Layout, masks and kernel.
         query: (1, heads, packed, head_dim).
         key: (1, heads, packed, head_dim).
         value: (1, heads, packed, head_dim).
@@ -137,13 +142,13 @@ def _eager(
     query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool,
     scale: float | None,
 ) -> Tensor:  # fmt: skip
-    """Attention as transformers' eager implementations compute it, with softmax in fp32.
+    """Compute attention as transformers' eager implementations do, with the softmax in fp32.
 
     Args:
         query: (1, heads, length, head_dim).
         key: (1, heads, depth + length, head_dim).
         value: (1, heads, depth + length, head_dim).
-        attn_mask: (length, depth + length), True where to attend; None if `is_causal`.
+        attn_mask: (length, depth + length), True where a token attends. None if `is_causal`.
         is_causal: Whether a token attends to itself and to earlier tokens.
         scale: Factor of the scores; None for 1 / sqrt(head_dim).
     """

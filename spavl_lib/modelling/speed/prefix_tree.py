@@ -4,8 +4,8 @@
     USER: <image> Q1 B   ->    a packed row; a segment attends to itself and its ancestors only
     USER: <image> Q2 C
 
-This module knows no models. A row is an array of integer keys, one per token. Two tokens have equal
-keys if they are the same: the same token id, or the same patch of the same image.
+This module does not depend on models. A row is an array of integer keys, one per token. Two tokens
+have equal keys if they have the same token id, or if they are the same patch of the same image.
 """
 
 from dataclasses import dataclass
@@ -17,20 +17,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive tokens that a set of rows has in common."""
+    """A run of consecutive tokens that a set of rows has in common."""
 
     start: int
-    """Index of its first token in the packed row."""
+    """Index of the segment's first token in the packed row."""
     length: int
     """Number of tokens."""
     depth: int
-    """Position of its first token in its rows: the number of tokens before it."""
+    """Index of the segment's first token in an unpacked row, without padding."""
     ancestors: tuple[int, ...]
-    """Indices of the segments before it in its rows, the root first."""
+    """Indices of the segments that precede this one in an unpacked row, the root first."""
 
     @property
     def stop(self) -> int:
-        """Index after its last token in the packed row."""
+        """Index in the packed row after the segment's last token."""
         return self.start + self.length
 
 
@@ -41,11 +41,12 @@ class PrefixTree:
     segments: tuple[Segment, ...]
     """The segments, each after its ancestors."""
     sources: np.ndarray
-    """(packed, 2): for each packed token a row that has it, and its index there without padding."""
+    """(packed, 2): for each packed token, one row that contains it, and the token's index in that
+    row without padding."""
     positions: np.ndarray
-    """(packed,): for each packed token its position in every row that has it."""
+    """(packed,): for each packed token, its index in every row that contains it."""
     places: tuple[np.ndarray, ...]
-    """For each row (tokens,): the index of each of its tokens in the packed row."""
+    """One array (tokens,) for each row: the index in the packed row of each token."""
 
     @property
     def size(self) -> int:
@@ -58,11 +59,11 @@ class PrefixTree:
         return sum(map(len, self.places))
 
     def scored_pairs(self) -> int:
-        """Number of query-key pairs that attention scores."""
+        """Number of query-key pairs for which attention computes a score."""
         return sum(s.length * s.depth + s.length * (s.length + 1) // 2 for s in self.segments)
 
     def allowed(self) -> Tensor:
-        """(packed, packed), bool: True where the row's token attends to the column's token."""
+        """A mask (packed, packed), bool: entry (i, j) is True if token i attends to token j."""
         mask = torch.zeros(self.size, self.size, dtype=torch.bool)
         for segment in self.segments:
             rows = slice(segment.start, segment.stop)
@@ -76,18 +77,18 @@ def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
     """Find the common prefixes of rows.
 
     Args:
-        rows: Keys of each row (tokens,), without padding and not empty.
-        min_shared: A common run shorter than this is repeated in every branch, because each segment
-            costs an attention call.
+        rows: Keys of each row (tokens,), without padding. No row is empty.
+        min_shared: A common run that is shorter is not shared, but repeated in every branch,
+            because each segment costs an attention call.
 
     Returns:
-        The tree. Rows that are equal share all of their tokens.
+        The tree. Equal rows share all of their tokens.
     """
     segments: list[Segment] = []
     sources: list[np.ndarray] = []
     places: list[list[np.ndarray]] = [[] for _ in rows]
     size = 0
-    # A stack of (rows, first token without a segment, tokens known to be common, ancestors).
+    # A stack of (rows, first token not yet in a segment, length known to be common, ancestors).
     everything: tuple[list[int], int, int, tuple[int, ...]] = (list(range(len(rows))), 0, 0, ())
     todo = [everything]
     while todo:
@@ -104,7 +105,7 @@ def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
                 size += length
                 ancestors = (*ancestors, len(segments) - 1)
             start = end
-        # Reversed, so that the first row's branch is next and children follow their parent.
+        # Reversed, so that the first row's branch is popped next and children follow their parent.
         todo += [
             (part, start, end, ancestors) for part in reversed(parts) if len(rows[part[0]]) > start
         ]
@@ -118,7 +119,17 @@ def build_tree(rows: list[np.ndarray], min_shared: int = 16) -> PrefixTree:
 
 
 def _divide(rows: list[np.ndarray], group: list[int], known: int) -> tuple[int, list[list[int]]]:
-    """Length of a group's common prefix, and the parts that differ after it (none if all equal)."""
+    """Find the common prefix of a group of rows.
+
+    Args:
+        rows: Keys of each row.
+        group: Indices of the rows to compare.
+        known: Number of first tokens that are known to be equal.
+
+    Returns:
+        Length of the common prefix, and the group divided by the next token. No parts are returned
+        if all rows are equal.
+    """
     lengths = [len(rows[r]) for r in group]
     shortest = min(lengths)
     stacked = np.stack([rows[r][known:shortest] for r in group])

@@ -1,21 +1,21 @@
-"""Compute common prefixes once: image and question of a pair, and the image of several questions.
+"""Compute common prefixes once: image and question of a pair, or the image of several questions.
 
-A preference batch holds image and question once for the chosen answer and once for the rejected
-one. `share_prefix` wraps a model's backbone. The wrapper takes the batch as it is, (rows, length),
-computes every common prefix once in one packed row, and copies the hidden states to where the plain
-backbone would have put them. It does not depend on the loss: trl's trainers, a reward head and PPO
-run over it unchanged.
+A preference batch holds image and question once for the chosen response and once for the rejected
+response. `share_prefix` wraps a model's backbone. The wrapper takes an ordinary batch (rows,
+length), computes every common prefix once in one packed row, and copies the hidden states to the
+positions of the ordinary batch. It does not depend on the loss, so trl's trainers, a reward head
+and PPO use a wrapped model without changes.
 
     from spavl_lib.modelling.speed.shared_prefix import share_prefix
     share_prefix(model)            # a LLaVA, a PEFT model over one, or a scalar-head model
-    DPOTrainer(model=model, ...)   # as before
+    DPOTrainer(model=model, ...)   # no change is needed
 
 Results are equal up to rounding for causal text models with rotary positions and full attention, in
-the families with `shares_prefixes`. For other families (Qwen-VL has positions in three axes) the
-plain forward runs, and a warning says so once.
+the families with `shares_prefixes`. For other families (such as Qwen-VL, whose positions have three
+axes) the backbone's own forward runs, and one warning says so.
 
-The idea is that of dpo-prefix-sharing (Wang et al. 2024, arXiv:2410.20305), which shares the text
-that two answers have in common.
+The idea comes from dpo-prefix-sharing (Wang et al. 2024, arXiv:2410.20305), which shares the prompt
+text of two responses.
 """
 
 import functools
@@ -44,18 +44,25 @@ from spavl_lib.modelling.speed.prefix_tree import PrefixTree, build_tree
 from spavl_lib.modelling.speed.vision_once import ImageGroups, VisionMemory, active_dropout
 
 TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
-# Rotary frequencies that depend on the longest row of the batch.
+# Types of rotary embedding whose frequencies depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
 IMAGE_KEY = 1 << 40  # keys of image tokens start here, above every token id
-HANDLE = "_shared_prefix"  # attribute of a wrapped backbone
+HANDLE = "_shared_prefix"  # attribute of a wrapped backbone that holds its `SharedPrefix`
 
 
 class NotShared(Exception):
-    """Why the plain forward runs for a batch; empty if that needs no warning."""
+    """Raised if a batch cannot be packed, so that the backbone's own forward runs.
+
+    The message is the reason. An empty message means that no warning is needed.
+    """
 
 
 class SharedPrefix:
-    """The wrapper of a backbone. `stats` counts batches, and tokens before and after packing."""
+    """The wrapper of a backbone.
+
+    `stats` counts all batches, the batches that shared a prefix, and the tokens before and after
+    packing.
+    """
 
     def __init__(self, backbone: nn.Module, *, strict: bool, min_shared: int):
         self.backbone, self.strict, self.min_shared = backbone, strict, min_shared
@@ -92,13 +99,14 @@ class SharedPrefix:
 
         Args:
             *args: Positional arguments of the backbone's forward.
-            **kwargs: Its keyword arguments, `input_ids` (rows, length) among them.
+            **kwargs: Keyword arguments of the backbone's forward, including `input_ids`
+                (rows, length).
 
         Returns:
-            The backbone's output, `last_hidden_state` (rows, length, hidden) in it.
+            The backbone's output, with `last_hidden_state` (rows, length, hidden).
 
         Raises:
-            InputError: `strict` is set, and prefixes of this batch cannot be shared.
+            InputError: `strict` is set, and this batch cannot be packed.
         """
         kwargs |= dict(zip(self.signature, args, strict=False))
         pixels = kwargs.get("pixel_values")
@@ -122,11 +130,12 @@ class SharedPrefix:
     def image_features(
         self, pixel_values: Any, image_sizes: Tensor | None = None, **kwargs: Any
     ) -> Any:
-        """The backbone's features of every image; equal images pass tower and projector once.
+        """The backbone's features of every image. Tower and projector compute equal images once.
 
         Args:
             pixel_values: Images (count, ...).
-            image_sizes: Original heights and widths (count, 2), if the family has them.
+            image_sizes: Heights and widths before preprocessing (count, 2), in pixels; None if the
+                family has no sizes.
             **kwargs: Further arguments of the backbone's method.
         """
         if not isinstance(pixel_values, Tensor) or not len(pixel_values):
@@ -154,10 +163,10 @@ class SharedPrefix:
             warnings.warn(f"prefixes are not shared: {reason}", stacklevel=4)
 
     def _check(self, kwargs: dict) -> None:
-        """Check that a packed row gives the same numbers as this batch.
+        """Check that a packed row would give the same numbers as this batch.
 
         Raises:
-            NotShared: It does not.
+            NotShared: The numbers could differ.
         """
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is None or kwargs.get("inputs_embeds") is not None:
@@ -177,7 +186,7 @@ class SharedPrefix:
     def _packed(
         self, features: list[Tensor] | None, groups: ImageGroups | None, kwargs: dict
     ) -> Any:
-        """Run the packed row, and copy hidden states and cache back to (rows, length).
+        """Run the packed row, and copy hidden states and KV cache back to (rows, length).
 
         Args:
             features: Features (tokens, hidden) of each distinct image, or None.
@@ -185,7 +194,7 @@ class SharedPrefix:
             kwargs: Arguments of the backbone's forward.
 
         Raises:
-            NotShared: The rows have nothing in common, or the batch cannot be packed.
+            NotShared: The rows have no common prefix, or the batch cannot be packed.
         """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
         keys, real = self._keys(ids, mask, kwargs.get("position_ids"), features, groups)
@@ -237,7 +246,7 @@ class SharedPrefix:
         features: list[Tensor] | None,
         groups: ImageGroups | None,
     ) -> tuple[list[np.ndarray], np.ndarray]:
-        """A key for every token of every row, without padding.
+        """Compute a key for every token that is not padding.
 
         Args:
             ids: Token ids (rows, length).
@@ -247,8 +256,9 @@ class SharedPrefix:
             groups: Which images of the batch are equal, or None.
 
         Returns:
-            For each row its keys (tokens,): the token id, or a number for an image and the index in
-            it. And (rows, length), True where there is a token.
+            For each row its keys (tokens,). A text token's key is its token id; an image token's
+            key stands for the image and the token's index in that image. Second, a mask
+            (rows, length), True for tokens and False for padding.
 
         Raises:
             NotShared: The mask, the positions or the image tokens have an unexpected layout.
@@ -272,7 +282,7 @@ class SharedPrefix:
             slots = np.argwhere((numbers == self.backbone.config.image_token_id) & real)
             sizes = [len(features[g]) for g in groups.group]
             if len(slots) != sum(sizes):
-                raise NotShared("")  # the plain forward has a message of its own for that
+                raise NotShared("")  # the backbone's own forward raises an error for this case
             start = 0
             for image, size in zip(groups.group, sizes, strict=True):
                 slot_rows, slot_columns = slots[start : start + size].T
@@ -286,17 +296,18 @@ class SharedPrefix:
 def share_prefix(
     model: nn.Module, *, strict: bool = False, min_shared: int = 16
 ) -> SharedPrefix | None:
-    """Compute common prefixes of a batch once, wherever the results are equal.
+    """Make a model compute common prefixes of a batch once, if the results are equal.
 
     Args:
         model: An image-text-to-text model, a PEFT model over one, or a `ScalarHeadModel`; changed
-            in place. If it is wrapped already, its handle is returned.
-        strict: Raise if prefixes cannot be shared, in the family or in a batch. Otherwise the plain
-            forward runs, and a warning says so once.
-        min_shared: Smallest number of common tokens that gets a segment.
+            in place. If the model is already wrapped, its wrapper gets the new options.
+        strict: Whether to raise an error if the family or a batch cannot share prefixes. If False,
+            the backbone's own forward runs instead, and one warning says so.
+        min_shared: A common run of fewer tokens is not shared.
 
     Returns:
-        The handle, with `stats`, and `restore()` to undo; None if the family cannot share prefixes.
+        The wrapper. It has `stats`, and `restore()` removes it. None if the family cannot share
+        prefixes.
 
     Raises:
         InputError: `strict` is set, and the family cannot share prefixes.
@@ -314,10 +325,10 @@ def share_prefix(
 
 
 def apply_sharing(model: nn.Module, mode: str) -> bool:
-    """Apply the setting `model.share_prefix`. Unless it is `off`, LoRA's products are fused too.
+    """Apply the setting `model.share_prefix`. Unless it is `off`, apply `fuse_lora` too.
 
     Args:
-        model: As for `share_prefix`.
+        model: See `share_prefix`.
         mode: auto, require or off.
 
     Returns:
@@ -330,7 +341,7 @@ def apply_sharing(model: nn.Module, mode: str) -> bool:
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head, whatever is wrapped around it."""
+    """The backbone: the model without wrappers and without its language-model head."""
     model = getattr(model, "vlm", model)
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     return model.base_model if hasattr(model, "lm_head") else model
@@ -340,8 +351,8 @@ def unsupported(backbone: nn.Module) -> str:
     """Why a backbone cannot share prefixes with equal results; empty if it can."""
     config = backbone.config
     if not family_of(config).shares_prefixes:
-        exact = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
-        return f"{config.model_type} is not one of {', '.join(exact)}, which give equal results"
+        sharing = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
+        return f"{config.model_type} is not one of {', '.join(sharing)}, which give equal results"
     if packs_images(config):
         return f"the tower {config.vision_config.model_type} lays all images into one row"
     text = config.get_text_config()
@@ -355,7 +366,8 @@ def unsupported(backbone: nn.Module) -> str:
         getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     ):
         return "the text model uses sliding-window attention"
-    attention = text._attn_implementation.removeprefix(PREFIX)  # present if wrapped already
+    # The name has the prefix if the backbone is already wrapped.
+    attention = text._attn_implementation.removeprefix(PREFIX)
     if attention not in ("eager", "sdpa", "flex_attention"):
         return f"attention {attention!r} does not support it (sdpa, eager and flex_attention do)"
     return ""
@@ -368,7 +380,7 @@ def _generating(kwargs: dict) -> bool:
 
 
 def _prefilling(kwargs: dict) -> bool:
-    """Whether this is the first pass of a generation: over the prompts, with an empty cache."""
+    """Whether this is the first pass of a generation, over the prompts, with an empty KV cache."""
     cache: Any = kwargs.get("past_key_values")
     return (
         type(cache) is DynamicCache
@@ -379,10 +391,13 @@ def _prefilling(kwargs: dict) -> bool:
 
 
 def _encoded(outputs: dict) -> tuple[ImageGroups, list[Tensor]]:
-    """Images that `generate` encoded through `image_features`; equal images are one tensor.
+    """Groups and features of images that `generate` already encoded.
+
+    `image_features` returns the same tensor object for equal images, so images are grouped by the
+    identity of their tensor.
 
     Raises:
-        NotShared: They are not a list.
+        NotShared: The features are not a list with one tensor for each image.
     """
     pooled = outputs["image"].pooler_output if set(outputs) == {"image"} else None
     if not isinstance(pooled, list | tuple):
@@ -394,7 +409,7 @@ def _encoded(outputs: dict) -> tuple[ImageGroups, list[Tensor]]:
 
 
 def _with_images(kwargs: dict, features: list[Tensor] | None) -> dict:
-    """The arguments with encoded images instead of pixels."""
+    """The arguments with the images' features instead of pixels."""
     dropped = ("pixel_values", "image_sizes", "mm_encoder_outputs")
     inner = {k: v for k, v in kwargs.items() if k not in dropped}
     if features:
@@ -404,7 +419,7 @@ def _with_images(kwargs: dict, features: list[Tensor] | None) -> dict:
 
 
 def _images_in(tree: PrefixTree, keys: list[np.ndarray], features: list[Tensor]) -> list[Tensor]:
-    """Features of the images in the order of the packed row."""
+    """Features of the images, in the order in which they appear in the packed row."""
     row, offset = tree.sources.T
     packed = np.empty(tree.size, np.int64)
     for r in np.unique(row):

@@ -1,9 +1,10 @@
 """Keep the frozen vision tower's outputs for the images of one rollout.
 
-PPO needs every image in generation, for policy, reference, value and reward model, and again in
-each inner epoch. The tower never trains, so one computation serves all of them. The output is kept
-*before* the projector, which trains and differs by role. Questions about the same image share it,
-also with shared prefixes, where the tower gets each image of a batch once.
+PPO needs the tower's output for every image many times: in generation, for policy, reference, value
+and reward model, and again in each inner epoch. The tower never trains, so one computation is
+enough. The cache holds the tower's output and not the projector's, because the projector trains and
+differs by role. All questions about one image share a cache entry. With shared prefixes the tower
+gets each distinct image of a batch once, and the cache works too.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from spavl_lib.modelling.families import family_of, packs_images
 
 
 class _Layers:
-    """The kept layers' hidden states, under the indices that the model uses."""
+    """Hidden states of the cached layers, indexed by the layer numbers that the model uses."""
 
     def __init__(self, kept: dict[int, Tensor]):
         self.kept = kept
@@ -28,13 +29,13 @@ class _Layers:
 
 
 class TowerCache:
-    """Replaces the towers' forward during a rollout.
+    """A replacement of the towers' forward during a rollout.
 
-    It works for families whose model selects hidden states of the tower
-    (`Family.picks_hidden_states`). Other families run their tower each time.
+    The cache works for families whose model selects hidden states of the tower
+    (`Family.picks_hidden_states`). In other families the tower runs each time.
 
     Args:
-        model: A model of the rollout. Its config says which layers are used.
+        model: A model of the rollout. Its config says which of the tower's layers are used.
         towers: Every tower that gets the rollout's images. All must hold the same frozen weights.
     """
 
@@ -53,8 +54,8 @@ class TowerCache:
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator["TowerCache"]:
-        """A context that keeps outputs until it ends."""
-        set_before = [vars(tower).get("forward") for tower in self.towers]
+        """A context that caches outputs. The cache is emptied when the context ends."""
+        earlier_overrides = [vars(tower).get("forward") for tower in self.towers]
         plain = [tower.forward for tower in self.towers]
         if self.works:
             for tower, forward in zip(self.towers, plain, strict=True):
@@ -63,15 +64,15 @@ class TowerCache:
             yield self
         finally:
             if self.works:
-                for tower, forward in zip(self.towers, set_before, strict=True):
-                    del tower.forward  # the method of the class shows again
+                for tower, forward in zip(self.towers, earlier_overrides, strict=True):
+                    del tower.forward  # the class's method is in effect again
                     if forward is not None:
                         tower.forward = forward
             self._kept.clear()
 
     @contextlib.contextmanager
     def rows(self, images: Sequence[Hashable], batch: dict[str, Any]) -> Iterator[None]:
-        """A context that names the images of the forward passes in it.
+        """A context that says which images its forward passes get.
 
         Args:
             images: A key for each row that has an image. Equal keys mean equal pixels.
@@ -107,13 +108,13 @@ class TowerCache:
         return cached
 
     def _images_in(self, count: int) -> list[tuple[Hashable, int]]:
-        """The images of a call of the tower, each with its number of inputs.
+        """The images of one call of the tower, each with its number of inputs.
 
         Args:
-            count: Inputs of the call.
+            count: Number of inputs in the call.
 
         Raises:
-            AssertionError: They are neither the images of all rows nor each distinct image once.
+            AssertionError: The number fits neither the images of all rows nor the distinct images.
         """
         of_rows = list(zip(self._images, self._inputs_per_image, strict=True))
         for images in (of_rows, list(dict(of_rows).items())):
@@ -132,7 +133,15 @@ class TowerCache:
         args: tuple,
         kwargs: dict,
     ) -> None:
-        """Run the tower on the missing images, and keep the layers that the model uses."""
+        """Run the tower on the missing images, and cache the layers that the model uses.
+
+        Args:
+            forward: The tower's forward without the cache.
+            pixels: Inputs of the call (inputs, ...).
+            missing: For each missing image its slice of `pixels`.
+            args: Further positional arguments of the call.
+            kwargs: Keyword arguments of the call.
+        """
         output = forward(torch.cat([pixels[place] for place in missing.values()]), *args, **kwargs)
         sizes = [place.stop - place.start for place in missing.values()]
         parts = {layer: output.hidden_states[layer].split(sizes) for layer in self.layers}

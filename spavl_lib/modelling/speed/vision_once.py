@@ -1,4 +1,7 @@
-"""Run every distinct image through the vision tower once per batch tensor."""
+"""Run each distinct image of a batch through the vision tower once.
+
+The outputs are kept as long as the batch's pixel tensor exists.
+"""
 
 import contextlib
 import copy
@@ -16,15 +19,15 @@ class ImageGroups:
     """The images of a batch, grouped by equal pixels."""
 
     first: list[int]
-    """Index of the first image of each group, in order of appearance."""
+    """For each group the index of its first image, in order of appearance."""
     group: list[int]
-    """For each image its group, as an index into `first`."""
+    """For each image the number of its group, which is an index into `first`."""
     pixels: Tensor
-    """The distinct images (groups, ...), otherwise shaped as in the batch."""
+    """The distinct images (groups, ...). The other dimensions are those of the batch."""
     sizes: Tensor | None
-    """`image_sizes` of the distinct images (groups, 2), if the family has them."""
+    """`image_sizes` of the distinct images (groups, 2); None if the model family has no sizes."""
     outputs: dict = field(default_factory=dict)
-    """Outputs of the frozen tower, by arguments."""
+    """Outputs of the frozen tower for `pixels`, keyed by the tower's other arguments."""
 
 
 def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
@@ -32,7 +35,8 @@ def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
 
     Args:
         pixels: Images (count, ...).
-        sizes: Original heights and widths (count, 2), which must be equal too; or None.
+        sizes: Heights and widths before preprocessing (count, 2), in pixels. Equal images also have
+            equal sizes. None if the model family has no sizes.
     """
     with torch.no_grad():
         flat = pixels.detach().flatten(1)
@@ -59,10 +63,11 @@ def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
 
 
 class VisionMemory:
-    """Groups and tower outputs of a pixel tensor, kept as long as the tensor exists.
+    """The groups and tower outputs of each pixel tensor, kept as long as the tensor exists.
 
-    Policy and reference, and PPO's passes over a rollout, get the same tensor, so the frozen tower
-    runs for the first of them only. The projector trains, and its output is not kept.
+    Policy and reference get the same pixel tensor, and so do PPO's passes over a rollout. The
+    frozen tower therefore runs in the first pass only. The projector runs in every pass, because it
+    trains.
     """
 
     def __init__(self, tower: nn.Module):
@@ -90,9 +95,9 @@ class VisionMemory:
 
         Args:
             pixels: Images (count, ...).
-            sizes: Original heights and widths (count, 2), or None.
+            sizes: Heights and widths before preprocessing (count, 2), in pixels; or None.
         """
-        if pixels.is_inference():  # it has no version counter
+        if pixels.is_inference():  # an inference tensor has no version counter
             return group_images(pixels, sizes)
         state, groups = self.known.get(pixels, (None, None))
         if state != (current := state_of([pixels])):
@@ -102,7 +107,10 @@ class VisionMemory:
 
     @contextlib.contextmanager
     def serve(self, groups: ImageGroups) -> Iterator[None]:
-        """A context in which the tower computes the images of `groups`."""
+        """A context in which the tower's outputs are kept in `groups`.
+
+        The caller gives `groups.pixels` to the tower.
+        """
         self.serving = groups
         try:
             yield
@@ -110,13 +118,13 @@ class VisionMemory:
             self.serving = None
 
     def frozen(self) -> bool:
-        """Whether the tower's output cannot change: nothing in it trains, and no dropout is on."""
+        """Whether the tower's output cannot change: no parameter trains, and no dropout is on."""
         return not any(p.requires_grad for p in self.tower.parameters()) and not (
             self.tower.training and any(active_dropout(m) for m in self.tower.modules())
         )
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The tower's forward; its output is kept if the tower is frozen."""
+        """The tower's forward. A frozen tower's output is stored, and reused for equal calls."""
         groups = self.serving
         if groups is None or pixel_values.requires_grad or not self.frozen():
             self.images_run += len(pixel_values)
@@ -129,7 +137,7 @@ class VisionMemory:
             # transformers adds hooks in a tower's first pass, so the key is read again.
             groups.outputs[key := self._key(pixel_values, args, kwargs)] = output
         output = groups.outputs[key]
-        return type(output)(**output)  # a shallow copy, because the caller sets attributes of it
+        return type(output)(**output)  # a shallow copy, because the caller changes attributes
 
     def _key(self, pixels: Tensor, args: tuple, kwargs: dict) -> tuple:
         """What the output depends on besides the pixels: layers, autocast and the tower itself.
