@@ -70,6 +70,7 @@ class _EpochSampler(RepeatSampler):
 class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
     """trl's trainer with this package's prompts and checkpoints, and checks before every update."""
 
+    processing_class: Any
     prompts_compared = False
     trainable_counts: dict[str, int]
 
