@@ -47,7 +47,7 @@ def vicuna_template(opening: str, between: str) -> str:
 # `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 was trained.
 VICUNA_V1 = vicuna_template(
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite responses to the user's questions. ",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
     between="",
 )
 

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_prompts_end_and_answers_begin_in_one_column() -> None:
-    prompts = [Prompt("a", "", [1, 2, 3], None, {}), Prompt("b", "", [4], None, {})]
+    prompts = [Prompt("a", "", [1, 2, 3], {}, {}), Prompt("b", "", [4], {}, {})]
     batch = batch_of(prompts, [[5], [6, 7]], 0, CPU)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]

@@ -67,7 +67,7 @@ PPO_CHANGES = {
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"row{n}", "", [1, 2], None, {}) for n in range(count)]
+    return [Prompt(f"row{n}", "", [1, 2], {}, {}) for n in range(count)]
 
 
 class FakeVLM(nn.Linear):

@@ -161,7 +161,7 @@ def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path]) -> N
         folders["lora"], ppo__length_penalty=0.1, ppo__missing_eos_penalty=2.0,
         ppo__whiten_advantages=False, ppo__kl_coef=0.5, ppo__kl_target=0.0, ppo__gae_lambda=0.9,
     )  # fmt: skip
-    prompts = [Prompt(str(i), "", [1], None, {}) for i in range(2)]
+    prompts = [Prompt(str(i), "", [1], {}, {}) for i in range(2)]
     rollout = Rollout(prompts, [[5, 6, 2], [7, 8]], ["a", "b"], [True, False])
     logps = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
     rollout.columns = {
