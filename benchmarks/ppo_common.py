@@ -146,7 +146,7 @@ def prompts_of(shape: common.Shape, count: int, questions: int) -> list[Prompt]:
         length = int(torch.randint(low, high + 1, (1,), generator=chance))
         words = torch.randint(22, shape.vocabulary, (length,), generator=chance).tolist()
         ids = [*start, *[image] * shape.image_tokens, *words]
-        prompts.append(Prompt(f"row{n}", "", ids, None, vision, picture))
+        prompts.append(Prompt(f"row{n}", "", ids, {}, vision, picture))
     return prompts
 
 

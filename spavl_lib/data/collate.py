@@ -38,19 +38,24 @@ def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             into tiles, their shape is (images of the row, tiles, ...).
 
     Returns:
-        The same tensors (images of all rows, ...). Rows with fewer tiles are filled with zeros.
+        The same tensors, (images of all rows, ...). Fewer tiles, and Pixtral's smaller images, are
+        filled with zeros at their ends, as the processors do within a batch.
     """
     stacked = {}
     for name in parts[0] if parts else ():
         tensors = [part[name] for part in parts]
-        if tensors[0].ndim > 2 and len({t.shape[1] for t in tensors}) > 1:
-            tiles = max(t.shape[1] for t in tensors)
-            tensors = [
-                torch.cat([t, t.new_zeros(t.shape[0], tiles - t.shape[1], *t.shape[2:])], 1)
-                for t in tensors
-            ]
-        stacked[name] = torch.cat(tensors)
+        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors), strict=True)]
+        stacked[name] = torch.cat([_filled(t, shape) for t in tensors])
     return stacked
+
+
+def _filled(tensor: Tensor, shape: list[int]) -> Tensor:
+    """A tensor (images, ...) with zeros at the end of every axis, up to (images, *shape)."""
+    if list(tensor.shape[1:]) == shape:
+        return tensor
+    filled = tensor.new_zeros(len(tensor), *shape)
+    filled[(slice(None), *(slice(size) for size in tensor.shape[1:]))] = tensor
+    return filled
 
 
 @dataclass
@@ -101,11 +106,10 @@ class PreferenceCollator:
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
-        if prompts.token_types is not None:
-            doubled = [*prompts.token_types, *prompts.token_types]
-            # Type 0 is text, which all tokens of a response are.
+        for name, rows_of in prompts.token_types.items():  # responses are text
+            doubled = [*rows_of, *rows_of]
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
-            batch["mm_token_type_ids"] = pad_rows(types, 0, self.padding_side)
+            batch[name] = pad_rows(types, 0, self.padding_side)
         return batch | {
             k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in prompts.vision.items()
         }
@@ -132,6 +136,6 @@ class PromptCollator:
             "input_ids": pad_rows(prompts.ids, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad_rows([[1] * len(p) for p in prompts.ids], 0, "left"),
         }
-        if prompts.token_types is not None:
-            batch["mm_token_type_ids"] = pad_rows(prompts.token_types, 0, "left")
+        for name, types in prompts.token_types.items():
+            batch[name] = pad_rows(types, 0, "left")
         return batch | prompts.vision

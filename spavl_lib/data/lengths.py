@@ -1,6 +1,6 @@
 """Lengths of rows in tokens, counted before training so that no row is too long for the model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,13 @@ from transformers import ProcessorMixin
 from spavl_lib.data.images import ImageError, size_of
 from spavl_lib.data.problems import keep_or_refuse
 from spavl_lib.data.schema import TURN, batches, decoded
-from spavl_lib.data.templates import completion_ids, encode_prompts, render
+from spavl_lib.data.templates import (
+    completion_ids,
+    control_ids,
+    conversation,
+    encode_prompts,
+    render,
+)
 from spavl_lib.errors import InputError
 
 LISTED = 20  # rows that an error names
@@ -66,9 +72,9 @@ def _length(tokenizer: Any, ids: list[int]) -> int:
     return len(ids) + (bos is not None and ids[:1] != [bos])
 
 
-def _until_last_word(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Token ids without the end token and white space at their end."""
-    while ids and (ids[-1] == tokenizer.eos_token_id or not tokenizer.decode(ids[-1:]).strip()):
+def _until_last_word(tokenizer: Any, control: Collection[int], ids: list[int]) -> list[int]:
+    """Token ids without the control tokens and white space at their end."""
+    while ids and (ids[-1] in control or not tokenizer.decode(ids[-1:]).strip()):
         ids = ids[:-1]
     return ids
 
@@ -93,7 +99,8 @@ def pair_lengths(
     Yields:
         Row id, and for each side the tokens of prompt and response.
     """
-    tokenizer, images = processor.tokenizer, images or ImageTokens(processor)
+    tokenizer, control = processor.tokenizer, control_ids(processor)
+    images = images or ImageTokens(processor)
     frame = len(render(processor, "", "")) + 16
     for table in batches(rows.select_columns(["id", "prompt", *sides, "image"])):
         extra = images.of_cells(table.column("image"))
@@ -105,10 +112,13 @@ def pair_lengths(
             if longest <= skip_below and plain:
                 continue
             encoded_rows.append((row["id"], slots))
-            texts += [render(processor, prompt, a.lstrip(), image=slots > 0) for a in answers]
+            texts += [conversation(processor, prompt, a, image=slots > 0)[1] for a in answers]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        # As in `completion_ids`: after the last word comes one EOS, whatever the template writes.
-        sizes = [_length(tokenizer, _until_last_word(tokenizer, ids)) + 1 for ids in encoded]
+        # As in `completion_ids`: after the last word comes one end token, whatever the template
+        # writes.
+        sizes = [
+            _length(tokenizer, _until_last_word(tokenizer, control, ids)) + 1 for ids in encoded
+        ]
         for number, (row_id, slots) in enumerate(encoded_rows):
             start = number * len(sides)
             yield row_id, *(size + slots for size in sizes[start : start + len(sides)])

@@ -1,11 +1,13 @@
 """Prompts and responses as text and token ids, in the same form for training and generation.
 
 Every sequence starts with one BOS (if the tokenizer has one) and holds one image slot per image.
-Every response ends with one EOS, which counts in the completion mask. The chat template decides
-everything else. (trl's collator also leaves BOS and EOS to the template, but the stock LLaVA-1.5
-template writes neither.)
+Every response ends with one end token, which is scored: the one that the chat template writes after
+a response, else the tokenizer's EOS. The chat template decides everything else; trl's own collator
+leaves BOS and EOS to the template too, and some templates have neither.
 """
 
+import weakref
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +19,126 @@ from spavl_lib.data.schema import TURN
 from spavl_lib.errors import InputError
 
 
-def special_tokens(processor: ProcessorMixin) -> list[str]:
-    """Control tokens of more than one character, including the image token."""
-    tokens = [*processor.tokenizer.all_special_tokens, getattr(processor, "image_token", "")]
-    return [t for t in tokens if t and len(t) > 1]
+def vicuna_template(opening: str, between: str) -> str:
+    """A chat template in the format of Vicuna, which LLaVA uses.
+
+    Args:
+        opening: What every conversation begins with, after BOS.
+        between: What stands between a response's EOS and the next question.
+    """
+    return (
+        "{{ bos_token }}" + opening + "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ '" + between + "USER: ' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+        "{% endif %}{% endfor %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endif %}"
+        "{% else %}"
+        "{{ ' ASSISTANT: ' }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+        "{{ eos_token }}"
+        "{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
+    )
 
 
-def neutralise(text: str, processor: ProcessorMixin) -> str:
-    """The text with a space inserted into every control token: `<image>` becomes `< image>`."""
-    for token in sorted(set(special_tokens(processor)), key=len, reverse=True):
-        text = text.replace(token, f"{token[0]} {token[1:]}")
+# `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 was trained.
+VICUNA_V1 = vicuna_template(
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+    between="",
+)
+
+
+# --- control tokens -------------------------------------------------------------------------------
+
+
+def tokenizer_of(processor: Any) -> Any:
+    """The tokenizer of a processor; a tokenizer is its own."""
+    return getattr(processor, "tokenizer", processor)
+
+
+def special_tokens(processor: Any) -> list[str]:
+    """Control tokens of more than one character, longest first.
+
+    Most tokenizers name only a few of theirs (BOS, EOS, padding). The others are special tokens
+    that were added to the vocabulary, such as Llama 3's `<|eot_id|>`, and the tokens that a
+    processor replaces, such as `<image>` and `<video>`.
+
+    Args:
+        processor: A processor, or a tokenizer alone.
+    """
+    tokenizer = tokenizer_of(processor)
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    slots = [v for k, v in vars(processor).items() if k.endswith("_token") and isinstance(v, str)]
+    tokens = {*tokenizer.all_special_tokens, *added, *slots}
+    return sorted((t for t in tokens if len(t) > 1), key=lambda t: (-len(t), t))
+
+
+def control_ids(processor: Any) -> frozenset[int]:
+    """Ids of the control tokens. No text holds one, once it is neutralised."""
+    tokenizer = tokenizer_of(processor)
+    ids = tokenizer.convert_tokens_to_ids(special_tokens(processor))
+    named = [*ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    return frozenset(i for i in named if i is not None) - {tokenizer.unk_token_id}
+
+
+def end_ids(processor: ProcessorMixin, model: Any = None) -> tuple[int, ...]:
+    """Ids that end a response. The first is the one that ends the responses of training.
+
+    Args:
+        processor: The model's processor. Its template may end responses with a token of its own, as
+            Gemma's `<end_of_turn>`, beside the tokenizer's EOS.
+        model: A model, whose generation config may name more; or None.
+    """
+    settings = getattr(model, "generation_config", None)
+    named = getattr(settings, "eos_token_id", None)
+    more = named if isinstance(named, list | tuple) else [named]
+    trained = completion_ids(processor, "a", "a", image=False)[-1]
+    ids = (trained, processor.tokenizer.eos_token_id, *more)
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def until_end(ids: list[int], ends: Collection[int]) -> tuple[list[int], bool]:
+    """Generated ids up to the first end token, which is left out, and whether there is one.
+
+    Args:
+        ids: Ids of a row, padded or not.
+        ends: Ids that end a response.
+    """
+    place = next((n for n, token in enumerate(ids) if token in ends), None)
+    return (ids, False) if place is None else (ids[:place], True)
+
+
+def neutralise(text: str, processor: Any) -> str:
+    """Text in which nothing reads as a control token: `<image>` becomes `< image>`.
+
+    Args:
+        text: What somebody wrote.
+        processor: The processor of the model that reads it, or its tokenizer.
+    """
+    for token in _control_tokens(processor):
+        if token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
+
+
+_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _control_tokens(processor: Any) -> list[str]:
+    """`special_tokens`, kept as long as the vocabulary does not grow: a tokenizer may have 256."""
+    size, tokens = _KNOWN.get(processor, (None, []))
+    if size != len(tokenizer_of(processor)):
+        tokens = special_tokens(processor)
+        _KNOWN[processor] = (len(tokenizer_of(processor)), tokens)
+    return tokens
+
+
+# --- prompts and answers --------------------------------------------------------------------------
 
 
 def render(
@@ -57,10 +168,10 @@ def render(
 def completion_ids(
     processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
 ) -> list[int]:
-    """Token ids of a response after its prompt, with one EOS at the end.
+    """Token ids of a response as it follows its prompt, with one end token.
 
-    White space around the answer is left out: the template writes what stands before one, and some
-    tokenizers would join a line break there with the prompt's last token.
+    White space around the response is left out. The template decides what stands before a response,
+    and some tokenizers would join a line break there with the last token of the prompt.
 
     Args:
         processor: The model's processor.
@@ -72,22 +183,64 @@ def completion_ids(
         InputError: The prompt is written or tokenised differently if a response follows.
     """
     tokenizer = processor.tokenizer
-    before = render(processor, prompt, image=image).rstrip(" ")
-    whole = render(processor, prompt, completion.lstrip(), image=image)
-    if not whole.startswith(before):
-        raise InputError("the chat template writes a prompt differently once an answer follows it")
+    before, whole = conversation(processor, prompt, completion, image=image)
     head = tokenizer.encode(before, add_special_tokens=False)
     ids = tokenizer.encode(whole, add_special_tokens=False)
     if ids[: len(head)] != head:
         raise InputError(
             f"the tokenizer joins the end of the prompt with the answer: ...{before[-20:]!r}"
         )
-    answer = ids[len(head) :]
-    while answer and (
-        answer[-1] == tokenizer.eos_token_id or not tokenizer.decode(answer[-1:]).strip()
-    ):
-        answer.pop()
-    return [*answer, tokenizer.eos_token_id]
+    answer, control = ids[len(head) :], control_ids(processor)
+    end = tokenizer.eos_token_id
+    while answer and (answer[-1] in control or not tokenizer.decode(answer[-1:]).strip()):
+        token = answer.pop()
+        end = token if token in control else end
+    return [*answer, end]
+
+
+def conversation(
+    processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
+) -> tuple[str, str]:
+    """The text of a prompt alone, and of the prompt with its response.
+
+    Args:
+        processor: The model's processor.
+        prompt: The question, or several turns separated by `TURN`.
+        completion: The response. White space before it is left out.
+        image: Whether the prompt has an image.
+
+    Raises:
+        InputError: The chat template writes the prompt differently if a response follows.
+    """
+    before = render(processor, prompt, image=image).rstrip(" ")
+    whole = render(processor, prompt, completion.lstrip(), image=image)
+    if not whole.startswith(before):
+        whole = _after(before, whole, neutralise(completion, processor).strip())
+    return before, whole
+
+
+def _after(prompt: str, whole: str, completion: str) -> str:
+    """The conversation with the prompt as it is written in generation.
+
+    LLaVA-OneVision's template writes `assistant` and a space before an answer, and `assistant`
+    alone where an answer shall begin.
+
+    Args:
+        prompt: The prompt as it is written in generation.
+        whole: The conversation as the template writes it.
+        completion: The answer.
+
+    Raises:
+        InputError: The two differ in more than white space.
+    """
+    place = whole.rfind(completion)
+    if place < 0 or whole[:place].split() != prompt.split():
+        raise InputError("the chat template writes a prompt differently once an answer follows it")
+    space = prompt[len(prompt.rstrip()) :] or " " * whole[:place].endswith(" ")
+    return prompt.rstrip() + space + whole[place:]
+
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -96,8 +249,9 @@ class EncodedPrompts:
 
     ids: list[list[int]]
     """Token ids of each prompt, with image tokens expanded."""
-    token_types: list[list[int]] | None
-    """For each id whether it stands for an image patch, as Qwen-VL needs; None for other models."""
+    token_types: dict[str, list[list[int]]]
+    """By tensor name, for families that use them: which ids stand for image patches. Qwen-VL has
+    `mm_token_type_ids`, Gemma 3 `token_type_ids`. Tokens of a response have 0."""
     vision: dict[str, Tensor]
     """The image tensors that the processor gives, such as `pixel_values`."""
 
@@ -117,29 +271,44 @@ def encode_prompts(
         render(processor, p, image=i is not None).rstrip(" ")
         for p, i in zip(prompts, images, strict=True)
     ]
-    present = [i for i in images if i is not None]
     pixels = getattr(processor, "image_processor", None)
     if getattr(pixels, "do_pad", False) and hasattr(pixels, "pad_to_square"):
-        present = [for_square(i) for i in present]
+        images = [None if i is None else for_square(i) for i in images]
+    # Some processors refuse a flat list, since a text may have several images.
+    nested = [[] if i is None else [i] for i in images]
     encoded = processor(
-        images=present or None, text=texts, add_special_tokens=False, padding=True,
+        images=nested if any(nested) else None, text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
+    encoded.pop("batch_num_images", None)  # of LLaVA-OneVision, for which one a row is the rule
     mask = encoded.pop("attention_mask").bool()
 
     def rows(name: str) -> list[list[int]]:
         return [row[keep].tolist() for row, keep in zip(encoded.pop(name), mask, strict=True)]
 
     ids = rows("input_ids")
-    types = rows("mm_token_type_ids") if "mm_token_type_ids" in encoded else None
-    encoded.pop("token_type_ids", None)
+    names = [n for n in TOKEN_TYPES if n in encoded and _for_model(processor, n)]
+    types = {name: rows(name) for name in names}
+    for name in TOKEN_TYPES:
+        encoded.pop(name, None)
     bos = tokenizer.bos_token_id
     for i, row in enumerate(ids):
         if bos is not None and row[:1] != [bos]:
             ids[i] = [bos, *row]
-            if types is not None:
-                types[i] = [0, *types[i]]
+            for marks in types.values():
+                marks[i] = [0, *marks[i]]
     return EncodedPrompts(ids, types, dict(encoded))
+
+
+def _for_model(processor: ProcessorMixin, name: str) -> bool:
+    """Whether the model reads these types. Many tokenizers give `token_type_ids` that none reads.
+
+    Args:
+        processor: The model's processor, whose own names come beside those of its tokenizer.
+        name: Name of the tensor.
+    """
+    listed, by_tokenizer = processor.model_input_names, processor.tokenizer.model_input_names
+    return name != "token_type_ids" or listed.count(name) > by_tokenizer.count(name)
 
 
 def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:

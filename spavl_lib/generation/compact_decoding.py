@@ -7,7 +7,7 @@ only on this row's logits and row number. In fp32 the responses therefore equal 
 whichever rows remain in the batch. In half precision, rounding may decide a tie differently.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ def decode(
     choose: Callable[[Tensor, list[int]], Tensor],
     *,
     max_new_tokens: int,
-    eos_id: int,
+    end_ids: Collection[int],
 ) -> list[list[int]]:
     """Generate responses to a batch of prompts.
 
@@ -121,12 +121,12 @@ def decode(
         batch: `input_ids` and `attention_mask` (rows, length), int64 and padded on the left, and
             the image tensors.
         choose: Takes logits (active rows, vocabulary) in fp32 and the numbers of these rows;
-            returns a token id for each row (active rows,).
-        max_new_tokens: Largest number of tokens of a response.
-        eos_id: The token that ends a response.
+            returns a token id for each (active rows,).
+        max_new_tokens: Longest response in tokens.
+        end_ids: The tokens that end a response.
 
     Returns:
-        Token ids of each response. A response ends with EOS or has `max_new_tokens` tokens.
+        Token ids of each response. Its last is an end token, or it has `max_new_tokens` tokens.
     """
     mask = batch["attention_mask"]
     cache = DynamicCache()
@@ -143,7 +143,9 @@ def decode(
             if row in active:
                 responses[row].append(token)
         active = {
-            r for r in active if responses[r][-1] != eos_id and len(responses[r]) < max_new_tokens
+            r
+            for r in active
+            if responses[r][-1] not in end_ids and len(responses[r]) < max_new_tokens
         }
         if not active:
             return responses

@@ -22,6 +22,7 @@ from spavl_lib import machine
 from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.grouping import image_groups
+from spavl_lib.data.templates import end_ids, until_end
 from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted
 from spavl_lib.generation.compact_decoding import can_decode, decode
@@ -177,31 +178,29 @@ def generate_batch(
         seed: Seed of sampling.
 
     Returns:
-        For each row `response`, `num_tokens` without EOS, and `finished`: whether EOS was generated
-        within `max_new_tokens`.
+        For each row `response`, `num_tokens` without the end token, and `finished`: whether one was
+        generated within `max_new_tokens`.
     """
-    tokenizer = processor.tokenizer
-    eos = tokenizer.eos_token_id
+    tokenizer, ends = processor.tokenizer, end_ids(processor, model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
     if config.cache == "compact" and not config.do_sample and can_decode(model):
         generated = decode(
             model, batch, lambda logits, _: logits.argmax(-1),
-            max_new_tokens=config.max_new_tokens, eos_id=eos,
+            max_new_tokens=config.max_new_tokens, end_ids=ends,
         )  # fmt: skip
     else:
-        generated = _generated(model, batch, config, eos, tokenizer.pad_token_id, seed)
+        generated = _generated(model, batch, config, ends, tokenizer.pad_token_id, seed)
     answers = []
     for row in generated:
-        finished = eos in row
-        ids = row[: row.index(eos)] if finished else row
+        ids, finished = until_end(row, ends)
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
         answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
     return answers
 
 
 def _generated(
-    model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig, eos_id: int,
-    pad_id: int, seed: int,
+    model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig,
+    ends: Sequence[int], pad_id: int, seed: int,
 ) -> list[list[int]]:  # fmt: skip
     """New token ids of every row by `model.generate`, padded to the longest response."""
     options: dict[str, Any] = {"do_sample": False}
@@ -216,7 +215,7 @@ def _generated(
         **batch,
         **options,
         max_new_tokens=config.max_new_tokens,
-        eos_token_id=eos_id,
+        eos_token_id=list(ends),
         pad_token_id=pad_id,
     )
     return out[:, batch["input_ids"].shape[1] :].tolist()

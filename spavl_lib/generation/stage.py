@@ -18,6 +18,7 @@ from spavl_lib.modelling.load import (
     load_processor,
     model_hashes,
 )
+from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_jsonl, write_json
 from spavl_lib.runs.maker import stage_maker
@@ -79,6 +80,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     shared_inputs, inputs = _shared_inputs(config), _inputs(config, stage)
     summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
     processor = load_processor(config.model)
+    stage.note(processor=describe(processor))
     with group.main_first():
         sets = {name: load_prompts(config.data, name) for name in names}
     room = config.generation.max_new_tokens

@@ -14,7 +14,7 @@ from transformers import ProcessorMixin
 
 from spavl_lib.config import GenerationConfig, ModelConfig
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import prompt_ids
+from spavl_lib.data.templates import end_ids, prompt_ids
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_model, model_path
 
@@ -72,19 +72,20 @@ class VLLMModel:
             ids = prompt_ids(processor, row["prompt"], image=image is not None)
             data = {} if image is None else {"multi_modal_data": {"image": image}}
             prompts.append({"prompt_token_ids": ids} | data)
+        ends = end_ids(processor)  # vLLM adds those of the generation config
         sampling = self.vllm.SamplingParams(
             max_tokens=config.max_new_tokens,
             temperature=config.temperature if config.do_sample else 0.0,
             top_p=config.top_p if config.do_sample else 1.0,
             seed=seed if config.do_sample else None,
-            stop_token_ids=[processor.tokenizer.eos_token_id],
+            stop_token_ids=list(ends),
         )
         request = None
         if self.adapter is not None:
             lora = importlib.import_module("vllm.lora.request")
             request = lora.LoRARequest("trained", 1, str(self.adapter))
         outputs = self.engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
-        return [_answer(o.outputs[0], processor) for o in outputs]
+        return [_answer(o.outputs[0], processor, ends) for o in outputs]
 
 
 def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]:
@@ -117,11 +118,11 @@ def _processor_of(folder: Path) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(folder)
 
 
-def _answer(output: Any, processor: ProcessorMixin) -> dict:
-    eos = processor.tokenizer.eos_token_id
+def _answer(output: Any, processor: ProcessorMixin, ends: tuple[int, ...]) -> dict:
     ids = list(output.token_ids)
     finished = output.finish_reason == "stop"
-    if ids and ids[-1] == eos:
+    stopped_by = getattr(output, "stop_reason", None)  # a token id, or None for EOS
+    if ids and (ids[-1] in ends or ids[-1] == stopped_by):
         ids.pop()
     text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return {"response": text, "num_tokens": len(ids), "finished": finished}

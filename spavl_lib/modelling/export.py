@@ -17,6 +17,7 @@ from torch import nn
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.families import Family
+from spavl_lib.modelling.heads import HEAD_FILE
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.files import read_json, write_json, write_text, writing
 
@@ -36,13 +37,18 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
         The folders written. For vLLM also the command that serves them.
 
     Raises:
-        InputError: The stage is not complete, the form is unknown, the target is not empty, or the
-            form is vllm and the stage trained no adapter.
+        InputError: The stage is not complete or is a reward model, the form is unknown, the target
+            is not empty, or form is vllm and the stage trained no adapter.
     """
     if form not in FORMS:
         raise InputError(f"unknown form {form!r} (known: {', '.join(FORMS)})")
     if not (stage / "summary.json").is_file() or not (stage / "model").is_dir():
         raise InputError(f"{stage} is no complete training: it needs summary.json and model/")
+    if (stage / "model" / HEAD_FILE).is_file():
+        raise InputError(
+            f"{stage} is a reward model, and both forms would lose its score head; copy "
+            f"{stage / 'model'} instead, which holds all of it"
+        )
     if target.exists() and any(target.iterdir()):
         raise InputError(f"{target} is not empty; choose a new folder")
     config = from_dict(yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8")))

@@ -16,13 +16,16 @@ classes.
 
 import functools
 import re
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformers import BaseImageProcessor, PreTrainedModel, ProcessorMixin
 
 from spavl_lib.config.registry import Registry
-from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.templates import VICUNA_V1
 from spavl_lib.errors import InputError
 
 
@@ -39,6 +42,8 @@ class Family:
     picks_hidden_states: bool = False
     """Whether the model reads only the tower's hidden states at `config.vision_feature_layer`. If
     so, stored hidden states can replace a run of the tower."""
+    refused: str = ""
+    """Why models of the family are refused before anything is loaded; empty if they are not."""
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
@@ -83,6 +88,15 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"(^|\.)({'|'.join(names)})\.")
 
 
+# Towers that lay all images of a batch into one row, so that no image's output stands by itself.
+PACKED_TOWERS = ("pixtral",)
+
+
+def packs_images(config: Any) -> bool:
+    """Whether the model's tower is one of `PACKED_TOWERS`. LLaVA's class may have any tower."""
+    return getattr(getattr(config, "vision_config", None), "model_type", "") in PACKED_TOWERS
+
+
 FAMILIES: Registry[type[Family]] = Registry("model family", "spavl.families", "model.name")
 register_family = FAMILIES.register
 
@@ -123,20 +137,29 @@ class Llava(Family):
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
-        """Make the processor prepare rows as the LLaVA-1.5 authors' code does.
+        """The processor as LLaVA-1.5's own code prepares rows, where the checkpoint is the Hub's.
 
-        The Hub's processor crops the image to its centre and omits the system prompt.
+        The Hub's conversion crops the image to its middle, and leaves the system sentence, BOS and
+        EOS out. A processor with another template has one of its own, and stays as it is.
         """
         from transformers import LlavaProcessor
 
         images = processor.image_processor
-        # Pixtral also uses LlavaProcessor, but with a different image processor.
-        if type(processor) is not LlavaProcessor or not hasattr(images, "do_center_crop"):
+        if type(processor) is not LlavaProcessor or not (
+            _of_the_hub(processor)
+            if processor.chat_template
+            else processor.tokenizer.get_vocab().keys() >= {"<s>", "</s>", "<unk>", "<image>"}
+        ):
             return processor
-        if images.do_center_crop:
-            processor.image_processor = llava_images(images.crop_size["height"])
-            template = ASSETS / "model" / "chat_template.jinja"
-            processor.chat_template = template.read_text(encoding="utf-8")
+        before = "the Hub's, without the system sentence" if processor.chat_template else "missing"
+        processor.chat_template = VICUNA_V1
+        said = f"its chat template is {before}; LLaVA-1.5's own (vicuna_v1) is used"
+        if getattr(images, "do_center_crop", False):
+            processor.image_processor = llava_images(
+                images.crop_size["height"], images.image_mean, images.image_std
+            )
+            said += ", and images are padded to a square as in LLaVA-1.5's own code, not cropped"
+        warnings.warn(f"{processor.tokenizer.name_or_path}: {said}", stacklevel=2)
         return processor
 
 
@@ -165,15 +188,56 @@ class LlavaNext(Family):
         ]
 
 
-def llava_images(side: int) -> BaseImageProcessor:
+@register_family("paligemma")
+class PaliGemma(Family):
+    """PaliGemma 1 and 2."""
+
+    refused = (
+        "PaliGemma sees its prompt in both directions and has no chat template, so the batches "
+        "here do not fit it"
+    )
+
+
+@register_family("mllama")
+class Mllama(Family):
+    """Llama 3.2 Vision."""
+
+    refused = (
+        "Mllama takes images by cross attention with a mask for every token, which the batches "
+        "here do not hold"
+    )
+
+
+def _of_the_hub(processor: ProcessorMixin) -> bool:
+    """Whether the template writes what that of llava-hf/llava-1.5-7b-hf writes."""
+    first = [{"type": "image"}, {"type": "text", "text": "One?"}]
+    turns = [("user", first), ("assistant", [{"type": "text", "text": "Two."}]),
+             ("user", [{"type": "text", "text": "Three?"}])]  # fmt: skip
+    try:
+        text = processor.apply_chat_template(
+            [{"role": role, "content": content} for role, content in turns],
+            tokenize=False, add_generation_prompt=True,
+        )  # fmt: skip
+    except (ValueError, TypeError, TemplateError):
+        return False
+    return text.split() == "USER: <image> One? ASSISTANT: Two. USER: Three? ASSISTANT:".split()
+
+
+def llava_images(
+    side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> BaseImageProcessor:
     """The LLaVA-1.5 authors' image processor: pad to a square with the mean colour, then resize.
 
     Args:
         side: Height and width of the model's input, in pixels.
+        mean: Mean of each channel; None for CLIP's.
+        std: Standard deviation of each channel; None for CLIP's.
     """
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     square = {"height": side, "width": side}
+    given = {"image_mean": mean, "image_std": std}
     return LlavaImageProcessorPil(
-        do_pad=True, do_center_crop=False, size=square, crop_size=square, default_to_square=True
-    )
+        do_pad=True, do_center_crop=False, size=square, crop_size=square, default_to_square=True,
+        **{name: list(values) for name, values in given.items() if values is not None},
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.templates import VICUNA_V1
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.families import llava_images
 from spavl_lib.runs.files import read_json, write_json, writing
@@ -28,8 +28,18 @@ NAMES = (
     (re.compile(r"^model\.(embed_tokens|layers|norm)\."), r"language_model.model.\1."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
 )
+# What of the tower's output is used, as the original code and transformers call it.
+STRATEGIES = {"patch": "default", "cls_patch": "full"}
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # recomputed when a model is created
 VOCABULARY_MULTIPLE = 64  # embedding rows are padded to a multiple of this, as on the Hub
+# Settings of the original code that change what the model is given: the value if config.json names
+# none, and the values that can be imported.
+TAKEN: dict[str, tuple[Any, tuple]] = {
+    "mm_projector_type": ("linear", ("mlp2x_gelu",)),
+    "image_aspect_ratio": ("square", ("pad", "square", None)),  # anyres is LLaVA-NeXT
+    "mm_vision_select_feature": ("patch", tuple(STRATEGIES)),
+    "mm_use_im_start_end": (False, (False, None)),  # tokens around the image, which have weights
+}
 # Sizes of openai/clip-vit-large-patch14-336. LLaVA-1.5's config.json names this tower only.
 CLIP_336 = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -73,7 +83,9 @@ def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[
     if not shards:
         raise InputError(f"{source} holds no .safetensors files; pickles are not read")
     tokenizer, image_token = _tokenizer(source)
-    rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    # Some checkpoints have rows to spare already.
+    words = max(len(tokenizer), original["vocab_size"])
+    rows = -(-words // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     target.mkdir(parents=True, exist_ok=True)
     written: dict[str, str] = {}
     counts: dict[str, int] = {}
@@ -94,7 +106,7 @@ def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[
         )
         config = _new_config(original, tower, tokenizer, image_token, rows)
         config.save_pretrained(target)
-        _processor(config, tokenizer).save_pretrained(target)
+        _processor(config, tokenizer, original).save_pretrained(target)
     _check_names(config, written, source)
     return {"tensors": len(written), "values": counts}
 
@@ -110,11 +122,13 @@ def _read_config(source: Path) -> dict:
             f"{source} is no checkpoint of the original LLaVA code: model_type {kind!r}, expected "
             "'llava_llama' with mm_hidden_size"
         )
-    projector = config.get("mm_projector_type", "linear")
-    if projector != "mlp2x_gelu":
-        raise InputError(
-            f"{source}: mm_projector_type {projector!r} cannot be imported, only mlp2x_gelu"
-        )
+    problems = [
+        f"{key} {config.get(key, missing)!r} (only {', '.join(map(repr, taken))})"
+        for key, (missing, taken) in TAKEN.items()
+        if config.get(key, missing) not in taken
+    ]
+    if problems:
+        raise InputError(f"{source} cannot be imported, because of {'; '.join(problems)}")
     return config
 
 
@@ -206,6 +220,7 @@ def _new_config(
     elif "vision_config" in original:
         vision = original["vision_config"]
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "torch_dtype"}
+    known |= {"rope_theta", "rope_scaling"}  # transformers reads them, and writes rope_parameters
     text = {k: v for k, v in original.items() if k in known}
     text |= {
         "vocab_size": rows,
@@ -218,25 +233,36 @@ def _new_config(
         text_config=LlamaConfig(**text),
         image_token_id=image_token,
         vision_feature_layer=original.get("mm_vision_select_layer", -2),
-        vision_feature_select_strategy="default",
-        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        vision_feature_select_strategy=STRATEGIES[_feature(original)],
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2
+        + (_feature(original) == "cls_patch"),
         architectures=["LlavaForConditionalGeneration"],
     )
 
 
-def _processor(config: Any, tokenizer: Any) -> Any:
+def _feature(original: dict) -> str:
+    return original.get("mm_vision_select_feature", TAKEN["mm_vision_select_feature"][0])
+
+
+def _processor(config: Any, tokenizer: Any, original: dict) -> Any:
     from transformers import LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     vision = config.vision_config
-    template = (ASSETS / "model" / "chat_template.jinja").read_text(encoding="utf-8")
+    side = vision.image_size
+    padded = original.get("image_aspect_ratio") == "pad"
     return LlavaProcessor(
-        image_processor=llava_images(vision.image_size),
+        image_processor=llava_images(side)
+        if padded
+        else CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        ),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=1,
         image_token="<image>",
-        chat_template=template,
+        chat_template=VICUNA_V1,
     )
 
 

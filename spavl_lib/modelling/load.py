@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +27,7 @@ from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import assert_four_bit
 from spavl_lib.modelling.families import FAMILIES, family_of
+from spavl_lib.modelling.processors import check_template, complete, read_processor
 from spavl_lib.modelling.speed.host import (
     LARGE_BYTES,
     SMALLER_BYTES,
@@ -79,18 +79,18 @@ def load_processor(config: ModelConfig) -> ProcessorMixin:
     Raises:
         InputError: The processor cannot be loaded.
     """
-    FAMILIES.load_all()
     try:
-        processor = AutoProcessor.from_pretrained(
-            model_path(config), revision=config.revision or None
-        )
+        model = _read_config(config)
+        processor = read_processor(model_path(config), config.revision or None, model.model_type)
+        complete(processor, model)
+        for family in FAMILIES.known.values():
+            processor = family.prepare_processor(processor)
+        check_template(processor)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot load a processor for model {config.name!r}: {why(error)}"
         ) from error
     processor.tokenizer.padding_side = "left"
-    for family in FAMILIES.known.values():
-        processor = family.prepare_processor(processor)
     return processor
 
 
@@ -110,11 +110,25 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         InputError: The config cannot be loaded.
     """
-    FAMILIES.load_all()
     try:
-        return AutoConfig.from_pretrained(model_path(config), revision=config.revision or None)
+        return _read_config(config)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read the config of {config.name!r}: {why(error)}") from error
+
+
+def _read_config(config: ModelConfig) -> PreTrainedConfig:
+    """The model's architecture.
+
+    Raises:
+        InputError: Its family is refused.
+        OSError: There is none.
+        ValueError: It cannot be read.
+    """
+    FAMILIES.load_all()
+    model = AutoConfig.from_pretrained(model_path(config), revision=config.revision or None)
+    if reason := family_of(model).refused:
+        raise InputError(f"model {config.name!r} cannot be used: {reason}")
+    return model
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
@@ -124,7 +138,6 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         InputError: The model cannot be loaded, or takes no images.
     """
     quiet_libraries()
-    FAMILIES.load_all()
     settle_threads()
     if device().type == "cpu":
         return_freed_memory(SMALLER_BYTES if config.gradient_checkpointing else LARGE_BYTES)
@@ -138,6 +151,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
             llm_int8_skip_modules=[family_of(architecture(config)).not_quantised(), "lm_head"],
         )
     try:
+        _read_config(config)
         model = AutoModelForImageTextToText.from_pretrained(
             model_path(config),
             revision=config.revision or None,

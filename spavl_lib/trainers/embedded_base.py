@@ -32,6 +32,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import ASSETS, load_world
+from spavl_lib.data.templates import vicuna_template
 from spavl_lib.trainers import checkpoint as ckpt
 
 MODEL_DIR = ASSETS / "model"
@@ -42,24 +43,9 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# The Vicuna v1 template, with which LLaVA-1.5 was trained: one BOS, and EOS after every response.
-CHAT_TEMPLATE = (
-    "{{ bos_token }}" + SYSTEM + "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ ' USER: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}"
-    "{% else %}"
-    "{{ ' ASSISTANT: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{{ eos_token }}"
-    "{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
+# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each response. A
+# checkpoint keeps the template that it was trained with; LLaVA-1.5's own is `VICUNA_V1`.
+CHAT_TEMPLATE = vicuna_template(SYSTEM, between=" ")
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:

@@ -1,4 +1,4 @@
-"""The model card, `model/README.md`, of a trained policy."""
+"""The model card, `model/README.md`, of a trained policy or reward model."""
 
 import textwrap
 from collections.abc import Sequence
@@ -32,6 +32,8 @@ def model_card(
     facts: Sequence[str],
     table: str,
     results: dict[str, Any],
+    title: str = "",
+    use: str = "it may still answer unsafely, or refuse harmless requests",
 ) -> str:
     """Write the model card of a stage.
 
@@ -43,6 +45,8 @@ def model_card(
         facts: Sizes and settings, in the order in which the card lists them.
         table: Heading of the table of results.
         results: Name of each result -> its value.
+        title: What the model is. Empty writes "DPO-aligned" and the like.
+        use: What a user must know.
 
     Returns:
         Markdown with the YAML front matter that the Hub reads.
@@ -64,7 +68,7 @@ base_model: {model.name}
 {library}tags: [{", ".join((stage, *tags))}, safety, vision-language]
 ---
 
-# {stage.upper()}-aligned {name}
+# {title or f"{stage.upper()}-aligned"} {name}
 
 {text}
 
@@ -72,6 +76,6 @@ base_model: {model.name}
 |---|---|
 {rows}
 
-A research artefact of a tutorial: it may still answer unsafely, or refuse harmless requests.
+A research artefact of a tutorial: {use}.
 Use it under the licences of its base model and data.
 """

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from spavl_lib.data.collate import PromptCollator
-from spavl_lib.data.templates import neutralise
+from spavl_lib.data.templates import end_ids, neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.modelling.families import family_of
@@ -99,10 +99,11 @@ def check_batch(
         image_token_id: Token id of an image slot. None if the model has no image token.
 
     Raises:
-        AssertionError: A mask does not cover exactly the response and its EOS, BOS is doubled or
-            missing, or the number of image slots is wrong.
+        AssertionError: A mask does not cover exactly response and end token; BOS is doubled or
+            missing; image slots are missing.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, ends = processor.tokenizer, end_ids(processor)
+    bos = tokenizer.bos_token_id
     answers = [r["chosen"] for r in rows] + [r["rejected"] for r in rows]
     prompts = [PromptCollator(processor)([row])["input_ids"][0].tolist() for row in rows]
     expected_slots = [ids.count(image_token_id) for ids in prompts]
@@ -115,11 +116,12 @@ def check_batch(
         text = unicodedata.normalize("NFC", tokenizer.decode(scored[:-1])).strip()
         if text != unicodedata.normalize("NFC", neutralise(expected, processor)).strip():
             raise AssertionError(f"row {i}: the mask covers {text!r}, expected {expected!r}")
-        if scored[-1] != tokenizer.eos_token_id or scored.count(tokenizer.eos_token_id) != 1:
-            raise AssertionError(f"row {i}: the response does not end in exactly one EOS")
-        bos = tokenizer.bos_token_id
-        if bos is not None and (real[0] != bos or real.count(bos) != 1):
-            raise AssertionError(f"row {i}: {real.count(bos)} BOS, expected one at the start")
+        if scored[-1] not in ends or sum(token in ends for token in scored) != 1:
+            raise AssertionError(f"row {i}: the response does not end in exactly one end token")
+        # A template may open every turn with the token that is also BOS.
+        head, written = real[: len(real) - len(scored)], prompts[i % len(rows)].count(bos)
+        if bos is not None and (head[0] != bos or head[1:2] == [bos] or head.count(bos) != written):
+            raise AssertionError(f"row {i}: {head.count(bos)} BOS, expected one at the start")
         has_image = rows[i % len(rows)].get("image") is not None
         slots = real.count(image_token_id)
         if image_token_id is not None and has_image != (slots > 0):

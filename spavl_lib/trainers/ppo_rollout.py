@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import ProcessorMixin, set_seed
 
 from spavl_lib.config import Config
+from spavl_lib.data.templates import end_ids
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
@@ -57,8 +58,7 @@ class RolloutMaker:
     def __init__(self, config: Config, rows: Dataset, folder: Path):
         self.config, self.settings, self.rows = config, config.ppo, rows
         self.processor: ProcessorMixin = load_processor(config.model)
-        tokenizer = self.processor.tokenizer
-        self.eos_id, self.pad_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.pad_id = self.processor.tokenizer.pad_token_id
         set_seed(config.seed)
         model, engine = config.model, config.launch.engine
         if engine == "zero3":
@@ -72,6 +72,7 @@ class RolloutMaker:
             model = dataclasses.replace(model, share_prefix="off")
         forbidden = forbidden_token_ids(self.processor)
         self.model: Roles = load_roles(model, folder, forbidden, masters=engine == "ddp")
+        self.end_ids = end_ids(self.processor, self.model.vlm_of("policy"))
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):
                 vlm = self.model.vlm_of(role)
@@ -112,7 +113,7 @@ class RolloutMaker:
         self.model.eval()
         prompts = encode_rows(self.processor, [self.rows[i] for i in self.prompts_of(step)])
         responses = self._sample(prompts, step, cache)
-        finished = [response[-1:] == [self.eos_id] for response in responses]
+        finished = [response[-1] in self.end_ids for response in responses]
         decode = self.processor.tokenizer.decode
         texts = [decode(response, skip_special_tokens=True).strip() for response in responses]
         rollout = Rollout(prompts, responses, texts, finished)
@@ -153,7 +154,7 @@ class RolloutMaker:
                     answers = sample(
                         self.model.vlm_of("policy"), batch, [seeds[i] for i in rows],
                         max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-                        forbidden_ids=self.model.forbidden_ids, eos_id=self.eos_id,
+                        forbidden_ids=self.model.forbidden_ids, end_ids=self.end_ids,
                         pad_id=self.pad_id,
                         compact=self.config.generation.cache == "compact",
                     )  # fmt: skip

@@ -19,6 +19,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
+GREY = 0.5  # in the units of the image processor's output
 IMAGE_EFFECT = 1e-3  # nats; a model that uses its images shows an effect of 0.1 or more
 
 
@@ -59,10 +60,7 @@ def reference_probe(
                 values = _logps(model, batch)
                 logps += values.tolist()
                 if row.get("image") is not None:
-                    blank = {
-                        k: torch.zeros_like(v) if v.is_floating_point() else v
-                        for k, v in batch.items()
-                    }
+                    blank = {k: _blank(v) if k == "pixel_values" else v for k, v in batch.items()}
                     effects.append((_logps(model, blank) - values).abs().max().item())
     finally:
         model.train(training)
@@ -73,6 +71,11 @@ def reference_probe(
             "weights were loaded and that the processor belongs to the model"
         )
     return {"ids": [row["id"] for row in picked], "logps": logps}
+
+
+def _blank(pixels: Tensor) -> Tensor:
+    """Images (images, ...) of one grey. Zeros stay, for some families take them for padding."""
+    return torch.where(pixels == 0, pixels, GREY)
 
 
 def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

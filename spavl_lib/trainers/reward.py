@@ -38,9 +38,10 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
+from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
-from spavl_lib.runs.files import write_jsonl, writing
+from spavl_lib.runs.files import write_jsonl, write_text, writing
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
@@ -52,6 +53,7 @@ from spavl_lib.trainers.exact_trainer import (
     WholeStepMixin,
     check_rows_fit,
 )
+from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
@@ -170,6 +172,7 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     """
     quiet_libraries()
     processor = load_processor(config.model)
+    stage.note(processor=describe(processor))
     train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows)
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
@@ -213,7 +216,28 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         save_reward_model(model, target, config.model)
         if machine.is_main():
             processor.save_pretrained(target)
+            write_text(target / "README.md", _card(config, summary))
     return summary
+
+
+def _card(config: Config, summary: dict) -> str:
+    reward, metrics = config.reward, summary["metrics"]
+    pairs = reward.per_device_batch_size * reward.gradient_accumulation_steps
+    rates = {name: metrics[name]["value"] for name in ("pair_accuracy",) if name in metrics}
+    return model_card(
+        config, "reward", tags=("reward-model",), source="", table="held-out pairs",
+        title="Reward model over",
+        use=(
+            "it scores answers by the preferences of its training pairs, and a policy can learn to "
+            "please it without being safe"
+        ),
+        facts=[
+            f"{summary['train_rows']} pairs",
+            f"{summary['steps']} steps of {pairs}",
+            f"peak rate {reward.learning_rate}",
+        ],
+        results=rates | {"final loss": summary["final_loss"]},
+    )  # fmt: skip
 
 
 def build_model(config: Config) -> ScalarHeadModel:

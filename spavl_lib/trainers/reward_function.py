@@ -4,7 +4,7 @@ The reward model scores the sampled token ids, not decoded texts. Image, templat
 the same as in its training. The score is read at the response's last token, as in PPO.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import use_adapter
 
 from spavl_lib.config import Config
+from spavl_lib.data.templates import end_ids
 from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
@@ -35,9 +36,9 @@ class RewardFunction:
         score: Function from a padded batch to the score of each row (rows,), read at the row's last
             token that is not padding.
         processor: Processor of policy and reward model.
-        batch_size: Number of responses that are scored at once.
-        missing_eos_penalty: Subtracted from the score of a response without EOS.
-        log: JSONL file that gets one line for each response. None writes no file.
+        batch_size: Number of responses scored at once.
+        missing_eos_penalty: Subtracted from the score of a response without an end token.
+        log: JSONL file for the rollouts, one line for each response; None to write none.
     """
 
     __name__ = "reward_model"
@@ -53,6 +54,7 @@ class RewardFunction:
     ):
         self.score, self.processor, self.batch_size = score, processor, batch_size
         self.missing_eos_penalty, self.log = missing_eos_penalty, log
+        self.end_ids: Sequence[int] = end_ids(processor)
 
     def __call__(
         self,
@@ -69,16 +71,16 @@ class RewardFunction:
         """Score every response.
 
         Args:
-            prompts: Conversations. Not used, because `question` has the unchanged text.
-            completions: Decoded responses. Not used, because decoding can lose information.
-            completion_ids: Sampled token ids of each response, with EOS if it was sampled.
+            prompts: Conversations, not used; `question` has the original text.
+            completions: Decoded responses, not used; `completion_ids` are exact.
+            completion_ids: Sampled token ids of each response, with its end token if sampled.
             id: Row id of each response.
-            question: Prompt text of each response.
+            question: Question of each response.
             image: Image of each response.
-            trainer_state: State of the trainer, which has the step for the log. None logs nothing.
+            trainer_state: State of the trainer, for the step in the log; None to log nothing.
 
         Returns:
-            Score of each response, minus the penalty if the response has no EOS.
+            Score of each response, less the penalty if it has no end token.
 
         Raises:
             InputError: Every response is empty.
@@ -97,7 +99,7 @@ class RewardFunction:
             raise NonFiniteError(
                 f"the reward model's score is not finite on rows {', '.join(bad[:10])}; {REMEDY}"
             )
-        finished = [c[-1:] == [tokenizer.eos_token_id] for c in completion_ids]
+        finished = [bool(c) and c[-1] in self.end_ids for c in completion_ids]
         rewards = scores - self.missing_eos_penalty * ~torch.tensor(finished)
         if self.log and trainer_state is not None:
             append_jsonl(

@@ -9,6 +9,7 @@ between sampling and update. On a CPU a resumed run therefore ends with bit-iden
 vLLM it does not, because vLLM's sampler has a random state that is not saved.
 """
 
+import contextlib
 import importlib.util
 import warnings
 from pathlib import Path
@@ -17,14 +18,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
 from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, RLOOConfig
+from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import encode_prompts, neutralise
+from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
@@ -34,6 +36,7 @@ from spavl_lib.modelling.adapters import (
 )
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.modelling.load import compute_dtype, load_model, load_processor, quiet_libraries
+from spavl_lib.modelling.processors import describe
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
@@ -66,6 +69,7 @@ class _EpochSampler(RepeatSampler):
 class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
     """trl's trainer with this package's prompts and checkpoints, and checks before every update."""
 
+    processing_class: Any
     prompts_compared = False
     images_seen = True  # every row has one
     trainable_counts: dict[str, int]
@@ -92,42 +96,55 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         """
         questions = [p[-1]["content"][-1]["text"] for p in prompts]
         images = [part["image"] for p in prompts for part in p[-1]["content"][:-1]]
-        encoded = encode_prompts(self.processing_class, questions, images)
-        fields: dict[str, Any] = dict(encoded.vision)
-        if encoded.token_types is not None:
-            fields["mm_token_type_ids"] = encoded.token_types
+        processor = getattr(self.processing_class, "processor", self.processing_class)
+        encoded = encode_prompts(processor, questions, images)
         if not self.prompts_compared:
             self.prompts_compared = True
-            trl_ids = super()._tokenize_prompts(prompts)[0]
-            compare_prompts(encoded.ids, trl_ids, has_types=encoded.token_types is not None)
-        return encoded.ids, [[image] for image in images], fields
+            # Pixtral's processor makes tensors, which trl does not pad for it.
+            with contextlib.suppress(ValueError):
+                compare_prompts(encoded.ids, super()._tokenize_prompts(prompts)[0])
+        self.processing_class = _Encoded(processor, encoded)
+        return encoded.ids, [[image] for image in images], encoded.vision | encoded.token_types
 
 
-def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]], *, has_types: bool) -> None:
-    """Compare this package's token ids of prompts with trl's. Warn if they differ.
+class _Encoded:
+    """The processor as trl calls it for the update: it gives what the responses were sampled from.
+
+    trl would process the prompts' text a second time, with a BOS of the tokenizer before that of
+    the template, and its token types would then belong to other ids.
 
     Args:
-        ours: Token ids that are used, as in the training of the reward model.
-        trl_ids: Token ids that trl's own tokenisation gives.
-        has_types: Whether the model uses token types. trl computes them for its own token ids.
+        processor: The model's processor, which does everything else.
+        encoded: The prompts of the step.
+    """
 
-    Raises:
-        InputError: The token ids differ, and the model uses token types.
+    def __init__(self, processor: ProcessorMixin, encoded: EncodedPrompts):
+        self.processor, self.encoded = processor, encoded
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.processor, name)
+
+    def __call__(self, **_: Any) -> BatchFeature:
+        types = {n: pad_rows(rows, 0, "left") for n, rows in self.encoded.token_types.items()}
+        return BatchFeature(self.encoded.vision | types)
+
+
+def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]]) -> None:
+    """Say at the first step if trl would tokenise the prompts unlike our reward model saw them.
+
+    Args:
+        ours: Token ids that are used.
+        trl_ids: Token ids that trl would use.
     """
     differing = sum(list(a) != list(b) for a, b in zip(ours, trl_ids, strict=True))
-    if not differing:
-        return
-    problem = (
-        f"trl's own tokenisation gives other ids for {differing} of {len(ours)} prompts "
-        f"(they begin {list(trl_ids[0])[:4]} and end {list(trl_ids[0])[-4:]}; ours begin "
-        f"{ours[0][:4]} and end {ours[0][-4:]})"
-    )
-    if has_types:
-        raise InputError(
-            f"{problem}, and the token types that this model family needs belong to those; use "
-            "`spavl train ppo` instead"
+    if differing:
+        warnings.warn(
+            f"trl's own tokenisation gives other ids for {differing} of {len(ours)} prompts "
+            f"(they begin {list(trl_ids[0])[:4]} and end {list(trl_ids[0])[-4:]}; ours begin "
+            f"{ours[0][:4]} and end {ours[0][-4:]}); ours are used, as in training the reward "
+            "model",
+            stacklevel=2,
         )
-    warnings.warn(f"{problem}; ours are used, as in training the reward model", stacklevel=2)
 
 
 def check_first(logs: dict) -> None:
@@ -175,6 +192,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     check_reward_model(config.model, folder)
     quiet_libraries()
     processor = load_processor(config.model)
+    stage.note(processor=describe(processor))
     [rows] = load_rows(config, stage, processor, "train")
     trainer = build_trainer(config, stage, processor, rows, folder)
     ckpt.check_room(trainer.checkpoints, trainer.model)
@@ -241,6 +259,8 @@ def build_trainer(
         missing_eos_penalty=rloo.missing_eos_penalty, log=stage.path / "rollouts.jsonl",
     )  # fmt: skip
     policy = load_model(config.model)
+    reward.end_ids = end_ids(processor, policy)
+    policy.generation_config.eos_token_id = list(reward.end_ids)  # trl stops answers by it
     if not lora:
         policy = policy.float()  # fp32 master weights, as in DPO
         freeze_for_full(policy, config.model)

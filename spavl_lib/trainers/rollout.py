@@ -6,7 +6,7 @@ is therefore the same in any batch, with any number of processes, and after any 
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, ProcessorMixin
 
 from spavl_lib.data.collate import pad_rows, stack_vision
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import encode_prompts
+from spavl_lib.data.templates import encode_prompts, end_ids, until_end
 from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.modelling.roles import NEVER
 
@@ -31,7 +31,7 @@ class Prompt:
     row_id: str
     text: str
     ids: list[int]
-    token_types: list[int] | None
+    token_types: dict[str, list[int]]
     vision: dict[str, Any]
     image_digest: str = ""
 
@@ -72,7 +72,7 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
     prompts = []
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
-        types = encoded.token_types[0] if encoded.token_types else None
+        types = {name: rows_of[0] for name, rows_of in encoded.token_types.items()}
         vision = encoded.vision
         digest = digest_of_image(vision)
         prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, digest))
@@ -92,14 +92,14 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
-    """Token ids that must not be sampled: image slots, BOS, and padding unless padding is EOS."""
+    """Ids that must not be sampled: image slots, BOS, and padding, unless they end a response."""
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-    ids.add(getattr(processor, "image_token_id", None))
-    image = getattr(processor, "image_token", None)
-    if image:
-        ids.add(tokenizer.convert_tokens_to_ids(image))
-    return tuple(sorted(i for i in ids - {None, tokenizer.eos_token_id}))
+    for owner in (processor, tokenizer):  # Gemma 3's processor expands one token into another
+        ids.add(getattr(owner, "image_token_id", None))
+        if image := getattr(owner, "image_token", None):
+            ids.add(tokenizer.convert_tokens_to_ids(image))
+    return tuple(sorted(i for i in ids - {None, *end_ids(processor)}))
 
 
 def batch_of(
@@ -122,9 +122,9 @@ def batch_of(
         device: Device of the tensors.
 
     Returns:
-        `input_ids` and `attention_mask` (rows, longest prompt + width), int64. For model families
-        that use them also `mm_token_type_ids`, of the same shape. And the image tensors, stacked
-        over the rows that have an image.
+        `input_ids` and `attention_mask` (rows, longest prompt + width), int64; token types of the
+        same shape for model families that use them; and the image tensors, stacked over those rows
+        that have an image.
     """
     width = max(map(len, responses))
 
@@ -138,9 +138,9 @@ def batch_of(
             [[1] * len(p.ids) for p in prompts], [[1] * len(r) for r in responses], 0
         ),
     }
-    if prompts[0].token_types is not None:
-        types = [[0] * len(r) for r in responses]
-        batch["mm_token_type_ids"] = joined([p.token_types or [] for p in prompts], types, 0)
+    for name in prompts[0].token_types:
+        answers = [[0] * len(r) for r in responses]
+        batch[name] = joined([p.token_types[name] for p in prompts], answers, 0)
     batch |= stack_vision([p.vision for p in prompts if p.vision])
     return {k: v.to(device) for k, v in batch.items()}
 
@@ -199,7 +199,7 @@ def sample(
     max_new_tokens: int,
     temperature: float,
     forbidden_ids: list[int],
-    eos_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
     compact: bool = True,
 ) -> list[list[int]]:
@@ -212,29 +212,25 @@ def sample(
         max_new_tokens: Largest number of tokens in a response.
         temperature: Divisor of the logits.
         forbidden_ids: Token ids that are never sampled.
-        eos_id: Token id that ends a response. It is part of the response.
-        pad_id: Token id that fills finished rows. It may be the EOS id.
-        compact: Whether finished rows may be removed from the batch
-            (`generation.compact_decoding`).
+        end_ids: Ids that end a response, and are part of it.
+        pad_id: Id that fills rows which ended early; may be an end id.
+        compact: Whether ended responses may leave the batch (`generation.compact_decoding`).
 
     Returns:
-        New token ids of each row, up to and including the first EOS.
+        New token ids of each row, cut after the first end id.
     """
     noise = SeededSampling(seeds, temperature, forbidden_ids, batch["input_ids"].device)
     if compact and can_decode(model):
         return decode(
             model, batch, lambda scores, rows: noise.noisy(scores, rows).argmax(-1),
-            max_new_tokens=max_new_tokens, eos_id=eos_id,
+            max_new_tokens=max_new_tokens, end_ids=end_ids,
         )  # fmt: skip
     out = model.generate(
         **batch,
         do_sample=False,
         logits_processor=LogitsProcessorList([noise]),
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_id,
+        eos_token_id=list(end_ids),
         pad_token_id=pad_id,
     )[:, batch["input_ids"].shape[1] :]
-    answers = []
-    for row in out.tolist():
-        answers.append(row[: row.index(eos_id) + 1] if eos_id in row else row)
-    return answers
+    return [row[: len(until_end(row, end_ids)[0]) + 1] for row in out.tolist()]

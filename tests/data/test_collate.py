@@ -372,7 +372,7 @@ def test_collating_leaves_the_rows_as_they_were() -> None:
 def test_prompts_without_any_image() -> None:
     processor = embedded_processor()
     encoded = encode_prompts(processor, ["Why?", "And so?"], [None, None])
-    assert encoded.vision == {} and encoded.token_types is None
+    assert encoded.vision == {} and encoded.token_types == {}
     assert all(4 not in i and i[0] == 0 and i.count(0) == 1 for i in encoded.ids)
 
 

@@ -53,7 +53,7 @@ def test_greedy_answers_are_those_of_generate(family: str, shared: bool) -> None
         assert logits.shape[0] == len(rows) and logits.dtype == torch.float32
         return logits.argmax(-1)
 
-    said = decode(model, batch, greedy, max_new_tokens=limit, eos_id=eos)
+    said = decode(model, batch, greedy, max_new_tokens=limit, end_ids=[eos])
     assert said == expected
     assert handle is None or handle.stats["shared"] == 1, "the prompts' beginnings, once"
     assert len(at_work) == max(map(len, expected)), "one pass a token, none after the last"
@@ -72,9 +72,9 @@ def test_sampled_rows_are_those_of_generate(family: str, monkeypatch: pytest.Mon
     }  # fmt: skip
     seeds = [100 + i for i in range(9)]
     # Tokens of the rows' middles end them, at places of their own.
-    first = sample(model, batch, seeds, eos_id=-1, compact=False, **options)
+    first = sample(model, batch, seeds, end_ids=[-1], compact=False, **options)
     eos = first[0][2]
-    expected = sample(model, batch, seeds, eos_id=eos, compact=False, **options)
+    expected = sample(model, batch, seeds, end_ids=[eos], compact=False, **options)
     assert len(expected[0]) == 3 < max(map(len, expected))
     taken_out, own = [], GrowingLayer.batch_select_indices
 
@@ -84,7 +84,7 @@ def test_sampled_rows_are_those_of_generate(family: str, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(GrowingLayer, "batch_select_indices", noted)
     monkeypatch.setattr(decoding, "MIN_ACTIVE", 1.0)  # a row is removed at once
-    assert sample(model, batch, seeds, eos_id=eos, **options) == expected
+    assert sample(model, batch, seeds, end_ids=[eos], **options) == expected
     assert taken_out and taken_out[0] < 9
 
 

@@ -1,6 +1,7 @@
 """What we export loads with transformers, PEFT and by vLLM's rules, and says the same."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,17 @@ def test_refusals(stage: Path, tmp_path: Path) -> None:
         export(tmp_path, tmp_path / "x")
     with pytest.raises(InputError, match="is not empty"):
         export(stage, stage)
+
+
+@pytest.mark.parametrize("form", ["merged", "vllm"])
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+def test_a_reward_model_is_not_exported_without_its_head(
+    adapter: str, form: str, reward_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "reward"
+    shutil.copytree(reward_folders[adapter], folder / "model")
+    (folder / "config.yaml").write_text(yaml.safe_dump(smoke({"model.adapter": adapter}).to_dict()))
+    write_json(folder / "summary.json", {"steps": 1})
+    with pytest.raises(InputError, match="is a reward model, and both forms would lose its score"):
+        export(folder, tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()

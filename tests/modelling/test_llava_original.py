@@ -1,6 +1,8 @@
 """The original code's checkpoints: every name mapped, the same numbers, and clear refusals."""
 
+import copy
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BaseImageProcessor,
     LlavaForConditionalGeneration,
     PreTrainedModel,
 )
@@ -20,7 +23,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.modelling.families import Llava
 from spavl_lib.modelling.llava_original import import_llava, new_name
 from spavl_lib.modelling.load import load_model, load_processor
-from tests.helpers import LLAMA_TOKENS, byte_tokenizer, tiny
+from tests.helpers import LLAMA_TOKENS, STOCK_LLAVA_TEMPLATE, byte_tokenizer, tiny
 
 
 def original_names(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -170,6 +173,115 @@ def test_refusals(model: PreTrainedModel, tmp_path: Path) -> None:
         import_llava(source, tmp_path / "other")
 
 
+# --- settings of the original that change what the model is given --------------------------------
+
+
+def changed(model: PreTrainedModel, folder: Path, **settings: object) -> Path:
+    """An original checkpoint with other settings in its config.json."""
+    source = write_original(model, folder)
+    page = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(page | settings))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("settings", "rope"),
+    [
+        ({"rope_theta": 500000.0}, {"rope_theta": 500000.0, "rope_type": "default"}),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_theta": 5000.0},
+            {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+        ),
+    ],
+)
+def test_rotary_positions_are_kept(
+    settings: dict, rope: dict, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    source = changed(model, tmp_path / "original", **settings)
+    import_llava(source, tmp_path / "imported")
+    kept = AutoModelForImageTextToText.from_pretrained(tmp_path / "imported").config.text_config
+    assert rope.items() <= kept.rope_parameters.items()
+
+
+def test_every_value_of_the_language_model_is_kept(model: PreTrainedModel, tmp_path: Path) -> None:
+    settings = {"rms_norm_eps": 3e-5, "attention_bias": False, "hidden_act": "gelu"}
+    import_llava(changed(model, tmp_path / "original", **settings), tmp_path / "imported")
+    text = json.loads((tmp_path / "imported/config.json").read_text())["text_config"]
+    assert settings.items() <= text.items()
+
+
+@torch.no_grad()
+def test_the_class_token_is_kept_where_the_original_uses_it(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    source = changed(model, tmp_path / "original", mm_vision_select_feature="cls_patch")
+    import_llava(source, tmp_path / "imported")
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "imported")
+    processor = AutoProcessor.from_pretrained(tmp_path / "imported")
+    picture = Image.new("RGB", (20, 30), (200, 10, 10))
+    inputs = processor(images=picture, text="<image>\nWhat?", return_tensors="pt")
+    assert (inputs["input_ids"] == ours.config.image_token_id).sum() == 17  # 16 patches and it
+    assert torch.isfinite(ours(**inputs).logits).all()
+
+
+@pytest.mark.parametrize("ratio", [None, "square"])
+def test_images_are_cropped_where_the_original_crops(
+    ratio: str | None, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    source = changed(model, tmp_path / "original", image_aspect_ratio=ratio)
+    import_llava(source, tmp_path / "imported")
+    processor = load_processor(ModelConfig(name=str(tmp_path / "imported"), adapter="lora"))
+    images = processor.image_processor
+    assert images.do_center_crop and type(images).__name__ == "CLIPImageProcessorPil"
+    left, right = (np.zeros((32, 96, 3), np.uint8) for _ in range(2))
+    left[:, :30] = 255  # outside the middle: not seen
+    seen = [images(Image.fromarray(p), return_tensors="np")["pixel_values"] for p in (left, right)]
+    np.testing.assert_array_equal(*seen)
+
+
+@pytest.mark.parametrize("rows", [261, 320, 384])
+def test_a_vocabulary_with_rows_to_spare(rows: int, model: PreTrainedModel, tmp_path: Path) -> None:
+    source = write_original(model, tmp_path / "original")
+    for path in source.glob("*.safetensors"):
+        named = load_file(path)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in named:
+                spare = torch.full((rows - len(named[name]), named[name].shape[1]), 0.5)
+                named[name] = torch.cat([named[name], spare])
+        save_file(named, path)
+    page = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(page | {"vocab_size": rows}))
+    import_llava(source, tmp_path / "imported")
+    ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "imported")
+    table = ours.get_input_embeddings().weight
+    assert table.shape[0] == -(-rows // 64) * 64
+    assert torch.equal(table[:259], model.get_input_embeddings().weight[:259])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_aspect_ratio": "anyres"},
+        {"mm_use_im_start_end": True},
+        {"mm_vision_select_feature": "cls"},
+        {"mm_projector_type": "linear", "image_aspect_ratio": "anyres_max_9"},
+    ],
+)
+def test_what_cannot_be_imported_is_named_before_anything_is_written(
+    settings: dict, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    source = changed(model, tmp_path / "original", **settings)
+    with pytest.raises(InputError) as caught:
+        import_llava(source, tmp_path / "imported")
+    for key, value in settings.items():
+        assert f"{key} {value!r}" in str(caught.value)
+    assert not (tmp_path / "imported").exists()
+
+
 # --- pictures and words of the Hub's LLaVA-1.5 --------------------------------------------------
 
 
@@ -187,6 +299,7 @@ def llava_pixels(picture: Image.Image, side: int, mean: list, std: list) -> np.n
 def test_a_stock_processor_becomes_llavas_own_to_the_pixel(
     size: tuple[int, int], tmp_path: Path
 ) -> None:
+    tiny("llava")[0].config.save_pretrained(tmp_path)
     tiny("llava")[1].save_pretrained(tmp_path)
     stock = AutoProcessor.from_pretrained(tmp_path)
     ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
@@ -202,15 +315,61 @@ def test_a_stock_processor_becomes_llavas_own_to_the_pixel(
 
 
 def test_the_stock_template_becomes_vicunas(tmp_path: Path) -> None:
+    tiny("llava")[0].config.save_pretrained(tmp_path)
     tiny("llava")[1].save_pretrained(tmp_path)
-    ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
+    with pytest.warns(UserWarning, match="template is the Hub's.*vicuna_v1.*padded to a square"):
+        ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
     message = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi?"}]}]
     text = ours.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     assert text == (
-        "<s>A chat between a curious human and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the human's questions. USER: <image>\nHi? "
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the user's questions. USER: <image>\nHi? "
         "ASSISTANT:"
     )
+
+
+TEMPLATES = {
+    "llama 3": "{{ bos_token }}{% for m in messages %}<|start|>{{ m['role'] }}<|end|>{% for p in "
+    "m['content'] %}{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endfor %}",
+    "a word more": STOCK_LLAVA_TEMPLATE.replace("ASSISTANT:", "ASSISTANT: Well,"),
+    "a system sentence": "Be brief. " + STOCK_LLAVA_TEMPLATE,
+    "another name": STOCK_LLAVA_TEMPLATE.replace(".upper()", ".title()"),
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_template_of_its_own_is_kept_with_its_image_processor(
+    template: str, tmp_path: Path
+) -> None:
+    """A Llama 3 or a Phi 3 in LLaVA's class, and whoever edits the template as the error says."""
+    model, processor = tiny("llava")[0], copy.deepcopy(tiny("llava")[1])
+    processor.chat_template = template
+    processor.image_processor.image_mean = [0.5, 0.4, 0.3]
+    processor.image_processor.image_std = [0.2, 0.3, 0.4]
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours = load_processor(ModelConfig(name=str(tmp_path), adapter="lora"))
+    assert ours.chat_template == template
+    assert as_saved(ours.image_processor) == as_saved(processor.image_processor)
+    assert ours.image_processor.do_center_crop
+
+
+def as_saved(images: BaseImageProcessor) -> dict:
+    return json.loads(images.to_json_string())
+
+
+def test_llavas_padding_keeps_the_checkpoints_own_mean(tmp_path: Path) -> None:
+    model, processor = tiny("llava")[0], copy.deepcopy(tiny("llava")[1])
+    processor.image_processor.image_mean = [0.5, 0.4, 0.3]
+    processor.image_processor.image_std = [0.2, 0.3, 0.4]
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="vicuna_v1"):
+        images = load_processor(ModelConfig(name=str(tmp_path), adapter="lora")).image_processor
+    assert images.do_pad and not images.do_center_crop
+    assert list(images.image_mean) == [0.5, 0.4, 0.3] and list(images.image_std) == [0.2, 0.3, 0.4]
 
 
 @pytest.mark.parametrize("family", ["llava_next", "qwen2_5_vl", "idefics3", "embedded"])

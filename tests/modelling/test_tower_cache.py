@@ -1,9 +1,11 @@
 """The tower's outputs kept over a rollout, alone and under shared prefixes."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, PixtralVisionConfig
 
 from spavl_lib.modelling.families import tower_of
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
@@ -57,13 +59,22 @@ def test_generation_prefills_what_prompts_have_in_common_once(family: str) -> No
     options = {
         "max_new_tokens": 10, "temperature": 1.0,
         "forbidden_ids": list(forbidden_token_ids(processor)),
-        "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+        "end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id,
     }  # fmt: skip
     plain = sample(model, batch, list(range(7)), **options)
     handle = share_prefix(model, strict=True)
     assert sample(model, batch, list(range(7)), **options) == plain
     assert handle.stats["shared"] == 1
     assert handle.stats["packed_tokens"] < handle.stats["rows_tokens"]
+
+
+def test_a_tower_that_lays_images_into_one_row_is_run_each_time() -> None:
+    """Pixtral's, which LLaVA's class may hold."""
+    config = LlavaConfig(vision_config=PixtralVisionConfig())
+    model = SimpleNamespace(config=config, model_type="llava")
+    assert not TowerCache(model, []).works
+    config.vision_config = CLIPVisionConfig()
+    assert TowerCache(model, []).works
 
 
 def test_questions_about_a_picture_come_in_one_batch() -> None:

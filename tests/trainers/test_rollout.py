@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def test_prompts_end_and_answers_begin_in_one_column() -> None:
-    prompts = [Prompt("a", "", [1, 2, 3], None, {}), Prompt("b", "", [4], None, {})]
+    prompts = [Prompt("a", "", [1, 2, 3], {}, {}), Prompt("b", "", [4], {}, {})]
     batch = batch_of(prompts, [[5], [6, 7]], 0, CPU)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
@@ -47,7 +47,7 @@ def test_an_answer_is_the_same_alone_and_among_others() -> None:
     seeds = [seed_from(0, n) for n in range(4)]
     options = {
         "max_new_tokens": 12, "temperature": 1.0, "forbidden_ids": [tokenizer.bos_token_id],
-        "eos_id": tokenizer.eos_token_id, "pad_id": tokenizer.pad_token_id,
+        "end_ids": [tokenizer.eos_token_id], "pad_id": tokenizer.pad_token_id,
     }  # fmt: skip
 
     def said(rows: list[int]) -> list[list[int]]:
@@ -67,6 +67,6 @@ def test_answers_are_cut_after_the_first_eos_even_where_it_pads() -> None:
     batch = {"input_ids": torch.zeros(3, 2, dtype=torch.long)}
     answers = sample(
         scripted, batch, [1, 2, 3], max_new_tokens=4, temperature=1.0, forbidden_ids=[],
-        eos_id=2, pad_id=2, compact=False,
+        end_ids=[2], pad_id=2, compact=False,
     )  # fmt: skip
     assert answers == [[5, 2], [2], [5, 6, 7, 8]]

@@ -68,7 +68,7 @@ PPO_CHANGES = {
 
 
 def prompts(count: int) -> list[Prompt]:
-    return [Prompt(f"row{n}", "", [1, 2], None, {}) for n in range(count)]
+    return [Prompt(f"row{n}", "", [1, 2], {}, {}) for n in range(count)]
 
 
 class FakeVLM(nn.Linear):
@@ -192,7 +192,7 @@ def test_ppo_passes_temperature_and_length_to_sampling_and_to_every_role(
     for options in sampled:
         assert (options["max_new_tokens"], options["temperature"]) == (5, 1.7)
         assert options["forbidden_ids"] == [5] and options["compact"] is False
-        assert options["eos_id"] == trainer.processor.tokenizer.eos_token_id
+        assert list(options["end_ids"]) == [trainer.processor.tokenizer.eos_token_id]
     assert len({seed for options in sampled for seed in options["seeds"]}) == 6
     assert {role for role, _ in trainer.model.calls} == {"policy", "reference", "value", "reward"}
     assert {options["temperature"] for _, options in trainer.model.calls} == {1.7}

@@ -161,7 +161,7 @@ def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path]) -> N
         folders["lora"], ppo__length_penalty=0.1, ppo__missing_eos_penalty=2.0,
         ppo__whiten_advantages=False, ppo__kl_coef=0.5, ppo__kl_target=0.0, ppo__gae_lambda=0.9,
     )  # fmt: skip
-    prompts = [Prompt(str(i), "", [1], None, {}) for i in range(2)]
+    prompts = [Prompt(str(i), "", [1], {}, {}) for i in range(2)]
     rollout = Rollout(prompts, [[5, 6, 2], [7, 8]], ["a", "b"], [True, False])
     logps = torch.tensor([[-1.0, -2.0, -3.0], [-1.0, -1.0, 0.0]])
     rollout.columns = {
@@ -263,8 +263,8 @@ def test_a_reward_that_is_no_number_stops_before_the_update(
 def test_a_policy_that_says_nothing_at_all_is_stopped(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def nothing(model: object, batch: dict, seeds: list, eos_id: int, **_: object) -> list:
-        return [[eos_id]] * len(seeds)
+    def nothing(model: object, batch: dict, seeds: list, end_ids: tuple, **_: object) -> list:
+        return [[end_ids[0]]] * len(seeds)
 
     monkeypatch.setattr(ppo_rollout, "sample", nothing)
     with pytest.raises(InputError, match="every response is empty"):

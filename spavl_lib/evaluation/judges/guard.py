@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.data.images import decode
+from spavl_lib.data.templates import neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
 from spavl_lib.modelling.load import compute_dtype, device
@@ -118,7 +119,8 @@ class GuardJudge:
         return self.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
     def _prompt(self, record: dict, has_image: bool) -> str:
-        question, answer = (self._plain(record[n]) for n in ("prompt", "response"))
+        reader = self.processor or self.tokenizer
+        question, answer = (neutralise(record[n], reader) for n in ("prompt", "response"))
         if self.form == "md-judge":
             tag = rubric.tag_of(question, answer)
             return MD_JUDGE.format(tag=tag, question=question, answer=answer)
@@ -129,22 +131,14 @@ class GuardJudge:
             ]
         else:
             turns = rubric.safety_messages(question, answer)
-        template = self.processor or self.tokenizer
-        if template.chat_template is None:
+        if reader.chat_template is None:
             body = "\n".join(str(t["content"]) for t in turns)
             return f"{self.tokenizer.bos_token or ''}{body}\n"
         if self.processor is not None:
             turns = [_in_parts(t, has_image and t["role"] == "user") for t in turns]
         # The template of a guard model ends with an instruction, so it needs no generation prompt.
         generation = self.form != "guard"
-        return template.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
-
-    def _plain(self, text: str) -> str:
-        """The text with a space inserted into every control token of this model."""
-        words = [*self.tokenizer.all_special_tokens, getattr(self.processor, "image_token", "")]
-        for word in sorted({w for w in words if w and len(w) > 1}, key=len, reverse=True):
-            text = text.replace(word, f"{word[0]} {word[1:]}")
-        return text
+        return reader.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
 
 
 def _in_parts(turn: dict, has_image: bool) -> dict:

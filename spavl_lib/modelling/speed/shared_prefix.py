@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import FAMILIES, family_of, tower_of
+from spavl_lib.modelling.families import FAMILIES, family_of, packs_images, tower_of
 from spavl_lib.modelling.speed.fused_lora import fuse_lora
 from spavl_lib.modelling.speed.prefix_attention import (
     PLANS,
@@ -353,6 +353,8 @@ def unsupported(backbone: nn.Module) -> str:
     if not family_of(config).shares_prefixes:
         sharing = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
         return f"{config.model_type} is not one of {', '.join(sharing)}, which give equal results"
+    if packs_images(config):
+        return f"the tower {config.vision_config.model_type} lays all images into one row"
     text = config.get_text_config()
     if text.model_type not in TEXT_MODELS:
         return f"the text model {text.model_type} is not one of {', '.join(TEXT_MODELS)}"

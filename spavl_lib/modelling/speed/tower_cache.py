@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from spavl_lib.modelling.families import family_of
+from spavl_lib.modelling.families import family_of, packs_images
 
 
 class _Layers:
@@ -43,7 +43,9 @@ class TowerCache:
         self.family, self.config = family_of(model), model.config
         layers = getattr(self.config, "vision_feature_layer", None)
         self.layers = [layers] if isinstance(layers, int) else list(layers or [])
-        self.works = self.family.picks_hidden_states and bool(self.layers)
+        self.works = (
+            self.family.picks_hidden_states and bool(self.layers) and not packs_images(self.config)
+        )
         self.towers = towers
         self.hits = self.misses = 0
         self._kept: dict[Hashable, dict[int, Tensor]] = {}

@@ -5,7 +5,7 @@ The outputs are kept as long as the batch's pixel tensor exists.
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,10 +99,10 @@ class VisionMemory:
         """
         if pixels.is_inference():  # an inference tensor has no version counter
             return group_images(pixels, sizes)
-        version, groups = self.known.get(pixels, (None, None))
-        if version != pixels._version:
+        state, groups = self.known.get(pixels, (None, None))
+        if state != (current := state_of([pixels])):
             groups = group_images(pixels, sizes)
-            self.known[pixels] = (pixels._version, groups)
+            self.known[pixels] = (current, groups)
         return groups
 
     @contextlib.contextmanager
@@ -129,14 +129,61 @@ class VisionMemory:
         if groups is None or pixel_values.requires_grad or not self.frozen():
             self.images_run += len(pixel_values)
             return self.plain_forward(pixel_values, *args, **kwargs)
-        # The output also depends on autocast and on the layers that are requested.
-        key = (repr(args), repr(sorted(kwargs.items())), torch.is_autocast_enabled())
+        key = self._key(pixel_values, args, kwargs)
         if key not in groups.outputs:
             self.images_run += len(pixel_values)
             with torch.no_grad():
-                groups.outputs[key] = self.plain_forward(pixel_values, *args, **kwargs)
+                output = self.plain_forward(pixel_values, *args, **kwargs)
+            # transformers adds hooks in a tower's first pass, so the key is read again.
+            groups.outputs[key := self._key(pixel_values, args, kwargs)] = output
         output = groups.outputs[key]
         return type(output)(**output)  # a shallow copy, because the caller changes attributes
+
+    def _key(self, pixels: Tensor, args: tuple, kwargs: dict) -> tuple:
+        """What the output depends on besides the pixels: layers, autocast and the tower itself.
+
+        Args:
+            pixels: The images, for their device.
+            args: The other arguments of the tower's forward.
+            kwargs: Its keyword arguments.
+        """
+        device = pixels.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (repr(args), repr(sorted(kwargs.items())), autocast, tower_state(self.tower))
+
+
+def state_of(tensors: Iterable[Tensor]) -> tuple:
+    """What changes when one of the tensors does: version, memory, dtype and sum.
+
+    A version counts changes in place, except those through `.data`, which the sum shows.
+    """
+    tensors = list(tensors)
+    sums = [t.detach().sum(dtype=torch.float64) for t in tensors if t.is_floating_point()]
+    return (
+        tuple((t._version, t.data_ptr(), t.dtype, t.device) for t in tensors),
+        tuple(torch.stack(sums).tolist()) if sums else (),
+    )
+
+
+def tower_state(tower: nn.Module) -> tuple:
+    """Everything that a frozen tower's output depends on, besides its input.
+
+    Args:
+        tower: The tower. PEFT's layers in it count with the adapters that are on.
+    """
+    switches = tuple(
+        (name, repr(value))
+        for module in tower.modules()
+        for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+        if (value := vars(module).get(name)) is not None
+    )
+    forwards = tuple(
+        (id(vars(m).get("forward")), *m._forward_hooks, *m._forward_pre_hooks)
+        for m in tower.modules()
+        if m is not tower
+    )
+    attention = getattr(getattr(tower, "config", None), "_attn_implementation", None)
+    return state_of([*tower.parameters(), *tower.buffers()]), switches, forwards, attention
 
 
 def active_dropout(module: nn.Module) -> bool:
