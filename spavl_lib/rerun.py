@@ -6,6 +6,7 @@ compared.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,13 +17,15 @@ from typing import Any
 
 import yaml
 
+from spavl_lib import machine
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.paths import repo_root, runs_root
-from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
+from spavl_lib.runs.stage import VARIANT_FOLDERS, Run, recorded_dtype
+from spavl_lib.stages import find as stage_spec
 from spavl_lib.stages import stage_names
 
 # Times, memory and device names; never compared.
@@ -102,7 +105,8 @@ def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
 def _read(stage: Path) -> tuple[dict, Config]:
     try:
         manifest = read_json(stage / "manifest.json")
-        return manifest, from_dict(manifest["config"])
+        config = from_dict(manifest["config"])
+        return manifest, dataclasses.replace(config, dtype=recorded_dtype(manifest))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{stage / 'manifest.json'}: cannot be repeated from: {error}") from error
 
@@ -132,16 +136,17 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
     now = provenance.environment(repo_root())
     for key in CONDITIONS:
         yield from differences({key: manifest.get(key)}, {key: now[key]})
+    here, then = machine.dtype_name(), recorded_dtype(manifest)
+    if stage_spec(name).computes and then not in ("", here):
+        yield f"dtype: {then!r} -> {here!r} (a second making computes in {then} again)"
     inputs = {k: v for k, v in manifest.get("inputs", {}).items() if _comparable(k)}
     if not inputs:
         return
     from spavl_lib.data.fingerprint import source_hashes
     from spavl_lib.modelling.load import model_hashes
-    from spavl_lib.trainers import inputs as training
 
     splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
-    current = {"dtype": str(training.compute_dtype()).removeprefix("torch.")}
-    current |= {f"model/{k}": v for k, v in model_hashes(config.model).items()}
+    current = {f"model/{k}": v for k, v in model_hashes(config.model).items()}
     with contextlib.suppress(InputError):  # no such folder any more: every hash is gone
         current |= source_hashes(config.data, splits)
     yield from differences(inputs, {k: current.get(k) for k in inputs})
@@ -150,7 +155,7 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
 
 
 def _comparable(name: str) -> bool:
-    return name == "dtype" or name.startswith(("model/", "data/"))
+    return name.startswith(("model/", "data/"))
 
 
 def _data_differences(then: dict, config: Config) -> Iterator[str]:

@@ -43,9 +43,16 @@ class StageSpec:
     """Whether its `model/` can answer prompts."""
     several_processes: bool = False
     """Whether several processes can make it together."""
+    answers: bool = False
+    """Whether models answer or train in it although it is no trainer, as in inference."""
     settings: type | None = None
     """Class of the settings of a stage from another package, which stand under `plugins.NAME`; None
     for built-in stages, whose settings are sections of the config."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether its result depends on the precision that models compute in."""
+        return self.trains or self.answers
 
     @property
     def notebook_stem(self) -> str:
@@ -80,6 +87,7 @@ BUILT_IN = (
     StageSpec(
         name="inference", module="spavl_lib.generation.stage", config_keys=_ANSWERS,
         notebook="05_inference", upstream=("dpo", "ppo"), any_trained=True, several_processes=True,
+        answers=True,
     ),
     StageSpec(
         name="evaluation", module="spavl_lib.evaluation.suite", config_keys=_ANSWERS,
@@ -88,6 +96,7 @@ BUILT_IN = (
     StageSpec(
         name="scaling", module="spavl_lib.scaling.run",
         config_keys=(*_ANSWERS, "dpo", "scaling"), notebook="07_scaling_and_ablations",
+        answers=True,
     ),
 )  # fmt: skip
 # Settings that may differ between making a stage and using it: they do not change the result.

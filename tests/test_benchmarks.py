@@ -10,7 +10,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = sorted(path for path in FOLDER.glob("*.py") if path.name != "__init__.py")
 # What benchmarks replace at run time, which an import alone does not show.
 REPLACED = (
-    "spavl_lib.modelling.load.compute_dtype", "spavl_lib.trainers.dpo.reference_probe",
+    "spavl_lib.trainers.dpo.reference_probe",
     "spavl_lib.trainers.ppo.reference_probe", "spavl_lib.trainers.ppo_rollout.load_roles",
     "spavl_lib.trainers.ppo_rollout.encode_rows", "spavl_lib.trainers.ppo.PPOTrainer._batch",
     "spavl_lib.trainers.exact_trainer.CheckedMixin.training_step",

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from spavl_lib import machine
 from spavl_lib.config.presets import ORIGINAL_LEARNING_RATE, ORIGINAL_PRESET
 from spavl_lib.config.sections import Config
 from spavl_lib.config.validation import all_keys, build, flatten, input_error, to_plain, unknown_key
@@ -67,8 +68,9 @@ def load_config(
 
     Raises:
         InputError: The profile is unknown, or there are unknown keys, wrong values or missing
-            scale; lists all of them.
+            scale; lists all of them. Or `$SPAVL_DTYPE` is no precision.
     """
+    machine.asked_dtype()
     path = Path(profile) if profile.endswith((".yaml", ".yml")) else PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = profile_names()

@@ -527,6 +527,9 @@ class Config:
     """Random seed of weights, data order and sampling."""
     run_name: str = ""
     """Folder of the run under runs/; empty for the profile's name."""
+    dtype: Literal["", "bf16", "fp16", "fp32"] = ""
+    """Precision of matrix products; empty for `$SPAVL_DTYPE` or, if that is not set, what the
+    hardware does best. A stage's config.yaml names the one it was made in."""
 
     def section(self, name: str) -> Any:
         """The settings of a stage: a section of this config, or of a plugin.

@@ -14,7 +14,7 @@ from typing import Any
 from spavl_lib import stages
 from spavl_lib.config import Config
 from spavl_lib.errors import InputError
-from spavl_lib.machine import world_size
+from spavl_lib.machine import computing_in, free_memory, world_size
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Stage
 
@@ -50,6 +50,10 @@ def stage_maker(
     def decorate(make: Callable[..., dict]) -> Callable[..., dict]:
         @functools.wraps(make)
         def maker(config: Config, stage: Stage, **options: Any) -> dict:
+            with computing_in(config.dtype):
+                return opened(config, stage, **options)
+
+        def opened(config: Config, stage: Stage, **options: Any) -> dict:
             read_inputs = functools.partial(inputs, config, stage)
             if stage.done:
                 if not renew:
@@ -62,6 +66,7 @@ def stage_maker(
                         after(stage)
                     return stage.summary
             _check_processes(name, config)
+            free_memory()  # of models that earlier cells have let go
             with stage.work(read_inputs, renew=renew):
                 if polls_stop:
                     with stop_on_signals() as flag:

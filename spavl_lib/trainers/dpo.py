@@ -7,6 +7,7 @@ parameters, checkpoints that resume exactly, and the checks of the first steps.
 """
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from spavl_lib.config import Config
 from spavl_lib.distributed import zero_parameters
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
+    compute_as_masters,
     freeze_for_full,
     lora_config,
     train_in_fp32,
@@ -31,8 +33,10 @@ from spavl_lib.modelling.load import (
     compute_dtype,
     load_model,
     load_processor,
+    logit_rounding,
     model_hashes,
     quiet_libraries,
+    rounding,
 )
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
@@ -56,6 +60,8 @@ LOGGED = (
     "eval_rewards/chosen", "eval_rewards/rejected", "eval_logps/chosen", "eval_logps/rejected",
 )  # fmt: skip
 
+LONG_ANSWER = 256  # tokens, whose rounding errors add up as random ones do
+
 
 class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
     """trl's trainer with our checkpoints, and checks before every update."""
@@ -67,16 +73,21 @@ class CheckedDPOTrainer(CheckedMixin, DPOTrainer):
         return loss
 
 
-def check_reference(logs: dict) -> None:
+def check_reference(logs: dict, *, beta: float = 0.0) -> None:
     """Check at step 1, before any update, that policy and reference are the same model.
 
     Args:
         logs: Logged values of step 1; rewards are beta times log-ratios, so all must be 0.
+        beta: DPO's beta if the reference's log-probabilities are cached. They come from other
+            batches, so in 16 bit each of an answer's tokens may differ by `logit_rounding`;
+            otherwise both models compute the same batch, to the same bits.
 
     Raises:
         AssertionError: They differ: dropout is on, or the reference is not the base.
     """
-    tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
+    tolerance = rounding()
+    if beta and compute_dtype() != torch.float32:
+        tolerance = max(tolerance, beta * logit_rounding() * LONG_ANSWER**0.5)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         if abs(float(logs[key])) > tolerance:
             raise AssertionError(
@@ -113,7 +124,11 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
-    trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
+    cached = config.dpo.beta if config.dpo.cache_reference else 0.0
+    trainer.report_to_stage(
+        stage, flag, logged=LOGGED, live=live,
+        check_first=functools.partial(check_reference, beta=cached),
+    )  # fmt: skip
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
     summary = {
@@ -165,7 +180,7 @@ def build_trainer(
     if not lora:
         # fp32 master weights: in half precision, small updates are rounded away.
         if config.launch.engine == "ddp":  # DeepSpeed keeps its own master weights
-            policy = policy.float()
+            policy, reference = policy.float(), compute_as_masters(reference)
         freeze_for_full(policy, config.model)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", 0)
     trainer = CheckedDPOTrainer(

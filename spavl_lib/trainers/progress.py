@@ -59,6 +59,8 @@ class StageCallback(TrainerCallback):
         self.rows_at_checkpoint = 0
         self.step_rows: list[list[str]] = []
         self.training = False
+        self.taken = 0  # optimizer steps of this call that the loss scaler did not skip
+        self.skipped = False  # whether it skipped the last one
 
     def resume_log(self, step: int) -> None:
         """Drop logged rows that are newer than the checkpoint, and let the clock run on from it.
@@ -99,7 +101,7 @@ class StageCallback(TrainerCallback):
         """Write one line to metrics.jsonl for each logged step.
 
         Raises:
-            NonFiniteError: The gradient of step 1 is 0, so nothing would be learnt.
+            NonFiniteError: The gradient of the first step is 0, so nothing would be learnt.
         """
         values = {k: v for k, v in (logs or {}).items() if k in self.logged}
         if not values:
@@ -107,16 +109,18 @@ class StageCallback(TrainerCallback):
         if state.global_step == 1 and "loss" in values:
             if self.check_first:
                 self.check_first(values)
+        if self.taken == 1 and not self.skipped and "loss" in values:
             if not float(values.get("grad_norm", 1.0)) > 0:
                 raise NonFiniteError(
-                    "step 1: the gradient is 0, so nothing would be learnt; check that the mask "
-                    "covers the answer tokens and that the learning rate and the model's trainable "
-                    "parts are as intended"
+                    f"step {state.global_step}: the gradient is 0, so nothing would be learnt; "
+                    "check that the mask covers the answer tokens and that the learning rate and "
+                    "the model's trainable parts are as intended"
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
         if "loss" in values:
             row_ids = _in_order(group.gathered(self.step_rows))
             row["row_ids"], self.step_rows = list(dict.fromkeys(row_ids)), []
+            row |= {"skipped": 1} if self.skipped else {}
         row["time_s"] = round(time.monotonic() - self.started, 2)
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
@@ -132,7 +136,9 @@ class StageCallback(TrainerCallback):
         """Advance the bar, and save and stop after this step if asked to."""
         if self.bar is not None:
             self.bar.update(1)
-        if self.movement and state.global_step == 3:
+        self.skipped = bool(self.trainer.accelerator.optimizer_step_was_skipped)
+        self.taken += not self.skipped
+        if self.movement and self.taken == 3:
             self.movement.check(self.model)
             self.movement = None
         if asked_to_stop(self.flag):

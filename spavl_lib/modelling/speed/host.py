@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from spavl_lib.machine import cores
+
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in glibc's malloc.h
 LARGE_BYTES = 4 << 20
 SMALLER_BYTES = 1 << 20  # with gradient checkpointing
@@ -14,9 +16,10 @@ def settle_threads() -> None:
     """Keep MKL from choosing its number of threads for each call.
 
     It does so until `torch.set_num_threads` is called once. The number of threads decides how a sum
-    is split, so a resumed run could differ from an uninterrupted one in the last bit.
+    is split, so a resumed run could differ from an uninterrupted one in the last bit. torch counts
+    the machine's cores; in a container that may use fewer, more threads would only wait.
     """
-    torch.set_num_threads(torch.get_num_threads())
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def return_freed_memory(block_bytes: int = LARGE_BYTES) -> bool:
