@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
+from spavl_lib.machine import free_memory
 from spavl_lib.modelling.adapters import (
     compute_as_masters,
     freeze_for_full,
@@ -241,6 +242,7 @@ def load_roles(
         InputError: As `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
+    free_memory()  # of roles that the caller has let go: two sets do not fit
     if not config.with_lora:
         policy, value = load_model(config), load_reward_model(config, reward_folder)
         reward, reference = load_reward_model(config, reward_folder), load_model(config)
