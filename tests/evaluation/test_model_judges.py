@@ -20,7 +20,7 @@ from transformers import (
 
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import endpoint, guard, judge_all, make_judge, rubric
+from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
 from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge, EndpointPairJudge
 from spavl_lib.evaluation.judges.guard import GuardJudge, form_of, read_reply
 from spavl_lib.evaluation.suite import model_metrics
@@ -438,8 +438,9 @@ def test_a_guard_is_loaded_straight_onto_its_device_and_whole_at_its_revision(
 
     names = ("Config", "Processor", "Tokenizer", "ModelForImageTextToText", "ModelForCausalLM")
     for name in names:
-        monkeypatch.setattr(guard, f"Auto{name}", reader(name))
-    monkeypatch.setattr(guard, "straight_to_gpu", lambda: {"device_map": {"": 3}})
+        monkeypatch.setattr(f"{GuardJudge.__module__}.Auto{name}", reader(name))
+    straight = f"{GuardJudge.__module__}.straight_to_gpu"
+    monkeypatch.setattr(straight, lambda: {"device_map": {"": 3}})
     monkeypatch.setenv("SPAVL_DTYPE", "bf16")
     judge = GuardJudge(EvaluationConfig(judge="guard", judge_model="a/b", judge_revision="c0ffee"))
     assert judge.model == "model"  # not moved afterwards
