@@ -61,6 +61,7 @@ class StageCallback(TrainerCallback):
         self.training = False
         self.taken = 0  # optimizer steps of this call that the loss scaler did not skip
         self.skipped = False  # whether it skipped the last one
+        self.scale = 1.0
 
     def resume_log(self, step: int) -> None:
         """Drop logged rows that are newer than the checkpoint, and let the clock run on from it.
@@ -74,6 +75,10 @@ class StageCallback(TrainerCallback):
         self.saved = time.monotonic()
         self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
 
+    def _loss_scale(self) -> float:
+        scaler = self.trainer.accelerator.scaler
+        return scaler.get_scale() if scaler else 1.0
+
     def close(self) -> None:
         """Close the bar, so that the next printed line does not continue it."""
         if self.bar is not None:
@@ -82,7 +87,7 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and drop logged steps that were never checkpointed."""
         self.resume_log(state.global_step)
-        self.training = True
+        self.training, self.scale = True, self._loss_scale()
         if state.global_step == 0 and state.max_steps >= 3:
             self.movement = Movement(self.model)  # now, because ZeRO has partitioned the model
         if machine.is_main():
@@ -136,7 +141,10 @@ class StageCallback(TrainerCallback):
         """Advance the bar, and save and stop after this step if asked to."""
         if self.bar is not None:
             self.bar.update(1)
-        self.skipped = bool(self.trainer.accelerator.optimizer_step_was_skipped)
+        before, self.scale = self.scale, self._loss_scale()
+        # accelerate does not see that a fused optimizer skipped a step, but the scale falls.
+        reported = self.trainer.accelerator.optimizer_step_was_skipped
+        self.skipped = bool(reported) or self.scale < before
         self.taken += not self.skipped
         if self.movement and self.taken == 3:
             self.movement.check(self.model)

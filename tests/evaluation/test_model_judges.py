@@ -1,6 +1,7 @@
 """Guard models and endpoints as judges: forms, reading, injection, retries, cache, canaries."""
 
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -436,11 +437,11 @@ def test_a_guard_is_loaded_straight_onto_its_device_and_whole_at_its_revision(
 
         return SimpleNamespace(from_pretrained=from_pretrained)
 
+    module = sys.modules[GuardJudge.__module__]
     names = ("Config", "Processor", "Tokenizer", "ModelForImageTextToText", "ModelForCausalLM")
     for name in names:
-        monkeypatch.setattr(f"{GuardJudge.__module__}.Auto{name}", reader(name))
-    straight = f"{GuardJudge.__module__}.straight_to_gpu"
-    monkeypatch.setattr(straight, lambda: {"device_map": {"": 3}})
+        monkeypatch.setattr(module, f"Auto{name}", reader(name))
+    monkeypatch.setattr(module, "straight_to_gpu", lambda: {"device_map": {"": 3}})
     monkeypatch.setenv("SPAVL_DTYPE", "bf16")
     judge = GuardJudge(EvaluationConfig(judge="guard", judge_model="a/b", judge_revision="c0ffee"))
     assert judge.model == "model"  # not moved afterwards
