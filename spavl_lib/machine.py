@@ -9,7 +9,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import psutil
 
@@ -18,6 +18,7 @@ from spavl_lib.errors import InputError
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
+Dtype = Literal["", "bf16", "fp16", "fp32"]  # empty: not decided
 # Precision of matrix products, by the name that settings and manifests use.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 DTYPE = "SPAVL_DTYPE"  # one of `DTYPES`; unset or empty: what the hardware does best
@@ -32,7 +33,7 @@ def gpus() -> list[tuple[str, int]]:
     return [(gpu.name, gpu.total_memory) for gpu in properties]
 
 
-def asked_dtype() -> str:
+def asked_dtype() -> Dtype:
     """The precision in `$SPAVL_DTYPE`, one of `DTYPES`; empty if it is not set.
 
     Raises:
@@ -41,10 +42,10 @@ def asked_dtype() -> str:
     asked = os.environ.get(DTYPE, "")
     if asked and asked not in DTYPES:
         raise InputError(f"${DTYPE} is {asked!r}; set it to one of {', '.join(DTYPES)}")
-    return asked
+    return cast(Dtype, asked)
 
 
-def dtype_name() -> str:
+def dtype_name() -> Dtype:
     """The precision that models compute in: `$SPAVL_DTYPE`, else what the hardware does best.
 
     Returns:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from spavl_lib import stages
 from spavl_lib.config.validation import build, section, to_plain
 from spavl_lib.errors import InputError
+from spavl_lib.machine import Dtype
 
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -527,7 +528,7 @@ class Config:
     """Random seed of weights, data order and sampling."""
     run_name: str = ""
     """Folder of the run under runs/; empty for the profile's name."""
-    dtype: Literal["", "bf16", "fp16", "fp32"] = ""
+    dtype: Dtype = ""
     """Precision of matrix products; empty for `$SPAVL_DTYPE` or, if that is not set, what the
     hardware does best. A stage's config.yaml names the one it was made in."""
 

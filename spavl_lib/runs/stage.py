@@ -41,12 +41,12 @@ def allowed_changes() -> tuple[str, ...]:
     return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
-def recorded_dtype(manifest: dict) -> str:
+def recorded_dtype(manifest: dict) -> machine.Dtype:
     """The precision that a manifest names, one of `machine.DTYPES`; empty if it names none.
 
     Older manifests have it among the inputs, under torch's name.
     """
-    old = {long: name for name, long in machine.DTYPES.items()}
+    old: dict[str, machine.Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return manifest.get("dtype") or old.get(manifest.get("inputs", {}).get("dtype"), "")
 
 
@@ -63,7 +63,7 @@ class Stage:
         self.allowed: list[str] = []
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> machine.Dtype:
         """The precision that its models compute in now, one of `machine.DTYPES`."""
         return self.run.config.dtype or machine.dtype_name()
 
