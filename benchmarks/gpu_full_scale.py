@@ -1,17 +1,21 @@
 """What needs a GPU: does LLaVA-1.5 fit where it must, how fast is it, do weights really move.
 
     python benchmarks/gpu_full_scale.py                    every case that the GPU has memory for
-    python benchmarks/gpu_full_scale.py --dry-run          the same code on the CPU, tiny shapes
+    python benchmarks/gpu_full_scale.py --dry              the same code on the CPU, tiny shapes
     python benchmarks/gpu_full_scale.py CASE               one case, as a child
 
 Models have the true shapes and random weights, made on the spot: speed and memory do not depend on
 what was learnt. Each case trains through the project's own trainers, in a process of its own, and
-writes its row at once, so that an interrupted run keeps what it has.
+writes its row at once, so that an interrupted run keeps what it has. The precision is $SPAVL_DTYPE,
+which each case sets: fp16 is the T4's. The whole list has 30 minutes: what has not begun by then is
+left out and named.
 """
 
 import argparse
 import importlib.metadata
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from spavl_lib.machine import DTYPE
 
 RESULTS = Path(__file__).parent / "results"
 COLAB_GIB = 15.0
@@ -47,6 +53,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 STEPS, ROWS = 4, 16
+LIMIT_S = 25 * 60  # no case begins later, so that the list ends within half an hour
 
 
 def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> None:
@@ -92,30 +99,38 @@ def shaped_model(name: str, target: Path, half: torch.dtype, *, tiny: bool) -> N
     ).save_pretrained(target)
 
 
-def run_case(name: str, *, dry: bool) -> dict[str, Any]:
+def model_of(shape: str, models: Path, *, dry: bool) -> Path:
+    """The folder of a shape's model, made if it is missing; those of other shapes are deleted."""
+    target = models / shape.replace("/", "_")
+    if not target.exists():
+        for other in models.iterdir():  # two do not fit on a small disk
+            shutil.rmtree(other)
+        # In a process of its own: building needs the memory that training is measured in.
+        build = (
+            "import sys, torch; sys.path.insert(0, '.'); from pathlib import Path\n"
+            "from benchmarks.gpu_full_scale import shaped_model\n"
+            f"shaped_model({shape!r}, Path({str(target)!r} + '.new'), torch.bfloat16, tiny={dry})\n"
+        )
+        subprocess.run([sys.executable, "-c", build], check=True)
+        target.with_name(f"{target.name}.new").rename(target)
+    return target
+
+
+def run_case(name: str, models: Path, *, dry: bool) -> dict[str, Any]:
     """Train a case here; peak memory, tokens a second, share of the matmul rate."""
     from spavl_lib.config import load_config
     from spavl_lib.modelling import load
     from spavl_lib.runs.stage import Run
 
     case = CASES[name]
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}[case["half"]]
     cuda = torch.cuda.is_available()
     if cuda:
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, case["cap_gib"] / total))
-        _use_dtype(load, half)
     with tempfile.TemporaryDirectory() as folder:
-        # In a process of its own: building needs the memory that training is measured in.
-        build = (
-            "import sys, torch; sys.path.insert(0, '.'); from pathlib import Path\n"
-            "from benchmarks.gpu_full_scale import shaped_model\n"
-            f"shaped_model({case['shape']!r}, Path({folder!r}) / 'model', "
-            f"{'torch.float32' if not cuda else str(half)}, tiny={dry})\n"
-        )
-        subprocess.run([sys.executable, "-c", build], check=True)
-        config = load_config("smoke", _settings(case, folder, dry), run_name=name)
-        rate = matmul_tflops(half if cuda else torch.float32)
+        model = model_of(case["shape"], models, dry=dry)
+        config = load_config("smoke", _settings(case, model, dry), run_name=name)
+        rate = matmul_tflops(load.compute_dtype())
         stage = Run(config, root=Path(folder) / "runs").stage(case["kind"])
         before = _weights(config) if case.get("moved") else {}
         started = time.perf_counter()
@@ -123,6 +138,7 @@ def run_case(name: str, *, dry: bool) -> dict[str, Any]:
         row = {
             "case": name, "fits": True, "steps": summary["steps"],
             "seconds": round(time.perf_counter() - started, 1), "peak_gib": peaks,
+            "dtype": stage.dtype,
             "matmul_tflops": round(rate, 1), **_speed(config, case, stage, rate),
         }  # fmt: skip
         if before:
@@ -130,20 +146,8 @@ def run_case(name: str, *, dry: bool) -> dict[str, Any]:
         return row
 
 
-def _use_dtype(load: Any, half: torch.dtype) -> None:
-    """Take this precision everywhere, whatever the card would choose: fp16 is the T4's."""
-    import spavl_lib.trainers.dpo
-    import spavl_lib.trainers.ppo
-    import spavl_lib.trainers.reward  # noqa: F401 - so that every trainer's modules are loaded
-
-    plain = load.compute_dtype
-    for name, module in list(sys.modules.items()):
-        if name.startswith("spavl_lib.") and getattr(module, "compute_dtype", None) is plain:
-            module.compute_dtype = lambda: half
-
-
-def _settings(case: dict[str, Any], folder: str, dry: bool) -> dict[str, Any]:
-    settings = {"model.name": f"{folder}/model", "data.train_rows": ROWS,
+def _settings(case: dict[str, Any], model: Path, dry: bool) -> dict[str, Any]:
+    settings = {"model.name": str(model), "data.train_rows": ROWS,
                 "data.validation_rows": 2, "ppo.rollout_batch_size": 4, "ppo.max_steps": 2,
                 "ppo.per_device_batch_size": 1, "ppo.max_new_tokens": 64}  # fmt: skip
     for section in ("reward", "dpo"):
@@ -244,34 +248,48 @@ def main() -> None:
     """Every case; the last line is one JSON object, as in every benchmark here."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", nargs="?", choices=CASES)
-    parser.add_argument("--dry-run", action="store_true", help="tiny shapes, also on the CPU")
+    parser.add_argument("--models", help="folder that keeps the models of other cases")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, also on the CPU")
     options = parser.parse_args()
     if options.case:
-        print(json.dumps(run_case(options.case, dry=options.dry_run)))
+        os.environ[DTYPE] = CASES[options.case]["half"]
+        with tempfile.TemporaryDirectory() as folder:
+            models = Path(options.models or folder)
+            print(json.dumps(run_case(options.case, models, dry=options.dry)))
         return
-    if not torch.cuda.is_available() and not options.dry_run:
-        sys.exit("no GPU here: --dry-run runs the same code on tiny shapes")
+    if not torch.cuda.is_available() and not options.dry:
+        sys.exit("no GPU here: --dry runs the same code on tiny shapes")
     rows: list[dict[str, Any]] = []
-    dry = ["--dry-run"] if options.dry_run else []
-    for name, case in CASES.items():
-        if torch.cuda.is_available():
-            have = torch.cuda.get_device_properties(0).total_memory / 2**30
-            if case["cap_gib"] > have + 1:
+    began = time.monotonic()
+    dry = ["--dry"] if options.dry else []
+    with tempfile.TemporaryDirectory() as models:
+        for name, case in CASES.items():
+            if torch.cuda.is_available():
+                have = torch.cuda.get_device_properties(0).total_memory / 2**30
+                if case["cap_gib"] > have + 1:
+                    rows.append(
+                        {"case": name, "skipped": f"needs {case['cap_gib']} GiB, has {have:.0f}"}
+                    )
+                    continue
+            if time.monotonic() - began > LIMIT_S:
                 rows.append(
-                    {"case": name, "skipped": f"needs {case['cap_gib']} GiB, has {have:.0f}"}
+                    {"case": name, "skipped": f"not begun within {LIMIT_S / 60:.0f} minutes"}
                 )
                 continue
-        done = subprocess.run(
-            [sys.executable, __file__, name, *dry], capture_output=True, text=True
-        )
-        if done.returncode:
-            last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no words"
-            rows.append({"case": name, "fits": "out of memory" not in last.lower(), "error": last})
-        else:
-            rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
-        print(rows[-1], flush=True)
-        _write(rows, options.dry_run)
-    print(json.dumps(_write(rows, options.dry_run)))
+            done = subprocess.run(
+                [sys.executable, __file__, name, *dry, "--models", models],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            if done.returncode:
+                last = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "no words"
+                rows.append(
+                    {"case": name, "fits": "out of memory" not in last.lower(), "error": last}
+                )
+            else:
+                rows.append(json.loads(done.stdout.strip().splitlines()[-1]))
+            print(rows[-1], flush=True)
+            _write(rows, options.dry)
+    print(json.dumps(_write(rows, options.dry)))
 
 
 def _write(rows: list[dict[str, Any]], dry: bool) -> dict[str, Any]:
@@ -282,7 +300,7 @@ def _write(rows: list[dict[str, Any]], dry: bool) -> dict[str, Any]:
         "name": "gpu_full_scale",
         "device": device_name(),
         "versions": {n: importlib.metadata.version(n) for n in names},
-        "metrics": {"dry_run": dry, "cases": rows},
+        "metrics": {"dry": dry, "cases": rows},
     }
     if not dry:
         target = RESULTS / "gpu_full_scale.json"

@@ -1,17 +1,28 @@
-"""Devices, memory and cores of this machine, and the rank of this process."""
+"""Devices, precision, memory and cores of this machine, and the rank of this process."""
 
 import contextlib
+import gc
+import math
 import os
 import platform
 import re
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, NamedTuple, cast
 
 import psutil
 
+from spavl_lib.errors import InputError
+
 GIB = 2**30
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")  # "max", or the container's limit in bytes
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+Dtype = Literal["", "bf16", "fp16", "fp32"]  # empty: not decided
+# Precision of matrix products, by the name that settings and manifests use.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE = "SPAVL_DTYPE"  # one of `DTYPES`; unset or empty: what the hardware does best
 
 
 def gpus() -> list[tuple[str, int]]:
@@ -23,19 +34,118 @@ def gpus() -> list[tuple[str, int]]:
     return [(gpu.name, gpu.total_memory) for gpu in properties]
 
 
+def asked_dtype() -> Dtype:
+    """The precision in `$SPAVL_DTYPE`, one of `DTYPES`; empty if it is not set.
+
+    Raises:
+        InputError: It is something else.
+    """
+    asked = os.environ.get(DTYPE, "")
+    if asked and asked not in DTYPES:
+        raise InputError(f"${DTYPE} is {asked!r}; set it to one of {', '.join(DTYPES)}")
+    return cast(Dtype, asked)
+
+
+def dtype_name() -> Dtype:
+    """The precision that models compute in: `$SPAVL_DTYPE`, else what the hardware does best.
+
+    Returns:
+        One of `DTYPES`. By hardware bf16 if the GPU supports it, else fp16; fp32 on the CPU.
+
+    Raises:
+        InputError: As `asked_dtype`.
+    """
+    if asked := asked_dtype():
+        return asked
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@contextlib.contextmanager
+def computing_in(name: str) -> Iterator[None]:
+    """Inside this block, and in processes started there, models compute in a precision.
+
+    Args:
+        name: One of `DTYPES`; empty to change nothing.
+    """
+    before = os.environ.get(DTYPE)
+    if name:
+        os.environ[DTYPE] = name
+    try:
+        yield
+    finally:
+        if name and before is None:
+            del os.environ[DTYPE]
+        elif name:
+            os.environ[DTYPE] = str(before)
+
+
+class Limits(NamedTuple):
+    """What this process may use of the machine."""
+
+    memory: int
+    """Bytes."""
+    cores: int
+
+
+def limits() -> Limits:
+    """Memory and cores of the machine, or of the container or affinity mask if that is less.
+
+    A container has a control group, and so may each group above it. Version 2 of control groups has
+    `memory.max` and `cpu.max`; version 1 has a tree for each controller.
+    """
+    memory = psutil.virtual_memory().total
+    process = psutil.Process()
+    # There is no affinity on macOS.
+    free = len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count()
+    share = float(free or 1)
+    for folder in _cgroup_folders():
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = _words(folder / name)
+            if limit and limit[0].isdigit():
+                memory = min(memory, int(limit[0]))
+        quota = _words(folder / "cpu.max")
+        if not quota:
+            quota = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
+        if len(quota) == 2 and all(word.isdigit() for word in quota) and int(quota[1]):
+            share = min(share, int(quota[0]) / int(quota[1]))
+    # With half a core more than N, an (N + 1)th thread would wait half of the time.
+    return Limits(memory, max(1, math.floor(share)))
+
+
+def _cgroup_folders() -> list[Path]:
+    """Folders of this process's control groups and of those above them.
+
+    Inside a container its own group is mounted at the root, and the listed path may not exist.
+    """
+    folders = [CGROUPS, CGROUPS / "memory", CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            place = Path(path.lstrip("/"))
+            for group in (place, *place.parents):
+                folders.append(CGROUPS / controllers / group)
+    return list(dict.fromkeys(folders))
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="ascii").split()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
 def memory_bytes() -> int:
     """Bytes of memory that this process may use: the machine's memory, or the container's limit."""
-    total = psutil.virtual_memory().total
-    limit = CGROUP_LIMIT.read_text(encoding="utf-8").strip() if CGROUP_LIMIT.is_file() else ""
-    return min(total, int(limit)) if limit.isdigit() else total
+    return limits().memory
 
 
 def cores() -> int:
     """Number of cores that this process may use."""
-    process = psutil.Process()
-    if hasattr(process, "cpu_affinity"):  # not on macOS
-        return len(process.cpu_affinity())
-    return psutil.cpu_count() or 1
+    return limits().cores
 
 
 def device_kind() -> str:
@@ -91,14 +201,42 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def on_gpu() -> bool:
+    """Whether this process has used a CUDA GPU. Asking does not start CUDA."""
+    torch = sys.modules.get("torch")
+    return bool(torch and torch.cuda.is_available() and torch.cuda.is_initialized())
+
+
+def free_memory() -> None:
+    """Free what nothing refers to any more: cycles of objects, and blocks of the GPU's allocator.
+
+    Trainers and models refer to one another, so deleting a name frees nothing by itself.
+    """
+    gc.collect()
+    if on_gpu():
+        sys.modules["torch"].cuda.empty_cache()
+
+
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory, if the system allows it, as Linux does."""
+    """Start a new measurement of peak memory: of the GPUs, and of the process on Linux."""
+    if on_gpu():
+        cuda = sys.modules["torch"].cuda
+        for index in range(cuda.device_count()):
+            cuda.reset_peak_memory_stats(index)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory_gib() -> float:
-    """Peak resident memory of this process in GiB: on Linux since the last reset, else in all."""
+    """Peak memory in GiB since the last reset: the highest of the GPUs, else that of this process.
+
+    On a GPU this is the memory of tensors (`torch.cuda.max_memory_allocated`). Of the process it is
+    the resident memory; on systems other than Linux it is the peak since the process started.
+    """
+    if on_gpu():
+        cuda = sys.modules["torch"].cuda
+        if peak := max(cuda.max_memory_allocated(i) for i in range(cuda.device_count())):
+            return peak / GIB
     with contextlib.suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return int(next(x for x in lines if x.startswith("VmHWM")).split()[1]) / 2**20
@@ -107,9 +245,9 @@ def peak_memory_gib() -> float:
 
 
 def device_name() -> str:
-    """Number and name of the GPUs; without a GPU, the CPU's architecture and number of cores."""
+    """Number and name of the GPUs; without a GPU, the CPU's architecture and its usable cores."""
     import torch
 
     if torch.cuda.is_available():
         return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}"
-    return f"cpu ({platform.machine()}, {os.cpu_count()} cores)"
+    return f"cpu ({platform.machine()}, {cores()} cores)"

@@ -6,6 +6,7 @@ Results: whether the second run gives the same. Times and memory are not compare
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import shutil
@@ -16,13 +17,15 @@ from typing import Any
 
 import yaml
 
+from spavl_lib import machine
 from spavl_lib.config import Config, from_dict
 from spavl_lib.errors import InputError
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.paths import repo_root, runs_root
-from spavl_lib.runs.stage import VARIANT_FOLDERS, Run
+from spavl_lib.runs.stage import VARIANT_FOLDERS, Run, recorded_dtype
+from spavl_lib.stages import find as stage_spec
 from spavl_lib.stages import stage_names
 
 # Entries with times, memory and device names, which are not compared.
@@ -105,7 +108,8 @@ def _read(stage: Path) -> tuple[dict, Config]:
     """A stage's manifest, and the config in it."""
     try:
         manifest = read_json(stage / "manifest.json")
-        return manifest, from_dict(manifest["config"])
+        config = from_dict(manifest["config"])
+        return manifest, dataclasses.replace(config, dtype=recorded_dtype(manifest))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{stage / 'manifest.json'}: cannot be repeated from: {error}") from error
 
@@ -140,16 +144,17 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
     now = provenance.environment(repo_root())
     for key in CONDITIONS:
         yield from differences({key: manifest.get(key)}, {key: now[key]})
+    here, then = machine.dtype_name(), recorded_dtype(manifest)
+    if stage_spec(name).computes and then not in ("", here):
+        yield f"dtype: {then!r} -> {here!r} (a second making computes in {then} again)"
     inputs = {k: v for k, v in manifest.get("inputs", {}).items() if _comparable(k)}
     if not inputs:
         return
     from spavl_lib.data.fingerprint import source_hashes
     from spavl_lib.modelling.load import model_hashes
-    from spavl_lib.trainers import inputs as training
 
     splits = [k.removeprefix("data/") for k in inputs if k.startswith("data/")]
-    current = {"dtype": str(training.compute_dtype()).removeprefix("torch.")}
-    current |= {f"model/{k}": v for k, v in model_hashes(config.model).items()}
+    current = {f"model/{k}": v for k, v in model_hashes(config.model).items()}
     with contextlib.suppress(InputError):  # if the data are gone, their current hashes are None
         current |= source_hashes(config.data, splits)
     yield from differences(inputs, {k: current.get(k) for k in inputs})
@@ -159,7 +164,7 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
 
 def _comparable(name: str) -> bool:
     """Whether the present value of an input of this name can be computed here."""
-    return name == "dtype" or name.startswith(("model/", "data/"))
+    return name.startswith(("model/", "data/"))
 
 
 def _data_differences(then: dict, config: Config) -> Iterator[str]:

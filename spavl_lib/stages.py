@@ -46,9 +46,16 @@ class StageSpec:
     """Whether the stage's `model/` can answer prompts."""
     several_processes: bool = False
     """Whether several processes can make the stage together."""
+    answers: bool = False
+    """Whether models answer or train in the stage although it is no trainer, as in inference."""
     settings: type | None = None
     """Class of the settings of a stage from another package; their values are under `plugins.NAME`
     in the config. None for built-in stages, whose settings are sections of the config."""
+
+    @property
+    def computes(self) -> bool:
+        """Whether its result depends on the precision that models compute in."""
+        return self.trains or self.answers
 
     @property
     def notebook_stem(self) -> str:
@@ -83,6 +90,7 @@ BUILT_IN = (
     StageSpec(
         name="inference", module="spavl_lib.generation.stage", config_keys=_ANSWERS,
         notebook="05_inference", upstream=("dpo", "ppo"), any_trained=True, several_processes=True,
+        answers=True,
     ),
     StageSpec(
         name="evaluation", module="spavl_lib.evaluation.suite", config_keys=_ANSWERS,
@@ -92,6 +100,7 @@ BUILT_IN = (
         name="scaling", module="spavl_lib.scaling.run",
         config_keys=(*_DATA_MODEL, "generation", "evaluation", "dpo", "scaling"),
         notebook="07_scaling_and_ablations",
+        answers=True,
     ),
 )  # fmt: skip
 # Settings that may change after a stage was made, because its results do not depend on them.

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from spavl_lib import machine
 from spavl_lib.config.presets import ORIGINAL_LEARNING_RATE, ORIGINAL_PRESET
 from spavl_lib.config.sections import Config
 from spavl_lib.config.validation import all_keys, build, flatten, input_error, to_plain, unknown_key
@@ -81,8 +82,9 @@ def load_config(
 
     Raises:
         InputError: The profile is unknown, a key is unknown, a value is wrong, or a setting without
-            default is missing; the message lists all of them.
+            default is missing; the message lists all of them. Or `$SPAVL_DTYPE` names no precision.
     """
+    machine.asked_dtype()  # raises if it is wrong
     path = _profile_path(profile)
     page = _with_base(path)
     if path.parent != PROFILES:

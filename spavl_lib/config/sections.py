@@ -17,6 +17,7 @@ from pydantic.dataclasses import is_pydantic_dataclass
 from spavl_lib import stages
 from spavl_lib.config.validation import build, section, to_plain
 from spavl_lib.errors import InputError
+from spavl_lib.machine import Dtype
 
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
@@ -632,6 +633,9 @@ class Config:
     """Random seed of weights, data order and sampling."""
     run_name: str = ""
     """Name of the run's folder under runs/; empty: the profile's name."""
+    dtype: Dtype = ""
+    """Precision of matrix products. Empty: `$SPAVL_DTYPE`, or the best precision of the hardware if
+    that is not set. The config.yaml of a stage names the precision that the stage was made in."""
 
     def section(self, name: str) -> Any:
         """The settings of a stage: a section of this config, or a plugin's settings.

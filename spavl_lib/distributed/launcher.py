@@ -33,7 +33,7 @@ from spavl_lib.distributed.settings import (
     to_be_started,
 )
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
-from spavl_lib.machine import WORKER
+from spavl_lib.machine import WORKER, cores
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.maker import leave_other_launchers, maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
@@ -149,6 +149,7 @@ def _command(
             f"launch.num_processes = {launch.num_processes} means {processes_here} processes on "
             f"each machine, but this one has {torch.cuda.device_count()} GPUs; set a smaller number"
         )
+    config = dataclasses.replace(config, dtype=stage.dtype)  # decided here, for every process
     (scratch / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     shipped = PROFILES / "accelerate"
     words = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -163,7 +164,7 @@ def _command(
     words += ["--module", "spavl_lib.worker", kind, str(scratch / "config.yaml")]
     words += [str(stage.run.path.parent.absolute())]
     env = dict(os.environ)
-    threads = max(1, (os.cpu_count() or 1) // processes_here)
+    threads = max(1, cores() // processes_here)
     env |= {
         WORKER: str(folder.absolute()),
         "TQDM_DISABLE": "1",

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from spavl_lib.config import LaunchConfig
 from spavl_lib.errors import InputError
-from spavl_lib.machine import WORKER, world_size
+from spavl_lib.machine import WORKER, cores, world_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +25,7 @@ def local_processes() -> int:
     """Number of processes that this machine can run: one per GPU, or per core without a GPU."""
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else os.cpu_count() or 1
+    return torch.cuda.device_count() if torch.cuda.is_available() else cores()
 
 
 def local_accumulation(section: str, steps: int, launch: LaunchConfig) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel
 from transformers import ProcessorMixin
 
+from spavl_lib import machine
 from spavl_lib.config import GenerationConfig, ModelConfig
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.templates import end_ids, prompt_ids
@@ -46,11 +47,16 @@ class VLLMModel:
                 "generation.backend = vllm does not load a 4-bit base; set model.adapter = lora"
             )
         base, self.adapter = served(config, trained)
-        lora = {}
+        lora: dict[str, Any] = {}
         if self.adapter is not None:
             rank = PeftConfig.from_pretrained(self.adapter).r
             lora = {"enable_lora": True, "max_lora_rank": rank}
-        self.engine = self.vllm.LLM(model=base, limit_mm_per_prompt={"image": 1}, **lora)
+        if base == config.name and config.revision:
+            lora["revision"] = config.revision
+        dtype = machine.DTYPES[machine.dtype_name()]
+        self.engine = self.vllm.LLM(
+            model=base, dtype=dtype, limit_mm_per_prompt={"image": 1}, **lora
+        )
 
     def answer(
         self, processor: ProcessorMixin, rows: list[dict], config: GenerationConfig, *, seed: int

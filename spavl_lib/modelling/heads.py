@@ -13,7 +13,8 @@ from spavl_lib import machine
 from spavl_lib.config import ModelConfig
 from spavl_lib.distributed import zero_parameters
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.load import load_policy, weights_sha256
+from spavl_lib.modelling.adapters import compute_as_masters
+from spavl_lib.modelling.load import autocast, load_policy, weights_sha256
 
 HEAD_FILE, HEAD_CONFIG = "score_head.safetensors", "reward_config.json"
 
@@ -67,8 +68,9 @@ class ScalarHeadModel(nn.Module):
         return self.score.weight.device
 
     def hidden_states(self, **batch: Tensor) -> Tensor:
-        """The last hidden states (batch, length, hidden)."""
-        return self.backbone(**batch, use_cache=False).last_hidden_state
+        """The last hidden states (batch, length, hidden), in the precision that is set."""
+        with autocast():
+            return self.backbone(**batch, use_cache=False).last_hidden_state
 
     def forward(
         self, completion_mask: Tensor | None = None, **batch: Tensor
@@ -90,7 +92,8 @@ class ScalarHeadModel(nn.Module):
         if completion_mask is None:
             return scores
         mask = completion_mask[:, 1:].bool()
-        logits = self.vlm.get_output_embeddings()(hidden[:, :-1][mask]).float()
+        with autocast():
+            logits = self.vlm.get_output_embeddings()(hidden[:, :-1][mask]).float()
         logps = -cross_entropy(logits, batch["input_ids"][:, 1:][mask], reduction="none")
         row_of = mask.nonzero()[:, 0]
         sums = torch.zeros_like(scores).index_add(0, row_of, logps.to(scores.dtype))
@@ -180,6 +183,7 @@ def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
         InputError: See `check_reward_model`.
     """
     check_reward_model(config, folder)
-    model = ScalarHeadModel(load_policy(config, folder))
+    vlm = load_policy(config, folder)
+    model = ScalarHeadModel(vlm if config.with_lora else compute_as_masters(vlm))
     model.score = load_head(folder, model.score.in_features)
     return model.to(next(model.vlm.parameters()).device).eval()

@@ -22,7 +22,13 @@ from transformers import PreTrainedModel
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.adapters import freeze_for_full, lora_config, masters_in_fp32
+from spavl_lib.machine import free_memory
+from spavl_lib.modelling.adapters import (
+    compute_as_masters,
+    freeze_for_full,
+    lora_config,
+    masters_in_fp32,
+)
 from spavl_lib.modelling.families import tower_of
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
@@ -32,7 +38,7 @@ from spavl_lib.modelling.heads import (
     load_head,
     load_reward_model,
 )
-from spavl_lib.modelling.load import load_model
+from spavl_lib.modelling.load import autocast, load_model
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 
 ROLES = ("policy", "reference", "value", "reward")
@@ -105,7 +111,7 @@ class Roles(nn.Module):
                 "gradient would be lost. Call backward, then `after_backward()`, and then the next "
                 "role."
             )
-        with self.as_role(role):
+        with self.as_role(role), autocast():
             hidden = _backbone(self.vlm_of(role))(**batch, use_cache=False).last_hidden_state
             if recording:
                 self._needs_backward = role
@@ -249,14 +255,16 @@ def load_roles(
         InputError: See `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
+    free_memory()  # of roles that the caller has let go: two sets do not fit
     if not config.with_lora:
         policy, value = load_model(config), load_reward_model(config, reward_folder)
+        reward, reference = load_reward_model(config, reward_folder), load_model(config)
         if masters:
             policy, value = policy.float(), value.float()
+            compute_as_masters(reference)
         freeze_for_full(policy, config)
         freeze_for_full(value.vlm, config)
         value.vlm.get_output_embeddings().requires_grad_(False)
-        reward, reference = load_reward_model(config, reward_folder), load_model(config)
         for vlm in (policy, reference, value.vlm, reward.vlm):
             apply_sharing(vlm, config.share_prefix)
         return SeparateModels(policy, reference, value, reward, forbidden_ids)

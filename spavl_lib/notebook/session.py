@@ -1,5 +1,6 @@
 """What every notebook uses: opening its stage, and safe previews of images and text."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ from PIL import Image, ImageFilter
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
 from spavl_lib.errors import InputError, raise_all
-from spavl_lib.machine import device_name
+from spavl_lib.machine import DTYPE, device_name
 from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.runs.maker import leave_other_launchers
 from spavl_lib.runs.stage import Run, Stage
@@ -63,12 +64,14 @@ def open_stage(
     quiet_libraries()
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
     leave_other_launchers(config.launch)
+    if config.dtype:  # for every cell of this kernel, not only for what a stage makes
+        os.environ[DTYPE] = config.dtype
     stage = Run(config).stage(name)
     state = "done, shown from its files" if stage.done else "to be made"
     rows = config.data.train_rows or "all"
     lines = (
         f"profile   {config.profile} on {device_name()}, seed {config.seed}",
-        f"model     {config.model.name}, {config.model.adapter} fine-tuning",
+        f"model     {config.model.name}, {config.model.adapter} fine-tuning, {stage.dtype}",
         f"data      {config.data.source}, {rows} training pairs",
         f"stage     {stage.path.parent.name}/{stage.name} ({state})",
     )

@@ -13,7 +13,6 @@ from spavl_lib import machine
 from spavl_lib.config import load_config
 from spavl_lib.distributed.settings import local_processes
 from spavl_lib.machine import GIB
-from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.files import existing_parent
 from spavl_lib.runs.paths import repo_root, runs_root
 
@@ -111,6 +110,7 @@ def engines() -> dict[str, str]:
 
 def half_precision() -> str:
     """The 16-bit type that training would use on this machine."""
-    if not machine.gpus():
+    name = machine.dtype_name()
+    if not machine.gpus() and name == "fp32":
         return "no: fp32 on the CPU"
-    return str(compute_dtype()).removeprefix("torch.")
+    return name

@@ -60,7 +60,7 @@ _SHOWN_ELSEWHERE = {
     "mean_token_accuracy", "objective/scores_std", "objective/rlhf_reward", "policy/entropy_avg",
     "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
 }  # fmt: skip
-_NOT_CURVES = {"step", "epoch", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
+_NOT_CURVES = {"step", "epoch", "skipped", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
 _NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # they have no noise
 _SHARES = ("accuracies", "response/finished", "completions/clipped")  # drawn from 0 to 1
 _MAX_PANELS, _MAX_POINTS = 15, 400

@@ -15,7 +15,7 @@ from typing import Any
 from spavl_lib import stages
 from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.errors import InputError
-from spavl_lib.machine import launcher_variables, world_size
+from spavl_lib.machine import computing_in, free_memory, launcher_variables, world_size
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Stage
 from spavl_lib.runs.text import say
@@ -54,6 +54,10 @@ def stage_maker(
     def decorate(make: Callable[..., dict]) -> Callable[..., dict]:
         @functools.wraps(make)
         def maker(config: Config, stage: Stage, **options: Any) -> dict:
+            with computing_in(config.dtype):
+                return opened(config, stage, **options)
+
+        def opened(config: Config, stage: Stage, **options: Any) -> dict:
             read_inputs = functools.partial(inputs, config, stage)
             if stage.done:
                 if not renew:
@@ -67,6 +71,7 @@ def stage_maker(
                     return stage.summary
             leave_other_launchers(config.launch)
             _check_processes(name, config)
+            free_memory()  # of models that earlier cells have let go
             with stage.work(read_inputs, renew=renew):
                 if polls_stop:
                     with stop_on_signals() as flag:
@@ -132,7 +137,7 @@ def maker_of(name: str) -> Callable[..., dict]:
 
 
 def is_current(name: str, config: Config, stage: Stage) -> bool:
-    """Whether a complete stage was made from the inputs that exist now.
+    """Whether a complete stage was made from the inputs that exist now, and in this precision.
 
     Args:
         name: Stage, such as "dpo".
@@ -140,12 +145,13 @@ def is_current(name: str, config: Config, stage: Stage) -> bool:
         stage: The complete stage.
 
     Raises:
-        InputError: They have changed, and the stage cannot be renewed; names each.
+        InputError: An input has changed and the stage cannot be renewed, or the precision has
+            changed. The message names each.
     """
     maker_of(name)
     inputs, renew = _INPUTS[name]
     current = inputs(config, stage)
-    if renew:
-        return stage.summary.get("inputs", {}) == current
+    if renew and stage.summary.get("inputs", {}) != current:
+        return False
     stage.check_inputs(current)
     return True

@@ -6,7 +6,6 @@ complete once its summary.json exists.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import secrets
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from spavl_lib import stages
+from spavl_lib import machine, stages
 from spavl_lib.config import (
     Config,
     current_names,
@@ -43,6 +42,15 @@ def allowed_changes() -> tuple[str, ...]:
     return tuple(k for k in os.environ.get("SPAVL_ALLOW_CHANGE", "").split(",") if k)
 
 
+def recorded_dtype(manifest: dict) -> machine.Dtype:
+    """The precision that a manifest names, one of `machine.DTYPES`; empty if it names none.
+
+    Older manifests have it among the inputs, under torch's name.
+    """
+    old: dict[str, machine.Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    return manifest.get("dtype") or old.get(manifest.get("inputs", {}).get("dtype"), "")
+
+
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.
 VARIANT_FOLDERS = ("variants", "contrast")
 
@@ -55,10 +63,16 @@ class Stage:
         self.run, self.name, self.path = run, name, run.path / name
         self.allowed: list[str] = []
 
-    @functools.cached_property
+    @property
+    def dtype(self) -> machine.Dtype:
+        """The precision that its models compute in now, one of `machine.DTYPES`."""
+        return self.run.config.dtype or machine.dtype_name()
+
+    @property
     def config(self) -> Config:
-        """The run's config. For a plugin's stage, the plugin's settings include their defaults."""
-        config = self.run.config
+        """The run's config with the precision. For a plugin's stage, the plugin's settings include
+        their defaults."""
+        config = dataclasses.replace(self.run.config, dtype=self.dtype)
         if stages.find(self.name).settings is None:
             return config
         settings = to_plain(config.section(self.name))
@@ -151,9 +165,22 @@ class Stage:
         if not self.done:
             old |= provenance.majors(manifest.get("versions", {}))
             new |= provenance.majors(provenance.versions())
-        self._refuse(
-            {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
-        )
+        changed = {k: (old[k], new[k]) for k in sorted(old.keys() & new.keys()) if old[k] != new[k]}
+        self._refuse(changed | self._dtype_change(manifest))
+
+    def check_dtype(self) -> None:
+        """Raise if the folder's work was made in another precision.
+
+        Raises:
+            InputError: Names both.
+        """
+        if self.begun and self._has_manifest():
+            self._refuse(self._dtype_change(read_json(self.path / "manifest.json")))
+
+    def _dtype_change(self, manifest: dict) -> dict[str, tuple[str, str]]:
+        then = recorded_dtype(manifest)
+        changed = stages.find(self.name).computes and then not in ("", self.dtype)
+        return {"dtype": (then, self.dtype)} if changed else {}
 
     def _refuse(self, changed: dict[str, tuple[Any, Any]]) -> None:
         """Raise if there are changes. In an incomplete stage, allowed changes are only recorded.
@@ -167,6 +194,8 @@ class Stage:
         if lines:
             names = ",".join(line.partition(":")[0] for line in lines)
             resume = "" if self.done else f", or resume in spite of it with --allow-change {names}"
+            if "dtype" in changed:
+                resume += f"; {machine.DTYPE}={changed['dtype'][0]} computes in its precision"
             raise InputError(
                 f"{self.path} was made with other settings:\n  "
                 + "\n  ".join(lines)
@@ -203,7 +232,9 @@ class Stage:
             try:
                 before = inputs() if callable(inputs) else dict(inputs or {})
                 self.check_config()
-                if not renew:
+                if renew:
+                    self.check_dtype()
+                else:
                     self.check_inputs(before)
                 self._open_manifest(before)
             except BaseException:
@@ -238,6 +269,8 @@ class Stage:
         values = self.config.to_dict()
         profile = self.config.profile in profile_names() and load_config(self.config.profile)
         profile_values = flatten(profile.to_dict()) if profile else {}
+        if profile_values and not self.run.config.dtype:  # the hardware's choice changes no setting
+            profile_values["dtype"] = self.dtype
         write_text(
             self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
@@ -252,6 +285,7 @@ class Stage:
             "seeds": dict.fromkeys(
                 ("python", "numpy", "torch", "data", "generation"), self.config.seed
             ),
+            "dtype": self.dtype,
             "config": values,
             "overridden": sorted(
                 k

@@ -8,6 +8,7 @@ the first steps.
 """
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from spavl_lib.config import Config
 from spavl_lib.distributed import zero_parameters
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
+    compute_as_masters,
     freeze_for_full,
     lora_config,
     train_in_fp32,
@@ -32,8 +34,10 @@ from spavl_lib.modelling.load import (
     compute_dtype,
     load_model,
     load_processor,
+    logit_rounding,
     model_hashes,
     quiet_libraries,
+    rounding,
 )
 from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.completion_head import score_completions_only
@@ -63,6 +67,8 @@ LOGGED = (
     "eval_rewards/chosen", "eval_rewards/rejected", "eval_logps/chosen", "eval_logps/rejected",
 )  # fmt: skip
 
+LONG_ANSWER = 256  # tokens, whose rounding errors add up as random ones do
+
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
     """trl's trainer with this package's checkpoints, with checks before every update, and with one
@@ -89,17 +95,22 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
         return loss
 
 
-def check_reference(logs: dict) -> None:
+def check_reference(logs: dict, *, beta: float = 0.0) -> None:
     """Check at step 1, before any update, that policy and reference are the same model.
 
     Args:
         logs: Logged values of step 1. The implicit rewards are beta times a log-ratio, so all must
             be 0.
+        beta: DPO's beta if the log-probabilities of the reference are cached. These come from other
+            batches, so in 16 bit each token of a response may differ by `logit_rounding`. Without
+            the cache both models compute the same batch, with bit-identical results.
 
     Raises:
         AssertionError: The models differ: dropout is on, or the reference is not the base model.
     """
-    tolerance = 1e-4 if compute_dtype() == torch.float32 else 5e-2
+    tolerance = rounding()
+    if beta and compute_dtype() != torch.float32:
+        tolerance = max(tolerance, beta * logit_rounding() * LONG_ANSWER**0.5)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         if abs(float(logs[key])) > tolerance:
             raise AssertionError(
@@ -137,7 +148,11 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
-    trainer.report_to_stage(stage, flag, logged=LOGGED, live=live, check_first=check_reference)
+    cached = config.dpo.beta if config.dpo.cache_reference else 0.0
+    trainer.report_to_stage(
+        stage, flag, logged=LOGGED, live=live,
+        check_first=functools.partial(check_reference, beta=cached),
+    )  # fmt: skip
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
     summary = {
@@ -192,7 +207,7 @@ def build_trainer(
         # fp32 master weights, because in half precision rounding loses small updates. DeepSpeed
         # keeps master weights itself.
         if config.launch.engine == "ddp":
-            policy = policy.float()
+            policy, reference = policy.float(), compute_as_masters(reference)
         freeze_for_full(policy, config.model)
     trainer = CheckedDPOTrainer(
         model=policy,

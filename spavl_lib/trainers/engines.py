@@ -19,10 +19,10 @@ from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
 from spavl_lib.distributed import group, settings, zero_parameters
 from spavl_lib.errors import NonFiniteError
-from spavl_lib.modelling.load import compute_dtype
+from spavl_lib.modelling.load import compute_dtype, device
 from spavl_lib.runs.files import read_json
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers.guards import REMEDY, gate_gradients
+from spavl_lib.trainers.guards import OWN_SCALE, REMEDY, gate_gradients
 from spavl_lib.trainers.zero_state import load_optimizer_share, optimizer_share
 
 Groups = dict[str, list[nn.Parameter]]
@@ -58,6 +58,8 @@ class Engine:
 
     lockstep = False
     """Whether all processes must call the model together, because its parameters are sharded."""
+    skipped = False
+    """Whether the loss scaler left the last step out, because the scaled gradient overflowed."""
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class Engine:
         launch: LaunchConfig,
     ):
         self.model, self.groups, self.optimizer = model, groups, optimizer
-        self.scaler = torch.amp.GradScaler(enabled=compute_dtype() == torch.float16)
+        self.scaler = torch.amp.GradScaler(device().type, enabled=compute_dtype() == torch.float16)
         self.engine_found = self._start(launch)
 
     def _start(self, launch: LaunchConfig) -> dict[str, Any]:
@@ -119,12 +121,15 @@ class Engine:
             Norm of each group's gradient before clipping.
 
         Raises:
-            NonFiniteError: A gradient is NaN or infinite; nothing was updated.
+            NonFiniteError: A gradient is NaN or infinite, and no loss scale is to blame; nothing
+                was updated.
         """
         self._sum()
+        scale = self.scaler.get_scale()  # 1 if there is no scaler
         self.scaler.unscale_(self.optimizer)
         # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
-        if not self.scaler.is_enabled():
+        # At `OWN_SCALE` the scale is not the reason.
+        if scale <= OWN_SCALE:
             gate_gradients(self.model, number, list(row_ids))
         norms = {
             name: torch.nn.utils.clip_grad_norm_(parameters, max_norm).item()
@@ -132,6 +137,7 @@ class Engine:
         }
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped = self.scaler.get_scale() < scale
         return norms
 
     def _sum(self) -> None:
@@ -286,11 +292,13 @@ class ZeroEngine(Engine):
                     gradient = safe_get_full_grad(parameter)
                     if gradient is not None:
                         safe_set_full_grad(parameter, gradient * scale)
-        if not all(map(math.isfinite, norms.values())) and not self.engine.fp16_enabled():
+        finite = all(map(math.isfinite, norms.values()))
+        if not finite and (not self.engine.fp16_enabled() or loss_scale <= OWN_SCALE):
             raise NonFiniteError(
                 f"step {number}: the gradient is not finite on rows {', '.join(row_ids)}; {REMEDY}"
             )
         self.engine.step()
+        self.skipped = self.engine.fp16_enabled() and not finite
         return norms
 
     def tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict]:

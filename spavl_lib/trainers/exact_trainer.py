@@ -26,7 +26,14 @@ from spavl_lib.errors import NonFiniteError
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
-from spavl_lib.trainers.guards import check_batch, gate_gradients, gate_loss, gate_weights
+from spavl_lib.trainers.guards import (
+    OWN_SCALE,
+    check_batch,
+    check_steps_taken,
+    gate_gradients,
+    gate_loss,
+    gate_weights,
+)
 from spavl_lib.trainers.probe import check_reference_unmoved
 from spavl_lib.trainers.progress import StageCallback, stopped
 from spavl_lib.trainers.reference_cache import NAMES
@@ -68,6 +75,13 @@ class CheckedMixin:
     image_sampler: ImageGroupedSampler | None = None
     reporter: StageCallback | None = None
     reference: dict | None = None
+
+    def create_accelerator_and_postprocess(self: Trainer) -> None:
+        """On a CPU, give accelerate the loss scaler of fp16, which it leaves out without a word."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fp16 and not self.is_deepspeed_enabled and self.accelerator.scaler is None:
+            self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
+            self.accelerator.native_amp = True  # autocast too
 
     def report_to_stage(self: Trainer, stage: Stage, flag: StopFlag, **options: Any) -> None:
         """Add a `StageCallback`, which logs and checks the training, and obeys the stop flag.
@@ -115,6 +129,8 @@ class CheckedMixin:
         if flag and self.state.global_step < self.state.max_steps:
             place = f"after step {self.state.global_step} of {self.state.max_steps}"
             raise stopped(flag, place)
+        if newest is None:
+            check_steps_taken(self.reporter.taken, self.state.global_step)
 
     def _length(self: Trainer) -> list:
         """The configured length of the training.
@@ -169,7 +185,9 @@ class CheckedMixin:
 
     def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
         # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
-        if getattr(self.accelerator, "scaler", None) is None:
+        # At `OWN_SCALE` the scale is not the reason.
+        scaler = self.accelerator.scaler
+        if scaler is None or scaler.get_scale() <= OWN_SCALE:
             gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
         return super()._clip_grad_norm(model)
 
@@ -221,6 +239,7 @@ class CheckedMixin:
             "step": self.state.global_step,
             "optimizer": plain,
             "scheduler": self.lr_scheduler.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             "rng": rng_plain,
             "sharing": self.sharing,
             "launch": self.engine_found,
@@ -262,6 +281,8 @@ class CheckedMixin:
             with ckpt.keeping_settings(self.optimizer, self.lr_scheduler):
                 load_optimizer_share(self.optimizer, tensors, state["optimizer"])
                 self.lr_scheduler.load_state_dict(state["scheduler"])
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_rng_state(self: Trainer, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -23,6 +23,10 @@ REMEDY = (
     "learning rate"
 )
 
+# fp16 gradients overflow because the loss is multiplied by a scale, at first 65,536, which a loss
+# scaler halves whenever they do. What overflows at this scale does so by itself.
+OWN_SCALE = 1.0
+
 
 def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
     """Raise if the loss is NaN or infinite, before the optimizer step.
@@ -133,6 +137,24 @@ def check_batch(
                 f"row {i}: {slots} image tokens, but its prompt alone has "
                 f"{expected_slots[i % len(rows)]}"
             )
+
+
+def check_steps_taken(taken: int, steps: int) -> None:
+    """Raise if a training is over and the loss scaler let no step through.
+
+    Args:
+        taken: Optimizer steps that changed the weights.
+        steps: All steps of the training.
+
+    Raises:
+        NonFiniteError: There were steps, and none was taken.
+    """
+    if steps and not taken:
+        raise NonFiniteError(
+            f"all {steps} steps were skipped, because every scaled gradient overflowed fp16, so "
+            "nothing was learnt; train for more steps, which lets the loss scale fall, or set "
+            "$SPAVL_DTYPE to bf16 or fp32"
+        )
 
 
 class Movement:

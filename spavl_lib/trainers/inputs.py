@@ -12,7 +12,7 @@ from spavl_lib.data.load import load_preferences
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.load import compute_dtype, context_length, model_hashes
+from spavl_lib.modelling.load import context_length, model_hashes
 from spavl_lib.runs.files import sha256_file
 from spavl_lib.runs.stage import Stage
 
@@ -29,7 +29,6 @@ def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
     return {
         **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
         **source_hashes(config.data, ("train", "validation")),
-        "dtype": str(compute_dtype()).removeprefix("torch."),
     }
 
 

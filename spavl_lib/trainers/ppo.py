@@ -37,7 +37,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers import ppo_batches, progress
 from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.engines import build_engine
-from spavl_lib.trainers.guards import Movement, gate_loss, gate_weights
+from spavl_lib.trainers.guards import Movement, check_steps_taken, gate_loss, gate_weights
 from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.ppo_records import card, rollout_records, rollout_stats, summary_figures
 from spavl_lib.trainers.ppo_rollout import RolloutMaker
@@ -152,8 +152,8 @@ class PPOTrainer(RolloutMaker):
             )
         self._resume()
         group.report("progress", {"step": self.step, "total": self.total_steps})
-        movement = None if self.step else Movement(self.model)
-        images = False
+        begun, taken, images = self.step, 0, False
+        movement = None if begun else Movement(self.model)
         bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
         with bar:
@@ -171,8 +171,9 @@ class PPOTrainer(RolloutMaker):
                 bar.set_postfix(
                     score=f"{stats['objective/scores']:.2f}", kl=f"{stats['objective/kl']:.2f}"
                 )
+                taken += "grad_norm/policy" in stats
                 images |= any(prompt.image_digest for prompt in rollout.prompts)
-                if movement and (self.step == 3 or (self.step > 3 and images)):
+                if movement and (taken == 3 or (taken > 3 and images)):
                     movement = movement.check(self.model, images)
                 due = self.step % self.settings.save_steps == 0 or self.step == self.total_steps
                 overdue = time.monotonic() - self.saved > progress.LONGEST_UNSAVED_S
@@ -180,6 +181,8 @@ class PPOTrainer(RolloutMaker):
                     self._save()
         if live and self.log_rows:
             live.update(self.log_rows, force=True)
+        if not begun:
+            check_steps_taken(taken, self.step)
 
     # --- update -------------------------------------------------------------------------------
 
@@ -208,6 +211,8 @@ class PPOTrainer(RolloutMaker):
                     sums.setdefault(key, []).append(value)
         means = {key: sum(values) / len(values) for key, values in sums.items()}
         stats = rollout_stats(rollout, self.kl.kl_coef) | means
+        if skipped := len(sums["learning_rate"]) - len(sums.get("grad_norm/policy", ())):
+            stats["skipped"] = skipped
         self.kl.update(stats["objective/kl"], len(rollout))
         return stats
 
@@ -223,7 +228,8 @@ class PPOTrainer(RolloutMaker):
             first: Whether this is the rollout's first update. The probability ratio must then be 1.
 
         Returns:
-            Values to log: losses, clip fractions, gradient norms, learning rate.
+            Values to log: losses, clip fractions, learning rate, and gradient norms, which are
+            missing if the loss scaler skipped the step.
 
         Raises:
             NonFiniteError: A loss or gradient is NaN or infinite; nothing was updated.
@@ -232,8 +238,10 @@ class PPOTrainer(RolloutMaker):
         self.engine.zero_grad()
         stats = self.accumulate(rollout, rows, cache, first=first)
         norms = self.engine.step(self.settings.max_grad_norm, self.step + 1, ids)
-        stats |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
         stats["learning_rate"] = self.scheduler.get_last_lr()[0]
+        if self.engine.skipped:
+            return stats
+        stats |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
         self.scheduler.step()
         return stats
 
@@ -281,7 +289,7 @@ class PPOTrainer(RolloutMaker):
                 )  # fmt: skip
                 loss, values = loss_of(rollout, micro_batch, outputs, settings)
                 if role == "policy" and first:
-                    check_first_ratio(values, self.step + 1, self.dtype)
+                    check_first_ratio(rollout, micro_batch, outputs[0], self.step + 1, self.dtype)
                 gate_loss(loss, self.step + 1, [rollout.prompts[i].row_id for i in micro_batch])
                 last = role == "value" and turn == len(micro_batches)
                 self.engine.backward(loss * share, last=last)

@@ -223,7 +223,7 @@ class RolloutMaker:
         """
         width = max(len(rollout.responses[i]) for i in rows)
         temperature = self.settings.temperature
-        with cache.rows(_images(rollout.prompts, rows), batch), autocast():
+        with cache.rows(_images(rollout.prompts, rows), batch):
             return model(role, width=width, temperature=temperature, **options, **batch)
 
     def _stop_if_asked(self) -> None:

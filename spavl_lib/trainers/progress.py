@@ -60,6 +60,9 @@ class StageCallback(TrainerCallback):
         self.rows_at_checkpoint = 0
         self.step_rows: list[list[str]] = []
         self.training = False
+        self.taken = 0  # optimizer steps of this call that the loss scaler did not skip
+        self.skipped = False  # whether it skipped the last one
+        self.scale = 1.0
 
     def resume_log(self, step: int) -> None:
         """Drop log rows that are newer than the checkpoint, and continue the logged time from it.
@@ -73,6 +76,10 @@ class StageCallback(TrainerCallback):
         self.saved = time.monotonic()
         self.started = self.saved - (self.rows[-1].get("time_s", 0.0) if self.rows else 0.0)
 
+    def _loss_scale(self) -> float:
+        scaler = self.trainer.accelerator.scaler
+        return scaler.get_scale() if scaler else 1.0
+
     def close(self) -> None:
         """Close the bar, so that the next printed text starts on a new line."""
         if self.bar is not None:
@@ -81,7 +88,7 @@ class StageCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar, and drop logged steps that are newer than the checkpoint."""
         self.resume_log(state.global_step)
-        self.training = True
+        self.training, self.scale = True, self._loss_scale()
         if state.global_step == 0 and state.max_steps >= 3:
             # ZeRO-3 has partitioned the model by now; the check compares shards.
             self.movement = Movement(self.model)
@@ -101,7 +108,7 @@ class StageCallback(TrainerCallback):
         """Write one line to metrics.jsonl for each logged step.
 
         Raises:
-            NonFiniteError: The gradient of step 1 is 0, so nothing would be learnt.
+            NonFiniteError: The gradient of the first step is 0, so nothing would be learnt.
         """
         values = {k: v for k, v in (logs or {}).items() if k in self.logged}
         if not values:
@@ -109,16 +116,18 @@ class StageCallback(TrainerCallback):
         if state.global_step == 1 and "loss" in values:
             if self.check_first:
                 self.check_first(values)
+        if self.taken == 1 and not self.skipped and "loss" in values:
             if not float(values.get("grad_norm", 1.0)) > 0:
                 raise NonFiniteError(
-                    "step 1: the gradient is 0, so nothing would be learnt; check that the mask "
-                    "covers the response tokens, and that the learning rate and the trainable "
-                    "parts of the model are as intended"
+                    f"step {state.global_step}: the gradient is 0, so nothing would be learnt; "
+                    "check that the mask covers the response tokens, and that the learning rate "
+                    "and the trainable parts of the model are as intended"
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
         if "loss" in values:
             row_ids = _in_order(group.gathered(self.step_rows))
             row["row_ids"], self.step_rows = list(dict.fromkeys(row_ids)), []
+            row |= {"skipped": 1} if self.skipped else {}
         row["time_s"] = round(time.monotonic() - self.started, 2)
         row["peak_memory_gib"] = round(peak_memory_gib(), 3)
         self.stage.log(row)
@@ -134,9 +143,14 @@ class StageCallback(TrainerCallback):
         """Advance the bar. If the stop flag is set, save and stop after this step."""
         if self.bar is not None:
             self.bar.update(1)
-        if self.movement and state.global_step >= 3:
+        before, self.scale = self.scale, self._loss_scale()
+        # accelerate does not see that a fused optimizer skipped a step, but the scale falls.
+        reported = self.trainer.accelerator.optimizer_step_was_skipped
+        self.skipped = bool(reported) or self.scale < before
+        self.taken += not self.skipped
+        if self.movement and self.taken >= 3:
             images = group.any_of(self.trainer.images_seen)
-            if images or state.global_step == 3:
+            if images or self.taken == 3:
                 self.movement = self.movement.check(self.model, images)
         if asked_to_stop(self.flag):
             control.should_save = control.should_training_stop = True

@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
+from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests
 from spavl_lib.data.grouping import image_groups
-from spavl_lib.modelling.load import compute_dtype, model_hashes
+from spavl_lib.modelling.load import model_hashes
 from spavl_lib.runs.files import writing
 from spavl_lib.trainers.checkpoint import tensors_sha256
 
@@ -48,7 +49,7 @@ def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
     return {
         "model": {"name": model.name, "revision": model.revision, "files": model_hashes(model)},
         "adapter": "4-bit base" if model.adapter == "qlora" else "base",
-        "dtype": str(compute_dtype()).removeprefix("torch."),
+        "dtype": machine.dtype_name(),
         "template": processor.chat_template,
         "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
         "image_processor": processor.image_processor.to_dict(),

@@ -33,7 +33,6 @@ from spavl_lib.modelling.adapters import (
 )
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import (
-    autocast,
     load_model,
     load_processor,
     quiet_libraries,
@@ -328,8 +327,7 @@ def score_pairs(
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
         batch.pop("completion_mask")
-        with autocast():
-            chosen, rejected = model(**batch).chunk(2)
+        chosen, rejected = model(**batch).chunk(2)
         for row, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
             columns = ("id", "prompt", "class1", "class2", "class3", "question_type")
             scored.append(

@@ -22,7 +22,6 @@ from spavl_lib.modelling.heads import (
     load_head,
     load_reward_model,
 )
-from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.modelling.roles import load_reward_adapter
 from spavl_lib.runs.files import append_jsonl
 from spavl_lib.trainers.guards import REMEDY
@@ -166,16 +165,14 @@ class Scorer:
     @torch.no_grad()
     def __call__(self, batch: dict[str, Tensor]) -> Tensor:
         """Score each row of a padded batch (rows, seq). Returns (rows,)."""
-        vlm, dtype = self.model.vlm, compute_dtype()
+        vlm = self.model.vlm
         training, batch = vlm.training, {k: v.to(self.model.device) for k, v in batch.items()}
         vlm.eval()
-        half = dtype != torch.float32
         try:
-            with torch.autocast(self.model.device.type, dtype=dtype, enabled=half):
-                if not self.adapter:
-                    return self.model(**batch)
-                with use_adapter(vlm, self.adapter):
-                    return self.model(**batch)
+            if not self.adapter:
+                return self.model(**batch)
+            with use_adapter(vlm, self.adapter):
+                return self.model(**batch)
         finally:
             vlm.train(training)
             for name, parameter in vlm.named_parameters():

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tenacity
@@ -526,3 +528,35 @@ def test_a_guards_revision_holds_for_all_its_parts(
     assert revisions == dict.fromkeys(
         ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"), "abc"
     )
+
+
+@pytest.mark.parametrize("kind", ["llama", "mllama"])
+def test_a_guard_is_loaded_straight_onto_its_device_and_whole_at_its_revision(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processor and tokenizer hold the template; a GPU takes weights that main memory cannot."""
+    asked: dict[str, dict] = {}
+
+    def reader(name: str) -> SimpleNamespace:
+        def from_pretrained(path: str, **options: object) -> SimpleNamespace:
+            asked[name] = options
+            tokens = SimpleNamespace(pad_token_id=0, chat_template=None, all_special_tokens=[])
+            return SimpleNamespace(
+                model_type=kind, tokenizer=tokens, eval=lambda: "model", **vars(tokens)
+            )
+
+        return SimpleNamespace(from_pretrained=from_pretrained)
+
+    module = sys.modules[GuardJudge.__module__]
+    names = ("Config", "Processor", "Tokenizer", "ModelForImageTextToText", "ModelForCausalLM")
+    for name in names:
+        monkeypatch.setattr(module, f"Auto{name}", reader(name))
+    monkeypatch.setattr(module, "straight_to_gpu", lambda: {"device_map": {"": 3}})
+    monkeypatch.setenv("SPAVL_DTYPE", "bf16")
+    judge = GuardJudge(EvaluationConfig(judge="guard", judge_model="a/b", judge_revision="c0ffee"))
+    assert judge.model == "model"  # not moved afterwards
+    assert {options["revision"] for options in asked.values()} == {"c0ffee"}
+    reads = names[:1] + (("Processor", names[3]) if kind == "mllama" else ("Tokenizer", names[4]))
+    assert set(asked) == set(reads)
+    assert asked[reads[-1]]["device_map"] == {"": 3}
+    assert asked[reads[-1]]["dtype"] is torch.bfloat16

@@ -99,3 +99,13 @@ def test_without_vllm_and_with_four_bits_it_says_what_to_do(vllm: list) -> None:
     sys.modules["vllm"] = None
     with pytest.raises(InputError, match="pip install vllm"):
         VLLMModel(LORA)
+
+
+def test_precision_and_revision_are_those_of_the_run(
+    vllm: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPAVL_DTYPE", "fp16")
+    config = ModelConfig(**vars(LORA) | {"name": "owner/model", "revision": "c0ffee"})
+    options = VLLMModel(config).engine.options
+    assert (options["dtype"], options["revision"]) == ("float16", "c0ffee")
+    assert "revision" not in VLLMModel(LORA).engine.options

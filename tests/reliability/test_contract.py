@@ -71,7 +71,7 @@ def test_each_changed_setting_is_refused_by_name(broken: Case, record: Callable)
     for field, value in SETTINGS.items():
         refuses(field, changes={field: value})
     refuses("seed", seed=3)
-    refuses("dtype", fault="another_dtype:bfloat16")
+    refuses("dtype", fault="another_dtype:bf16")
     refuses("versions.trl", fault="another_version:trl==99.0.0")
     (data,) = (broken.root / "rows/data").iterdir()
     weights = broken.root / "base/model.safetensors"

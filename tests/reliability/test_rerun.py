@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from spavl_lib import rerun
+from spavl_lib import machine, rerun
 from spavl_lib.config import Config
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
@@ -20,7 +20,6 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run
 from spavl_lib.stages import stage_names, trainers
-from spavl_lib.trainers import inputs as training
 from tests.helpers import hub_rows, smoke, write_hub_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -235,8 +234,8 @@ def changes(made: Made) -> dict[str, tuple[Callable[[], None], str]]:
         ),
         "threads": (lambda: torch.set_num_threads(torch.get_num_threads() + 1), "num_threads: "),
         "dtype": (
-            patched(training, "compute_dtype", lambda: torch.bfloat16),
-            "dtype: 'float32' -> 'bfloat16'",
+            patched(machine, "dtype_name", lambda: "bf16"),
+            "dtype: 'fp32' -> 'bf16'",
         ),
         "base bit": (flipped(made.base / "model.safetensors"), "model/model.safetensors: "),
     }  # fmt: skip

@@ -20,6 +20,7 @@ OVERRIDDEN = {
     Trainer: {
         "_get_train_sampler": ("train_dataset",),
         "_prepare_inputs": ("inputs",),
+        "create_accelerator_and_postprocess": (),
         "training_step": ("model", "inputs", "num_items_in_batch"),
         "_clip_grad_norm": ("model",),
         "_get_grad_norm": ("model", "grad_norm"),
@@ -33,6 +34,7 @@ OVERRIDDEN = {
     RLOOTrainer: {
         "_get_train_sampler": ("dataset",),
         "_prepare_inputs": ("generation_batch",),
+        "_generate_and_score_completions": ("inputs",),
         "_tokenize_prompts": ("prompts",),
     },
 }

@@ -28,7 +28,7 @@ from spavl_lib.data.images import decode
 from spavl_lib.data.templates import neutralise
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
-from spavl_lib.modelling.load import compute_dtype, device
+from spavl_lib.modelling.load import compute_dtype, straight_to_gpu
 
 NEW_TOKENS = 24  # largest number of tokens of a reply
 MD_JUDGE = (
@@ -47,7 +47,9 @@ class GuardJudge:
     def __init__(self, settings: EvaluationConfig):
         self.settings, path = settings, settings.judge_model
         revision = {"revision": settings.judge_revision or None}
+        # Straight to the device: 11B weights do not fit into Colab's main memory.
         options = revision | {"dtype": compute_dtype(), "use_safetensors": True}
+        options |= straight_to_gpu()
         try:
             config = AutoConfig.from_pretrained(path, **revision)
             if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -60,7 +62,7 @@ class GuardJudge:
                 model = AutoModelForCausalLM.from_pretrained(path, **options)
         except (OSError, ValueError) as error:
             raise InputError(f"cannot load evaluation.judge_model {path!r}: {error}") from error
-        self.model = model.to(device()).eval()
+        self.model = model.eval()
         self.tokenizer.padding_side = "left"
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token

@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from spavl_lib.machine import cores
+
 MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD in glibc's malloc.h
 LARGE_BYTES = 4 << 20  # threshold without gradient checkpointing
 SMALLER_BYTES = 1 << 20  # threshold with gradient checkpointing
@@ -15,9 +17,10 @@ def settle_threads() -> None:
 
     Until `torch.set_num_threads` is called once, MKL chooses a number of threads for each call. The
     number of threads decides how a sum is split, so a resumed run could differ from an
-    uninterrupted one in the last bit.
+    uninterrupted one in the last bit. torch counts the cores of the machine. A container may use
+    fewer, and further threads would only wait.
     """
-    torch.set_num_threads(torch.get_num_threads())
+    torch.set_num_threads(min(torch.get_num_threads(), cores()))
 
 
 def return_freed_memory(block_bytes: int = LARGE_BYTES) -> bool:
