@@ -16,6 +16,7 @@ from transformers import ProcessorMixin
 
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.load import autocast
 from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
@@ -82,7 +83,8 @@ def _logps(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
     mask = inputs.pop("completion_mask").bool()
-    logits = model(**inputs).logits
+    with autocast():
+        logits = model(**inputs).logits
     return sequence_logps(logits, batch["input_ids"], mask).double().cpu()
 
 

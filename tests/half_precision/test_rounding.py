@@ -18,7 +18,7 @@ from spavl_lib.modelling.heads import ScalarHeadModel, load_reward_model, save_r
 from spavl_lib.modelling.load import autocast, load_model, logit_rounding, rounding
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs.stage import Run
-from spavl_lib.trainers import dpo, ppo, ppo_batches, rloo
+from spavl_lib.trainers import dpo, ppo, ppo_batches, probe, rloo
 from spavl_lib.trainers.reward import build_model
 from tests.helpers import embedded_processor, mini_rows, smoke, spread
 
@@ -65,6 +65,14 @@ def test_masters_start_at_their_reference_to_the_bit(half: str, batch: dict) -> 
     assert furthest > 0
     with pytest.raises(AssertionError, match="is dropout on"):
         dpo.check_reference(logs | {"rewards/chosen": 1.01 * rounding()})
+
+
+def test_the_probe_of_a_reference_computes_as_the_training_does(half: str) -> None:
+    model = compute_as_masters(load_model(smoke({"model.adapter": "full"}).model))
+    rows, processor = mini_rows().select(range(1)), embedded_processor()
+    found = probe.reference_probe(model, processor, rows, as_reference=contextlib.nullcontext())
+    pair = PreferenceCollator(processor)([rows[0]])
+    assert found["logps"] == logps_of(model, pair).double().tolist()
 
 
 def test_the_kl_of_the_first_rloo_step_has_a_derived_tolerance(half: str) -> None:
