@@ -122,8 +122,7 @@ def train(
     kind: Annotated[
         str,
         typer.Argument(
-            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or a trainer "
-            "from another package.",
+            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or a plugin's.",
             show_default=False,
         ),
     ],
@@ -243,9 +242,7 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="FIELD=COLUMN",
-            help="Which of your columns holds a field of data.columns, such as image=photo. "
-            "Repeatable, or separated by commas.",
-            show_default=False,
+            help="Your column for a field of data.columns. Repeatable, or separated by commas.",
         ),
     ] = None,
     json_file: Annotated[
@@ -286,16 +283,10 @@ def doctor() -> None:
 
     for name, value in examination.describe_machine().items():
         typer.echo(f"{name:<10} {value}")
-    pins = examination.read_pins()
-    differing = examination.differing_pins(pins)
-    if not pins:
-        typer.echo("pins       unknown: neither a checkout nor the installed package was found")
-    elif differing:
-        typer.echo(f"pins       {len(differing)} of {len(pins)} differ")
-        for line in differing:
-            typer.echo(f"{'':<11}{line}")
-    else:
-        typer.echo(f"pins       all {len(pins)} as pinned")
+    summary, differing = examination.describe_pins()
+    typer.echo(f"pins       {summary}")
+    for line in differing:
+        typer.echo(f"{'':<11}{line}")
     for name, value in examination.engines().items():
         typer.echo(f"{name:<10} {value}")
     typer.echo("profiles")

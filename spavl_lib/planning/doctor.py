@@ -71,6 +71,16 @@ def differing_pins(pins: dict[str, str]) -> list[str]:
     return lines
 
 
+def describe_pins() -> tuple[str, list[str]]:
+    """How many installed packages differ from the pins, and a line for each of them."""
+    pins = read_pins()
+    differing = differing_pins(pins)
+    if not pins:
+        return "unknown: neither a checkout nor the installed package was found", []
+    count = f"{len(differing)} of {len(pins)} differ" if differing else f"all {len(pins)} as pinned"
+    return count, differing
+
+
 def cannot_run(profile: str) -> list[str]:
     """Reasons why this machine cannot run a shipped profile; empty if none is known."""
     config, (memory, gpu) = load_config(profile), NEEDS[profile]
