@@ -122,7 +122,7 @@ def train(
     kind: Annotated[
         str,
         typer.Argument(
-            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or a plugin's.",
+            help=f"Trainer: {', '.join(s.name for s in stages.BUILT_IN if s.trains)}, or a plugin.",
             show_default=False,
         ),
     ],
