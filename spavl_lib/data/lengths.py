@@ -241,7 +241,16 @@ def _prompts_without_room(
 def joined_answers(
     processor: ProcessorMixin, rows: Dataset, sides: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Answers whose first token the tokenizer joins with the prompt's last."""
+    """Answers whose first token the tokenizer joins with the prompt's last.
+
+    Args:
+        processor: The model's processor.
+        rows: Preference rows.
+        sides: The answers to look at.
+
+    Returns:
+        Row id, and what is wrong with which answer.
+    """
     reasons: dict[str, str] = {}
     found = []
     for table in batches(rows.select_columns(["id", *sides])) if sides else ():

@@ -2,6 +2,8 @@
 
 import copy
 import io
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 from spavl_lib.data.collate import PreferenceCollator, PromptCollator, stack_vision
+from spavl_lib.data.fingerprint import row_digests
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.lengths import Limit, pair_lengths, without_unfit_rows
 from spavl_lib.data.schema import PREFERENCE_COLUMNS, TURN, features
@@ -22,8 +25,16 @@ from spavl_lib.data.templates import (
 )
 from spavl_lib.errors import InputError
 from spavl_lib.trainers.guards import check_batch
-from spavl_lib.trainers.inputs import limit_of
-from tests.helpers import embedded_processor, mini_rows, png, smoke, tiny
+from spavl_lib.trainers.inputs import limit_of, load_rows
+from tests.helpers import (
+    embedded_processor,
+    hub_rows,
+    mini_rows,
+    png,
+    smoke,
+    tiny,
+    write_hub_folder,
+)
 
 SLOTS = 64  # image tokens of the embedded model
 
@@ -256,6 +267,39 @@ def test_rows_that_do_not_fit_are_left_out_if_that_is_asked_for() -> None:
     assert left["id"] == ["r/0", "r/3"]
     with pytest.raises(InputError, match="longer than 5 tokens"):  # no row is left
         without_unfit_rows(processor, rows, Limit("dpo", 5), "skip")
+
+
+@pytest.mark.parametrize(
+    ("stage", "long", "kept"),
+    [
+        ("reward", "chosen", 3), ("reward", "rejected", 3), ("dpo", "rejected", 3),
+        ("ppo", "chosen", 3), ("ppo", "rejected", 4), ("ppo", "question", 3),
+        ("rloo", "question", 3), ("rloo", "chosen", 4),
+    ],
+)  # fmt: skip
+def test_every_trainer_skips_what_it_cannot_take(
+    stage: str, long: str, kept: int, tmp_path: Path
+) -> None:
+    """Held-out rows too, which are scored when the training is over."""
+    train, held_out = ([dict(r) for r in hub_rows(s, 4)] for s in ("train", "validation"))
+    train[2][long] = held_out[1][long] = "word " * 600
+    folder = write_hub_folder(tmp_path / "rows", train, held_out)
+    data = {"data.source": "hub_layout", "data.path": str(folder), "data.on_bad_rows": "skip"}
+    skipping = smoke(data, run_name="r")
+    noted: dict = {}
+    place = SimpleNamespace(name=stage, config=skipping, note=lambda **found: noted.update(found))
+    splits = ("train", "validation")
+    if kept < 4:
+        with pytest.warns(UserWarning, match="1 of 4 rows skipped"):
+            loaded = load_rows(skipping, place, embedded_processor(), *splits)
+    else:
+        loaded = load_rows(skipping, place, embedded_processor(), *splits)
+    assert [len(rows) for rows in loaded] == [kept, kept]
+    assert noted["data"]["train"] == row_digests(loaded[0])  # those that are trained on
+    strict = smoke(data | {"data.on_bad_rows": "error"}, run_name="r")
+    if kept < 4:
+        with pytest.raises(InputError, match=r"train/2"):
+            load_rows(strict, place, embedded_processor(), *splits)
 
 
 # --- answers after their prompts ----------------------------------------------------------------
