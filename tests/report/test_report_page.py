@@ -138,7 +138,7 @@ def test_the_command_gives_the_same_config(run_path: Path, page: Page) -> None:
 
 def test_sequences_and_strange_names_survive_the_command() -> None:
     config = load_config("demo", {"dpo.loss_type": "sigmoid", "dpo.loss_weights": "2"}).to_dict()
-    config["data"]["path"] = "a b; rm -rf 'x'"
+    config["data"] |= {"source": "hub_layout", "path": "a b; rm -rf 'x'"}
     (line, _) = collect.commands("my run", config, [])
     words = shlex.split(line)
     assert "data.path=a b; rm -rf 'x'" in words and "my run" in words
