@@ -31,10 +31,14 @@ class Arm:
 
     @property
     def key(self) -> str:
-        """Name of the arm's folder. Arms that would train the same model have the same key."""
+        """Name of the arm's folder. Arms that would train the same model have the same key.
+
+        The precision is not part of it: all arms of a stage have the stage's, and only a worker's
+        config names it.
+        """
         settings = self.config.to_dict()
-        for without_effect in ("run_name", "scaling"):
-            settings.pop(without_effect)
+        for name in ("run_name", "scaling", "dtype"):
+            settings.pop(name)
         text = json.dumps([MEASURING, settings], sort_keys=True)
         return f"seed{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 

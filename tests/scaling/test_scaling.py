@@ -46,6 +46,14 @@ def test_the_demos_arms_are_equal_where_they_must_be() -> None:
     assert len({a.key for a in arms}) == 45
 
 
+def test_a_worker_finds_the_folders_of_its_stage(tmp_path: Path) -> None:
+    """A worker reads the stage's own config, which also names the precision."""
+    config = smoke(QUICK, run_name="r")
+    stage = Run(config, tmp_path).stage("scaling")
+    assert stage.config.dtype and not config.dtype
+    assert [arm.key for arm in plan(stage.config)] == [arm.key for arm in plan(config)]
+
+
 def test_sizes_come_in_order_and_once() -> None:
     sizes = {"scaling.sizes": [0, 600, 100, 5000], "scaling.question_types": []}
     arms = plan(
