@@ -39,7 +39,6 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
     rounding,
 )
-from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import write_json, write_text, writing
@@ -133,7 +132,6 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     """
     quiet_libraries()
     processor = load_processor(config.model)
-    stage.note(processor=describe(processor))
     train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows, held_out)
     parts = assert_freeze_plan(trainer.model, config.model)

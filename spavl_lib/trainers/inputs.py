@@ -13,6 +13,7 @@ from spavl_lib.data.sources.base import open_source
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import context_length, model_hashes
+from spavl_lib.modelling.processors import describe
 from spavl_lib.runs.files import sha256_file
 from spavl_lib.runs.stage import Stage
 
@@ -90,7 +91,8 @@ def load_rows(
     """Load the preference rows of some splits, and write their digests into the manifest.
 
     Rows that the model cannot take are refused or left out, before the model is loaded. The
-    manifest also says how held-out rows were drawn, if the data have no split of them.
+    manifest also describes the processor, and says how held-out rows were drawn, if the data have
+    no split of them.
 
     Args:
         config: Uses `data`, `model` and the section of the stage.
@@ -112,5 +114,6 @@ def load_rows(
     stage.note(
         data={split: row_digests(table) for split, table in rows.items()},
         held_out=open_source(config.data).held_out(),
+        processor=describe(processor),
     )
     return list(rows.values())

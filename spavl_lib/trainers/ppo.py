@@ -27,7 +27,6 @@ from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
 from spavl_lib.modelling.load import load_processor, quiet_libraries
-from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.runs.files import append_jsonl, read_jsonl
 from spavl_lib.runs.maker import stage_maker
@@ -65,9 +64,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
-    processor = load_processor(config.model)
-    stage.note(processor=describe(processor))
-    [rows] = load_rows(config, stage, processor, "train")
+    [rows] = load_rows(config, stage, load_processor(config.model), "train")
     trainer = PPOTrainer(config, stage, rows, folder, flag)
     trainer.check()
     trainer.train(live)

@@ -37,7 +37,6 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
-from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
 from spavl_lib.runs.files import write_jsonl, write_text, writing
@@ -171,7 +170,6 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     """
     quiet_libraries()
     processor = load_processor(config.model)
-    stage.note(processor=describe(processor))
     train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows)
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)

@@ -43,7 +43,6 @@ from spavl_lib.modelling.load import (
     logit_rounding,
     quiet_libraries,
 )
-from spavl_lib.modelling.processors import describe
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
@@ -204,7 +203,6 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
     check_reward_model(config.model, folder)
     quiet_libraries()
     processor = load_processor(config.model)
-    stage.note(processor=describe(processor))
     [rows] = load_rows(config, stage, processor, "train")
     trainer = build_trainer(config, stage, processor, rows, folder)
     ckpt.check_room(trainer.checkpoints, trainer.model)

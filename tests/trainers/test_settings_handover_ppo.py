@@ -67,6 +67,10 @@ PPO_CHANGES = {
 }  # fmt: skip
 
 
+# What an update logs whose step the loss scaler did not skip.
+TAKEN = {"grad_norm/policy": 1.0, "learning_rate": 1e-4}
+
+
 def prompts(count: int) -> list[Prompt]:
     return [Prompt(f"row{n}", "", [1, 2], {}, {}) for n in range(count)]
 
@@ -213,7 +217,7 @@ def test_the_kl_coefficient_is_steered_once_a_rollout_by_its_mean_kl(
 
     def minibatch(rollout: Rollout, rows: list[int], cache: object, first: bool) -> dict:
         minibatches.append((rows, first))
-        return {"loss": float(len(rows))}
+        return TAKEN | {"loss": float(len(rows))}
 
     monkeypatch.setattr(trainer, "minibatch", minibatch)
     stats = trainer.update(rollout_of(6), None)
@@ -261,7 +265,7 @@ def test_a_steered_coefficient_prices_the_next_rollout(
     built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = built({"kl_target": 0.5, "kl_horizon": 10, "kl_coef": 0.25})
-    monkeypatch.setattr(trainer, "minibatch", lambda *_, **__: {"loss": 0.0})
+    monkeypatch.setattr(trainer, "minibatch", lambda *_, **__: TAKEN | {"loss": 0.0})
     trainer.update(rollout_of(4), None)  # 1.5 nats: the error is held to 0.2
     assert trainer.kl.kl_coef == pytest.approx(0.25 * (1 + 0.2 * 4 / 10))
     seen = []
@@ -333,7 +337,7 @@ def test_ppo_saves_when_it_is_due(
     saved: list[int] = []
     quiet = {
         "roll_out": lambda *_: rollout_of(), "_resume": lambda: None, "_log": lambda *_: None,
-        "update": lambda *_: {"objective/scores": 0.0, "objective/kl": 0.0},
+        "update": lambda *_: TAKEN | {"objective/scores": 0.0, "objective/kl": 0.0},
         "_save": lambda: saved.append(trainer.step),
     }  # fmt: skip
     for name, value in quiet.items():
