@@ -11,6 +11,7 @@ from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_origin
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
+from spavl_lib.evaluation.numbers import percent, read_rate
 from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.text import picture_name
 from spavl_lib.generation.generate import generate_batch
@@ -273,3 +274,17 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
             values += judge_all(judge, [row | {"set": name} | answer for row, answer in pairs])
         rates |= prompts_rate(values, key)
     return rates
+
+
+def rates_table(rates: dict[str, dict]) -> str:
+    """Rates of several models side by side, as lines of text.
+
+    Args:
+        rates: Title of a model -> what `quick_rates` returned for it.
+    """
+    keys = dict.fromkeys(key for measured in rates.values() for key in measured)
+    lines = [["", *rates]]
+    lines += [[k, *(percent(read_rate(measured, k)) for measured in rates.values())] for k in keys]
+    return "\n".join(
+        f"{line[0]:14}" + "".join(f"{cell:>10}" for cell in line[1:]) for line in lines
+    )
