@@ -85,11 +85,16 @@ def test_a_resumed_controller_steers_on_from_its_coefficient() -> None:
     assert fixed.kl_coef == 0.1
 
 
-def test_a_clipped_value_is_old_value_plus_the_clipped_change() -> None:
+@pytest.mark.parametrize(("value", "target", "clipped"), [(2.9, 3.0, 2.2), (1.1, 0.0, 1.8)])
+def test_a_clipped_value_is_old_value_plus_the_clipped_change(
+    value: float, target: float, clipped: float
+) -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
-    value, old, target = (torch.tensor([[v]]) for v in (2.9, 2.0, 3.0))
-    result = clipped_value_loss(value, old, target, mask, value_clip_range=0.2)
-    assert result.loss.item() == pytest.approx(0.5 * (2.2 - 3.0) ** 2)
+    result = clipped_value_loss(
+        torch.tensor([[value]]), torch.tensor([[2.0]]), torch.tensor([[target]]), mask,
+        value_clip_range=0.2,
+    )  # fmt: skip
+    assert result.loss.item() == pytest.approx(0.5 * (clipped - target) ** 2)
 
 
 def test_rewards_stay_on_the_device_of_the_response() -> None:
