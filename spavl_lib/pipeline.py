@@ -18,7 +18,7 @@ from spavl_lib.config import (
     profile_argument,
     profile_names,
 )
-from spavl_lib.data.load import eval_sets, load_truth
+from spavl_lib.data.load import check_own_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.distributed.settings import in_processes
 from spavl_lib.errors import InputError, OutOfMemory, nearest
@@ -49,7 +49,7 @@ def train(name: str, config: Config, stage: Stage) -> dict:
     """
     check_trainer(name)
     check_judge(config.evaluation)
-    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
+    check_own_prompts(config.data)
     from spavl_lib.plotting import LivePlot  # it loads matplotlib, which takes time
 
     with memory_advice(name, config):
@@ -85,7 +85,9 @@ def make(name: str, config: Config) -> Stage:
         InputError: The judge's settings or the evaluation prompts are wrong, or `ensure` fails for
             an earlier stage.
     """
-    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
+    if config.profile not in SMALL_PROFILES:
+        ensure_before(name, config)  # makes nothing; names what is missing before data are fetched
+    check_own_prompts(config.data)
     # Notebooks that judge need a judge that knows the rows; a training alone does not.
     judges = name in ("inference", "evaluation", "scaling")
     check_judge(config.evaluation, load_truth(config.data) if judges else None)

@@ -38,6 +38,7 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return make
 
     monkeypatch.setattr(launcher, "maker_of", maker_of)
+    monkeypatch.setattr(pipeline, "load_truth", lambda _: {})  # without a fetch from the Hub
     return made
 
 

@@ -173,6 +173,16 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
     return [*(name for name in source.eval_sets if source.has_prompts(name)), *drawings]
 
 
+def check_own_prompts(config: DataConfig) -> None:
+    """Read the prompts of `data.test_path`, so that bad ones are refused before a long training.
+
+    Raises:
+        InputError: Rows are bad. The message names all of them.
+    """
+    if config.test_path:
+        eval_sets(config, held_out_drawings=False)
+
+
 def load_truth(config: DataConfig) -> dict[str, dict]:
     """Row id -> ground-truth labels of the evaluation rows; empty if their source has none."""
     return prompt_source(config).truth()

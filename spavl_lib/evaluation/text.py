@@ -41,4 +41,5 @@ def picture_name(set_name: str, row_id: str) -> str:
 
     It says nothing about the picture's own name, because other people's pictures share names.
     """
-    return hashlib.sha256(f"{set_name}\0{row_id}".encode()).hexdigest()[:24] + ".png"
+    name = f"{set_name}\0{row_id}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(name).hexdigest()[:24] + ".png"

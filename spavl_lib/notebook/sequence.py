@@ -6,7 +6,7 @@ from typing import Any
 
 from spavl_lib import stages
 from spavl_lib.config import Config
-from spavl_lib.data.load import eval_sets, load_truth
+from spavl_lib.data.load import check_own_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import check_judge
 from spavl_lib.notebook.execute import (
@@ -56,7 +56,7 @@ def run_all(
     sequence = {path: stage for path, stage in sequence.items() if stage.name in FIRST_SIX}
     if not sequence:
         raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
-    eval_sets(config.data, held_out_drawings=False)  # bad prompts of one's own are refused here
+    check_own_prompts(config.data)
     check_judge(config.evaluation, load_truth(config.data))
     for path, stage in sequence.items():
         check_parameters(path)

@@ -23,6 +23,7 @@ from transformers import (
 from spavl_lib import pipeline
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.data.load import eval_sets
+from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
@@ -463,7 +464,7 @@ def test_a_guard_is_asked_in_its_own_form(guard_folder: Path) -> None:
 def test_a_control_token_of_one_character_stays_in_the_text(guard_folder: Path) -> None:
     made = guard(guard_folder)
     made.tokenizer.add_special_tokens({"additional_special_tokens": ["~", "<end>"]})
-    assert made._plain("a ~ b <end>") == "a ~ b < end>"
+    assert neutralise("a ~ b <end>", made.tokenizer) == "a ~ b < end>"
 
 
 def test_noise_is_no_verdict_and_voids_the_judging(guard_folder: Path) -> None:

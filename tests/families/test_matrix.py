@@ -24,6 +24,7 @@ from spavl_lib.modelling.export import export
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_model, load_policy, load_processor
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
+from spavl_lib.runs.files import read_json
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers.dpo import train_dpo
 from spavl_lib.trainers.guards import check_batch
@@ -168,7 +169,8 @@ def cell_generate(tried: Tried, tmp_path: Path) -> None:
 def cell_reward_model(tried: Tried, tmp_path: Path) -> None:
     stage, summary = tried.stage("reward", train_reward)
     assert summary["steps"] == 2 and "tower" not in summary["trainable_parameters"]
-    assert stage.manifest["processor"]["image_processor"].endswith("Pil")
+    manifest = read_json(stage.path / "manifest.json")
+    assert manifest["processor"]["image_processor"].endswith("Pil")
     assert "Reward model over" in (stage.path / "model/README.md").read_text()
     model = load_reward_model(tried.config.model, stage.path / "model")
     rows = mini_rows("validation").select(range(2))

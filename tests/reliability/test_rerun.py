@@ -88,7 +88,8 @@ def test_every_stage_records_every_field(made: Made, record: Callable) -> None:
         stage = made.run.stage(name)
         manifest = read_json(stage.path / "manifest.json")
         assert set(FIELDS) <= set(manifest), set(FIELDS) - set(manifest)
-        assert manifest["config"] == made.config.to_dict()
+        assert manifest["dtype"] in machine.DTYPES
+        assert manifest["config"] == made.config.to_dict() | {"dtype": manifest["dtype"]}
         assert "dpo.max_steps" not in manifest["overridden"] or made.config.dpo.max_steps == 3
         assert {"data.path", "model.name"} <= set(manifest["overridden"])
         assert len(manifest["run_id"]) == 16 and len(manifest["code_sha256"]) == 64

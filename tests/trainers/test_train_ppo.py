@@ -291,7 +291,7 @@ def test_the_ratio_check_sees_a_policy_that_moved(folders: dict[str, Path], tmp_
         with torch.no_grad():
             for parameter in trainer.engine.groups["policy"]:
                 parameter.mul_(1.01)
-        with pytest.raises(AssertionError, match="ratio is off"):
+        with pytest.raises(AssertionError, match="ratios are off"):
             trainer.accumulate(rollout, [0, 1, 2], cache, first=True)
 
 
