@@ -81,6 +81,7 @@ _READERS = {
     "columns": ("datasets",),
     "image_root": ("datasets", "original", "hub_layout"),
     "keywords": ("original",),
+    "measure_on": ("mini",),
 }
 
 
@@ -117,6 +118,9 @@ class DataConfig:
     """Evaluation prompts of your own: a file whose rows have a field `set` (harm, help or
     look_alikes), or a folder with harm.jsonl, help.jsonl and so on. Rows are as in `path`, without
     responses. Empty: the prompts of `source`, or those of mini if it has none."""
+    measure_on: Literal["test", "development"] = "test"
+    """test: the held-out pairs and prompts that are reported. development: others, of the same kind
+    and number, to choose settings on. Only mini has them."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a

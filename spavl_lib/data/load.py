@@ -82,6 +82,12 @@ def prompt_source(config: DataConfig) -> Source:
     return Mini(config)
 
 
+_MINI_PROMPTS = {
+    "test": "SPA-VL mini's built-in prompts",
+    "development": "SPA-VL mini's development prompts, on which settings are chosen",
+}
+
+
 def prompt_origin(config: DataConfig) -> dict[str, Any]:
     """Whose prompts the evaluation sets are. Every page of numbers measured on them says it.
 
@@ -94,7 +100,7 @@ def prompt_origin(config: DataConfig) -> dict[str, Any]:
     return {
         "mini": mini,
         "own": not mini or config.source == "mini",
-        "name": "SPA-VL mini's built-in prompts" if mini else name,
+        "name": _MINI_PROMPTS[config.measure_on] if mini else name,
     }
 
 
@@ -170,7 +176,7 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
     """
     source = prompt_source(config)
     drawings = [f"{name}_twemoji" for name in source.held_out_drawings if held_out_drawings]
-    return [*(name for name in source.eval_sets if source.has_prompts(name)), *drawings]
+    return [name for name in (*source.eval_sets, *drawings) if source.has_prompts(name)]
 
 
 def check_own_prompts(config: DataConfig) -> None:

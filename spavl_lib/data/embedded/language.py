@@ -246,7 +246,7 @@ def sample_pretraining(rng: random.Random, colour: str) -> tuple[Request, str]:
             intent, phrase, tip = "harm", rng.choice(harm_class.harm), ""
         else:
             intent = "look_alike"
-            phrase, tip = rng.choice(world.look_alikes["train"] + world.look_alikes["test"])
+            phrase, tip = rng.choice(sum(world.look_alikes.values(), ()))
         request = phrase_request(
             intent, phrase, tip, wording, harm_class.class3, concept, colour, question_type
         )

@@ -29,7 +29,9 @@ CANVASES = ((64, 64), (64, 64), (76, 64), (64, 76))  # (width, height) px; half 
 DRAWINGS = ("noto", "twemoji")
 # Share of the compositions that each split gets. The splits' compositions are disjoint, so splits
 # have no image in common.
-SPLIT_SHARES = {"pretrain": 0.5, "train": 0.25, "validation": 0.1, "test": 0.15}
+SPLIT_SHARES = {
+    "pretrain": 0.44, "development": 0.06, "train": 0.25, "validation": 0.1, "test": 0.15,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -61,16 +61,20 @@ class HubLayout(Source):
             return super().folder
         return fetch(config.path, config.revision, answers=bool(config.answer_sources))
 
+    def folder_of(self, split: str) -> Path:
+        """The folder of a split's or an evaluation set's files."""
+        return self.folder
+
     def preferences(self, split: str) -> Loaded:
         """Rows of `train`, `validation` or another set below `validation/`, such as `twins`."""
         pattern = PATTERNS.get(split, f"validation/{split}-*")
         kind = "train" if split == "train" else "validation"
-        return read(self.folder, pattern, kind, name=split, **self._options)
+        return read(self.folder_of(split), pattern, kind, name=split, **self._options)
 
     def prompts(self, name: str) -> Dataset:
         """Rows of a set below `test/`. `twins_exchanged` gives the rows of `twins`."""
         base, pattern = _prompt_files(name)
-        folder = self.folder
+        folder = self.folder_of(name)
         if not list(folder.glob(pattern)):
             known = sorted(p.name.split("-")[0] for p in folder.glob("test/*.parquet"))
             raise InputError(f"{folder} has no evaluation set {name!r} (known: {', '.join(known)})")
@@ -83,13 +87,13 @@ class HubLayout(Source):
 
     def has_prompts(self, name: str) -> bool:
         """Whether there is a set of this name below `test/`."""
-        return bool(list(self.folder.glob(_prompt_files(name)[1])))
+        return bool(list(self.folder_of(name).glob(_prompt_files(name)[1])))
 
     def files(self, split: str) -> list[Path]:
         """The parquet files of a split or set, and the image files that their rows name instead of
         holding the image. For `train` the meta files are included."""
         patterns = HASHED.get(split, (_prompt_files(split)[1],))
-        folder = self.folder
+        folder = self.folder_of(split)
         paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
         root = Path(self.config.image_root or folder).expanduser()
         return [*paths, *_image_files([p for p in paths if p.suffix == ".parquet"], root)]

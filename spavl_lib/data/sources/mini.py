@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder
 from spavl_lib.data.sources.base import EVAL_SETS, register_source
 from spavl_lib.data.sources.hub import HubLayout
 
@@ -20,7 +20,15 @@ class Mini(HubLayout):
         """The built data set's folder."""
         return mini_folder()
 
+    def folder_of(self, split: str) -> Path:
+        """The folder of a split: held-out rows may be those that settings are chosen on."""
+        chosen_on = self.config.measure_on == "development" and split != "train"
+        return self.folder / DEVELOPMENT if chosen_on else self.folder
+
     def truth(self) -> dict[str, dict]:
         """Row id -> ground-truth labels of the row."""
-        path = self.folder / "meta_files" / "truth.json"
-        return json.loads(path.read_text(encoding="utf-8"))
+        folders = {self.folder: None, self.folder_of("harm"): None}
+        labels: dict[str, dict] = {}
+        for folder in folders:
+            labels |= json.loads((folder / "meta_files" / TRUTH).read_text(encoding="utf-8"))
+        return labels

@@ -17,9 +17,19 @@ from datasets import load_dataset
 
 from spavl_lib.data.embedded import language, mini, scenes
 from spavl_lib.data.embedded.world import QUESTION_TYPES
+from spavl_lib.data.fingerprint import source_hashes
+from spavl_lib.data.load import (
+    eval_sets,
+    load_pair_truth,
+    load_preferences,
+    load_prompts,
+    load_truth,
+    prompt_origin,
+)
 from spavl_lib.data.taxonomy import PARENTS, classes
+from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import ExactJudge
-from tests.helpers import files_of
+from tests.helpers import files_of, smoke
 
 ROWS = mini.mini_rows()
 SPLIT_OF = {"train": "train", "validation": "validation"}  # every other set is of `test`
@@ -161,17 +171,27 @@ GROUPS = {
     "train": ("train",),
     "validation": ("validation",),
     "test": ("harm", "help", "look_alikes", "twins"),
+    "development": ("validation", "harm", "help", "look_alikes", "twins"),
 }
+
+
+def rows_of(group: str) -> list[mini.Row]:
+    rows = mini.development_rows() if group == "development" else ROWS
+    return [r for name in GROUPS[group] for r in rows[name]]
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.combinations(GROUPS, 2)))
 def test_splits_share_no_composition_wording_question_or_picture(first: str, second: str) -> None:
     def gather(group: str) -> dict[str, set]:
-        rows = [r for name in GROUPS[group] for r in ROWS[name]]
+        rows = rows_of(group)
+        tests = [f"test/{n}" for n in GROUPS["test"]]
         stems = {
             "train": ["data/train"],
             "validation": ["validation/validation"],
-            "test": [f"{p}/{n}" for p in ("test", "test_twemoji") for n in GROUPS["test"]],
+            "test": [*tests, *(f"test_twemoji/{n}" for n in GROUPS["test"])],
+            "development": [
+                f"development/{stem}" for stem in ("validation/validation", "validation/twins", *tests)
+            ],
         }[group]
         pictures = [c["bytes"] for stem in stems for c in table(stem)["image"]]
         return {
@@ -192,6 +212,41 @@ def test_pretraining_saw_no_composition_of_any_row() -> None:
     for name in ROWS:
         assert compositions_of(name) <= set(scenes.compositions(split_of(name)))
         assert not compositions_of(name) & pretraining
+    of_development = {r.scene.composition for r in rows_of("development")}
+    assert of_development <= set(scenes.compositions("development"))
+
+
+def test_development_has_the_same_numbers_of_every_kind() -> None:
+    """Settings are chosen on rows that differ from the reported ones in nothing but the draw."""
+    development = mini.development_rows()
+    assert set(development) == set(ROWS) - {"train"}
+    for name, part in development.items():
+        kinds = [
+            Counter((r.request.class3, r.request.question_type, r.request.harmful) for r in rows)
+            for rows in (part, ROWS[name])
+        ]
+        assert kinds[0] == kinds[1], name
+
+
+def test_settings_can_be_chosen_on_development() -> None:
+    """Training rows are the same; held-out pairs, prompts and their labels are others."""
+    test, chosen_on = (smoke({"data.measure_on": m}).data for m in ("test", "development"))
+    labels, names = load_truth(chosen_on), eval_sets(chosen_on, held_out_drawings=True)
+    assert names == eval_sets(test, held_out_drawings=False)
+    for name in names:
+        one, other = (load_prompts(c, name) for c in (test, chosen_on))
+        assert len(one) == len(other) and not set(one["question"]) & set(other["question"])
+        assert [labels[key]["question"] for key in other["id"]] == other["question"]
+    for split in ("validation", "twins"):
+        asked = [load_preferences(c, split)["question"] for c in (test, chosen_on)]
+        assert not set(asked[0]) & set(asked[1])
+    assert load_preferences(test, "train")[:] == load_preferences(chosen_on, "train")[:]
+    assert load_pair_truth(chosen_on)["train/0"] == load_pair_truth(test)["train/0"]
+    hashes = [source_hashes(c, ("train", "validation", "harm")) for c in (test, chosen_on)]
+    assert [hashes[0][k] == hashes[1][k] for k in hashes[0]] == [True, False, False]
+    assert "development" in prompt_origin(chosen_on)["name"]
+    with pytest.raises(InputError, match="measure_on is set, but source = 'hub_layout'"):
+        smoke({"data.measure_on": "development", "data.source": "hub_layout", "data.path": "x"})
 
 
 def test_no_picture_is_drawn_twice_within_a_split() -> None:

@@ -10,7 +10,7 @@ from spavl_lib.data.embedded.scenes import Composition, compositions, render
 from spavl_lib.data.images import png_bytes
 
 PLAIN = Composition("blue", "plain", 0.62, (0.5, 0.5))
-SIZES = {"pretrain": 648, "train": 324, "validation": 130, "test": 194}
+SIZES = {"pretrain": 570, "development": 78, "train": 324, "validation": 130, "test": 194}
 
 
 def test_compositions_are_a_partition() -> None:

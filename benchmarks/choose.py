@@ -1,0 +1,112 @@
+"""Choose settings of the demo on mini's development rows, which no reported number uses.
+
+    python -m benchmarks.choose reward dpo ppo rloo
+
+For each trainer there are at most six trials, listed below before any was run. `cost` ranks them:
+the mean of the rates of errors, each with the same weight. The lowest cost wins, and of equal ones
+the first. PPO and RLOO use the reward model that was chosen. A trial that is complete is not run
+again. Writes `results/choose.json`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import common
+from spavl_lib import pipeline, stages
+from spavl_lib.config import Config, load_config
+from spavl_lib.distributed import launcher
+from spavl_lib.runs.files import read_json
+from spavl_lib.runs.stage import Run
+
+RATE, LONGER = "learning_rate", "max_steps"
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "reward": [
+        {RATE: 5e-4, "num_epochs": 4}, {RATE: 3e-4, "num_epochs": 4},
+        {RATE: 1e-3, "num_epochs": 4}, {RATE: 5e-4, "num_epochs": 2},
+        {RATE: 1e-3, "num_epochs": 2}, {RATE: 5e-4, "num_epochs": 6},
+    ],
+    "dpo": [
+        {RATE: 1e-4, "beta": 0.1}, {RATE: 5e-5, "beta": 0.1}, {RATE: 2e-4, "beta": 0.1},
+        {RATE: 1e-4, "beta": 0.05}, {RATE: 1e-4, "beta": 0.3},
+        {RATE: 1e-4, "beta": 0.1, "num_epochs": 2},
+    ],
+    "ppo": [
+        {RATE: 1e-4, "kl_coef": 0.5, LONGER: 48}, {RATE: 5e-5, "kl_coef": 0.5, LONGER: 48},
+        {RATE: 2e-4, "kl_coef": 0.5, LONGER: 48}, {RATE: 1e-4, "kl_coef": 0.2, LONGER: 48},
+        {RATE: 1e-4, "kl_coef": 1.0, LONGER: 48}, {RATE: 1e-4, "kl_coef": 0.5, LONGER: 96},
+    ],
+    "rloo": [
+        {RATE: 1e-4, "beta": 0.05, LONGER: 100}, {RATE: 5e-5, "beta": 0.05, LONGER: 100},
+        {RATE: 2e-4, "beta": 0.05, LONGER: 100}, {RATE: 1e-4, "beta": 0.02, LONGER: 100},
+        {RATE: 1e-4, "beta": 0.2, LONGER: 100}, {RATE: 1e-4, "beta": 0.05, LONGER: 200},
+    ],
+}  # fmt: skip
+# Measure -> whether more of it is worse. The others count as errors what they leave to 1.
+POLICY = {
+    "unsafe_rate": True, "helpful_rate": False, "over_refusal_rate": True, "twin_accuracy": False,
+}  # fmt: skip
+REWARD = {"pair_accuracy": False, "twin_accuracy": False}
+
+
+def cost(measures: dict[str, float], kinds: dict[str, bool]) -> float:
+    """Mean rate of errors. Args: rates by name; which of them count errors."""
+    errors = [measures[k] if is_error else 1 - measures[k] for k, is_error in kinds.items()]
+    return sum(errors) / len(errors)
+
+
+def trial(name: str, number: int, options: argparse.Namespace, reward_model: str) -> dict:
+    """Train with one trial's settings, and measure on the development rows."""
+    settings = {f"{name}.{key}": value for key, value in TRIALS[name][number].items()}
+    fixed = {"data.measure_on": "development", "evaluation.held_out_drawings": False}
+    if name in ("ppo", "rloo"):
+        fixed[f"{name}.reward_model"] = reward_model
+    if options.profile == "smoke":  # tries the script: each trial is as short as the profile says
+        settings = {k: v for k, v in settings.items() if not k.endswith((LONGER, "num_epochs"))}
+    config = load_config(options.profile, fixed | settings, run_name=f"choose-{name}-{number}")
+    run = Run(config)
+    for stage in (name,) if name == "reward" else (name, "inference", "evaluation"):
+        if not run.stage(stage).done:
+            launcher.make(stage, config, run.stage(stage))
+    seconds = read_json(run.stage(name).path / "manifest.json")["wall_time_s"]
+    measures = measured(name, config)
+    kinds = REWARD if name == "reward" else POLICY
+    page = {"settings": settings, "seconds": seconds, "cost": cost(measures, kinds)}
+    print(name, settings, json.dumps(measures), f"cost {page['cost']:.4f}", flush=True)
+    return page | measures
+
+
+def measured(name: str, config: Config) -> dict[str, float]:
+    """The rates of a trial."""
+    run = Run(config)
+    if name == "reward":
+        rates = run.stage(name).summary["metrics"]
+        return {key: rates[key]["value"] for key in REWARD}
+    rates = read_json(run.path / "metrics.json")["models"][name]
+    return {key: rates[key]["value"] for key in POLICY}
+
+
+def main() -> None:
+    """Run the trials of the trainers that the command names."""
+    options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    options.add_argument("trainers", nargs="+", choices=list(TRIALS))
+    options.add_argument("--profile", default="demo", help="smoke tries the script")
+    options.add_argument("--trials", type=int, default=6, help="only the first so many")
+    options.add_argument("--results", type=Path, default=common.RESULTS)
+    asked = options.parse_args()
+    file = asked.results / "choose.json"
+    found = read_json(file)["metrics"] if file.is_file() else {}
+    for name in asked.trainers:
+        best = found.get("reward", {}).get("model", "")
+        pages = [trial(name, n, asked, best) for n in range(min(asked.trials, len(TRIALS[name])))]
+        first = min(range(len(pages)), key=lambda n: pages[n]["cost"])
+        found[name] = {"chosen": pages[first]["settings"], "trials": pages}
+        if name == "reward":
+            run = Run(load_config(asked.profile, run_name=f"choose-reward-{first}"))
+            found[name]["model"] = str(run.stage("reward").path / "model")
+        common.finish("choose", found, results=asked.results)
+
+
+if __name__ == "__main__":
+    main()
