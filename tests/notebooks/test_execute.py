@@ -34,7 +34,9 @@ pytestmark = [
 
 def execute(*words: str, runs: Path) -> subprocess.CompletedProcess:
     """A Python module as a command, in the checkout, with its own runs folder."""
-    path = os.pathsep.join([str(WARM), str(REPO)])
+    path = os.pathsep.join(
+        [*([str(WARM)] if "SPAVL_WARM_KERNELS" in os.environ else []), str(REPO)]
+    )
     env = os.environ | {"SPAVL_RUNS": str(runs), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=REPO, env=env, capture_output=True, text=True
