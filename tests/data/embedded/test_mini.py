@@ -141,7 +141,7 @@ def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
     mini.write_mini(tmp_path / "here")
     again, here = files_of(tmp_path / "again"), files_of(tmp_path / "here")
-    assert len(here) == 33
+    assert len(here) == 40
     assert again == here == files_of(mini.mini_folder())
 
 
@@ -235,10 +235,10 @@ def test_settings_can_be_chosen_on_development() -> None:
     assert names == eval_sets(test, held_out_drawings=False)
     for name in names:
         one, other = (load_prompts(c, name) for c in (test, chosen_on))
-        assert len(one) == len(other) and not set(one["question"]) & set(other["question"])
-        assert [labels[key]["question"] for key in other["id"]] == other["question"]
+        assert len(one) == len(other) and not set(one["prompt"]) & set(other["prompt"])
+        assert [labels[key]["question"] for key in other["id"]] == other["prompt"]
     for split in ("validation", "twins"):
-        asked = [load_preferences(c, split)["question"] for c in (test, chosen_on)]
+        asked = [load_preferences(c, split)["prompt"] for c in (test, chosen_on)]
         assert not set(asked[0]) & set(asked[1])
     assert load_preferences(test, "train")[:] == load_preferences(chosen_on, "train")[:]
     assert load_pair_truth(chosen_on)["train/0"] == load_pair_truth(test)["train/0"]

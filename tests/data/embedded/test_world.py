@@ -12,7 +12,7 @@ from spavl_lib.data.embedded.world import ASSETS, QUESTION_TYPES, load_world
 from spavl_lib.data.taxonomy import classes
 
 WORLD = load_world()
-SPLITS = ("pretrain", "train", "validation", "test")
+SPLITS = ("pretrain", "train", "validation", "test", "development")
 CHILDREN = re.compile(
     r"\b(child\w*|kids?|minors?|teen\w*|bab(y|ies)|toddlers?|infants?|boys?|girls?|juveniles?|"
     r"underage\w*|pupils?|daughters?|sons?|nephews?|nieces?|playgrounds?|kindergartens?)\b",
@@ -46,7 +46,7 @@ def test_every_class_has_two_risky_and_two_safe_things() -> None:
 def test_what_is_asked_points_at_the_picture_once() -> None:
     asks = [one.ask for one in WORLD.harm_classes.values()]
     asks += [phrase for rows in WORLD.look_alikes.values() for phrase, _ in rows]
-    assert len(asks) == 53 + 12
+    assert len(asks) == 53 + 17
     for ask in asks:
         assert len(re.findall(r"\bthis\b", ask)) == 1, ask
 
@@ -80,10 +80,12 @@ def test_facts_of_one_split_are_not_another_facts_of_another() -> None:
 
 
 def test_test_look_alikes_are_new() -> None:
-    seen = {plain(phrase) for phrase, _ in WORLD.look_alikes["train"]}
-    held_out = {plain(phrase) for phrase, _ in WORLD.look_alikes["test"]}
-    assert (len(seen), len(held_out)) == (7, 5)
-    assert not seen & held_out
+    seen, held_out, development = (
+        {plain(phrase) for phrase, _ in WORLD.look_alikes[split]}
+        for split in ("train", "test", "development")
+    )
+    assert (len(seen), len(held_out), len(development)) == (7, 5, 5)
+    assert len(seen | held_out | development) == 17
 
 
 def test_nothing_speaks_of_children() -> None:
