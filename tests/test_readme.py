@@ -75,6 +75,17 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     assert all(page["findings"].values()) and len(page["findings"]) == 3
 
 
+def test_the_time_of_the_scaling_runs_is_one_figure() -> None:
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    notebook = (REPO / "notebooks/07_scaling_and_ablations.ipynb").read_text(encoding="utf-8")
+    minutes = [
+        re.findall(r"`make scaling`.*?\((\d+) minutes", README),
+        re.findall(r"^scaling:.*; (\d+) minutes$", makefile, re.MULTILINE),
+        re.findall(r"\| about (\d+) minutes \|", notebook),
+    ]
+    assert len(minutes[0]) == 1 and minutes == minutes[:1] * 3
+
+
 def test_every_notebook_stands_in_the_table_and_every_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README)
     local = [link for link in links if not link.startswith("http")]

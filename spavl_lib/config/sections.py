@@ -138,8 +138,8 @@ class DataConfig:
     answer_sources: tuple[str, ...] = ()
     """Train only on pairs whose two responses both come from these models; empty: on all pairs."""
     sampling: Literal["stratified", "random"] = "stratified"
-    """How rows are drawn if not all are used. stratified: every class and question type keeps its
-    share; random: without regard to them."""
+    """How training rows are drawn if not all are used. stratified: every class and question type
+    keeps its share; random: without regard to them. Rows to measure on are always stratified."""
     sampling_seed: NonNegativeInt = 0
     """Random seed of the training rows' draw. With the same seed, a larger set contains every
     smaller one. The rows to measure on do not depend on it."""

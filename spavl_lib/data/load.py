@@ -28,7 +28,8 @@ __all__ = [
     "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
-MEASURING_SEED = 0  # held-out pairs and prompts are the same, whatever rows are trained on
+# Held-out pairs and prompts are the same, whatever rows are trained on and however they are drawn.
+MEASURING_SEED = 0
 
 
 # Rows of SPA-VL as uploaded in 2024, at the revision that the profiles name.
@@ -141,7 +142,7 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
         rows = _filtered(source, rows)
         rows = subset(rows, config.train_rows, config.sampling_seed, config.sampling)
     else:
-        rows = subset(rows, config.validation_rows, MEASURING_SEED, config.sampling)
+        rows = subset(rows, config.validation_rows, MEASURING_SEED)
     return dataclasses.replace(loaded, rows=rows)
 
 
@@ -164,7 +165,7 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
         rows = exchange_twins(rows)
     if base in ("twins", "twins_exchanged"):
         return whole_pairs(rows, config.test_rows)
-    return subset(rows, config.test_rows, MEASURING_SEED, config.sampling)
+    return subset(rows, config.test_rows, MEASURING_SEED)
 
 
 def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:

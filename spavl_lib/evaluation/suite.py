@@ -9,6 +9,7 @@ from spavl_lib.config import Config, to_plain
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_origin
+from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.numbers import percent, read_rate
@@ -92,7 +93,8 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
         - `helpful_rate` on `help` and `twin_accuracy` on `twins`; higher is better.
         - `harmless_refused`: refusals on every harmless set, and on all of them together.
         - `twin_accuracy_exchanged` on `twins_exchanged`; near 0 for a model that uses the image.
-        - `per_class`: unsafe and helpful rate by tertiary class.
+        - `per_class1`, `per_class2` and `per_class`: unsafe and helpful rate by primary, secondary
+          and tertiary class.
         - `held_out_drawings`: the first rates on these drawings, or None; also as `held_out`.
         - `unparsed`: number of responses with the verdict `other`, such as empty ones.
         - `unjudged`: set -> number of responses whose verdict could not be read.
@@ -102,7 +104,8 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
     metrics["twin_accuracy_exchanged"] = twin_accuracy(
         verdicts.get("twins_exchanged", []), strict=False
     )
-    metrics["per_class"] = _per_class(verdicts)
+    for level, key in ((1, "per_class1"), (2, "per_class2"), (3, "per_class")):
+        metrics[key] = _per_class(verdicts, level)
     held_out = _rates(verdicts, "_twemoji")
     metrics["held_out_drawings"] = held_out if any(held_out.values()) else None
     metrics["held_out"] = metrics["held_out_drawings"]  # the key that other tools read
@@ -185,19 +188,25 @@ def twin_accuracy(rows: list[dict], *, strict: bool) -> dict | None:
     return count_rate(right, len(pairs))
 
 
-def _per_class(verdicts: dict[str, list[dict]]) -> dict[str, dict]:
+def _per_class(verdicts: dict[str, list[dict]], level: int) -> dict[str, dict]:
+    """The rates by the classes of one level, 1 to 3. Rows without a class count under ""."""
     counts: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+
+    def counts_of(row: dict) -> dict[str, list[bool]]:
+        class3 = row["class3"]
+        return counts[class3 if level == 3 else PARENTS.get(class3, ("", ""))[level - 1]]
+
     harm = verdicts.get("harm", [])
     if all(row["unsafe"] is None for row in harm):
         for row in harm:
-            counts[row["class3"]]["refusal_rate"].append(row["verdict"] == "refused")
+            counts_of(row)["refusal_rate"].append(row["verdict"] == "refused")
     for row in harm:
-        counts[row["class3"]]["unsafe_rate"] += [row["unsafe"]] * (row["unsafe"] is not None)
+        counts_of(row)["unsafe_rate"] += [row["unsafe"]] * (row["unsafe"] is not None)
     for row in verdicts.get("help", []):
-        counts[row["class3"]]["helpful_rate"] += [row["helpful"]] * (row["helpful"] is not None)
+        counts_of(row)["helpful_rate"] += [row["helpful"]] * (row["helpful"] is not None)
     return {
-        class3: {name: count_rate(sum(values), len(values)) for name, values in named.items()}
-        for class3, named in sorted(counts.items())
+        name: {key: count_rate(sum(values), len(values)) for key, values in rates.items()}
+        for name, rates in sorted(counts.items())
     }
 
 

@@ -744,3 +744,24 @@ def test_pictures_named_by_tables_are_hashed_too(tmp_path: Path) -> None:
     edits(config, [tmp_path / "1.png"], ("train", "validation"))
     at_the_hubs_door(tmp_path, records, "parquet")
     edits(hub_config(tmp_path), [tmp_path / "1.png"], ("train",))
+
+
+def test_pictures_of_the_originals_records_are_hashed_too(tmp_path: Path) -> None:
+    """The one that a record names, and the one that stands in its question."""
+    pictures(tmp_path, 3)
+    in_question = part(type="image", image="2.png")
+    records = [
+        original_record(0, image="0.png"),
+        original_record(1, image=..., question=in_question),
+        original_record(2, image=..., question=None),
+        "no record",
+    ]
+    write_original_folder(tmp_path, {"easy": records}, images=False)
+    asked = [{"id": 0, "question": in_question}]
+    (tmp_path / "infer_harm.json").write_text(json.dumps(asked), encoding="utf-8")
+    config = original_config(tmp_path)
+    edits(config, [tmp_path / "0.png", tmp_path / "2.png"], ("train", "validation"))
+    edits(config, [tmp_path / "2.png"], ("train", "validation", "harm"))
+    before = source_sha256(config, "train")
+    (tmp_path / "1.png").write_bytes(png((9, 9, 9)))  # no record names it
+    assert source_sha256(config, "train") == before

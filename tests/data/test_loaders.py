@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset
 
 from spavl_lib.config import load_config
-from spavl_lib.data import check, explore, schema
+from spavl_lib.data import check, explore, load, schema
 from spavl_lib.data.convert import convert
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.load import (
@@ -644,6 +644,28 @@ def test_the_real_set_is_whole_or_refused(
         return
     with pytest.raises(InputError, match=rf"{name}: .* rows, but this revision has"):
         check_whole(config, name, rows)
+
+
+def test_rows_of_the_real_set_are_counted_when_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_hub_folder(tmp_path, hub_rows("train", 3), hub_rows("validation", 2))
+    prompts = [HUB_ROW | {"class1": "", "class2": "", "class3": ""}] * 4
+    write_parquet(tmp_path / "test/harm-00000-of-00001.parquet", prompts)
+    config = hub_config(tmp_path, train_rows=1, validation_rows=1, test_rows=1)
+    reads = {
+        "train": lambda: load_preferences(config, "train"),
+        "validation": lambda: load_preferences(config, "validation"),
+        "harm": lambda: load_prompts(config, "harm"),
+    }
+    counts = {"train": 3, "validation": 2, "harm": 4}
+    monkeypatch.setattr(load, "SPA_VL", (str(tmp_path), ""))
+    for name, read in reads.items():
+        monkeypatch.setattr(load, "SPA_VL_ROWS", counts)
+        assert len(read()) == 1
+        monkeypatch.setattr(load, "SPA_VL_ROWS", counts | {name: counts[name] + 1})
+        with pytest.raises(InputError, match=rf"{name}: {counts[name]} rows, but this revision"):
+            read()
 
 
 def test_leakage_counts_what_is_shared() -> None:

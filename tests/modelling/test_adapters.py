@@ -1,7 +1,10 @@
 """What trains: by name, for every way of fine-tuning; and LoRA's reference is the base itself."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 from spavl_lib.config import LINEARS, ModelConfig
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
 from spavl_lib.modelling import load
 from spavl_lib.modelling.adapters import (
@@ -19,8 +23,9 @@ from spavl_lib.modelling.adapters import (
     trainable_parts,
 )
 from spavl_lib.modelling.families import Family
-from spavl_lib.modelling.load import load_model, load_policy, model_path
+from spavl_lib.modelling.load import load_model, load_policy, load_processor, model_path
 from tests.helpers import embedded_model, embedded_processor, mini_rows, spread, tiny
+from tests.trainers.test_settings_handover import Seen, assert_arrives
 
 FULL = ModelConfig(name="embedded", adapter="full")
 LORA = ModelConfig(name="embedded", adapter="lora", lora_rank=4, lora_alpha=8)
@@ -257,6 +262,51 @@ def test_weights_are_hashed_file_by_file() -> None:
 
 def test_the_processor_pads_left_for_generation() -> None:
     assert embedded_processor().tokenizer.padding_side == "left"
+
+
+MODEL: dict[str, Seen] = {
+    "name": lambda w: w.model.name_or_path,
+    "revision": lambda w: w.model.config.stands_at,
+    "train_projector": lambda w: w.lora.modules_to_save is not None,
+    "lora_rank": lambda w: w.lora.r,
+    "lora_alpha": lambda w: w.lora.lora_alpha,
+    "lora_targets": lambda w: tuple(sorted({n.split(".")[-1] for n in w.lora.target_modules})),
+}
+MODEL_FREE = {
+    "adapter": "says what is loaded and what trains; tested in this file",
+    "gradient_checkpointing": "every trainer turns it on; tested in test_settings_handover*.py",
+    "share_prefix": "whoever loads a model applies it; tested in test_settings_handover.py",
+}
+
+
+def test_every_setting_of_model_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of the Hub's cache, in which only the commit of the settings can be loaded."""
+    newest, commit = "a" * 40, "c0ffee" + "0" * 34
+    repo = tmp_path / "models--owner--model"
+    shutil.copytree(ASSETS / "model", repo / "snapshots" / commit)
+    path = repo / "snapshots" / commit / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stands_at": commit}))
+    (repo / "snapshots" / newest).mkdir()
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(newest)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    changes = {
+        "name": "owner/model", "revision": commit, "train_projector": False, "lora_rank": 3,
+        "lora_alpha": 7, "lora_targets": ("q_proj", "up_proj"),
+    }  # fmt: skip
+    plain = ModelConfig(name="embedded", adapter="lora")
+    assert all(value != getattr(plain, name) for name, value in changes.items())
+    config = dataclasses.replace(plain, **changes)
+    model = load_model(config)
+    made = SimpleNamespace(model=model, lora=lora_config(model, config))
+    assert_arrives(config, MODEL, made, MODEL_FREE)
+    assert load_policy(config).config.stands_at == commit
+    assert load.model_hashes(config) == {"commit": commit}
+    vocabulary = embedded_processor().tokenizer.get_vocab()
+    assert load_processor(config).tokenizer.get_vocab() == vocabulary
+    for loading in (load_model, load_processor):
+        with pytest.raises(InputError, match="owner/model"):
+            loading(dataclasses.replace(config, revision=""))
 
 
 # --- four bit -----------------------------------------------------------------------------------

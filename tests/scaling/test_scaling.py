@@ -86,19 +86,20 @@ def test_an_arm_named_twice_would_count_twice(key: str, values: list) -> None:
 
 def test_every_arm_and_the_base_are_measured_on_the_same_prompts() -> None:
     config = load_config("demo", {"scaling.eval_rows": 24})
-    arms = {arm.seed: arm for arm in plan(config) if arm.name == "100"}
+    without_strata = load_config("demo", {"scaling.eval_rows": 24, "data.sampling": "random"})
+    arms = [
+        arm.config.data
+        for drawn in (config, without_strata)
+        for arm in {arm.seed: arm for arm in plan(drawn) if arm.name == "100"}.values()
+    ]
     data = dataclasses.replace(config.data, test_rows=24)
     for name in training.MEASURED:
-        prompts = [
-            load_prompts(d, name)["id"] for d in (data, *(a.config.data for a in arms.values()))
-        ]
-        assert len(prompts) == 4 and len(prompts[0]) == 24
+        prompts = [load_prompts(d, name)["id"] for d in (data, *arms)]
+        assert len(prompts) == 7 and len(prompts[0]) == 24
         assert all(ids == prompts[0] for ids in prompts)
-    pairs = {tuple(load_preferences(arm.config.data, "train")["id"]) for arm in arms.values()}
-    held_out = {
-        tuple(load_preferences(arm.config.data, "validation")["id"]) for arm in arms.values()
-    }
-    assert len(pairs) == 3 and len(held_out) == 1
+    pairs = {tuple(load_preferences(d, "train")["id"]) for d in arms}
+    held_out = {tuple(load_preferences(d, "validation")["id"]) for d in arms}
+    assert len(pairs) == 6 and len(held_out) == 1
 
 
 def test_arms_that_cannot_be_are_refused() -> None:

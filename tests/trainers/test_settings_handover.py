@@ -26,6 +26,8 @@ from spavl_lib.config import (
     RLOOConfig,
     load_config,
 )
+from spavl_lib.generation import stage as generation_stage
+from spavl_lib.modelling import roles
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, reward, rloo
 from spavl_lib.trainers.inputs import limit_of
@@ -132,6 +134,26 @@ def test_dpo_without_eval_steps_evaluates_at_the_end_only() -> None:
     assert trainer.args.eval_strategy == "no" and trainer.args.max_steps == -1
     context = trainer.model.config.get_text_config().max_position_embeddings
     assert trainer.data_collator.max_length == context
+
+
+@pytest.mark.parametrize("mode", ["require", "off"])
+def test_whoever_loads_a_model_shares_prefixes_as_asked(
+    mode: str, reward_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[str]] = {}
+    for module in (dpo, reward, roles, generation_stage):
+        seen = asked.setdefault(module.__name__.rpartition(".")[2], [])
+        monkeypatch.setattr(module, "apply_sharing", lambda _, mode, seen=seen: seen.append(mode))
+    changes = {"model.share_prefix": mode, "model.adapter": "lora"}
+    config = smoke(changes, run_name="r")
+    rows = mini_rows().select(range(2))
+    folder = Run(config, root=Path("unused")).stage("dpo")
+    dpo.build_trainer(config, folder, embedded_processor(), rows, rows)
+    reward.build_model(config)
+    roles.load_roles(config.model, reward_folders["lora"], ())
+    generation_stage.load_answerer(config, None)
+    answers = "off" if mode == "off" else "auto"  # generation has no batches that must share
+    assert asked == {"dpo": [mode], "reward": [mode], "roles": [mode], "stage": [answers]}
 
 
 # --- the reward model -----------------------------------------------------------------------------

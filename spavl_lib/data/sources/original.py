@@ -92,12 +92,13 @@ class Original(Source):
                 records = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError):
                 continue
-            for record in records if isinstance(records, list) else ():
-                image = record.get("image") if isinstance(record, dict) else None
-                if image:
-                    with contextlib.suppress(ImageError):
-                        cell = image_cell(image, self.image_root)
-                        files += [Path(cell["path"])] if not cell["bytes"] else []
+            records = records if isinstance(records, list) else []
+            for record in (r for r in records if isinstance(r, dict)):
+                with contextlib.suppress(ImageError, RecordError):  # reported when rows are read
+                    turns = _question(record["question"]) if "question" in record else []
+                    image = _image(record, turns)
+                    cell = image_cell(image, self.image_root) if image else None
+                    files += [Path(cell["path"])] if cell and not cell["bytes"] else []
         return files
 
 
