@@ -237,7 +237,7 @@ def test_the_kl_coefficient_is_steered_once_a_rollout_by_its_mean_kl(
 ROLLOUT_KEYS = {
     "objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/kl",
     "objective/entropy", "objective/kl_coef", "response/length", "response/finished",
-    "response/empty", "val/explained_variance",
+    "response/empty", "val/mean", "val/advantage", "val/explained_variance",
 }  # fmt: skip
 UPDATE_KEYS = {
     "loss/policy_avg", "loss/value_avg", "loss/sft_avg", "policy/clipfrac_avg",
@@ -293,6 +293,7 @@ def test_ppo_clips_and_weighs_gradients_by_its_settings(
     monkeypatch.setattr(ppo, "completion_ids", lambda *_, **__: [3, 4, 7])
     with trainer.tower_cache().rollout() as cache:
         stats = trainer.minibatch(rollout_of(4), [0, 1, 2, 3], cache, first=True)
+    assert len(order) == 2  # one optimizer step a minibatch
     assert order[0] == "zero" and order[1][:3] == ("step", 0.6, 1)
     assert sorted(order[1][3]) == ["row0", "row1", "row2", "row3"]
     assert stats["grad_norm/policy"] == 2.0 and stats["learning_rate"] == 0.0  # first of a warm-up
