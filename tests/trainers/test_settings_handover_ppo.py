@@ -19,6 +19,7 @@ from spavl_lib.config import PPOConfig
 from spavl_lib.modelling.roles import ROLES
 from spavl_lib.trainers import ppo, ppo_rollout, ppo_terms
 from spavl_lib.trainers.ppo import PPOTrainer
+from spavl_lib.trainers.ppo_records import rollout_stats
 from spavl_lib.trainers.progress import LONGEST_UNSAVED_S
 from spavl_lib.trainers.rollout import Prompt, Rollout
 from tests.helpers import mini_rows, smoke
@@ -415,6 +416,12 @@ def test_whitening_is_of_what_was_asked_for() -> None:
     numbers = [*values[0], values[1][0]]
     mean = sum(numbers) / 3
     spread = (sum((x - mean) ** 2 for x in numbers) / 3) ** 0.5
+    rollout = small_rollout()
+    ppo_terms.add_advantages(rollout, terms(whiten_advantages=True), 0.0)
+    rollout.columns["entropy"] = torch.zeros(2, 2)
+    logged = rollout_stats(rollout, 0.0)
+    assert logged["val/advantage"] == pytest.approx(mean)  # before whitening, after which it is 0
+    assert logged["val/mean"] == pytest.approx((0.5 + 1.0 + 0.25) / 3)
     shifted = columns_under(whiten_advantages=True)
     found = [*shifted["advantages"][0], shifted["advantages"][1][0]]
     assert found == pytest.approx([(x - mean) / spread for x in numbers])
