@@ -107,6 +107,7 @@ class PPOTrainer(RolloutMaker):
             num_training_steps=self.total_steps * self.updates_per_step,
         )
         self.step, self.saved = 0, time.monotonic()
+        self.optimizer_steps = 0  # without those that the loss scaler skipped
         self.reference: dict[str, list] = {}
         self.log_rows: list[dict] = []
 
@@ -238,6 +239,7 @@ class PPOTrainer(RolloutMaker):
         stats["learning_rate"] = self.scheduler.get_last_lr()[0]
         if self.engine.skipped:
             return stats
+        self.optimizer_steps += 1
         stats |= {f"grad_norm/{role}": norm for role, norm in norms.items()}
         self.scheduler.step()
         return stats
@@ -348,7 +350,7 @@ class PPOTrainer(RolloutMaker):
         """Summary of a finished run."""
         return {
             "steps": self.step,
-            "optimizer_steps": self.step * self.updates_per_step,
+            "optimizer_steps": self.optimizer_steps,
             "prompts": len(self.rows),
             "rollouts": self.step * self.settings.rollout_batch_size,
             "launch": self.engine.engine_found,
@@ -369,6 +371,7 @@ class PPOTrainer(RolloutMaker):
         rng, rng_plain = ckpt.rng_state()
         state = {
             "step": self.step,
+            "optimizer_steps": self.optimizer_steps,
             "sharing": self.engine.sharing,
             "scheduler": self.scheduler.state_dict(),
             "kl": self.kl.state_dict(),
@@ -392,7 +395,7 @@ class PPOTrainer(RolloutMaker):
                 self.scheduler.load_state_dict(state["scheduler"])
             self.kl.load_state_dict(state["kl"])
             ckpt.restore_rng(newest)
-            self.step = state["step"]
+            self.step, self.optimizer_steps = state["step"], state["optimizer_steps"]
         # Drop log rows of steps after the checkpoint, because these steps run again.
         self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
         group.barrier()

@@ -191,7 +191,11 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
         flag: See `train_reward`.
         live: See `train_reward`.
 
-    It returns the stage's summary, and raises the same errors as `train_ppo`.
+    Returns:
+        The stage's summary. It names no best step, because no held-out rows are measured.
+
+    Raises:
+        The same errors as `train_ppo`.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
@@ -286,6 +290,10 @@ def build_trainer(
     )
     if lora:
         train_in_fp32(trainer.model)
+    elif trainer.ref_model is not None:
+        # trl reads the reference's weights as they are stored. `load_model` has rounded the
+        # policy's to 16 bit, so that a checkpoint of another type gave another model.
+        trainer.ref_model.load_state_dict(policy.state_dict())
     trainer.trainable_counts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
     trainer.checkpoints = stage.path / "checkpoints"

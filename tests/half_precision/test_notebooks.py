@@ -33,7 +33,7 @@ CASES = [
         adapter, path, id=f"{adapter}-{path.stem}",
         marks=[] if adapter == "lora" and path.stem in DEFAULT else [pytest.mark.slow],
     )
-    for adapter, path in IN_ORDER
+    for adapter, path in [*IN_ORDER, ("frozen", NOTEBOOKS[2])]
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spavl_lib import machine
+from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.modelling.adapters import compute_as_masters
 from spavl_lib.modelling.heads import ScalarHeadModel, load_reward_model, save_reward_model
 from spavl_lib.modelling.load import autocast, load_model, logit_rounding, rounding
+from spavl_lib.modelling.roles import load_roles
 from spavl_lib.objectives.logps import sequence_logps
-from spavl_lib.runs.stage import Run
+from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, ppo_batches, probe, rloo
 from spavl_lib.trainers.reward import build_model
 from tests.helpers import embedded_processor, mini_rows, smoke, spread
@@ -65,6 +67,35 @@ def test_masters_start_at_their_reference_to_the_bit(half: str, batch: dict) -> 
     assert furthest > 0
     with pytest.raises(AssertionError, match="is dropout on"):
         dpo.check_reference(logs | {"rewards/chosen": 1.01 * rounding()})
+
+
+def pairs_of_models(trainer: str, config: Config, stage: Stage, folder: Path) -> list[tuple]:
+    """Models that train, each with the frozen model that it starts at."""
+    rows, processor = mini_rows().select(range(8)), embedded_processor()
+    if trainer == "roles":
+        roles = load_roles(config.model, folder, ())
+        pairs = (("policy", "reference"), ("value", "reward"))
+        return [tuple(map(roles.vlm_of, pair)) for pair in pairs]
+    stage.path.mkdir(parents=True)
+    if trainer == "dpo":
+        built = dpo.build_trainer(config, stage, processor, rows, rows)
+    else:
+        built = rloo.build_trainer(config, stage, processor, rows, folder)
+    return [(built.model, built.ref_model)]
+
+
+@pytest.mark.parametrize("trainer", ["dpo", "rloo", "roles"])
+def test_what_trains_starts_to_the_bit_at_the_model_that_it_is_compared_with(
+    trainer: str, half: str, batch: dict, tmp_path: Path, reward_folders: dict[str, Path]
+) -> None:
+    config = smoke({
+        "model.adapter": "full", "model.share_prefix": "off", "rloo.beta": 0.1,
+        "rloo.per_device_batch_size": 4, "rloo.num_generations": 2,
+    })  # fmt: skip
+    stage = Run(config, root=tmp_path).stage("dpo" if trainer == "roles" else trainer)
+    for trained, frozen in pairs_of_models(trainer, config, stage, reward_folders["full"]):
+        assert next(trained.parameters()).dtype is torch.float32
+        assert torch.equal(logps_of(trained, batch), logps_of(frozen, batch))
 
 
 def test_the_probe_of_a_reference_computes_as_the_training_does(half: str) -> None:

@@ -75,13 +75,13 @@ def test_ppos_schedule_waits_for_a_step_that_was_skipped(monkeypatch: pytest.Mon
     schedule = SimpleNamespace(get_last_lr=lambda: [0.5], step=lambda: stepped.append(1))
     trainer = SimpleNamespace(
         engine=engine, scheduler=schedule, step=0, settings=SimpleNamespace(max_grad_norm=1.0),
-        accumulate=lambda *_, **__: {"loss": 1.0},
+        accumulate=lambda *_, **__: {"loss": 1.0}, optimizer_steps=0,
     )  # fmt: skip
     rollout = SimpleNamespace(prompts=[SimpleNamespace(row_id="a")])
     assert PPOTrainer.minibatch(trainer, rollout, [0], None) == {"loss": 1.0, "learning_rate": 0.5}
     engine.skipped = False
     assert "grad_norm/policy" in PPOTrainer.minibatch(trainer, rollout, [0], None)
-    assert stepped == [1]
+    assert stepped == [1] and trainer.optimizer_steps == 1
 
 
 def test_a_gradient_that_is_no_number_at_its_own_scale_is_a_fault() -> None:

@@ -110,6 +110,17 @@ def test_shared_prefixes_are_counted_once() -> None:
     assert ppo[0] == ppo[1]  # its rows have an image each
 
 
+@pytest.mark.parametrize("coef", [0.0, 1.0])
+def test_chosen_answers_that_ppo_also_trains_on_are_planned_for(coef: float) -> None:
+    config = load_config("colab", {"ppo.sft_coef": coef, "ppo.max_length": 1500})
+    shape = shapes.shape_of(shapes.model_config(config.model), config.model.lora_targets)
+    question = shape.image_tokens + memory.PROMPT
+    batch = memory.longest_batch("ppo", config, shape, 0)
+    assert config.ppo.max_new_tokens < 1500 - question
+    assert batch.answer == (1500 - question if coef else config.ppo.max_new_tokens)
+    assert batch.tokens == question + batch.answer
+
+
 @pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
 def test_what_fits_needs_no_advice(kind: str) -> None:
     made = planner.plan(kind, load_config("colab"), T4)

@@ -1,5 +1,8 @@
 """A step's loss and gradient do not depend on how its pairs are cut into micro-batches."""
 
+import functools
+import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from spavl_lib.config.sections import SMOOTHED, DPOLoss
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import dpo, reward
-from tests.helpers import embedded_processor, mini_rows, shake, smoke
+from tests.helpers import embedded_processor, mini_rows, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = 4
@@ -47,7 +51,11 @@ def built(kind: str, **settings: Any) -> Any:
     if kind == "reward":
         return reward.build_trainer(config, stage, embedded_processor(), rows)
     trainer = dpo.build_trainer(config, stage, embedded_processor(), rows, rows)
-    shake(trainer.model.model.language_model, 0)  # away from the reference
+    torch.manual_seed(0)
+    with torch.no_grad():  # away from the reference
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.05 * torch.randn_like(parameter)
     return trainer
 
 
@@ -78,6 +86,27 @@ def test_dpo_takes_one_step_however_it_is_cut(name: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(type(trainer), "shares", lambda *_: (1.0, 1.0))
     whole, parts = (step(trainer, unlike_rows(), cut)[1] for cut in (CUTS[0], CUTS[2]))
     assert (parts - whole).norm() > 1e-2 * whole.norm()
+
+
+@functools.cache
+def loss_of_one_step(name: str) -> tuple[float, float]:
+    """Loss and norm of the gradient of one step with one of DPO's losses."""
+    trainer = built("dpo", **{
+        "dpo.loss_type": (name,), "dpo.loss_weights": (1.0,),
+        "dpo.label_smoothing": 0.1 if name in SMOOTHED else 0.0,
+    })  # fmt: skip
+    loss, gradient = step(trainer, unlike_rows(), CUTS[0])
+    return loss, gradient.norm().item()
+
+
+@pytest.mark.parametrize("name", typing.get_args(DPOLoss))
+def test_every_loss_of_dpo_trains(name: str) -> None:
+    loss, norm = loss_of_one_step(name)
+    assert math.isfinite(loss) and 1e-6 < norm < math.inf
+
+
+def test_a_smoothed_loss_is_not_the_plain_one() -> None:
+    assert abs(loss_of_one_step("robust")[0] - loss_of_one_step("sigmoid")[0]) > 1e-4
 
 
 def test_the_reward_model_takes_one_step_however_it_is_cut() -> None:

@@ -19,6 +19,7 @@ from spavl_lib.config import PPOConfig
 from spavl_lib.modelling.roles import ROLES
 from spavl_lib.trainers import ppo, ppo_rollout, ppo_terms
 from spavl_lib.trainers.ppo import PPOTrainer
+from spavl_lib.trainers.ppo_records import rollout_stats
 from spavl_lib.trainers.progress import LONGEST_UNSAVED_S
 from spavl_lib.trainers.rollout import Prompt, Rollout
 from tests.helpers import mini_rows, smoke
@@ -237,7 +238,7 @@ def test_the_kl_coefficient_is_steered_once_a_rollout_by_its_mean_kl(
 ROLLOUT_KEYS = {
     "objective/scores", "objective/scores_std", "objective/rlhf_reward", "objective/kl",
     "objective/entropy", "objective/kl_coef", "response/length", "response/finished",
-    "response/empty", "val/explained_variance",
+    "response/empty", "val/mean", "val/advantage", "val/explained_variance",
 }  # fmt: skip
 UPDATE_KEYS = {
     "loss/policy_avg", "loss/value_avg", "loss/sft_avg", "policy/clipfrac_avg",
@@ -293,6 +294,7 @@ def test_ppo_clips_and_weighs_gradients_by_its_settings(
     monkeypatch.setattr(ppo, "completion_ids", lambda *_, **__: [3, 4, 7])
     with trainer.tower_cache().rollout() as cache:
         stats = trainer.minibatch(rollout_of(4), [0, 1, 2, 3], cache, first=True)
+    assert len(order) == 2  # one optimizer step a minibatch
     assert order[0] == "zero" and order[1][:3] == ("step", 0.6, 1)
     assert sorted(order[1][3]) == ["row0", "row1", "row2", "row3"]
     assert stats["grad_norm/policy"] == 2.0 and stats["learning_rate"] == 0.0  # first of a warm-up
@@ -414,6 +416,12 @@ def test_whitening_is_of_what_was_asked_for() -> None:
     numbers = [*values[0], values[1][0]]
     mean = sum(numbers) / 3
     spread = (sum((x - mean) ** 2 for x in numbers) / 3) ** 0.5
+    rollout = small_rollout()
+    ppo_terms.add_advantages(rollout, terms(whiten_advantages=True), 0.0)
+    rollout.columns["entropy"] = torch.zeros(2, 2)
+    logged = rollout_stats(rollout, 0.0)
+    assert logged["val/advantage"] == pytest.approx(mean)  # before whitening, after which it is 0
+    assert logged["val/mean"] == pytest.approx((0.5 + 1.0 + 0.25) / 3)
     shifted = columns_under(whiten_advantages=True)
     found = [*shifted["advantages"][0], shifted["advantages"][1][0]]
     assert found == pytest.approx([(x - mean) / spread for x in numbers])

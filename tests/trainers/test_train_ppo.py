@@ -15,6 +15,7 @@ from spavl_lib.objectives.ppo import gae, kl_penalty_rewards
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import ppo_rollout
+from spavl_lib.trainers.engines import Engine
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.ppo_terms import add_advantages
 from spavl_lib.trainers.rollout import Prompt, Rollout
@@ -65,9 +66,12 @@ class Killed(Exception):
 def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     adapter: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = settings(folders[adapter])
-    straight, expected = train(config, tmp_path / "straight")
-    assert expected["steps"] == 3 and expected["optimizer_steps"] == 12
+    config, steps = settings(folders[adapter]), []
+    step = Engine.step
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", lambda *args: steps.append(args) or step(*args))
+        straight, expected = train(config, tmp_path / "straight")
+    assert expected["steps"] == 3 and expected["optimizer_steps"] == len(steps) == 12
     assert len(read_jsonl(straight.path / "rollouts.jsonl")) == 18
     phases = PHASES if adapter == "lora" else PHASES[3:4]
     for phase in phases:
@@ -88,7 +92,8 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     assert (cut.path / "rollouts.jsonl").read_text() == (
         straight.path / "rollouts.jsonl"
     ).read_text()
-    assert resumed["weights_sha256"] == expected["weights_sha256"]
+    for name in ("optimizer_steps", "weights_sha256"):
+        assert resumed[name] == expected[name]
     before = {p: p.stat().st_mtime_ns for p in cut.path.rglob("*")}
     assert train(config, tmp_path / "cut")[1] == resumed
     assert before == {p: p.stat().st_mtime_ns for p in cut.path.rglob("*")}
@@ -146,14 +151,26 @@ def test_gradients_do_not_depend_on_the_size_of_pieces(
 
 
 def test_losses_leave_the_other_role_alone(folders: dict[str, Path], tmp_path: Path) -> None:
-    trainer = trainer_of(settings(folders["full"], ppo__vf_coef=0.0), tmp_path)
+    """Each loss is switched off by its own target, which leaves the other one's gradient."""
+    trainer = trainer_of(settings(folders["full"], ppo__vf_coef=0.1), tmp_path)
     cache = trainer.tower_cache()
     with cache.rollout():
         rollout = trainer.roll_out(0, cache)
+        columns = rollout.columns
+        off = {
+            "policy": columns | {"advantages": torch.zeros_like(columns["advantages"])},
+            "value": columns | {"returns": columns["values"]},
+        }
         trainer.model.train()
-        trainer.accumulate(rollout, [0, 1], cache)
-    assert all(p.grad is None or not p.grad.any() for p in trainer.engine.groups["value"])
-    assert any(p.grad is not None and p.grad.any() for p in trainer.engine.groups["policy"])
+        for role, other in (("policy", "value"), ("value", "policy")):
+            rollout.columns = off[role]
+            trainer.engine.zero_grad()
+            trainer.accumulate(rollout, [0, 1], cache)
+            largest = {
+                name: max(p.grad.abs().max().item() for p in group if p.grad is not None)
+                for name, group in trainer.engine.groups.items()
+            }
+            assert largest[role] < 1e-5 and largest[other] > 1e-2, largest
 
 
 def test_rewards_penalties_and_advantages_by_hand(folders: dict[str, Path]) -> None:
