@@ -43,7 +43,7 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 
 # Two processes with one thread each. tests/conftest.py says which tests run in one process, and in
 # which order.
-PYTEST := $(BIN)/python -m pytest -n 2 --no-loadscope-reorder --durations=40 --durations-min=3
+PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder --durations=40 --durations-min=3
 UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tests/plotting \
 	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \
 	tests/test_pins.py tests/test_readme.py tests/notebooks/test_structure.py

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from spavl_lib import pipeline, stages
 from spavl_lib.config import Config, load_config
 from spavl_lib.distributed import launcher
 from spavl_lib.runs.files import read_json

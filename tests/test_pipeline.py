@@ -38,7 +38,9 @@ def makers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return make
 
     monkeypatch.setattr(launcher, "maker_of", maker_of)
-    monkeypatch.setattr(pipeline, "load_truth", lambda _: {"row": {}})  # without a fetch from the Hub
+    monkeypatch.setattr(
+        pipeline, "load_truth", lambda _: {"row": {}}
+    )  # without a fetch from the Hub
     return made
 
 

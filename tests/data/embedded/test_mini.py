@@ -190,7 +190,8 @@ def test_splits_share_no_composition_wording_question_or_picture(first: str, sec
             "validation": ["validation/validation"],
             "test": [*tests, *(f"test_twemoji/{n}" for n in GROUPS["test"])],
             "development": [
-                f"development/{stem}" for stem in ("validation/validation", "validation/twins", *tests)
+                f"development/{stem}"
+                for stem in ("validation/validation", "validation/twins", *tests)
             ],
         }[group]
         pictures = [c["bytes"] for stem in stems for c in table(stem)["image"]]
