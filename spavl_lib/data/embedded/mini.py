@@ -55,6 +55,7 @@ ROWS = {
 # (`_Maker.preferred`).
 ANSWERERS = (*language.STYLES, "blind", "naive", "wrong")
 TEST_SETS = ("harm", "help", "look_alikes", "twins")
+CARD = world.ASSETS / "mini_card.md"  # the data set's card, without the paths of its files
 TRUTH = "truth.json"  # file of the labels of every row
 DEVELOPMENT = "development"  # folder of a second set of held-out rows, in the same layout
 
@@ -373,7 +374,7 @@ def _key() -> str:
     """A hash of everything that the built files depend on."""
     digest = hashlib.sha256()
     code = [*(str(module.__file__) for module in (scenes, language, world)), __file__]
-    for path in (world.ASSETS / "world.yaml", *map(Path, code)):
+    for path in (world.ASSETS / "world.yaml", CARD, *map(Path, code)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -418,7 +419,9 @@ def write_mini(folder: Path) -> None:
     (folder / DEVELOPMENT / "meta_files").mkdir()
     (folder / DEVELOPMENT / "meta_files" / TRUTH).write_text(labels, encoding="utf-8")
     files_of = "".join(f"  - {{split: {name}, path: FOLDER/{name}-*}}\n" for name in TEST_SETS)
-    card = _CARD.replace("TEST_FILES", files_of.replace("FOLDER", "test"))
+    card = CARD.read_text(encoding="utf-8").replace(
+        "TEST_FILES", files_of.replace("FOLDER", "test")
+    )
     card = card.replace("TWEMOJI_FILES", files_of.replace("FOLDER", "test_twemoji"))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -483,34 +486,3 @@ def _answer_of(style: str, row: Row, rng: random.Random) -> str:
     if style == row.rejected_by:
         return row.rejected
     return language.answer(row.request, style, rng) if style in language.STYLES else ""
-
-
-_CARD = """---
-license: cc-by-4.0
-task_categories: [visual-question-answering]
-language: [en]
-pretty_name: SPA-VL mini
-configs:
-- config_name: default
-  data_files: [{split: train, path: data/train-*}]
-- config_name: validation
-  data_files:
-  - {split: validation, path: validation/validation-*}
-  - {split: twins, path: validation/twins-*}
-- config_name: test
-  data_files:
-TEST_FILES- config_name: test_twemoji
-  data_files:
-TWEMOJI_FILES---
-
-# SPA-VL mini
-
-A synthetic stand-in for SPA-VL (arXiv 2406.12030) that fits a laptop: emoji over backgrounds,
-composed questions, and responses with ground-truth labels. Columns, splits and class strings are
-those of the real set. Harmful requests name a harm without details, and responses hold a
-placeholder instead of instructions. Results on this set illustrate the method and say nothing about
-SPA-VL itself.
-
-Images: Noto Emoji (Apache-2.0); the `test_twemoji` sets: Twemoji by Twitter and other contributors
-(CC-BY-4.0). Built by `spavl_lib.data.embedded.mini` with seed 0.
-"""
