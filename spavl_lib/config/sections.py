@@ -295,7 +295,8 @@ class DPOConfig:
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
     eval_steps: NonNegativeInt = 0
-    """Steps between evaluations on the held-out pairs; 0 evaluates only at the end."""
+    """Steps between evaluations on the held-out pairs; 0 evaluates only at the end. The summary's
+    `best` names the step with the lowest loss."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield one sentence for each set of values that contradict each other."""
