@@ -182,6 +182,10 @@ class ModelConfig:
     """Linear layers of the language model that get adapters."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and takes more time."""
+    image_aspect: Literal["auto", "pad", "square"] = "auto"
+    """How LLaVA-1.5 sees an image that is not square, under the names of its own code. pad: padded
+    to a square with the mean colour; square: cropped to its middle; auto: as the checkpoint's own
+    image processor does, but padded for the Hub's conversion."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
     """Compute an image and question once for all rows of a batch that start with them. The results
     are the same. auto: if the model family supports it; require: stop if it does not; off: compute
@@ -291,7 +295,8 @@ class DPOConfig:
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
     eval_steps: NonNegativeInt = 0
-    """Steps between evaluations on the held-out pairs; 0 evaluates only at the end."""
+    """Steps between evaluations on the held-out pairs; 0 evaluates only at the end. The summary's
+    `best` names the step with the lowest loss."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield one sentence for each set of values that contradict each other."""

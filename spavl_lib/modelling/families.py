@@ -159,6 +159,7 @@ class Llava(Family):
                 images.crop_size["height"], images.image_mean, images.image_std
             )
             said += ", and images are padded to a square as in LLaVA-1.5's own code, not cropped"
+            said += ", unless model.image_aspect is set"
         warnings.warn(f"{processor.tokenizer.name_or_path}: {said}", stacklevel=2)
         return processor
 
@@ -223,6 +224,49 @@ def _of_the_hub(processor: ProcessorMixin) -> bool:
     return text.split() == "USER: <image> One? ASSISTANT: Two. USER: Three? ASSISTANT:".split()
 
 
+def set_image_aspect(processor: ProcessorMixin, aspect: str) -> None:
+    """Apply the setting `model.image_aspect` to a processor of LLaVA-1.5.
+
+    Args:
+        processor: The processor; changed in place.
+        aspect: auto, which changes nothing, or pad or square.
+
+    Raises:
+        InputError: `aspect` is not auto, and the model is not a LLaVA-1.5 with a square input.
+    """
+    from transformers import LlavaProcessor
+
+    if aspect == "auto":
+        return
+    images = processor.image_processor
+    crop = getattr(images, "crop_size", None)
+    if type(processor) is not LlavaProcessor or not crop:
+        raise InputError(
+            f"model.image_aspect = {aspect!r} is only for LLaVA-1.5, but this model has a "
+            f"{type(processor).__name__} with a {type(images).__name__}; set it to auto"
+        )
+    prepared = llava_images if aspect == "pad" else clip_images
+    processor.image_processor = prepared(crop["height"], images.image_mean, images.image_std)
+
+
+def clip_images(
+    side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> BaseImageProcessor:
+    """CLIP's image processor: resize the shorter edge, then crop the image to its middle.
+
+    Args:
+        side: Height and width of the model's input, in pixels.
+        mean: Mean of each channel; None for CLIP's.
+        std: Standard deviation of each channel; None for CLIP's.
+    """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
+        **_given(mean, std),
+    )  # fmt: skip
+
+
 def llava_images(
     side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> BaseImageProcessor:
@@ -236,8 +280,12 @@ def llava_images(
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     square = {"height": side, "width": side}
-    given = {"image_mean": mean, "image_std": std}
     return LlavaImageProcessorPil(
         do_pad=True, do_center_crop=False, size=square, crop_size=square, default_to_square=True,
-        **{name: list(values) for name, values in given.items() if values is not None},
+        **_given(mean, std),
     )  # fmt: skip
+
+
+def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, list[float]]:
+    given = {"image_mean": mean, "image_std": std}
+    return {name: list(values) for name, values in given.items() if values is not None}

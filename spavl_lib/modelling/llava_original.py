@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spavl_lib.data.templates import VICUNA_V1
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import llava_images
+from spavl_lib.modelling.families import clip_images, llava_images
 from spavl_lib.runs.files import read_json, write_json, writing
 
 NAMES = (
@@ -246,17 +246,11 @@ def _feature(original: dict) -> str:
 
 def _processor(config: Any, tokenizer: Any, original: dict) -> Any:
     from transformers import LlavaProcessor
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     vision = config.vision_config
-    side = vision.image_size
-    padded = original.get("image_aspect_ratio") == "pad"
+    images = llava_images if original.get("image_aspect_ratio") == "pad" else clip_images
     return LlavaProcessor(
-        image_processor=llava_images(side)
-        if padded
-        else CLIPImageProcessorPil(
-            size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        ),
+        image_processor=images(vision.image_size),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -27,7 +27,7 @@ from spavl_lib.config import ModelConfig
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import assert_four_bit
-from spavl_lib.modelling.families import FAMILIES, family_of
+from spavl_lib.modelling.families import FAMILIES, family_of, set_image_aspect
 from spavl_lib.modelling.processors import check_template, complete, read_processor
 from spavl_lib.modelling.speed.host import (
     LARGE_BYTES,
@@ -110,6 +110,7 @@ def load_processor(config: ModelConfig) -> ProcessorMixin:
         complete(processor, model)
         for family in FAMILIES.known.values():
             processor = family.prepare_processor(processor)
+        set_image_aspect(processor, config.image_aspect)
         check_template(processor)
     except (OSError, ValueError) as error:
         raise InputError(

@@ -41,7 +41,7 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
-from spavl_lib.runs.files import write_json, write_text, writing
+from spavl_lib.runs.files import read_jsonl, write_json, write_text, writing
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
@@ -56,7 +56,7 @@ from spavl_lib.trainers.exact_trainer import (
 from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
-from spavl_lib.trainers.progress import drop_stock_callbacks, number
+from spavl_lib.trainers.progress import best_step, drop_stock_callbacks, number
 from spavl_lib.trainers.reference_cache import cache_key, with_reference
 
 LOGGED = (
@@ -128,7 +128,13 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         flag: See `train_reward`.
         live: See `train_reward`.
 
-    It returns the stage's summary, and raises the same errors as `train_reward`.
+    Returns:
+        The stage's summary. Its `best` names the step with the lowest loss on the held-out pairs,
+        among the last step and, with `dpo.eval_steps`, those evaluated before. `model/` and the
+        checkpoints are of the last steps whichever step was best.
+
+    Raises:
+        The same errors as `train_reward`.
     """
     quiet_libraries()
     processor = load_processor(config.model)
@@ -162,6 +168,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         "epochs": round(trainer.state.epoch or 0.0, 3),
         "trainable_parameters": parts,
         "validation": evaluation,
+        "best": best_step(read_jsonl(stage.metrics_path), "eval_loss"),
         "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
     }  # fmt: skip
     save_trained(trainer.model, processor, stage, config, _card(config, summary))

@@ -57,7 +57,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         live: See `train_reward`.
 
     Returns:
-        The stage's summary.
+        The stage's summary. It names no best step, because no held-out rows are measured.
 
     Raises:
         The same errors as `train_reward`. `InputError` also if the reward model does not fit.

@@ -239,6 +239,24 @@ def keep_steps(path: Path, step: int) -> None:
     write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
 
+def best_step(rows: Sequence[dict], key: str) -> dict | None:
+    """The step of a training at which a value measured on held-out rows was lowest.
+
+    Args:
+        rows: Rows of metrics.jsonl.
+        key: Name of the value, such as `eval_loss`. Rows without the value, or with None, are left
+            out.
+
+    Returns:
+        The first such step as `step`, `metric` and `value`; None if no row has a value.
+    """
+    measured = [row for row in rows if row.get(key) is not None]
+    if not measured:
+        return None
+    best = min(measured, key=lambda row: row[key])
+    return {"step": best["step"], "metric": key, "value": best[key]}
+
+
 def first_and_last_tenth(rows: Sequence[dict], key: str) -> dict[str, float | None]:
     """Means of a logged value over the first and the last tenth of the steps.
 

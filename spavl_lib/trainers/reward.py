@@ -161,7 +161,8 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         live: Object with `update(rows)`, such as `plotting.LivePlot`. None shows no plot.
 
     Returns:
-        The stage's summary. Its `metrics` hold pair accuracy, calibration and controls.
+        The stage's summary. Its `metrics` hold pair accuracy, calibration and controls. It names no
+        best step, because the held-out pairs are scored only after the training.
 
     Raises:
         InputError: Data, model or settings are invalid.

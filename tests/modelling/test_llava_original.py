@@ -20,7 +20,7 @@ from transformers import (
 
 from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import Llava
+from spavl_lib.modelling.families import Llava, set_image_aspect
 from spavl_lib.modelling.llava_original import import_llava, new_name
 from spavl_lib.modelling.load import load_model, load_processor
 from tests.helpers import LLAMA_TOKENS, STOCK_LLAVA_TEMPLATE, byte_tokenizer, tiny
@@ -312,6 +312,49 @@ def test_a_stock_processor_becomes_llavas_own_to_the_pixel(
     cut = stock.image_processor(picture, return_tensors="np")["pixel_values"][0]
     if size[0] != size[1]:
         assert np.abs(cut - expected).max() > 0.5  # the stock one cuts the middle out
+
+
+def clip_pixels(picture: Image.Image, side: int, mean: list, std: list) -> np.ndarray:
+    """LLaVA's `process_images` with another `image_aspect_ratio`: CLIP's middle of the image."""
+    scale = side / min(picture.size)
+    width, height = (int(n * scale) for n in picture.size)
+    small = picture.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    middle = np.asarray(small)[top : top + side, left : left + side]
+    return ((middle / 255.0 - mean) / std).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", [(90, 30), (32, 80)])
+@pytest.mark.parametrize("template", ["the Hub's", "its own"])
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_the_setting_decides_how_an_image_becomes_square(
+    aspect: str, template: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    model, processor = tiny("llava")[0], copy.deepcopy(tiny("llava")[1])
+    processor.image_processor.image_mean = [0.5, 0.4, 0.3]
+    if template == "its own":
+        processor.chat_template = TEMPLATES["llama 3"]
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path), adapter="lora", image_aspect=aspect)
+    images = load_processor(config).image_processor
+    pixels = np.random.default_rng(1).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    seen = images(picture, return_tensors="np")["pixel_values"][0]
+    by_hand = {"pad": llava_pixels, "square": clip_pixels}
+    expected = {
+        name: pixels_of(picture, 32, [0.5, 0.4, 0.3], images.image_std)
+        for name, pixels_of in by_hand.items()
+    }
+    np.testing.assert_allclose(seen, expected[aspect], atol=1e-5)
+    assert np.abs(expected["pad"] - expected["square"]).max() > 0.5
+
+
+def test_the_setting_is_refused_where_nothing_reads_it() -> None:
+    processor = tiny("llava_next")[1]
+    set_image_aspect(processor, "auto")
+    with pytest.raises(InputError, match="only for LLaVA-1.5, but this model has a LlavaNextPro"):
+        set_image_aspect(processor, "pad")
 
 
 def test_the_stock_template_becomes_vicunas(tmp_path: Path) -> None:

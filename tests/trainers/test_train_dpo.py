@@ -273,7 +273,13 @@ def test_evaluating_on_the_way_changes_nothing(
     looked = make(settings(rows, "lora", dpo__eval_steps=2), tmp_path)
     own = [r for r in metric_rows(looked) if "loss" in r]
     assert own == [r for r in metric_rows(straight["lora"]) if "loss" in r]
-    assert [r["step"] for r in metric_rows(looked) if "eval_loss" in r][:2] == [2, 4]
+    measured = {r["step"]: r["eval_loss"] for r in metric_rows(looked) if "eval_loss" in r}
+    assert list(measured) == [2, 4, 6]
+    best = min(measured, key=measured.__getitem__)
+    assert looked.summary["best"] == {
+        "step": best, "metric": "eval_loss", "value": measured[best],
+    }  # fmt: skip
+    assert straight["lora"].summary["best"]["step"] == 6  # the only one that was measured
     assert weights(looked) == weights(straight["lora"])
 
 

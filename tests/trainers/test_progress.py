@@ -1,0 +1,12 @@
+"""What a summary says about the rows of metrics.jsonl."""
+
+from spavl_lib.trainers.progress import best_step
+
+
+def test_the_best_step_is_the_first_lowest_that_was_measured() -> None:
+    curve = {2: 0.6, 4: 0.4, 6: None, 8: 0.4, 10: 0.5}
+    rows = [{"step": step, "loss": 0.1} for step in range(1, 11)]
+    rows += [{"step": step, "eval_loss": value} for step, value in curve.items()]
+    assert best_step(rows, "eval_loss") == {"step": 4, "metric": "eval_loss", "value": 0.4}
+    assert best_step(rows[:10], "eval_loss") is None
+    assert best_step([{"step": 1, "eval_loss": None}], "eval_loss") is None
