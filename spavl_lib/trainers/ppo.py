@@ -395,7 +395,10 @@ class PPOTrainer(RolloutMaker):
                 self.scheduler.load_state_dict(state["scheduler"])
             self.kl.load_state_dict(state["kl"])
             ckpt.restore_rng(newest)
-            self.step, self.optimizer_steps = state["step"], state["optimizer_steps"]
+            self.step = state["step"]
+            # Older checkpoints do not say, and counted steps that were skipped too.
+            steps = self.step * self.updates_per_step
+            self.optimizer_steps = state.get("optimizer_steps", steps)
         # Drop log rows of steps after the checkpoint, because these steps run again.
         self.log_rows = [r for r in read_jsonl(self.stage.metrics_path) if r["step"] <= self.step]
         group.barrier()
