@@ -191,8 +191,8 @@ def test_gradient_checkpointing_and_adapters(adapter: str) -> None:
     batch = collated(processor, rows_of())
     if adapter == "lora":
         config = ModelConfig(name="embedded", adapter="lora", lora_rank=4, lora_alpha=8)
-        model = get_peft_model(model, lora_config(model, config)).double()
         torch.manual_seed(1)
+        model = get_peft_model(model, lora_config(model, config)).double()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
