@@ -41,8 +41,8 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 		$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,deepspeed]'; then touch $@; else \
 		echo "DeepSpeed does not install here: the tests of its engines will be skipped" >&2; fi
 
-# Two processes with one thread each. tests/conftest.py says which tests run in one process, and in
-# which order.
+# Three processes with one thread each: on two cores, one of them works while another waits.
+# tests/conftest.py says which tests run in one process, and in which order.
 PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder --durations=40 --durations-min=3
 UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tests/plotting \
 	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \

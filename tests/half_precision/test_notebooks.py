@@ -36,6 +36,15 @@ CASES = [
     for adapter, path in [*IN_ORDER, ("frozen", NOTEBOOKS[2])]
 ]  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore")
+# A CPU multiplies bf16 many times slower than fp32.
+SHORT = {
+    "data.train_rows": 24, "data.validation_rows": 8, "data.test_rows": 8,
+    "reward.max_steps": 2, "reward.per_device_batch_size": 4,
+    "dpo.max_steps": 2, "dpo.per_device_batch_size": 4,
+    "ppo.max_steps": 1, "ppo.max_new_tokens": 8, "ppo.rollout_batch_size": 4,
+    "ppo.per_device_batch_size": 4, "rloo.max_steps": 1, "rloo.max_new_tokens": 8,
+    "rloo.per_device_batch_size": 8, "rloo.temperature": 2.0, "generation.max_new_tokens": 8,
+}  # fmt: skip
 
 
 def run_cells(path: Path, **parameters: Any) -> None:
@@ -98,7 +107,7 @@ def test_a_notebook_runs_in_bf16(
     monkeypatch.setenv(machine.DTYPE, "bf16")
     monkeypatch.setenv("SPAVL_RUNS", str(root))
     monkeypatch.chdir(repo)
-    overrides = {"model.adapter": adapter}
+    overrides = SHORT | {"model.adapter": adapter}
     run_cells(path, profile="smoke", seed=1, run_name=adapter, overrides=overrides)
     stage = root / adapter / stage_of(path)
     assert read_json(stage / "manifest.json")["dtype"] == "bf16"
