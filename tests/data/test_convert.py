@@ -107,6 +107,7 @@ def test_pictures_of_one_name_in_several_classes_keep_their_class(tmp_path: Path
     assert list(rows["question_type"]) == ["easy"] * 3
 
 
+@pytest.mark.slow
 def test_the_originals_layout_comes_back_file_by_file(tmp_path: Path) -> None:
     convert("mini", tmp_path / "original")
     convert(str(tmp_path / "original"), tmp_path / "hub")

@@ -51,7 +51,8 @@ def test_two_processes_train_what_one_does_over_the_death_of_one(
     assert_trained_as_alone(read(stage), alone(kind), engine)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("dpo", marks=pytest.mark.slow), "ppo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "ppo"])
 def test_two_processes_train_as_one_does(kind: str, alone: Callable[[str], Result]) -> None:
     """PPO has an engine of its own; the others train under accelerate's in the same way."""
     config = config_of(kind, f"{kind}-whole", launch__num_processes=2)

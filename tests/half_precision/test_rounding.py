@@ -25,7 +25,7 @@ from spavl_lib.trainers.reward import build_model
 from tests.helpers import embedded_processor, mini_rows, smoke, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-HALVES = ("bf16", "fp16")
+HALVES = ("bf16", pytest.param("fp16", marks=pytest.mark.slow))
 
 
 @pytest.fixture(params=HALVES)

@@ -224,8 +224,8 @@ for step in range(600):
     ("number", "times", "manner", "code"),
     [
         (signal.SIGTERM, 1, "polite", 75),
-        (signal.SIGINT, 1, "plain", 130),
-        (signal.SIGINT, 3, "deaf", 130),
+        pytest.param(signal.SIGINT, 1, "plain", 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 3, "deaf", 130, marks=pytest.mark.slow),
     ],
     ids=["preempted", "interrupted", "killed"],
 )

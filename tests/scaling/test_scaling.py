@@ -164,6 +164,7 @@ def test_a_worker_told_to_stop_takes_no_further_arm(
     assert len(taken) == 1
 
 
+@pytest.mark.slow
 def test_an_arm_whose_summary_was_not_written_keeps_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,8 @@ def test_a_policy_resumes_and_says_the_same_when_loaded(
     assert torch.equal(logps_of(policy, batch), trained)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("reward", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["reward", "dpo"])
 def test_shared_prefixes_give_the_same_losses_over_four_bit(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def test_asked_to_stop_it_saves_the_last_whole_step(
     assert [r["step"] for r in logged(stage)] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_gradients_do_not_depend_on_the_size_of_pieces(
     adapter: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -332,7 +332,7 @@ def test_the_preset_is_the_original(folders: dict[str, Path]) -> None:
     assert settings(folders["full"], ppo__preset="original").ppo.learning_rate == 5e-7
 
 
-@pytest.mark.parametrize("adapter", ["lora", "full"])
+@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_shared_prefixes_change_no_figure(
     adapter: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:

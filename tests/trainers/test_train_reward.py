@@ -36,7 +36,8 @@ def train(config: Config, root: Path) -> tuple[Stage, dict]:
     return stage, reward.train_reward(config, stage)
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
