@@ -91,6 +91,9 @@ def generate(
         done |= {} if other == partial else _finished(other, header)
     group.barrier()
     collate = PromptCollator(processor)
+    # Found before the thread of `ahead` starts: two threads must not encode with one tokenizer,
+    # because it keeps the padding that was asked for last.
+    ends = () if isinstance(model, VLLMModel) else end_ids(processor, model)
     with tqdm(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
         unfinished = [n for n in range(len(batches)) if n not in done]
         mine = unfinished[machine.rank() :: machine.world_size()]
@@ -101,7 +104,9 @@ def generate(
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, batch, config, seed=batch_seed)
             else:
-                answers = generate_batch(model, processor, batch, config, seed=batch_seed)
+                answers = generate_batch(
+                    model, processor, batch, config, seed=batch_seed, ends=ends
+                )
             done[number] = [
                 {k: rows[i].get(k, "") for k in COPIED}
                 | (labels or {})
@@ -166,6 +171,7 @@ def generate_batch(
     config: GenerationConfig,
     *,
     seed: int = 0,
+    ends: Sequence[int] = (),
 ) -> list[dict]:
     """Generate responses to one batch of prompts.
 
@@ -176,12 +182,13 @@ def generate_batch(
             the image tensors.
         config: Length and sampling.
         seed: Seed of sampling.
+        ends: Ids that end a response; empty for those of `end_ids`.
 
     Returns:
         For each row `response`, `num_tokens` without the end token, and `finished`: whether one was
         generated within `max_new_tokens`.
     """
-    tokenizer, ends = processor.tokenizer, end_ids(processor, model)
+    tokenizer, ends = processor.tokenizer, ends or end_ids(processor, model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
     if config.cache == "compact" and not config.do_sample and can_decode(model):
         generated = decode(

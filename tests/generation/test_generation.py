@@ -378,6 +378,25 @@ def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     assert made == [(whole.model, Path("trained"))]
 
 
+def test_one_thread_alone_encodes(
+    rows: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer keeps the padding that was asked for last, so two threads would disturb it."""
+    kind = type(embedded_processor().tokenizer)
+    pads, threads = kind.set_truncation_and_padding, []
+
+    def noted(tokenizer: object, *args: object, **options: object) -> None:
+        threads.append(threading.get_ident())
+        pads(tokenizer, *args, **options)
+
+    monkeypatch.setattr(kind, "set_truncation_and_padding", noted)
+    config = GenerationConfig(batch_size=2, max_new_tokens=2)
+    generate(embedded_model(), embedded_processor(), rows[:6], config, tmp_path / "a.jsonl", seed=0)
+    here = threading.get_ident()
+    began = next(n for n, thread in enumerate(threads) if thread != here)
+    assert len(threads) - began >= 3 and here not in threads[began:]
+
+
 def test_the_next_batch_is_made_while_this_one_is_used() -> None:
     made: list[int] = []
     begun = threading.Event()
