@@ -17,16 +17,16 @@ STRIP := --keep-id --drop-tagged-cells injected-parameters \
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
-setup: .venv/.stamp  ## the environment, in .venv; again only when pyproject.toml changed
+setup: .venv/.stamp  ## the environment, in .venv; again only when a pin changed
 
-.venv/.stamp: pyproject.toml
+.venv/.stamp: pyproject.toml constraints.txt
 	@if ! $(PYTHON) -c '$(KNOWN)' 2>/dev/null; then \
 		echo "Python 3.11, 3.12 or 3.13 is needed: install one, or name it:" \
 			"make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; \
 		exit 1; fi
 	@[ "$$($(BIN)/python -c '$(MINOR)' 2>/dev/null)" = "$$($(PYTHON) -c '$(MINOR)')" ] || \
 		$(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev]'
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
@@ -38,7 +38,7 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 # The engines that share out optimizer and parameters; without them their tests are skipped.
 .venv/.engines: .venv/.stamp
 	@if [ "$$(uname)" != Linux ] || \
-		$(BIN)/python -m pip install $(PIP_FLAGS) -e '.[dev,deepspeed]'; then touch $@; else \
+		$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,deepspeed]'; then touch $@; else \
 		echo "DeepSpeed does not install here: the tests of its engines will be skipped" >&2; fi
 
 # Three processes with one thread each: on two cores, one of them works while another waits.

@@ -1,4 +1,4 @@
-"""One set of exact pins: pyproject.toml, environment.yml and what is installed agree."""
+"""One set of exact pins: pyproject, constraints, environment.yml and what is installed agree."""
 
 import importlib.metadata
 import re
@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 PIN = re.compile(r"([a-z0-9-]+)==([0-9][0-9a-z.]*)")
+# Hosted notebooks have versions of their own, which an exact pin would replace under the kernel.
+HOSTED = {"ipykernel", "ipython", "pandas", "torch"}
 
 
 def parsed(lines: list[str]) -> dict[str, str]:
@@ -28,13 +30,46 @@ def project() -> dict:
     return tomllib.loads(path.read_text(encoding="utf-8"))["project"]
 
 
+def constraints() -> list[str]:
+    page = (Path(__file__).parents[1] / "constraints.txt").read_text(encoding="utf-8")
+    return [line for line in page.splitlines() if not line.startswith("#")]
+
+
+def name_of(line: str) -> str:
+    return re.split("[=<>]", line)[0]
+
+
+def pins_of(project: dict, *extras: str) -> dict[str, str]:
+    """The exact pin of every dependency, and of what the extras name."""
+    lines = [line for line in project["dependencies"] if name_of(line) not in HOSTED]
+    for extra in extras:
+        own = project["optional-dependencies"][extra]
+        lines += [line for line in own if not line.startswith("spavl-workbook")]
+    return parsed(lines + constraints())
+
+
 def test_every_dependency_is_pinned_exactly(project: dict) -> None:
-    pins = parsed(project["dependencies"])
-    assert list(pins) == sorted(pins)
+    names = [name_of(line) for line in project["dependencies"]]
+    assert names == sorted(names) and set(names) <= set(pins_of(project))
     extras = project["optional-dependencies"]
-    assert set(extras) == {"dev", "deepspeed", "vllm"}
-    for name in ("dev", "deepspeed"):
-        parsed(extras[name])
+    assert (
+        set(extras) == {"lab", "dev", "deepspeed", "vllm"}
+        and "spavl-workbook[lab]" in extras["dev"]
+    )
+    pins_of(project, "lab", "dev", "deepspeed")
+
+
+def test_what_a_hosted_notebook_brings_is_bounded_and_not_pinned(project: dict) -> None:
+    lines = {name_of(line): line for line in project["dependencies"]}
+    assert set(parsed(constraints())) == HOSTED
+    assert not {"jupyterlab", "jupyter-server"} & set(lines)
+    for name in HOSTED:
+        floor = re.fullmatch(rf"{name}>=([0-9.]+)", lines[name])
+        assert floor, lines[name]
+        least, pinned = (
+            [int(n) for n in v.split(".")] for v in (floor[1], parsed(constraints())[name])
+        )
+        assert least <= pinned
 
 
 def test_the_conda_environment_repeats_the_pins_and_says_why(repo: Path, project: dict) -> None:
@@ -42,8 +77,7 @@ def test_the_conda_environment_repeats_the_pins_and_says_why(repo: Path, project
     page = yaml.safe_load(text)
     [pip] = [entry["pip"] for entry in page["dependencies"] if isinstance(entry, dict)]
     assert pip[-1] == "-e ."
-    wanted = parsed(project["dependencies"] + project["optional-dependencies"]["dev"])
-    assert parsed(pip[:-1]) == wanted
+    assert parsed(pip[:-1]) == pins_of(project, "lab", "dev")
     python = next(e for e in page["dependencies"] if str(e).startswith("python="))
     assert project["requires-python"].startswith(f">={python.split('=')[1]}")
     for line in text.splitlines():
@@ -53,7 +87,7 @@ def test_the_conda_environment_repeats_the_pins_and_says_why(repo: Path, project
 
 def test_what_is_installed_is_what_is_pinned(project: dict) -> None:
     """A local part, as in 2.13.0+cpu, names a build of the same version."""
-    pins = parsed(project["dependencies"] + project["optional-dependencies"]["dev"])
+    pins = pins_of(project, "lab", "dev")
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins}
     assert installed == pins
 
@@ -68,7 +102,7 @@ def test_versions_are_above_the_known_holes(project: dict) -> None:
         "jupyter-server": (2, 20),
         "nbconvert": (7, 17, 1),
     }
-    pins = parsed(project["dependencies"])
+    pins = pins_of(project, "lab")
     for name, floor in floors.items():
         assert tuple(map(int, pins[name].split("."))) >= floor, name
 
@@ -86,7 +120,7 @@ def test_everything_we_import_is_declared(repo: Path, project: dict) -> None:
     names = {"yaml": "pyyaml", "PIL": "pillow", "jupyter_client": "jupyter-client"}
     names |= {"huggingface_hub": "huggingface-hub"}
     names |= {"IPython": "ipython", "zmq": "jupyter-client", "markupsafe": "jinja2"}  # parts of it
-    declared = parsed(project["dependencies"])
+    declared = pins_of(project)
     optional = {"vllm", "deepspeed"}
     missing = set()
     for path in (repo / "spavl_lib").rglob("*.py"):

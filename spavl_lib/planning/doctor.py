@@ -39,11 +39,16 @@ def describe_machine() -> dict[str, str]:
 
 
 def read_pins() -> dict[str, str]:
-    """Package -> pinned version, from the checkout's pyproject.toml or the installed package."""
-    project = repo_root() / "pyproject.toml"
+    """Package -> pinned version, from the checkout's files or from the installed package.
+
+    The installed package leaves to the machine what hosted notebooks bring, such as torch.
+    """
+    project, constraints = (repo_root() / n for n in ("pyproject.toml", "constraints.txt"))
     if project.is_file():
         page = tomllib.loads(project.read_text(encoding="utf-8"))
         lines = page.get("project", {}).get("dependencies", [])
+        if constraints.is_file():
+            lines += constraints.read_text(encoding="utf-8").splitlines()
     else:
         try:
             lines = importlib.metadata.requires("spavl-workbook") or []
