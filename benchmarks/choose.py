@@ -50,7 +50,7 @@ REWARD = {"pair_accuracy": False, "twin_accuracy": False}
 
 
 def cost(measures: dict[str, float], kinds: dict[str, bool]) -> float:
-    """Mean rate of errors. Args: rates by name; which of them count errors."""
+    """Mean rate of errors. `kinds` says of each rate whether it counts errors itself."""
     errors = [measures[k] if is_error else 1 - measures[k] for k, is_error in kinds.items()]
     return sum(errors) / len(errors)
 

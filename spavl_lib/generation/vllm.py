@@ -47,15 +47,15 @@ class VLLMModel:
                 "generation.backend = vllm does not load a 4-bit base; set model.adapter = lora"
             )
         base, self.adapter = served(config, trained)
-        lora: dict[str, Any] = {}
+        options: dict[str, Any] = {}
         if self.adapter is not None:
             rank = PeftConfig.from_pretrained(self.adapter).r
-            lora = {"enable_lora": True, "max_lora_rank": rank}
+            options = {"enable_lora": True, "max_lora_rank": rank}
         if base == config.name and config.revision:
-            lora["revision"] = config.revision
+            options["revision"] = config.revision
         dtype = machine.DTYPES[machine.dtype_name()]
         self.engine = self.vllm.LLM(
-            model=base, dtype=dtype, limit_mm_per_prompt={"image": 1}, **lora
+            model=base, dtype=dtype, limit_mm_per_prompt={"image": 1}, **options
         )
 
     def answer(
