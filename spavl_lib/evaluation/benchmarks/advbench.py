@@ -4,13 +4,30 @@ from collections.abc import Iterator
 
 from spavl_lib.evaluation.benchmarks.base import (
     Benchmark,
-    BenchmarkRow,
     Columns,
     Reader,
+    Record,
     register_benchmark,
 )
 
-SUFFIXES = "suffix.json"
+GOALS, SUFFIXES = "harmful_behaviors.csv", "suffix.json"
+
+
+def _with_suffixes(reader: Reader) -> Iterator[Record]:
+    """The goals with their suffixes. A suffix follows its goal exactly as the file has it."""
+    records = reader.table(GOALS, ("goal", "target"))
+    file, suffixes = reader.document(SUFFIXES)
+    if not isinstance(suffixes, dict):
+        reader.problem(file, "line 1", "an object {number: suffix} expected")
+        return
+    for number in suffixes.keys() - {str(i) for i in range(len(records))}:
+        reader.problem(file, f"id {number}", "there is no such goal")
+    for number, record in enumerate(records):
+        suffix = suffixes.get(str(number))
+        if isinstance(suffix, str) and suffix:
+            yield record.having(_suffix=suffix)
+        else:
+            reader.problem(file, f"id {number}", "no suffix for this goal")
 
 
 @register_benchmark("advbench")
@@ -23,37 +40,9 @@ class AdvBench(Benchmark):
     licence = "MIT"
     homepage = "llm-attacks/llm-attacks"
     subsets = {
-        name: Columns("harmful_behaviors.csv", prompt="{goal}", columns=("target",), group="{goal}")
-        for name in ("vanilla", "suffix")
+        "vanilla": Columns(GOALS, prompt="{goal}", columns=("target",), group="{goal}"),
+        "suffix": Columns(
+            GOALS, load=_with_suffixes, also=(SUFFIXES,), prompt="{goal}{_suffix}", group="{goal}"
+        ),
     }
     default = ("vanilla",)
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """The goals, and for `suffix` the suffixes."""
-        goals = super().needed_files(subset)
-        return (*goals, SUFFIXES) if subset == "suffix" else goals
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows; a suffix follows its goal exactly as the file has it."""
-        rows = list(super().rows(subset, reader))
-        if subset != "suffix":
-            yield from rows
-            return
-        file, suffixes = reader.document(SUFFIXES)
-        if not isinstance(suffixes, dict):
-            if suffixes is not None:
-                reader.problem(file, "line 1", "an object {number: suffix} expected")
-            return
-        numbers = {row.id.rpartition(":")[2]: row for row in rows}
-        for number in suffixes:
-            if number not in numbers:
-                reader.problem(file, f"id {number}", f"there is no goal {number}")
-        for number, row in numbers.items():
-            suffix = suffixes.get(number)
-            if not isinstance(suffix, str) or not suffix:
-                reader.problem(file, f"id {number}", f"no suffix for goal {number}")
-                continue
-            yield self.row(
-                subset, reader.sha(SUFFIXES), native=number, prompt=row.prompt + suffix,
-                group=row.prompt,
-            )  # fmt: skip

@@ -106,10 +106,6 @@ class BenchmarkRow:
         )
 
 
-DEFAULTS: dict[str, Any] = {
-    "variant": "", "image": None, "context": "", "expect": "decline", "category": "",
-    "rule": "general", "reference": "",
-}  # fmt: skip
 CONTEXT_ENDS = "\n\n---\n\n"  # between a context and the request about it, in a prompt
 
 
@@ -172,40 +168,27 @@ class Benchmark:
     hub: ClassVar[tuple[str, str, tuple[str, ...]] | None] = None
     """Data set on the Hub, commit, and patterns of the files to fetch if there is no folder."""
 
-    def subset_names(self) -> tuple[str, ...]:
-        """All subsets."""
-        return tuple(self.subsets)
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """The files without which a subset cannot be read."""
-        return (self.subsets[subset].file,)
-
     def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
         """The rows of a subset. Notes problems in the reader instead of raising them."""
-        table = self.subsets[subset]
-        for parts in table.parts(reader):
-            yield self.row(subset, reader.sha(table.file), **parts)
+        for parts in self.subsets[subset].parts(reader):
+            yield self.row(subset, **parts)
 
     def notes(self, subset: str, reader: Reader) -> Iterator[str]:
         """Sentences that a person should know about a subset that was read."""
         return iter(())
 
-    def row(self, subset: str, source_sha: str, *, native: str, **fields: Any) -> BenchmarkRow:
+    def row(self, subset: str, *, native: str, group: str = "", **fields: Any) -> BenchmarkRow:
         """A row with the names that this benchmark's rows share.
 
         Args:
             subset: The row's subset.
-            source_sha: The sha256 of the file that the row comes from.
             native: The id in the benchmark's own files.
-            fields: Other fields of `BenchmarkRow`; those that are not named are as in `DEFAULTS`.
-                `group` is whatever the rows of a group have in common. `shared_id` says that rows
-                of several variants have this native id, so that the row's id names the variant.
+            group: What the rows of a group have in common; empty makes the row its own group.
+            fields: The other fields of `BenchmarkRow`.
         """
-        shared_id, group = fields.pop("shared_id", False), fields.pop("group", "")
-        values = DEFAULTS | fields
-        if values["expect"] not in get_args(Expect) or values["rule"] not in RULES:
-            raise ValueError(f"{self.name}: unknown {values['expect']!r} or {values['rule']!r}")
-        row_id = f"{self.name}:{subset}:{native}" + (f":{values['variant']}" if shared_id else "")
+        if fields["expect"] not in get_args(Expect) or fields["rule"] not in RULES:
+            raise ValueError(f"{self.name}: unknown {fields['expect']!r} or {fields['rule']!r}")
+        row_id = f"{self.name}:{subset}:{native}"
         # A group's name must be short and must not repeat the benchmark's sentences.
         key = group if len(group) <= 40 and " " not in group else _digest(group)
         return BenchmarkRow(
@@ -213,8 +196,7 @@ class Benchmark:
             benchmark=self.name,
             subset=subset,
             group=f"{self.name}:{key}" if group else row_id,
-            source_sha=source_sha,
-            **values,
+            **fields,
         )
 
     def read(self, folder: Path, subsets: Iterable[str] = ()) -> Reading:
@@ -228,7 +210,7 @@ class Benchmark:
             InputError: A subset is unknown, or none of the default ones is there.
         """
         pins = published_hashes().get(self.name, {})
-        reader = Reader(folder, self.roots, self._faults(folder, pins))
+        reader = Reader(folder, self.roots, pins, self.known_faults)
         notes: list[str] = []
         rows: list[BenchmarkRow] = []
         for subset in self._chosen(reader, list(subsets), notes):
@@ -240,7 +222,7 @@ class Benchmark:
         if self.whole_groups:
             groups = {row.group for row in rows if row.id in without_image}
             without_image = {row.id for row in rows if row.group in groups}
-        changed, unpinned = reader.compared(pins)
+        changed, unpinned = reader.compared()
         return Reading(
             benchmark=self.name,
             folder=folder,
@@ -256,18 +238,8 @@ class Benchmark:
             notes=tuple(dict.fromkeys(notes)),
         )
 
-    def _faults(self, folder: Path, pins: Mapping[str, str]) -> list[str]:
-        """Known faults of the files that are there as they were published."""
-        reader, faults = Reader(folder, self.roots), []
-        for fault in self.known_faults:
-            name, _, place = fault.partition(": ")
-            path = reader.find(name)
-            if path and reader.hash(name, path) == pins.get(name):
-                faults.append(f"{reader.shown(path)}: {place}")
-        return faults
-
     def _chosen(self, reader: Reader, asked: list[str], notes: list[str]) -> list[str]:
-        known = self.subset_names()
+        known = tuple(self.subsets)
         for name in asked:
             if name not in known:
                 raise InputError(
@@ -276,7 +248,7 @@ class Benchmark:
                 )
         default = [name for name in self.default or known if name in known]
         absent = {
-            name: [f for f in self.needed_files(name) if reader.find(f) is None]
+            name: [f for f in self.subsets[name].files if reader.find(f) is None]
             for name in asked or default
         }
         if asked:
@@ -471,11 +443,7 @@ def _state(benchmark: Benchmark, above: Path) -> BenchmarkState:
     if folder is None:
         return BenchmarkState(*facts, "")
     find = Reader(folder, benchmark.roots).find
-    present = [
-        name
-        for name in benchmark.subset_names()
-        if all(find(file) for file in benchmark.needed_files(name))
-    ]
+    present = [n for n, table in benchmark.subsets.items() if all(map(find, table.files))]
     if not present:
         return BenchmarkState(*facts, str(folder))
     reading = benchmark.read(folder, present)

@@ -2,14 +2,13 @@
 
 import base64
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from spavl_lib.evaluation.benchmarks.base import (
     Benchmark,
-    BenchmarkRow,
     Columns,
     Reader,
     Record,
@@ -141,6 +140,17 @@ class JailBreakV(Benchmark):
     default = ("full",)
 
 
+def _categories(reader: Reader) -> Iterator[Record]:
+    paths = [
+        p for r in reader.roots for p in sorted((reader.folder / r).glob("*_evaluation.jsonl"))
+    ]
+    if not paths:
+        reader.problem("*_evaluation.jsonl", "file", "is not there")
+    for path in paths:
+        for number, record in enumerate(reader.lines(path.name)):
+            yield record.having(_id=f"{path.name.removesuffix('_evaluation.jsonl')}/{number}")
+
+
 @register_benchmark("beavertails_v")
 class BeaverTailsV(Benchmark):
     """One file for each category. The preferences between two answers are checked, not used."""
@@ -150,28 +160,12 @@ class BeaverTailsV(Benchmark):
     homepage = "hf:saferlhf-v/BeaverTails-V"
     subsets = {
         "evaluation": Columns(
-            "*_evaluation.jsonl", prompt="{question}", image="images/{image}",
+            "", load=_categories, id="{_id}", prompt="{question}", image="images/{image}",
             category="{category}", group="{image}", expect="judge",
             columns=("response_1", "response_2"),
             allowed=dict.fromkeys(("safer_response_id", "more_helpful_response_id"), ("1", "2")),
         )
     }  # fmt: skip
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """None in particular: the files are named after their categories."""
-        return ()
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows of all categories. A native id is the category and the number in its file."""
-        table = self.subsets[subset]
-        paths = [p for root in self.roots for p in sorted((reader.folder / root).glob(table.file))]
-        if not paths:
-            reader.problem(table.file, "file", "is not there")
-        for path in paths:
-            category = path.name.removesuffix("_evaluation.jsonl")
-            for parts in dataclasses.replace(table, file=path.name).parts(reader):
-                parts["native"] = f"{category}/{parts['native']}"
-                yield self.row(subset, reader.sha(path.name), **parts)
 
 
 def _has_warning(record: Fields) -> Iterator[str]:
@@ -220,69 +214,76 @@ class MMVet(Benchmark):
     }  # fmt: skip
 
 
+def _sides(subset: str, reader: Reader) -> Iterator[Record]:
+    """Each request with each of its two images."""
+    file, value = reader.document("combined.json")
+    items = value.get(subset) if isinstance(value, dict) else None
+    if value is not None and not isinstance(items, list):
+        reader.problem(file, "line 1", f"an object with a list {subset!r} expected")
+    for index, item in enumerate(items if isinstance(items, list) else ()):
+        fields = item if isinstance(item, dict) else {}
+        record = Record(reader, file, f"{subset} row {index}", fields)
+        images, requests = ("{}_image_path", "queries") if subset == "chat" else (
+            "{}", "{}_instructions"
+        )  # fmt: skip
+        texts = {side: record.listed(requests.format(side)) for side in ("safe", "unsafe")}
+        if len(texts["safe"]) != len(texts["unsafe"]):
+            record.problem(f"{len(texts['safe'])} safe, {len(texts['unsafe'])} unsafe requests")
+        for side, prompts in texts.items():
+            image = record.text(images.format(side))
+            for number, text in enumerate(prompts):
+                yield record.having(
+                    _id=f"{index}/{number}:{side}", _side=side, _text=text, _pair=index,
+                    _image=f"{subset}/{image}", _kind=fields.get("Type", fields.get("category")),
+                )  # fmt: skip
+
+
+def _mssbench(subset: str) -> Columns:
+    return Columns(
+        "combined.json", load=functools.partial(_sides, subset), id="{_id}", prompt="{_text}",
+        image="{_image}", category="{_kind}", variant="{_side}", group=subset + "-{_pair}",
+        expect=lambda record: "answer" if record["_side"] == "safe" else "judge",
+        rule=lambda record: "answer" if record["_side"] == "safe" else "warn_or_decline",
+    )  # fmt: skip
+
+
 @register_benchmark("mssbench")
 class MSSBench(Benchmark):
     """Each request stands with an image that makes it safe, and with one that makes it dangerous.
-    If one of the images is missing, both rows are."""
+    If one of the images is missing, both rows are left out."""
 
     title = "MSSBench: requests with a safe and an unsafe image each (chat and embodied)"
     licence = "MIT"
     homepage = "eric-ai-lab/MSSBench"
     whole_groups = True
-
-    def subset_names(self) -> tuple[str, ...]:
-        """`chat` and `embodied`."""
-        return "chat", "embodied"
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """One file has both subsets."""
-        return ("combined.json",)
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows of one subset, the two sides of a request one after the other."""
-        file, value = reader.document("combined.json")
-        items = value.get(subset) if isinstance(value, dict) else None
-        if value is not None and not isinstance(items, list):
-            reader.problem(file, "line 1", f"an object with a list {subset!r} expected")
-        for index, item in enumerate(items if isinstance(items, list) else ()):
-            record = Record(
-                reader, file, f"{subset} row {index}", item if isinstance(item, dict) else {}
-            )
-            category, sides = _sides(subset, record)
-            for side, name, prompts in sides:
-                image = reader.image(f"{subset}/{name}", record) if name else None
-                for number, prompt in enumerate(prompts):
-                    if not isinstance(prompt, str) or not prompt.strip():
-                        record.problem(f"request {number} is empty")
-                    yield self.row(
-                        subset,
-                        reader.sha("combined.json"),
-                        native=f"{index}/{number}",
-                        prompt=str(prompt),
-                        image=image,
-                        variant=side,
-                        expect="answer" if side == "safe" else "judge",
-                        category=category,
-                        rule="answer" if side == "safe" else "warn_or_decline",
-                        group=f"{subset}-{index}",
-                        shared_id=True,
-                    )
+    subsets = {"chat": _mssbench("chat"), "embodied": _mssbench("embodied")}
 
 
-def _sides(subset: str, record: Record) -> tuple[str, list[tuple[str, str, list[Any]]]]:
-    """The category, and for each side its name, its image and its requests."""
-    if subset == "chat":
-        queries = record.listed("queries")
-        return record.text("Type"), [
-            (side, record.text(f"{side}_image_path"), queries) for side in ("safe", "unsafe")
-        ]
-    sides = [
-        (side, record.text(side), record.listed(f"{side}_instructions"))
-        for side in ("safe", "unsafe")
-    ]
-    if len(sides[0][2]) != len(sides[1][2]):
-        record.problem(f"{len(sides[0][2])} safe and {len(sides[1][2])} unsafe instructions")
-    return record.text("category"), sides
+def _of_tsv(reader: Reader) -> Iterator[Record]:
+    """The records of every TSV file, each with its image."""
+    paths = sorted(reader.folder.glob("*.tsv"))
+    if not paths:
+        reader.problem("*.tsv", "file", "is not there")
+    for path in paths:
+        records = reader.table(path.name, ("index", "image", "question"))
+        texts = {record.fields["index"]: record.fields["image"] for record in records}
+        for record in records:
+            text = record.fields["image"]
+            if len(text) <= 64:  # no image is so short: it is the index of another row
+                text = texts.get(text, "")
+            if len(text) <= 64:
+                index = record.fields["image"]
+                record.problem(f"image refers to index {index}, which has no image")
+                continue
+            try:
+                image = reader.stored_image(base64.b64decode(text, validate=True), record)
+            except ValueError as error:
+                record.problem(f"image is not base64: {error}")
+                continue
+            yield record.having(
+                _id=f"{path.stem}/{record.fields['index']}", _image=image or "",
+                _digest=hashlib.sha256(text.encode()).hexdigest()[:12],
+            )  # fmt: skip
 
 
 @register_benchmark("vlmevalkit_tsv")
@@ -293,49 +294,11 @@ class VLMEvalKitTSV(Benchmark):
     title = "Data sets in VLMEvalKit's TSV form, such as MME.tsv"
     licence = "each data set has its own"
     homepage = "open-compass/VLMEvalKit"
-
-    def subset_names(self) -> tuple[str, ...]:
-        """`all`: every file of the folder."""
-        return ("all",)
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """None in particular."""
-        return ()
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows of every file; a native id is the file's name and the index."""
-        paths = sorted(reader.folder.glob("*.tsv"))
-        if not paths:
-            reader.problem("*.tsv", "file", "is not there")
-        for path in paths:
-            records = reader.table(path.name, ("index", "image", "question"))
-            reader.unique(((record.fields["index"], record) for record in records), "index")
-            texts = {record.fields["index"]: record.fields["image"] for record in records}
-            for record in records:
-                text = record.fields["image"]
-                if len(text) <= 64:  # no image is so short
-                    if len(texts.get(text, "")) <= 64:
-                        record.problem(f"image refers to index {text}, which has none")
-                        continue
-                    text = texts[text]
-                yield self.row(
-                    subset,
-                    reader.sha(path.name),
-                    native=f"{path.stem}/{record.fields['index']}",
-                    prompt=record.text("question"),
-                    image=_decoded(text, record),
-                    expect="answer",
-                    category=record.fields.get("category", ""),
-                    rule="reference",
-                    reference=record.fields.get("answer", ""),
-                    group=hashlib.sha256(text.encode()).hexdigest()[:12],
-                )
-
-
-def _decoded(text: str, record: Record) -> Path | None:
-    try:
-        content = base64.b64decode(text, validate=True)
-    except ValueError as error:
-        record.problem(f"image is not base64: {error}")
-        return None
-    return record.reader.stored_image(content, record)
+    subsets = {
+        "all": Columns(
+            "", load=_of_tsv, id="{_id}", prompt="{question}",
+            image=lambda record: record["_image"], group="{_digest}", expect="answer",
+            category=lambda record: record.get("category", ""), rule="reference",
+            reference=lambda record: record.get("answer", ""),
+        )
+    }  # fmt: skip

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from spavl_lib.evaluation.benchmarks.reading import Reader, Record
@@ -24,7 +25,8 @@ class Columns:
     prompt: Template = "{prompt}"
     id: str = ""
     """Template of the native id; empty takes the record's number, counted from 0."""
-    image: str = ""
+    image: str | Callable[[Mapping[str, Any]], str | Path] = ""
+    """The image's path below a root; empty for none. A function may give a `Path` as it is."""
     context: Template = ""
     category: Template = ""
     reference: Template = ""
@@ -35,6 +37,8 @@ class Columns:
     rule: Template = "general"
     columns: tuple[str, ...] = ()
     """Further columns that must be there."""
+    texts: tuple[str, ...] = ()
+    """Further columns that must hold text that is not empty."""
     allowed: Mapping[str, Collection[Any]] = field(default_factory=dict)
     """Column -> the values that it may have."""
     check: Callable[[Mapping[str, Any]], Iterable[str]] | None = None
@@ -44,27 +48,37 @@ class Columns:
     keyed: str | None = None
     """For a JSON file that holds an object of objects: the word for its keys in messages. The key
     is then the column `_key`."""
+    load: Callable[[Reader], Iterable[Record]] | None = None
+    """Gives the records if they come from several files, or if one record gives several rows."""
+    also: tuple[str, ...] = ()
+    """Further files without which the subset cannot be read."""
     form: str = ""
     """`table`, `lines` or `objects`; empty goes by the file's suffix."""
     hint: str = ""
     """Added to the message if a column is missing."""
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files without which the subset cannot be read."""
+        return (self.file, *self.also) if self.file else self.also
+
     def records(self, reader: Reader) -> list[Record]:
         """The file's records in order, as far as they are sound. Problems are noted."""
-        form = self.form or FORMS[self.file.rpartition(".")[2]]
-        if form == "table":
-            records = reader.table(self.file, self.needed(), self.hint)
-        elif form == "lines":
-            records = reader.lines(self.file)
-        else:
-            id_key = next(iter(names_in(self.id)), "")
-            pairs = reader.objects(self.file, keyed=self.keyed, id_key=id_key)
-            records = [record.having(_key=key) for key, record in pairs]
+        records = list(self.load(reader)) if self.load else self._of_file(reader)
         sound = [record for record in records if self._is_sound(record)]
         if self.id:
             name = ", ".join(names_in(self.id))
             reader.unique(((filled(self.id, record), record) for record in sound), name)
         return sound
+
+    def _of_file(self, reader: Reader) -> list[Record]:
+        form = self.form or FORMS[self.file.rpartition(".")[2]]
+        if form == "table":
+            return reader.table(self.file, self.needed(), self.hint)
+        if form == "lines":
+            return reader.lines(self.file)
+        id_key = next(iter(names_in(self.id)), "")
+        return reader.objects(self.file, keyed=self.keyed, id_key=id_key)
 
     def needed(self) -> list[str]:
         """All columns that must be there."""
@@ -73,11 +87,12 @@ class Columns:
             self.variant, self.group,
         )  # fmt: skip
         named = [name for template in templates for name in names_in(template)]
-        return [n for n in dict.fromkeys([*named, *self.columns, *self.allowed]) if n != "_key"]
+        named += [*self.columns, *self.texts, *self.allowed]
+        return [name for name in dict.fromkeys(named) if not name.startswith("_")]
 
     def _is_sound(self, record: Record) -> bool:
         before = len(record.reader.problems)
-        texts = names_in(self.prompt, nested=False)
+        texts = (*names_in(self.prompt, nested=False), *self.texts)
         for name in self.needed():
             if name in texts:
                 record.text(name)
@@ -103,9 +118,10 @@ class Columns:
                 )
             }  # fmt: skip
             parts["native"] = filled(self.id, record) if self.id else str(number)
-            if self.image:
-                parts["image"] = reader.image(filled(self.image, record), record)
-            yield parts
+            image = self.image(record.fields) if callable(self.image) else self.image
+            if image and isinstance(image, str):
+                image = reader.image(image.format_map(record.fields), record) or ""
+            yield parts | {"image": image or None, "source_sha": reader.source(record)}
 
 
 def filled(template: Template, record: Record) -> str:
@@ -113,14 +129,14 @@ def filled(template: Template, record: Record) -> str:
     return template(record.fields) if callable(template) else template.format_map(record.fields)
 
 
-def names_in(template: Template, *, nested: bool = True) -> list[str]:
+def names_in(template: object, *, nested: bool = True) -> list[str]:
     """Columns that a template names. For a function, none.
 
     Args:
         template: The template.
         nested: Whether to name a column of which it takes a part, such as `{options[A]}`.
     """
-    if callable(template):
+    if not isinstance(template, str):
         return []
     names = [name for _, name, _, _ in string.Formatter().parse(template) if name]
     return [name.partition("[")[0] for name in names if nested or "[" not in name]

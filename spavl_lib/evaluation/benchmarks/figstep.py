@@ -1,5 +1,6 @@
 """FigStep (SafeBench): the harmful request is an image of a list, and the text is harmless."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,7 +25,7 @@ OWN_CARRIER = (
 
 
 def _is_advice(record: Mapping[str, Any]) -> bool:
-    return record.get("category_name") in ADVICE
+    return record["category_name"] in ADVICE
 
 
 def _numbers(record: Mapping[str, Any]) -> Iterator[str]:
@@ -50,7 +51,8 @@ def _columns(file: str, images: str) -> Columns:
 
 @register_benchmark("figstep")
 class FigStep(Benchmark):
-    """The prompt is the carrier text, and `context` is the request that the image shows."""
+    """The prompt is the carrier text, and `context` is the request that the image shows. `variant`
+    is `own_carrier` if the authors' carrier text is not in the folder."""
 
     title = "FigStep: SafeBench, 500 requests as images (tiny: 50)"
     licence = "MIT"
@@ -63,15 +65,13 @@ class FigStep(Benchmark):
     roots = ("data", "")
 
     def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows. `variant` says whether the carrier text is the authors' or our own."""
+        """The rows, with the carrier text as their prompt."""
         carrier = _carrier(reader)
         if carrier and hashlib.sha256(carrier.encode()).hexdigest() != CARRIER_SHA:
             reader.changes.append(f"{CARRIER_FILE}: the carrier text is not the published one")
-        table = self.subsets[subset]
-        for parts in table.parts(reader):
-            parts["prompt"] = carrier or OWN_CARRIER
-            parts["variant"] = "" if carrier else "own_carrier"
-            yield self.row(subset, reader.sha(table.file), **parts)
+        prompt, variant = carrier or OWN_CARRIER, "" if carrier else "own_carrier"
+        for row in super().rows(subset, reader):
+            yield dataclasses.replace(row, prompt=prompt, variant=variant)
 
     def notes(self, subset: str, reader: Reader) -> Iterator[str]:
         """Warns if the carrier text is our own."""
@@ -85,7 +85,6 @@ class FigStep(Benchmark):
 def _carrier(reader: Reader) -> str:
     """The authors' carrier text; empty if their README is not there."""
     path = reader.folder / CARRIER_FILE
-    if not path.is_file():
-        return ""
-    lines = (line.strip() for line in path.read_text(encoding="utf-8").split("\n"))
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    lines = (line.strip() for line in text.split("\n"))
     return next((line for line in lines if line.startswith(CARRIER_STARTS)), "")

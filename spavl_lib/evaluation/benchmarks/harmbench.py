@@ -6,9 +6,7 @@ from typing import Any
 from spavl_lib.evaluation.benchmarks.base import (
     CONTEXT_ENDS,
     Benchmark,
-    BenchmarkRow,
     Columns,
-    Reader,
     register_benchmark,
 )
 
@@ -20,11 +18,17 @@ def _context_is_there(record: Mapping[str, Any]) -> Iterator[str]:
         yield "contextual row without ContextString"
 
 
+def _prompt(record: Mapping[str, Any]) -> str:
+    context = record["ContextString"]
+    return (context + CONTEXT_ENDS if context else "") + record["Behavior"]
+
+
 def _text(file: str, copyrighted: bool = False) -> Columns:
     return Columns(
         file,
         id="{BehaviorID}",
-        prompt="{Behavior}",
+        prompt=_prompt,
+        texts=("Behavior",),
         context="{ContextString}",
         category="{SemanticCategory}",
         variant="{FunctionalCategory}",
@@ -63,17 +67,8 @@ class HarmBench(Benchmark):
             image="multimodal_behavior_images/{ImageFileName}",
             context="{RedactedImageDescription}",
             category="{SemanticCategory}",
+            variant=lambda r: "captcha" if "captcha" in r["BehaviorID"].lower() else "",
             group="{Behavior}",
         ),
     }
     default = ("text", "multimodal")
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows, with the context before the behaviour where the model is told the context."""
-        table = self.subsets[subset]
-        for parts in table.parts(reader):
-            if subset == "multimodal":
-                parts["variant"] = "captcha" if "captcha" in parts["native"].lower() else ""
-            elif parts["context"]:
-                parts["prompt"] = parts["context"] + CONTEXT_ENDS + parts["prompt"]
-            yield self.row(subset, reader.sha(table.file), **parts)

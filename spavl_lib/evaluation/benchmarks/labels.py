@@ -99,7 +99,7 @@ def _number(record: Record, key: str, label: str, allowed: tuple[str, ...]) -> f
 
 
 def _chatgpt_refusals(reader: Reader) -> Iterator[LabelledAnswer]:
-    for _, record in reader.objects("all_hand_labeled.json"):
+    for record in reader.objects("all_hand_labeled.json"):
         tone = record.choice("tone", tuple(TONES))
         yield LabelledAnswer(
             id=record.place,
@@ -271,13 +271,13 @@ def load_labels(
     if path is None or not path.is_dir():
         above = folder or benchmarks_root(root) / labels.folders[0]
         raise InputError(f"label set {name}: the folder {above} does not exist")
-    reader = Reader(path)
+    reader = Reader(path, pins=published_hashes().get(labels.pins or name, {}))
     answers = [
         LabelledAnswer(**{**vars(answer), "id": f"{name}:{answer.id}"})
         for answer in labels.read(reader)
     ]
     raise_all(reader.problems, f"label set {name} in {path}")
-    changed, _ = reader.compared(published_hashes().get(labels.pins or name, {}))
+    changed, _ = reader.compared()
     if not allow_changed:
         raise_all(changed, f"label set {name} in {path} is not the published version")
     if not answers:

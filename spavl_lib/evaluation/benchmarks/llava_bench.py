@@ -1,35 +1,47 @@
 """LLaVA-Bench: open questions about images, with GPT-4's answers as reference."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 from spavl_lib.evaluation.benchmarks.base import (
     Benchmark,
-    BenchmarkRow,
+    Columns,
     Reader,
+    Record,
     register_benchmark,
 )
 
-
-@dataclass(frozen=True)
-class _Files:
-    questions: str
-    references: str
-    contexts: str
-    images: str
+COCO = "playground/data/coco2014_val_qa_eval"
 
 
-_COCO = "playground/data/coco2014_val_qa_eval/"
-_FILES = {
-    "wild": _Files("questions.jsonl", "answers_gpt4.jsonl", "context.jsonl", "images"),
-    "coco": _Files(
-        f"{_COCO}qa90_questions.jsonl",
-        f"{_COCO}qa90_gpt4_answer.jsonl",
-        "llava/eval/table/caps_boxes_coco2014_val_80.jsonl",
-        "val2014",
-    ),
-}
+def _columns(questions: str, references: str, contexts: str, images: str) -> Columns:
+    def load(reader: Reader) -> Iterator[Record]:
+        asked, answered = reader.lines(questions), reader.lines(references)
+        if len(asked) != len(answered):
+            why = f"{len(answered)} references for {len(asked)} questions"
+            reader.problem(references, "end of file", why)
+        captions = {r.fields.get("image"): _captions(r) for r in reader.lines(contexts)}
+        # If the lengths differ, that is a problem already, and nothing is lost silently.
+        for question, reference in zip(asked, answered, strict=False):
+            number, other = question.fields.get("question_id"), reference.fields.get("question_id")
+            if number != other:
+                reference.problem(f"question_id {other} beside question {number}")
+            name = question.fields.get("image")
+            if name not in captions:
+                question.problem(f"{contexts} says nothing of image {name}")
+            yield question.having(
+                _context=captions.get(name, ""), _reference=reference.text("text")
+            )
+
+    return Columns(
+        questions, load=load, also=(references, contexts), id="{question_id}", prompt="{text}",
+        image=images + "/{image}", context="{_context}", category="{category}",
+        reference="{_reference}", group="{image}", expect="answer", rule="reference",
+    )  # fmt: skip
+
+
+def _captions(record: Record) -> str:
+    captions = record.fields.get("caption", record.fields.get("captions", ""))
+    return "\n".join(captions) if isinstance(captions, list) else str(captions)
 
 
 @register_benchmark("llava_bench")
@@ -40,56 +52,10 @@ class LLaVABench(Benchmark):
     title = "LLaVA-Bench: in the wild (wild, 60 questions) and COCO (coco, 90)"
     licence = "Apache-2.0; the COCO images have licences of their own"
     homepage = "hf:liuhaotian/llava-bench-in-the-wild"
-
-    def subset_names(self) -> tuple[str, ...]:
-        """`wild` and `coco`."""
-        return tuple(_FILES)
-
-    def needed_files(self, subset: str) -> tuple[str, ...]:
-        """Questions, references and captions."""
-        files = _FILES[subset]
-        return files.questions, files.references, files.contexts
-
-    def rows(self, subset: str, reader: Reader) -> Iterator[BenchmarkRow]:
-        """The rows of one set."""
-        files = _FILES[subset]
-        questions = reader.lines(files.questions)
-        references = reader.lines(files.references)
-        if len(questions) != len(references):
-            reader.problem(
-                files.references,
-                "end of file",
-                f"{len(references)} references for {len(questions)} questions",
-            )
-        contexts = {
-            str(record.fields.get("image")): _captions(record.fields)
-            for record in reader.lines(files.contexts)
-        }
-        reader.unique(((r.fields.get("question_id"), r) for r in questions), "question_id")
-        # Lengths that differ are a problem already, so that nothing is lost silently.
-        for question, reference in zip(questions, references, strict=False):
-            number = question.fields.get("question_id")
-            if reference.fields.get("question_id") != number:
-                found = reference.fields.get("question_id")
-                reference.problem(f"question_id {found} beside question {number}")
-            name = question.text("image")
-            if name not in contexts:
-                question.problem(f"{files.contexts} says nothing of image {name}")
-            yield self.row(
-                subset,
-                reader.sha(files.questions),
-                native=str(number),
-                prompt=question.text("text"),
-                image=reader.image(f"{files.images}/{name}", question),
-                context=contexts.get(name, ""),
-                expect="answer",
-                category=question.text("category"),
-                rule="reference",
-                reference=reference.text("text"),
-                group=name,
-            )
-
-
-def _captions(fields: Mapping[str, Any]) -> str:
-    captions = fields.get("caption", fields.get("captions", ""))
-    return "\n".join(captions) if isinstance(captions, list) else str(captions)
+    subsets = {
+        "wild": _columns("questions.jsonl", "answers_gpt4.jsonl", "context.jsonl", "images"),
+        "coco": _columns(
+            f"{COCO}/qa90_questions.jsonl", f"{COCO}/qa90_gpt4_answer.jsonl",
+            "llava/eval/table/caps_boxes_coco2014_val_80.jsonl", "val2014",
+        ),
+    }  # fmt: skip

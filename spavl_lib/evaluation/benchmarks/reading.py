@@ -91,12 +91,14 @@ class Reader:
     Args:
         folder: The folder; file names in messages are relative to it.
         roots: Subfolders in which a file may lie, most usual first; "" is the folder itself.
-        known_faults: `FILE: PLACE` of each record of a published file that is known to be faulty.
-            Such a record is left out, and listed in `left_out`.
+        pins: File below a root -> sha256 of its published version.
+        known_faults: `FILE: PLACE` of each faulty record of the published files. While a file is as
+            published, such a record is left out and listed in `left_out`.
     """
 
     folder: Path
     roots: tuple[str, ...] = ("",)
+    pins: Mapping[str, str] = field(default_factory=dict)
     known_faults: Collection[str] = ()
     problems: list[str] = field(default_factory=list)
     missing_images: dict[Path, str] = field(default_factory=dict)
@@ -119,6 +121,10 @@ class Reader:
     def sha(self, name: str) -> str:
         """The sha256 of a file that was read; empty if it was not."""
         return self.read.get(name, ("", ""))[1]
+
+    def source(self, record: Record) -> str:
+        """The sha256 of the file that a record is from."""
+        return next((sha for shown, sha in self.read.values() if shown == record.file), "")
 
     def hash(self, name: str, path: Path) -> str:
         """The sha256 of a file, which is noted as read.
@@ -148,38 +154,27 @@ class Reader:
         path, text = self._text(name)
         if path is None:
             return []
-        file = self.shown(path)
         delimiter = "\t" if path.suffix == ".tsv" else ","
         try:
-            records = list(_csv_records(text, delimiter, columns, hint))
+            places = list(_csv_records(text, delimiter, columns, hint))
         except Unreadable as error:
-            self.problem(file, error.place, str(error))
+            self.problem(self.shown(path), error.place, str(error))
             return []
-        return self._without_known_faults(
-            [Record(self, file, place, fields) for place, fields in records]
-        )
+        return self._records(name, path, places)
 
     def lines(self, name: str) -> list[Record]:
         """Records of a JSONL file: one object on each line that is not blank."""
         path, text = self._text(name)
         if path is None:
             return []
-        file, records = self.shown(path), []
+        places = []
         # str.splitlines would also cut at separators that a text may contain.
         for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            place = f"line {number}"
             try:
-                value = _parsed(line)
+                places += [(f"line {number}", _parsed(line))] if line.strip() else []
             except Unreadable as error:
-                self.problem(file, place, str(error))
-                continue
-            if isinstance(value, dict):
-                records.append(Record(self, file, place, value))
-            else:
-                self.problem(file, place, "an object expected")
-        return self._without_known_faults(records)
+                self.problem(self.shown(path), f"line {number}", str(error))
+        return self._records(name, path, places)
 
     def document(self, name: str) -> tuple[str, Any]:
         """The shown name and the content of a JSON file; None if it cannot be read."""
@@ -192,10 +187,8 @@ class Reader:
             self.problem(self.shown(path), error.place, str(error))
             return self.shown(path), None
 
-    def objects(
-        self, name: str, *, keyed: str | None = None, id_key: str = ""
-    ) -> list[tuple[str, Record]]:
-        """Each object of a JSON file with its key: a list of objects, or an object of objects.
+    def objects(self, name: str, *, keyed: str | None = None, id_key: str = "") -> list[Record]:
+        """Each object of a JSON file: of a list, or of an object whose key becomes `_key`.
 
         Args:
             name: The file's name below a root.
@@ -204,29 +197,27 @@ class Reader:
             id_key: With a list: the key whose value messages show beside the row number.
         """
         file, value = self.document(name)
-        if value is None:
+        path = self.find(name)
+        if value is None or path is None:
             return []
-        pairs: Iterable[tuple[Any, Any]]
+        items: Iterable[tuple[Any, Any]] = ()
         if keyed is None and isinstance(value, list):
-            pairs = enumerate(value)
+            items = enumerate(value)
         elif keyed is not None and isinstance(value, dict):
-            pairs = value.items()
+            items = value.items()
         else:
             found = "an object" if isinstance(value, dict) else type(value).__name__
             expected = "a list" if keyed is None else "an object"
             self.problem(file, "line 1", f"{expected} expected, {found} found")
             return []
-        records = []
-        for key, item in pairs:
+        places = []
+        for key, item in items:
             place = f"row {key}" if keyed is None else f"{keyed} {key}".strip()
-            if not isinstance(item, dict):
-                self.problem(file, place, "an object expected")
-                continue
-            if id_key and id_key in item:
-                place += f" ({item[id_key]})"
-            records.append((str(key), Record(self, file, place, item)))
-        kept = set(map(id, self._without_known_faults([record for _, record in records])))
-        return [(key, record) for key, record in records if id(record) in kept]
+            if isinstance(item, dict):
+                place += f" ({item[id_key]})" if id_key in item else ""
+                item = item if keyed is None else item | {"_key": key}
+            places.append((place, item))
+        return self._records(name, path, places)
 
     def image(self, name: str, record: Record) -> Path | None:
         """The path of an image, whether it is there or not. A missing image is noted.
@@ -294,27 +285,31 @@ class Reader:
                 record.problem(f"{name} {value} twice (first: {seen[value]})")
             seen.setdefault(value, record.place)
 
-    def compared(self, pins: Mapping[str, str]) -> tuple[list[str], list[str]]:
-        """A sentence for each file read that differs from the published one, and files without pin.
-
-        Args:
-            pins: File below a root -> sha256 of the published version.
-        """
+    def compared(self) -> tuple[list[str], list[str]]:
+        """A sentence for each file that differs from the published one; and files without a pin."""
         changed, unpinned = list(dict.fromkeys(self.changes)), []
         for name, (shown, sha) in self.read.items():
-            if name not in pins:
+            if name not in self.pins:
                 unpinned.append(shown)
-            elif pins[name] != sha:
-                same = next((other for other, pin in pins.items() if pin == sha), "")
+            elif self.pins[name] != sha:
+                same = next((other for other, pin in self.pins.items() if pin == sha), "")
                 hint = f" (its bytes are those of {same})" if same else ""
-                expected = pins[name][:12]
+                expected = self.pins[name][:12]
                 changed.append(f"{shown}: sha256 is {sha[:12]}, expected {expected}{hint}")
         return changed, unpinned
 
-    def _without_known_faults(self, records: list[Record]) -> list[Record]:
-        faulty = [r for r in records if f"{r.file}: {r.place}" in self.known_faults]
-        self.left_out += [f"{r.file}: {r.place}" for r in faulty]
-        return [record for record in records if record not in faulty] if faulty else records
+    def _records(self, name: str, path: Path, places: Iterable[tuple[str, Any]]) -> list[Record]:
+        """Records of (place, fields), without those that are known to be faulty."""
+        file, as_published = self.shown(path), self.sha(name) == self.pins.get(name)
+        records = []
+        for place, fields in places:
+            if as_published and f"{name}: {place}" in self.known_faults:
+                self.left_out.append(f"{file}: {place}")
+            elif isinstance(fields, dict):
+                records.append(Record(self, file, place, fields))
+            else:
+                self.problem(file, place, "an object expected")
+        return records
 
     def _text(self, name: str) -> tuple[Path | None, str]:
         """The path and the text of a file, and its hash into `files`."""
