@@ -15,7 +15,9 @@ from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.benchmarks.base import BenchmarkRow
 from spavl_lib.evaluation.benchmarks.reading import Reader, Record
 
-ID_KEYS = ("id", "question_id", "index", "qid")  # most specific first
+# In lmms-eval's POPE, `question_id` is the published id, and `id` is another number.
+ID_KEYS = ("question_id", "id", "index", "qid")
+CLOSED = ("yes_no", "choice")  # rules under which there is one right answer
 ANSWER_KEYS = ("response", "prediction", "answer", "text")
 
 
@@ -33,6 +35,8 @@ class Answer:
     """The question with its template, if the file repeats it."""
     subset: str = ""
     """The set that the question is from, if the file says it."""
+    target: str = ""
+    """The right answer, if the file repeats it."""
 
 
 @dataclass(frozen=True)
@@ -104,12 +108,18 @@ def match_answers(answers: Sequence[Answer], rows: Iterable[BenchmarkRow]) -> An
             why = f"a second answer for {found[0].id}"
         elif answer.asked and _plain(found[0].prompt) not in _plain(answer.asked):
             why = f"its question is not that of {found[0].id}"
+        elif answer.target and found[0].rule in CLOSED and _differ(answer, found[0]):
+            why = f"its right answer is {answer.target!r}, not that of {found[0].id}"
         if why:
             problems.append(f"{answer.place}: {why}")
         else:
             responses[found[0].id] = answer.response
     raise_all(problems, "answers that belong to no row")
     return Answers(responses, tuple(row.id for row in rows if row.id not in responses))
+
+
+def _differ(answer: Answer, row: BenchmarkRow) -> bool:
+    return answer.target.strip().lower() != row.reference.strip().lower()
 
 
 def _plain(text: str) -> str:
@@ -136,7 +146,8 @@ def _records(path: Path, reader: Reader) -> list[Record]:
 def _answer(record: Record) -> Iterator[Answer]:
     """The answer of a record; nothing, and a problem, if it has no id or no answer."""
     fields: Any = record.fields
-    asked, subset = fields.get("query") or fields.get("question") or "", ""
+    asked = next((fields[key] for key in ("query", "question", "prompt") if fields.get(key)), "")
+    subset, target = "", fields.get("answer") if "prediction" in fields else ""
     if "doc_id" in fields:  # lmms-eval; `doc` holds the question's own fields
         doc = fields["doc"] if isinstance(fields.get("doc"), dict) else {}
         number = next((doc[key] for key in ID_KEYS if key in doc), fields["doc_id"])
@@ -144,6 +155,7 @@ def _answer(record: Record) -> Iterator[Answer]:
         while isinstance(values, list) and len(values) == 1:
             values = values[0]
         asked, subset = fields.get("input") or "", str(doc.get("category", ""))
+        target = fields.get("target")
     else:
         number = next((fields[key] for key in ID_KEYS if key in fields), None)
         values = next((fields[key] for key in ANSWER_KEYS if key in fields), None)
@@ -153,4 +165,5 @@ def _answer(record: Record) -> Iterator[Answer]:
         record.problem(f"no answer as text ({', '.join(ANSWER_KEYS)})")
     else:
         place = f"{record.file}: {record.place}"
-        yield Answer(str(number), values, place, asked if isinstance(asked, str) else "", subset)
+        asked, target = (text if isinstance(text, str) else "" for text in (asked, target))
+        yield Answer(str(number), values, place, asked, subset, target)

@@ -20,11 +20,11 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from spavl_lib.config.registry import Registry
 from spavl_lib.errors import InputError, nearest, raise_all
@@ -114,6 +114,7 @@ class Reading:
     """What was read from a benchmark's folder, and everything that a person should know of it."""
 
     benchmark: str
+    licence: str
     folder: Path
     rows: tuple[BenchmarkRow, ...]
     files: Mapping[str, str] = field(default_factory=dict)
@@ -145,8 +146,8 @@ class Reading:
 class Benchmark:
     """A benchmark of other people. A subclass names at least `licence` and `subsets`."""
 
-    name: ClassVar[str] = ""
-    """Set when the class is registered."""
+    name: str = ""
+    """The name under which the class is registered; `open_benchmark` sets it."""
     title: ClassVar[str] = ""
     """One sentence that says which benchmark this is, and of what version."""
     licence: ClassVar[str] = ""
@@ -216,8 +217,9 @@ class Benchmark:
         for subset in self._chosen(reader, list(subsets), notes):
             rows += self.rows(subset, reader)
             notes += self.notes(subset, reader)
-        repeated = _repeated(row.id for row in rows)
-        reader.problems += [f"{self.name}: row {row_id}: id twice" for row_id in repeated]
+        for row_id, count in Counter(row.id for row in rows).items():
+            if count > 1:
+                reader.problem(self.name, row_id, "id twice")
         without_image = {r.id for r in rows if r.image in reader.missing_images}
         if self.whole_groups:
             groups = {row.group for row in rows if row.id in without_image}
@@ -225,6 +227,7 @@ class Benchmark:
         changed, unpinned = reader.compared()
         return Reading(
             benchmark=self.name,
+            licence=self.licence,
             folder=folder,
             rows=tuple(rows),
             files=dict(reader.read.values()),
@@ -265,27 +268,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def _repeated(values: Iterable[str]) -> list[str]:
-    return [value for value, count in Counter(values).items() if count > 1]
-
-
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "spavl.benchmarks", "--benchmarks")
-T = TypeVar("T", bound=Benchmark)
-
-
-def register_benchmark(name: str) -> Callable[[type[T]], type[T]]:
-    """A decorator that registers a benchmark under a name.
-
-    Raises:
-        InputError: Another benchmark has this name.
-    """
-
-    def decorate(cls: type[T]) -> type[T]:
-        cls.name = name
-        BENCHMARKS.register(name)(cls)
-        return cls
-
-    return decorate
+register_benchmark = BENCHMARKS.register
 
 
 def open_benchmark(name: str) -> Benchmark:
@@ -294,9 +278,9 @@ def open_benchmark(name: str) -> Benchmark:
     Raises:
         InputError: There is no benchmark of that name.
     """
-    cls = BENCHMARKS.find(name)
-    cls.name = cls.name or name  # a class that only an entry point names
-    return cls()
+    benchmark = BENCHMARKS.find(name)()
+    benchmark.name = name
+    return benchmark
 
 
 @functools.cache

@@ -88,7 +88,7 @@ class Columns:
         )  # fmt: skip
         named = [name for template in templates for name in names_in(template)]
         named += [*self.columns, *self.texts, *self.allowed]
-        return [name for name in dict.fromkeys(named) if not name.startswith("_")]
+        return list(dict.fromkeys(named))
 
     def _is_sound(self, record: Record) -> bool:
         before = len(record.reader.problems)

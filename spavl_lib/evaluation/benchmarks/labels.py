@@ -100,7 +100,7 @@ def _number(record: Record, key: str, label: str, allowed: tuple[str, ...]) -> f
 
 def _chatgpt_refusals(reader: Reader) -> Iterator[LabelledAnswer]:
     for record in reader.objects("all_hand_labeled.json"):
-        tone = record.choice("tone", tuple(TONES))
+        tone = str(record.choice("tone", tuple(TONES)))
         yield LabelledAnswer(
             id=record.place,
             prompt=record.text("prompt", may_be_empty=True),
@@ -118,7 +118,8 @@ def _harmbench(name: str) -> Callable[[Reader], Iterator[LabelledAnswer]]:
         if value is not None and not isinstance(value, dict):
             reader.problem(file, "line 1", "an object expected")
         for behavior, answers in value.items() if isinstance(value, dict) else ():
-            for index, fields in enumerate(answers):
+            for index, fields in enumerate(answers if isinstance(answers, list) else [answers]):
+                fields = fields if isinstance(fields, dict) else {}
                 record = Record(reader, file, f"{behavior}[{index}]", fields)
                 labels = [record.choice(rater, (0, 1)) for rater in RATERS]
                 case = fields.get("test_case", "")

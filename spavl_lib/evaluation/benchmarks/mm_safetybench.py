@@ -49,8 +49,11 @@ def _questions(reader: Reader) -> Iterator[Record]:
             continue
         for record in reader.objects(_file(name), keyed="id"):
             for variant, key in TEXTS.items():
+                text = record.text(key)
+                if not text.strip():
+                    continue  # which is a problem already
                 yield record.having(
-                    _scenario=name, _number=name[:2], _variant=variant, _text=record.text(key),
+                    _scenario=name, _number=name[:2], _variant=variant, _text=text,
                     _image="" if variant == "text_only" else
                     f"{images}/{name}/{variant}/{record.fields['_key']}.jpg",
                 )  # fmt: skip

@@ -55,7 +55,9 @@ class Record:
         elif not isinstance(value, str):
             self.problem(f"{key} is {_shown(value)}, not text")
         elif not (value.strip() or may_be_empty):
-            self.problem(f"empty {key}")
+            self.problem(f"empty {key.lstrip('_')}")
+        elif any("\ud800" <= character <= "\udfff" for character in value):
+            self.problem(f"{key.lstrip('_')} holds half a surrogate pair, which is no valid text")
         return value if isinstance(value, str) else ""
 
     def choice(self, key: str, allowed: Collection[Any]) -> Any:
@@ -110,7 +112,13 @@ class Reader:
     _checked: set[Path] = field(default_factory=set)
 
     def problem(self, file: str, place: str, why: str) -> None:
-        """Note a problem of a file at a place, such as `record 3 (line 4)`."""
+        """Note a problem of a file.
+
+        Args:
+            file: The file as messages show it.
+            place: The place in it, such as `record 3 (line 4)`.
+            why: What is wrong.
+        """
         self.problems.append(f"{file}: {place}: {why}")
 
     def find(self, name: str) -> Path | None:
@@ -345,6 +353,8 @@ def _csv_records(
             if number == 0:
                 header = row
                 _check_header(header, list(columns), hint, start)
+            elif not row:  # an empty line
+                number -= 1
             elif len(row) != len(header):
                 raise Unreadable(place, f"{len(row)} fields, {len(header)} expected")
             else:
