@@ -320,7 +320,14 @@ class _Design:
         strata: Sequence[Hashable] | None,
         weights: ArrayLike | None,
     ) -> "_Design":
-        """Merge strata with too few labels, and scale weights to each stratum's size."""
+        """Merge strata with too few labels, and scale weights to each stratum's size.
+
+        Args:
+            total: Number of answers.
+            rows: Positions of the labelled ones.
+            strata: The stratum of each answer; None: all are in one.
+            weights: The weight of each answer; None: equal within a stratum.
+        """
         names = list(dict.fromkeys(strata)) if strata is not None else [None]
         index = group_index(strata, total) if strata is not None else np.zeros(total, int)
         counts = np.bincount(index[rows], minlength=len(names))
