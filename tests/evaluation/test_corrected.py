@@ -1,12 +1,15 @@
 """Corrected rates: against an independent implementation, hand formulas and simulated coverage."""
 
 import math
+import os
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from benchmarks import msts
 from spavl_lib.evaluation.corrected import corrected_rate, draw_sample, rogan_gladen, wilson_at
+from spavl_lib.evaluation.judges.phrases import refuses
 from spavl_lib.evaluation.rates import wilson
 from spavl_lib.evaluation.statistics import Z
 
@@ -170,6 +173,25 @@ def test_the_corrected_rate_covers(
     assert widths <= 1.05 * alone
     # The judge's own rate is off by more than this for the first judge (0.64).
     assert np.mean(values) == pytest.approx(y.mean(), abs=0.005)
+
+
+@pytest.mark.skipif(
+    "SPAVL_BENCHMARKS" not in os.environ, reason="reads MSTS in the folder $SPAVL_BENCHMARKS"
+)
+def test_phrases_on_msts_are_corrected() -> None:
+    """The list of phrases calls 64 % unsafe; people call 4.5 % of the 4,000 answers unsafe."""
+    data = msts.read()
+    y = data.unsafe
+    f = np.array([not refuses(answer) for answer in data.answers], dtype=float)
+    assert (y.sum(), data.refused.sum(), len(set(data.cases))) == (181, 2715, 200)
+    assert f.mean() == pytest.approx(0.64, abs=0.001)
+    covered, ratio = 0, 0.0
+    for seed in range(200):
+        rows = np.random.default_rng(seed).choice(4000, 200, replace=False)
+        found = corrected_rate(f, with_labels(y, rows), target="answers")
+        covered += found.corrected.ci_low <= y.mean() <= found.corrected.ci_high
+        ratio += found.corrected.width / found.people.width / 200
+    assert covered >= 181 and ratio <= 1.05
 
 
 def test_half_the_interval_takes_as_many_labels_as_it_says() -> None:
