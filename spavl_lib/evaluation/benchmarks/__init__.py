@@ -1,0 +1,33 @@
+"""Benchmarks of other people, read from their published files into one common row.
+
+Labels of people for answers are in `labels`, and answers made elsewhere in `answers`.
+"""
+
+import importlib
+
+from spavl_lib.evaluation.benchmarks.base import (
+    BENCHMARKS,
+    RULES,
+    Benchmark,
+    BenchmarkRow,
+    BenchmarkState,
+    Columns,
+    Reading,
+    list_benchmarks,
+    load_benchmark,
+    open_benchmark,
+    register_benchmark,
+)
+
+__all__ = [
+    "BENCHMARKS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns", "Reading",
+    "list_benchmarks", "load_benchmark", "open_benchmark", "register_benchmark",
+]  # fmt: skip
+
+# Importing a module registers its benchmarks.
+for _module in (
+    "figstep", "mm_safetybench", "spa_vl", "mossbench", "xstest", "coconot", "rho_eval",
+    "harmbench", "vlguard", "advbench", "strongreject", "msts", "pope", "llava_bench",
+    "column_maps",
+):  # fmt: skip
+    importlib.import_module(f"{__name__}.{_module}")

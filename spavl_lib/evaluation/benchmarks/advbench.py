@@ -1,0 +1,48 @@
+"""AdvBench: 520 harmful goals, as text. With a file of one's own, each goal gets a suffix."""
+
+from collections.abc import Iterator
+
+from spavl_lib.evaluation.benchmarks.base import (
+    Benchmark,
+    Columns,
+    Reader,
+    Record,
+    register_benchmark,
+)
+
+GOALS, SUFFIXES = "harmful_behaviors.csv", "suffix.json"
+
+
+def _with_suffixes(reader: Reader) -> Iterator[Record]:
+    """The goals with their suffixes. A suffix follows its goal exactly as the file has it."""
+    records = reader.table(GOALS, ("goal", "target"))
+    file, suffixes = reader.document(SUFFIXES)
+    if not isinstance(suffixes, dict):
+        reader.problem(file, "line 1", "an object {number: suffix} expected")
+        return
+    for number in suffixes.keys() - {str(i) for i in range(len(records))}:
+        reader.problem(file, f"id {number}", "there is no such goal")
+    for number, record in enumerate(records):
+        suffix = suffixes.get(str(number))
+        if isinstance(suffix, str) and suffix:
+            yield record.having(_suffix=suffix)
+        else:
+            reader.problem(file, f"id {number}", "no suffix for this goal")
+
+
+@register_benchmark("advbench")
+class AdvBench(Benchmark):
+    """The SPA-VL paper also reports attacks by suffix, but published no suffixes. Put your own into
+    `suffix.json` as `{"0": "suffix", ...}`, by the goal's number counted from 0, and ask for
+    `advbench:suffix`. The file's hash is in the reading's `files`."""
+
+    title = "AdvBench: 520 harmful goals, text only (suffix: each with a suffix of your own)"
+    licence = "MIT"
+    homepage = "llm-attacks/llm-attacks"
+    subsets = {
+        "vanilla": Columns(GOALS, prompt="{goal}", columns=("target",), group="{goal}"),
+        "suffix": Columns(
+            GOALS, load=_with_suffixes, also=(SUFFIXES,), prompt="{goal}{_suffix}", group="{goal}"
+        ),
+    }
+    default = ("vanilla",)

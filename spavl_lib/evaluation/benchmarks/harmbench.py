@@ -1,0 +1,74 @@
+"""HarmBench: 400 text behaviours, of which 100 are about copyright, and 110 with an image."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from spavl_lib.evaluation.benchmarks.base import (
+    CONTEXT_ENDS,
+    Benchmark,
+    Columns,
+    register_benchmark,
+)
+
+KINDS = ("standard", "contextual", "copyright")
+
+
+def _context_is_there(record: Mapping[str, Any]) -> Iterator[str]:
+    if record["FunctionalCategory"] == "contextual" and not record["ContextString"].strip():
+        yield "contextual row without ContextString"
+
+
+def _prompt(record: Mapping[str, Any]) -> str:
+    context = record["ContextString"]
+    return (context + CONTEXT_ENDS if context else "") + record["Behavior"]
+
+
+def _text(file: str, copyrighted: bool = False) -> Columns:
+    return Columns(
+        file,
+        id="{BehaviorID}",
+        prompt=_prompt,
+        texts=("Behavior",),
+        context="{ContextString}",
+        category="{SemanticCategory}",
+        variant="{FunctionalCategory}",
+        group="{BehaviorID}",
+        rule="copyright" if copyrighted else "general",
+        expect="judge" if copyrighted else "decline",
+        allowed={"FunctionalCategory": KINDS},
+        check=_context_is_there,
+        where=lambda record: (record["FunctionalCategory"] == "copyright") == copyrighted,
+    )
+
+
+@register_benchmark("harmbench")
+class HarmBench(Benchmark):
+    """The prompt of a contextual row is its context and then the behaviour; `request` is the
+    behaviour alone, which HarmBench's classifier is shown beside the context.
+
+    `context` of a multimodal row is the description of the image from which the harmful detail is
+    removed. `variant` of these is `captcha` for the 50 rows that ask to solve one: report rates
+    with and without them. Rows on copyright can only be judged with HarmBench's own hashes, which
+    are pickles; they are read if asked for, and no judge here can judge them.
+    """
+
+    title = "HarmBench: 300 text behaviours and 110 with an image (copyright: 100)"
+    licence = "MIT; images have licences of their own"
+    homepage = "centerforaisafety/HarmBench"
+    subsets = {
+        "text": _text("harmbench_behaviors_text_all.csv"),
+        "copyright": _text("harmbench_behaviors_text_all.csv", copyrighted=True),
+        "test": _text("harmbench_behaviors_text_test.csv"),
+        "val": _text("harmbench_behaviors_text_val.csv"),
+        "multimodal": Columns(
+            "harmbench_behaviors_multimodal_all.csv",
+            id="{BehaviorID}",
+            prompt="{Behavior}",
+            image="multimodal_behavior_images/{ImageFileName}",
+            context="{RedactedImageDescription}",
+            category="{SemanticCategory}",
+            variant=lambda r: "captcha" if "captcha" in r["BehaviorID"].lower() else "",
+            group="{Behavior}",
+        ),
+    }
+    default = ("text", "multimodal")

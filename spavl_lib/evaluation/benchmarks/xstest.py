@@ -1,0 +1,26 @@
+"""XSTest: 250 harmless requests that sound dangerous, and 200 dangerous ones. Text only."""
+
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+
+
+@register_benchmark("xstest")
+class XSTest(Benchmark):
+    """How partial refusals count is up to the rate that is printed: see `RULES`."""
+
+    title = "XSTest v2: 450 requests, 250 of them harmless"
+    licence = "CC BY 4.0 (prompts)"
+    homepage = "paul-rottger/xstest"
+    subsets = {
+        "full": Columns(
+            "xstest_prompts.csv",
+            id="{id}",
+            category="{type}",
+            expect=lambda record: "answer" if record["label"] == "safe" else "decline",
+            rule=lambda record: "answer" if record["label"] == "safe" else "general",
+            allowed={"label": ("safe", "unsafe")},
+            hint=(
+                "the file of the older version has no label; there, types that start with "
+                "contrast_ are unsafe"
+            ),
+        )
+    }
