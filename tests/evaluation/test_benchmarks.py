@@ -1,7 +1,11 @@
 """Every benchmark's format is read, and every damaged file is refused with its file and place."""
 
+import io
+import shutil
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -153,11 +157,6 @@ def test_figstep_says_whose_carrier_text_it_uses(tmp_path: Path) -> None:
 
 
 def test_spa_vl_is_read_from_parquet_with_its_images(tmp_path: Path) -> None:
-    import io
-
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     handle = io.BytesIO()
     Image.new("RGB", (28, 28), 7).save(handle, "PNG")
     cells = [{"bytes": handle.getvalue(), "path": None}, {"bytes": handle.getvalue()[:60]}]
@@ -237,3 +236,43 @@ def test_the_list_shows_what_is_at_hand(tmp_path: Path) -> None:
     assert "category is 'Gardening'" in states["strongreject"].problems[0]
     assert states["pope"].pins == "not at hand" and states["pope"].rows == {}
     assert all(state.licence and state.title for state in states.values())
+
+
+def test_mm_safetybench_takes_images_of_the_hub_by_id(tmp_path: Path) -> None:
+    folder = write_fixture(tmp_path, "mm_safetybench")
+    shutil.rmtree(folder / "data/imgs")
+    handle = io.BytesIO()
+    Image.new("RGB", (28, 28), 9).save(handle, "JPEG")
+    texts = {"SD": "The image shows a craft. How to fold this craft?"}
+    texts["TYPO"] = texts["SD_TYPO"] = (
+        "The image shows a phrase of a craft. How to fold the craft in the image?"
+    )
+    (folder / "data/EconomicHarm").mkdir()
+
+    def write(variant: str, ids: list[str], question: str) -> None:
+        cells = [{"bytes": handle.getvalue(), "path": None}] * len(ids)
+        table = pa.table({"id": ids, "question": [question] * len(ids), "image": cells})
+        pq.write_table(table, folder / f"data/EconomicHarm/{variant}-00000-of-00001.parquet")
+
+    for variant, text in texts.items():
+        write(variant, ["3", "0", "1"], text)
+    reading = load_benchmark(
+        "mm_safetybench", folder=folder, allow_changed=True, allow_missing=True
+    )
+    assert len(reading.rows) == 5 + 9 and len(reading.missing_images) == 6
+    images = {row.image.read_bytes() for row in reading.rows if row.image}
+    assert images == {handle.getvalue()}
+    write("SD", ["3", "0", "1", "1"], "Another question?")
+    with pytest.raises(InputError) as caught:
+        load_benchmark("mm_safetybench", folder=folder, allow_changed=True, allow_missing=True)
+    assert "row 3: id 1 twice" in str(caught.value)
+    assert "id 3: Rephrased Question(SD) differs from the question of" in str(caught.value)
+
+
+def test_spa_vl_is_fetched_from_the_hub_only_without_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=r"sqrti/SPA-VL@\w{12} could not be fetched"):
+        load_benchmark("spa_vl")

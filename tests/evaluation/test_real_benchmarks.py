@@ -161,3 +161,12 @@ def test_everything_at_hand_is_listed() -> None:
     assert not any(s.problems for s in states.values())
     assert states["figstep"].rows == {"full": 500, "tiny": 50}
     assert states["figstep"].pins == "as published" and states["mossbench"].images_missing >= 11
+
+
+def test_text_rows_of_mm_safetybench_are_used_if_images_are_missing() -> None:
+    if not reading_of("mm_safetybench:full").missing_images:
+        pytest.skip("all images are at hand")
+    with pytest.raises(InputError, match="5040 of 6720 rows lack their image"):
+        load_benchmark("mm_safetybench")
+    rows = load_benchmark("mm_safetybench", allow_missing=True).rows
+    assert len(rows) == 1680 and all(row.image is None for row in rows)

@@ -16,8 +16,8 @@ from spavl_lib.evaluation.benchmarks.base import (
     list_benchmarks,
     load_benchmark,
     open_benchmark,
-    register_benchmark,
 )
+from spavl_lib.evaluation.benchmarks.base import register as register_benchmark
 
 __all__ = [
     "BENCHMARKS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns", "Reading",

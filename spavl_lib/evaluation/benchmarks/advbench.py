@@ -2,13 +2,7 @@
 
 from collections.abc import Iterator
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 GOALS, SUFFIXES = "harmful_behaviors.csv", "suffix.json"
 
@@ -30,7 +24,7 @@ def _with_suffixes(reader: Reader) -> Iterator[Record]:
             reader.problem(file, f"id {number}", "no suffix for this goal")
 
 
-@register_benchmark("advbench")
+@register("advbench")
 class AdvBench(Benchmark):
     """The SPA-VL paper also reports attacks by suffix, but published no suffixes. Put your own into
     `suffix.json` as `{"0": "suffix", ...}`, by the goal's number counted from 0, and ask for

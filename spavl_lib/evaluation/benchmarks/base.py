@@ -269,7 +269,7 @@ def _digest(text: str) -> str:
 
 
 BENCHMARKS: Registry[type[Benchmark]] = Registry("benchmark", "spavl.benchmarks", "--benchmarks")
-register_benchmark = BENCHMARKS.register
+register = BENCHMARKS.register
 
 
 def open_benchmark(name: str) -> Benchmark:
@@ -440,5 +440,5 @@ def _state(benchmark: Benchmark, above: Path) -> BenchmarkState:
 __all__ = [
     "BENCHMARKS", "CONTEXT_ENDS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns",
     "Reading", "Record", "Reader", "benchmark_folder", "benchmarks_root", "list_benchmarks",
-    "load_benchmark", "open_benchmark", "published_hashes", "register_benchmark",
+    "load_benchmark", "open_benchmark", "published_hashes", "register",
 ]  # fmt: skip

@@ -1,6 +1,6 @@
 """CoCoNot: 379 harmless contrast requests, and 1,001 requests that should not be fulfilled."""
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 
 def _columns(file: str, expect: str, rule: str) -> Columns:
@@ -13,7 +13,7 @@ def _columns(file: str, expect: str, rule: str) -> Columns:
     )
 
 
-@register_benchmark("coconot")
+@register("coconot")
 class CoCoNot(Benchmark):
     """The files hold no responses. Requests of `original` need not be harmful: some are incomplete
     or rest on a false premise."""

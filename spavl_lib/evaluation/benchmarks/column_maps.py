@@ -7,13 +7,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 Fields = Mapping[str, Any]
 OPTIONS = "ABCD"
@@ -31,7 +25,7 @@ def _known_option(record: Fields) -> Iterator[str]:
         yield f"correct_option {record['correct_option']!r} is not among the options"
 
 
-@register_benchmark("siuo")
+@register("siuo")
 class SIUO(Benchmark):
     """Text and image are harmless alone. `choice` asks for one of four answers."""
 
@@ -53,7 +47,7 @@ class SIUO(Benchmark):
     }  # fmt: skip
 
 
-@register_benchmark("vlsbench")
+@register("vlsbench")
 class VLSBench(Benchmark):
     """The text does not give away what the image shows. One published instruction is empty."""
 
@@ -75,7 +69,7 @@ def _type_fits(record: Fields) -> Iterator[str]:
         yield f"type {record['type']} but image_safe is {record['image_safe']!r}"
 
 
-@register_benchmark("holisafe")
+@register("holisafe")
 class HoliSafe(Benchmark):
     """A type says whether the image, the text and both together are safe; the last letter says what
     a good model does."""
@@ -102,7 +96,7 @@ def _or_bench(name: str, expect: str, rule: str) -> Columns:
     )  # fmt: skip
 
 
-@register_benchmark("orbench")
+@register("orbench")
 class ORBench(Benchmark):
     """Text only. `toxic` has harmful requests, against a model that answers everything."""
 
@@ -124,7 +118,7 @@ _JAILBREAKV = Columns(
 )  # fmt: skip
 
 
-@register_benchmark("jailbreakv")
+@register("jailbreakv")
 class JailBreakV(Benchmark):
     """`context` is the harmful request without the attack around it."""
 
@@ -151,7 +145,7 @@ def _categories(reader: Reader) -> Iterator[Record]:
             yield record.having(_id=f"{path.name.removesuffix('_evaluation.jsonl')}/{number}")
 
 
-@register_benchmark("beavertails_v")
+@register("beavertails_v")
 class BeaverTailsV(Benchmark):
     """One file for each category. The preferences between two answers are checked, not used."""
 
@@ -173,7 +167,7 @@ def _has_warning(record: Fields) -> Iterator[str]:
         yield "unsafe row without 'safety warning'"
 
 
-@register_benchmark("salad")
+@register("salad")
 class SaLAD(Benchmark):
     """A good response to an unsafe row warns; one to a safe row just helps."""
 
@@ -197,7 +191,7 @@ def _is_list(record: Fields) -> Iterator[str]:
         yield f"capability is {record['capability']!r}, not a list"
 
 
-@register_benchmark("mmvet")
+@register("mmvet")
 class MMVet(Benchmark):
     """Not about safety. `<AND>` and `<OR>` in a reference join its parts."""
 
@@ -247,7 +241,7 @@ def _mssbench(subset: str) -> Columns:
     )  # fmt: skip
 
 
-@register_benchmark("mssbench")
+@register("mssbench")
 class MSSBench(Benchmark):
     """Each request stands with an image that makes it safe, and with one that makes it dangerous.
     If one of the images is missing, both rows are left out."""
@@ -286,7 +280,7 @@ def _of_tsv(reader: Reader) -> Iterator[Record]:
             )  # fmt: skip
 
 
-@register_benchmark("vlmevalkit_tsv")
+@register("vlmevalkit_tsv")
 class VLMEvalKitTSV(Benchmark):
     """Files in VLMEvalKit's form, `NAME.tsv`. An image is base64 text, or the index of the row
     whose image it is."""

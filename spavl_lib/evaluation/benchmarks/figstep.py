@@ -5,13 +5,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    BenchmarkRow,
-    Columns,
-    Reader,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, BenchmarkRow, Columns, Reader, register
 
 # The paper asks for professional advice here, where declining is not the only safe response.
 ADVICE = ("Legal Opinion", "Financial Advice", "Health Consultation")
@@ -49,7 +43,7 @@ def _columns(file: str, images: str) -> Columns:
     )
 
 
-@register_benchmark("figstep")
+@register("figstep")
 class FigStep(Benchmark):
     """The prompt is the carrier text, and `context` is the request that the image shows. `variant`
     is `own_carrier` if the authors' carrier text is not in the folder."""

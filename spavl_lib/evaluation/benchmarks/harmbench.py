@@ -3,12 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import (
-    CONTEXT_ENDS,
-    Benchmark,
-    Columns,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import CONTEXT_ENDS, Benchmark, Columns, register
 
 KINDS = ("standard", "contextual", "copyright")
 
@@ -41,7 +36,7 @@ def _text(file: str, copyrighted: bool = False) -> Columns:
     )
 
 
-@register_benchmark("harmbench")
+@register("harmbench")
 class HarmBench(Benchmark):
     """The prompt of a contextual row is its context and then the behaviour; `request` is the
     behaviour alone, which HarmBench's classifier is shown beside the context.

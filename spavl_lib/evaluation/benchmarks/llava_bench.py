@@ -2,13 +2,7 @@
 
 from collections.abc import Iterator
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 COCO = "playground/data/coco2014_val_qa_eval"
 
@@ -44,7 +38,7 @@ def _captions(record: Record) -> str:
     return "\n".join(captions) if isinstance(captions, list) else str(captions)
 
 
-@register_benchmark("llava_bench")
+@register("llava_bench")
 class LLaVABench(Benchmark):
     """`context` is what the authors' judge is told of the image: its captions, joined by line
     breaks. The authors pair questions with references by line; here the ids must agree too."""

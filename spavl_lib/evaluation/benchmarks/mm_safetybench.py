@@ -7,13 +7,7 @@ its position. Every variant has a text of its own.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 SCENARIOS = (
     "01-Illegal_Activitiy", "02-HateSpeech", "03-Malware_Generation", "04-Physical_Harm",
@@ -43,20 +37,48 @@ def _questions(reader: Reader) -> Iterator[Record]:
     # The authors name the folder of images `imgs`, and some copies `img`.
     roots = [reader.folder / root for root in reader.roots]
     images = "img" if any((root / "img").is_dir() for root in roots) else "imgs"
+    has_images = any((root / images).is_dir() for root in roots)
+    stored = {} if has_images else _hub_images(reader)
     for name in SCENARIOS:
         if name not in present:
             reader.changes.append(f"{_file(name)} is not there")
             continue
         for record in reader.objects(_file(name), keyed="id"):
             for variant, key in TEXTS.items():
-                text = record.text(key)
+                text, image = record.text(key), ""
                 if not text.strip():
                     continue  # which is a problem already
+                if variant != "text_only":
+                    place = (name[3:], variant, record.fields["_key"])
+                    question, image = stored.get(
+                        place, (text, f"{images}/{name}/{variant}/{place[2]}.jpg")
+                    )
+                    if question != text:
+                        record.problem(f"{key} differs from the question of {'/'.join(place)}")
                 yield record.having(
-                    _scenario=name, _number=name[:2], _variant=variant, _text=text,
-                    _image="" if variant == "text_only" else
-                    f"{images}/{name}/{variant}/{record.fields['_key']}.jpg",
-                )  # fmt: skip
+                    _scenario=name, _number=name[:2], _variant=variant, _text=text, _image=image
+                )
+
+
+def _hub_images(reader: Reader) -> dict[tuple[str, str, str], tuple[str, Any]]:
+    """(scenario, variant, id) -> question and image, from parquet files as on the Hub: one folder
+    per scenario, named without its number, and one file per variant."""
+    stored: dict[tuple[str, str, str], tuple[str, Any]] = {}
+    for root in reader.roots:
+        for path in sorted((reader.folder / root).glob("*/*.parquet")):
+            scenario, variant = path.parent.name, path.name.partition("-")[0]
+            if variant not in TEXTS or scenario not in [name[3:] for name in SCENARIOS]:
+                continue  # such as the split `Text_only`, which has no images
+            for record in reader.parquet(f"{scenario}/{path.name}", ["id", "question", "image"]):
+                content = (record.fields["image"] or {}).get("bytes")
+                image = reader.stored_image(content, record) if content else None
+                key = (scenario, variant, str(record.fields["id"]))
+                if key in stored:
+                    record.problem(f"id {key[2]} twice")
+                if image is None:
+                    record.problem("no image")
+                stored[key] = (str(record.fields["question"]), image or "")
+    return stored
 
 
 def _tiny_questions(reader: Reader) -> Iterator[Record]:
@@ -103,7 +125,7 @@ def _columns(**load: Any) -> Columns:
     )
 
 
-@register_benchmark("mm_safetybench")
+@register("mm_safetybench")
 class MMSafetyBench(Benchmark):
     """Every question gives one row per variant. All of them share a group, as do the repeated
     questions of a scenario. No row is harmless: a model that always declines scores perfectly. The

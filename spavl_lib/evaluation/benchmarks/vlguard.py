@@ -3,13 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import (
-    Benchmark,
-    Columns,
-    Reader,
-    Record,
-    register_benchmark,
-)
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 # Test rows whose image is in the training set too. A model that was trained on it has seen them.
 IN_TRAIN = (
@@ -65,7 +59,7 @@ def _columns(key: str, expect: str = "decline", rule: str = "general") -> Column
     )
 
 
-@register_benchmark("vlguard")
+@register("vlguard")
 class VLGuard(Benchmark):
     """A subset's name has the image's side, then the prompt's. `variant` is `in_train` for the rows
     of `IN_TRAIN`."""

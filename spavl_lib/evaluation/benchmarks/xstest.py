@@ -1,9 +1,9 @@
 """XSTest: 250 harmless requests that sound dangerous, and 200 dangerous ones. Text only."""
 
-from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register_benchmark
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 
-@register_benchmark("xstest")
+@register("xstest")
 class XSTest(Benchmark):
     """How partial refusals count is up to the rate that is printed: see `RULES`."""
 
