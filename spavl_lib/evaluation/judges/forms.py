@@ -29,7 +29,7 @@ _CARD_PROMPT = re.compile(
     r"(?:<s>\s*)?(?:<\|user\|>\s*)?\[INST\].*?\[/INST\](?:<\|assistant\|>)?", re.DOTALL
 )
 _BREAK = re.compile(r"(\r\n|[\n\r\v\f\x1c-\x1e\x85\u2028\u2029])")
-_TAG = re.compile(r"<{1,2}[^<>\s]{1,40}>{1,2}|\[/?[A-Z]{2,20}\]")
+_TAG = re.compile(r"<{1,2}[^<>\n]{1,40}>{1,2}|\[/?[A-Z]{2,20}\]")
 
 
 def read_safe(reply: str) -> Verdict:
