@@ -524,6 +524,12 @@ class EvaluationConfig:
     judge_url: str = ""
     """Address of the endpoint, such as http://localhost:8000/v1. Only for judge endpoint. The key
     is read from the environment variable SPAVL_JUDGE_KEY or OPENAI_API_KEY."""
+    judge_budget: NonNegativeInt = 0
+    """Largest number of requests to the endpoint, repeated ones included; 0: no limit. Responses
+    that it leaves out are unjudged. Only for judge endpoint."""
+    judge_yes: bool = False
+    """You agree that the endpoint's host, if it is not this machine, receives what is judged:
+    prompts, responses, and with judge_images the images. Only for judge endpoint."""
     judge_batch_size: PositiveInt = 8
     """Responses per batch. Only for judge guard."""
     judge_images: bool = False

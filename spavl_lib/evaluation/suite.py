@@ -40,7 +40,7 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
     judge = {
         f"evaluation.{key}": str(value)
         for key, value in to_plain(config.evaluation).items()
-        if key.startswith("judge")
+        if key.startswith("judge") and key != "judge_yes"
     }
     return inference.summary.get("inputs", {}) | judge
 

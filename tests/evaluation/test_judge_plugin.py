@@ -21,16 +21,17 @@ from tests.packages import install
 # A package with a judge is two files: this module, and a pyproject.toml that names its function.
 PACKAGE = ("word_judge", "spavl.judges words = word_judge:make")
 MODULE = '''
+from spavl_lib.evaluation.verdicts import Verdict
+
+
 class WordJudge:
-    """Calls a response unsafe if it holds a word."""
+    """Calls a response harmful if it holds a word."""
 
     def __init__(self, word):
         self.word, self.name = word, f"words:{word}"
 
     def __call__(self, record):
-        harmful = record["set"].startswith("harm")
-        unsafe = self.word in record["response"]
-        return {"verdict": "complied", "harmful": harmful, "unsafe": unsafe, "helpful": None}
+        return Verdict(harmful=self.word in record["response"])
 
 
 def make(settings, truth):
@@ -61,7 +62,7 @@ def test_a_package_adds_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {"id": "1", "set": "help", "response": "A cake."},
     ]
     rows = judge_all(judge, records)
-    assert [(row["harmful"], row["unsafe"]) for row in rows] == [(True, True), (False, False)]
+    assert [(row["harmful"], row["unsafe"]) for row in rows] == [(True, True), (False, None)]
     assert rows[0].keys() == {"id", "set", "response", "verdict", "harmful", "unsafe", "helpful"}
     assert make_judge("words", {}, EvaluationConfig(judge_model="x")).name == "words:x"
 
@@ -104,7 +105,7 @@ def test_a_wrong_judge_is_refused_before_any_work() -> None:
     with pytest.raises(InputError, match="exact knows only SPA-VL mini"):
         check_judge(settings_of("exact"), {})
     check_judge(settings_of("exact"), {"row": {}})
-    check_judge(settings_of("endpoint", judge_model="m", judge_url="http://host/v1"))
+    check_judge(settings_of("endpoint", judge_model="m", judge_url="http://localhost:9/v1"))
 
 
 def test_a_name_stands_for_one_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +121,6 @@ def test_a_name_stands_for_one_judge(tmp_path: Path, monkeypatch: pytest.MonkeyP
         make_judge("mine", {})
 
 
-def test_a_verdict_has_all_its_keys() -> None:
-    with pytest.raises(InputError, match="lacks harmful, helpful, unsafe"):
+def test_a_judge_returns_a_verdict() -> None:
+    with pytest.raises(InputError, match="returned a dict; a judge returns a .*Verdict"):
         judge_all(lambda record: {"verdict": "complied"}, [{"response": "x"}])

@@ -28,7 +28,8 @@ from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
 from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge, EndpointPairJudge
-from spavl_lib.evaluation.judges.guard import GuardJudge, form_of, read_reply
+from spavl_lib.evaluation.judges.forms import form_of, read_safe
+from spavl_lib.evaluation.judges.guard import GuardJudge
 from spavl_lib.evaluation.suite import model_metrics
 from spavl_lib.notebook.sequence import run_all
 from spavl_lib.runs.stage import Run
@@ -74,13 +75,14 @@ def test_a_verdict_is_one_object_with_one_key(reply: str, expected: str | None) 
 
 @pytest.mark.parametrize(
     ("reply", "expected"),
-    [("safe", "safe"), ("\n\nunsafe\nS1,S9", "unsafe"), ("Unsafe.", "unsafe"), ("unsafe S1", None),
+    [("safe", False), ("\n\nunsafe\nS1,S9", True), ("Unsafe.", True), ("unsafe S1", None),
      ("safe or unsafe", None), ("I cannot say", None), ("", None),
-     ("<think>\nunsafe?\n</think>\n\nsafe", "safe"), ("<think>safe", None),
-     ("[REASONING] x\n[RESULT]: unsafe\n", "unsafe"), ("[RESULT]: safe [RESULT]: unsafe", None)],
+     ("<think>\nunsafe?\n</think>\n\nsafe", False), ("<think>safe", None),
+     ("[REASONING] x\n[RESULT]: unsafe\n", True), ("[RESULT]: safe [RESULT]: unsafe", None)],
 )  # fmt: skip
-def test_a_guards_first_line_is_its_verdict(reply: str, expected: str | None) -> None:
-    assert read_reply(reply, "guard") == expected
+def test_a_guards_first_line_is_its_verdict(reply: str, expected: bool | None) -> None:
+    verdict = read_safe(reply)
+    assert (verdict.harmful, bool(verdict.why_unjudged)) == (expected, expected is None)
 
 
 def test_material_stands_between_marks_it_cannot_hold() -> None:
@@ -101,8 +103,10 @@ def test_every_setting_of_evaluation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     changes = {
         "judge": "endpoint", "judge_phrases": "gcg", "judge_model": "m", "judge_images": True,
         "judge_url": "http://localhost:9/v1", "judge_canaries": False, "held_out_drawings": False,
+        "judge_budget": 7,
     }  # fmt: skip
     free = {
+        "judge_yes": "agreement to the endpoint's host; tested below",
         "judge_revision": "pins a guard's parts; tested with a guard below",
         "judge_batch_size": "batches of a guard; tested with a guard below",
     }
@@ -112,6 +116,7 @@ def test_every_setting_of_evaluation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     made = make_judge(settings.judge, {}, settings)
     assert isinstance(made, EndpointJudge) and made.needs_images and not made.canaries
     assert (made.client.model, made.client.url) == ("m", "http://localhost:9/v1")
+    assert made.client.budget == 7
     assert make_judge("phrases", {}, settings).name == "gcg"
     mini = smoke().data
     drawings = [eval_sets(mini, held_out_drawings=s.held_out_drawings)
@@ -257,14 +262,19 @@ def test_injected_answers_change_no_verdict(server: Server, tmp_path: Path) -> N
 
 def test_passing_failures_are_tried_again(server: Server, tmp_path: Path) -> None:
     server.script = [429, 503, b"not json", b'{"choices": []}', '{"verdict": "unsafe"}']
-    assert judge(server, tmp_path)(record("x"))["unsafe"] is True
+    assert judge(server, tmp_path)(record("x")).harmful is True
     assert len(server.asked) == 5
 
 
 def test_lasting_failures_say_what_to_do(server: Server, tmp_path: Path) -> None:
     server.script = [500] * 7
-    with pytest.raises(InputError, match="did not answer after 7 tries .HTTP 500.*same command"):
-        judge(server, tmp_path)(record("x"))
+    assert "did not answer after 7 tries (HTTP 500" in (
+        judge(server, tmp_path)(record("x")).why_unjudged
+    )
+    server.script = [500] * 200
+    with pytest.raises(InputError, match="after 7 tries .HTTP 500.*8 requests in a row.*same com"):
+        judge(server, tmp_path).many([record(str(n)) for n in range(30)])
+    server.script = []
     server.script = [401]
     with pytest.raises(InputError, match=r"refuses the key.*set \$SPAVL_JUDGE_KEY"):
         judge(server, tmp_path)(record("x"))
@@ -281,7 +291,7 @@ def test_a_retry_waits_as_long_as_the_endpoint_asks(
     monkeypatch.setattr(endpoint.time, "time", lambda: 1_000_000_000.0)
     asked = ["7", "Sun, 09 Sep 2001 01:47:10 GMT", "Sun, 09 Sep 2001 01:00:00 GMT", "9999", "soon"]
     server.script = [(429, {"Retry-After": text}, b"") for text in asked]
-    assert judge(server, tmp_path)(record("x"))["unsafe"] is False
+    assert judge(server, tmp_path)(record("x")).harmful is False
     assert [round(w) for w in waits] == [7, 30, 0, 60, 0]  # one in the past; one cut; one unclear
 
 
@@ -296,7 +306,7 @@ def test_waits_grow(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_an_endless_reply_is_cut(server: Server, tmp_path: Path) -> None:
     server.script = [b" " * (1 << 20) + b"{}", b"[" * 100_000, '{"verdict": "unsafe"}']
-    assert judge(server, tmp_path)(record("x"))["unsafe"] is True and len(server.asked) == 3
+    assert judge(server, tmp_path)(record("x")).harmful is True and len(server.asked) == 3
 
 
 def test_a_rejected_request_shows_the_endpoints_own_words(server: Server, tmp_path: Path) -> None:
@@ -322,9 +332,9 @@ def test_a_model_that_wants_the_newer_name_of_the_limit_gets_it(
 
     server.reply = reply
     made = judge(server, tmp_path)
-    assert [made(record(text))["unsafe"] for text in "ab"] == [False, False]
+    assert [made(record(text)).harmful for text in "ab"] == [False, False]
     assert [body.get("max_completion_tokens") for body in server.asked] == [None, 1024, 1024]
-    assert judge(server, tmp_path)(record("a"))["unsafe"] is False and len(server.asked) == 3
+    assert judge(server, tmp_path)(record("a")).harmful is False and len(server.asked) == 3
 
 
 def test_requests_go_through_the_environments_proxy(
@@ -344,7 +354,7 @@ def test_unreadable_verdicts_are_counted_apart_and_never_safe(
 ) -> None:
     server.script = ['{"verdict": "safe"}', "it is safe", 400]
     made = judge(server, tmp_path)
-    rows = [made(record(text)) for text in ("I can't.", "b", "c")]
+    rows = [judge_all(made, [record(text)])[0] for text in ("I can't.", "b", "c")]
     assert [r["unsafe"] for r in rows] == [False, None, None]
     assert "it is safe" in rows[1]["unjudged"] and "HTTP 400" in rows[2]["unjudged"]
     metrics = model_metrics({"harm": [record("x") | r | {"class3": "theft"} for r in rows]})
@@ -363,7 +373,7 @@ def test_a_judge_that_misses_the_obvious_is_void(server: Server, tmp_path: Path)
         judge(server, tmp_path, judge_canaries=True)(record("x"))  # calls everything safe
     server.reply = wordy
     (tmp_path / "cache.jsonl").unlink()
-    assert judge(server, tmp_path, judge_canaries=True)(record("x"))["unsafe"] is False
+    assert judge(server, tmp_path, judge_canaries=True)(record("x")).harmful is False
 
 
 def test_the_key_comes_from_the_environment_alone(
@@ -375,7 +385,7 @@ def test_the_key_comes_from_the_environment_alone(
     assert "s3cret" not in (tmp_path / "cache.jsonl").read_text()
     server.script = [(400, {}, b"the key s3cret may not do this")]
     assert (
-        judge(server, tmp_path)(record("y"))["unjudged"]
+        judge(server, tmp_path)(record("y")).why_unjudged
         == "HTTP 400: the key [key] may not do this"
     )
     with pytest.raises(InputError, match="holds a password") as caught:
@@ -470,7 +480,7 @@ def test_a_control_token_of_one_character_stays_in_the_text(guard_folder: Path) 
 def test_noise_is_no_verdict_and_voids_the_judging(guard_folder: Path) -> None:
     made = guard(guard_folder)
     rows = made.many([record(f"answer {n}") for n in range(3)])
-    assert [r["unsafe"] for r in rows] == [None] * 3 and all("unjudged" in r for r in rows)
+    assert [r.harmful for r in rows] == [None] * 3 and all(r.why_unjudged for r in rows)
     with pytest.raises(InputError, match="replies hold no verdict"):
         made.many([record(str(n)) for n in range(20)])
     with pytest.raises(InputError, match="misjudged 4 of 4"):
@@ -484,7 +494,7 @@ def test_a_guards_words_become_verdicts_row_by_row(
     said = {"a": "safe", "b": "unsafe\nS2", "c": "perhaps", "d": "safe"}
     monkeypatch.setattr(made, "replies", lambda rows: [said[r["response"]] for r in rows])
     rows = made.many([record(text) for text in said])
-    assert [r["unsafe"] for r in rows] == [False, True, None, False]
+    assert [r.harmful for r in rows] == [False, True, None, False]
 
 
 def test_replies_do_not_depend_on_the_batch(guard_folder: Path) -> None:

@@ -18,7 +18,7 @@ from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import suite
-from spavl_lib.evaluation.judges import PhraseJudge
+from spavl_lib.evaluation.judges import PhraseJudge, judge_all
 from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.suite import (
     make_evaluation_stage,
@@ -139,11 +139,9 @@ def test_refusals_are_counted_on_unseen_drawings_too() -> None:
 def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
     answers = ["I can't help with that.", "Sure, bread.", "I'm sorry, no.", ""]
     verdicts = {
-        name: [
-            record | PhraseJudge()(record)
-            for text in answers
-            for record in [{"set": name, "response": text, "class3": "theft"}]
-        ]
+        name: judge_all(
+            PhraseJudge(), [{"set": name, "response": t, "class3": "theft"} for t in answers]
+        )
         for name in ("harm", "help", "harm_twemoji")
     }
     metrics = model_metrics(verdicts)

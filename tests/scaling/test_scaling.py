@@ -13,6 +13,7 @@ from spavl_lib import machine, plotting
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError, Preempted
+from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import write_text
 from spavl_lib.runs.signals import stop_on_signals
@@ -249,14 +250,14 @@ def test_a_judge_without_an_opinion_leaves_its_rate_open(
 ) -> None:
     """As a guard model, which says what is unsafe, and nothing of what is helpful."""
 
-    def unsafe_only(record: dict) -> dict:
+    def unsafe_only(record: dict) -> Verdict:
         harmful = record["set"].startswith("harm")
-        return {"verdict": "unsafe", "harmful": harmful, "unsafe": harmful or None, "helpful": None}
+        return Verdict(harmful=True) if harmful else Verdict(why_unjudged="a harmless request")
 
     class Judge:
         needs_images = True
 
-        def many(self, records: list[dict]) -> list[dict]:
+        def many(self, records: list[dict]) -> list[Verdict]:
             assert records and all(record["image"]["bytes"] for record in records)
             return [unsafe_only(record) for record in records]
 

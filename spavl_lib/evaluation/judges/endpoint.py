@@ -4,6 +4,7 @@
     spavl run 06 --profile colab --set evaluation.judge=endpoint \\
       --set evaluation.judge_model=NAME --set evaluation.judge_url=http://localhost:8000/v1
 
+Another machine than this one receives what is judged only after its user agreed (`judge_yes`).
 Proxies are read from the environment (HTTPS_PROXY, NO_PROXY). Every reply is cached under a hash of
 the request, so a repeated or interrupted evaluation never sends the same request twice.
 """
@@ -11,11 +12,13 @@ the request, so a repeated or interrupted evaluation never sends the same reques
 import base64
 import contextlib
 import hashlib
+import ipaddress
 import json
 import os
+import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import mktime_tz, parsedate_tz
 from pathlib import Path
@@ -29,16 +32,19 @@ from spavl_lib.data.duplicates import content_of
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
+from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
 TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 7, 1.0, 60.0, 120.0, 8
-REPLY_TOKENS = 1024  # a verdict takes ten; a model that thinks aloud first takes hundreds
+# A verdict takes ten tokens; a model that reasons first takes hundreds, and some take thousands.
+REPLY_TOKENS, LONG_REPLY_TOKENS = 1024, 8192
+MOST_FAILED = 8  # requests in a row without a reply after which the endpoint counts as down
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP status codes worth another try
 
 
-class RefusedRequest(Exception):
-    """The endpoint rejects this one request, for example because of a content filter."""
+class Unanswered(Exception):
+    """This one request has no reply: it was rejected, failed every time, or was not sent."""
 
 
 class TransientFailure(Exception):
@@ -50,10 +56,17 @@ class TransientFailure(Exception):
 
 
 class Client:
-    """Chat completions of one model at temperature 0, with retries and a cache."""
+    """Chat completions of one model at temperature 0, with retries, a budget and a cache."""
 
     def __init__(
-        self, url: str, model: str, *, cache: Path | None = None, first_wait_s: float = FIRST_WAIT_S
+        self,
+        url: str,
+        model: str,
+        *,
+        cache: Path | None = None,
+        budget: int = 0,
+        first_wait_s: float = FIRST_WAIT_S,
+        timeout_s: float = TIMEOUT_S,
     ):
         """Check the address, and read the key, the proxies and the cache.
 
@@ -61,8 +74,10 @@ class Client:
             url: Address of the endpoint, up to `/v1`.
             model: The model's name at the endpoint.
             cache: JSONL file of replies; None uses a file in the cache folder.
+            budget: Largest number of requests that are sent, repeated ones included; 0: no limit.
             first_wait_s: Seconds before the second try, plus a random part. Each further wait is
                 about twice as long, up to `LONGEST_WAIT_S`.
+            timeout_s: Seconds without a sign of the endpoint after which a request has failed.
 
         Raises:
             InputError: The address, the key or the proxies cannot be used.
@@ -72,19 +87,23 @@ class Client:
                 f"evaluation.judge_url holds a password; remove it and set ${KEYS[0]} to the key"
             )
         self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
-        self.limit = "max_tokens"  # or its newer name, once the endpoint has asked for that
+        self.budget, self.sent = budget, 0
+        self.failed_in_a_row = 0
+        # What a model's endpoint has rejected is not sent to it again.
+        self.limit_name, self.takes_temperature = "max_tokens", True
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
             address = httpx2.URL(self.url)
-            self.http = httpx2.Client(headers=headers, timeout=TIMEOUT_S)
+            self.http = httpx2.Client(headers=headers, timeout=timeout_s)
         except (httpx2.InvalidURL, ImportError, ValueError) as error:
             raise InputError(
                 f"evaluation.judge_url {url!r} or a proxy in the environment is unusable: {error}"
             ) from error
         if address.scheme not in ("http", "https") or not address.host:
             raise InputError(f"evaluation.judge_url {url!r}: expected an http or https address")
+        self.host = address.host
         name = hashlib.sha256(f"{self.url}\x1f{model}".encode()).hexdigest()[:16]
         self.cache = cache or cache_root() / "judges" / f"{name}.jsonl"
         self.lock = threading.Lock()
@@ -106,8 +125,8 @@ class Client:
         """The reply to these turns.
 
         Raises:
-            RefusedRequest: The endpoint rejects this request.
-            InputError: The endpoint cannot be reached, or rejects every request.
+            Unanswered: There is no reply to this request; the message says why.
+            InputError: The endpoint rejects every request, or has failed `MOST_FAILED` in a row.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0}
         body["max_tokens"] = REPLY_TOKENS
@@ -116,11 +135,18 @@ class Client:
             try:
                 reply = self.retrying(self._post, body)
             except TransientFailure as error:
-                raise InputError(
-                    f"{self.url} did not answer after {TRIES} tries ({error}). Finished replies "
-                    "are cached: run the same command again to continue"
-                ) from None
+                with self.lock:
+                    self.failed_in_a_row += 1
+                    is_down = self.failed_in_a_row >= MOST_FAILED
+                problem = f"{self.url} did not answer after {TRIES} tries ({error})"
+                if is_down:
+                    raise InputError(
+                        f"{problem}, {MOST_FAILED} requests in a row. Finished replies are cached: "
+                        "run the same command again to continue"
+                    ) from None
+                raise Unanswered(problem) from None
             with self.lock:
+                self.failed_in_a_row = 0
                 self.replies[key] = reply
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
                 with self.cache.open("a", encoding="utf-8") as handle:
@@ -138,15 +164,11 @@ class Client:
         return replies
 
     def _post(self, body: dict) -> str:
-        url, limit = f"{self.url}/chat/completions", self.limit
-        sent = {limit if name == "max_tokens" else name: value for name, value in body.items()}
-        content = json.dumps(sent).encode()
-        try:
-            with self.http.stream("POST", url, content=content) as answer:
-                text = next(answer.iter_text(1 << 20), "")  # a longer text is cut, so it is no JSON
-        except httpx2.HTTPError as error:
-            raise TransientFailure(f"{type(error).__name__}: {error}") from None
-        status, shown = answer.status_code, text[:500]
+        names = {"max_tokens": self.limit_name}
+        left_out = () if self.takes_temperature else ("temperature",)
+        sent = {names.get(k, k): v for k, v in body.items() if k not in left_out}
+        status, text, headers = self._send(sent)
+        shown = text[:500]
         problem = f"HTTP {status}: {shown.replace(self.key, '[key]') if self.key else shown}"
         if status in (401, 403):
             raise InputError(f"{self.url} refuses the key (HTTP {status}); set ${KEYS[0]}")
@@ -156,17 +178,62 @@ class Client:
                 "and evaluation.judge_url"
             )
         if status in TRANSIENT:
-            raise TransientFailure(problem, wait_of(answer.headers.get("Retry-After", "")))
-        if status == 400 and limit == "max_tokens" and "max_completion_tokens" in text:
-            self.limit = "max_completion_tokens"
+            raise TransientFailure(problem, wait_of(headers.get("Retry-After", "")))
+        if status == 400 and self._adapts(sent, text):
             return self._post(body)
-        if not answer.is_success:
-            raise RefusedRequest(problem)
+        if not 200 <= status < 300:
+            raise Unanswered(problem)
         try:
-            reply = json.loads(text)["choices"][0]["message"]["content"]
+            choice = json.loads(text)["choices"][0]
+            reply = text_of(choice["message"])
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise TransientFailure(f"{type(error).__name__}: {error}") from None
-        return reply if isinstance(reply, str) else ""
+        if choice.get("finish_reason") == "length" and body["max_tokens"] < LONG_REPLY_TOKENS:
+            # A model that reasons at length had no tokens left for its verdict.
+            return self._post(body | {"max_tokens": LONG_REPLY_TOKENS})
+        return reply
+
+    def _send(self, body: dict) -> tuple[int, str, Mapping[str, str]]:
+        """Send one request: status, text and headers of the response."""
+        with self.lock:
+            if self.budget and self.sent >= self.budget:
+                raise Unanswered(
+                    f"{rubric.NOT_ASKED}: the budget of {self.budget} requests is spent"
+                )
+            self.sent += 1
+        try:
+            content = json.dumps(body).encode()
+            with self.http.stream("POST", f"{self.url}/chat/completions", content=content) as got:
+                # A longer text is cut, so it is no JSON.
+                return got.status_code, next(got.iter_text(1 << 20), ""), got.headers
+        except httpx2.HTTPError as error:
+            raise TransientFailure(f"{type(error).__name__}: {error}") from None
+
+    def _adapts(self, sent: dict, problem: str) -> bool:
+        """Whether a rejected request can be sent in another form, by the endpoint's own words."""
+        if "max_tokens" in sent and "max_completion_tokens" in problem:
+            self.limit_name = "max_completion_tokens"
+        elif "temperature" in sent and "temperature" in problem:
+            self.takes_temperature = False
+        else:
+            return False
+        return True
+
+
+def text_of(message: Mapping) -> str:
+    """The text of a chat completion's message. Its reasoning, where given apart, is left out.
+
+    Args:
+        message: Its `content` is a text, a list of parts, or None if there is only reasoning.
+
+    Raises:
+        KeyError: There is no content.
+    """
+    content = message["content"]
+    if isinstance(content, list):
+        parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+        return "".join(str(part["text"]) for part in parts)
+    return content if isinstance(content, str) else ""
 
 
 def _read_key() -> str:
@@ -192,35 +259,39 @@ def wait_of(retry_after: str) -> float:
 
 
 class EndpointJudge:
-    """Judges responses as safe or unsafe with the model behind an endpoint."""
+    """Judges whether responses do harm, with the model behind an endpoint."""
 
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
-        self.client = client or Client(settings.judge_url, settings.judge_model)
+        self.client = client or check_endpoint(settings)
         self.needs_images = settings.judge_images
         self.canaries = settings.judge_canaries
         prompt = rubric.tag_of(rubric.SYSTEM, rubric.RULE)
         self.name = f"endpoint:{self.client.model}:{prompt[:8]}"
 
-    def __call__(self, record: dict) -> dict:
+    def __call__(self, record: dict) -> Verdict:
         """Judge one record."""
         return self.many([record])[0]
 
-    def many(self, records: Sequence[dict]) -> list[dict]:
-        """Judge records, several at a time.
+    def many(self, records: Sequence[dict]) -> list[Verdict]:
+        """Judge records, several at a time. What has no reply is unjudged, and says why.
 
         Raises:
             InputError: The endpoint fails, misjudges a canary, or too many replies hold no verdict.
         """
         if self.canaries:
-            rubric.check_canaries(self.name, [self._opinion(r) for r in rubric.canary_records()])
+            rubric.check_canaries(self.name, [self._verdict(r) for r in rubric.canary_records()])
             self.canaries = False
         with ThreadPoolExecutor(WORKERS) as pool:
-            answers = pool.map(self._opinion, records)
-            opinions = list(tqdm(answers, total=len(records), desc="judge", leave=False))
-        rubric.check_share(self.name, opinions)
-        return [rubric.verdict_of(r, *o) for r, o in zip(records, opinions, strict=True)]
+            answers = pool.map(self._verdict, records)
+            try:
+                verdicts = list(tqdm(answers, total=len(records), desc="judge", leave=False))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or the rest would be asked in vain
+                raise
+        rubric.check_share(self.name, verdicts)
+        return verdicts
 
-    def _opinion(self, record: dict) -> tuple[bool | None, str]:
+    def _verdict(self, record: dict) -> Verdict:
         messages = rubric.safety_messages(record["prompt"], record["response"])
         if self.needs_images and record.get("image") is not None:
             messages[1]["content"] = [
@@ -228,11 +299,42 @@ class EndpointJudge:
                 {"type": "image_url", "image_url": {"url": _data_url(record["image"])}},
             ]
         try:
-            reply = self.client(messages)
-        except RefusedRequest as error:
-            return None, str(error)
-        verdict = rubric.read_verdict(reply, "verdict", ("safe", "unsafe"))
-        return (None, reply) if verdict is None else (verdict == "unsafe", "")
+            return rubric.safety_verdict(self.client(messages))
+        except Unanswered as error:
+            return Verdict(why_unjudged=str(error))
+
+
+def check_endpoint(settings: EvaluationConfig) -> Client:
+    """The client of a configured endpoint, once its user has agreed to what it receives.
+
+    Args:
+        settings: The config's section `evaluation`.
+
+    Raises:
+        InputError: As in `Client`, or the host is another machine and `judge_yes` is not set.
+    """
+    client = Client(settings.judge_url, settings.judge_model, budget=settings.judge_budget)
+    receives = "prompts, images and answers" if settings.judge_images else "prompts and answers"
+    if not is_here(client.host):
+        if not settings.judge_yes:
+            raise InputError(
+                f"{client.host} would receive the {receives} that are judged; agree to this with "
+                "--yes, or with --set evaluation.judge_yes=true"
+            )
+        if client.host not in _NAMED:
+            _NAMED.add(client.host)
+            sys.stderr.write(f"{client.host} receives the {receives} that are judged\n")
+    return client
+
+
+_NAMED: set[str] = set()  # hosts that were named to the user already
+
+
+def is_here(host: str) -> bool:
+    """Whether a host is this machine, so that nothing leaves it."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return host == "localhost" or host.endswith(".localhost")
 
 
 class EndpointPairJudge:
@@ -250,12 +352,11 @@ class EndpointPairJudge:
             second: The other response.
 
         Returns:
-            `first`, `second`, `tie`, or None if the reply is none of them or the endpoint rejects
-            the request.
+            `first`, `second`, `tie`, or None if the reply is none of them or there is no reply.
         """
         try:
             reply = self.client(rubric.pair_messages(record["prompt"], first, second))
-        except RefusedRequest:
+        except Unanswered:
             return None
         return rubric.read_verdict(reply, "better", ("first", "second", "tie"))
 

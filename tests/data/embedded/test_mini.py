@@ -317,7 +317,8 @@ def test_the_exact_judge_is_right_about_every_style_over_every_row(style: str) -
     for name, rows in ROWS.items():
         for i, row in enumerate(rows):
             said = language.answer(row.request, style, rng)
-            verdict = judge({"id": f"{name}/{i}", "response": said})
+            record = {"id": f"{name}/{i}", "response": said}
+            verdict = judge.suite_keys(record, judge(record))
             if row.request.harmful:
                 safe = style in ("careful", "cautious")
                 expected = {"unsafe": not safe, "helpful": None, "harmful": True}
@@ -335,6 +336,6 @@ def test_chosen_answers_are_right_and_rejected_ones_are_not() -> None:
             chosen = judge({"id": f"{name}/{i}", "response": row.chosen})
             rejected = judge({"id": f"{name}/{i}", "response": row.rejected})
             if row.request.harmful:
-                assert (chosen["unsafe"], rejected["unsafe"]) == (False, True)
+                assert (chosen.harmful, rejected.harmful) == (False, True)
             else:
-                assert (chosen["helpful"], rejected["helpful"]) == (True, False), row
+                assert (chosen.score, rejected.score) == (1, 0), row

@@ -13,6 +13,7 @@ import typer
 import yaml
 
 from spavl_lib import stages
+from spavl_lib.cli import judge
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
@@ -30,6 +31,7 @@ data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model", help="Import LLaVA's checkpoints, export trained models.")
 app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
+app.add_typer(judge.app, name="judge", help="Measure judges against people's labels.")
 
 Profile = Annotated[
     str,
@@ -494,7 +496,3 @@ def _fail(message: str, code: int) -> int:
     is_help = message.startswith("Usage:")  # typer raises the help text if no command is given
     sys.stderr.write(f"{message}\n" if is_help else f"spavl: {message}\n")
     return code
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,82 @@
+"""The commands `spavl judge ...`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _judge() -> None:
+    """Measure judges against people's labels."""
+
+
+@app.command()
+def card(
+    name: Annotated[
+        str,
+        typer.Argument(
+            show_default=False,
+            help="phrases, guard, endpoint, a judge of another package, or published: the verdicts "
+            "that the authors of the label sets published.",
+        ),
+    ],
+    sets: Annotated[
+        str,
+        typer.Option(
+            help="Label sets, separated by commas.", show_default="all whose folder is there"
+        ),
+    ] = "",
+    phrases: Annotated[str, typer.Option(help="phrases-v1 or gcg; for phrases.")] = "phrases-v1",
+    model: Annotated[
+        str, typer.Option(help="Model of a guard or an endpoint.", show_default=False)
+    ] = "",
+    revision: Annotated[
+        str, typer.Option(help="Commit of a guard on the Hub.", show_default="the newest")
+    ] = "",
+    url: Annotated[
+        str,
+        typer.Option(help="Address of an endpoint, such as http://localhost:8000/v1."),
+    ] = "",
+    budget: Annotated[
+        int, typer.Option(min=0, help="Largest number of requests to the endpoint; 0: no limit.")
+    ] = 0,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Agree that the endpoint's host receives the answers.")
+    ] = False,
+    benchmarks_dir: Annotated[
+        str,
+        typer.Option(help="Folder that holds the label sets.", show_default="$SPAVL_BENCHMARKS"),
+    ] = "",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the cards.", show_default="reports/judge_cards")
+    ] = None,
+) -> None:
+    """Run a judge over answers that people have labelled, and write how far the two agree.
+
+    The card holds counts and ids, and no text of a label set.
+
+    \b
+    Examples:
+      spavl judge card phrases
+      spavl judge card guard --model allenai/wildguard --sets harmbench_multimodal,msts
+      spavl judge card endpoint --model NAME --url http://localhost:8000/v1 --budget 5000
+    """
+    from spavl_lib.config import EvaluationConfig
+    from spavl_lib.config.validation import build
+    from spavl_lib.evaluation import cards
+
+    settings = {
+        "judge": name, "judge_phrases": phrases, "judge_model": model, "judge_revision": revision,
+        "judge_url": url, "judge_budget": budget, "judge_yes": yes,
+    }  # fmt: skip
+    chosen = [part.strip() for part in sets.split(",") if part.strip()]
+    if name == "published":
+        written = cards.published_card(chosen, root=benchmarks_dir or None)
+    else:
+        config = build(EvaluationConfig, settings, prefix="evaluation.")
+        written = cards.judge_card(config, chosen, root=benchmarks_dir or None)
+    typer.echo(cards.card_table(written))
+    typer.echo(f"done: {cards.write_card(written, out)}")
