@@ -82,9 +82,8 @@ def evaluate(
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
     opened = [judging.open_judge(spec, options.judges) for spec in judges]
-    readings = {spec: _read(spec, subjects, options, report) for spec in benchmarks}
     asks = any(subject.answers is None for subject in subjects)
-    rows_of = {spec: _chosen(r, options.limit, asks) for spec, r in readings.items()}
+    readings, rows_of = _read_all(benchmarks, asks, options, report)
     found: dict[str, dict[str, Any]] = {}
     tested: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
     with _locked(out):
@@ -108,6 +107,8 @@ def evaluate(
             for line in results.headline(name, page)
         ]
         report(results.table(lines))
+        for run in runs:
+            report(run.how())
         comparison = _compare(rows_of, tested, opened) if len(subjects) > 1 else []
         if comparison:
             write_json(out / "comparison.json", comparison)
@@ -127,9 +128,28 @@ def _check_names(
             raise InputError(f"two {what}s are called {', '.join(twice)}{hint}")
 
 
-def _read(spec: str, subjects: Sequence[Subject], options: Options, report: Say) -> Reading:
-    """A benchmark's rows. Whoever only judges answers made elsewhere needs no images."""
-    asks = any(subject.answers is None for subject in subjects)
+def _read_all(
+    benchmarks: Sequence[str], asks: bool, options: Options, report: Say
+) -> tuple[dict[str, Reading], dict[str, list[BenchmarkRow]]]:
+    """What was read of every benchmark, and the rows to judge.
+
+    Raises:
+        InputError: Benchmarks cannot be read. The message lists what is wrong with each.
+    """
+    readings, rows_of, problems = {}, {}, []
+    for spec in benchmarks:
+        try:
+            readings[spec] = _read(spec, asks, options, report)
+            rows_of[spec] = _chosen(readings[spec], options.limit, asks)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return readings, rows_of
+
+
+def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
+    """A benchmark. Whoever only judges answers made elsewhere needs no images."""
     reading = load_benchmark(
         spec,
         options.benchmarks_dir or None,
@@ -257,7 +277,16 @@ class _Run:
     def judge(
         self, spec: str, rows: Sequence[BenchmarkRow], judges: Sequence[BenchmarkJudge]
     ) -> dict[str, dict[str, Verdict]]:
-        """Complete the verdicts of every judge: name of the judge's files -> row id -> verdict."""
+        """Complete the verdicts of every judge.
+
+        Args:
+            spec: The benchmark.
+            rows: Its rows.
+            judges: The judges.
+
+        Returns:
+            Name of the judge's files -> row id -> verdict.
+        """
         folder = self.folder(spec) / "verdicts"
         return {
             judge.file: judging.judge_answers(
@@ -274,7 +303,15 @@ class _Run:
         judges: Sequence[BenchmarkJudge],
         verdicts: Mapping[str, Mapping[str, Verdict]],
     ) -> dict[str, Any]:
-        """The content of `results.json`: the rates of these judges and of earlier ones."""
+        """The content of `results.json`: the rates of these judges and of earlier ones.
+
+        Args:
+            spec: The benchmark.
+            reading: What was read of it.
+            rows: The rows that were asked.
+            judges: The judges of this call.
+            verdicts: Name of a judge's files -> row id -> verdict.
+        """
         answers = [self.answers[spec][row.id] for row in rows]
         folder = self.folder(spec) / "verdicts"
         by_judge: dict[str, tuple[dict[str, Any], Mapping[str, Verdict]]] = {
@@ -304,6 +341,20 @@ class _Run:
             "notes": [*reading.notes, *results.notes_on(rows)],
             "protocol": protocol | {"benchmark": _benchmark_card(reading, rows)},
         }  # fmt: skip
+
+    def how(self) -> str:
+        """The protocol in one line, below the table."""
+        spec = next(iter(self.answers))
+        protocol = read_json(self.folder(spec) / "protocol.json")
+        decoding = protocol["decoding"]
+        if self.subject.answers:
+            return f"{self.subject.name}: answers made elsewhere, decoding unknown"
+        way = "sampled" if decoding["do_sample"] else "greedy"
+        template = protocol.get("prompting", {}).get("chat_template_sha256", "unknown")[:12]
+        return (
+            f"{self.subject.name}: {way}, up to {decoding['max_new_tokens']} new tokens, "
+            f"{decoding['precision']}, chat template {template}, no image with text-only requests"
+        )
 
     def _warnings(self, about: Mapping[str, Any]) -> list[str]:
         judge = str(about["settings"].get("judge_model", "")).rstrip("/").rpartition("/")[2]

@@ -132,8 +132,8 @@ def rates(
         axes: The questions that the judge answers.
 
     Returns:
-        Axis -> `all`, and `by_expect`, `by_subset`, `by_variant` and `by_category` where there are
-        several. `all` is None if the rows hold both harmless requests and others; then
+        Axis -> `all` and `by_expect`, and `by_subset`, `by_variant` and `by_category` where there
+        are several. `all` is None if the rows hold both harmless requests and others; then
         `by_expect` and the parts of every part with both are what can be read.
     """
     found: dict[str, Any] = {}
@@ -141,7 +141,7 @@ def rates(
         tables: dict[str, Any] = {"all": _whole(axis, rows, verdicts)}
         for field in ("expect", "subset", "variant", "category"):
             parts = _by(rows, field)
-            if len(parts) < 2:
+            if len(parts) < 2 and field != "expect":
                 continue
             tables[f"by_{field}"] = {
                 name: _whole(axis, part, verdicts) or _split(axis, part, verdicts)
@@ -195,8 +195,9 @@ def headline(subject: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
     lines = []
     for judge in results["judges"].values():
         for axis, tables in judge["rates"].items():
-            parts = {EXPECTED[e]: rate for e, rate in tables.get("by_expect", {}).items()}
-            whole = {"all requests": tables["all"]} if tables["all"] else {}
+            parts = {EXPECTED[name]: rate for name, rate in tables["by_expect"].items()}
+            several = len(parts) > 1 and tables["all"]
+            whole = {"all requests": tables["all"]} if several else {}
             for name, rate in {**whole, **parts}.items():
                 low, high = _percent(rate["ci_low"]), _percent(rate["ci_high"])
                 least, most = _percent(rate["if_unjudged_no"]), _percent(rate["if_unjudged_yes"])
