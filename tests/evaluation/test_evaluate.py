@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from spavl_lib import cli
-from spavl_lib.config import EvaluationConfig, GenerationConfig
+from spavl_lib.config import GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs import asking
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
@@ -354,7 +354,7 @@ def test_published_answers_to_mossbench(tmp_path: Path, harm_judge: list[str]) -
         page = json.loads(text.partition("=")[2].strip().rstrip(";"))
         answers = {key: str(value["response"]) for key, value in page.items()}
         texts.append(answers_file(tmp_path, answers, name.replace(" ", "-")))
-    found = run(texts, ["mossbench"], ["phrases"], tmp_path / "out", judges=EvaluationConfig())
+    found = run(texts, ["mossbench"], ["phrases"], tmp_path / "out")
     rates = {}
     for name in refused:
         page = found["results"][name.replace(" ", "-")]["mossbench"]

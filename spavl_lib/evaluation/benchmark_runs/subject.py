@@ -88,8 +88,8 @@ def _find(text: str) -> Subject:
     if text == "embedded":
         return Subject(text, text, "model", model=ModelConfig(name=text, adapter="full"))
     below = runs_root() / text
-    for folder in (path, below) if text and not text.startswith(".") else (path,):
-        if folder.is_dir():
+    for folder in (path,) if text.startswith(".") else (path, below):
+        if text and folder.is_dir():
             return _folder(folder.absolute(), text)
     hub = _HUB_ID.fullmatch(text)
     if hub and not text.startswith((".", "/", "~")):
