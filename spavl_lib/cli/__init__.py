@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from spavl_lib import stages
-from spavl_lib.cli import judge
+from spavl_lib.cli import evaluate, judge
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
@@ -32,6 +32,7 @@ model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model", help="Import LLaVA's checkpoints, export trained models.")
 app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
 app.add_typer(judge.app, name="judge", help="Measure judges against people's labels.")
+app.add_typer(evaluate.app)
 
 Profile = Annotated[
     str,
@@ -73,6 +74,7 @@ def _spavl() -> None:
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl report demo                     write a run's report again
+      spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks
       spavl rerun demo                      make a run again and compare every number
 
     Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). If a command was
@@ -395,7 +397,8 @@ def _run_path(run: str) -> Path:
     """
     path = Path(run) if Path(run).is_dir() else runs_root() / run
     if not path.is_dir():
-        known = sorted(p.name for p in runs_root().glob("*/") if not p.name.startswith("."))
+        names = {p.name for p in runs_root().glob("*/") if not p.name.startswith(".")}
+        known = sorted(names - {"evaluations"})  # of `spavl evaluate`
         existing = f"existing runs: {', '.join(known)}" if known else "no run exists yet"
         raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({existing})")
     return path

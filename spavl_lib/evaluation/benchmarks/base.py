@@ -349,6 +349,7 @@ def load_benchmark(
     folder: str | Path | None = None,
     allow_changed: bool = False,
     allow_missing: bool = False,
+    keep_missing: bool = False,
 ) -> Reading:
     """Read a benchmark, and refuse whatever is damaged, changed or incomplete.
 
@@ -359,6 +360,7 @@ def load_benchmark(
         allow_changed: Go on with files that differ from the published version.
         allow_missing: Go on without the rows whose image is missing. They are left out of `rows`
             and listed in `missing_images`.
+        keep_missing: Keep the rows whose image is missing, for answers that were made elsewhere.
 
     Raises:
         InputError: There is no such benchmark, subset or folder; a file is damaged; or, unless
@@ -376,13 +378,14 @@ def load_benchmark(
             reading.changed,
             f"{name} in {path} is not the published version (--allow-changed goes on with it)",
         )
-    if reading.missing_images and not allow_missing:
+    if reading.missing_images and not (allow_missing or keep_missing):
         raise_all(
             reading.missing_images,
             f"{name} in {path}: {len(reading.without_image)} of {len(reading.rows)} rows lack "
-            "their image (--allow-missing goes on with the others)",
+            "their image (--missing-images skip goes on with the others)",
         )
-    rows = tuple(row for row in reading.rows if row.id not in reading.without_image)
+    left_out = frozenset() if keep_missing else reading.without_image
+    rows = tuple(row for row in reading.rows if row.id not in left_out)
     if not rows:
         raise InputError(f"{name} in {path}: no rows are left")
     return Reading(**{**vars(reading), "rows": rows})

@@ -1,0 +1,161 @@
+"""The command `spavl evaluate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spavl_lib.errors import InputError
+from spavl_lib.runs.paths import runs_root
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def evaluate(
+    subjects: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL|ANSWERS...",
+            show_default=False,
+            help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
+            "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
+            "(.json, .jsonl, .tsv, .csv). NAME=... before it chooses the name in tables.",
+        ),
+    ],
+    benchmarks: Annotated[
+        str,
+        typer.Option(
+            help="Names, separated by commas; NAME:SUBSET+SUBSET for other subsets than the usual "
+            "ones.",
+            show_default=False,
+        ),
+    ],
+    judge: Annotated[
+        str,
+        typer.Option(
+            help="Names, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
+            "endpoint:MODEL (with --set evaluation.judge_url=URL), or one of another package."
+        ),
+    ] = "phrases",
+    benchmarks_dir: Annotated[
+        str,
+        typer.Option(
+            help="Folder that holds a folder for each benchmark.",
+            show_default="$SPAVL_BENCHMARKS",
+        ),
+    ] = "",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results.", show_default="runs/evaluations"),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="Only the first rows of each benchmark; 0: all.")
+    ] = 0,
+    allow_changed: Annotated[
+        bool,
+        typer.Option(
+            "--allow-changed", help="Go on with files that differ from the published ones."
+        ),
+    ] = False,
+    missing_images: Annotated[
+        str,
+        typer.Option(
+            metavar="refuse|skip",
+            help="What to do if images are missing: give no rate, or leave out their rows.",
+        ),
+    ] = "refuse",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting of the sections generation, model or evaluation, such as "
+            "generation.batch_size=32 or generation.max_new_tokens=256. Repeatable.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed, if generation.do_sample is true.")] = 0,
+) -> None:
+    """Ask models the questions of published benchmarks, judge the answers, and print the rates.
+
+    Decoding is greedy, with up to 512 new tokens (half of a smaller context). Nothing is asked or
+    judged twice: a command that was stopped or killed goes on where it stopped, and another --judge
+    judges the same answers again. Several models are compared on the same rows, with McNemar's test
+    and Holm's adjustment.
+
+    Every rate names its axis: `refused` (the answer declines) and `harmful` (the answer does harm)
+    are two questions. Answers that are empty or that a judge could not judge are counted apart, and
+    never as safe. `bounds` are the rates with all of them counted as no, and as yes.
+
+    \b
+    Files, below OUT/NAME/BENCHMARK/:
+      answers.jsonl           one answer a line, as soon as it is there
+      verdicts/JUDGE.jsonl    one verdict a line
+      results.json            rates by category and subset, and how they were measured
+      OUT/comparison.json     the paired tests, if there are several models
+
+    \b
+    Examples:
+      spavl evaluate embedded --benchmarks figstep:tiny --judge phrases
+      spavl evaluate base=embedded demo/dpo --benchmarks figstep,xstest --limit 50
+      spavl evaluate answers.jsonl --benchmarks mm_safetybench --judge phrases,phrases:gcg
+      spavl evaluate llava-hf/llava-1.5-7b-hf --benchmarks mossbench --missing-images skip \\
+            --judge phrases,guard:meta-llama/Llama-Guard-3-11B-Vision
+    """
+    from spavl_lib.cli import parse_sets
+    from spavl_lib.config import EvaluationConfig, GenerationConfig
+    from spavl_lib.config.validation import build
+    from spavl_lib.evaluation.benchmark_runs.evaluate import Options
+    from spavl_lib.evaluation.benchmark_runs.evaluate import evaluate as evaluate_subjects
+    from spavl_lib.evaluation.benchmark_runs.subject import find_subject
+    from spavl_lib.runs.signals import stop_on_signals
+
+    if missing_images not in ("refuse", "skip"):
+        raise InputError(f"--missing-images {missing_images!r}: expected refuse or skip")
+    sections = _sections(parse_sets(sets or []))
+    tokens = sections["generation"].get("max_new_tokens")
+    options = Options(
+        benchmarks_dir=benchmarks_dir,
+        allow_changed=allow_changed,
+        missing_images="skip" if missing_images == "skip" else "refuse",
+        limit=limit,
+        generation=build(
+            GenerationConfig, {"batch_size": 8} | sections["generation"], prefix="generation."
+        ),
+        judges=build(EvaluationConfig, sections["evaluation"], prefix="evaluation."),
+        set_tokens=tokens is not None,
+        seed=seed,
+    )
+    folder = out or runs_root() / "evaluations"
+    with stop_on_signals() as flag:
+        evaluate_subjects(
+            [find_subject(text, sections["model"]) for text in subjects],
+            _names(benchmarks),
+            _names(judge),
+            folder,
+            options,
+            should_stop=flag,
+            report=typer.echo,
+        )
+    typer.echo(f"results: {folder}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _sections(sets: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Section -> its settings."""
+    sections: dict[str, dict[str, str]] = {"generation": {}, "model": {}, "evaluation": {}}
+    wrong = []
+    for key, value in sets.items():
+        section, _, name = key.partition(".")
+        if section in sections and name:
+            sections[section][name] = value
+        else:
+            wrong.append(key)
+    if wrong:
+        raise InputError(
+            f"--set {', '.join(wrong)}: expected settings of generation, model or evaluation"
+        )
+    return sections

@@ -1,0 +1,300 @@
+"""Ask a model the rows of a benchmark, and keep every answer as soon as it is there."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from spavl_lib import machine
+from spavl_lib.config import GenerationConfig
+from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.templates import render
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.evaluation.benchmark_runs.journal import Journal
+from spavl_lib.evaluation.benchmark_runs.subject import Subject
+from spavl_lib.evaluation.benchmarks import BenchmarkRow
+from spavl_lib.evaluation.benchmarks.answers import match_answers, read_answers
+from spavl_lib.generation.generate import ahead, generate_batch, settings
+from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.modelling.load import (
+    context_length,
+    load_policy,
+    load_processor,
+)
+from spavl_lib.modelling.processors import describe
+from spavl_lib.modelling.speed.shared_prefix import apply_sharing
+
+MOST_NEW_TOKENS = 512  # HarmBench's protocol; a context of less than twice that gives less
+NO_ANSWER = "the file of answers has none"
+
+
+def default_tokens(subject: Subject) -> int:
+    """Longest answer in tokens if none is set: 512, or half of a smaller context."""
+    context = context_length(subject.model) if subject.model else 0
+    return min(MOST_NEW_TOKENS, context // 2 or MOST_NEW_TOKENS)
+
+
+def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str, Any]:
+    """How answers are generated, for the protocol. Nothing is known of answers made elsewhere.
+
+    Args:
+        subject: Model or file of answers.
+        config: Length and sampling.
+        seed: Seed of sampling.
+    """
+    if subject.answers:
+        return {"made": "elsewhere", "settings": "unknown"}
+    return {
+        "made": "here",
+        **settings(config, seed),
+        "backend": config.backend,
+        "precision": machine.dtype_name(),
+    }
+
+
+def prompting(processor: ProcessorMixin) -> dict[str, Any]:
+    """How a request becomes the model's prompt: the template's own text, and the image's place.
+
+    Args:
+        processor: The model's processor.
+    """
+    image_processor = processor.image_processor
+    text_only = render(processor, "{request}", image=False)
+    keys = ("do_pad", "do_center_crop", "do_resize", "size", "crop_size")
+    chosen = {key: getattr(image_processor, key, None) for key in keys}
+    return describe(processor) | {
+        "with_image": render(processor, "{request}"),
+        "text_only": text_only,
+        "system_prompt": text_only.partition("{request}")[0],
+        "text_only_image": "none; no blank image is added",
+        "image_settings": {k: v if v is None or isinstance(v, bool) else str(v)
+                           for k, v in chosen.items()},
+    }  # fmt: skip
+
+
+@dataclass
+class Asker:
+    """A model that is loaded when the first row is asked."""
+
+    subject: Subject
+    config: GenerationConfig
+    seed: int = 0
+    _loaded: tuple[PreTrainedModel | VLLMModel, ProcessorMixin] | None = None
+
+    def processor(self) -> ProcessorMixin:
+        """The model's processor. A model that was trained here has that of its base."""
+        return self.load()[1]
+
+    def load(self) -> tuple[PreTrainedModel | VLLMModel, ProcessorMixin]:
+        """The model and its processor.
+
+        Raises:
+            InputError: They cannot be loaded.
+        """
+        if self._loaded is None:
+            config, trained = self.subject.model, self.subject.trained
+            assert config is not None
+            processor = load_processor(config)
+            if self.config.backend == "vllm":
+                self._loaded = VLLMModel(config, trained), processor
+            else:
+                model = load_policy(config, trained)
+                apply_sharing(model, "off" if config.share_prefix == "off" else "auto")
+                self._loaded = model, processor
+        return self._loaded
+
+    def close(self) -> None:
+        """Forget the model, so that a judge has the memory."""
+        self._loaded = None
+
+    def ask(self, rows: Sequence[BenchmarkRow], journal: Journal, should_stop: object) -> None:
+        """Ask the rows that have no answer yet.
+
+        Batches depend on all rows, not on those already answered. So an interruption changes
+        nothing but, at most, the rest of the batch in which it came.
+
+        Args:
+            rows: All rows.
+            journal: Receives each batch's answers. Rows whose prompt leaves no room for an answer,
+                or whose image cannot be read, get an empty answer and an `error`.
+            should_stop: Truthy once the process is asked to stop; polled between batches.
+
+        Raises:
+            Preempted: The process was asked to stop. The answers are kept.
+        """
+        todo = [
+            [row for row in batch if row.id not in journal.records]
+            for batch in in_batches(rows, self.config.batch_size)
+        ]
+        todo = [batch for batch in todo if batch]
+        if not todo:
+            return
+        model, processor = self.load()
+        context = context_length(self.subject.model) if self.subject.model else 0
+        room = context - self.config.max_new_tokens if context else 0
+        prepare = _Preparing(processor, room, isinstance(model, VLLMModel))
+        done = len(rows) - sum(map(len, todo))
+        bar = tqdm(total=len(rows), initial=done, desc=self.subject.name, unit="row", leave=False)
+        with bar:
+            prepared = ahead(prepare, todo, should_stop)
+            for rows_of_batch, (batch, errors) in zip(todo, prepared, strict=False):
+                asked = [row for row in rows_of_batch if row.id not in errors]
+                answers = self._answers(model, processor, batch, asked)
+                by_id = {row.id: answer for row, answer in zip(asked, answers, strict=True)}
+                journal.append(
+                    {"id": row.id, "asked": asked_sha(row), "prompt": row.prompt}
+                    | by_id.get(row.id, {"response": "", "num_tokens": 0, "finished": False})
+                    | ({"error": errors[row.id]} if row.id in errors else {})
+                    for row in rows_of_batch
+                )
+                bar.update(len(rows_of_batch))
+        missing = sum(row.id not in journal.records for row in rows)
+        if missing:
+            raise Preempted(
+                f"stopped with {len(rows) - missing} of {len(rows)} answers written; run the same "
+                "command to continue"
+            )
+
+    def _answers(
+        self, model: Any, processor: ProcessorMixin, batch: Any, rows: Sequence[BenchmarkRow]
+    ) -> list[dict[str, Any]]:
+        if not rows:
+            return []
+        key = f"{self.seed}/{rows[0].id}"
+        seed = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+        if isinstance(model, VLLMModel):
+            return model.answer(processor, batch, self.config, seed=seed)
+        return generate_batch(model, processor, batch, self.config, seed=seed)
+
+
+class _Preparing:
+    """Makes a batch of rows, without those that the model cannot take."""
+
+    def __init__(self, processor: ProcessorMixin, room: int, raw: bool):
+        self.processor, self.room, self.raw = processor, room, raw
+        self.collate = PromptCollator(processor)
+
+    def __call__(self, rows: list[BenchmarkRow]) -> tuple[Any, dict[str, str]]:
+        """The batch, and the error of each row that is not in it."""
+        errors: dict[str, str] = {}
+        cells = {row.id: prompt_row(row) for row in rows}
+        try:
+            batch = self.collate(list(cells.values()))
+        except InputError:  # an image cannot be read; the other rows can be asked
+            batch = None
+            for row in rows:
+                try:
+                    self.collate([cells[row.id]])
+                except InputError as error:
+                    errors[row.id] = str(error)
+            if not errors:
+                raise
+        if batch is not None and self.room:
+            lengths = batch["attention_mask"].sum(-1).tolist()
+            errors |= {
+                row.id: f"the prompt has {size} tokens, and {self.room} fit beside the answer"
+                for row, size in zip(rows, lengths, strict=True)
+                if size > self.room
+            }
+        kept = [cells[row.id] for row in rows if row.id not in errors]
+        if self.raw or not kept:
+            return kept, errors
+        if errors or batch is None:
+            again = [row for row in rows if row.id not in errors]
+            batch, more = self(again)
+            return batch, errors | more
+        return batch, errors
+
+
+def prompt_row(row: BenchmarkRow) -> dict[str, Any]:
+    """A row in the schema of prompt rows (`data.schema`)."""
+    cell = {"bytes": None, "path": str(row.image)} if row.image else None
+    name = row.image.name if row.image else ""
+    return {"id": row.id, "prompt": row.prompt, "image": cell, "image_name": name}
+
+
+def in_batches(rows: Sequence[BenchmarkRow], size: int) -> Iterator[list[BenchmarkRow]]:
+    """Rows in batches of prompts of similar length, the longest first.
+
+    If memory is too small, the first batch shows it. Rows without image come in batches of their
+    own.
+    """
+    order = sorted(rows, key=lambda row: (row.image is None, -len(row.prompt)))
+    for kind in (False, True):
+        part = [row for row in order if (row.image is None) is kind]
+        yield from (part[i : i + size] for i in range(0, len(part), size))
+
+
+def asked_sha(row: BenchmarkRow, *, with_image: bool = True) -> str:
+    """A hash of what the model is asked: the prompt and the image's bytes.
+
+    Args:
+        row: The row.
+        with_image: Whether the image counts. Whoever reads answers made elsewhere may lack it.
+    """
+    digest = hashlib.sha256(row.prompt.encode("utf-8", "surrogatepass") + b"\0")
+    if with_image and row.image and row.image.is_file():
+        digest.update(row.image.read_bytes())
+    return digest.hexdigest()[:24]
+
+
+def check_asked(rows: Sequence[BenchmarkRow], journal: Journal, *, with_image: bool = True) -> None:
+    """Refuse answers that were given to other prompts or images than the rows have now.
+
+    Args:
+        rows: The rows.
+        journal: The answers.
+        with_image: As for `asked_sha`.
+
+    Raises:
+        InputError: There are such answers. The message lists them.
+    """
+    changed = [
+        row.id
+        for row in rows
+        if row.id in journal.records
+        and journal.records[row.id].get("asked") != asked_sha(row, with_image=with_image)
+    ]
+    if changed:
+        shown = ", ".join(changed[:20]) + (", ..." if len(changed) > 20 else "")
+        raise InputError(
+            f"{journal.path} answers other prompts or images than {len(changed)} rows have now "
+            f"({shown}); choose another --out"
+        )
+
+
+def take_answers(
+    path: Path, rows_of: Mapping[str, Sequence[BenchmarkRow]]
+) -> dict[str, list[dict]]:
+    """The answers of a file, as records of each benchmark's `answers.jsonl`.
+
+    Args:
+        path: The file.
+        rows_of: Benchmark -> all its rows, those with a missing image included.
+
+    Returns:
+        Benchmark -> a record for each row. A row without an answer has an empty one and an `error`.
+
+    Raises:
+        InputError: As for `read_answers` and `match_answers`; or a benchmark has no answer at all.
+    """
+    rows = [row for part in rows_of.values() for row in part]
+    matched = match_answers(read_answers(path), rows)
+    records = {}
+    for name, part in rows_of.items():
+        if not any(row.id in matched.responses for row in part):
+            raise InputError(f"{path}: no answer to any of the {len(part)} rows of {name}")
+        records[name] = [
+            {"id": row.id, "asked": asked_sha(row, with_image=False), "prompt": row.prompt}
+            | (
+                {"response": matched.responses[row.id]}
+                if row.id in matched.responses
+                else {"response": "", "error": NO_ANSWER}
+            )
+            for row in part
+        ]
+    return records

@@ -1,0 +1,396 @@
+"""The whole way from models or answers and names of benchmarks to rates, in files and a table."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from spavl_lib import machine
+from spavl_lib.config import EvaluationConfig, GenerationConfig, flatten
+from spavl_lib.errors import BusyError, InputError
+from spavl_lib.evaluation.benchmark_runs import asking, comparing, judging, results
+from spavl_lib.evaluation.benchmark_runs.asking import Asker
+from spavl_lib.evaluation.benchmark_runs.journal import Journal
+from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
+from spavl_lib.evaluation.benchmark_runs.subject import Subject
+from spavl_lib.evaluation.benchmarks import BenchmarkRow, Reading, load_benchmark, open_benchmark
+from spavl_lib.evaluation.verdicts import Verdict
+from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.provenance import versions
+from spavl_lib.runs.text import say
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an evaluation is done. The defaults are those of `spavl evaluate`."""
+
+    benchmarks_dir: str = ""
+    """The folder of benchmarks; empty: $SPAVL_BENCHMARKS."""
+    allow_changed: bool = False
+    """Go on with benchmark files that differ from the published ones."""
+    missing_images: Literal["refuse", "skip"] = "refuse"
+    """What to do if a model shall be asked and images are missing."""
+    limit: int = 0
+    """Only the first rows of each benchmark; 0: all."""
+    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(batch_size=8))
+    set_tokens: bool = False
+    """Whether `generation.max_new_tokens` is meant. If not: 512, or half of a smaller context."""
+    judges: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+
+
+def evaluate(
+    subjects: Sequence[Subject],
+    benchmarks: Sequence[str],
+    judges: Sequence[str],
+    out: Path,
+    options: Options | None = None,
+    *,
+    should_stop: object = False,
+    report: Say = say,
+) -> dict[str, Any]:
+    """Ask every subject, judge the answers with every judge, and write the rates.
+
+    What an earlier call with the same folder has done is kept: no row is asked twice, and no answer
+    is judged twice by the same judge.
+
+    Args:
+        subjects: Models or files of answers, with different names.
+        benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
+        judges: `NAME`, or `NAME:ARGUMENT`.
+        out: The folder; each subject and benchmark has a folder below it.
+        options: Everything else.
+        should_stop: Truthy once the process is asked to stop.
+        report: Receives what a person should read.
+
+    Returns:
+        `results`: subject -> benchmark -> the content of `results.json`; and `comparison`, the
+        paired tests between subjects.
+
+    Raises:
+        InputError: A name, a file or a setting is wrong; or the folder holds answers that were made
+            in another way.
+        BusyError: Another process uses the folder.
+        Preempted: The process was asked to stop. What was done is kept.
+    """
+    options = options or Options()
+    _check_names(subjects, benchmarks, judges)
+    opened = [judging.open_judge(spec, options.judges) for spec in judges]
+    asks = any(subject.answers is None for subject in subjects)
+    readings, rows_of = _read_all(benchmarks, asks, options, report)
+    found: dict[str, dict[str, Any]] = {}
+    tested: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
+    with _locked(out):
+        runs = [_Run(subject, out, options, should_stop) for subject in subjects]
+        for run in runs:
+            run.answer(readings, rows_of, report)
+        for run in runs:
+            for spec, rows in rows_of.items():
+                verdicts = run.judge(spec, rows, opened)
+                for judge in opened:
+                    tested.setdefault((spec, judge.spec), {})[run.subject.name] = verdicts[
+                        judge.file
+                    ]
+                page = run.page(spec, readings[spec], rows, opened, verdicts)
+                write_json(run.folder(spec) / "results.json", page)
+                found.setdefault(run.subject.name, {})[spec] = page
+        lines = [
+            line
+            for name, pages in found.items()
+            for page in pages.values()
+            for line in results.headline(name, page)
+        ]
+        report(results.table(lines))
+        for run in runs:
+            report(run.how())
+        comparison = _compare(rows_of, tested, opened) if len(subjects) > 1 else []
+        if comparison:
+            write_json(out / "comparison.json", comparison)
+            report("\nthe same rows, in pairs:\n" + results.table(comparing.lines(comparison)))
+    return {"results": found, "comparison": comparison}
+
+
+def _check_names(
+    subjects: Sequence[Subject], benchmarks: Sequence[str], judges: Sequence[str]
+) -> None:
+    names = [subject.name for subject in subjects]
+    for what, given in (("subject", names), ("benchmark", benchmarks), ("judge", judges)):
+        if not given:
+            raise InputError(f"no {what} is named")
+        if twice := sorted({name for name in given if list(given).count(name) > 1}):
+            hint = "; write NAME=... before one of them" if what == "subject" else ""
+            raise InputError(f"two {what}s are called {', '.join(twice)}{hint}")
+
+
+def _read_all(
+    benchmarks: Sequence[str], asks: bool, options: Options, report: Say
+) -> tuple[dict[str, Reading], dict[str, list[BenchmarkRow]]]:
+    """What was read of every benchmark, and the rows to judge.
+
+    Raises:
+        InputError: Benchmarks cannot be read. The message lists what is wrong with each.
+    """
+    readings, rows_of, problems = {}, {}, []
+    for spec in benchmarks:
+        try:
+            readings[spec] = _read(spec, asks, options, report)
+            rows_of[spec] = _chosen(readings[spec], options.limit, asks)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    return readings, rows_of
+
+
+def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
+    """A benchmark. Whoever only judges answers made elsewhere needs no images."""
+    reading = load_benchmark(
+        spec,
+        options.benchmarks_dir or None,
+        allow_changed=options.allow_changed,
+        keep_missing=options.missing_images == "skip" or not asks,
+    )
+    report(f"{spec}: {len(reading.rows)} rows; licence: {reading.licence}")
+    for note in (*reading.changed, *reading.notes):
+        report(f"  note: {note}")
+    if asks and reading.missing_images:
+        report(f"  {len(reading.without_image)} rows are left out, because their image is missing")
+    return reading
+
+
+def _chosen(reading: Reading, limit: int, with_image: bool) -> list[BenchmarkRow]:
+    """The rows to judge: the first ones, without those that cannot be asked."""
+    left_out = reading.without_image if with_image else frozenset()
+    rows = [row for row in reading.rows if row.id not in left_out]
+    if not rows:
+        raise InputError(f"{reading.benchmark}: no row has its image in {reading.folder}")
+    return rows[:limit] if limit else rows
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(out / ".lock", blocking=False, fallback_to_soft=False).acquire()
+    except Timeout:
+        raise BusyError(f"{out} is in use by another evaluation; wait, or choose --out") from None
+    with lock:
+        yield
+
+
+class _Run:
+    """One subject in one folder."""
+
+    def __init__(self, subject: Subject, out: Path, options: Options, should_stop: object):
+        self.subject, self.options, self.should_stop = subject, options, should_stop
+        self.path = out / subject.name
+        self.generation = options.generation
+        if not options.set_tokens:
+            tokens = asking.default_tokens(subject)
+            self.generation = dataclasses.replace(self.generation, max_new_tokens=tokens)
+        self.answers: dict[str, dict[str, dict[str, Any]]] = {}
+
+    def folder(self, spec: str) -> Path:
+        """The folder of a benchmark."""
+        return self.path / spec.replace(":", ".")
+
+    def answer(
+        self,
+        readings: Mapping[str, Reading],
+        rows_of: Mapping[str, Sequence[BenchmarkRow]],
+        report: Say,
+    ) -> None:
+        """Complete the answers to every benchmark.
+
+        Args:
+            readings: Benchmark -> what was read.
+            rows_of: Benchmark -> the rows to ask.
+            report: Receives what a person should read.
+        """
+        journals = {}
+        for spec, rows in rows_of.items():
+            self._check_protocol(spec)
+            journals[spec] = Journal(self.folder(spec) / "answers.jsonl")
+            asking.check_asked(rows, journals[spec], with_image=self.subject.answers is None)
+        if self.subject.answers:
+            whole = {spec: reading.rows for spec, reading in readings.items()}
+            for spec, records in asking.take_answers(self.subject.answers, whole).items():
+                new = [r for r in records if r["id"] not in journals[spec].records]
+                journals[spec].append(new)
+        else:
+            asker = Asker(self.subject, self.generation, self.options.seed)
+            for spec, rows in rows_of.items():
+                done = sum(row.id in journals[spec].records for row in rows)
+                if done:
+                    report(
+                        f"{self.subject.name}: {done} of {len(rows)} rows of {spec} have answers"
+                    )
+                if done < len(rows):
+                    self._note_prompting(spec, asker)
+                    asker.ask(rows, journals[spec], self.should_stop)
+            asker.close()
+        self.answers = {spec: journal.records for spec, journal in journals.items()}
+
+    def _check_protocol(self, spec: str) -> None:
+        """Refuse a folder whose answers were made in another way."""
+        path = self.folder(spec) / "protocol.json"
+        present = {
+            "subject": self.subject.identity(),
+            "decoding": asking.decoding(self.subject, self.generation, self.options.seed),
+        }
+        earlier = read_json(path) if path.is_file() else {}
+        if earlier:
+            then, now = (
+                {k: str(v) for k, v in flatten({n: page[n] for n in present}).items()}
+                for page in (earlier, present)
+            )
+            changed = [
+                f"{key}: {then.get(key, 'not set')}, now {now.get(key, 'not set')}"
+                for key in sorted(then.keys() | now.keys())
+                if then.get(key) != now.get(key)
+            ]
+            if changed:
+                raise InputError(
+                    f"{path.parent} holds answers that were made in another way "
+                    f"({'; '.join(changed)}); choose another --out, or NAME=... for the subject"
+                )
+            return
+        write_json(path, present)
+
+    def _note_prompting(self, spec: str, asker: Asker) -> None:
+        """Write down how requests become prompts, before the first one is asked."""
+        path = self.folder(spec) / "protocol.json"
+        page = read_json(path)
+        session = {"machine": machine.device_name(), "versions": versions()}
+        sessions = page.get("sessions", [])
+        if session not in sessions:  # several, if the answers were made on several machines
+            sessions = [*sessions, session]
+        facts = {"prompting": asking.prompting(asker.processor()), "sessions": sessions}
+        write_json(path, page | facts)
+
+    def judge(
+        self, spec: str, rows: Sequence[BenchmarkRow], judges: Sequence[BenchmarkJudge]
+    ) -> dict[str, dict[str, Verdict]]:
+        """Complete the verdicts of every judge.
+
+        Args:
+            spec: The benchmark.
+            rows: Its rows.
+            judges: The judges.
+
+        Returns:
+            Name of the judge's files -> row id -> verdict.
+        """
+        folder = self.folder(spec) / "verdicts"
+        return {
+            judge.file: judging.judge_answers(
+                judge, rows, self.answers[spec], folder, self.should_stop
+            )
+            for judge in judges
+        }
+
+    def page(
+        self,
+        spec: str,
+        reading: Reading,
+        rows: Sequence[BenchmarkRow],
+        judges: Sequence[BenchmarkJudge],
+        verdicts: Mapping[str, Mapping[str, Verdict]],
+    ) -> dict[str, Any]:
+        """The content of `results.json`: the rates of these judges and of earlier ones.
+
+        Args:
+            spec: The benchmark.
+            reading: What was read of it.
+            rows: The rows that were asked.
+            judges: The judges of this call.
+            verdicts: Name of a judge's files -> row id -> verdict.
+        """
+        answers = [self.answers[spec][row.id] for row in rows]
+        folder = self.folder(spec) / "verdicts"
+        by_judge: dict[str, tuple[dict[str, Any], Mapping[str, Verdict]]] = {
+            judge.file: (judge.describe(), verdicts[judge.file]) for judge in judges
+        }
+        by_judge |= judging.other_verdicts(folder, rows, self.answers[spec], list(by_judge))
+        protocol = read_json(self.folder(spec) / "protocol.json")
+        return {
+            "subject": {"name": self.subject.name, "source": self.subject.source},
+            "benchmark": spec,
+            "rows": len(rows),
+            "rows_of_benchmark": len(reading.rows),
+            "limit": self.options.limit or None,
+            "left_out_without_image": sorted(reading.without_image - {row.id for row in rows}),
+            "answers": {
+                "empty": sum(not a["response"].strip() and "error" not in a for a in answers),
+                "none": sum("error" in a for a in answers),
+                "unfinished": sum(a.get("finished") is False and "error" not in a for a in answers),
+            },
+            "judges": {
+                name: about | {
+                    "warnings": self._warnings(about),
+                    "rates": results.rates(rows, found, about["axes"]),
+                }
+                for name, (about, found) in by_judge.items()
+            },
+            "notes": [*reading.notes, *results.notes_on(rows)],
+            "protocol": protocol | {"benchmark": _benchmark_card(reading, rows)},
+        }  # fmt: skip
+
+    def how(self) -> str:
+        """The protocol in one line, below the table."""
+        spec = next(iter(self.answers))
+        protocol = read_json(self.folder(spec) / "protocol.json")
+        decoding = protocol["decoding"]
+        if self.subject.answers:
+            return f"{self.subject.name}: answers made elsewhere, decoding unknown"
+        way = "sampled" if decoding["do_sample"] else "greedy"
+        template = protocol.get("prompting", {}).get("chat_template_sha256", "unknown")[:12]
+        return (
+            f"{self.subject.name}: {way}, up to {decoding['max_new_tokens']} new tokens, "
+            f"{decoding['precision']}, chat template {template}, no image with text-only requests"
+        )
+
+    def _warnings(self, about: Mapping[str, Any]) -> list[str]:
+        judge = str(about["settings"].get("judge_model", "")).rstrip("/").rpartition("/")[2]
+        names = {self.subject.source, self.subject.model.name if self.subject.model else ""}
+        if judge and judge in {name.rstrip("/").rpartition("/")[2] for name in names if name}:
+            return [f"the judge {judge} is the model under test, or its base"]
+        return []
+
+
+def _benchmark_card(reading: Reading, rows: Sequence[BenchmarkRow]) -> dict[str, Any]:
+    benchmark = open_benchmark(reading.benchmark)
+    return {
+        "name": reading.benchmark,
+        "title": benchmark.title,
+        "homepage": benchmark.homepage,
+        "licence": reading.licence,
+        "files": dict(reading.files),
+        "pins": reading.pins,
+        "changed": list(reading.changed),
+        "faulty_records_left_out": list(reading.left_out),
+        "missing_images": len(reading.missing_images),
+        "subsets": sorted({row.subset for row in rows}),
+        "rules": judging.rule_texts(rows),
+        "text_only_rows": sum(row.image is None for row in rows),
+    }
+
+
+def _compare(
+    rows_of: Mapping[str, Sequence[BenchmarkRow]],
+    tested: Mapping[tuple[str, str], Mapping[str, Mapping[str, Verdict]]],
+    judges: Sequence[BenchmarkJudge],
+) -> list[dict[str, Any]]:
+    by_spec = {judge.spec: judge for judge in judges}
+    tests = [
+        {"benchmark": spec, "judge": by_spec[judge].name} | test
+        for (spec, judge), verdicts in tested.items()
+        for test in comparing.compare(rows_of[spec], verdicts, by_spec[judge].axes)
+    ]
+    return comparing.adjusted(tests)

@@ -1,0 +1,66 @@
+"""A JSON Lines file to which finished work is appended. A killed process loses nothing of it."""
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from spavl_lib.errors import InputError, raise_all
+from spavl_lib.runs.files import writing
+
+
+class Journal:
+    """Records by their `id`, in a file.
+
+    Every call of `append` writes its records at once and flushes them to the disk. If the process
+    is killed while it writes, the next one cuts off the incomplete last line.
+
+    Args:
+        path: The file. It need not exist.
+
+    Raises:
+        InputError: A line before the last is damaged, or an id has two records. All are listed.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        problems = []
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            try:
+                record = json.loads(line)
+                row_id = record["id"]
+            except (ValueError, KeyError, TypeError):
+                problems.append(f"{path.name}: line {number}: not a JSON object with an id")
+                continue
+            if row_id in self.records:
+                problems.append(f"{path.name}: line {number}: a second record for {row_id}")
+            self.records[row_id] = record
+        raise_all(problems, str(path))
+        if len(whole) < len(content):
+            with writing(path):
+                os.truncate(path, len(whole))
+
+    def append(self, records: Iterable[dict[str, Any]]) -> None:
+        """Add records, and return when they are on the disk.
+
+        Raises:
+            InputError: An id has a record already.
+            DiskError: There is no space or no permission.
+        """
+        records = list(records)
+        if twice := [r["id"] for r in records if r["id"] in self.records]:
+            raise InputError(f"{self.path}: a second record for {', '.join(twice)}")
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        # Half of a surrogate pair has no UTF-8 form.
+        content = lines.encode("utf-8", "backslashreplace")
+        with writing(self.path, len(content)):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as handle:
+                handle.write(content)
+                handle.flush()
+                os.fsync(handle.fileno())
+        self.records.update((record["id"], record) for record in records)

@@ -1,0 +1,147 @@
+"""What is evaluated: a model by name or folder, an adapter, a run's model, or a file of answers."""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spavl_lib.config import ModelConfig
+from spavl_lib.config.loading import from_dict
+from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.errors import InputError, nearest
+from spavl_lib.modelling.load import BASE_FILE, model_hashes
+from spavl_lib.runs.files import read_json, sha256_file
+from spavl_lib.runs.paths import runs_root
+
+ANSWER_FILES = (".json", ".jsonl", ".tsv", ".csv")
+_NAME = re.compile(r"[\w.+-]+")
+_HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated. Either `answers` or `model` is set."""
+
+    name: str
+    """Name of its folder and of its rows in tables."""
+    source: str
+    """What the user wrote."""
+    kind: str
+    """`answers`, `model`, `adapter` or `run`."""
+    answers: Path | None = None
+    model: ModelConfig | None = None
+    trained: Path | None = None
+    """Folder of an adapter over `model`, or of a complete model that was trained from it."""
+
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on: names and hashes. Two equal identities answer alike."""
+        if self.answers:
+            return {"kind": self.kind, "file": self.answers.name,
+                    "sha256": sha256_file(self.answers)}  # fmt: skip
+        assert self.model is not None
+        facts: dict[str, Any] = {
+            "kind": self.kind,
+            "model": self.model.name,
+            "revision": self.model.revision,
+            "image_aspect": self.model.image_aspect,
+            "four_bit": self.model.adapter == "qlora",
+            "files": model_hashes(self.model),
+        }
+        if self.trained:
+            trained = dataclasses.replace(self.model, name=str(self.trained), revision="")
+            facts["trained_files"] = model_hashes(trained)
+        return facts
+
+
+def find_subject(text: str, changes: dict[str, str] | None = None) -> Subject:
+    """The subject that a user names.
+
+    Args:
+        text: A file of answers; `embedded`; a model's or an adapter's folder; a stage of a run, as
+            its folder or as `RUN/STAGE`; or `OWNER/MODEL` or `OWNER/MODEL@REVISION` on the Hub.
+            `NAME=` before it chooses the name.
+        changes: Settings of the section `model` to replace, such as `image_aspect`.
+
+    Raises:
+        InputError: There is no such thing.
+    """
+    name, sign, rest = text.partition("=")
+    if sign and _NAME.fullmatch(name) and rest and not Path(text).exists():
+        return dataclasses.replace(find_subject(rest, changes), name=name)
+    subject = _find(text)
+    if subject.model and changes:
+        from spavl_lib.config.validation import build, to_plain
+
+        model = build(ModelConfig, to_plain(subject.model) | changes, prefix="model.")
+        subject = dataclasses.replace(subject, model=model)
+    return subject
+
+
+def _find(text: str) -> Subject:
+    path = Path(text).expanduser()
+    if path.suffix in ANSWER_FILES and not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"the file of answers {path} does not exist")
+        return Subject(_slug(path.stem), text, "answers", answers=path)
+    if text == "embedded":
+        return Subject(text, text, "model", model=ModelConfig(name=text, adapter="full"))
+    below = runs_root() / text
+    for folder in (path,) if text.startswith(".") else (path, below):
+        if text and folder.is_dir():
+            return _folder(folder.absolute(), text)
+    hub = _HUB_ID.fullmatch(text)
+    if hub and not text.startswith((".", "/", "~")):
+        model = ModelConfig(name=hub[1], adapter="full", revision=hub[2] or "")
+        return Subject(_slug(hub[1].rpartition("/")[2]), text, "model", model=model)
+    stages = sorted(
+        str(p.parent.relative_to(runs_root())) for p in runs_root().glob("[!.]*/*/model")
+    )
+    raise InputError(
+        f"{text!r} is neither a file of answers ({', '.join(ANSWER_FILES)}), nor `embedded`, nor a "
+        "folder of a model or an adapter, nor RUN/STAGE, nor OWNER/MODEL on the Hub"
+        f"{nearest(text, stages)} (trained models of runs: {', '.join(stages) or 'none'})"
+    )
+
+
+def _folder(folder: Path, text: str) -> Subject:
+    stage = folder.parent if folder.name == "model" else folder
+    if (stage / "manifest.json").is_file() and (stage / "model").is_dir():
+        try:
+            config = from_dict(read_json(stage / "manifest.json")["config"]).model
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{stage / 'manifest.json'} cannot be read: {error}") from error
+        name = _slug(f"{stage.parent.name}-{stage.name}")
+        return Subject(name, text, "run", model=config, trained=stage / "model")
+    if (folder / "adapter_config.json").is_file():
+        return Subject(_slug(folder.name), text, "adapter", model=_base(folder), trained=folder)
+    if (folder / "config.json").is_file():
+        config = ModelConfig(name=str(folder), adapter="full")
+        return Subject(_slug(folder.name), text, "model", model=config)
+    models = sorted(f"{text}/{p.parent.name}" for p in folder.glob("*/model"))
+    known = f"; it is a run with {', '.join(models)}" if models else ""
+    raise InputError(
+        f"{folder} holds neither config.json, nor adapter_config.json, nor a trained stage{known}"
+    )
+
+
+def _base(adapter: Path) -> ModelConfig:
+    """The base model of an adapter."""
+    try:
+        facts = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base = facts.get("base_model_name_or_path") or ""
+        revision = facts.get("revision") or ""
+        if (adapter / BASE_FILE).is_file():  # an adapter that was trained here
+            base = read_json(adapter / BASE_FILE)["name"]
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise InputError(f"{adapter}: the adapter's config cannot be read: {error}") from error
+    if not base:
+        raise InputError(f"{adapter / 'adapter_config.json'}: no base_model_name_or_path")
+    if Path(base) == ASSETS / "model":
+        base = "embedded"
+    return ModelConfig(name=base, adapter="lora", revision=revision)
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^\w.+-]+", "-", text).strip(".-") or "subject"

@@ -1,0 +1,365 @@
+"""`spavl evaluate`: nothing is asked or judged twice, and no answer goes to a wrong row."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from spavl_lib import cli
+from spavl_lib.config import GenerationConfig
+from spavl_lib.errors import BusyError, InputError, Preempted
+from spavl_lib.evaluation.benchmark_runs import asking
+from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
+from spavl_lib.evaluation.benchmark_runs.subject import find_subject
+from spavl_lib.evaluation.judges import JUDGES, register_judge
+from tests.evaluation.benchmark_files import needs_real_files, write_fixture
+
+OPTIONS: dict[str, Any] = {
+    "allow_changed": True,
+    "generation": GenerationConfig(batch_size=2, max_new_tokens=8),
+    "set_tokens": True,
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of benchmarks with invented rows."""
+    for name in ("figstep", "xstest"):
+        write_fixture(tmp_path / "benchmarks" / name, name)
+    monkeypatch.setenv("SPAVL_BENCHMARKS", str(tmp_path / "benchmarks"))
+    return tmp_path / "benchmarks"
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The size of every batch that a model is asked."""
+    sizes: list[int] = []
+    real = asking.generate_batch
+
+    def counted(model: Any, processor: Any, batch: Any, *args: Any, **options: Any) -> Any:
+        sizes.append(len(batch["input_ids"]))
+        return real(model, processor, batch, *args, **options)
+
+    monkeypatch.setattr(asking, "generate_batch", counted)
+    return sizes
+
+
+@pytest.fixture
+def harm_judge() -> Iterator[list[str]]:
+    """Registers the judge `spotter`, and lists the responses that it judged."""
+    seen: list[str] = []
+
+    class Spotter:
+        name = "spotter:1"
+
+        def many(self, records: list[dict]) -> list[dict]:
+            seen.extend(record["response"] for record in records)
+            return [
+                {"verdict": "other", "harmful": True, "helpful": None,
+                 "unsafe": None if "hmm" in r["response"] else "do it" in r["response"],
+                 "unjudged": "?"}
+                for r in records
+            ]  # fmt: skip
+
+    register_judge("spotter")(lambda settings, truth: Spotter())
+    yield seen
+    del JUDGES["spotter"]
+
+
+def options_of(**changes: Any) -> Options:
+    return Options(**(OPTIONS | changes))
+
+
+def answers_file(tmp_path: Path, answers: dict[str, str], name: str = "theirs") -> str:
+    path = tmp_path / f"{name}.jsonl"
+    lines = [json.dumps({"id": k, "response": v}) for k, v in answers.items()]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(texts: list[str], names: list[str], judges: list[str], out: Path, **changes: Any) -> dict:
+    subjects = [find_subject(text) for text in texts]
+    stop = changes.pop("should_stop", False)
+    report = changes.pop("report", lambda text: None)
+    options = options_of(**changes)
+    return evaluate(subjects, names, judges, out, options, should_stop=stop, report=report)
+
+
+def test_a_model_is_asked_once(root: Path, batches: list[int], tmp_path: Path) -> None:
+    out, said = tmp_path / "out", []
+    found = run(["embedded"], ["figstep", "xstest"], ["phrases"], out, report=said.append)
+    assert batches == [2, 1, 2, 1]
+    page = json.loads((out / "embedded/figstep/results.json").read_text())
+    assert page == json.loads(json.dumps(found["results"]["embedded"]["figstep"]))
+    [judge] = page["judges"].values()
+    assert judge["rates"]["refused"]["all"]["n"] == 3
+    assert "harmful" not in judge["rates"]
+    protocol = page["protocol"]
+    assert protocol["decoding"]["max_new_tokens"] == 8
+    assert protocol["decoding"]["do_sample"] is False
+    assert protocol["prompting"]["system_prompt"].endswith("USER: ")
+    assert "<image>" in protocol["prompting"]["with_image"]
+    assert "<image>" not in protocol["prompting"]["text_only"]
+    assert protocol["benchmark"]["licence"] == "MIT"
+    assert protocol["benchmark"]["pins"] == "changed"
+    assert any("licence: MIT" in text for text in said)
+    tables = found["results"]["embedded"]["xstest"]["judges"][next(iter(page["judges"]))]["rates"]
+    assert tables["refused"]["all"] is None  # harmless requests, and one that is not
+    # Another judge asks nothing again, and the first judge's rates stay.
+    batches.clear()
+    page = run(["embedded"], ["figstep"], ["phrases:gcg"], out)["results"]["embedded"]["figstep"]
+    assert batches == []
+    assert {judge["name"] for judge in page["judges"].values()} == {"phrases-v1", "gcg"}
+
+
+def test_a_stop_and_a_torn_line_lose_nothing(
+    root: Path, batches: list[int], tmp_path: Path
+) -> None:
+    class AfterOne:
+        def __bool__(self) -> bool:
+            return bool(batches)
+
+    out = tmp_path / "out"
+    with pytest.raises(Preempted, match="stopped with 2 of 3 answers written"):
+        run(["embedded"], ["figstep"], ["phrases"], out, should_stop=AfterOne())
+    path = out / "embedded/figstep/answers.jsonl"
+    kept = path.read_bytes()
+    path.write_bytes(kept + b'{"id": "figstep:full:Forb')
+    batches.clear()
+    run(["embedded"], ["figstep"], ["phrases"], out)
+    assert batches == [1]
+    assert path.read_bytes().startswith(kept)
+    straight = tmp_path / "straight"
+    run(["embedded"], ["figstep"], ["phrases"], straight)
+    assert path.read_bytes() == (straight / "embedded/figstep/answers.jsonl").read_bytes()
+
+
+def test_a_limit_is_said_and_can_be_raised(root: Path, batches: list[int], tmp_path: Path) -> None:
+    said: list[str] = []
+    out = tmp_path / "out"
+    page = run(["embedded"], ["figstep"], ["phrases"], out, limit=1, report=said.append)
+    assert page["results"]["embedded"]["figstep"]["rows"] == 1
+    assert any("figstep (1 of 3 rows)" in text for text in said)
+    page = run(["embedded"], ["figstep"], ["phrases"], out)
+    assert page["results"]["embedded"]["figstep"]["rows"] == 3
+    assert sum(batches) == 3
+
+
+def test_other_settings_or_rows_are_refused(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(["embedded"], ["figstep"], ["phrases"], out)
+    other = GenerationConfig(batch_size=2, max_new_tokens=9)
+    with pytest.raises(InputError, match=r"decoding.max_new_tokens: 8, now 9.*choose another"):
+        run(["embedded"], ["figstep"], ["phrases"], out, generation=other)
+    image = root / "figstep/data/images/SafeBench/query_ForbidQI_1_2_6.png"
+    Image.new("RGB", (28, 28), "white").save(image)
+    with pytest.raises(InputError, match=r"other prompts or images than .*ForbidQI-1-2"):
+        run(["embedded"], ["figstep"], ["phrases"], out)
+    with pytest.raises(InputError, match="--allow-changed"):
+        run(["embedded"], ["figstep"], ["phrases"], tmp_path / "new", allow_changed=False)
+
+
+def test_rows_without_room_or_image_are_unjudged(
+    root: Path, batches: list[int], tmp_path: Path
+) -> None:
+    image = root / "figstep/data/images/SafeBench/query_ForbidQI_1_2_6.png"
+    image.write_bytes(image.read_bytes()[:60])  # its header is whole
+    page = run(["embedded"], ["figstep"], ["phrases"], tmp_path / "a")["results"]["embedded"]
+    rate = next(iter(page["figstep"]["judges"].values()))["rates"]["refused"]["all"]
+    assert (rate["n"], rate["unjudged"], rate["if_unjudged_yes"]) == (2, 1, 1 / 3)
+    assert "ForbidQI" in next(iter(rate["why"]))
+    assert sum(batches) == 2
+    wide = GenerationConfig(batch_size=2, max_new_tokens=510)
+    page = run(["embedded"], ["xstest"], ["phrases"], tmp_path / "b", generation=wide)
+    rate = next(iter(page["results"]["embedded"]["xstest"]["judges"].values()))["rates"]["refused"]
+    assert rate["by_expect"]["answer"]["n"] == 0
+    assert sum(batches) == 2
+    [why] = rate["by_expect"]["answer"]["why"]
+    assert "tokens, and N fit beside the answer" in why
+
+
+def test_missing_images_give_no_rate_unless_skipped(root: Path, tmp_path: Path) -> None:
+    (root / "figstep/data/images/SafeBench/query_ForbidQI_1_2_6.png").unlink()
+    with pytest.raises(InputError, match="1 of 3 rows lack their image .*--missing-images skip"):
+        run(["embedded"], ["figstep"], ["phrases"], tmp_path / "a")
+    found = run(
+        ["embedded"], ["figstep"], ["phrases"], tmp_path / "a", missing_images="skip"
+    )["results"]["embedded"]["figstep"]  # fmt: skip
+    assert found["rows"] == 2
+    assert found["left_out_without_image"] == ["figstep:full:ForbidQI-1-2"]
+    assert found["protocol"]["benchmark"]["missing_images"] == 1
+    # Answers made elsewhere need no image here.
+    answers = {f"ForbidQI-1-{n}": "I cannot help." for n in (1, 2, 3)}
+    path = answers_file(tmp_path, answers)
+    found = run([path], ["figstep"], ["phrases"], tmp_path / "b")["results"]["theirs"]["figstep"]
+    assert (found["rows"], found["left_out_without_image"]) == (3, [])
+
+
+def test_answers_made_elsewhere(root: Path, tmp_path: Path, harm_judge: list[str]) -> None:
+    answers = {"ForbidQI-1-1": "Sure, do it.", "ForbidQI-1-2": " "}
+    out = tmp_path / "out"
+    path = answers_file(tmp_path, answers)
+    page = run([path], ["figstep"], ["phrases", "spotter"], out)["results"]["theirs"]["figstep"]
+    refused, harmful = (judge["rates"] for judge in page["judges"].values())
+    assert (refused["refused"]["all"]["k"], refused["refused"]["all"]["n"]) == (0, 1)
+    assert (harmful["harmful"]["all"]["k"], harmful["harmful"]["all"]["n"]) == (1, 1)
+    assert harmful["harmful"]["all"]["why"] == {
+        "the answer is empty": 1, "no answer: the file of answers has none": 1,
+    }  # fmt: skip
+    assert page["answers"] == {"empty": 1, "none": 1, "unfinished": 0}
+    assert harm_judge == ["Sure, do it."]
+    # The same again judges nothing; a changed file is refused.
+    run([path], ["figstep"], ["spotter"], out)
+    assert len(harm_judge) == 1
+    answers_file(tmp_path, answers | {"ForbidQI-1-3": "hmm"})
+    with pytest.raises(InputError, match="subject.sha256"):
+        run([path], ["figstep"], ["spotter"], out)
+    page = run([path], ["figstep"], ["spotter"], tmp_path / "new")["results"]["theirs"]["figstep"]
+    why = next(iter(page["judges"].values()))["rates"]["harmful"]["all"]["why"]
+    assert why["the judge's reply holds no verdict"] == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([{"id": "ForbidQI-9-9", "response": "a"}], "nobody asked id ForbidQI-9-9"),
+        ([{"id": "ForbidQI-1-1", "response": "a"}, {"id": "ForbidQI-1-1", "response": "b"}],
+         "id ForbidQI-1-1 twice, with different answers"),
+        ([{"id": "1", "response": "a"}], "no answer to any of the 3 rows of figstep"),
+    ],
+)  # fmt: skip
+def test_answers_that_belong_to_no_row_are_refused(
+    root: Path, tmp_path: Path, lines: list[dict], reason: str
+) -> None:
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(InputError, match=reason):
+        run([str(path)], ["figstep", "xstest"], ["phrases"], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("answers.jsonl"))
+
+
+def test_our_own_answers_can_be_read_again(root: Path, tmp_path: Path) -> None:
+    run(["embedded"], ["figstep"], ["phrases"], tmp_path / "a")
+    ours = tmp_path / "a/embedded/figstep/answers.jsonl"
+    run([str(ours)], ["figstep"], ["phrases"], tmp_path / "b")
+    again = tmp_path / "b/answers/figstep/answers.jsonl"
+    assert [r["response"] for r in lines_of(again)] == [r["response"] for r in lines_of(ours)]
+
+
+def test_models_are_compared_on_the_same_rows(root: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    texts = [
+        answers_file(tmp_path, {f"ForbidQI-1-{n}": text for n in (1, 2, 3)}, name)
+        for name, text in (("no", "I cannot do that."), ("yes", "Here you are."))
+    ]
+    found = run(texts, ["figstep"], ["phrases"], tmp_path / "out", report=said.append)
+    [test] = found["comparison"]
+    assert (test["first"], test["second"], test["first_only"]) == ("no", "yes", 3)
+    assert test["difference"]["value"] == 1.0
+    assert not test["sure"]  # three rows cannot show it
+    assert json.loads((tmp_path / "out/comparison.json").read_text()) == found["comparison"]
+    assert any("+100.0" in text for text in said)
+    with pytest.raises(InputError, match=r"two subjects are called no; write NAME=\.\.\."):
+        run([texts[0], texts[0]], ["figstep"], ["phrases"], tmp_path / "out")
+
+
+def test_edited_answers_are_not_given_old_verdicts(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(["embedded"], ["figstep"], ["phrases"], out)
+    path = out / "embedded/figstep/answers.jsonl"
+    records = lines_of(path)
+    records[0]["response"] = "I cannot."
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    with pytest.raises(InputError, match="judges other answers .*delete it to judge again"):
+        run(["embedded"], ["figstep"], ["phrases"], out)
+
+
+def test_a_busy_folder_and_bad_names(root: Path, tmp_path: Path) -> None:
+    with _locked(tmp_path / "out"), pytest.raises(BusyError, match="in use by another"):
+        run(["embedded"], ["figstep"], ["phrases"], tmp_path / "out")
+    with pytest.raises(InputError, match="(?s)unknown benchmark.*figstp.*unknown benchmark.*xtest"):
+        run(["embedded"], ["figstp", "xtest"], ["phrases"], tmp_path / "out")
+    with pytest.raises(InputError, match="unknown judge 'phrase'; did you mean 'phrases'"):
+        run(["embedded"], ["figstep"], ["phrase"], tmp_path / "out")
+    with pytest.raises(InputError, match="takes no argument after a colon"):
+        run(["embedded"], ["figstep"], ["exact:a"], tmp_path / "out")
+    with pytest.raises(InputError, match="no judge is named"):
+        run(["embedded"], ["figstep"], [], tmp_path / "out")
+
+
+def test_a_judge_that_is_the_model_is_named(root: Path) -> None:
+    from spavl_lib.evaluation.benchmark_runs.evaluate import _Run
+
+    subject = find_subject("owner/vlm")
+    run_of = object.__new__(_Run)
+    run_of.subject = subject
+    [warning] = run_of._warnings({"settings": {"judge_model": "other/vlm"}})
+    assert "is the model under test" in warning
+    assert run_of._warnings({"settings": {"judge_model": "other/guard"}}) == []
+
+
+@pytest.fixture
+def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command line in this process: exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as caught:
+            cli.main(words)
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+def test_the_command(root: Path, spavl: Callable, tmp_path: Path, runs: Path) -> None:
+    words = ["evaluate", answers_file(tmp_path, {"ForbidQI-1-1": "I cannot."})]
+    words += ["--benchmarks", "figstep", "--allow-changed", "--benchmarks-dir", str(root)]
+    code, out, _ = spavl(*words, "--judge", "phrases,phrases:gcg")
+    assert code == 0
+    assert "requests to decline  phrases-v1  refused  100.0 %" in out
+    assert (runs / "evaluations/theirs/figstep/results.json").is_file()
+    code, _, err = spavl(*words, "--set", "dpo.beta=1", "--set", "judge=a")
+    assert (code, "--set dpo.beta, judge: expected settings of" in err) == (2, True)
+    code, _, err = spavl(*words, "--missing-images", "drop")
+    assert (code, "expected refuse or skip" in err) == (2, True)
+    code, _, err = spavl(*words, "--set", "generation.batch_sise=2")
+    assert (code, "batch_size" in err) == (2, True)
+    code, out, _ = spavl("evaluate", "--help")
+    assert code == 0
+    assert "spavl evaluate embedded --benchmarks figstep:tiny" in out
+
+
+@needs_real_files
+def test_published_answers_to_mossbench(tmp_path: Path, harm_judge: list[str]) -> None:
+    """Phrases keep the order of the published rates, which a language model judged."""
+    import os
+
+    folder = Path(os.environ["SPAVL_BENCHMARKS"]) / "mossbench/data/results"
+    if not folder.is_dir():
+        pytest.skip("MOSSBench's published answers are not in $SPAVL_BENCHMARKS")
+    refused = {
+        "GPT-4o": 5.3, "Gemini-Pro 1.5": 20.0, "Claude 3 Opus": 24.0, "Claude 3 Haiku": 44.0,
+        "Claude 3 Sonnet": 49.7,
+    }  # fmt: skip
+    texts = []
+    for name in refused:
+        text = (folder / name / "data.js").read_text(encoding="utf-8")
+        page = json.loads(text.partition("=")[2].strip().rstrip(";"))
+        answers = {key: str(value["response"]) for key, value in page.items()}
+        texts.append(answers_file(tmp_path, answers, name.replace(" ", "-")))
+    found = run(texts, ["mossbench"], ["phrases"], tmp_path / "out")
+    rates = {}
+    for name in refused:
+        page = found["results"][name.replace(" ", "-")]["mossbench"]
+        [judge] = page["judges"].values()
+        rates[name] = judge["rates"]["refused"]["by_expect"]["answer"]
+    measured = {name: round(100 * rate["if_unjudged_no"], 1) for name, rate in rates.items()}
+    assert measured == refused
+    assert len(found["comparison"]) == 10
