@@ -29,6 +29,8 @@ app = typer.Typer(
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(model_app, name="model", help="Import LLaVA's checkpoints, export trained models.")
+judge_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(judge_app, name="judge", help="Fit a judge on people's labels.")
 app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
 
 Profile = Annotated[
@@ -71,6 +73,7 @@ def _spavl() -> None:
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl report demo                     write a run's report again
+      spavl label demo --n 200              label answers by hand, to correct the judge's rates
       spavl rerun demo                      make a run again and compare every number
 
     Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). If a command was
@@ -191,7 +194,75 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
-    _report(_run_path(run))
+    path = _run_path(run)
+    _update_people(path)
+    _report(path)
+
+
+@app.command()
+def label(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
+    n: Annotated[
+        int, typer.Option("--n", help="Number of answers to label; a larger one adds to the first.")
+    ] = 200,
+    rater: Annotated[str, typer.Option(help="Your name in the run's files.")] = "rater1",
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sets",
+            metavar="SET",
+            help="Test set to draw from. Repeatable.",
+            show_default="harm and look_alikes, or all if the run has neither",
+        ),
+    ] = None,
+    opens: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the notebook in JupyterLab.")
+    ] = True,
+) -> None:
+    """Label answers of a run by hand, to correct its judge's rates. Labels are saved one by one.
+
+    The answers are drawn once, at random by verdict and model. All raters label the same ones. The
+    command writes a notebook and opens it; the same command goes on later.
+
+    \b
+    Examples:
+      spavl label demo --n 200
+      spavl label demo --rater ann --no-open
+    """
+    import subprocess
+
+    from spavl_lib.evaluation.people.table import render_people_table
+    from spavl_lib.notebook.label_panel import write_label_notebook
+
+    path = _run_path(run)
+    notebook = write_label_notebook(path, rater, n, tuple(sets) if sets else None)
+    typer.echo(f"notebook: {notebook}")
+    if opens:
+        # Ends when the user stops JupyterLab; its exit code says nothing about the labels.
+        subprocess.run([sys.executable, "-m", "jupyterlab", str(notebook)], check=False)
+        typer.echo(render_people_table(_update_people(path)))
+
+
+@judge_app.command(name="fit")
+def fit_judge(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
+) -> None:
+    """Fit the home head, a small judge, on people's labels of a run.
+
+    The corrected rates of the run then use it, and `spavl label RUN --n MORE` draws the next
+    answers where it is least certain. It needs the extra judge-head.
+
+    \b
+    Example:
+      spavl judge fit demo
+    """
+    from spavl_lib.evaluation.head import Encoder
+    from spavl_lib.evaluation.people.fit import fit_run, render_fit
+    from spavl_lib.evaluation.people.table import render_people_table
+
+    path = _run_path(run)
+    typer.echo(render_fit(fit_run(path, Encoder())))
+    typer.echo(render_people_table(_update_people(path)))
 
 
 @data_app.command()
@@ -406,6 +477,13 @@ def _report(run_path: Path) -> None:
 
     write_report(run_path)
     print_results(run_path)
+
+
+def _update_people(run_path: Path) -> dict[str, Any]:
+    """Bring what a run's metrics.json says of people's labels up to date; return its contents."""
+    from spavl_lib.evaluation.people.rates import update_metrics
+
+    return update_metrics(run_path) if (run_path / "metrics.json").is_file() else {}
 
 
 def _allow(fields: list[str] | None) -> None:

@@ -21,6 +21,7 @@ from spavl_lib.evaluation.people.rates import (
     read_proxies,
 )
 from spavl_lib.evaluation.people.sample import read_sample, sampled_answers
+from spavl_lib.evaluation.text import MISSING
 from spavl_lib.runs.files import write_jsonl
 from spavl_lib.runs.paths import cache_root
 
@@ -115,6 +116,19 @@ def _agreement(chances: np.ndarray, labels: Sequence[bool | None]) -> JudgeAgree
     """The head's verdicts at probability 0.5 against the labels."""
     known = [(bool(p >= 0.5), y) for p, y in zip(chances, labels, strict=True) if y is not None]
     return judge_agreement([verdict for verdict, _ in known], [y for _, y in known])
+
+
+def render_fit(fit: Fit) -> str:
+    """How good a fitted head is on groups whose labels it has not seen, as lines of text."""
+    lines = [f"head: {fit.path}"]
+    for axis, found in fit.agreement.items():
+        value = MISSING if found.kappa is None else f"{found.kappa:.2f}"
+        lines.append(
+            f"{axis}: kappa {value} on {found.n} labels, cross-fitted "
+            f"({found.false_positives} false positives, {found.false_negatives} false negatives)"
+        )
+    lines += [f"{axis}: no head, because there are {why}" for axis, why in fit.skipped.items()]
+    return "\n".join(lines)
 
 
 def label_spread(run_path: Path) -> Mapping[Key, float] | None:
