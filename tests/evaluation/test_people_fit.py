@@ -1,6 +1,7 @@
 """The home head on people's labels of a run: fitted, cross-fitted, and used."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,6 +28,11 @@ from spavl_lib.evaluation.people.rates import (
 from spavl_lib.evaluation.people.sample import ensure_sample, read_sample, sampled_answers
 from spavl_lib.runs.files import read_jsonl
 from tests.evaluation.people_runs import HELP, REFUSALS, label_all, truth_of, write_people_run
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 class Words:

@@ -32,6 +32,11 @@ from tests.evaluation.people_runs import label_all, truth_of, write_people_run
 UNSAFE, SAFE, UNSURE = Label(True, "no"), Label(False, "yes"), Label(None, "partial")
 
 
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write_people_run(tmp_path / "r")

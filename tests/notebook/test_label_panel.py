@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -21,6 +22,11 @@ from spavl_lib.notebook.label_panel import (
     write_label_notebook,
 )
 from tests.evaluation.people_runs import write_people_run
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
