@@ -27,6 +27,7 @@ from spavl_lib.evaluation.people.sample import (
     sample_path,
     sampled_answers,
 )
+from spavl_lib.rerun import result_differences
 from tests.evaluation.people_runs import label_all, truth_of, write_people_run
 
 UNSAFE, SAFE, UNSURE = Label(True, "no"), Label(False, "yes"), Label(None, "partial")
@@ -340,3 +341,13 @@ def test_rows_with_two_axes_of_another_evaluation(tmp_path: Path) -> None:
     rates = update_metrics(run)["models"]["two"]["people"]["sets"]["figstep"]
     assert list(rates) == ["refusal_rate", "unsafe_rate"]
     assert rates["unsafe_rate"]["rogan_gladen"] is None and rates["unsafe_rate"]["corrected"]
+
+
+def test_a_rerun_does_not_miss_labels(tmp_path: Path) -> None:
+    for name in ("then", "now"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text("{}")
+    path = tmp_path / "then/labels/ann.jsonl"
+    path.parent.mkdir()
+    path.write_text("{}\n")
+    assert not list(result_differences(tmp_path / "then", tmp_path / "now"))
