@@ -30,6 +30,9 @@ from spavl_lib.stages import stage_names
 
 # Entries with times, memory and device names, which are not compared.
 NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
+PEOPLE = (
+    "labels"  # folder of labels by people and of what is fitted on them; nothing makes it again
+)
 CONDITIONS = (
     "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
     "determinism",
@@ -242,7 +245,7 @@ def result_differences(then: Path, now: Path) -> Iterator[str]:
         p.relative_to(stage)
         for stage in (then, now)
         for p in stage.rglob("*.jsonl")
-        if not set(VARIANT_FOLDERS) & set(p.relative_to(stage).parts)
+        if not {*VARIANT_FOLDERS, PEOPLE} & set(p.relative_to(stage).parts)
     }
     for name in sorted(names):
         if not ((then / name).is_file() and (now / name).is_file()):

@@ -7,17 +7,16 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from spavl_lib import stages
-from spavl_lib.cli import evaluate, judge
+from spavl_lib.cli import data, evaluate, judge, label, model
+from spavl_lib.cli.shared import run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
-from spavl_lib.runs.paths import runs_root
 from spavl_lib.runs.stage import Run
 
 app = typer.Typer(
@@ -27,12 +26,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-model_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
-app.add_typer(model_app, name="model", help="Import LLaVA's checkpoints, export trained models.")
-app.add_typer(data_app, name="data", help="Convert preference data, or check your own data.")
-app.add_typer(judge.app, name="judge", help="Measure judges against people's labels.")
+app.add_typer(model.app, name="model", help="Import LLaVA's checkpoints, export trained models.")
+app.add_typer(data.app, name="data", help="Convert preference data, or check your own data.")
+app.add_typer(judge.app, name="judge", help="Measure judges against people's labels, or fit one.")
 app.add_typer(evaluate.app)
+app.add_typer(label.app)
 
 Profile = Annotated[
     str,
@@ -75,6 +73,7 @@ def _spavl() -> None:
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl report demo                     write a run's report again
       spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks
+      spavl label demo --n 200              label answers by hand, to correct the judge's rates
       spavl rerun demo                      make a run again and compare every number
 
     Everything is written to runs/<run name>/ ($SPAVL_RUNS replaces runs/). If a command was
@@ -183,7 +182,7 @@ def rerun(
     if check not in ("exact", "conditions"):
         raise InputError(f"--check {check!r}: expected exact or conditions")
     comparison = rerun_module.rerun(
-        _run_path(run), only=tuple(stage or ()), check=check, say=typer.echo
+        run_path(run), only=tuple(stage or ()), check=check, say=typer.echo
     )
     if not comparison["equal"]:
         raise typer.Exit(1)
@@ -195,89 +194,9 @@ def report(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
 ) -> None:
     """Write a run's report.html again, and print its headline table."""
-    _report(_run_path(run))
-
-
-@data_app.command()
-def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
-) -> None:
-    """Convert data between the Hub's layout and the JSON lists and images that the SPA-VL authors'
-    code reads. SRC is a folder in either layout, or mini. Nothing is lost.
-
-    \b
-    Examples:
-      spavl data convert data/spa-vl out-json/
-      spavl data convert out-json/ out-hub/
-    """
-    from spavl_lib.data.convert import convert
-
-    _show(convert(source, target))
-
-
-@data_app.command()
-def check(
-    path: Annotated[
-        str,
-        typer.Argument(
-            metavar="PATH",
-            show_default=False,
-            help="mini, a folder (in the layout of the Hub or of the SPA-VL authors' code), a name "
-            "on the Hub, or a file of your own.",
-        ),
-    ],
-    model: Annotated[
-        str, typer.Option(help="Model whose tokens are counted; an empty name counts none.")
-    ] = "embedded",
-    max_length: Annotated[
-        int, typer.Option(help="Longest allowed sequence in tokens; 0: the model's context.")
-    ] = 0,
-    source: Annotated[
-        str, typer.Option(help="Value of data.source.", show_default="recognised from PATH")
-    ] = "",
-    image_root: Annotated[
-        str, typer.Option(help="Folder that image paths start from.", show_default=False)
-    ] = "",
-    revision: Annotated[
-        str, typer.Option(help="Commit, if PATH is a name on the Hub.", show_default="the newest")
-    ] = "",
-    columns: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="FIELD=COLUMN",
-            help="Your column for a field of data.columns. Repeatable, or separated by commas.",
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="File to write the whole report to, as JSON.")
-    ] = None,
-) -> None:
-    """Read data as a training run would, and describe it. Bad rows are listed, with exit code 2.
-
-    \b
-    Examples:
-      spavl data check mini
-      spavl data check my/pairs.json --image-root my/images --model llava-hf/llava-1.5-7b-hf
-      spavl data check my/pairs.csv --columns prompt=ask,image=photo
-    """
-    from spavl_lib.data.check import check, table
-    from spavl_lib.runs.files import write_json
-
-    processor = None
-    if model:
-        from spavl_lib.modelling.load import load_counter
-
-        processor, max_length = load_counter(model, max_length)
-    report = check(
-        path, source=source, image_root=image_root, revision=revision, columns=columns or (),
-        model=model, processor=processor, max_length=max_length,
-    )  # fmt: skip
-    if json_file:
-        write_json(json_file, report)
-    typer.echo(table(report))
-    if report["problems"]:
-        raise typer.Exit(2)
+    path = run_path(run)
+    update_people(path)
+    _report(path)
 
 
 @app.command()
@@ -334,37 +253,6 @@ def plan(
         raise typer.Exit(1)
 
 
-@model_app.command(name="import")
-def import_model(
-    source: Annotated[Path, typer.Argument(metavar="SRC", show_default=False)],
-    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
-    tower: Annotated[
-        Path | None, typer.Option(help="Folder of the CLIP vision tower, if SRC does not hold it.")
-    ] = None,
-) -> None:
-    """Convert a checkpoint of the LLaVA authors so that transformers and spavl can load it."""
-    from spavl_lib.modelling.llava_original import import_llava
-
-    _show(import_llava(source, target, tower))
-    typer.echo(f"done: --set model.name={target}")
-
-
-@model_app.command(name="export")
-def export_model(
-    stage: Annotated[
-        Path, typer.Argument(metavar="STAGE", help="Such as runs/paper/dpo.", show_default=False)
-    ],
-    target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
-    form: Annotated[
-        str, typer.Option(help="merged: one model; vllm: a base and an adapter that vLLM serves.")
-    ] = "merged",
-) -> None:
-    """Export a trained policy, with its model card, in a form that other tools can load."""
-    from spavl_lib.modelling.export import export
-
-    _show(export(stage, target, form))
-
-
 # --- helpers ------------------------------------------------------------------------------------
 
 
@@ -387,21 +275,6 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
             raise InputError(f"--set {key} is given twice: {parsed[key]!r} and {value.strip()!r}")
         parsed[key] = value.strip()
     return parsed
-
-
-def _run_path(run: str) -> Path:
-    """A run's folder, found by its path or by its name.
-
-    Raises:
-        InputError: There is no such run; the message lists the existing runs.
-    """
-    path = Path(run) if Path(run).is_dir() else runs_root() / run
-    if not path.is_dir():
-        names = {p.name for p in runs_root().glob("*/") if not p.name.startswith(".")}
-        known = sorted(names - {"evaluations"})  # of `spavl evaluate`
-        existing = f"existing runs: {', '.join(known)}" if known else "no run exists yet"
-        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({existing})")
-    return path
 
 
 def _report(run_path: Path) -> None:
@@ -431,11 +304,6 @@ def _config(
     if profile.endswith((".yaml", ".yml")):
         profile = str(Path(profile).absolute())
     return load_config(profile, overrides, seed=seed, run_name=run_name), overrides, profile
-
-
-def _show(result: Any) -> None:
-    if result is not None:
-        typer.echo(yaml.safe_dump(result, sort_keys=False, allow_unicode=True).rstrip())
 
 
 def main(args: Sequence[str] | None = None) -> None:

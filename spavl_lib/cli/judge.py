@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
+from spavl_lib.cli.shared import run_path, update_people
+
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def _judge() -> None:
-    """Measure judges against people's labels."""
+    """Measure judges against people's labels, or fit one."""
 
 
 @app.command()
@@ -80,3 +82,25 @@ def card(
         written = cards.judge_card(config, chosen, root=benchmarks_dir or None)
     typer.echo(cards.card_table(written))
     typer.echo(f"done: {cards.write_card(written, out)}")
+
+
+@app.command()
+def fit(
+    run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
+) -> None:
+    """Fit the home head, a small judge, on people's labels of a run.
+
+    The corrected rates of the run then use it, and `spavl label RUN --n MORE` draws the next
+    answers where it is least certain. It needs the extra judge-head.
+
+    \b
+    Example:
+      spavl judge fit demo
+    """
+    from spavl_lib.evaluation.head import Encoder
+    from spavl_lib.evaluation.people.fit import fit_run, render_fit
+    from spavl_lib.evaluation.people.table import render_people_table
+
+    path = run_path(run)
+    typer.echo(render_fit(fit_run(path, Encoder())))
+    typer.echo(render_people_table(update_people(path)))

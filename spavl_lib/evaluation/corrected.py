@@ -39,6 +39,7 @@ def draw_sample(
     n: int,
     *,
     spread: ArrayLike | None = None,
+    drawn: Sequence[int] = (),
     seed: int = 0,
 ) -> Sample:
     """Draw answers for labelling, at random within strata such as (verdict, model).
@@ -52,11 +53,14 @@ def draw_sample(
         n: Number of answers to draw.
         spread: The expected standard deviation of each answer's label, above 0, such as
             sqrt(p (1 - p)) of a judge's probability p. None: the same for all.
+        drawn: Positions of an earlier sample of these strata, which this one extends. They come
+            first, in their order. A random sample of a stratum and a random sample of the rest of
+            it are together a random sample of the stratum.
         seed: Seed of the draw.
 
     Raises:
-        ValueError: `n` is larger than the number of answers, or too small for two per stratum, or
-            a spread is not above 0.
+        ValueError: `n` is larger than the number of answers, or too small for two per stratum or
+            for the earlier sample, or a spread is not above 0.
 
     Source: Cochran 1977, Sampling Techniques, sections 5.5 and 5.9.
     """
@@ -65,23 +69,26 @@ def draw_sample(
     spreads = np.ones(len(index)) if spread is None else np.asarray(spread, dtype=float)
     if spreads.shape != index.shape or not (np.isfinite(spreads) & (spreads > 0)).all():
         raise ValueError("expected one finite spread above 0 for each answer")
-    least = np.minimum(sizes, MINIMUM)
+    before = np.asarray(drawn, dtype=int)
+    have = np.bincount(index[before], minlength=sizes.size)
+    least = np.maximum(np.minimum(sizes, MINIMUM), have)
     if not least.sum() <= n <= len(index):
         raise ValueError(
             f"expected between {least.sum()} and {len(index)} answers to label ({len(sizes)} "
-            f"strata need up to {MINIMUM} each), got {n}"
+            f"strata need up to {MINIMUM} each, {before.size} are drawn already), got {n}"
         )
     shares = np.bincount(index, weights=spreads)
     counts = _allocate(shares, least, sizes, n)
     rng = np.random.default_rng(seed)
-    rows = np.concatenate(
+    left = np.setdiff1d(np.arange(len(index)), before)
+    new = np.concatenate(
         [
-            rng.choice(np.flatnonzero(index == stratum), count, replace=False)
-            for stratum, count in enumerate(counts)
+            rng.choice(left[index[left] == stratum], count, replace=False)
+            for stratum, count in enumerate(counts - have)
         ]
     )
-    order = rng.permutation(len(rows))
-    return Sample(rows[order], (sizes / counts)[index[rows[order]]])
+    rows = np.concatenate([before, rng.permutation(new)])
+    return Sample(rows, (sizes / counts)[index[rows]])
 
 
 def _allocate(shares: np.ndarray, least: np.ndarray, most: np.ndarray, n: int) -> np.ndarray:

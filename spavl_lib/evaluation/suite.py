@@ -13,6 +13,7 @@ from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
 from spavl_lib.evaluation.numbers import percent, read_rate
+from spavl_lib.evaluation.people.rates import with_people
 from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.text import picture_name
 from spavl_lib.generation.generate import generate_batch
@@ -234,7 +235,7 @@ def write_metrics(run: Run) -> Path:
         "peak_memory_gib": {n: m.get("peak_memory_gib") for n, m in manifests.items()},
     }
     path = run.path / "metrics.json"
-    write_json(path, metrics)
+    write_json(path, with_people(metrics, run.path))
     return path
 
 

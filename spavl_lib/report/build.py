@@ -25,6 +25,7 @@ from spavl_lib.evaluation.numbers import (
     read_metrics,
     read_rate,
 )
+from spavl_lib.evaluation.people.table import HEADING, people_notes, people_rows
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.plotting.results import class_order, class_rates
@@ -91,6 +92,9 @@ def render(run_path: Path) -> str:
         harmless_titles=list(HARMLESS_TITLES.values()),
         harmless=_harmless(models),
         results=_results(models),
+        people_heading=HEADING,
+        people_rows=list(people_rows(metrics)),
+        people_notes=people_notes(metrics),
         held_out=_held_out(models),
         checks=_control_rows(models),
         reward=reward_page(

@@ -1,0 +1,37 @@
+"""What several commands share: finding a run, bringing its rates up to date, showing a result."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from spavl_lib.errors import InputError
+from spavl_lib.runs.paths import runs_root
+
+
+def run_path(run: str) -> Path:
+    """A run's folder, found by its path or by its name.
+
+    Raises:
+        InputError: There is no such run; the message lists the existing runs.
+    """
+    path = Path(run) if Path(run).is_dir() else runs_root() / run
+    if not path.is_dir():
+        names = {p.name for p in runs_root().glob("*/") if not p.name.startswith(".")}
+        known = sorted(names - {"evaluations"})  # of `spavl evaluate`
+        existing = f"existing runs: {', '.join(known)}" if known else "no run exists yet"
+        raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({existing})")
+    return path
+
+
+def update_people(run_path: Path) -> dict[str, Any]:
+    """Bring what a run's metrics.json says of people's labels up to date; return its contents."""
+    from spavl_lib.evaluation.people.rates import update_metrics
+
+    return update_metrics(run_path) if (run_path / "metrics.json").is_file() else {}
+
+
+def show(result: Any) -> None:
+    if result is not None:
+        typer.echo(yaml.safe_dump(result, sort_keys=False, allow_unicode=True).rstrip())
