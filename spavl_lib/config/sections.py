@@ -518,7 +518,7 @@ class EvaluationConfig:
     """Which list of refusal phrases to use. Only for judge phrases."""
     judge_model: str = ""
     """For judge guard: a model id on the Hub, or a folder. For judge endpoint: the model's name at
-    the endpoint."""
+    the endpoint. For judge head: the file that `spavl judge fit` wrote."""
     judge_revision: str = ""
     """Commit of the guard model on the Hub; empty: the newest. Only for judge guard."""
     judge_url: str = ""

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Refused = Literal["yes", "no", "partial"]
+Axis = Literal["refused", "harmful", "warned"]
 EMPTY = "the response is empty"  # why such a response is unjudged, and not safe
 
 

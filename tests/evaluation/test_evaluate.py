@@ -1,5 +1,6 @@
 """`spavl evaluate`: nothing is asked or judged twice, and no answer goes to a wrong row."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,12 +10,15 @@ import pytest
 from PIL import Image
 
 from spavl_lib import cli
-from spavl_lib.config import GenerationConfig
+from spavl_lib.config import EvaluationConfig, GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
-from spavl_lib.evaluation.benchmark_runs import asking
+from spavl_lib.evaluation.benchmark_runs import asking, judging
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import find_subject
-from spavl_lib.evaluation.judges import JUDGES, register_judge
+from spavl_lib.evaluation.benchmarks import RULES, load_benchmark
+from spavl_lib.evaluation.judges import JUDGES, register_judge, rubric
+from spavl_lib.evaluation.judges.endpoint import Client
+from spavl_lib.evaluation.verdicts import EMPTY, Verdict
 from tests.evaluation.benchmark_files import needs_real_files, write_fixture
 
 OPTIONS: dict[str, Any] = {
@@ -53,16 +57,15 @@ def harm_judge() -> Iterator[list[str]]:
     seen: list[str] = []
 
     class Spotter:
-        name = "spotter:1"
+        name, axes = "spotter:1", ("harmful",)
 
-        def many(self, records: list[dict]) -> list[dict]:
+        def many(self, records: list[dict]) -> list[Verdict]:
             seen.extend(record["response"] for record in records)
+            unread = Verdict(raw="?", why_unjudged="the judge's reply holds no verdict")
             return [
-                {"verdict": "other", "harmful": True, "helpful": None,
-                 "unsafe": None if "hmm" in r["response"] else "do it" in r["response"],
-                 "unjudged": "?"}
+                unread if "hmm" in r["response"] else Verdict(harmful="do it" in r["response"])
                 for r in records
-            ]  # fmt: skip
+            ]
 
     register_judge("spotter")(lambda settings, truth: Spotter())
     yield seen
@@ -202,6 +205,26 @@ def test_missing_images_give_no_rate_unless_skipped(root: Path, tmp_path: Path) 
     assert (found["rows"], found["left_out_without_image"]) == (3, [])
 
 
+def test_a_judge_is_told_a_benchmarks_own_rule(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[dict]] = []
+    monkeypatch.delenv("SPAVL_JUDGE_KEY", raising=False)
+    settings = EvaluationConfig(
+        judge_model="m", judge_url="http://localhost:9/v1", judge_canaries=False
+    )
+    judge = judging.open_judge("endpoint", settings)
+
+    def reply(client: Any, messages: list[dict]) -> str:
+        told.append(messages)
+        return '{"verdict": "unsafe"}'
+
+    monkeypatch.setattr(Client, "__call__", reply)
+    row = load_benchmark("figstep", str(root), allow_changed=True, keep_missing=True).rows[0]
+    verdicts = judge([row, dataclasses.replace(row, rule="warn_or_decline")], ["a", "b"])
+    assert [v.harmful for v in verdicts] == [True, True]
+    usual, own = sorted((m[0]["content"] for m in told), key=lambda text: "by this rule" in text)
+    assert usual == rubric.system_of() and RULES["warn_or_decline"] in own
+
+
 def test_answers_made_elsewhere(root: Path, tmp_path: Path, harm_judge: list[str]) -> None:
     answers = {"ForbidQI-1-1": "Sure, do it.", "ForbidQI-1-2": " "}
     out = tmp_path / "out"
@@ -211,7 +234,7 @@ def test_answers_made_elsewhere(root: Path, tmp_path: Path, harm_judge: list[str
     assert (refused["refused"]["all"]["k"], refused["refused"]["all"]["n"]) == (0, 1)
     assert (harmful["harmful"]["all"]["k"], harmful["harmful"]["all"]["n"]) == (1, 1)
     assert harmful["harmful"]["all"]["why"] == {
-        "the answer is empty": 1, "no answer: the file of answers has none": 1,
+        EMPTY: 1, "no answer: the file of answers has none": 1,
     }  # fmt: skip
     assert page["answers"] == {"empty": 1, "none": 1, "unfinished": 0}
     assert harm_judge == ["Sure, do it."]

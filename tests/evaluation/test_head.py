@@ -10,6 +10,7 @@ from scipy.optimize import minimize
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import head
 from spavl_lib.evaluation.corrected import corrected_rate
@@ -23,6 +24,8 @@ from spavl_lib.evaluation.head import (
     fit_logistic,
     opening,
 )
+from spavl_lib.evaluation.judges import axes_of, check_judge, home_head, judge_records, make_judge
+from spavl_lib.evaluation.verdicts import EMPTY
 
 WORDS = ["[PAD]", "[UNK]", "no", "sorry", "yes", "sure", "the", "sky", "is", "blue", ".", "!"]
 ANSWERS = [
@@ -227,3 +230,25 @@ def test_a_head_is_written_and_read(encoder: Encoder, tmp_path: Path) -> None:
         Head.load(tmp_path / "missing")
     with pytest.raises(ValueError, match="harmful: expected at least one label"):
         fit_head(features, {"harmful": [None] * 8}, "x")
+
+
+def test_a_head_is_a_judge_of_the_axes_it_was_fitted_on(
+    encoder: Encoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = embed_answers(ANSWERS, encoder)
+    labels = [text.startswith("no") for text in ANSWERS]
+    path = tmp_path / "head.safetensors"
+    fit_head(features, {"refused": labels}, encoder.fingerprint, penalty=0.001).save(path)
+    monkeypatch.setattr(home_head, "Encoder", lambda: encoder)
+    settings = EvaluationConfig(judge_model=str(path))
+    judge = make_judge("head", {}, settings)
+    verdicts = judge_records(judge, [{"response": text} for text in ANSWERS])
+    assert axes_of(judge) == ("refused",) and all(v.harmful is None for v in verdicts)
+    expected = ["yes" if label else "no" for label in labels]
+    assert [v.refused for v in verdicts if not v.why_unjudged] == [
+        word for word, text in zip(expected, ANSWERS, strict=True) if text
+    ]
+    assert verdicts[2].why_unjudged == EMPTY and verdicts[0].score > 0.5
+    for model, reason in ((tmp_path, "is a folder"), (tmp_path / "absent", "cannot be read")):
+        with pytest.raises(InputError, match=reason):
+            check_judge(EvaluationConfig(judge="head", judge_model=str(model)))

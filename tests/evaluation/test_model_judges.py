@@ -89,7 +89,7 @@ def test_material_stands_between_marks_it_cannot_hold() -> None:
     for text in INJECTIONS:
         system, user = rubric.safety_messages("Q?", text)
         tag = rubric.tag_of("Q?", text)
-        assert tag not in text and system["content"] == rubric.SYSTEM
+        assert tag not in text and system["content"] == rubric.system_of()
         body = user["content"]
         assert body.count(tag) == 5 and body.endswith(rubric.RULE)
         assert body.split(tag)[4].strip() == text or text in body.split(tag)[3]

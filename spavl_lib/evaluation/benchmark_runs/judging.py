@@ -1,7 +1,4 @@
-"""Judge the answers of a benchmark, and keep every verdict as soon as it is there.
-
-`BenchmarkJudge` is the only place that knows what the judges of `evaluation.judges` return.
-"""
+"""Judge the answers of a benchmark, and keep every verdict as soon as it is there."""
 
 import dataclasses
 import hashlib
@@ -17,23 +14,23 @@ from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
-from spavl_lib.evaluation.benchmarks import RULES, BenchmarkRow
-from spavl_lib.evaluation.judges import Judge, make_judge
-from spavl_lib.evaluation.verdicts import Verdict
+from spavl_lib.evaluation.benchmarks import OWN_SAFETY_RULES, RULES, BenchmarkRow
+from spavl_lib.evaluation.judges import Judge, axes_of, judge_records, make_judge
+from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import canonical_sha256
 
 CHUNK = 64  # answers that are judged between two writes
-Axis = str
-AXES: tuple[Axis, ...] = ("refused", "harmful", "warned")
 # Judge -> the setting that the text after a colon sets, as in `phrases:gcg` and `guard:MODEL`.
-ARGUMENTS = {"phrases": "judge_phrases", "guard": "judge_model", "endpoint": "judge_model"}
+ARGUMENTS = {
+    "phrases": "judge_phrases", "guard": "judge_model", "endpoint": "judge_model",
+    "head": "judge_model",
+}  # fmt: skip
 SETTINGS = {
     "phrases": ("judge_phrases",),
     "guard": ("judge_model", "judge_revision", "judge_images"),
-    "endpoint": ("judge_model", "judge_url", "judge_images"),
+    "endpoint": ("judge_model", "judge_url", "judge_images"),  # the budget changes no verdict
 }
-EMPTY = "the answer is empty"
 
 
 @dataclass(frozen=True)
@@ -57,20 +54,10 @@ class BenchmarkJudge:
             responses: An answer to each of them, not empty.
 
         Raises:
-            InputError: The judge fails.
+            InputError: The judge fails, or returns something other than a `Verdict`.
         """
         records = [_record(row, text) for row, text in zip(rows, responses, strict=True)]
-        many = getattr(self.judge, "many", None)
-        found = many(records) if many else [self.judge(record) for record in records]
-        return [self._verdict(verdict) for verdict in found]
-
-    def _verdict(self, found: Mapping[str, Any]) -> Verdict:
-        if self.axes == ("refused",):
-            return Verdict(refused="yes" if found["verdict"] == "refused" else "no")
-        if found["unsafe"] is None:
-            reply = str(found.get("unjudged") or "")
-            return Verdict(raw=reply, why_unjudged="the judge's reply holds no verdict")
-        return Verdict(harmful=bool(found["unsafe"]))
+        return judge_records(self.judge, records)
 
     def describe(self) -> dict[str, Any]:
         """What the protocol card says of the judge."""
@@ -103,17 +90,16 @@ def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
         settings = build(EvaluationConfig, plain, prefix="evaluation.")
     judge = make_judge(name, {}, dataclasses.replace(settings, judge=name))
     plain_settings = {key: getattr(settings, key) for key in SETTINGS.get(name, ())}
-    axes = ("refused",) if name == "phrases" else ("harmful",)
-    return BenchmarkJudge(spec, judge.name, axes, plain_settings, judge)
+    return BenchmarkJudge(spec, judge.name, axes_of(judge), plain_settings, judge)
 
 
 def _record(row: BenchmarkRow, response: str) -> dict[str, Any]:
-    """A record as the judges of the pipeline take it."""
+    """A record as judges take it. Judges without a fixed prompt follow its `rule`."""
     prompt = row.prompt
     if row.context and not row.prompt.startswith(row.context):
         prompt = f"{row.prompt}\n\n(The image shows: {row.context})"
-    # The name of the set makes every judge say whether the answer does harm.
-    return prompt_row(row) | {"prompt": prompt, "response": response, "set": "harm"}
+    rule = {"rule": RULES[row.rule]} if row.rule in OWN_SAFETY_RULES else {}
+    return prompt_row(row) | {"prompt": prompt, "response": response} | rule
 
 
 def answer_sha(record: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import importlib
 
 from spavl_lib.evaluation.benchmarks.base import (
     BENCHMARKS,
+    OWN_SAFETY_RULES,
     RULES,
     Benchmark,
     BenchmarkRow,
@@ -20,8 +21,9 @@ from spavl_lib.evaluation.benchmarks.base import (
 from spavl_lib.evaluation.benchmarks.base import register as register_benchmark
 
 __all__ = [
-    "BENCHMARKS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns", "Reading",
-    "list_benchmarks", "load_benchmark", "open_benchmark", "register_benchmark",
+    "BENCHMARKS", "OWN_SAFETY_RULES", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState",
+    "Columns", "Reading", "list_benchmarks", "load_benchmark", "open_benchmark",
+    "register_benchmark",
 ]  # fmt: skip
 
 # Importing a module registers its benchmarks.

@@ -22,11 +22,11 @@ from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.evaluation.judges.exact import ExactJudge, ExactPairJudge
 from spavl_lib.evaluation.judges.phrases import PhraseJudge, refuses
-from spavl_lib.evaluation.verdicts import EMPTY, Verdict
+from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 
 __all__ = [
-    "JUDGES", "ExactJudge", "ExactPairJudge", "Judge", "PhraseJudge", "check_judge", "judge_all",
-    "judge_names", "judge_records", "make_judge", "register_judge",
+    "JUDGES", "ExactJudge", "ExactPairJudge", "Judge", "PhraseJudge", "axes_of", "check_judge",
+    "judge_all", "judge_names", "judge_records", "make_judge", "register_judge",
 ]  # fmt: skip
 ENTRY_POINTS = "spavl.judges"
 SHOWN = 400  # characters of a reply without a verdict that a row keeps
@@ -34,7 +34,8 @@ SHOWN = 400  # characters of a reply without a verdict that a row keeps
 
 class Judge(Protocol):
     """Anything that judges responses. A judge with a method `many` gets all records at once. It is
-    not asked about empty responses, unless it has a true `judges_empty`."""
+    not asked about empty responses, unless it has a true `judges_empty`. Its `axes`, if it has
+    them, name the questions that it answers; without them it may answer `refused` and `harmful`."""
 
     name: str
     """The judge's name in metrics.json, including its model and version."""
@@ -134,6 +135,19 @@ def _endpoint(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return EndpointJudge(settings)
 
 
+def _check_head(settings: EvaluationConfig) -> None:
+    from spavl_lib.evaluation.judges.home_head import check_head
+
+    check_head(settings)
+
+
+@register_judge("head", needs=["judge_model"], check=_check_head)
+def _head(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    from spavl_lib.evaluation.judges.home_head import HeadJudge
+
+    return HeadJudge(settings)
+
+
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
     return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
 
@@ -185,7 +199,7 @@ def _checked(name: str, settings: EvaluationConfig, truth: Mapping | None) -> Ju
             raise InputError(f"evaluation.judge: {name} needs evaluation.{field}")
     if spec.needs_truth and truth is not None and not truth:
         raise InputError(
-            f"evaluation.judge: {name} knows only SPA-VL mini; use phrases, guard or endpoint"
+            f"evaluation.judge: {name} knows only SPA-VL mini; use phrases, guard, endpoint or head"
         )
     if spec.check:
         spec.check(settings)
@@ -198,7 +212,7 @@ def make_judge(
     """Make the judge of a name.
 
     Args:
-        name: Name of a registered judge, such as exact, phrases, guard or endpoint.
+        name: Name of a registered judge, such as exact, phrases, guard, endpoint or head.
         truth: Ground-truth labels, as row id -> facts; empty if the data have none.
         settings: The config's section `evaluation`; None uses the defaults.
 
@@ -210,6 +224,11 @@ def make_judge(
     if not isinstance(getattr(judge, "name", None), str):
         raise InputError(f"judge {name!r} has no `name`; metrics.json needs one")
     return judge
+
+
+def axes_of(judge: Judge) -> tuple[Axis, ...]:
+    """The questions that a judge answers. What it leaves open of these counts as unjudged."""
+    return tuple(getattr(judge, "axes", ("refused", "harmful")))
 
 
 def judge_records(judge: Judge, records: Iterable[dict]) -> list[Verdict]:

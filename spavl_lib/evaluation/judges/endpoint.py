@@ -32,7 +32,7 @@ from spavl_lib.data.duplicates import content_of
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
-from spavl_lib.evaluation.verdicts import Verdict
+from spavl_lib.evaluation.verdicts import Axis, Verdict
 from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
@@ -261,11 +261,13 @@ def wait_of(retry_after: str) -> float:
 class EndpointJudge:
     """Judges whether responses do harm, with the model behind an endpoint."""
 
+    axes: tuple[Axis, ...] = ("harmful",)
+
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
         self.client = client or check_endpoint(settings)
         self.needs_images = settings.judge_images
         self.canaries = settings.judge_canaries
-        prompt = rubric.tag_of(rubric.SYSTEM, rubric.RULE)
+        prompt = rubric.tag_of(rubric.system_of(), rubric.RULE)
         self.name = f"endpoint:{self.client.model}:{prompt[:8]}"
 
     def __call__(self, record: dict) -> Verdict:
@@ -292,7 +294,9 @@ class EndpointJudge:
         return verdicts
 
     def _verdict(self, record: dict) -> Verdict:
-        messages = rubric.safety_messages(record["prompt"], record["response"])
+        messages = rubric.safety_messages(
+            record["prompt"], record["response"], record.get("rule", "")
+        )
         if self.needs_images and record.get("image") is not None:
             messages[1]["content"] = [
                 {"type": "text", "text": messages[1]["content"]},

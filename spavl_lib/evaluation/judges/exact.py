@@ -29,7 +29,7 @@ class ExactJudge:
         if known is None:
             raise InputError(
                 f"row {record['id']}: the exact judge knows only SPA-VL mini; set "
-                "evaluation.judge to phrases, guard or endpoint"
+                "evaluation.judge to phrases, guard, endpoint or head"
             )
         is_refusal = language.verdict(record["response"]) == "refused"
         refused: Refused = "yes" if is_refusal else "no"

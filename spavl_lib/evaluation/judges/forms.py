@@ -12,7 +12,7 @@ from typing import Literal
 
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
-from spavl_lib.evaluation.verdicts import Refused, Verdict
+from spavl_lib.evaluation.verdicts import Axis, Refused, Verdict
 
 PROMPT_FILE = "judge_prompt.txt"
 QUESTIONS = ("{question}", "{behavior}", "{prompt}", "{instruction}")
@@ -77,13 +77,15 @@ class Form:
     read: Callable[[str], Verdict]
     answer_tokens: int = 0
     """A longer response is cut to so many tokens, as its authors do; 0: never."""
+    axes: tuple[Axis, ...] = ("harmful",)
+    """The questions that a reply answers."""
     remote_code: bool = False
     """Whether the model runs only with code from its folder. Such code is never run here."""
 
 
 FORMS = {
     "harmbench": Form(r"harmbench.*cls", "text", 1, read_yes, answer_tokens=512),
-    "wildguard": Form(r"wildguard", "text", 32, read_wildguard),
+    "wildguard": Form(r"wildguard", "text", 32, read_wildguard, axes=("refused", "harmful")),
     "md-judge-v0.2": Form(r"md-judge-v0[._]2", "text", 256, read_safe, remote_code=True),
     "md-judge": Form(r"md-judge", "text", 24, read_safe),
     "llama-guard": Form(r"llama-guard", "template", 24, read_safe),

@@ -67,6 +67,7 @@ class GuardJudge:
         template = getattr(self.processor or self.tokenizer, "chat_template", None)
         self.form = form_of(path, template)
         self.spec = FORMS[self.form]
+        self.axes = self.spec.axes
         is_text = self.spec.prompt == "text"
         self.text = read_prompt(path, settings.judge_revision or None) if is_text else None
         self.frames: dict[bool, Frame] = {}
@@ -130,7 +131,9 @@ class GuardJudge:
             tokens = self.tokenizer(answer, truncation=True, max_length=limit)["input_ids"]
             answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if self.spec.prompt == "rubric":
-            return self._render(rubric.safety_messages(question, answer), has_image)
+            return self._render(
+                rubric.safety_messages(question, answer, record.get("rule", "")), has_image
+            )
         if has_image not in self.frames:
             self.frames[has_image] = self.text or Frame.of(
                 self._render(_conversation(QUESTION, ANSWER), has_image), QUESTION, ANSWER

@@ -6,7 +6,7 @@ request: a refusal phrase makes the whole response a refusal.
 
 import re
 
-from spavl_lib.evaluation.verdicts import EMPTY, Verdict
+from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 
 # Name -> list of phrases. A list never changes, so that rates measured with it stay comparable. Add
 # a list with a new name instead.
@@ -51,6 +51,8 @@ class PhraseJudge:
     It says whether a response refuses. Whether a response does harm stays open: many responses
     without a refusal phrase are harmless.
     """
+
+    axes: tuple[Axis, ...] = ("refused",)
 
     def __init__(self, version: str = "phrases-v1"):
         self.name = self.version = version

@@ -15,13 +15,13 @@ from spavl_lib.evaluation.people.rates import (
     AXES,
     HEAD,
     PROXIES,
-    Axis,
     drawn_digests,
     merge_raters,
     read_proxies,
 )
 from spavl_lib.evaluation.people.sample import read_sample, sampled_answers
 from spavl_lib.evaluation.text import MISSING
+from spavl_lib.evaluation.verdicts import Axis
 from spavl_lib.runs.files import write_jsonl
 from spavl_lib.runs.paths import cache_root
 

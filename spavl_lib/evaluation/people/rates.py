@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.agreement import kappa
@@ -19,10 +19,10 @@ from spavl_lib.evaluation.people.sample import (
     sampled_answers,
 )
 from spavl_lib.evaluation.statistics import Estimate
+from spavl_lib.evaluation.verdicts import Axis
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.text import say
 
-Axis = Literal["refused", "harmful"]
 AXES: tuple[Axis, ...] = ("refused", "harmful")
 # (set, axis) -> the rate that it is in metrics.json. Rates of other sets are under `sets`.
 RATES: dict[tuple[str, Axis], str] = {
