@@ -35,8 +35,8 @@ def evaluate(
         str,
         typer.Option(
             help="Names, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
-            "endpoint:MODEL (with --set evaluation.judge_url=URL), head:FILE (of `spavl judge fit`), "
-            "or one of another package."
+            "endpoint:MODEL (with --set evaluation.judge_url=URL), head:FILE (which `spavl judge "
+            "fit` wrote), or one of another package."
         ),
     ] = "phrases",
     benchmarks_dir: Annotated[
