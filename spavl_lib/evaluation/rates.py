@@ -73,11 +73,6 @@ class Rate:
             return MISSING
         return f"{100 * self.ci_low:.1f}–{100 * self.ci_high:.1f}\u00a0%"
 
-    def apart(self, other: "Rate") -> bool:
-        """Whether the two intervals do not overlap."""
-        low, high = sorted((self, other), key=lambda rate: rate.value)
-        return low.value + low.errors[1] < high.value - high.errors[0]
-
 
 def count_rate(k: int, n: int) -> dict | None:
     """The share `k` of `n` in its JSON form; None if `n` is 0."""

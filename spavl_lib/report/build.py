@@ -6,38 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from spavl_lib import plotting
-from spavl_lib.data.taxonomy import display
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import (
     HARMLESS_TITLES,
     Metric,
-    duration,
     harm_metric,
     measured_metrics,
     measured_on,
     model_title,
     models_of,
-    percent,
     read_metrics,
     read_rate,
 )
+from spavl_lib.evaluation.paired import MEANING, PairedTable, against_base
+from spavl_lib.evaluation.paired import lines as paired_lines
 from spavl_lib.evaluation.people.table import HEADING, people_notes, people_rows
 from spavl_lib.evaluation.rates import Rate
-from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.plotting.results import class_order, class_rates
 from spavl_lib.report import collect, gallery
 from spavl_lib.report.charts import saved_figures, svg_uri
 from spavl_lib.report.headline import headlines
 from spavl_lib.report.lacks import lacks
+from spavl_lib.report.rendering import HERE, environment
 from spavl_lib.report.training import policy_page, reward_page
 from spavl_lib.runs.files import write_text
-
-_HERE = Path(__file__).parent
-_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +43,7 @@ class Cell:
     delta: float | None = None
     """Difference from the base model in percentage points."""
     sure: bool = False
-    """Whether the interval of this rate and that of the base model's rate do not overlap."""
+    """Whether the paired test finds a difference from the base model on the same rows."""
     good: bool = False
     """Whether the difference is an improvement."""
 
@@ -71,13 +66,14 @@ def render(run_path: Path) -> str:
     manifests = [stage.manifest for stage in stages if stage.manifest]
     config = collect.run_config(stages)
     models = models_of(metrics)
+    paired = against_base(metrics, run_path / "evaluation")
     compared = _model_to_compare(models, run_path / "evaluation")
     tiles, total = gallery.build_gallery(run_path / "evaluation", compared)
     name = run_path.resolve().name
     commands = collect.commands(name, config, manifests)
-    script = (_HERE / "report.js").read_text(encoding="utf-8")
+    script = (HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
-    return _environment().get_template("template.html.j2").render(
+    return environment().get_template("template.html.j2").render(
         name=name,
         profile=metrics.get("profile") or config.get("profile"),
         device=next((m["device"] for m in (metrics, *manifests) if m.get("device")), None),
@@ -86,12 +82,15 @@ def render(run_path: Path) -> str:
         measured_on=measured_on(metrics),
         lacks=lacks(metrics, run_path / "data" / "summary.json"),
         judge=str(metrics.get("judge") or ""),
-        sentences=headlines(metrics),
+        sentences=headlines(metrics, paired),
         metrics_list=measured_metrics(models),
         harm=harm_metric(models),
         harmless_titles=list(HARMLESS_TITLES.values()),
         harmless=_harmless(models),
-        results=_results(models),
+        results=_results(models, paired),
+        paired_lines=paired_lines(paired),
+        paired_meaning=MEANING,
+        paired_lacking=paired.lacking,
         people_heading=HEADING,
         people_rows=list(people_rows(metrics)),
         people_notes=people_notes(metrics),
@@ -115,7 +114,6 @@ def render(run_path: Path) -> str:
         notes=[*problems, *collect.disagreements(stages)],
         commands=commands,
         run_command=next(line for line in commands if line.startswith("spavl run")),
-        style=Markup((_HERE / "report.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_hash=Markup(f"sha256-{digest}"),
     )  # fmt: skip
@@ -126,34 +124,6 @@ def _is_mini(metrics: dict, config: dict) -> bool:
     origin = metrics.get("prompts")
     asked_mini = not isinstance(origin, dict) or bool(origin.get("mini"))
     return (config.get("data") or {}).get("source") == "mini" and asked_mini
-
-
-def _environment() -> jinja2.Environment:
-    """A Jinja environment that escapes every value and makes invisible characters visible."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        finalize=_display,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "display": lambda name: short(display(name)),
-        "duration": duration,
-        "moment": lambda text: str(text or MISSING).replace("T", " ")[:16],
-        "stage_title": lambda name: _STAGE_TITLES.get(name, name.capitalize()),
-    }
-    environment.globals |= {"missing": MISSING, "set_title": gallery.set_title}
-    environment.globals["changes"] = gallery.CHANGES
-    return environment
-
-
-def _display(value: Any) -> Any:
-    if isinstance(value, Markup):
-        return value
-    return MISSING if value is None else clean(value)
 
 
 def _model_to_compare(models: dict, evaluation: Path) -> str | None:
@@ -168,15 +138,15 @@ def _model_to_compare(models: dict, evaluation: Path) -> str | None:
     return trained[-1] if trained else None
 
 
-def _cell(metric: Metric, rate: Rate | None, base: Rate | None) -> Cell:
+def _cell(metric: Metric, rate: Rate | None, base: Rate | None, sure: bool | None) -> Cell:
     if rate is None or base is None:
         return Cell(rate)
     delta = 100 * (rate.value - base.value)
     better = delta < 0 if metric.good == "low" else delta > 0
-    return Cell(rate, delta, rate.apart(base), better)
+    return Cell(rate, delta, bool(sure), better)
 
 
-def _results(models: dict) -> list[tuple[str, list[Cell]]]:
+def _results(models: dict, paired: PairedTable) -> list[tuple[str, list[Cell]]]:
     """Each model's title and its rates, compared with the base model."""
     rows = []
     metrics = measured_metrics(models)
@@ -185,7 +155,12 @@ def _results(models: dict) -> list[tuple[str, list[Cell]]]:
         rows.append(
             (
                 model_title(name),
-                [_cell(m, read_rate(cells, m.key), read_rate(base, m.key)) for m in metrics],
+                [
+                    _cell(
+                        m, read_rate(cells, m.key), read_rate(base, m.key), paired.sure(name, m.key)
+                    )
+                    for m in metrics
+                ],
             )
         )
     return rows

@@ -10,24 +10,30 @@ from spavl_lib.evaluation.numbers import (
     percent,
     read_rate,
 )
+from spavl_lib.evaluation.paired import PairedTable
 from spavl_lib.evaluation.rates import Rate
 
 
-def headlines(metrics: Mapping) -> list[str]:
+def headlines(metrics: Mapping, paired: PairedTable) -> list[str]:
     """One sentence for each trained model, or for the base model if it is the only one.
 
-    Two rates count as different only if their intervals do not overlap. Where the prompts do not
+    Two rates count as different only if the paired test is sure of it. Where the prompts do not
     belong to the data, each sentence names them.
+
+    Args:
+        metrics: The contents of metrics.json.
+        paired: The tests of the trained models against the base model.
     """
     models = models_of(metrics)
     base = models.get("base", {})
     trained = {name: cells for name, cells in models.items() if name != "base"} or models
     whose = (metrics.get("prompts") or {}).get("name") if measured_on(metrics) else ""
     place = f"On {whose}: " if whose else ""
-    return [place + _sentence(model_title(name), base, cells) for name, cells in trained.items()]
+    return [place + _sentence(name, base, cells, paired) for name, cells in trained.items()]
 
 
-def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
+def _sentence(name: str, base: Mapping, cells: Mapping, paired: PairedTable) -> str:
+    title = model_title(name)
     unsafe, helpful = read_rate(cells, "unsafe_rate"), read_rate(cells, "helpful_rate")
     refused = read_rate(cells, REFUSAL_RATE.key)
     if unsafe is None and helpful is None and refused is None:
@@ -35,8 +41,8 @@ def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
     was_unsafe, was_helpful = read_rate(base, "unsafe_rate"), read_rate(base, "helpful_rate")
     if cells is base or not (unsafe and helpful and was_unsafe and was_helpful):
         parts = [
-            f"{name} {percent(rate)}"
-            for name, rate in (
+            f"{what} {percent(rate)}"
+            for what, rate in (
                 ("unsafe rate", unsafe),
                 ("refusal rate", refused),
                 ("helpful rate", helpful),
@@ -44,22 +50,26 @@ def _sentence(title: str, base: Mapping, cells: Mapping) -> str:
             if rate is not None
         ]
         return f"{title}: {', '.join(parts)}."
-    gain, first = _unsafe_part(was_unsafe, unsafe)
-    other_gain, second = _helpful_part(was_helpful, helpful)
+    gain, first = _unsafe_part(was_unsafe, unsafe, paired.sure(name, "unsafe_rate"))
+    other_gain, second = _helpful_part(was_helpful, helpful, paired.sure(name, "helpful_rate"))
     return f"{title} {first}{', but' if gain * other_gain < 0 else ' and'} {second}."
 
 
-def _unsafe_part(before: Rate, after: Rate) -> tuple[int, str]:
+def _unsafe_part(before: Rate, after: Rate, sure: bool | None) -> tuple[int, str]:
     span = f"from {percent(before)} to {percent(after)}"
-    if not before.apart(after):
+    if sure is None:
+        return 0, f"has an unsafe rate of {percent(after)} (base {percent(before)}, not tested)"
+    if not sure:
         return 0, f"made no measurable difference to the unsafe rate ({span})"
     if after.value < before.value:
         return 1, f"reduced the unsafe rate {span}"
     return -1, f"raised the unsafe rate {span}"
 
 
-def _helpful_part(before: Rate, after: Rate) -> tuple[int, str]:
-    if not before.apart(after):
+def _helpful_part(before: Rate, after: Rate, sure: bool | None) -> tuple[int, str]:
+    if sure is None:
+        return 0, f"has a helpful rate of {percent(after)} (base {percent(before)}, not tested)"
+    if not sure:
         return 0, f"kept helpfulness at {percent(after)} (base {percent(before)})"
     span = f"helpfulness from {percent(before)} to {percent(after)}"
     return (1, f"raised {span}") if after.value > before.value else (-1, f"lowered {span}")

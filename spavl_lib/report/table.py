@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from spavl_lib.evaluation.benchmark_runs.results import table
 from spavl_lib.evaluation.numbers import (
     HARMLESS_TITLES,
     measured_metrics,
@@ -13,6 +14,7 @@ from spavl_lib.evaluation.numbers import (
     read_metrics,
     read_rate,
 )
+from spavl_lib.evaluation.paired import against_base, lines
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING
 from spavl_lib.runs.text import say, short_path
@@ -54,6 +56,19 @@ def render_harmless_table(metrics: Mapping | Path | str) -> str:
     heading = ["", *HARMLESS_TITLES.values()]
     rows = [(n, [read_rate(c, key) for key in HARMLESS_TITLES]) for n, c in counted.items()]
     return _aligned(heading, rows, measured_on(page))
+
+
+def render_paired_table(metrics: Mapping | Path | str, evaluation: Path) -> str:
+    """The paired tests of every trained model against the base model, as aligned plain text.
+
+    Args:
+        metrics: The contents of metrics.json, or its path.
+        evaluation: The evaluation stage's folder, which holds the verdict on every answer.
+    """
+    paired = against_base(read_metrics(metrics), evaluation)
+    rows = lines(paired)
+    note = [paired.lacking] if paired.lacking else []
+    return "\n".join([table(rows), *note] if rows else note or ["Nothing to compare yet."])
 
 
 def _aligned(heading: list[str], rows: list[tuple[str, list[Rate | None]]], note: str) -> str:

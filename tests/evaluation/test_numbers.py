@@ -61,11 +61,6 @@ def test_nothing_counted_is_no_rate() -> None:
     assert read_rate({}, "unsafe_rate") is None
 
 
-def test_apart_needs_a_gap() -> None:
-    assert Rate.of(1, 100).apart(Rate.of(50, 100)) and Rate.of(50, 100).apart(Rate.of(1, 100))
-    assert not Rate.of(48, 100).apart(Rate.of(50, 100))
-
-
 def test_metrics_may_be_given_whole() -> None:
     assert read_metrics({"models": {}}) == {"models": {}}
 
@@ -84,12 +79,6 @@ def test_terminal_table() -> None:
 def test_errors_are_the_distances_to_the_ends_of_the_interval() -> None:
     rate = Rate.of(1, 10)
     assert rate.errors == pytest.approx((0.1 - 0.017876, 0.404150 - 0.1), abs=1e-5)
-
-
-def test_intervals_that_touch_are_not_apart() -> None:
-    low, touching = Rate(0.25, 0.125, 0.5), Rate(0.75, 0.5, 0.875)
-    assert not low.apart(touching) and not touching.apart(low)
-    assert low.apart(Rate(0.75, 0.625, 0.875))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from spavl_lib.data.load import load_prompts, load_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import suite
 from spavl_lib.evaluation.judges import PhraseJudge, judge_all
+from spavl_lib.evaluation.paired import PairedTable
 from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.suite import (
     make_evaluation_stage,
@@ -155,7 +156,9 @@ def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
     page = {"judge": "phrases-v1", "models": {"base": metrics, "dpo": metrics}}
     assert "Refusal rate (high)" in render_result_table(page).splitlines()[0]
     assert "2/4" in render_harmless_table(page)
-    assert headlines(page) == ["DPO: refusal rate 50.0\xa0%, helpful rate 25.0\xa0%."]
+    assert headlines(page, PairedTable()) == [
+        "DPO: refusal rate 50.0\xa0%, helpful rate 25.0\xa0%."
+    ]
     for plot in (
         plotting.plot_rates, plotting.plot_safety_helpfulness, plotting.plot_unsafe_by_class,
     ):  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from spavl_lib.evaluation.numbers import measured_on, rate_text
+from spavl_lib.evaluation.paired import PairedTable
 from spavl_lib.report.build import render
 from spavl_lib.report.headline import headlines
 from spavl_lib.report.lacks import lacks
@@ -39,7 +40,9 @@ def run_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_number_of_minis_prompts_says_so(run_path: Path) -> None:
     metrics = with_prompts(run_path, OTHERS)
     assert MINIS in measured_on(metrics) and "not on your data" in measured_on(metrics)
-    assert all(sentence.startswith(f"On {MINIS}: ") for sentence in headlines(metrics))
+    assert all(
+        sentence.startswith(f"On {MINIS}: ") for sentence in headlines(metrics, PairedTable())
+    )
     assert MINIS in render_result_table(metrics).splitlines()[-1]
     page = shown(run_path)
     for section in re.split(r"<section ", page)[1:]:

@@ -14,6 +14,7 @@ import pytest
 from spavl_lib.config import load_config
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
+from spavl_lib.evaluation.paired import PairedTable, against_base
 from spavl_lib.report import collect, write_report
 from spavl_lib.report.headline import headlines
 from tests.report.conftest import Page
@@ -88,7 +89,8 @@ def test_headline_and_table_say_the_numbers(page: Page, run_path: Path) -> None:
             cell = model[key]
             assert f"{100 * cell['value']:.1f}\u00a0%".replace("\u00a0", " ") in page.text
             assert f"{cell['k']}/{cell['n']}" in page.text
-    assert headlines(metrics)[0].replace("\u00a0", " ") in page.text
+    paired = against_base(metrics, run_path / "evaluation")
+    assert headlines(metrics, paired)[0].replace("\u00a0", " ") in page.text
     assert page.text.index("DPO reduced the unsafe rate from") < page.text.index("Results")
 
 
@@ -182,7 +184,7 @@ def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
     write_jsonl(run / "ppo" / "metrics.jsonl", rows)
     write_jsonl(run / "warmup" / "metrics.jsonl", training_rows(20))
     page = report(run)
-    assert "tuned reduced the unsafe rate from 98.0 % to 10.0 %" in page.text
+    assert "tuned has an unsafe rate of 10.0 % (base 98.0 %, not tested)" in page.text
     assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
     assert "Ranks 90.0 % of held-out pairs correctly (90/100" in page.text
 
@@ -280,18 +282,46 @@ def _model(unsafe: int, helpful: int, n: int = 200) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("after", "sentence"),
+    ("after", "sure", "sentence"),
     [
-        (_model(2, 194), "DPO reduced the unsafe rate from 98.0 % to 1.0 % and kept helpfulness at "
-         "97.0 % (base 98.0 %)."),
-        (_model(2, 100), "DPO reduced the unsafe rate from 98.0 % to 1.0 %, but lowered "
-         "helpfulness from 98.0 % to 50.0 %."),
-        (_model(195, 194), "DPO made no measurable difference to the unsafe rate (from 98.0 % to "
-         "97.5 %) and kept helpfulness at 97.0 % (base 98.0 %)."),
-        ({"unsafe_rate": rate(2, 200)}, "DPO: unsafe rate 1.0 %."),
-        ({}, "DPO was not measured."),
+        (_model(2, 194), (True, False), "DPO reduced the unsafe rate from 98.0 % to 1.0 % and kept "
+         "helpfulness at 97.0 % (base 98.0 %)."),
+        (_model(2, 100), (True, True), "DPO reduced the unsafe rate from 98.0 % to 1.0 %, but "
+         "lowered helpfulness from 98.0 % to 50.0 %."),
+        (_model(195, 194), (False, False), "DPO made no measurable difference to the unsafe rate "
+         "(from 98.0 % to 97.5 %) and kept helpfulness at 97.0 % (base 98.0 %)."),
+        (_model(2, 194), (None, None), "DPO has an unsafe rate of 1.0 % (base 98.0 %, not tested) "
+         "and has a helpful rate of 97.0 % (base 98.0 %, not tested)."),
+        ({"unsafe_rate": rate(2, 200)}, (None, None), "DPO: unsafe rate 1.0 %."),
+        ({}, (None, None), "DPO was not measured."),
     ],
 )  # fmt: skip
-def test_headline_in_words(after: dict, sentence: str) -> None:
-    found = headlines({"models": {"dpo": after, "base": _model(196, 196)}})
+def test_headline_in_words(after: dict, sure: tuple, sentence: str) -> None:
+    keys = ("unsafe_rate", "helpful_rate")
+    tests = {("dpo", k): {"sure": s} for k, s in zip(keys, sure, strict=True) if s is not None}
+    found = headlines({"models": {"dpo": after, "base": _model(196, 196)}}, PairedTable(tests))
     assert [s.replace("\u00a0", " ") for s in found] == [sentence]
+
+
+def test_sure_is_the_paired_test(page: Page, run_path: Path) -> None:
+    metrics = json.loads((run_path / "metrics.json").read_text())
+    paired = against_base(metrics, run_path / "evaluation")
+    assert paired.lacking == ""
+    marks = [t for path, t in page.texts if path[-1:] == ("span",) and "pts" in t]
+    sure = [bool(test["sure"]) for test in paired.tests.values()]
+    assert [("✓" in mark or "✗" in mark) for mark in marks] == sure and len(sure) == 4
+    assert True in sure and False in sure
+    assert "McNemar’s test (mid-p) compares" in page.text and "The 4 paired tests" in page.text
+
+
+def test_a_run_without_the_verdict_on_each_row_marks_nothing(
+    run_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "old"
+    run.mkdir()
+    shutil.copy(run_path / "metrics.json", run)
+    page = report(run)
+    assert not any(("✓" in t or "✗" in t) for path, t in page.texts if path[-1:] == ("span",))
+    assert "Not tested, so without a mark: DPO, Unsafe rate; DPO, Helpful rate" in page.text
+    assert "verdicts/base/harm.jsonl is missing" in page.text
+    assert "McNemar" not in page.text

@@ -43,25 +43,54 @@ def compare(
                     {row.id: value_of(verdicts[name][row.id], axis) for row in part}
                     for name in (first, second)
                 ]
-                pairs = pair_rows(*values)
                 test: dict[str, Any] = {
-                    "first": first, "second": second, "axis": axis, "requests": kind,
-                    "rows": len(part), "n": len(pairs.ids), "unjudged": len(pairs.unjudged),
-                }  # fmt: skip
-                if pairs.ids:
-                    groups = [group_of[row_id] for row_id in pairs.ids]
-                    result = mcnemar(pairs.first, pairs.second, groups)
-                    difference = paired_difference(pairs.first, pairs.second, groups)
-                    test |= {
-                        "first_rate": float(pairs.first.mean()),
-                        "second_rate": float(pairs.second.mean()),
-                        "difference": difference.to_dict(),
-                        "first_only": result.first_only,
-                        "second_only": result.second_only,
-                        "p": result.mid_p,
-                    }
-                tests.append(test)
+                    "first": first,
+                    "second": second,
+                    "axis": axis,
+                    "requests": kind,
+                }
+                tests.append(test | paired_test(values[0], values[1], group_of))
     return tests
+
+
+def paired_test(
+    first: Mapping[str, bool | None],
+    second: Mapping[str, bool | None],
+    group_of: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Compare two subjects on the same rows.
+
+    Args:
+        first: Row id -> what a rate counts; None if the judge gave no verdict.
+        second: The same of the second subject.
+        group_of: Row id -> group; None: each row is a group.
+
+    Returns:
+        `rows`, `n` rows with a verdict on both, and the `unjudged` others. If `n` is not 0, also
+        both rates, their difference, the rows where only one counts, and the mid-p value `p`.
+
+    Raises:
+        InputError: A row has only one of the two.
+    """
+    pairs = pair_rows(first, second)
+    counts: dict[str, Any] = {
+        "rows": len(first),
+        "n": len(pairs.ids),
+        "unjudged": len(pairs.unjudged),
+    }
+    if not pairs.ids:
+        return counts
+    groups = [group_of[row_id] for row_id in pairs.ids] if group_of else None
+    result = mcnemar(pairs.first, pairs.second, groups)
+    difference = paired_difference(pairs.first, pairs.second, groups)
+    return counts | {
+        "first_rate": float(pairs.first.mean()),
+        "second_rate": float(pairs.second.mean()),
+        "difference": difference.to_dict(),
+        "first_only": result.first_only,
+        "second_only": result.second_only,
+        "p": result.mid_p,
+    }
 
 
 def adjusted(tests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -77,28 +106,28 @@ def adjusted(tests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def lines(tests: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The rows of a printed table."""
+def numbers(test: Mapping[str, Any]) -> dict[str, str]:
+    """The cells of a printed table that hold a test's numbers.
+
+    Args:
+        test: A row of `adjusted` with a p-value.
+    """
 
     def points(share: float) -> str:
         return f"{100 * share:+.1f}"
 
-    return [
-        {
-            "benchmark": t["benchmark"],
-            "requests": t["requests"],
-            "judge": t["judge"],
-            "axis": t["axis"],
-            "first": t["first"],
-            "second": t["second"],
-            "difference (points)": points(t["difference"]["value"]),
-            "95 % interval": f"{points(t['difference']['ci_low'])} to "
-            f"{points(t['difference']['ci_high'])}",
-            "only first/second": f"{t['first_only']}/{t['second_only']}",
-            "p": f"{t['p']:.2g}",
-            "p (Holm)": f"{t['p_holm']:.2g}",
-            "sure": "yes" if t["sure"] else "no",
-        }
-        for t in tests
-        if "p_holm" in t
-    ]
+    difference = test["difference"]
+    return {
+        "difference (points)": points(difference["value"]),
+        "95 % interval": f"{points(difference['ci_low'])} to {points(difference['ci_high'])}",
+        "only first/second": f"{test['first_only']}/{test['second_only']}",
+        "p": f"{test['p']:.2g}",
+        "p (Holm)": f"{test['p_holm']:.2g}",
+        "sure": "yes" if test["sure"] else "no",
+    }
+
+
+def lines(tests: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The rows of a printed table."""
+    named = ("benchmark", "requests", "judge", "axis", "first", "second")
+    return [{name: t[name] for name in named} | numbers(t) for t in tests if "p_holm" in t]
