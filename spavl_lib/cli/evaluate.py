@@ -20,7 +20,8 @@ def evaluate(
             show_default=False,
             help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
             "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
-            "(.json, .jsonl, .tsv, .csv). NAME=... before it chooses the name in tables.",
+            "(.json, .jsonl, .tsv, .csv); always-refuse or always-comply, two controls that say the "
+            "same to everything. NAME=... before it chooses the name in tables.",
         ),
     ],
     benchmarks: Annotated[

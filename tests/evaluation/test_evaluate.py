@@ -14,7 +14,7 @@ from spavl_lib.config import EvaluationConfig, GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs import asking, judging
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
-from spavl_lib.evaluation.benchmark_runs.subject import find_subject
+from spavl_lib.evaluation.benchmark_runs.subject import CONTROLS, find_subject
 from spavl_lib.evaluation.benchmarks import RULES, load_benchmark
 from spavl_lib.evaluation.judges import JUDGES, register_judge, rubric
 from spavl_lib.evaluation.judges.endpoint import Client
@@ -386,3 +386,28 @@ def test_published_answers_to_mossbench(tmp_path: Path, harm_judge: list[str]) -
     measured = {name: round(100 * rate["if_unjudged_no"], 1) for name, rate in rates.items()}
     assert measured == refused
     assert len(found["comparison"]) == 10
+
+
+def test_controls_are_judged_like_any_subject(root: Path, harm_judge: list, tmp_path: Path) -> None:
+    out, said = tmp_path / "out", []
+    texts = ["always-refuse", "yes=always-comply"]
+    found = run(texts, ["figstep", "xstest"], ["phrases", "spotter"], out, report=said.append)
+    pages = found["results"]
+    for name, refused, harmful in (("always-refuse", 1.0, 0.0), ("yes", 0.0, 1.0)):
+        rates = {j["name"]: j["rates"] for j in pages[name]["figstep"]["judges"].values()}
+        assert rates["phrases-v1"]["refused"]["all"]["value"] == refused
+        assert rates["spotter:1"]["harmful"]["all"]["value"] == harmful
+        harmless = {j["name"]: j["rates"] for j in pages[name]["xstest"]["judges"].values()}
+        assert harmless["phrases-v1"]["refused"]["by_expect"]["answer"]["value"] == refused
+        protocol = pages[name]["figstep"]["protocol"]
+        assert protocol["decoding"]["made"] == "by a rule"
+        assert protocol["subject"]["kind"] == "control"
+    assert any("says to every request: I'm sorry" in text for text in said)
+    # Nothing is answered or judged twice, and an image that is missing is not needed.
+    count = len(harm_judge)
+    for image in (root / "figstep").rglob("*.png"):
+        image.unlink()
+    run(["always-refuse", "yes=always-comply"], ["figstep"], ["spotter"], out)
+    assert len(harm_judge) == count
+    [answer] = {line["response"] for line in lines_of(out / "yes/figstep/answers.jsonl")}
+    assert answer == CONTROLS["always-comply"]

@@ -39,13 +39,16 @@ def default_tokens(subject: Subject) -> int:
 
 
 def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str, Any]:
-    """How answers are generated, for the protocol. Nothing is known of answers made elsewhere.
+    """How answers are generated, for the protocol. Of answers made elsewhere nothing is
+    known.
 
     Args:
         subject: Model or file of answers.
         config: Length and sampling.
         seed: Seed of sampling.
     """
+    if subject.constant:
+        return {"made": "by a rule", "settings": "the same answer to every request"}
     if subject.answers:
         return {"made": "elsewhere", "settings": "unknown"}
     return {
@@ -298,3 +301,19 @@ def take_answers(
             for row in part
         ]
     return records
+
+
+def answer_all(text: str, rows: Sequence[BenchmarkRow], journal: Journal) -> None:
+    """Give one and the same answer to every row that has none yet.
+
+    Args:
+        text: The answer.
+        rows: The rows.
+        journal: Receives the answers.
+    """
+    new = [row for row in rows if row.id not in journal.records]
+    journal.append(
+        {"id": row.id, "asked": asked_sha(row, with_image=False), "prompt": row.prompt}
+        | {"response": text}
+        for row in new
+    )

@@ -61,7 +61,7 @@ def evaluate(
     is judged twice by the same judge.
 
     Args:
-        subjects: Models or files of answers, with different names.
+        subjects: Models, files of answers or controls, with different names.
         benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
         judges: `NAME`, or `NAME:ARGUMENT`.
         out: The folder; each subject and benchmark has a folder below it.
@@ -82,7 +82,7 @@ def evaluate(
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
     opened = [judging.open_judge(spec, options.judges) for spec in judges]
-    asks = any(subject.answers is None for subject in subjects)
+    asks = any(subject.is_asked for subject in subjects)
     readings, rows_of = _read_all(benchmarks, asks, options, report)
     found: dict[str, dict[str, Any]] = {}
     tested: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
@@ -217,12 +217,15 @@ class _Run:
         for spec, rows in rows_of.items():
             self._check_protocol(spec)
             journals[spec] = Journal(self.folder(spec) / "answers.jsonl")
-            asking.check_asked(rows, journals[spec], with_image=self.subject.answers is None)
+            asking.check_asked(rows, journals[spec], with_image=self.subject.is_asked)
         if self.subject.answers:
             whole = {spec: reading.rows for spec, reading in readings.items()}
             for spec, records in asking.take_answers(self.subject.answers, whole).items():
                 new = [r for r in records if r["id"] not in journals[spec].records]
                 journals[spec].append(new)
+        elif self.subject.constant:
+            for spec, rows in rows_of.items():
+                asking.answer_all(self.subject.constant, rows, journals[spec])
         else:
             asker = Asker(self.subject, self.generation, self.options.seed)
             for spec, rows in rows_of.items():
@@ -347,6 +350,8 @@ class _Run:
         spec = next(iter(self.answers))
         protocol = read_json(self.folder(spec) / "protocol.json")
         decoding = protocol["decoding"]
+        if self.subject.constant:
+            return f"{self.subject.name}: says to every request: {self.subject.constant}"
         if self.subject.answers:
             return f"{self.subject.name}: answers made elsewhere, decoding unknown"
         way = "sampled" if decoding["do_sample"] else "greedy"
