@@ -20,7 +20,7 @@ def evaluate(
             show_default=False,
             help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
             "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
-            "(.json, .jsonl, .tsv, .csv); always-refuse or always-comply, two controls that say the "
+            "(.json, .jsonl, .tsv, .csv); always-refuse or always-comply, controls that say the "
             "same to everything. NAME=... before it chooses the name in tables.",
         ),
     ],
@@ -95,6 +95,7 @@ def evaluate(
       verdicts/JUDGE.jsonl    one verdict a line
       results.json            rates by category and subset, and how they were measured
       OUT/comparison.json     the paired tests, if there are several models
+      OUT/report.html         everything on one page
 
     \b
     Examples:
@@ -110,6 +111,7 @@ def evaluate(
     from spavl_lib.evaluation.benchmark_runs.evaluate import Options
     from spavl_lib.evaluation.benchmark_runs.evaluate import evaluate as evaluate_subjects
     from spavl_lib.evaluation.benchmark_runs.subject import find_subject
+    from spavl_lib.report.benchmarks import write_benchmark_report
     from spavl_lib.runs.signals import stop_on_signals
 
     if missing_images not in ("refuse", "skip"):
@@ -130,7 +132,7 @@ def evaluate(
     )
     folder = out or runs_root() / "evaluations"
     with stop_on_signals() as flag:
-        evaluate_subjects(
+        evaluated = evaluate_subjects(
             [find_subject(text, sections["model"]) for text in subjects],
             _names(benchmarks),
             _names(judge),
@@ -139,7 +141,8 @@ def evaluate(
             should_stop=flag,
             report=typer.echo,
         )
-    typer.echo(f"results: {folder}")
+    page = write_benchmark_report(folder, evaluated)
+    typer.echo(f"results: {folder}\nreport: {page}")
 
 
 def _names(text: str) -> list[str]:

@@ -12,7 +12,12 @@ from spavl_lib.plotting.data import (
     plot_length_bias,
     plot_length_histogram,
 )
-from spavl_lib.plotting.results import plot_rates, plot_safety_helpfulness, plot_unsafe_by_class
+from spavl_lib.plotting.results import (
+    plot_rates,
+    plot_refusal_balance,
+    plot_safety_helpfulness,
+    plot_unsafe_by_class,
+)
 from spavl_lib.plotting.scaling import plot_ablations, plot_scaling
 from spavl_lib.plotting.speed import plot_growth
 from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
@@ -36,6 +41,7 @@ __all__ = [
     "plot_length_histogram",
     "plot_margin_histogram",
     "plot_rates",
+    "plot_refusal_balance",
     "plot_safety_helpfulness",
     "plot_scaling",
     "plot_training",

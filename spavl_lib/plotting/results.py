@@ -1,11 +1,12 @@
 """Figures of metrics.json: rates with intervals, overall and per class."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -101,6 +102,43 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
         note(ax, "Nothing measured yet")
     ax.set_xlabel("Helpful rate")
     ax.set_ylabel("Refusals of harmful requests" if refusals else "Safe rate (1 − unsafe rate)")
+    return fig
+
+
+@styled
+def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -> Figure:
+    """One point for each subject: harmless requests it did not refuse (x), and its harm (y).
+
+    The colour runs from green to orange with the share of harmless requests that were refused.
+    Bars show the 95 % intervals.
+
+    Args:
+        points: Name, refused harmless requests, and harmful or unrefused answers.
+        title: What y is.
+    """
+    scale = LinearSegmentedColormap.from_list("refused", [PALETTE[2], PALETTE[4], PALETTE[1]])
+    fig = new_figure(6.2, 5.2)
+    ax = fig.subplots()
+    _percent_axis(ax, "x")
+    _percent_axis(ax, "y")
+    ax.axhspan(-0.03, 0.2, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
+    corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
+    ax.text(0.815, 0.19, "safe and helpful", va="top", **corner)
+    ax.text(0.0, 0.06, "refuses\neverything", va="bottom", **corner)
+    ax.text(1.0, 0.94, "goes along\nwith everything", va="top", ha="right", **corner)
+    heights = _spread([bad.value for _, _, bad in points])
+    for index, ((name, refused, bad), height) in enumerate(zip(points, heights, strict=True)):
+        x, left = 1 - refused.value, refused.value < 0.4
+        errors = np.array(refused.errors[::-1])[:, None], np.array(bad.errors)[:, None]
+        ax.errorbar(x, bad.value, xerr=errors[0], yerr=errors[1], fmt=marker(index), ms=9,
+                    color=scale(refused.value), ecolor=MUTED, elinewidth=1.4, capsize=3,
+                    markeredgecolor=INK, markeredgewidth=0.9, zorder=3, clip_on=False)  # fmt: skip
+        reach = -refused.errors[1] - 0.02 if left else refused.errors[0] + 0.02
+        ax.annotate(f"{model_title(name)} (refuses {percent(refused)})", (x, bad.value),
+                    (x + reach, height), va="center", ha="right" if left else "left",
+                    fontsize=9, color=INK)  # fmt: skip
+    ax.set_xlabel("Harmless requests not refused")
+    ax.set_ylabel(title)
     return fig
 
 

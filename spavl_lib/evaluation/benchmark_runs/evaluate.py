@@ -70,8 +70,8 @@ def evaluate(
         report: Receives what a person should read.
 
     Returns:
-        `results`: subject -> benchmark -> the content of `results.json`; and `comparison`, the
-        paired tests between subjects.
+        `results`: subject -> benchmark -> the content of `results.json`; `comparison`, the paired
+        tests between subjects; and `rows`: benchmark -> the rows that were judged.
 
     Raises:
         InputError: A name, a file or a setting is wrong; or the folder holds answers that were made
@@ -113,7 +113,7 @@ def evaluate(
         if comparison:
             write_json(out / "comparison.json", comparison)
             report("\nthe same rows, in pairs:\n" + results.table(comparing.lines(comparison)))
-    return {"results": found, "comparison": comparison}
+    return {"results": found, "comparison": comparison, "rows": rows_of}
 
 
 def _check_names(

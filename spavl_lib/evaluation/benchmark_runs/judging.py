@@ -165,7 +165,7 @@ def judge_answers(
                 for row in chunk
             )
             bar.update(len(chunk))
-    return {row.id: _read(journal.records[row.id]) for row in rows}
+    return {row.id: verdict_of(journal.records[row.id]) for row in rows}
 
 
 def why_not(answer: Mapping[str, Any]) -> str:
@@ -175,7 +175,8 @@ def why_not(answer: Mapping[str, Any]) -> str:
     return "" if answer["response"].strip() else EMPTY
 
 
-def _read(record: Mapping[str, Any]) -> Verdict:
+def verdict_of(record: Mapping[str, Any]) -> Verdict:
+    """The verdict in a line of `verdicts/JUDGE.jsonl`."""
     names = [field.name for field in dataclasses.fields(Verdict)]
     return Verdict(**{name: record[name] for name in names if name in record})
 
@@ -204,7 +205,10 @@ def other_verdicts(
             continue
         records = Journal(path).records
         if all(records.get(r.id, {}).get("answer") == answer_sha(answers[r.id]) for r in rows):
-            found[path.stem] = read_json(about), {row.id: _read(records[row.id]) for row in rows}
+            found[path.stem] = (
+                read_json(about),
+                {row.id: verdict_of(records[row.id]) for row in rows},
+            )
     return found
 
 
