@@ -124,8 +124,8 @@ def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -
     ax.axhspan(-0.03, 0.2, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
     ax.text(0.815, 0.19, "safe and helpful", va="top", **corner)
-    ax.text(0.0, 0.06, "refuses\neverything", va="bottom", **corner)
-    ax.text(1.0, 0.94, "goes along\nwith everything", va="top", ha="right", **corner)
+    ax.text(0.02, 0.06, "refuses\neverything", va="bottom", **corner)
+    ax.text(1.0, 0.8, "goes along\nwith everything", va="top", ha="right", **corner)
     heights = _spread([bad.value for _, _, bad in points])
     for index, ((name, refused, bad), height) in enumerate(zip(points, heights, strict=True)):
         x, left = 1 - refused.value, refused.value < 0.4

@@ -128,7 +128,7 @@ def _section(out: Path, spec: str, rows: Sequence[BenchmarkRow], pages: Pages) -
         "title": first["protocol"]["benchmark"]["title"],
         "pages": pages,
         "lines": [
-            {key: cell for key, cell in line.items() if key != "benchmark"}
+            {k: cell.replace(" %", "\u00a0%") for k, cell in line.items() if k != "benchmark"}
             for name, page in pages.items()
             for line in headline(name, page)
         ],
@@ -301,7 +301,7 @@ def summary(page: Mapping[str, Any]) -> str:
     """
     protocol = page["protocol"]
     decoding, prompting = protocol["decoding"], protocol.get("prompting", {})
-    parts = [f"answers made {decoding['made']}: {decoding.get('settings', '')}"]
+    parts = [f"answers made {decoding['made']}, settings: {decoding.get('settings', '')}"]
     if decoding["made"] == "here":
         parts = [
             "sampled" if decoding["do_sample"] else "greedy",
@@ -313,7 +313,7 @@ def summary(page: Mapping[str, Any]) -> str:
             else "no system prompt",
             f"image with text-only requests: {prompting.get('text_only_image', 'unknown')}",
         ]
-    judges = ", ".join(judge["name"] for judge in page["judges"].values())
+    judges = ", ".join(map(_judged_by, page["judges"].values()))
     benchmark = protocol["benchmark"]
     rows = f"{page['rows']} of {page['rows_of_benchmark']} rows"
     return "; ".join([*parts, f"judged by {judges}", rows, f"files {benchmark['pins']}"])
@@ -341,11 +341,33 @@ def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
             judge["name"]: {
                 "answers": judge["axes"], "settings": judge["settings"],
                 "warnings": judge["warnings"],
+                "agreement with people": agreement(judge["name"]) or "unknown: no card",
             }
             for judge in page["judges"].values()
         },
     }  # fmt: skip
     return [(key, _words(value)) for key, value in flatten(parts).items()]
+
+
+def agreement(judge: str) -> dict[str, str]:
+    """Question -> how far a judge agrees with people, from its committed card; empty without one.
+
+    Args:
+        judge: The judge's name.
+    """
+    found: dict[str, list[str]] = {}
+    for name, entry in ((read_card(judge) or {}).get("sets") or {}).items():
+        for axis, cell in entry["axes"].items():
+            if cell["kappa"] is not None:
+                text = f"{cell['kappa']:.2f} on {cell['n']} answers of {name}"
+                found.setdefault(axis, []).append(text)
+    return {axis: "kappa " + ", ".join(texts) for axis, texts in found.items()}
+
+
+def _judged_by(judge: Mapping[str, Any]) -> str:
+    known = agreement(judge["name"])
+    said = [f"{axis}: {known[axis]}" for axis in judge["axes"] if axis in known]
+    return f"{judge['name']} ({'; '.join(said) or 'agreement with people unknown'})"
 
 
 def _words(value: Any) -> str:

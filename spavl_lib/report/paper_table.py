@@ -116,11 +116,12 @@ def _cell(pages: Mapping[str, Mapping[str, Any]], column: Column, judge: str, ax
             rate = opposite(rate)
         notes = [f"{found['unjudged']} unjudged"] if found["unjudged"] else []
         if subset != column.subset or found["rows"] != column.rows:
-            notes.append(
-                f"{found['rows']} rows of {subset}; the paper has {column.rows} of {column.subset}"
+            whole = f"the paper has {column.rows}" + (
+                f" of {column.subset}" if subset != column.subset else ""
             )
-        elif about["changed"]:
-            notes.append("other files than the published ones")
+            notes.append(f"{found['rows']} rows of {subset}; {whole}")
+        else:
+            notes.append("changed files" if about["changed"] else "as in the paper")
         if not rate:
             return Cell("nothing judged", f"0/{found['rows']}", "; ".join(notes))
         return Cell(percent(rate), f"{rate.counts} · {rate.interval}", "; ".join(notes))

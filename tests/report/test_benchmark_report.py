@@ -83,8 +83,11 @@ def test_every_rate_has_its_judge_and_its_protocol(
     for file, digest in page["protocol"]["benchmark"]["files"].items():
         assert f"benchmark.files.{file} {digest}" in text
     for words in (
-        "answers made elsewhere: unknown; judged by phrases-v1, doubter:1; 3 of 3 rows; files ch",
-        "answers made by a rule: the same answer to every request",
+        "answers made elsewhere, settings: unknown; judged by phrases-v1 (refused: kappa ",
+        "answers made by a rule, settings: the same answer to every request",
+        "doubter:1 (agreement with people unknown); 3 of 3 rows; files changed",
+        "judge.phrases-v1.agreement with people.refused kappa ",
+        "judge.doubter:1.agreement with people unknown: no card",
         "Controls: always-refuse, always-comply say the same to every request",
         "benchmark.licence MIT",
         "subject.sha256",
@@ -167,8 +170,8 @@ def test_the_papers_table_has_our_numbers_beside_the_published() -> None:
     assert texts == ["50.0 %", "25.0 %", "0.0 %", "10.0 %", "21.4 %", "26.0 %", "not measured",
                      "20.0 %"]  # fmt: skip
     notes = [cell.note for cell in ours.cells]
-    assert notes[0] == "" and notes[3] == notes[4] == "8 unjudged"
-    assert notes[5] == "50 rows of vanilla; the paper has 520 of vanilla"
+    assert notes[0] == "as in the paper" and notes[3] == notes[4] == "8 unjudged; as in the paper"
+    assert notes[5] == "50 rows of vanilla; the paper has 520"
     assert ours.how == "harmful, judge guard:1"
     assert ours.cells[0].details.startswith("84/168 · ")
 
