@@ -31,7 +31,7 @@ PHASES = {
 }
 SHORT_PHASES = {
     "reward": ("seal@6",), "dpo_lora": ("optimizer@3", "summary"), "dpo_full": ("save@5",),
-    "ppo": ("rollout@4", "reward@3", "update@9", "save@5"),
+    "ppo": ("rollout@4", "update@9"),
 }  # fmt: skip
 
 
