@@ -27,7 +27,7 @@ PHASES = (
     ("evaluate@1", 75, STEPS),
     ("summary", 0, STEPS),
 )
-SHORT = (("SIGTERM", "forward@3"), ("SIGTERM", "save@4"), ("SIGINT", "evaluate@1"))
+SHORT = (("SIGTERM", "save@4"), ("SIGINT", "evaluate@1"))
 
 
 @pytest.fixture(scope="module")
