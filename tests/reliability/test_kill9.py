@@ -42,16 +42,16 @@ def compare(case: Case, name: str) -> None:
     assert case.ended(name) == case.straight, name
 
 
-# One trainer in every test run, PPO (whose loop is its own) among the slow tests, all in the soak.
+# One trainer in every test run, phases of PPO (whose loop is its own) among the slow tests, all in
+# the soak.
 EACH = [pytest.param(a, marks=() if a == "dpo_lora" else pytest.mark.slow) for a in ALGORITHMS]
-SHORT = ("dpo_lora", "ppo")
 
 
 @pytest.mark.parametrize("algorithm", EACH)
 def test_killed_at_any_time_it_ends_in_the_same_bits(
     cases: Callable[[str], Case], algorithm: str, soak: bool, dice: random.Random, record: Callable
 ) -> None:
-    if not soak and algorithm not in SHORT:
+    if not soak and algorithm != "dpo_lora":
         pytest.skip("only in the soak")
     case, kills = cases(algorithm), 20 if soak else 2
     killed = inside = n = 0
@@ -106,7 +106,7 @@ def test_dead_at_any_write_it_goes_on_from_the_last_whole_checkpoint(
     assert child.wait() == 0, child.said[-2000:]
     points = int(count.read_text())
     assert points >= 3 * 12
-    wanted = 25 if soak else 3
+    wanted = 25 if soak else 2
     bounds = [k * points // wanted for k in range(wanted + 1)]  # one of each stretch, none twice
     for number in (1 + dice.randrange(a, b) for a, b in pairwise(bounds)):
         name = f"torn{number}"
