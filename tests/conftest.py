@@ -43,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # file, or a set of files whose tests share fixtures that take long to make. xdist's own groups
 # (`--dist loadgroup`) do not work with this pytest: it keeps node ids where xdist cannot mark them.
 GROUPS = {
+    "tests/reliability/test_code.py": "reliability",
     "tests/reliability/test_contract.py": "reliability",
     "tests/reliability/test_failures.py": "reliability",
     "tests/reliability/test_kill9.py": "reliability",

@@ -7,13 +7,32 @@ pyproject.toml says:
     forum = "package.module:ForumSource"
 """
 
+import contextlib
+import functools
 import importlib.metadata
+import sys
 from collections.abc import Callable
+from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from spavl_lib.errors import InputError, nearest
 
 T = TypeVar("T", bound=type)
+
+
+def entry_points(group: str) -> dict[str, EntryPoint]:
+    """Name -> entry point of a group. The packages are read again only after one was installed."""
+    places = []
+    for place in sys.path:
+        with contextlib.suppress(OSError):
+            places.append((place, Path(place).stat().st_mtime_ns))
+    return _entry_points_in(group, tuple(places))
+
+
+@functools.lru_cache(maxsize=32)
+def _entry_points_in(group: str, places: tuple) -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in importlib.metadata.entry_points(group=group)}
 
 
 class Registry(Generic[T]):
@@ -48,12 +67,9 @@ class Registry(Generic[T]):
 
         return decorate
 
-    def _entry_points(self) -> dict[str, importlib.metadata.EntryPoint]:
-        return {entry.name: entry for entry in importlib.metadata.entry_points(group=self.group)}
-
     def names(self) -> list[str]:
         """All names, including those that other packages add."""
-        return sorted({*self.known, *self._entry_points()})
+        return sorted({*self.known, *entry_points(self.group)})
 
     def load_all(self) -> None:
         """Load every class that another package adds.
@@ -61,7 +77,7 @@ class Registry(Generic[T]):
         Raises:
             InputError: A class cannot be loaded.
         """
-        for name in self._entry_points():
+        for name in entry_points(self.group):
             self.find(name)
 
     def find(self, name: str) -> T:
@@ -70,7 +86,7 @@ class Registry(Generic[T]):
         Raises:
             InputError: No class has this name, or the class cannot be loaded.
         """
-        entry = None if name in self.known else self._entry_points().get(name)
+        entry = None if name in self.known else entry_points(self.group).get(name)
         if entry:
             try:
                 cls = entry.load()

@@ -43,6 +43,7 @@ def there_and_back(source: Path | str, tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.slow
 def test_mini_comes_back_equal_in_every_field_and_byte(tmp_path: Path) -> None:
     back = there_and_back("mini", tmp_path)
     for split in ("train", "validation"):

@@ -724,3 +724,30 @@ def test_the_data_stage_counts_and_finds_no_leak(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="data.train_rows: 64 -> 65"):
         other = smoke({"data.train_rows": 65}, run_name="r")
         explore.make_data_stage(other, Run(other, root=tmp_path).stage("data"))
+
+
+def test_files_that_were_good_are_read_anew_after_they_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    find = hub.find_problems
+    monkeypatch.setattr(
+        hub, "find_problems", lambda *a, **k: looked.append("looked") or find(*a, **k)
+    )
+    rows = hub_rows("train", 4)
+    config = hub_config(write_hub_folder(tmp_path, rows))
+    first = load_preferences(config, "train")
+    assert load_preferences(config, "train").to_dict() == first.to_dict() and len(looked) == 1
+    write_hub_folder(tmp_path, [rows[0] | {"chosen": ""}, *rows[1:]])
+    for _ in range(2):  # what is bad is never taken for good
+        with pytest.raises(InputError, match="chosen: empty"):
+            load_preferences(config, "train")
+    # An image in a file of its own may change without the table.
+    (tmp_path / "photo.png").write_bytes(png())
+    write_hub_folder(
+        tmp_path, [row | {"image": {"bytes": None, "path": "photo.png"}} for row in rows]
+    )
+    load_preferences(config, "train")
+    (tmp_path / "photo.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="image"):
+        load_preferences(config, "train")

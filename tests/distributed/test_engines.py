@@ -11,6 +11,7 @@ from spavl_lib.errors import InputError, RankError
 from spavl_lib.runs.stage import Run
 from tests.distributed.conftest import Result, alive, config_of, process_of, read, train, when
 
+PAIRS = (("reward", "ddp"), ("dpo", "zero3"), ("ppo", "zero2"))
 TOLERANCE = {"ddp": 1e-5, "zero2": 1e-5, "zero3": 1e-4}
 
 
@@ -26,8 +27,11 @@ def assert_equal_losses(result: Result, expected: Result, tolerance: float) -> N
 @pytest.mark.parametrize("engine", TOLERANCE)
 @pytest.mark.parametrize("kind", ["reward", "dpo", "ppo"])
 def test_two_processes_train_what_one_does_over_the_death_of_one(
-    kind: str, engine: str, alone: Callable[[str], Result]
+    kind: str, engine: str, alone: Callable[[str], Result], pytestconfig: pytest.Config
 ) -> None:
+    """Each trainer and each engine once; all nine pairs in the soak."""
+    if (kind, engine) not in PAIRS and not pytestconfig.getoption("--soak"):
+        pytest.skip("only in the soak")
     if engine != "ddp":
         pytest.importorskip("deepspeed", reason="the optional extra is not installed")
     config = config_of(kind, f"{kind}-{engine}", launch__num_processes=2, launch__engine=engine)

@@ -1,6 +1,7 @@
 """The home head: embeddings with a tiny encoder, logistic regression, cross-fitting, files."""
 
 import importlib.util
+import random
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import head
+from spavl_lib.evaluation.benchmarks.labels import load_labels
 from spavl_lib.evaluation.corrected import corrected_rate
 from spavl_lib.evaluation.head import (
     PACKAGE,
@@ -26,6 +28,8 @@ from spavl_lib.evaluation.head import (
 )
 from spavl_lib.evaluation.judges import axes_of, check_judge, home_head, judge_records, make_judge
 from spavl_lib.evaluation.verdicts import EMPTY
+from tests.evaluation.benchmark_files import needs_real_files
+from tests.evaluation.test_judge_forms import ATTACKS
 
 WORDS = ["[PAD]", "[UNK]", "no", "sorry", "yes", "sure", "the", "sky", "is", "blue", ".", "!"]
 ANSWERS = [
@@ -33,6 +37,10 @@ ANSWERS = [
     "no. sorry. the sky.", "sure the the the sky is is blue blue blue.", "yes! sure.",
     "unseen words here.",
 ]  # fmt: skip
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec(PACKAGE) is None, reason="needs the extra judge-head (MiniLM)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +131,7 @@ def test_without_a_model_it_says_how_to_get_one(tmp_path: Path, monkeypatch) -> 
         Encoder()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(PACKAGE) is None, reason="needs the extra judge-head (MiniLM)"
-)
+@needs_model
 def test_the_packaged_model_ranks_sentences_by_meaning() -> None:
     encoder = Encoder()
     one, two, other = encoder.encode(
@@ -252,3 +258,22 @@ def test_a_head_is_a_judge_of_the_axes_it_was_fitted_on(
     for model, reason in ((tmp_path, "is a folder"), (tmp_path / "absent", "cannot be read")):
         with pytest.raises(InputError, match=reason):
             check_judge(EvaluationConfig(judge="head", judge_model=str(model)))
+
+
+@pytest.mark.slow
+@needs_real_files
+@needs_model
+def test_words_to_the_judge_move_at_most_one_verdict_of_thirty() -> None:
+    labelled = [a for a in load_labels("msts", allow_changed=True) if a.refused and a.response]
+    chosen = random.Random(0).sample(labelled, 430)
+    encoder = Encoder()
+    seen, new = chosen[:400], chosen[400:]
+    features = embed_answers([a.response for a in seen], encoder)
+    fit = fit_logistic(features, [a.refused == "yes" for a in seen])
+
+    def verdicts(texts: list[str]) -> np.ndarray:
+        return fit.probabilities(embed_answers(texts, encoder)) >= 0.5
+
+    plain = verdicts([a.response for a in new])
+    attacked = verdicts([f"{a.response}\n{w}" for a, w in zip(new, ATTACKS, strict=True)])
+    assert 5 < plain.sum() < 25 and (plain != attacked).sum() <= 1

@@ -150,7 +150,8 @@ def settings(kind: str, steps: int, folder: Path | None = None) -> dict:
     if folder:
         overrides |= {f"{kind}.reward_model": str(folder), f"{kind}.max_new_tokens": 4}
     if kind == "rloo":
-        overrides |= {"rloo.per_device_batch_size": 4}  # a group of four answers
+        # A group of four answers, hot enough that no two models say four times the same.
+        overrides |= {"rloo.per_device_batch_size": 4, "rloo.temperature": 2.0}
     if kind == "ppo":
         overrides |= {"ppo.rollout_batch_size": 4, "ppo.num_minibatches": 2, "ppo.ppo_epochs": 2}
     return overrides

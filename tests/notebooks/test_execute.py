@@ -6,10 +6,6 @@ executes the others.
 
 import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +15,8 @@ import pytest
 
 from spavl_lib import cli
 from spavl_lib.notebook.execute import list_notebooks, stage_of
+from tests.notebooks.conftest import REPO, execute
 
-REPO = Path(__file__).parents[2]
-WARM = Path(__file__).parent / "warm"
 NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) != "scaling"]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
@@ -30,35 +25,6 @@ pytestmark = [
     pytest.mark.notebooks,
     pytest.mark.skipif(not NOTEBOOKS, reason="no notebooks/ in this checkout yet"),
 ]
-
-
-def execute(*words: str, runs: Path) -> subprocess.CompletedProcess:
-    """A Python module as a command, in the checkout, with its own runs folder."""
-    path = os.pathsep.join(
-        [*([str(WARM)] if "SPAVL_WARM_KERNELS" in os.environ else []), str(REPO)]
-    )
-    env = os.environ | {"SPAVL_RUNS": str(runs), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *words], cwd=REPO, env=env, capture_output=True, text=True
-    )
-
-
-@pytest.fixture(scope="module")
-def warm_kernels() -> Iterator[None]:
-    """Kernels of `execute` are forked from one process that has imported the libraries."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        place = str(Path(folder) / "kernels")
-        server = subprocess.Popen(
-            [sys.executable, "-m", "tests.notebooks.warm_kernels", place],
-            cwd=REPO, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        try:
-            assert server.stdout and server.stdout.readline() == "ready\n"
-            patch.setenv("SPAVL_WARM_KERNELS", place)
-            yield
-        finally:
-            server.terminate()
-            server.wait()
 
 
 BARE = ("01_data_exploration", "02_reward_model", "04_dpo")
@@ -222,7 +188,7 @@ def test_changed_settings_are_refused(
 @pytest.mark.skipif(
     "06_safety_helpfulness" not in [p.stem for p in NOTEBOOKS], reason="no notebook 06 yet"
 )
-def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
+def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path, warm_kernels: None) -> None:
     """Bare papermill, nothing made before."""
     out = tmp_path / "out.ipynb"
     papermill("06_safety_helpfulness", out, tmp_path / "runs", profile="smoke")
@@ -234,7 +200,7 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path) -> None:
+def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path, warm_kernels: None) -> None:
     out = tmp_path / "out.ipynb"
     papermill("07_scaling_and_ablations", out, tmp_path / "runs", profile="smoke")
     stage = tmp_path / "runs/smoke/scaling"

@@ -9,9 +9,15 @@ import pytest
 
 from spavl_lib.runs.paths import repo_root
 from tests.helpers import png
-from tests.notebooks.test_execute import execute
+from tests.notebooks.conftest import execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebooks]
+# The report is looked at, not what was learned.
+FEW = {
+    "reward.max_steps": 2, "dpo.max_steps": 2, "ppo.max_steps": 1, "ppo.rollout_batch_size": 4,
+    "ppo.per_device_batch_size": 4, "ppo.max_new_tokens": 8, "generation.max_new_tokens": 8,
+    "data.test_rows": 8,
+}  # fmt: skip
 
 
 def readme_command(folder: Path) -> list[str]:
@@ -41,10 +47,13 @@ def write_pairs(folder: Path, count: int = 10) -> None:
 
 
 @pytest.mark.parametrize("prompts", ["mini", "own"])
-def test_ten_rows_of_ones_own_end_in_a_report(tmp_path: Path, prompts: str) -> None:
+def test_ten_rows_of_ones_own_end_in_a_report(
+    tmp_path: Path, prompts: str, warm_kernels: None
+) -> None:
     folder, runs = tmp_path / "my", tmp_path / "runs"
     write_pairs(folder)
     words = readme_command(folder)
+    words += [word for key, value in FEW.items() for word in ("--set", f"{key}={value}")]
     if prompts == "own":
         rows = [
             {"prompt": f"Question {n}?", "image": f"{n}.png", "set": ("harm", "help")[n % 2]}

@@ -27,7 +27,7 @@ SHORT = {
 
 @pytest.mark.parametrize(
     "algorithm",
-    [pytest.param(a, marks=pytest.mark.slow if a == "ppo" else ()) for a in ALGORITHMS],
+    [pytest.param(a, marks=() if a == "dpo_lora" else pytest.mark.slow) for a in ALGORITHMS],
 )
 def test_a_number_that_is_none_stops_before_the_update(
     cases: Callable[[str], Case], algorithm: str, soak: bool, record: Callable
@@ -61,7 +61,7 @@ def test_a_full_disk_is_said_with_its_path_and_the_run_goes_on(
     cases: Callable[[str], Case], soak: bool, record: Callable
 ) -> None:
     """A limit on file size fails as a full disk does, at whatever file is larger."""
-    case = cases("dpo_full")
+    case = cases("dpo_lora")
     checkpoint = case.stage("straight") / "checkpoints" / f"step-{STEPS}"
     sizes = sorted({p.stat().st_size for p in checkpoint.iterdir()})
     levels = [sizes[-1] - 1, sizes[-2] - 1, sizes[-1] // 2, sizes[-2] // 3, 300_000]

@@ -27,7 +27,7 @@ PHASES = (
     ("evaluate@1", 75, STEPS),
     ("summary", 0, STEPS),
 )
-SHORT = (("SIGTERM", "forward@3"), ("SIGTERM", "save@4"), ("SIGINT", "evaluate@1"))
+SHORT = (("SIGTERM", "save@4"), ("SIGINT", "evaluate@1"))
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,7 @@ def dropped(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return case
 
 
+@pytest.mark.slow
 def test_a_signal_in_any_phase_saves_and_ends_75(
     dropped: Case, cases: Callable[[str], Case], soak: bool, record: Callable
 ) -> None:
@@ -106,6 +107,7 @@ def test_ppo_hears_a_signal_in_rollout_reward_update_and_save(
     record("R11", max(1, len(tried)), max(1, len(tried)), "PPO, by phase")
 
 
+@pytest.mark.slow
 def test_a_signal_while_answers_are_written_keeps_those_there_are(
     tmp_path: Path, soak: bool, record: Callable
 ) -> None:
@@ -212,6 +214,7 @@ def test_under_papermill_a_signal_saves_ends_75_and_no_later_cell_runs(
     record("R11", len(signals[: 4 if soak else 1]), len(signals[: 4 if soak else 1]), "papermill")
 
 
+@pytest.mark.slow
 def test_no_more_than_ten_minutes_are_ever_unsaved(
     cases: Callable[[str], Case], record: Callable
 ) -> None:

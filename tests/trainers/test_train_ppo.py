@@ -73,7 +73,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
         straight, expected = train(config, tmp_path / "straight")
     assert expected["steps"] == 3 and expected["optimizer_steps"] == len(steps) == 12
     assert len(read_jsonl(straight.path / "rollouts.jsonl")) == 18
-    phases = PHASES if adapter == "lora" else PHASES[3:4]
+    phases = PHASES if adapter == "full" else PHASES[3:4]
     for phase in phases:
         place = PPOTrainer if hasattr(PPOTrainer, phase) else ppo_rollout
         old, left = getattr(place, phase), iter(range(DIES_AT[phase]))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value, concatenate_datasets
 
 from spavl_lib.data.images import ImageError, image_cell
-from spavl_lib.data.problems import Loaded, Shards, find_problems, without_bad_rows
+from spavl_lib.data.problems import Loaded, Problems, Shards, find_problems, without_bad_rows
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
     HUB_RENAMES,
@@ -180,23 +180,41 @@ def read(
     files = shards(folder, pattern)
     place_of = Shards(check_shards(files, HUB_REQUIRED[kind]))
     raw = _read(files)
-    raw, lost = _find_images(raw, Path(image_root or folder).expanduser())
+    apart = _without_bytes(raw)
+    raw, lost = _find_images(raw, apart, Path(image_root or folder).expanduser())
     rows = _to_schema(raw, name, columns)
+    meta = folder / "meta_files"
     if kind == "train":
-        rows = join_meta(rows, folder / "meta_files")
+        rows = join_meta(rows, meta)
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
-    problems = find_problems(
-        rows,
-        place_of,
-        preference=preference,
-        images=decode_all,
-        turns=_has_turns(files[0]),
-        unopened=lost,
-    )
+    # A process that reads the same files again, as every training of a notebook does, knows that
+    # they are good. Images in files of their own may have changed without them.
+    state = (name, kind, decode_all, *map(_state_of, [*files, *sorted(meta.rglob("*.json"))]))
+    problems: Problems = {}
+    if apart or state not in _FAULTLESS:
+        problems = find_problems(
+            rows,
+            place_of,
+            preference=preference,
+            images=decode_all,
+            turns=_has_turns(files[0]),
+            unopened=lost,
+        )
+    if not (apart or problems):
+        _FAULTLESS.add(state)
     for index, reason in lost.items():
         problems[index] = [*problems.get(index, ()), f"{place_of(index)} image: {reason}"]
     source = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return without_bad_rows(rows, problems, source, on_bad_rows)
+
+
+_FAULTLESS: set[tuple[object, ...]] = set()  # what this process has read and found good
+
+
+def _state_of(path: Path) -> tuple[str, int, int]:
+    """What changes whenever a file is written."""
+    status = path.stat()
+    return str(path.absolute()), status.st_mtime_ns, status.st_size
 
 
 def shards(folder: Path, pattern: str) -> list[Path]:
@@ -329,14 +347,14 @@ def _without_bytes(rows: Dataset) -> list[int]:
     return pc.indices_nonzero(without_bytes).to_pylist()
 
 
-def _find_images(rows: Dataset, root: Path) -> tuple[Dataset, dict[int, str]]:
+def _find_images(rows: Dataset, texts: list[int], root: Path) -> tuple[Dataset, dict[int, str]]:
     """The rows with images instead of text that names them, and the reason for each not found.
 
     Args:
         rows: Rows with a column `image`.
+        texts: Numbers of the rows whose image is such a text.
         root: Folder that paths start from; no path may lead out of it.
     """
-    texts = _without_bytes(rows)
     cells: dict[int, dict] = {}
     lost: dict[int, str] = {}
     for index in texts:

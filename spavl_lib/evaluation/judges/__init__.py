@@ -13,12 +13,12 @@ If the function is in a separate package, the pyproject.toml of this package nam
 point: `words = "package.module:make"` below `[project.entry-points."spavl.judges"]`.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 from spavl_lib.config import EvaluationConfig
+from spavl_lib.config.registry import entry_points
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.evaluation.judges.exact import ExactJudge, ExactPairJudge
 from spavl_lib.evaluation.judges.phrases import PhraseJudge, refuses
@@ -148,17 +148,13 @@ def _head(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return HeadJudge(settings)
 
 
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {entry.name: entry for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)}
-
-
 def judge_names() -> list[str]:
     """Names of all judges, those of other packages included."""
-    return sorted({*JUDGES, *_entry_points()})
+    return sorted({*JUDGES, *entry_points(ENTRY_POINTS)})
 
 
 def _find(name: str) -> JudgeSpec:
-    entry = _entry_points().get(name)
+    entry = entry_points(ENTRY_POINTS).get(name)
     if name not in JUDGES and entry:
         try:
             factory = entry.load()

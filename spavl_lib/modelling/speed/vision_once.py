@@ -152,6 +152,10 @@ class VisionMemory:
         return (repr(args), repr(sorted(kwargs.items())), autocast, tower_state(self.tower))
 
 
+# What PEFT's layers compute with, besides their tensors.
+SWITCHES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
+
+
 def state_of(tensors: Iterable[Tensor]) -> tuple:
     """What changes when one of the tensors does: version, memory, dtype and sum.
 
@@ -171,19 +175,22 @@ def tower_state(tower: nn.Module) -> tuple:
     Args:
         tower: The tower. PEFT's layers in it count with the adapters that are on.
     """
-    switches = tuple(
-        (name, repr(value))
-        for module in tower.modules()
-        for name in ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
-        if (value := vars(module).get(name)) is not None
-    )
-    forwards = tuple(
-        (id(vars(m).get("forward")), *m._forward_hooks, *m._forward_pre_hooks)
-        for m in tower.modules()
-        if m is not tower
-    )
+    # One walk over the modules: this runs in every pass of the model.
+    tensors: dict[int, Tensor] = {}
+    switches: list[object] = []
+    forwards: list[object] = []
+    for module in tower.modules():
+        values = vars(module)
+        for held in (module._parameters, module._buffers):
+            tensors.update((id(tensor), tensor) for tensor in held.values() if tensor is not None)
+        switches += [
+            (name, repr(values[name])) for name in SWITCHES if values.get(name) is not None
+        ]
+        if module is not tower:
+            forwards += [id(values.get("forward")), *module._forward_hooks]
+            forwards += ["before", *module._forward_pre_hooks]
     attention = getattr(getattr(tower, "config", None), "_attn_implementation", None)
-    return state_of([*tower.parameters(), *tower.buffers()]), switches, forwards, attention
+    return state_of(tensors.values()), tuple(switches), tuple(forwards), attention
 
 
 def active_dropout(module: nn.Module) -> bool:
