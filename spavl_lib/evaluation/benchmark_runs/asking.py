@@ -39,8 +39,7 @@ def default_tokens(subject: Subject) -> int:
 
 
 def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str, Any]:
-    """How answers are generated, for the protocol. Of answers made elsewhere nothing is
-    known.
+    """How answers are generated, for the protocol. Nothing is known of answers made elsewhere.
 
     Args:
         subject: Model or file of answers.

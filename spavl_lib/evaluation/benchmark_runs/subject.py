@@ -76,8 +76,8 @@ def find_subject(text: str, changes: dict[str, str] | None = None) -> Subject:
 
     Args:
         text: A file of answers; `always-refuse` or `always-comply`; `embedded`; a model's or an
-            adapter's folder; a stage of a run, as its
-            `NAME=` before it chooses the name.
+            adapter's folder; a stage of a run, as its folder or as `RUN/STAGE`; or `OWNER/MODEL`
+            or `OWNER/MODEL@REVISION` on the Hub. `NAME=` before it chooses the name.
         changes: Settings of the section `model` to replace, such as `image_aspect`.
 
     Raises:
