@@ -15,19 +15,6 @@ from spavl_lib.planning import doctor
 
 
 @pytest.fixture
-def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
-
-
-@pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tuple]:
     """What would have been launched."""
     seen: list[tuple] = []

@@ -97,6 +97,7 @@ def render(out: Path, evaluated: Mapping[str, Any]) -> str:
         for page in section["pages"].values()
         for judge in page["judges"].values()
     }
+    cards = {name: read_card(name) for name in judges}
     controls = [
         name
         for name, pages in results.items()
@@ -106,8 +107,8 @@ def render(out: Path, evaluated: Mapping[str, Any]) -> str:
         subjects=list(results),
         controls=controls,
         judges=judges,
-        cards=[(name, card_table(card)) for name in judges if (card := read_card(name))],
-        without_card=[name for name in judges if not read_card(name)],
+        cards=[(name, card_table(known)) for name, known in cards.items() if known],
+        without_card=[name for name, known in cards.items() if not known],
         paper=paper_table.rows(results),
         columns=paper_table.COLUMNS,
         groups=paper_table.GROUPS,

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import cli
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import cards
@@ -98,19 +97,6 @@ def test_a_judge_of_its_own_answers_is_named() -> None:
 
 
 # --- the command --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def test_the_command_writes_a_card(

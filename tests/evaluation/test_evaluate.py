@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from spavl_lib import cli
 from spavl_lib.config import EvaluationConfig, GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs import asking, judging
@@ -326,19 +325,6 @@ def test_a_judge_that_is_the_model_is_named(root: Path) -> None:
     [warning] = run_of._warnings({"settings": {"judge_model": "other/vlm"}})
     assert "is the model under test" in warning
     assert run_of._warnings({"settings": {"judge_model": "other/guard"}}) == []
-
-
-@pytest.fixture
-def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def test_the_command(root: Path, spavl: Callable, tmp_path: Path, runs: Path) -> None:

@@ -1,7 +1,6 @@
 """The home head on people's labels of a run: fitted, cross-fitted, and used."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spavl_lib import cli
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation import head as head_module
 from spavl_lib.evaluation.head import Head
@@ -29,10 +27,7 @@ from spavl_lib.evaluation.people.sample import ensure_sample, read_sample, sampl
 from spavl_lib.runs.files import read_jsonl
 from tests.evaluation.people_runs import HELP, REFUSALS, label_all, truth_of, write_people_run
 
-
-@pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("without_fsync")
 
 
 class Words:
@@ -142,17 +137,6 @@ def test_damaged_proxies_are_refused(run: Path) -> None:
 
 
 # --- the command line ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def spavl(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str, str]]:
-    def call(*words: str) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            cli.main(words)
-        out, err = capsys.readouterr()
-        return caught.value.code, out, err
-
-    return call
 
 
 def test_label_then_fit_by_command(run: Path, spavl: Callable, monkeypatch) -> None:

@@ -30,12 +30,9 @@ from spavl_lib.evaluation.people.sample import (
 from spavl_lib.rerun import result_differences
 from tests.evaluation.people_runs import label_all, truth_of, write_people_run
 
+pytestmark = pytest.mark.usefixtures("without_fsync")
+
 UNSAFE, SAFE, UNSURE = Label(True, "no"), Label(False, "yes"), Label(None, "partial")
-
-
-@pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture

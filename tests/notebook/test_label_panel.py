@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from pathlib import Path
 
 import nbformat
@@ -23,10 +22,7 @@ from spavl_lib.notebook.label_panel import (
 )
 from tests.evaluation.people_runs import write_people_run
 
-
-@pytest.fixture(autouse=True)
-def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+pytestmark = pytest.mark.usefixtures("without_fsync")
 
 
 @pytest.fixture
