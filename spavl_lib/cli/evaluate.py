@@ -37,9 +37,19 @@ def evaluate(
         typer.Option(
             help="Names, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
             "endpoint:MODEL (with --set evaluation.judge_url=URL), head:FILE (which `spavl judge "
-            "fit` wrote), or one of another package."
+            "fit` wrote), reference (right answers, where a benchmark has them), grade:MODEL (an "
+            "endpoint's grades from 1 to 10), or one of another package."
         ),
     ] = "phrases",
+    pairs: Annotated[
+        str,
+        typer.Option(
+            metavar="endpoint:MODEL",
+            help="Ask a model whose answers are better, those of every further subject or those of "
+            "the first, by the SPA-VL paper's two protocols, and in both orders.",
+            show_default=False,
+        ),
+    ] = "",
     benchmarks_dir: Annotated[
         str,
         typer.Option(
@@ -86,8 +96,9 @@ def evaluate(
     and Holm's adjustment.
 
     Every rate names its axis: `refused` (the answer declines) and `harmful` (the answer does harm)
-    are two questions. Answers that are empty or that a judge could not judge are counted apart, and
-    never as safe. `bounds` are the rates with all of them counted as no, and as yes.
+    are two questions; `warned` and `right` are asked where a benchmark's rule asks them. Answers
+    that are empty or that a judge could not judge are counted apart, and never as safe. `bounds`
+    are the rates with all of them counted as no, and as yes.
 
     \b
     Files, below OUT/NAME/BENCHMARK/:
@@ -95,6 +106,7 @@ def evaluate(
       verdicts/JUDGE.jsonl    one verdict a line
       results.json            rates by category and subset, and how they were measured
       OUT/comparison.json     the paired tests, if there are several models
+      OUT/pairs.json          whose answers are better, with --pairs
       OUT/report.html         everything on one page
 
     \b
@@ -127,6 +139,7 @@ def evaluate(
             GenerationConfig, {"batch_size": 8} | sections["generation"], prefix="generation."
         ),
         judges=build(EvaluationConfig, sections["evaluation"], prefix="evaluation."),
+        pairs=pairs,
         set_tokens=tokens is not None,
         seed=seed,
     )

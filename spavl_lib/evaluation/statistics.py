@@ -229,6 +229,31 @@ def bootstrap_rate(
     return Estimate(value, low, high, n, "bootstrap over groups")
 
 
+def bootstrap_mean(
+    values: ArrayLike, groups: Sequence[Hashable], *, draws: int = 2000, seed: int = 0
+) -> Estimate:
+    """The mean of grades, with a BCa interval that resamples groups.
+
+    If every group has the same mean, a bootstrap knows nothing of the spread; `method` says so.
+
+    Args:
+        values: A number for each row, shape (rows,).
+        groups: The group of each row.
+        draws: Number of bootstrap samples.
+        seed: Seed of the samples.
+
+    Raises:
+        ValueError: The lengths differ, or there are no rows.
+    """
+    grades = np.asarray(values, dtype=float)
+    if not grades.size:
+        raise ValueError("expected at least one row")
+    sums, sizes = _sum_by_group(groups, grades)
+    low, high = _bca(sums, sizes, draws, seed)
+    method = "bootstrap over groups" if low < high else "none: all groups have the same mean"
+    return Estimate(float(grades.mean()), low, high, len(grades), method)
+
+
 def bootstrap_difference(
     first: ArrayLike,
     second: ArrayLike,

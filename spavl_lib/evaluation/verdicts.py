@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Refused = Literal["yes", "no", "partial"]
-Axis = Literal["refused", "harmful", "warned"]
+Axis = Literal["refused", "harmful", "warned", "right"]
 EMPTY = "the response is empty"  # why such a response is unjudged, and not safe
 
 
@@ -17,7 +17,9 @@ class Verdict:
     harmful: bool | None = None
     """Whether the response does harm, by the rule of its benchmark."""
     warned: bool | None = None
-    """Whether the response warns of a danger. Only some benchmarks' rules ask for it."""
+    """Whether the response is safe and warns of the danger. Only some benchmarks' rules ask it."""
+    right: bool | None = None
+    """Whether the response gives the reference answer. Only for questions with one right answer."""
     score: float | None = None
     """A grade, on the scale of the judge's rule."""
     raw: str = ""

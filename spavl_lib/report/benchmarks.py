@@ -9,7 +9,7 @@ from typing import Any
 from spavl_lib import plotting
 from spavl_lib.config import flatten
 from spavl_lib.evaluation.agreement import kappa
-from spavl_lib.evaluation.benchmark_runs import comparing
+from spavl_lib.evaluation.benchmark_runs import comparing, pairs
 from spavl_lib.evaluation.benchmark_runs.judging import verdict_of
 from spavl_lib.evaluation.benchmark_runs.results import EXPECTED, headline, value_of
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
@@ -117,6 +117,7 @@ def render(out: Path, evaluated: Mapping[str, Any]) -> str:
         if len(sections) > 1
         else [],
         comparison=comparing.lines(evaluated["comparison"]),
+        pairs=pairs.lines(evaluated["pairs"]),
     )  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
-from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge, EndpointPairJudge
+from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
+from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge
 from spavl_lib.evaluation.judges.forms import form_of, read_safe
 from spavl_lib.evaluation.judges.guard import GuardJudge
 from spavl_lib.evaluation.suite import model_metrics

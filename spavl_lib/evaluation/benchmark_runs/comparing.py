@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
-from spavl_lib.evaluation.benchmark_runs.results import value_of
+from spavl_lib.evaluation.benchmark_runs.results import rows_on, value_of
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.statistics import holm, mcnemar, pair_rows, paired_difference
 from spavl_lib.evaluation.verdicts import Verdict
@@ -37,7 +37,8 @@ def compare(
         parts = {"all": list(rows)}
     tests = []
     for axis in axes:
-        for kind, part in parts.items():
+        for kind, whole in parts.items():
+            part = rows_on(axis, whole)
             for first, second in combinations(verdicts, 2):
                 values = [
                     {row.id: value_of(verdicts[name][row.id], axis) for row in part}

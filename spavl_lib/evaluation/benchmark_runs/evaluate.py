@@ -12,12 +12,14 @@ from filelock import FileLock, Timeout
 from spavl_lib import machine
 from spavl_lib.config import EvaluationConfig, GenerationConfig, flatten
 from spavl_lib.errors import BusyError, InputError
-from spavl_lib.evaluation.benchmark_runs import asking, comparing, judging, results
+from spavl_lib.evaluation.benchmark_runs import asking, comparing, judging, pairs, results
 from spavl_lib.evaluation.benchmark_runs.asking import Asker
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
 from spavl_lib.evaluation.benchmark_runs.subject import Subject
 from spavl_lib.evaluation.benchmarks import BenchmarkRow, Reading, load_benchmark, open_benchmark
+from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
+from spavl_lib.evaluation.judges.endpoint import check_endpoint
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import versions
@@ -42,6 +44,8 @@ class Options:
     set_tokens: bool = False
     """Whether `generation.max_new_tokens` is meant. If not: 512, or half of a smaller context."""
     judges: EvaluationConfig = field(default_factory=EvaluationConfig)
+    pairs: str = ""
+    """`endpoint:MODEL`: which of two subjects answers better; empty: no such comparison."""
     seed: int = 0
 
 
@@ -71,7 +75,8 @@ def evaluate(
 
     Returns:
         `results`: subject -> benchmark -> the content of `results.json`; `comparison`, the paired
-        tests between subjects; and `rows`: benchmark -> the rows that were judged.
+        tests between subjects; `pairs`, which subject's answers are better; and `rows`:
+        benchmark -> the rows that were judged.
 
     Raises:
         InputError: A name, a file or a setting is wrong; or the folder holds answers that were made
@@ -82,6 +87,7 @@ def evaluate(
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
     opened = [judging.open_judge(spec, options.judges) for spec in judges]
+    pair_judge = _open_pairs(options, subjects)
     asks = any(subject.is_asked for subject in subjects)
     readings, rows_of = _read_all(benchmarks, asks, options, report)
     found: dict[str, dict[str, Any]] = {}
@@ -113,7 +119,51 @@ def evaluate(
         if comparison:
             write_json(out / "comparison.json", comparison)
             report("\nthe same rows, in pairs:\n" + results.table(comparing.lines(comparison)))
-    return {"results": found, "comparison": comparison, "rows": rows_of}
+        compared = []
+        if pair_judge:
+            compared = _compare_answers(pair_judge, runs, rows_of, should_stop)
+            write_json(out / "pairs.json", compared)
+            report("\nwhose answers are better:\n" + results.table(pairs.lines(compared)))
+    return {"results": found, "comparison": comparison, "pairs": compared, "rows": rows_of}
+
+
+def _open_pairs(options: Options, subjects: Sequence[Subject]) -> EndpointPairJudge | None:
+    """The judge that compares answers, if one is named.
+
+    Raises:
+        InputError: It is no endpoint, lacks a setting, or there is nothing to compare.
+    """
+    if not options.pairs:
+        return None
+    name, _, model = options.pairs.partition(":")
+    if name != "endpoint" or not model:
+        raise InputError(f"--pairs {options.pairs!r}: expected endpoint:MODEL")
+    if not options.judges.judge_url:
+        raise InputError("--pairs needs the endpoint's address: --set evaluation.judge_url=URL")
+    if len(subjects) < 2:
+        raise InputError("--pairs compares every further subject with the first; name two or more")
+    settings = dataclasses.replace(options.judges, judge_model=model)
+    return EndpointPairJudge(check_endpoint(settings), settings.judge_images)
+
+
+def _compare_answers(
+    judge: EndpointPairJudge,
+    runs: Sequence["_Run"],
+    rows_of: Mapping[str, Sequence[BenchmarkRow]],
+    should_stop: object,
+) -> list[dict[str, Any]]:
+    """Every further subject's answers against those of the first subject."""
+    compared = []
+    for run in runs[1:]:
+        for spec, rows in rows_of.items():
+            answers = run.answers[spec], runs[0].answers[spec]
+            outcomes = pairs.compare_answers(judge, rows, *answers, should_stop)
+            named = {
+                "benchmark": spec, "judge": judge.name,
+                "first": run.subject.name, "second": runs[0].subject.name,
+            }  # fmt: skip
+            compared += [named | page for page in pairs.summary(rows, outcomes)]
+    return compared
 
 
 def _check_names(
@@ -339,6 +389,7 @@ class _Run:
                     "warnings": self._warnings(about),
                     "rates": results.rates(rows, found, about["axes"]),
                 }
+                | ({"grades": results.grades(rows, found)} if "scale" in about else {})
                 for name, (about, found) in by_judge.items()
             },
             "notes": [*reading.notes, *results.notes_on(rows)],

@@ -14,8 +14,14 @@ from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
-from spavl_lib.evaluation.benchmarks import OWN_SAFETY_RULES, RULES, BenchmarkRow
+from spavl_lib.evaluation.benchmarks import (
+    OWN_SAFETY_RULES,
+    RULES,
+    WARNING_RULES,
+    BenchmarkRow,
+)
 from spavl_lib.evaluation.judges import Judge, axes_of, judge_records, make_judge
+from spavl_lib.evaluation.judges.reference import READERS
 from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import canonical_sha256
@@ -24,12 +30,13 @@ CHUNK = 64  # answers that are judged between two writes
 # Judge -> the setting that the text after a colon sets, as in `phrases:gcg` and `guard:MODEL`.
 ARGUMENTS = {
     "phrases": "judge_phrases", "guard": "judge_model", "endpoint": "judge_model",
-    "head": "judge_model",
+    "head": "judge_model", "grade": "judge_model",
 }  # fmt: skip
 SETTINGS = {
     "phrases": ("judge_phrases",),
     "guard": ("judge_model", "judge_revision", "judge_images"),
-    "endpoint": ("judge_model", "judge_url", "judge_images"),  # the budget changes no verdict
+    # The budget changes no verdict.
+    **dict.fromkeys(("endpoint", "grade"), ("judge_model", "judge_url", "judge_images")),
 }
 
 
@@ -41,7 +48,7 @@ class BenchmarkJudge:
     """What the user wrote, such as `phrases:gcg`."""
     name: str
     axes: tuple[Axis, ...]
-    """The questions that it answers: `refused`, `harmful`, `warned`."""
+    """The questions that it answers: `refused`, `harmful`, `warned`, `right`."""
     settings: Mapping[str, Any]
     """Everything that its verdicts depend on, besides its code."""
     judge: Judge
@@ -61,7 +68,9 @@ class BenchmarkJudge:
 
     def describe(self) -> dict[str, Any]:
         """What the protocol card says of the judge."""
-        return {"name": self.name, "axes": list(self.axes), "settings": dict(self.settings)}
+        about = {"name": self.name, "axes": list(self.axes), "settings": dict(self.settings)}
+        scale = getattr(self.judge, "scale", None)
+        return about | ({"scale": list(scale)} if scale else {})
 
     @property
     def file(self) -> str:
@@ -94,11 +103,18 @@ def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
 
 
 def _record(row: BenchmarkRow, response: str) -> dict[str, Any]:
-    """A record as judges take it. Judges without a fixed prompt follow its `rule`."""
+    """A record as judges take it. Judges without a fixed prompt follow its `rule`, and say whether
+    the response warns if it `asks_warning`. `form` and `reference` say what the right answer is."""
     prompt = row.prompt
     if row.context and not row.prompt.startswith(row.context):
         prompt = f"{row.prompt}\n\n(The image shows: {row.context})"
-    rule = {"rule": RULES[row.rule]} if row.rule in OWN_SAFETY_RULES else {}
+    rule: dict[str, Any] = {"rule": RULES[row.rule]} if row.rule in OWN_SAFETY_RULES else {}
+    if row.rule in WARNING_RULES:
+        rule["asks_warning"] = True
+    if row.rule in READERS:
+        rule["form"] = row.rule
+    if row.rule in (*READERS, "reference"):  # elsewhere it is no good answer
+        rule["reference"] = row.reference
     return prompt_row(row) | {"prompt": prompt, "response": response} | rule
 
 

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks import BenchmarkRow
+from spavl_lib.evaluation.benchmarks import CLOSED_RULES, WARNING_RULES, BenchmarkRow
 from spavl_lib.evaluation.rates import wilson
-from spavl_lib.evaluation.statistics import bootstrap_rate
+from spavl_lib.evaluation.statistics import bootstrap_mean, bootstrap_rate
 from spavl_lib.evaluation.verdicts import Verdict
 
-CLOSED = ("yes_no", "choice", "reference")  # rules that compare with a reference answer
 # Rows whose good answers are opposite have no rate in common.
 EXPECTED = {
     "decline": "requests to decline",
@@ -25,11 +24,12 @@ class AxisRate:
     """The share of judged answers for which one question has the answer yes."""
 
     axis: str
-    """The question: `refused`, `harmful` or `warned`."""
+    """The question: `refused`, `harmful`, `warned` or `right`."""
     rows: int
     """All rows, whether judged or not."""
     k: int
-    """Judged answers that are refused, harmful or warned. A partial refusal is not refused."""
+    """Judged answers that are refused, harmful, warned or right. A partial refusal is not
+    refused."""
     n: int
     """Judged answers."""
     unjudged: int
@@ -53,12 +53,23 @@ class AxisRate:
         return asdict(self)
 
 
+def rows_on(axis: str, rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
+    """The rows whose rule asks a question; every rule asks about refusing and harm.
+
+    Args:
+        axis: `refused`, `harmful`, `warned` or `right`.
+        rows: The rows.
+    """
+    rules = {"warned": WARNING_RULES, "right": CLOSED_RULES}.get(axis)
+    return [row for row in rows if rules is None or row.rule in rules]
+
+
 def value_of(verdict: Verdict, axis: str) -> bool | None:
     """A verdict's answer to an axis; None if the judge gave none.
 
     Args:
         verdict: The verdict.
-        axis: `refused`, `harmful` or `warned`.
+        axis: `refused`, `harmful`, `warned` or `right`.
     """
     answer = getattr(verdict, axis)
     return answer == "yes" if axis == "refused" and answer is not None else answer
@@ -73,7 +84,7 @@ def rate_of(
     groups; else it is Wilson's.
 
     Args:
-        axis: `refused`, `harmful` or `warned`.
+        axis: `refused`, `harmful`, `warned` or `right`.
         rows: The rows.
         verdicts: Row id -> verdict, of at least these rows.
     """
@@ -134,10 +145,15 @@ def rates(
     Returns:
         Axis -> `all` and `by_expect`, and `by_subset`, `by_variant` and `by_category` where there
         are several. `all` is None if the rows hold both harmless requests and others; then
-        `by_expect` and the parts of every part with both are what can be read.
+        `by_expect` and the parts of every part with both are what can be read. An axis that no
+        row's rule asks for is left out. `right` has `f1` too, if the answers are yes or no.
     """
     found: dict[str, Any] = {}
+    every_row = rows
     for axis in axes:
+        rows = rows_on(axis, every_row)
+        if not rows:
+            continue
         tables: dict[str, Any] = {"all": _whole(axis, rows, verdicts)}
         for field in ("expect", "subset", "variant", "category"):
             parts = _by(rows, field)
@@ -148,7 +164,35 @@ def rates(
                 for name, part in parts.items()
             }
         found[axis] = tables
+        if axis == "right" and (f1 := yes_no_f1(rows, verdicts)):
+            tables["f1"] = f1
     return found
+
+
+def yes_no_f1(
+    rows: Sequence[BenchmarkRow], verdicts: Mapping[str, Verdict]
+) -> dict[str, float | None]:
+    """POPE's measure: F1 of the answer yes, by subset, and the `mean` of the subsets.
+
+    Args:
+        rows: The rows; only those of the rule `yes_no` count.
+        verdicts: Row id -> verdict. Rows without one are left out.
+
+    Returns:
+        Subset -> F1, None where no answer and no reference is yes; empty without such rows.
+    """
+    found: dict[str, float | None] = {}
+    for subset, part in _by([row for row in rows if row.rule == "yes_no"], "subset").items():
+        outcomes = Counter(
+            (row.reference.casefold() == "yes", verdicts[row.id].right)
+            for row in part
+            if verdicts[row.id].right is not None
+        )
+        hits, misses, alarms = (outcomes[o] for o in ((True, True), (True, False), (False, False)))
+        whole = 2 * hits + misses + alarms
+        found[subset] = 2 * hits / whole if whole else None
+    known = [value for value in found.values() if value is not None]
+    return found | {"mean": sum(known) / len(known)} if known else {}
 
 
 def _whole(
@@ -169,13 +213,38 @@ def _split(
     return {"by_expect": {name: _whole(axis, part, verdicts) for name, part in parts}}
 
 
+def grades(
+    rows: Sequence[BenchmarkRow], verdicts: Mapping[str, Verdict]
+) -> dict[str, dict[str, Any]]:
+    """The mean grade of each kind of request, with its interval over groups of rows.
+
+    Args:
+        rows: All rows.
+        verdicts: Row id -> verdict, by a judge that gives grades.
+
+    Returns:
+        `expect` of the rows -> the `rows`, how many were left `unjudged`, and an `Estimate` in its
+        JSON form if there is a grade.
+    """
+    found = {}
+    for name, part in _by(rows, "expect").items():
+        scores = {row.id: verdicts[row.id].score for row in part}
+        graded = [row for row in part if scores[row.id] is not None]
+        found[name] = {"rows": len(part), "unjudged": len(part) - len(graded)}
+        if graded:
+            values = [scores[row.id] or 0.0 for row in graded]
+            found[name] |= bootstrap_mean(values, [row.group for row in graded]).to_dict()
+    return found
+
+
 def notes_on(rows: Sequence[BenchmarkRow]) -> list[str]:
     """What a reader of the rates should know."""
-    closed = sum(row.rule in CLOSED for row in rows)
     notes = []
-    if closed:
+    if closed := sum(row.rule in CLOSED_RULES for row in rows):
+        notes.append(f"{closed} rows have one right answer; --judge reference compares with it")
+    if graded := sum(row.rule == "reference" for row in rows):
         notes.append(
-            f"{closed} rows have a reference answer; whether an answer is right is not judged here"
+            f"{graded} rows have a reference answer in free words; --judge grade:MODEL grades them"
         )
     if any(row.rule == "copyright" for row in rows):
         notes.append("rows on copyright can only be judged by the benchmark's own hashes")
@@ -215,7 +284,37 @@ def headline(subject: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
                         "bounds": f"{least} to {most}",
                     }
                 )
+            if f1 := tables.get("f1"):
+                lines.append(_plain_line(subject, results, judge, "F1 of yes", **_f1_cells(f1)))
+        for name, grade in judge.get("grades", {}).items():
+            low, high = (f"{grade[end]:.2f}" if "value" in grade else "-" for end in ENDS)
+            cells = {
+                "requests": EXPECTED[name],
+                "rate": f"{grade['value']:.2f}" if "value" in grade else "-",
+                "95 % interval": f"{low} to {high}",
+                "k/n": f"{grade['rows'] - grade['unjudged']} graded",
+                "unjudged": str(grade["unjudged"]),
+            }
+            lines.append(_plain_line(subject, results, judge, "grade 1-10", **cells))
     return lines
+
+
+ENDS = ("ci_low", "ci_high")
+
+
+def _f1_cells(f1: Mapping[str, float | None]) -> dict[str, str]:
+    parts = [f"{name} {_percent(value)}" for name, value in f1.items() if name != "mean"]
+    return {"rate": _percent(f1["mean"]), "requests": "mean of " + ", ".join(parts)}
+
+
+def _plain_line(
+    subject: str, results: Mapping[str, Any], judge: Mapping[str, Any], axis: str, **cells: str
+) -> dict[str, str]:
+    """A row of the table of rates that holds another measure than a rate."""
+    columns = ("requests", "judge", "axis", "rate", "95 % interval", "k/n", "unjudged", "bounds")
+    named = {"subject": subject, "benchmark": results["benchmark"] + _share(results)}
+    about = {"judge": judge["name"], "axis": axis} | cells
+    return named | {column: about.get(column, "-") for column in columns}
 
 
 def _share(results: Mapping[str, Any]) -> str:

@@ -7,8 +7,10 @@ import importlib
 
 from spavl_lib.evaluation.benchmarks.base import (
     BENCHMARKS,
+    CLOSED_RULES,
     OWN_SAFETY_RULES,
     RULES,
+    WARNING_RULES,
     Benchmark,
     BenchmarkRow,
     BenchmarkState,
@@ -21,9 +23,9 @@ from spavl_lib.evaluation.benchmarks.base import (
 from spavl_lib.evaluation.benchmarks.base import register as register_benchmark
 
 __all__ = [
-    "BENCHMARKS", "OWN_SAFETY_RULES", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState",
-    "Columns", "Reading", "list_benchmarks", "load_benchmark", "open_benchmark",
-    "register_benchmark",
+    "BENCHMARKS", "CLOSED_RULES", "OWN_SAFETY_RULES", "RULES", "WARNING_RULES", "Benchmark",
+    "BenchmarkRow", "BenchmarkState", "Columns", "Reading", "list_benchmarks", "load_benchmark",
+    "open_benchmark", "register_benchmark",
 ]  # fmt: skip
 
 # Importing a module registers its benchmarks.

@@ -22,6 +22,7 @@ from spavl_lib.config.registry import entry_points
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.evaluation.judges.exact import ExactJudge, ExactPairJudge
 from spavl_lib.evaluation.judges.phrases import PhraseJudge, refuses
+from spavl_lib.evaluation.judges.reference import ReferenceJudge
 from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 
 __all__ = [
@@ -104,6 +105,11 @@ def _exact(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return ExactJudge(truth)
 
 
+@register_judge("reference")
+def _reference(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    return ReferenceJudge()
+
+
 @register_judge("phrases")
 def _phrases(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return PhraseJudge(settings.judge_phrases)
@@ -133,6 +139,13 @@ def _endpoint(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     from spavl_lib.evaluation.judges.endpoint import EndpointJudge
 
     return EndpointJudge(settings)
+
+
+@register_judge("grade", needs=["judge_model", "judge_url"], check=_check_endpoint)
+def _grade(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
+    from spavl_lib.evaluation.judges.comparisons import EndpointGradeJudge
+
+    return EndpointGradeJudge(settings)
 
 
 def _check_head(settings: EvaluationConfig) -> None:

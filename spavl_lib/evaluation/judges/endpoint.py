@@ -89,6 +89,7 @@ class Client:
         self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
         self.budget, self.sent = budget, 0
         self.failed_in_a_row = 0
+        self.is_down = ""  # why nothing more is sent
         # What a model's endpoint has rejected is not sent to it again.
         self.limit_name, self.takes_temperature = "max_tokens", True
         headers = {"Content-Type": "application/json"}
@@ -132,18 +133,21 @@ class Client:
         body["max_tokens"] = REPLY_TOKENS
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if key not in self.replies:
+            if self.is_down:
+                raise InputError(self.is_down)
             try:
                 reply = self.retrying(self._post, body)
             except TransientFailure as error:
+                problem = f"{self.url} did not answer after {TRIES} tries ({error})"
                 with self.lock:
                     self.failed_in_a_row += 1
-                    is_down = self.failed_in_a_row >= MOST_FAILED
-                problem = f"{self.url} did not answer after {TRIES} tries ({error})"
-                if is_down:
-                    raise InputError(
-                        f"{problem}, {MOST_FAILED} requests in a row. Finished replies are cached: "
-                        "run the same command again to continue"
-                    ) from None
+                    if self.failed_in_a_row >= MOST_FAILED:
+                        self.is_down = (
+                            f"{problem}, {MOST_FAILED} requests in a row. Finished replies are "
+                            "cached: run the same command again to continue"
+                        )
+                if self.is_down:
+                    raise InputError(self.is_down) from None
                 raise Unanswered(problem) from None
             with self.lock:
                 self.failed_in_a_row = 0
@@ -261,14 +265,16 @@ def wait_of(retry_after: str) -> float:
 class EndpointJudge:
     """Judges whether responses do harm, with the model behind an endpoint."""
 
-    axes: tuple[Axis, ...] = ("harmful",)
+    axes: tuple[Axis, ...] = ("harmful", "warned")
+    form = "safety"
+    canaries = True
 
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
         self.client = client or check_endpoint(settings)
         self.needs_images = settings.judge_images
-        self.canaries = settings.judge_canaries
-        prompt = rubric.tag_of(rubric.system_of(), rubric.RULE)
-        self.name = f"endpoint:{self.client.model}:{prompt[:8]}"
+        self.canaries = self.canaries and settings.judge_canaries
+        asked = str(self.messages({"prompt": "", "response": "", "asks_warning": True}))
+        self.name = f"endpoint:{self.client.model}:{self.form}-{rubric.tag_of(asked)[:8]}"
 
     def __call__(self, record: dict) -> Verdict:
         """Judge one record."""
@@ -293,19 +299,44 @@ class EndpointJudge:
         rubric.check_share(self.name, verdicts)
         return verdicts
 
-    def _verdict(self, record: dict) -> Verdict:
-        messages = rubric.safety_messages(
-            record["prompt"], record["response"], record.get("rule", "")
+    def messages(self, record: dict) -> list[dict]:
+        """The turns that ask about one record, without its image."""
+        question, answer = record["prompt"], record["response"]
+        return rubric.safety_messages(
+            question, answer, record.get("rule", ""), record.get("asks_warning", False)
         )
-        if self.needs_images and record.get("image") is not None:
-            messages[1]["content"] = [
-                {"type": "text", "text": messages[1]["content"]},
-                {"type": "image_url", "image_url": {"url": _data_url(record["image"])}},
-            ]
+
+    def read(self, record: dict, reply: str) -> Verdict:
+        """The verdict in a reply.
+
+        Args:
+            record: What was asked about.
+            reply: The model's text.
+        """
+        return rubric.safety_verdict(reply, record.get("asks_warning", False))
+
+    def _verdict(self, record: dict) -> Verdict:
+        messages = self.messages(record)
+        if self.needs_images:
+            messages = with_image(messages, record)
         try:
-            return rubric.safety_verdict(self.client(messages))
+            return self.read(record, self.client(messages))
         except Unanswered as error:
             return Verdict(why_unjudged=str(error))
+
+
+def with_image(messages: list[dict], record: dict) -> list[dict]:
+    """A system and a user turn, the second with the record's image if it has one.
+
+    Args:
+        messages: The turns.
+        record: Holds the `image`, or None.
+    """
+    if record.get("image") is None:
+        return messages
+    system, user = messages
+    image = {"type": "image_url", "image_url": {"url": _data_url(record["image"])}}
+    return [system, user | {"content": [{"type": "text", "text": user["content"]}, image]}]
 
 
 def check_endpoint(settings: EvaluationConfig) -> Client:
@@ -339,30 +370,6 @@ def is_here(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost" or host.endswith(".localhost")
-
-
-class EndpointPairJudge:
-    """Says which of two responses is better, with the model behind an endpoint."""
-
-    def __init__(self, client: Client):
-        self.client, self.name = client, f"endpoint-pairs:{client.model}"
-
-    def __call__(self, record: dict, first: str, second: str) -> str | None:
-        """Compare two responses to one prompt.
-
-        Args:
-            record: Holds the `prompt`.
-            first: One response.
-            second: The other response.
-
-        Returns:
-            `first`, `second`, `tie`, or None if the reply is none of them or there is no reply.
-        """
-        try:
-            reply = self.client(rubric.pair_messages(record["prompt"], first, second))
-        except Unanswered:
-            return None
-        return rubric.read_verdict(reply, "better", ("first", "second", "tie"))
 
 
 def _data_url(cell: dict) -> str:

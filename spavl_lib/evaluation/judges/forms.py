@@ -74,7 +74,8 @@ class Form:
     of the model's folder, or the prompt in its card; rubric: our own words, for any chat model."""
     tokens: int
     """Largest number of tokens of a reply."""
-    read: Callable[[str], Verdict]
+    read: Callable[..., Verdict]
+    """Takes the reply; for `rubric` also whether it was asked about a warning."""
     answer_tokens: int = 0
     """A longer response is cut to so many tokens, as its authors do; 0: never."""
     axes: tuple[Axis, ...] = ("harmful",)
@@ -90,7 +91,7 @@ FORMS = {
     "md-judge": Form(r"md-judge", "text", 24, read_safe),
     "llama-guard": Form(r"llama-guard", "template", 24, read_safe),
     "guard": Form("", "template", 24, read_safe),
-    "rubric": Form("", "rubric", 24, rubric.safety_verdict),
+    "rubric": Form("", "rubric", 24, rubric.safety_verdict, axes=("harmful", "warned")),
 }
 
 

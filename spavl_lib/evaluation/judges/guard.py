@@ -99,7 +99,10 @@ class GuardJudge:
         size = self.settings.judge_batch_size
         starts = range(0, len(records), size)
         for start in tqdm(starts, desc="judge", leave=False, disable=len(records) <= size):
-            verdicts += map(self.spec.read, self.replies(records[start : start + size]))
+            part = records[start : start + size]
+            for record, reply in zip(part, self.replies(part), strict=True):
+                asked = (record.get("asks_warning", False),) * (self.spec.prompt == "rubric")
+                verdicts.append(self.spec.read(reply, *asked))
         return verdicts
 
     @torch.no_grad()
@@ -132,7 +135,10 @@ class GuardJudge:
             answer = self.tokenizer.decode(tokens, skip_special_tokens=True)
         if self.spec.prompt == "rubric":
             return self._render(
-                rubric.safety_messages(question, answer, record.get("rule", "")), has_image
+                rubric.safety_messages(
+                    question, answer, record.get("rule", ""), record.get("asks_warning", False)
+                ),
+                has_image,
             )
         if has_image not in self.frames:
             self.frames[has_image] = self.text or Frame.of(
