@@ -54,7 +54,7 @@ def clean(monkeypatch: pytest.MonkeyPatch):
 def test_a_package_adds_a_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "words" not in judge_names()
     install(tmp_path, *PACKAGE, MODULE, monkeypatch)
-    assert judge_names() == ["endpoint", "exact", "guard", "head", "phrases", "words"]
+    assert {"exact", "phrases", "words"} <= set(judge_names())
     judge = make_judge("words", {})
     assert judge.name == "words:bomb"
     records = [
