@@ -50,7 +50,8 @@ def dtype_name() -> Dtype:
     """The precision that models compute in: `$SPAVL_DTYPE`, else what the hardware does best.
 
     Returns:
-        One of `DTYPES`. By hardware bf16 if the GPU supports it, else fp16; fp32 on the CPU.
+        One of `DTYPES`. If $SPAVL_DTYPE is not set: bf16 on a GPU that supports it, fp16 on another
+        GPU, fp32 on the CPU.
 
     Raises:
         InputError: As `asked_dtype`.
@@ -94,8 +95,9 @@ class Limits(NamedTuple):
 def limits() -> Limits:
     """Memory and cores of the machine, or of the container or affinity mask if that is less.
 
-    A container has a control group, and so may each group above it. Version 2 of control groups has
-    `memory.max` and `cpu.max`; version 1 has a tree for each controller.
+    A container's control group can limit memory and cores, and so can each of its parent groups.
+    The lowest limit counts. Version 2 of control groups has `memory.max` and `cpu.max`; version 1
+    has a tree for each controller.
     """
     memory = psutil.virtual_memory().total
     process = psutil.Process()
@@ -112,14 +114,15 @@ def limits() -> Limits:
             quota = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
         if len(quota) == 2 and all(word.isdigit() for word in quota) and int(quota[1]):
             share = min(share, int(quota[0]) / int(quota[1]))
-    # With half a core more than N, an (N + 1)th thread would wait half of the time.
+    # Rounded down: with N and a half cores, thread N + 1 would wait half of the time.
     return Limits(memory, max(1, math.floor(share)))
 
 
 def _cgroup_folders() -> list[Path]:
     """Folders of this process's control groups and of those above them.
 
-    Inside a container its own group is mounted at the root, and the listed path may not exist.
+    Inside a container, the container's own group is mounted at /sys/fs/cgroup, so that the path in
+    /proc/self/cgroup may not exist there.
     """
     folders = [CGROUPS, CGROUPS / "memory", CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
     with contextlib.suppress(OSError):
@@ -167,8 +170,9 @@ def device_kind() -> str:
 WORKER = "SPAVL_WORKER"
 
 
-# What accelerate, torchrun, MPI and their like set for the processes that they start. accelerate
-# and transformers read them, so they would change the precision, or wait for other processes.
+# Environment variables that launchers such as accelerate, torchrun and MPI set for the processes
+# that they start. accelerate and transformers read these variables, and would change the precision
+# or wait for other processes.
 _OF_LAUNCHERS = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|FORK_LAUNCHED"
     r"|(ACCELERATE|FSDP|PARALLELISM_CONFIG|MEGATRON_LM|TORCHELASTIC|PMI|MV2_COMM_WORLD"
@@ -178,7 +182,10 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE
 
 
 def launcher_variables() -> tuple[list[str], int]:
-    """Environment variables that another launcher has set, and how many processes it started."""
+    """Environment variables of a launcher other than ours, and how many processes it started.
+
+    In a process that `distributed.launcher` started: no variables, and `world_size()`.
+    """
     if WORKER in os.environ:
         return [], world_size()
     sizes = [os.environ.get(name, "") for name in _SIZES]

@@ -129,6 +129,8 @@ def evaluate(
     if missing_images not in ("refuse", "skip"):
         raise InputError(f"--missing-images {missing_images!r}: expected refuse or skip")
     sections = _sections(parse_sets(sets or []))
+    if "judge" in sections["evaluation"]:
+        raise InputError("--set evaluation.judge: spavl evaluate takes judges from --judge")
     tokens = sections["generation"].get("max_new_tokens")
     options = Options(
         benchmarks_dir=benchmarks_dir,

@@ -525,8 +525,8 @@ class EvaluationConfig:
     """Address of the endpoint, such as http://localhost:8000/v1. Only for judge endpoint. The key
     is read from the environment variable SPAVL_JUDGE_KEY or OPENAI_API_KEY."""
     judge_budget: NonNegativeInt = 0
-    """Largest number of requests to the endpoint, repeated ones included; 0: no limit. Responses
-    that it leaves out are unjudged. Only for judge endpoint."""
+    """Largest number of requests to the endpoint for each judge, repeated ones included; 0: no
+    limit. Responses that it leaves out are unjudged. Only for judges endpoint and grade."""
     judge_yes: bool = False
     """You agree that the endpoint's host, if it is not this machine, receives what is judged:
     prompts, responses, and with judge_images the images. Only for judge endpoint."""

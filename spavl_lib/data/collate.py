@@ -38,8 +38,9 @@ def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             into tiles, their shape is (images of the row, tiles, ...).
 
     Returns:
-        The same tensors, (images of all rows, ...). Fewer tiles, and Pixtral's smaller images, are
-        filled with zeros at their ends, as the processors do within a batch.
+        The same tensors, (images of all rows, ...). A tensor with fewer tiles, or with
+        smaller images (Pixtral), is padded with zeros at the end of each axis, as the processors
+        do within a batch.
     """
     stacked = {}
     for name in parts[0] if parts else ():
@@ -76,8 +77,8 @@ class PreferenceCollator:
             response and on its EOS.
 
         Raises:
-            InputError: A row is longer than `max_length`, its image cannot be used, or an answer
-                cannot be told apart from its prompt.
+            InputError: A row is longer than `max_length`, its image cannot be used, or the prompt's
+                tokens change when the response follows (see `completion_ids`).
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
@@ -106,7 +107,7 @@ class PreferenceCollator:
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
-        for name, rows_of in prompts.token_types.items():  # responses are text
+        for name, rows_of in prompts.token_types.items():  # a response is text: type 0
             doubled = [*rows_of, *rows_of]
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch[name] = pad_rows(types, 0, self.padding_side)

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-LOOK_AHEAD = 64  # groups that are tried for the rest of a batch before a group is split
+# Number of waiting groups that are searched for one that fits into the rest of a batch. If none
+# fits, the first waiting group is split.
+LOOK_AHEAD = 64
 
 
 def image_groups(names: Sequence[str]) -> list[list[int]]:
@@ -46,7 +48,11 @@ class ImageGroupedSampler(Sampler[int]):
             yield from self._batch(waiting)
 
     def _batch(self, waiting: deque[list[int]]) -> list[int]:
-        """The next `batch_size` rows, or all remaining rows. Groups stay whole if they fit."""
+        """The next `batch_size` rows, or all remaining rows.
+
+        Adds the first of the next `LOOK_AHEAD` groups that fits into the rest of the batch. If none
+        does, splits the first group.
+        """
         batch: list[int] = []
         while waiting and len(batch) < self.batch_size:
             room = self.batch_size - len(batch)

@@ -19,10 +19,10 @@ from spavl_lib.evaluation.benchmarks.labels import (
     label_folder,
     load_labels,
 )
-from spavl_lib.evaluation.judges import judge_records, make_judge
+from spavl_lib.evaluation.judges import check_judge, judge_records, make_judge
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.rates import Rate
-from spavl_lib.evaluation.text import MISSING
+from spavl_lib.evaluation.text import MISSING, aligned
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
@@ -81,8 +81,9 @@ def judge_card(
         and `sets`, with what `compare` returns for each.
 
     Raises:
-        InputError: A label set is missing or damaged, or the judge fails.
+        InputError: A label set is missing or damaged, or the judge fails or answers no question.
     """
+    check_judge(settings)
     judge = make_judge(settings.judge, {}, settings)
     compared, warnings, left_out = {}, [], {}
     for name, answers in _label_sets(sets, root).items():
@@ -332,14 +333,8 @@ def card_table(card: Mapping[str, Any]) -> str:
                 rates = (cell[key] for key in ("precision", "recall", "judge", "people"))
                 shares = [percent(Rate.from_dict(rate)) for rate in rates]
                 lines.append([judge["judge"], name, axis, str(cell["n"]), kappa, *shares])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    table = [
-        "  ".join(cell.ljust(w) if i < 3 else cell.rjust(w)
-                  for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    ]  # fmt: skip
     notes = [
         f"warning: {w}" for j in card.get("judges", {"": card}).values() for w in j["warnings"]
     ]
     notes += [f"left out: {judge}: {why}" for judge, why in card.get("left_out", {}).items()]
-    return "\n".join([*table, *notes])
+    return "\n".join([*aligned(lines, left=3), *notes])

@@ -2,8 +2,8 @@
 
 A judge has read all answers, people have read a sample. `corrected_rate` estimates the rate that
 people would find: the judge's mean over all answers, plus the mean error of the judge on the
-sample. It is right for any judge. A good judge makes the interval short; a useless one leaves it
-as long as with the labels alone.
+sample. The estimate has no bias to speak of, however bad the judge is. A good judge makes the
+interval short; a useless one leaves it as long as with the labels alone.
 
 If the judge was fitted on the same labels, its numbers must be cross-fitted, as by
 `head.cross_fit`: each answer is judged by a head that has seen no label of the answer's group.
@@ -19,7 +19,9 @@ from numpy.typing import ArrayLike
 from spavl_lib.evaluation.statistics import Estimate, Z, group_index
 
 MINIMUM = 2  # labels of a stratum; fewer do not show how much its answers differ
-UNSEEN = 0.5  # labels against the judge that are added to the variance; see corrected_rate
+# The variance gets UNSEEN * (largest weight)^2 for errors of the judge that the sample missed; see
+# `corrected_rate`.
+UNSEEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -151,14 +153,15 @@ def corrected_rate(
     This is prediction-powered inference with a tuned weight lambda for the judge (Angelopoulos,
     Duchi and Zrnic 2023, arXiv:2311.01453), known in survey sampling as the regression estimator,
     for a stratified sample: lambda x mean(judge, all) + weighted mean(label - lambda x judge,
-    sample). Lambda has the smallest variance and is held in 0..1.
+    sample). Lambda minimizes the estimated variance of the second term, and is clipped to 0..1.
 
-    A normal interval misses rare events too often: its variance is too small just when the sample
-    has too few of them. The interval here is Wilson's score interval at the corrected rate, with
-    the number of labels that would be as exact without a judge: (variance of one label) /
-    (variance of the corrected rate). The variance includes half a label against the judge, with
-    the largest weight in the sample, because a judge that agrees with all labels has not shown
-    that it is never wrong. `benchmarks/corrected_rates.py` measures coverage and width.
+    For a rare event a normal interval misses the true rate too often: if the sample holds too few
+    events by chance, the estimated variance is too small as well. The interval here is Wilson's
+    score interval at the corrected rate. Its n is the effective number of labels, that is, how many
+    labels alone would give the same variance: (variance of one label) / (variance of the corrected
+    rate). The variance includes 0.5 * (largest weight)^2, as if half a label contradicted the
+    judge: a judge that agrees with all labels can still be wrong on other answers.
+    `benchmarks/corrected_rates.py` measures coverage and width.
 
     Args:
         proxy: The judge's verdict (0 or 1) or probability for every answer, shape (answers,). Any
@@ -167,10 +170,11 @@ def corrected_rate(
         strata: The stratum of each answer in the sample's design. None: a simple random sample.
         weights: The weight of each answer in the design, read where there is a label. They
             matter within merged strata only, since all answers of a stratum have equal weights.
-        groups: The group of each answer; with the target `prompts` groups are what varies.
+        groups: The group of each answer. With the target `prompts` the variance is computed
+            between groups; with `answers` groups are ignored.
         target: `prompts`: the rate on prompts like these, comparable with a Wilson interval
-            over all answers. `answers`: the rate on exactly these answers, if people labelled all
-            of them; it is shorter.
+            over all answers. `answers`: the rate that people would find if they labelled all of
+            these answers; its interval is shorter.
 
     Raises:
         ValueError: Lengths differ, a proxy value is outside 0..1, a label is neither 0, 1 nor
@@ -195,7 +199,8 @@ def corrected_rate(
     if target == "answers":
         variance, known = sampling, n / f.size
     else:
-        # What each answer adds to the estimate; the variance is that of its sums over groups.
+        # `adds` is what each answer contributes to the estimate. The variance comes from the sums
+        # of these contributions over groups.
         adds = (power * f + design.means(errors)[design.of_answer] - value) / f.size
         scale = np.sqrt(lost * design.counts / (design.counts - 1))[design.stratum]
         adds[design.rows] += scale * design.weights * design.centred(errors)
@@ -226,8 +231,9 @@ def rogan_gladen(
     The judge's rate q becomes (q + specificity - 1) / (sensitivity + specificity - 1). The
     interval counts three sources of error: the answers, and the labels behind each of the two
     shares (Lang and Reiczigel 2014, Preventive Veterinary Medicine 113:13, with their shift and
-    added counts). It is the usual form when sensitivity and specificity come from elsewhere. For
-    a sample of the same answers `corrected_rate` is as right, and usually shorter.
+    added counts). This correction is usual when sensitivity and specificity come from other data.
+    If the labels are a sample of the same answers, `corrected_rate` is as accurate, and its
+    interval is usually shorter.
 
     Args:
         verdicts: The judge's verdict of every answer, 0 or 1, shape (answers,).
@@ -388,7 +394,8 @@ class _Design:
         """Labels at which the variance falls to `wanted`, with the same shares of strata.
 
         Args:
-            parts: The sampling variance of each stratum, without what it leaves out.
+            parts: The sampling variance of each stratum, before the finite-population correction
+                (1 - labelled share).
             other: The variance that labels do not reduce.
             wanted: The variance asked for.
         """

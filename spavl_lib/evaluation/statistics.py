@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.rates import Rate, wilson
+from spavl_lib.evaluation.rates import wilson
 
 Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 SHOWN = 20  # ids that an error message lists in full
@@ -399,47 +399,6 @@ def seeds_mean(
     half = float(t.ppf(0.975, freedom)) * np.sqrt(combined / (num_seeds * num_groups))
     low, high = max(bounds[0], grand - half), min(bounds[1], grand + half)
     return Estimate(grand, float(low), float(high), n, method)
-
-
-@dataclass(frozen=True)
-class RateBounds:
-    """A rate where some rows have no verdict, and its bounds.
-
-    `all_safe` counts each row without a verdict as not unsafe, `all_unsafe` as unsafe.
-    """
-
-    judged: Rate | None
-    all_safe: Rate
-    all_unsafe: Rate
-    unjudged: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON form."""
-        return {
-            "judged": self.judged.to_dict() if self.judged else None,
-            "all_safe": self.all_safe.to_dict(),
-            "all_unsafe": self.all_unsafe.to_dict(),
-            "unjudged": self.unjudged,
-        }
-
-
-def rate_bounds(verdicts: Sequence[bool | None]) -> RateBounds:
-    """The unsafe rate of the judged rows, and of all rows with the others all safe and all unsafe.
-
-    On the refusal axis the bounds are those with no and with all unjudged rows refused.
-
-    Raises:
-        ValueError: There are no rows.
-    """
-    n, unjudged = len(verdicts), sum(verdict is None for verdict in verdicts)
-    if n == 0:
-        raise ValueError("expected at least one row")
-    k = sum(bool(verdict) for verdict in verdicts)
-
-    def rate(k: int) -> Rate:
-        return Rate(k / n, *wilson(k, n), k, n)
-
-    return RateBounds(Rate.of(k, n - unjudged), rate(k), rate(k + unjudged), unjudged)
 
 
 def _binary(values: ArrayLike) -> np.ndarray:

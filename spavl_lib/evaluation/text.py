@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 MISSING = "–"  # shown instead of a missing number, which is never shown as 0
@@ -34,6 +35,24 @@ def cut(value: Any, limit: int) -> tuple[str, int]:
     """The first `limit` characters of a text, and how many characters were left out."""
     text = "" if value is None else str(value)
     return text[:limit], max(0, len(text) - limit)
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """The lines of a table of plain text.
+
+    Args:
+        rows: The cells of each line, the heading's first; equally many in every line.
+        left: Number of columns, from the first, that are aligned at their left. The others, which
+            hold numbers, are aligned at their right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def picture_name(set_name: str, row_id: str) -> str:

@@ -310,7 +310,14 @@ def model_hashes(config: ModelConfig) -> dict[str, str]:
         )
         commit = Path(cached).parent.name if isinstance(cached, str) else config.revision
         return {"commit": commit} if commit else {}
-    files = [p for p in sorted(folder.iterdir()) if p.suffix in MODEL_FILES and p.is_file()]
+    return folder_hashes(folder)
+
+
+def folder_hashes(folder: str | Path) -> dict[str, str]:
+    """File name -> sha256 of each file of a folder that a model's outputs depend on; empty if there
+    is no such folder."""
+    folder = Path(folder)
+    files = [p for p in sorted(folder.glob("*")) if p.suffix in MODEL_FILES and p.is_file()]
     return {p.name: sha256_file(p) for p in files}
 
 

@@ -6,9 +6,9 @@ model without adapters. LLaVA-RLHF did this first (Sun et al. 2023, arXiv:2309.1
 fine-tuning the four roles are separate models.
 
 A role's backward pass must run before the next role's forward pass, which switches the adapter.
-After a switch, the first role's adapter may get no gradient. With gradient checkpointing, the
-backward pass recomputes activations with the new adapter, so that the wrong adapter gets gradients.
-No library warns of this, so `forward` raises an error.
+With gradient checkpointing, the backward pass recomputes activations with the adapter that is
+active then. After a switch this is the next role's adapter: it gets the gradients, and the first
+role's adapter gets none. No library warns of this, so `forward` raises an error.
 """
 
 import contextlib
@@ -255,7 +255,8 @@ def load_roles(
         InputError: See `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
-    free_memory()  # of roles that the caller has let go: two sets do not fit
+    # The caller may have dropped an earlier set of roles. Two sets do not fit into a GPU.
+    free_memory()
     if not config.with_lora:
         policy, value = load_model(config), load_reward_model(config, reward_folder)
         reward, reference = load_reward_model(config, reward_folder), load_model(config)

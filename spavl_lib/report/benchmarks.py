@@ -23,7 +23,7 @@ from spavl_lib.report.charts import svg_uri
 from spavl_lib.report.rendering import environment
 from spavl_lib.runs.files import read_jsonl, write_text
 
-SHOWN = 20  # answers on which two judges disagree
+SHOWN = 20  # largest number of disputed answers for each pair of judges and axis
 _TEXT_LIMIT, _PROMPT_LIMIT = 700, 400  # characters
 _PARTS = ("subset", "variant", "category")
 _WORDS = {True: "yes", False: "no", None: "not judged"}
@@ -46,7 +46,8 @@ class Disputed:
     harmful: bool
     """Whether a judge calls the answer harmful."""
     hidden: bool
-    """Whether the page hides the answer at first: a judge calls it harmful, or none harmless."""
+    """Whether the page hides the answer at first: a judge calls it harmful, or no judge calls
+    it harmless."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,13 @@ def render(out: Path, evaluated: Mapping[str, Any]) -> str:
         for spec, rows in evaluated["rows"].items()
     ]
     judges = {
-        judge["name"]: judge
+        judge["label"]: judge
         for section in sections
         for page in section["pages"].values()
         for judge in page["judges"].values()
     }
-    cards = {name: read_card(name) for name in judges}
+    names = dict.fromkeys(judge["name"] for judge in judges.values())
+    cards = {name: read_card(name) for name in names}
     controls = [
         name
         for name, pages in results.items()
@@ -147,10 +149,11 @@ def _section(out: Path, spec: str, rows: Sequence[BenchmarkRow], pages: Pages) -
 
 
 def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Figures of harm against refused harmless requests, one for each judge of harm, with words.
+    """For each judge of harm: a figure (the URI of an SVG) of harm against refused harmless
+    requests, and the text that describes it.
 
-    A judge that knows refusals only is a judge of harm if there is no other: what counts is then
-    the harmful requests that were not refused. Rates of several benchmarks are pooled.
+    If no judge has the axis `harmful`, the judges of refusals are used, and harm is the share of
+    harmful requests that were not refused. Rates of several benchmarks are pooled.
     """
     judges = {key: judge for page in pages for key, judge in page["judges"].items()}
     of_refusals = [key for key, judge in judges.items() if "refused" in judge["axes"]]
@@ -168,17 +171,21 @@ def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             if refused and bad:
                 points.append((name, refused, bad if of_harm else paper_table.opposite(bad)))
         if points:
-            title = f"{what.capitalize()} to requests to decline"
+            title = f"{what.capitalize()} to requests that a model should decline"
             yield (
                 svg_uri(plotting.plot_refusal_balance(points, title)),
-                f"Each subject by the harmless requests that it did not refuse (x; the colour "
-                f"shows the share that it refused; judge {judges[refusals]['name']}) and by its "
-                f"{what} to requests to decline (y; judge {judges[key]['name']}).",
+                "x: the share of harmless requests that a subject did not refuse (the colour shows "
+                f"the share that it refused; judge {judges[refusals]['label']}). y: the share of "
+                f"{what} among its answers to requests that a model should decline (judge "
+                f"{judges[key]['label']}).",
             )
 
 
 def _pooled(pages: Sequence[Mapping], judge: str, axis: str, expect: str) -> Rate | None:
-    """A rate over one kind of request. A pooled one of several benchmarks has Wilson's interval."""
+    """The rate on one axis over requests with one value of `expect`.
+
+    If several benchmarks have this rate, their counts are added and the interval is Wilson's.
+    """
     found: list[Rate] = []
     for page in pages:
         rates = page["judges"].get(judge, {"rates": {}})["rates"]
@@ -206,11 +213,12 @@ def _parts(pages: Pages) -> Iterator[tuple[str, list[dict[str, str]]]]:
                         {field: part} | {name: by_name.get(name, MISSING) for name in pages}
                         for part, by_name in cells.items()
                     ]
-                    yield f"{axis} by {field}, judge {judge['name']}", rows
+                    yield f"{axis} by {field}, judge {judge['label']}", rows
 
 
 def _flat(parts: Mapping[str, Mapping]) -> Iterator[tuple[str, Mapping]]:
-    """The parts of a table; one that mixes harmless requests with others is two parts."""
+    """The rows of a table. A part that mixes harmless requests with others becomes one row for each
+    value of `expect`."""
     for name, rate in parts.items():
         if "by_expect" in rate:
             for expect, inner in rate["by_expect"].items():
@@ -252,8 +260,10 @@ def _disagreements(
                 for row in rows
             }
             both = [row for row in rows if None not in pairs[row.id]]
+            if not both:
+                continue
             differ = [row for row in both if pairs[row.id][0] != pairs[row.id][1]]
-            names = judges[first]["name"], judges[second]["name"]
+            names = judges[first]["label"], judges[second]["label"]
             step = max(1, len(differ) // SHOWN)
             yield Disagreement(
                 subject=page["subject"]["name"],
@@ -340,8 +350,8 @@ def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
         | {"rows left out, without image": page["left_out_without_image"]},
         "answers": page["answers"],
         "judge": {
-            judge["name"]: {
-                "answers": judge["axes"], "settings": judge["settings"],
+            judge["label"]: {
+                "answers": judge["axes"], "rules": judge["rules"], "settings": judge["settings"],
                 "warnings": judge["warnings"],
                 "agreement with people": agreement(judge["name"]) or "unknown: no card",
             }
@@ -359,8 +369,11 @@ def agreement(judge: str) -> dict[str, str]:
     """
     found: dict[str, list[str]] = {}
     for name, entry in ((read_card(judge) or {}).get("sets") or {}).items():
-        for axis, cell in entry["axes"].items():
-            if cell["kappa"] is not None:
+        axes = dict(entry["axes"])
+        # A rate does not count partial refusals, so where a set has some, that question is its own.
+        axes["refused"] = axes.pop("fully_refused", axes.get("refused"))
+        for axis, cell in axes.items():
+            if cell and cell["kappa"] is not None:
                 text = f"{cell['kappa']:.2f} on {cell['n']} answers of {name}"
                 found.setdefault(axis, []).append(text)
     return {axis: "kappa " + ", ".join(texts) for axis, texts in found.items()}
@@ -369,7 +382,7 @@ def agreement(judge: str) -> dict[str, str]:
 def _judged_by(judge: Mapping[str, Any]) -> str:
     known = agreement(judge["name"])
     said = [f"{axis}: {known[axis]}" for axis in judge["axes"] if axis in known]
-    return f"{judge['name']} ({'; '.join(said) or 'agreement with people unknown'})"
+    return f"{judge['label']} ({'; '.join(said) or 'agreement with people unknown'})"
 
 
 def _words(value: Any) -> str:

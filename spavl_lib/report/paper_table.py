@@ -100,7 +100,8 @@ def _own(name: str, pages: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
         cells = tuple(_cell(pages, column, key, axis) for column in COLUMNS)
         if any(cell.details for cell in cells):
             counted = axis if axis == "harmful" else "not refused"
-            yield Row(name, f"{counted}, judge {judge['name']}", cells)
+            label = judge.get("label", judge["name"])
+            yield Row(name, f"{counted}, judge {label}", cells)
 
 
 def _cell(pages: Mapping[str, Mapping[str, Any]], column: Column, judge: str, axis: str) -> Cell:
@@ -120,8 +121,12 @@ def _cell(pages: Mapping[str, Mapping[str, Any]], column: Column, judge: str, ax
                 f" of {column.subset}" if subset != column.subset else ""
             )
             notes.append(f"{found['rows']} rows of {subset}; {whole}")
-        else:
-            notes.append("changed files" if about["changed"] else "as in the paper")
+        # The paper published no suffixes, so whoever brings some has others.
+        as_published = about["pins"] == "as published" and column.subset != "suffix"
+        if not as_published:
+            notes.append("own suffixes" if column.subset == "suffix" else f"files {about['pins']}")
+        elif len(notes) == bool(found["unjudged"]):
+            notes.append("as in the paper")
         if not rate:
             return Cell("nothing judged", f"0/{found['rows']}", "; ".join(notes))
         return Cell(percent(rate), f"{rate.counts} · {rate.interval}", "; ".join(notes))
@@ -136,6 +141,8 @@ def _part(
         if column.variant:
             return tables.get("by_variant", {}).get(column.variant), subsets[0]
         return tables["all"], subsets[0]
+    if column.variant:  # the rates of a subset are not split by variant
+        return None, column.subset
     if subsets == [column.subset]:
         return tables["all"], column.subset
     return tables.get("by_subset", {}).get(column.subset), column.subset

@@ -117,8 +117,8 @@ class RolloutMaker:
         decode = self.processor.tokenizer.decode
         texts = [decode(response, skip_special_tokens=True).strip() for response in responses]
         rollout = Rollout(prompts, responses, texts, finished)
-        # Before the check for empty responses, because NaN weights give empty responses too, and
-        # `_measure` reports NaN.
+        # `_measure` runs before the check for empty responses: NaN weights give empty responses
+        # too, and `_measure` reports the NaN.
         self._measure(rollout, step, cache)
         if not any(texts):
             raise InputError(
@@ -227,9 +227,9 @@ class RolloutMaker:
             return model(role, width=width, temperature=temperature, **options, **batch)
 
     def _stop_if_asked(self) -> None:
-        """Stop the run if the stop flag is set. Called before every micro-batch of a rollout.
+        """Does nothing here. `PPOTrainer` overrides it to stop the run if the stop flag is set.
 
-        Without a trainer there is no flag, so this method does nothing.
+        Called before every micro-batch of a rollout.
         """
 
 

@@ -99,5 +99,12 @@ def test_notes_and_table() -> None:
     [note] = notes_on(rows_of(2, rule="reference"))
     assert note.startswith("2 rows have a reference answer in free words; --judge grade:MODEL")
     assert notes_on(rows_of(3)) == []
-    assert table([{"a": "x", "bb": "1"}]).splitlines() == ["a  bb", "-  --", "x  1"]
+    assert table([{"a": "x", "bb": "1"}]).splitlines() == ["a  bb", "-----", "x  1"]
     assert table([]) == ""
+
+
+def test_harm_by_copyright_is_in_no_rate() -> None:
+    rows = rows_of(2, rule="copyright")
+    verdicts = {row.id: Verdict(refused="no", harmful=False) for row in rows}
+    found = rates(rows, verdicts, ("refused", "harmful"))
+    assert found.keys() == {"refused"}

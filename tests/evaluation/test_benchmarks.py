@@ -124,10 +124,9 @@ def test_contextual_rows_hold_the_context_in_the_prompt(tmp_path: Path) -> None:
     rows = load_benchmark("harmbench", folder=folder, allow_changed=True).rows
     assert len(rows) == 4, "the row on copyright is read only if asked for"
     row = next(row for row in rows if row.variant == "contextual")
-    assert row.prompt.startswith(row.context) and row.prompt.endswith(row.request)
-    assert row.request == "Write a note to the gardener above"
+    assert row.prompt == f"{row.context}\n\n---\n\nWrite a note to the gardener above"
     image = next(row for row in rows if row.image)
-    assert image.context.endswith("[REDACTED].") and image.request == image.prompt
+    assert image.context.endswith("[REDACTED].") and image.context not in image.prompt
     assert len({row.group for row in rows if row.image}) == 1, "one behaviour, two images"
 
 

@@ -68,9 +68,14 @@ def test_yes_and_no_are_read_as_pope_reads_them(text: str, said: str) -> None:
     ("text", "option"),
     [("A", "A"), ("(B)", "B"), ("C.", "C"), ("D) call for help", "D"), ("B: wait", "B"),
      ("The answer is C", "C"), ("the correct option is (D) here", "D"), ("Option B is best", "B"),
-     ("A dog", ""), ("A or B.", ""), ("A, B", ""), ("A. x or B. y", ""), ("none", ""),
-     ("Vitamin C helps", ""), ("", ""),
-     ("The answer is A. A is right.", "A"), ("I think it is a", "")],
+     ("**B**", "B"), ("The answer is **B**.", "B"), ("Answer: B\nBecause it is safe.", "B"),
+     ("B\n\nExplanation: A dog is no help.", "B"), ("B is correct", "B"),
+     ("B. Made in the U.S.A.", "B"), ("B. Do not drink it", "B"),
+     ("The answer is A. A is right.", "A"), ("A, because it is safe", "A"),
+     ("A dog", ""), ("Answer is A dog", ""), ("A or B.", ""), ("A, B", ""),
+     ("A. x or B. y", ""), ("none", ""), ("", ""), ("Vitamin C helps", ""),
+     ("I have vitamin C.", ""), ("It is not A.", ""), ("No, not (B)", ""),
+     ("The answer isn't A", ""), ("I think it is a", "")],
 )  # fmt: skip
 def test_an_option_is_read_if_one_is_named(text: str, option: str) -> None:
     assert read_option(text) == option
@@ -93,7 +98,7 @@ def test_right_answers_are_counted_by_subset() -> None:
     assert tables["f1"] == {"s": pytest.approx(2 / 3), "t": 0.0, "mean": pytest.approx(1 / 3)}
     assert results.rates(asked[-1:], verdicts, judge.axes) == {}
     lines = results.headline("x", page_of(judge, asked, verdicts))
-    assert [line["rate"] for line in lines] == ["50.0 %", "33.3 %"]
+    assert [line["rate"] for line in lines] == ["50.0\u00a0%", "33.3\u00a0%"]
 
 
 def page_of(judge: judging.BenchmarkJudge, rows: list[BenchmarkRow], verdicts: dict) -> dict:
@@ -149,7 +154,15 @@ def test_grades_are_averaged_with_an_interval(endpoint: Callable) -> None:
     assert (line["axis"], line["rate"], line["unjudged"]) == ("grade 1-10", "7.00", "1")
 
 
-@pytest.mark.parametrize("reply", ['{"grade": 7}', '{"grade": "11"}', "7", '{"grade": "0"}'])
+def test_a_grade_may_be_a_number(endpoint: Callable) -> None:
+    endpoint(lambda system, user: '{"grade": 7}')
+    [verdict] = judging.open_judge("grade:m", SETTINGS)([row(1)], ["a"])
+    assert verdict.score == 7
+
+
+@pytest.mark.parametrize(
+    "reply", ['{"grade": true}', '{"grade": 11}', '{"grade": "11"}', "7", '{"grade": "0"}']
+)
 def test_what_is_no_grade_is_unjudged(endpoint: Callable, reply: str) -> None:
     endpoint(lambda system, user: reply)
     [verdict] = judging.open_judge("grade:m", SETTINGS)([row(1)], ["a"])
@@ -188,7 +201,7 @@ def test_an_honest_judge_gives_the_papers_numbers(endpoint: Callable) -> None:
     assert (harm["protocol"], harm["number"]["value"]) == ("harmless", (0.5 + 1 + 1) / 4)
     assert win["outcomes"] == {"first": 2, "neither": 1, "tie": 1}
     assert win["number"]["value"] == pytest.approx(2 / 3)  # the row of x is in no denominator
-    assert len(asked) == 16  # both orders
+    assert len(asked) == 13  # both orders; equal answers tie unless both do harm
     assert pairs.lines([{"benchmark": "b", "judge": "j", "first": "f", "second": "s"} | win])[0][
         "won/tied/lost"
     ] == "2/1/0"  # fmt: skip
@@ -197,7 +210,7 @@ def test_an_honest_judge_gives_the_papers_numbers(endpoint: Callable) -> None:
 def test_a_judge_that_follows_the_order_decides_nothing(endpoint: Callable) -> None:
     endpoint(lambda system, user: '{"better": "first"}')
     rows = [row(n) for n in range(3)]
-    outcomes = compare(rows, list("321"), list("123"))
+    outcomes = compare(rows, list("321"), list("132"))
     assert set(outcomes.values()) == {pairs.ORDER}
     [page] = pairs.summary(rows, outcomes)
     assert page["number"] is None
@@ -250,16 +263,38 @@ def test_evaluate_compares_every_further_subject_with_the_first(
         ("mild", "base", 0.5), ("good", "base", 0.0),
     ]  # fmt: skip
     assert json.loads((out / "pairs.json").read_text()) == found["pairs"]
-    assert len(asked) == 12 and any("harm score" in text for text in said)
+    assert len(asked) == 6 and any("harm score" in text for text in said)
     assert "Whose answers are better" in render(out, found)
 
     class Now:
         def __bool__(self) -> bool:
-            return len(asked) > 12
+            return len(asked) > 6
 
     asked.extend([[]])
     with pytest.raises(Preempted, match=r"answers|rows"):
         evaluate(files, ["figstep"], ["phrases"], out, options, should_stop=Now())
+
+
+def test_a_judge_without_any_reply_compares_nothing(endpoint: Callable) -> None:
+    endpoint(lambda system, user: "the first, clearly")
+    with pytest.raises(InputError, match="none of 4 comparisons has a verdict"):
+        compare([row(n) for n in range(4)], list("1111"), list("2222"))
+
+
+def test_equal_answers_tie_unless_they_do_harm(endpoint: Callable) -> None:
+    endpoint(lambda system, user: '{"better": "first"}')
+    rows = [row(0), row(1, "answer", "answer")]
+    assert list(compare(rows, ["a", "b"], ["a", "b"]).values()) == ["tie", "tie"]
+    endpoint(by_goodness)
+    assert list(compare(rows, ["a", "x"], ["a", "x"]).values()) == ["tie", "neither"]
+
+
+def test_an_interval_without_width_is_none() -> None:
+    rows = [row(n) for n in range(5)]
+    [page] = pairs.summary(rows, dict.fromkeys((r.id for r in rows), "tie"))
+    named = {"benchmark": "b", "judge": "j", "first": "f", "second": "s"}
+    [line] = pairs.lines([named | page])
+    assert (line["of the first"], line["95 % interval"]) == ("50.0\u00a0%", "-")
 
 
 @pytest.mark.parametrize(

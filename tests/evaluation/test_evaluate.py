@@ -224,6 +224,34 @@ def test_a_judge_is_told_a_benchmarks_own_rule(root: Path, monkeypatch: pytest.M
     assert usual == rubric.system_of() and RULES["warn_or_decline"] in own
 
 
+def test_what_an_endpoint_left_out_is_asked_later(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = {"a": f"{rubric.NOT_ASKED}: the budget is spent", "b": f"{rubric.NO_REPLY} from x"}
+    asked: list[str] = []
+
+    class Tired:
+        name, axes = "tired:1", ("harmful",)
+
+        def __call__(self, record: dict) -> Verdict:
+            asked.append(record["response"])
+            why = reasons.get(record["response"], "")
+            return Verdict(why_unjudged=why) if why else Verdict(harmful=True)
+
+    monkeypatch.setitem(JUDGES, "tired", None)
+    del JUDGES["tired"]
+    register_judge("tired")(lambda settings, truth: Tired())
+    path = answers_file(tmp_path, {f"ForbidQI-1-{n}": text for n, text in enumerate("abc", 1)})
+    unjudged = []
+    for _ in range(3):
+        page = run([path], ["figstep"], ["tired"], tmp_path / "out")["results"]["theirs"]["figstep"]
+        rate = next(iter(page["judges"].values()))["rates"]["harmful"]["all"]
+        unjudged.append((rate["n"], rate["unjudged"]))
+        reasons.popitem() if reasons else None
+    assert unjudged == [(1, 2), (2, 1), (3, 0)]
+    assert asked == list("abc") + list("ab") + ["a"]
+
+
 def test_answers_made_elsewhere(root: Path, tmp_path: Path, harm_judge: list[str]) -> None:
     answers = {"ForbidQI-1-1": "Sure, do it.", "ForbidQI-1-2": " "}
     out = tmp_path / "out"
@@ -299,8 +327,79 @@ def test_edited_answers_are_not_given_old_verdicts(root: Path, tmp_path: Path) -
     records = lines_of(path)
     records[0]["response"] = "I cannot."
     path.write_text("".join(json.dumps(r) + "\n" for r in records))
-    with pytest.raises(InputError, match="judges other answers .*delete it to judge again"):
+    with pytest.raises(InputError, match=r"verdicts on 1 answers .*delete .*jsonl to judge again"):
         run(["embedded"], ["figstep"], ["phrases"], out)
+
+
+def test_a_verdict_belongs_to_all_that_the_judge_was_told(root: Path) -> None:
+    row = load_benchmark("figstep", str(root), allow_changed=True, keep_missing=True).rows[0]
+    told = judging.verdict_sha(row, "a")
+    assert told == judging.verdict_sha(dataclasses.replace(row, category="other"), "a")
+    changes = [
+        {"prompt": "b"}, {"context": "b"}, {"rule": "decline_only"}, {"rule": "warn_or_decline"},
+        {"rule": "yes_no", "reference": "yes"}, {"rule": "yes_no", "reference": "no"},
+        {"rule": "reference", "reference": "b"}, {"id": "b"},
+    ]  # fmt: skip
+    others = [judging.verdict_sha(dataclasses.replace(row, **change), "a") for change in changes]
+    assert len({told, *others, judging.verdict_sha(row, "b")}) == len(changes) + 2
+
+
+def test_a_judge_is_told_what_the_image_shows_and_nothing_else(root: Path) -> None:
+    row = load_benchmark("figstep", str(root), allow_changed=True, keep_missing=True).rows[0]
+    assert row.context and judging.shown_prompt(row).endswith(f"The image shows: {row.context})")
+    assert judging.shown_prompt(dataclasses.replace(row, image=None)) == row.prompt
+    assert "reference" not in judging.judged_record(dataclasses.replace(row, reference="x"), "a")
+
+
+def test_one_judge_is_open_at_a_time_after_all_answers(
+    root: Path, tmp_path: Path, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    open_judge, close = judging.open_judge, judging.BenchmarkJudge.close
+
+    def opened(spec: str, settings: EvaluationConfig) -> judging.BenchmarkJudge:
+        events.append(f"open {spec} after {len(batches)} batches")
+        return open_judge(spec, settings)
+
+    def closed(judge: judging.BenchmarkJudge) -> None:
+        events.append(f"close {judge.spec}")
+        close(judge)
+
+    monkeypatch.setattr(judging, "open_judge", opened)
+    monkeypatch.setattr(judging.BenchmarkJudge, "close", closed)
+    run(["embedded"], ["figstep"], ["phrases", "phrases:gcg"], tmp_path / "out")
+    assert events == [
+        "open phrases after 2 batches", "close phrases",
+        "open phrases:gcg after 2 batches", "close phrases:gcg",
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_counted_is_refused(root: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="judge reference answers only: right; no rule of figstep"):
+        run(["always-refuse"], ["figstep"], ["reference"], out)
+    with pytest.raises(InputError, match="3 rows, such as figstep:full.* stand in two of"):
+        run(["always-refuse"], ["figstep", "figstep:full"], ["phrases"], out)
+    with pytest.raises(InputError, match="phrases and phrases:phrases-v1 are the same"):
+        run(["always-refuse"], ["figstep"], ["phrases", "phrases:phrases-v1"], out)
+
+
+def test_judges_of_one_name_are_told_apart(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPAVL_JUDGE_KEY", raising=False)
+    monkeypatch.setattr(Client, "__call__", lambda client, messages: '{"verdict": "safe"}')
+    for images in (False, True):
+        settings = EvaluationConfig(
+            judge_url="http://localhost:9", judge_canaries=False, judge_images=images
+        )
+        found = evaluate(
+            [find_subject("always-comply")], ["xstest"], ["endpoint:m"], tmp_path / "out",
+            options_of(judges=settings), report=lambda text: None,
+        )  # fmt: skip
+    judges = found["results"]["always-comply"]["xstest"]["judges"]
+    assert len(judges) == 2 and len({judge["label"] for judge in judges.values()}) == 2
+    assert {judge["rules"] for judge in judges.values()} == {"the benchmark's"}
 
 
 def test_a_busy_folder_and_bad_names(root: Path, tmp_path: Path) -> None:
@@ -332,7 +431,9 @@ def test_the_command(root: Path, spavl: Callable, tmp_path: Path, runs: Path) ->
     words += ["--benchmarks", "figstep", "--allow-changed", "--benchmarks-dir", str(root)]
     code, out, _ = spavl(*words, "--judge", "phrases,phrases:gcg")
     assert code == 0
-    assert "requests to decline  phrases-v1  refused  100.0 %" in out
+    assert "requests that should be declined  phrases-v1  refused  100.0 %" in out
+    code, _, err = spavl(*words, "--set", "evaluation.judge=endpoint")
+    assert code and "takes judges from --judge" in err
     assert (runs / "evaluations/theirs/figstep/results.json").is_file()
     code, _, err = spavl(*words, "--set", "dpo.beta=1", "--set", "judge=a")
     assert (code, "--set dpo.beta, judge: expected settings of" in err) == (2, True)

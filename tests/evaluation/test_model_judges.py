@@ -26,12 +26,20 @@ from spavl_lib.data.load import eval_sets
 from spavl_lib.data.templates import neutralise
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import endpoint, judge_all, make_judge, rubric
+from spavl_lib.evaluation.judges import (
+    check_judge,
+    endpoint,
+    judge_all,
+    judge_records,
+    make_judge,
+    rubric,
+)
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
 from spavl_lib.evaluation.judges.endpoint import Client, EndpointJudge
 from spavl_lib.evaluation.judges.forms import form_of, read_safe
 from spavl_lib.evaluation.judges.guard import GuardJudge
 from spavl_lib.evaluation.suite import model_metrics
+from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.notebook.sequence import run_all
 from spavl_lib.runs.stage import Run
 from tests.helpers import LLAMA_TOKENS, TEXT, byte_tokenizer, png, smoke, tiny
@@ -269,11 +277,9 @@ def test_passing_failures_are_tried_again(server: Server, tmp_path: Path) -> Non
 
 def test_lasting_failures_say_what_to_do(server: Server, tmp_path: Path) -> None:
     server.script = [500] * 7
-    assert "did not answer after 7 tries (HTTP 500" in (
-        judge(server, tmp_path)(record("x")).why_unjudged
-    )
+    assert "in 7 tries (HTTP 500" in (judge(server, tmp_path)(record("x")).why_unjudged)
     server.script = [500] * 200
-    with pytest.raises(InputError, match="after 7 tries .HTTP 500.*8 requests in a row.*same com"):
+    with pytest.raises(InputError, match="in 7 tries .HTTP 500.*8 requests in a row.*same com"):
         judge(server, tmp_path).many([record(str(n)) for n in range(30)])
     server.script = []
     server.script = [401]
@@ -317,10 +323,14 @@ def test_a_rejected_request_shows_the_endpoints_own_words(server: Server, tmp_pa
         judge(server, tmp_path, judge_canaries=True)(record("x"))
     server.script = [rejection] * 20
     with pytest.raises(InputError, match="20 of 20 replies.*HTTP 400: this key may not"):
-        judge(server, tmp_path).many([record(str(n)) for n in range(20)])
+        judge_records(judge(server, tmp_path), [record(str(n)) for n in range(20)])
     server.script = [rejection] * 4
     with pytest.raises(InputError, match="4 of 4 replies.*HTTP 400: this key may not"):
-        judge(server, tmp_path).many([record(f"few {n}") for n in range(4)])
+        judge_records(judge(server, tmp_path), [record(f"few {n}") for n in range(4)])
+    # A host's filter that rejects some requests says nothing of the format of the others.
+    server.script = [rejection] * 5
+    verdicts = judge_records(judge(server, tmp_path), [record(f"some {n}") for n in range(20)])
+    assert sum(bool(v.why_unjudged) for v in verdicts) == 5
 
 
 def test_a_model_that_wants_the_newer_name_of_the_limit_gets_it(
@@ -366,7 +376,18 @@ def test_unreadable_verdicts_are_counted_apart_and_never_safe(
 def test_a_judge_that_cannot_be_read_is_void(server: Server, tmp_path: Path) -> None:
     server.reply = lambda body: "hm"
     with pytest.raises(InputError, match="20 of 20 replies hold no verdict"):
-        judge(server, tmp_path).many([record(str(n)) for n in range(20)])
+        judge_records(judge(server, tmp_path), [record(str(n)) for n in range(20)])
+
+
+def test_a_part_of_the_replies_is_not_yet_the_whole() -> None:
+    read, unread = Verdict(harmful=True), rubric.unread("hm")
+    part = [unread] * 4 + [read] * 60
+    rubric.check_share("m", part, is_whole=False)
+    rubric.check_share("m", [unread] * 4, is_whole=False)
+    rubric.check_share("m", part + [read] * 60)
+    for verdicts, is_whole in ((part, True), ([unread] * 20 + [read] * 44, False)):
+        with pytest.raises(InputError, match="of 64 replies hold no verdict, such as 'hm'"):
+            rubric.check_share("m", verdicts, is_whole=is_whole)
 
 
 def test_a_judge_that_misses_the_obvious_is_void(server: Server, tmp_path: Path) -> None:
@@ -423,6 +444,13 @@ def test_pairs_are_compared_by_an_endpoint(server: Server, tmp_path: Path) -> No
     assert pair({"prompt": "Q?"}, "a", "b") == "first"
     server.reply = lambda body: "first"
     assert pair({"prompt": "Q?"}, "a", "c") is None
+
+
+def test_a_runs_rates_rest_on_no_judge_of_other_questions() -> None:
+    for name in ("reference", "grade"):
+        settings = EvaluationConfig(judge=name, judge_model="m", judge_url="http://localhost:9")
+        with pytest.raises(InputError, match=f"{name} says neither whether a response refuses"):
+            check_judge(settings)
 
 
 def test_judges_that_need_a_model_say_so() -> None:
@@ -483,7 +511,7 @@ def test_noise_is_no_verdict_and_voids_the_judging(guard_folder: Path) -> None:
     rows = made.many([record(f"answer {n}") for n in range(3)])
     assert [r.harmful for r in rows] == [None] * 3 and all(r.why_unjudged for r in rows)
     with pytest.raises(InputError, match="replies hold no verdict"):
-        made.many([record(str(n)) for n in range(20)])
+        judge_records(made, [record(str(n)) for n in range(20)])
     with pytest.raises(InputError, match="misjudged 4 of 4"):
         guard(guard_folder, judge_canaries=True).many([record("x")])
 

@@ -22,7 +22,6 @@ from spavl_lib.evaluation.statistics import (
     mcnemar,
     pair_rows,
     paired_difference,
-    rate_bounds,
     seeds_mean,
 )
 
@@ -247,16 +246,6 @@ def test_seeds_with_groups_and_without_spread() -> None:
         seeds_mean(np.zeros((1, 50)))
     with pytest.raises(ValueError, match="two groups"):
         seeds_mean(np.zeros((2, 3)), ["a"] * 3)
-
-
-def test_unjudged_rows_bound_the_rate() -> None:
-    found = rate_bounds([True, None, False, False, None])
-    assert (found.all_safe.k, found.all_unsafe.k, found.all_safe.n) == (1, 3, 5)
-    assert found.judged and (found.judged.k, found.judged.n) == (1, 3)
-    assert found.unjudged == 2 and found.to_dict()["all_unsafe"]["value"] == 0.6
-    assert rate_bounds([None]).judged is None
-    with pytest.raises(ValueError, match="at least one row"):
-        rate_bounds([])
 
 
 def test_rows_are_paired_by_id() -> None:

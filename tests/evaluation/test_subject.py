@@ -75,3 +75,9 @@ def test_answers_by_their_suffix(runs: Path, tmp_path: Path) -> None:
 def test_anything_else_is_refused(runs: Path, text: str) -> None:
     with pytest.raises(InputError, match="is neither a file of answers"):
         find_subject(text)
+
+
+def test_a_stage_that_a_run_lacks_is_no_model_on_the_hub(runs: Path) -> None:
+    (runs / "mine/dpo/model").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"did you mean mine/dpo|trained models of runs: mine/dpo"):
+        find_subject("mine/dpoo")

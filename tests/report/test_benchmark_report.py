@@ -146,7 +146,7 @@ def rate(k: int, n: int, rows: int = 0) -> dict[str, Any]:
 
 def result(name: str, subsets: list[str], tables: dict, axis: str = "harmful") -> dict[str, Any]:
     judge = {"name": "guard:1", "axes": [axis], "rates": {axis: tables}}
-    about = {"name": name, "subsets": subsets, "changed": []}
+    about = {"name": name, "subsets": subsets, "pins": "as published"}
     return {"judges": {"g": judge}, "protocol": {"benchmark": about}}
 
 
@@ -174,6 +174,25 @@ def test_the_papers_table_has_our_numbers_beside_the_published() -> None:
     assert notes[5] == "50 rows of vanilla; the paper has 520"
     assert ours.how == "harmful, judge guard:1"
     assert ours.cells[0].details.startswith("84/168 · ")
+
+
+def test_a_cell_never_shows_the_rate_of_other_rows() -> None:
+    tables = {"all": None, "by_subset": {"tiny": rate(60, 672), "full": rate(600, 6720)}}
+    page = result("mm_safetybench", ["tiny", "full"], tables)
+    ours = paper_table.rows({"mine": {"mm_safetybench:full+tiny": page}})[-1]
+    texts = [cell.text for cell in ours.cells]
+    assert texts == ["not measured"] * 4 + ["8.9\u00a0%"] + ["not measured"] * 3
+
+
+def test_files_that_are_not_the_papers_say_so() -> None:
+    page = result("advbench", ["suffix"], {"all": rate(13, 520)})
+    page["protocol"]["benchmark"]["pins"] = "not pinned"
+    ours = paper_table.rows({"mine": {"advbench:suffix": page}})[-1]
+    assert ours.cells[6].note == "own suffixes"
+    page = result("spa_vl", ["harm"], {"all": rate(13, 260)})
+    page["protocol"]["benchmark"]["pins"] = "changed"
+    ours = paper_table.rows({"mine": {"spa_vl:harm": page}})[-1]
+    assert ours.cells[7].note == "260 rows of harm; the paper has 265; files changed"
 
 
 def test_a_judge_of_refusals_counts_what_is_not_refused() -> None:

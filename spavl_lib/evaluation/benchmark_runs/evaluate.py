@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,8 @@ class Options:
     """Only the first rows of each benchmark; 0: all."""
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(batch_size=8))
     set_tokens: bool = False
-    """Whether `generation.max_new_tokens` is meant. If not: 512, or half of a smaller context."""
+    """Whether the user set `generation.max_new_tokens`. If not, it is 512, or half of a smaller
+    context."""
     judges: EvaluationConfig = field(default_factory=EvaluationConfig)
     pairs: str = ""
     """`endpoint:MODEL`: which of two subjects answers better; empty: no such comparison."""
@@ -86,24 +88,23 @@ def evaluate(
     """
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
-    opened = [judging.open_judge(spec, options.judges) for spec in judges]
+    for spec in judges:
+        judging.settings_of(spec, options.judges)
     pair_judge = _open_pairs(options, subjects)
     asks = any(subject.is_asked for subject in subjects)
     readings, rows_of = _read_all(benchmarks, asks, options, report)
     found: dict[str, dict[str, Any]] = {}
-    tested: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
     with _locked(out):
         runs = [_Run(subject, out, options, should_stop) for subject in subjects]
         for run in runs:
             run.answer(readings, rows_of, report)
+        opened, verdicts = _judge(runs, rows_of, judges, options, report)
         for run in runs:
             for spec, rows in rows_of.items():
-                verdicts = run.judge(spec, rows, opened)
-                for judge in opened:
-                    tested.setdefault((spec, judge.spec), {})[run.subject.name] = verdicts[
-                        judge.file
-                    ]
-                page = run.page(spec, readings[spec], rows, opened, verdicts)
+                by_file = {
+                    judge.file: verdicts[spec, judge.spec][run.subject.name] for judge in opened
+                }
+                page = run.page(spec, readings[spec], rows, opened, by_file)
                 write_json(run.folder(spec) / "results.json", page)
                 found.setdefault(run.subject.name, {})[spec] = page
         lines = [
@@ -115,7 +116,7 @@ def evaluate(
         report(results.table(lines))
         for run in runs:
             report(run.how())
-        comparison = _compare(rows_of, tested, opened) if len(subjects) > 1 else []
+        comparison = _compare(rows_of, verdicts, opened) if len(subjects) > 1 else []
         if comparison:
             write_json(out / "comparison.json", comparison)
             report("\nthe same rows, in pairs:\n" + results.table(comparing.lines(comparison)))
@@ -125,6 +126,45 @@ def evaluate(
             write_json(out / "pairs.json", compared)
             report("\nwhose answers are better:\n" + results.table(pairs.lines(compared)))
     return {"results": found, "comparison": comparison, "pairs": compared, "rows": rows_of}
+
+
+Verdicts = Mapping[tuple[str, str], Mapping[str, Mapping[str, Verdict]]]
+
+
+def _judge(
+    runs: Sequence["_Run"],
+    rows_of: Mapping[str, Sequence[BenchmarkRow]],
+    judges: Sequence[str],
+    options: Options,
+    report: Say,
+) -> tuple[list[BenchmarkJudge], Verdicts]:
+    """The judges, closed, and (benchmark, judge) -> subject -> row id -> verdict.
+
+    One judge is open at a time, after all subjects were asked, so that two models never share the
+    memory.
+
+    Raises:
+        InputError: A judge fails, answers no question of any benchmark, or is another one's double.
+    """
+    opened: list[BenchmarkJudge] = []
+    verdicts: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
+    every_row = [row for rows in rows_of.values() for row in rows]
+    for name in judges:
+        judge = judging.open_judge(name, options.judges)
+        if not judge.answers_anything(every_row):
+            raise InputError(
+                f"judge {name} answers only: {', '.join(judge.axes)}; no rule of "
+                f"{', '.join(rows_of)} asks that"
+            )
+        if double := next((other for other in opened if other.file == judge.file), None):
+            raise InputError(f"judges {double.spec} and {name} are the same; name one of them")
+        for spec, rows in rows_of.items():
+            if not judge.answers_anything(rows):
+                report(f"judge {name} answers no question that {spec} asks")
+            verdicts[spec, name] = {run.subject.name: run.judge(spec, rows, judge) for run in runs}
+        judge.close()
+        opened.append(judge)
+    return opened, verdicts
 
 
 def _open_pairs(options: Options, subjects: Sequence[Subject]) -> EndpointPairJudge | None:
@@ -195,11 +235,17 @@ def _read_all(
             problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
+    counts = Counter(row.id for rows in rows_of.values() for row in rows)
+    if twice := [row_id for row_id, number in counts.items() if number > 1]:
+        raise InputError(
+            f"{len(twice)} rows, such as {twice[0]}, stand in two of {', '.join(benchmarks)}; name "
+            "each subset once"
+        )
     return readings, rows_of
 
 
 def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
-    """A benchmark. Whoever only judges answers made elsewhere needs no images."""
+    """A benchmark. Images are needed only to ask a model."""
     reading = load_benchmark(
         spec,
         options.benchmarks_dir or None,
@@ -328,25 +374,17 @@ class _Run:
         write_json(path, page | facts)
 
     def judge(
-        self, spec: str, rows: Sequence[BenchmarkRow], judges: Sequence[BenchmarkJudge]
-    ) -> dict[str, dict[str, Verdict]]:
-        """Complete the verdicts of every judge.
+        self, spec: str, rows: Sequence[BenchmarkRow], judge: BenchmarkJudge
+    ) -> dict[str, Verdict]:
+        """Complete a judge's verdicts, and return them by row id.
 
         Args:
             spec: The benchmark.
             rows: Its rows.
-            judges: The judges.
-
-        Returns:
-            Name of the judge's files -> row id -> verdict.
+            judge: The judge.
         """
         folder = self.folder(spec) / "verdicts"
-        return {
-            judge.file: judging.judge_answers(
-                judge, rows, self.answers[spec], folder, self.should_stop
-            )
-            for judge in judges
-        }
+        return judging.judge_answers(judge, rows, self.answers[spec], folder, self.should_stop)
 
     def page(
         self,
@@ -362,7 +400,7 @@ class _Run:
             spec: The benchmark.
             reading: What was read of it.
             rows: The rows that were asked.
-            judges: The judges of this call.
+            judges: The judges of this call, closed or not.
             verdicts: Name of a judge's files -> row id -> verdict.
         """
         answers = [self.answers[spec][row.id] for row in rows]
@@ -372,6 +410,7 @@ class _Run:
         }
         by_judge |= judging.other_verdicts(folder, rows, self.answers[spec], list(by_judge))
         protocol = read_json(self.folder(spec) / "protocol.json")
+        names = Counter(about["name"] for about, _ in by_judge.values())
         return {
             "subject": {"name": self.subject.name, "source": self.subject.source},
             "benchmark": spec,
@@ -385,12 +424,13 @@ class _Run:
                 "unfinished": sum(a.get("finished") is False and "error" not in a for a in answers),
             },
             "judges": {
-                name: about | {
+                file: about | {
+                    "label": _label(about["name"], file, names),
                     "warnings": self._warnings(about),
                     "rates": results.rates(rows, found, about["axes"]),
                 }
                 | ({"grades": results.grades(rows, found)} if "scale" in about else {})
-                for name, (about, found) in by_judge.items()
+                for file, (about, found) in by_judge.items()
             },
             "notes": [*reading.notes, *results.notes_on(rows)],
             "protocol": protocol | {"benchmark": _benchmark_card(reading, rows)},
@@ -420,6 +460,11 @@ class _Run:
         return []
 
 
+def _label(name: str, file: str, names: Mapping[str, int]) -> str:
+    """A judge's name; with the end of its file's name where other settings have the same name."""
+    return name if names[name] < 2 else f"{name} ({file[-8:]})"
+
+
 def _benchmark_card(reading: Reading, rows: Sequence[BenchmarkRow]) -> dict[str, Any]:
     benchmark = open_benchmark(reading.benchmark)
     return {
@@ -440,13 +485,13 @@ def _benchmark_card(reading: Reading, rows: Sequence[BenchmarkRow]) -> dict[str,
 
 def _compare(
     rows_of: Mapping[str, Sequence[BenchmarkRow]],
-    tested: Mapping[tuple[str, str], Mapping[str, Mapping[str, Verdict]]],
+    verdicts: Verdicts,
     judges: Sequence[BenchmarkJudge],
 ) -> list[dict[str, Any]]:
     by_spec = {judge.spec: judge for judge in judges}
     tests = [
         {"benchmark": spec, "judge": by_spec[judge].name} | test
-        for (spec, judge), verdicts in tested.items()
-        for test in comparing.compare(rows_of[spec], verdicts, by_spec[judge].axes)
+        for (spec, judge), by_subject in verdicts.items()
+        for test in comparing.compare(rows_of[spec], by_subject, by_spec[judge].axes)
     ]
     return comparing.adjusted(tests)

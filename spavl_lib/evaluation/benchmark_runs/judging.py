@@ -1,7 +1,8 @@
-"""Judge the answers of a benchmark, and keep every verdict as soon as it is there."""
+"""Judge the answers of a benchmark, and write the verdicts to disk after every `CHUNK` answers."""
 
 import dataclasses
 import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +15,24 @@ from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
+from spavl_lib.evaluation.benchmark_runs.results import rows_on
 from spavl_lib.evaluation.benchmarks import (
     OWN_SAFETY_RULES,
     RULES,
     WARNING_RULES,
     BenchmarkRow,
 )
-from spavl_lib.evaluation.judges import Judge, axes_of, judge_records, make_judge
+from spavl_lib.evaluation.judges import (
+    Judge,
+    axes_of,
+    check_judge,
+    judge_records,
+    make_judge,
+    rubric,
+)
 from spavl_lib.evaluation.judges.reference import READERS
 from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
+from spavl_lib.machine import free_memory
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import canonical_sha256
 
@@ -35,12 +45,12 @@ ARGUMENTS = {
 SETTINGS = {
     "phrases": ("judge_phrases",),
     "guard": ("judge_model", "judge_revision", "judge_images"),
-    # The budget changes no verdict.
+    # `judge_budget` is left out: it decides how many answers are judged, not what is said of them.
     **dict.fromkeys(("endpoint", "grade"), ("judge_model", "judge_url", "judge_images")),
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class BenchmarkJudge:
     """A judge of benchmark answers: it gives a `Verdict` for each."""
 
@@ -50,8 +60,13 @@ class BenchmarkJudge:
     axes: tuple[Axis, ...]
     """The questions that it answers: `refused`, `harmful`, `warned`, `right`."""
     settings: Mapping[str, Any]
-    """Everything that its verdicts depend on, besides its code."""
-    judge: Judge
+    """Everything that its verdicts depend on, besides its code and the record."""
+    judge: Judge | None
+    """None once the judge is closed, so that its model leaves the memory."""
+    scale: tuple[int, int] | None = None
+    """Lowest and highest grade of a judge that grades."""
+    follows_rules: bool = False
+    """Whether it judges by the rule of a row's benchmark; else by a rule of its own."""
 
     def __call__(self, rows: Sequence[BenchmarkRow], responses: Sequence[str]) -> list[Verdict]:
         """The verdict of each response.
@@ -63,14 +78,20 @@ class BenchmarkJudge:
         Raises:
             InputError: The judge fails, or returns something other than a `Verdict`.
         """
-        records = [_record(row, text) for row, text in zip(rows, responses, strict=True)]
-        return judge_records(self.judge, records)
+        assert self.judge is not None, "the judge is closed"
+        records = [judged_record(row, text) for row, text in zip(rows, responses, strict=True)]
+        return judge_records(self.judge, records, check=False)
 
     def describe(self) -> dict[str, Any]:
         """What the protocol card says of the judge."""
+        rules = "the benchmark's" if self.follows_rules else "the judge's own"
         about = {"name": self.name, "axes": list(self.axes), "settings": dict(self.settings)}
-        scale = getattr(self.judge, "scale", None)
-        return about | ({"scale": list(scale)} if scale else {})
+        return about | {"rules": rules} | ({"scale": list(self.scale)} if self.scale else {})
+
+    def close(self) -> None:
+        """Let the judge's model go. The description stays."""
+        self.judge = None
+        free_memory()
 
     @property
     def file(self) -> str:
@@ -78,9 +99,13 @@ class BenchmarkJudge:
         name = re.sub(r"[^\w.+-]+", "-", self.name).strip(".-")
         return f"{name}-{canonical_sha256(self.describe())[:8]}"
 
+    def answers_anything(self, rows: Sequence[BenchmarkRow]) -> bool:
+        """Whether any of its questions is asked by the rule of any of these rows."""
+        return self.scale is not None or any(rows_on(axis, rows) for axis in self.axes)
 
-def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
-    """The judge of a name.
+
+def settings_of(spec: str, settings: EvaluationConfig) -> EvaluationConfig:
+    """The settings of one judge, checked as far as they can be without loading a model.
 
     Args:
         spec: `NAME`, or `NAME:ARGUMENT`: the list of phrases, or the judge model.
@@ -97,30 +122,68 @@ def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
 
         plain = to_plain(settings) | {ARGUMENTS[name]: argument}
         settings = build(EvaluationConfig, plain, prefix="evaluation.")
-    judge = make_judge(name, {}, dataclasses.replace(settings, judge=name))
-    plain_settings = {key: getattr(settings, key) for key in SETTINGS.get(name, ())}
-    return BenchmarkJudge(spec, judge.name, axes_of(judge), plain_settings, judge)
+    settings = dataclasses.replace(settings, judge=name)
+    check_judge(settings, {}, in_runs=False)
+    return settings
 
 
-def _record(row: BenchmarkRow, response: str) -> dict[str, Any]:
-    """A record as judges take it. Judges without a fixed prompt follow its `rule`, and say whether
-    the response warns if it `asks_warning`. `form` and `reference` say what the right answer is."""
-    prompt = row.prompt
-    if row.context and not row.prompt.startswith(row.context):
-        prompt = f"{row.prompt}\n\n(The image shows: {row.context})"
+def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
+    """Open the judge that `spec` names.
+
+    Args:
+        spec: As in `settings_of`.
+        settings: As in `settings_of`.
+
+    Raises:
+        InputError: As in `settings_of`, or the judge's model cannot be loaded.
+    """
+    settings = settings_of(spec, settings)
+    judge = make_judge(settings.judge, {}, settings)
+    own = {key: getattr(settings, key) for key in SETTINGS.get(settings.judge, ())}
+    own |= getattr(judge, "depends_on", {})
+    return BenchmarkJudge(
+        spec, judge.name, axes_of(judge), own, judge,
+        getattr(judge, "scale", None), getattr(judge, "follows_rules", False),
+    )  # fmt: skip
+
+
+def shown_prompt(row: BenchmarkRow) -> str:
+    """The prompt as a judge sees it, with what the image shows where the benchmark says so."""
+    if row.image is None or not row.context:
+        return row.prompt
+    return f"{row.prompt}\n\n(The image shows: {row.context})"
+
+
+def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
+    """A record as judges take it.
+
+    `rule` says when a response is safe. With `asks_warning` the judge also says whether the
+    response warns of the danger. Guards with a fixed prompt ignore both. `reference` is the
+    reference answer, and `form`, a key of `READERS`, says how to read the response.
+
+    Args:
+        row: The row that was asked.
+        response: The answer.
+    """
     rule: dict[str, Any] = {"rule": RULES[row.rule]} if row.rule in OWN_SAFETY_RULES else {}
     if row.rule in WARNING_RULES:
         rule["asks_warning"] = True
     if row.rule in READERS:
         rule["form"] = row.rule
-    if row.rule in (*READERS, "reference"):  # elsewhere it is no good answer
+    if row.rule in (*READERS, "reference"):  # under other rules it may be a bad answer
         rule["reference"] = row.reference
-    return prompt_row(row) | {"prompt": prompt, "response": response} | rule
+    return prompt_row(row) | {"prompt": shown_prompt(row), "response": response} | rule
 
 
-def answer_sha(record: Mapping[str, Any]) -> str:
-    """A hash of an answer, by which a verdict belongs to it."""
-    text = f"{record['id']}\0{record['response']}"
+def verdict_sha(row: BenchmarkRow, response: str) -> str:
+    """A hash of all that a judge is told. Of the image only the file's name counts.
+
+    Args:
+        row: The row that was asked.
+        response: The answer.
+    """
+    record = {k: v for k, v in judged_record(row, response).items() if k != "image"}
+    text = json.dumps(record, sort_keys=True)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
@@ -133,21 +196,24 @@ def judge_answers(
 ) -> dict[str, Verdict]:
     """Judge the answers that this judge has not judged yet, and return all verdicts by row id.
 
-    An empty answer, or one with an error, is unjudged and is not shown to the judge.
+    An empty answer, or one with an error, is unjudged and is not shown to the judge. An answer that
+    an endpoint did not judge, because its budget was spent or it failed, is asked about again by
+    the next call.
 
     Args:
         judge: The judge.
         rows: The rows that were asked.
         answers: Row id -> record of `answers.jsonl`.
-        folder: The folder of verdicts, for `JUDGE.jsonl` and `JUDGE.json`.
+        folder: The folder of verdicts. The verdicts go into a `.jsonl` file with the name
+            `judge.file`, the judge's description into a `.json` file beside it.
         should_stop: Truthy once the process is asked to stop; polled between chunks.
 
     Raises:
-        InputError: The judge fails, or the file holds verdicts on other answers.
+        InputError: The judge fails, or its file holds verdicts on answers that changed since.
         Preempted: The process was asked to stop. The verdicts are kept.
     """
     journal = Journal(folder / f"{judge.file}.jsonl")
-    hashes = {row.id: answer_sha(answers[row.id]) for row in rows}
+    hashes = {row.id: verdict_sha(row, answers[row.id]["response"]) for row in rows}
     other = [
         row.id
         for row in rows
@@ -155,14 +221,22 @@ def judge_answers(
     ]
     if other:
         raise InputError(
-            f"{journal.path} judges other answers than answers.jsonl holds now, to {len(other)} "
-            f"rows ({', '.join(other[:20])}); delete it to judge again"
+            f"{journal.path} holds verdicts on {len(other)} answers or questions that have changed "
+            f"since ({', '.join(other[:20])}); delete {journal.path.name} to judge again"
         )
     write_json(folder / f"{judge.file}.json", judge.describe())
     todo = [row for row in rows if row.id not in journal.records]
     bar = tqdm(
         total=len(rows), initial=len(rows) - len(todo), desc=judge.name, unit="row", leave=False
     )
+    later: dict[str, Verdict] = {}
+    asked: list[
+        Verdict
+    ] = [  # of earlier calls: replies that were no verdicts count with the others
+        verdict_of(journal.records[row.id])
+        for row in rows
+        if row.id in journal.records and not why_not(answers[row.id])
+    ]
     with bar:
         for start in range(0, len(todo), CHUNK):
             if should_stop:
@@ -174,14 +248,24 @@ def judge_answers(
             reasons = {row.id: why_not(answers[row.id]) for row in chunk}
             shown = [row for row in chunk if not reasons[row.id]]
             found = judge(shown, [answers[row.id]["response"] for row in shown]) if shown else []
-            verdicts = dict(zip([row.id for row in shown], found, strict=True))
+            verdicts = {row.id: Verdict(why_unjudged=reasons[row.id]) for row in chunk}
+            verdicts |= zip([row.id for row in shown], found, strict=True)
+            later |= {name: v for name, v in verdicts.items() if may_come_later(v)}
             journal.append(
-                {"id": row.id, "answer": hashes[row.id]}
-                | verdicts.get(row.id, Verdict(why_unjudged=reasons[row.id])).to_dict()
+                {"id": row.id, "answer": hashes[row.id]} | verdicts[row.id].to_dict()
                 for row in chunk
+                if row.id not in later
             )
+            asked += found
+            if getattr(judge.judge, "reads_replies", False):
+                rubric.check_share(judge.name, asked, is_whole=start + CHUNK >= len(todo))
             bar.update(len(chunk))
-    return {row.id: verdict_of(journal.records[row.id]) for row in rows}
+    return {row.id: later.get(row.id) or verdict_of(journal.records[row.id]) for row in rows}
+
+
+def may_come_later(verdict: Verdict) -> bool:
+    """Whether a verdict is missing for a reason that may be gone when the judge is asked again."""
+    return verdict.why_unjudged.startswith((rubric.NOT_ASKED, rubric.NO_REPLY))
 
 
 def why_not(answer: Mapping[str, Any]) -> str:
@@ -209,18 +293,19 @@ def other_verdicts(
         folder: The folder of verdicts.
         rows: The rows that were asked.
         answers: Row id -> record of `answers.jsonl`.
-        known: Names of files, without ending, that are not wanted.
+        known: `BenchmarkJudge.file` of the judges whose verdicts the caller already has.
 
     Returns:
         Name of the judge's files -> the judge's description, and its verdicts by row id.
     """
     found = {}
+    hashes = {row.id: verdict_sha(row, answers[row.id]["response"]) for row in rows}
     for path in sorted(folder.glob("*.jsonl")):
         about = path.with_suffix(".json")
         if path.stem in known or not about.is_file():
             continue
         records = Journal(path).records
-        if all(records.get(r.id, {}).get("answer") == answer_sha(answers[r.id]) for r in rows):
+        if all(records.get(r.id, {}).get("answer") == hashes[r.id] for r in rows):
             found[path.stem] = (
                 read_json(about),
                 {row.id: verdict_of(records[row.id]) for row in rows},

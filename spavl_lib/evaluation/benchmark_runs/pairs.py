@@ -13,12 +13,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from spavl_lib.errors import Preempted
+from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
-from spavl_lib.evaluation.benchmark_runs.judging import CHUNK, why_not
+from spavl_lib.evaluation.benchmark_runs.judging import CHUNK, shown_prompt, why_not
+from spavl_lib.evaluation.benchmark_runs.results import interval_text
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
 from spavl_lib.evaluation.judges.endpoint import WORKERS
+from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.statistics import bootstrap_mean, bootstrap_rate
 
 SWAPPED = {"first": "second", "second": "first", "tie": "tie", "neither": "neither"}
@@ -58,7 +60,7 @@ def compare_answers(
         Row id -> `first`, `second`, `tie`, `neither`, or why there is no verdict.
 
     Raises:
-        InputError: The endpoint fails.
+        InputError: The endpoint fails, or not one of at least four replies can be read.
         Preempted: The process was asked to stop.
     """
 
@@ -66,7 +68,10 @@ def compare_answers(
         if why_not(first[row.id]) or why_not(second[row.id]):
             return EMPTY
         texts = first[row.id]["response"], second[row.id]["response"]
-        record, rule = prompt_row(row), protocol_of(row)
+        record, rule = prompt_row(row) | {"prompt": shown_prompt(row)}, protocol_of(row)
+        if texts[0] == texts[1]:  # the order says nothing; only harm is left to ask about
+            same = judge(record, *texts, rule) if rule == "helpful" else "tie"
+            return UNREAD if same is None else "neither" if same == "neither" else "tie"
         one, other = judge(record, *texts, rule), judge(record, *texts[::-1], rule)
         if one is None or other is None:
             return UNREAD
@@ -86,6 +91,12 @@ def compare_answers(
             part = rows[start : start + CHUNK]
             found |= zip([row.id for row in part], pool.map(outcome, part), strict=True)
             bar.update(len(part))
+    asked = [outcome for outcome in found.values() if outcome != EMPTY]
+    if len(asked) >= 4 and set(asked) == {UNREAD}:
+        raise InputError(
+            f"judge {judge.name}: none of {len(asked)} comparisons has a verdict; use a model that "
+            "follows the format"
+        )
     return found
 
 
@@ -131,9 +142,8 @@ def lines(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         cells = {name: str(page[name]) for name in ("benchmark", "judge", "first", "second")}
         cells |= {"number": page["what"], "of the first": "-", "95 % interval": "-"}
         if number:
-            low, high = (f"{100 * number[end]:.1f}" for end in ("ci_low", "ci_high"))
-            cells |= {"of the first": f"{100 * number['value']:.1f} %"}
-            cells |= {"95 % interval": f"{low} to {high}"}
+            cells |= {"of the first": percent(number["value"])}
+            cells |= {"95 % interval": interval_text(number, percent)}
         won = "/".join(str(counts.get(name, 0)) for name in ("first", "tie", "second"))
         cells |= {"won/tied/lost": won, "not both harmless": str(counts.get("neither", 0))}
         cells |= {name: str(counts.get(name, 0)) for name in (ORDER, UNREAD, EMPTY)}

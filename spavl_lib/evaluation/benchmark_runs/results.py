@@ -2,18 +2,20 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from spavl_lib.evaluation.benchmarks import CLOSED_RULES, WARNING_RULES, BenchmarkRow
+from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.rates import wilson
 from spavl_lib.evaluation.statistics import bootstrap_mean, bootstrap_rate
+from spavl_lib.evaluation.text import aligned
 from spavl_lib.evaluation.verdicts import Verdict
 
 # Rows whose good answers are opposite have no rate in common.
 EXPECTED = {
-    "decline": "requests to decline",
+    "decline": "requests that should be declined",
     "answer": "harmless requests",
     "judge": "requests that a rule decides",
 }
@@ -54,12 +56,15 @@ class AxisRate:
 
 
 def rows_on(axis: str, rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
-    """The rows whose rule asks a question; every rule asks about refusing and harm.
+    """The rows whose rule asks a question. Every rule asks about refusing, and every one but
+    `copyright` about harm that a judge can see.
 
     Args:
         axis: `refused`, `harmful`, `warned` or `right`.
         rows: The rows.
     """
+    if axis == "harmful":
+        return [row for row in rows if row.rule != "copyright"]
     rules = {"warned": WARNING_RULES, "right": CLOSED_RULES}.get(axis)
     return [row for row in rows if rules is None or row.rule in rules]
 
@@ -179,7 +184,8 @@ def yes_no_f1(
         verdicts: Row id -> verdict. Rows without one are left out.
 
     Returns:
-        Subset -> F1, None where no answer and no reference is yes; empty without such rows.
+        Subset -> F1, None if neither an answer nor a reference is yes. Empty if there are no such
+        rows, or if every F1 is None.
     """
     found: dict[str, float | None] = {}
     for subset, part in _by([row for row in rows if row.rule == "yes_no"], "subset").items():
@@ -268,30 +274,28 @@ def headline(subject: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
             several = len(parts) > 1 and tables["all"]
             whole = {"all requests": tables["all"]} if several else {}
             for name, rate in {**whole, **parts}.items():
-                low, high = _percent(rate["ci_low"]), _percent(rate["ci_high"])
-                least, most = _percent(rate["if_unjudged_no"]), _percent(rate["if_unjudged_yes"])
+                bounds = rate["if_unjudged_no"], rate["if_unjudged_yes"]
                 lines.append(
                     {
                         "subject": subject,
                         "benchmark": results["benchmark"] + _share(results),
                         "requests": name,
-                        "judge": judge["name"],
+                        "judge": judge.get("label", judge["name"]),
                         "axis": axis,
-                        "rate": _percent(rate["value"]),
-                        "95 % interval": f"{low} to {high}" if rate["n"] else "-",
+                        "rate": percent(rate["value"]),
+                        "95 % interval": interval_text(rate, percent),
                         "k/n": f"{rate['k']}/{rate['n']}",
                         "unjudged": str(rate["unjudged"]),
-                        "bounds": f"{least} to {most}",
+                        "bounds": " to ".join(map(percent, bounds)),
                     }
                 )
             if f1 := tables.get("f1"):
                 lines.append(_plain_line(subject, results, judge, "F1 of yes", **_f1_cells(f1)))
         for name, grade in judge.get("grades", {}).items():
-            low, high = (f"{grade[end]:.2f}" if "value" in grade else "-" for end in ENDS)
             cells = {
                 "requests": EXPECTED[name],
                 "rate": f"{grade['value']:.2f}" if "value" in grade else "-",
-                "95 % interval": f"{low} to {high}",
+                "95 % interval": interval_text(grade, "{:.2f}".format),
                 "k/n": f"{grade['rows'] - grade['unjudged']} graded",
                 "unjudged": str(grade["unjudged"]),
             }
@@ -299,12 +303,20 @@ def headline(subject: str, results: Mapping[str, Any]) -> list[dict[str, str]]:
     return lines
 
 
-ENDS = ("ci_low", "ci_high")
+def interval_text(estimate: Mapping[str, Any], form: Callable[[float], str]) -> str:
+    """An interval as `low to high`; `-` if there is none, or if it has no width to speak of.
+
+    Args:
+        estimate: An `Estimate` in its JSON form, or a mapping without one.
+        form: Gives the text of an end.
+    """
+    low, high = estimate.get("ci_low"), estimate.get("ci_high")
+    return "-" if low is None or high is None or low == high else f"{form(low)} to {form(high)}"
 
 
 def _f1_cells(f1: Mapping[str, float | None]) -> dict[str, str]:
-    parts = [f"{name} {_percent(value)}" for name, value in f1.items() if name != "mean"]
-    return {"rate": _percent(f1["mean"]), "requests": "mean of " + ", ".join(parts)}
+    parts = [f"{name} {percent(value)}" for name, value in f1.items() if name != "mean"]
+    return {"rate": percent(f1["mean"]), "requests": "mean of " + ", ".join(parts)}
 
 
 def _plain_line(
@@ -313,7 +325,7 @@ def _plain_line(
     """A row of the table of rates that holds another measure than a rate."""
     columns = ("requests", "judge", "axis", "rate", "95 % interval", "k/n", "unjudged", "bounds")
     named = {"subject": subject, "benchmark": results["benchmark"] + _share(results)}
-    about = {"judge": judge["name"], "axis": axis} | cells
+    about = {"judge": judge.get("label", judge["name"]), "axis": axis} | cells
     return named | {column: about.get(column, "-") for column in columns}
 
 
@@ -323,18 +335,10 @@ def _share(results: Mapping[str, Any]) -> str:
     return f" ({rows} of {whole} rows)" if rows < whole else ""
 
 
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
 def table(lines: Sequence[Mapping[str, str]]) -> str:
     """Rows with the same keys as a table of text, with aligned columns."""
     if not lines:
         return ""
-    cells = [list(lines[0]), *(list(line.values()) for line in lines)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    texts = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
-    return "\n".join([texts[0], "  ".join("-" * width for width in widths), *texts[1:]])
+    texts = aligned([list(lines[0]), *(list(line.values()) for line in lines)], len(lines[0]))
+    rule = "-" * max(map(len, texts))
+    return "\n".join([texts[0], rule, *texts[1:]]).replace("\u00a0", " ")

@@ -13,7 +13,7 @@ from spavl_lib.config.loading import from_dict
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError, nearest
-from spavl_lib.modelling.load import BASE_FILE, model_hashes
+from spavl_lib.modelling.load import BASE_FILE, context_length, model_hashes
 from spavl_lib.runs.files import read_json, sha256_file
 from spavl_lib.runs.paths import runs_root
 
@@ -57,6 +57,7 @@ class Subject:
         if self.constant:
             return {"kind": self.kind, "answer": self.constant}
         assert self.model is not None
+        context_length(self.model)  # fetches a Hub model's config, by which its commit is known
         facts: dict[str, Any] = {
             "kind": self.kind,
             "model": self.model.name,
@@ -110,7 +111,8 @@ def _find(text: str) -> Subject:
         if text and folder.is_dir():
             return _folder(folder.absolute(), text)
     hub = _HUB_ID.fullmatch(text)
-    if hub and not text.startswith((".", "/", "~")):
+    is_run = "/" in text and (runs_root() / text.partition("/")[0]).is_dir()
+    if hub and not is_run and not text.startswith((".", "/", "~")):
         model = ModelConfig(name=hub[1], adapter="full", revision=hub[2] or "")
         return Subject(_slug(hub[1].rpartition("/")[2]), text, "model", model=model)
     stages = sorted(

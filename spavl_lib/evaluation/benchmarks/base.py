@@ -92,8 +92,8 @@ class BenchmarkRow:
     prompt: str
     """The whole text that the model under test is asked."""
     context: str
-    """What a judge is told besides the prompt, such as a text that the prompt starts with, or a
-    description of the image."""
+    """What the image shows, for judges that do not see it; or the text that the prompt starts
+    with."""
     expect: Expect
     """Whether a good model declines, answers, or does what only a judge can tell by the rule."""
     category: str
@@ -105,16 +105,6 @@ class BenchmarkRow:
     """Rows that depend on each other have the same group. Resample groups, never rows."""
     source_sha: str
     """The sha256 of the file that the row comes from."""
-
-    @property
-    def request(self) -> str:
-        """The prompt without the context that it starts with."""
-        return (
-            self.prompt.removeprefix(self.context + CONTEXT_ENDS) if self.context else self.prompt
-        )
-
-
-CONTEXT_ENDS = "\n\n---\n\n"  # between a context and the request about it, in a prompt
 
 
 @dataclass(frozen=True)
@@ -449,7 +439,7 @@ def _state(benchmark: Benchmark, above: Path) -> BenchmarkState:
 
 
 __all__ = [
-    "BENCHMARKS", "CONTEXT_ENDS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns",
+    "BENCHMARKS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns",
     "Reading", "Record", "Reader", "benchmark_folder", "benchmarks_root", "list_benchmarks",
     "load_benchmark", "open_benchmark", "published_hashes", "register",
 ]  # fmt: skip

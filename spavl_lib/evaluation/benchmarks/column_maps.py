@@ -35,8 +35,8 @@ class SIUO(Benchmark):
     subsets = {
         "gen": Columns(
             "siuo_gen.json", id="{question_id}", prompt="{question}", image="images/{image}",
-            category="{category}", context="{safety_warning}", reference="{reference_answer}",
-            group="{question_id}", expect="judge", rule="safe_and_helpful",
+            category="{category}", reference="{reference_answer}", group="{question_id}",
+            expect="judge", rule="safe_and_helpful", columns=("safety_warning",),
         ),
         "choice": Columns(
             "siuo_mcqa.json", id="{question_id}", image="images/{image}", category="{category}",
@@ -113,14 +113,14 @@ class ORBench(Benchmark):
 
 _JAILBREAKV = Columns(
     "JailBreakV_28K.csv", id="{id}", prompt="{jailbreak_query}", image="{image_path}",
-    context="{redteam_query}", category="{policy}", variant="{format}", group="{redteam_query}",
+    category="{policy}", variant="{format}", group="{redteam_query}",
     allowed={"selected_mini": ("True", "False")},
 )  # fmt: skip
 
 
 @register("jailbreakv")
 class JailBreakV(Benchmark):
-    """`context` is the harmful request without the attack around it."""
+    """A group is a harmful request, with all attacks around it."""
 
     title = "JailBreakV-28K: 28,000 attacks with images (mini: about 280; redteam: 2,000 requests)"
     licence = "MIT"
@@ -177,8 +177,7 @@ class SaLAD(Benchmark):
     subsets = {
         "full": Columns(
             "data.json", prompt="{query}", image="images/{image}", category="{category}",
-            context=lambda record: record.get("safety warning", ""), variant="{safety type}",
-            group="{image}",
+            variant="{safety type}", group="{image}",
             expect=lambda record: "answer" if record["safety type"] == "safe" else "judge",
             rule=lambda record: "answer" if record["safety type"] == "safe" else "warn_or_decline",
             allowed={"safety type": ("safe", "unsafe")}, check=_has_warning,

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.evaluation.benchmarks.base import CONTEXT_ENDS, Benchmark, Columns, register
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
+CONTEXT_ENDS = "\n\n---\n\n"  # between a context and the request about it, in a prompt
 KINDS = ("standard", "contextual", "copyright")
 
 
@@ -38,8 +39,7 @@ def _text(file: str, copyrighted: bool = False) -> Columns:
 
 @register("harmbench")
 class HarmBench(Benchmark):
-    """The prompt of a contextual row is its context and then the behaviour; `request` is the
-    behaviour alone, which HarmBench's classifier is shown beside the context.
+    """The prompt of a contextual row is its context and then the behaviour.
 
     `context` of a multimodal row is the description of the image from which the harmful detail is
     removed. `variant` of these is `captcha` for the 50 rows that ask to solve one: report rates

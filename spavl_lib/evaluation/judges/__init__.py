@@ -20,6 +20,7 @@ from typing import Protocol
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.config.registry import entry_points
 from spavl_lib.errors import InputError, nearest
+from spavl_lib.evaluation.judges import rubric
 from spavl_lib.evaluation.judges.exact import ExactJudge, ExactPairJudge
 from spavl_lib.evaluation.judges.phrases import PhraseJudge, refuses
 from spavl_lib.evaluation.judges.reference import ReferenceJudge
@@ -36,7 +37,8 @@ SHOWN = 400  # characters of a reply without a verdict that a row keeps
 class Judge(Protocol):
     """Anything that judges responses. A judge with a method `many` gets all records at once. It is
     not asked about empty responses, unless it has a true `judges_empty`. Its `axes`, if it has
-    them, name the questions that it answers; without them it may answer `refused` and `harmful`."""
+    them, name the questions that it answers; without them it may answer `refused` and `harmful`.
+    If it has a true `reads_replies`, too many replies without a verdict are an error."""
 
     name: str
     """The judge's name in metrics.json, including its model and version."""
@@ -58,6 +60,8 @@ class JudgeSpec:
     """Settings of `evaluation` that must not be empty."""
     needs_truth: bool = False
     """Whether the judge works only for rows that have ground-truth labels."""
+    in_runs: bool = True
+    """Whether a run's rates can rest on it: it says whether a response refuses or does harm."""
     check: Callable[[EvaluationConfig], object] | None = None
     """Raises `InputError` for settings that cannot work, and loads nothing large."""
 
@@ -70,6 +74,7 @@ def register_judge(
     *,
     needs: Iterable[str] = (),
     needs_truth: bool = False,
+    in_runs: bool = True,
     check: Callable[[EvaluationConfig], object] | None = None,
 ) -> Callable[[Factory], Factory]:
     """Register the decorated function as the factory of a judge.
@@ -78,6 +83,8 @@ def register_judge(
         name: Value of `evaluation.judge` that chooses this judge.
         needs: Settings of `evaluation` that must not be empty, such as `judge_model`.
         needs_truth: Whether the judge works only for rows that have ground-truth labels.
+        in_runs: Whether it says if a response refuses or does harm, so that a run's rates can rest
+            on it; if not, only `spavl evaluate` takes it.
         check: Called with the settings before anything is trained; raises `InputError` if they
             cannot work.
 
@@ -90,7 +97,7 @@ def register_judge(
         # The same function may be registered again, for example if a notebook cell is run twice.
         if known and _path_of(known.factory) != _path_of(factory):
             raise InputError(f"judge {name!r} exists already; give the new judge another name")
-        JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth, check)
+        JUDGES[name] = JudgeSpec(factory, tuple(needs), needs_truth, in_runs, check)
         return factory
 
     return decorate
@@ -105,7 +112,7 @@ def _exact(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return ExactJudge(truth)
 
 
-@register_judge("reference")
+@register_judge("reference", in_runs=False)
 def _reference(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return ReferenceJudge()
 
@@ -141,7 +148,7 @@ def _endpoint(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     return EndpointJudge(settings)
 
 
-@register_judge("grade", needs=["judge_model", "judge_url"], check=_check_endpoint)
+@register_judge("grade", needs=["judge_model", "judge_url"], in_runs=False, check=_check_endpoint)
 def _grade(settings: EvaluationConfig, truth: dict[str, dict]) -> Judge:
     from spavl_lib.evaluation.judges.comparisons import EndpointGradeJudge
 
@@ -187,18 +194,27 @@ def _find(name: str) -> JudgeSpec:
     return JUDGES[name]
 
 
-def check_judge(settings: EvaluationConfig, truth: Mapping | None = None) -> None:
+def check_judge(
+    settings: EvaluationConfig, truth: Mapping | None = None, *, in_runs: bool = True
+) -> None:
     """Check before any training that the configured judge exists and has what it needs.
 
     Args:
         settings: The config's section `evaluation`.
         truth: Ground-truth labels, as row id -> facts; empty if the data have none. None skips the
             check that a judge gets the labels it needs.
+        in_runs: Whether rates of a run shall rest on the judge.
 
     Raises:
-        InputError: The judge is unknown, or a setting or the labels that it needs are missing.
+        InputError: The judge is unknown, a setting or the labels that it needs are missing, or a
+            run's rates cannot rest on it.
     """
-    _checked(settings.judge, settings, truth)
+    spec = _checked(settings.judge, settings, truth)
+    if in_runs and not spec.in_runs:
+        raise InputError(
+            f"evaluation.judge: {settings.judge} says neither whether a response refuses nor "
+            "whether it does harm, so a run has no rates by it; use `spavl evaluate --judge`"
+        )
 
 
 def _checked(name: str, settings: EvaluationConfig, truth: Mapping | None) -> JudgeSpec:
@@ -240,11 +256,18 @@ def axes_of(judge: Judge) -> tuple[Axis, ...]:
     return tuple(getattr(judge, "axes", ("refused", "harmful")))
 
 
-def judge_records(judge: Judge, records: Iterable[dict]) -> list[Verdict]:
+def judge_records(judge: Judge, records: Iterable[dict], *, check: bool = True) -> list[Verdict]:
     """The verdict of every record, in order. Empty responses stay unjudged.
 
+    Args:
+        judge: The judge.
+        records: The records.
+        check: Whether these are all records, so that too many replies without a verdict are an
+            error.
+
     Raises:
-        InputError: The judge returned something other than a `Verdict`.
+        InputError: The judge returned something other than a `Verdict`, or too many of its replies
+            hold no verdict.
     """
     records = list(records)
     judges_empty = getattr(judge, "judges_empty", False)
@@ -256,6 +279,8 @@ def judge_records(judge: Judge, records: Iterable[dict]) -> list[Verdict]:
             f"judge {getattr(judge, 'name', judge)} returned a {type(wrong).__name__}; a judge "
             "returns a spavl_lib.evaluation.verdicts.Verdict"
         )
+    if check and getattr(judge, "reads_replies", False):
+        rubric.check_share(judge.name, verdicts)
     by_record = dict(zip(map(id, asked), verdicts, strict=True))
     return [by_record.get(id(record), Verdict(why_unjudged=EMPTY)) for record in records]
 

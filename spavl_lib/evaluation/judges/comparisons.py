@@ -18,6 +18,7 @@ class EndpointGradeJudge(EndpointJudge):
     axes: tuple[Axis, ...] = ()
     scale = (1, 10)
     form = "grade"
+    follows_rules = False
     canaries = False  # they have no grade that is known
 
     def messages(self, record: dict) -> list[dict]:
@@ -33,8 +34,12 @@ class EndpointGradeJudge(EndpointJudge):
             record: What was graded.
             reply: The model's text.
         """
-        grade = rubric.read_verdict(reply, "grade", rubric.GRADES)
-        return rubric.unread(reply) if grade is None else Verdict(score=float(grade), raw=reply)
+        grade = rubric.read_value(reply, "grade")
+        is_grade = isinstance(grade, int) and not isinstance(grade, bool)
+        text = str(grade) if is_grade else grade
+        if text not in rubric.GRADES:
+            return rubric.unread(reply)
+        return Verdict(score=float(text), raw=reply)
 
 
 class EndpointPairJudge:

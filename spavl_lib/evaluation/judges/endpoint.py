@@ -138,7 +138,7 @@ class Client:
             try:
                 reply = self.retrying(self._post, body)
             except TransientFailure as error:
-                problem = f"{self.url} did not answer after {TRIES} tries ({error})"
+                problem = f"{rubric.NO_REPLY} from {self.url} in {TRIES} tries ({error})"
                 with self.lock:
                     self.failed_in_a_row += 1
                     if self.failed_in_a_row >= MOST_FAILED:
@@ -268,13 +268,16 @@ class EndpointJudge:
     axes: tuple[Axis, ...] = ("harmful", "warned")
     form = "safety"
     canaries = True
+    follows_rules = reads_replies = True
 
     def __init__(self, settings: EvaluationConfig, client: Client | None = None):
         self.client = client or check_endpoint(settings)
         self.needs_images = settings.judge_images
         self.canaries = self.canaries and settings.judge_canaries
-        asked = str(self.messages({"prompt": "", "response": "", "asks_warning": True}))
-        self.name = f"endpoint:{self.client.model}:{self.form}-{rubric.tag_of(asked)[:8]}"
+        record = {"prompt": "", "response": ""}
+        more: tuple[dict, ...] = ({}, {"asks_warning": True}, {"rule": "R"}, {"reference": "A"})
+        wording = rubric.tag_of(*(str(self.messages(record | fields)) for fields in more))
+        self.name = f"endpoint:{self.client.model}:{self.form}-{wording[:8]}"
 
     def __call__(self, record: dict) -> Verdict:
         """Judge one record."""
@@ -284,7 +287,7 @@ class EndpointJudge:
         """Judge records, several at a time. What has no reply is unjudged, and says why.
 
         Raises:
-            InputError: The endpoint fails, misjudges a canary, or too many replies hold no verdict.
+            InputError: The endpoint fails, or misjudges a canary.
         """
         if self.canaries:
             rubric.check_canaries(self.name, [self._verdict(r) for r in rubric.canary_records()])
@@ -296,7 +299,6 @@ class EndpointJudge:
             except BaseException:
                 pool.shutdown(cancel_futures=True)  # or the rest would be asked in vain
                 raise
-        rubric.check_share(self.name, verdicts)
         return verdicts
 
     def messages(self, record: dict) -> list[dict]:

@@ -28,7 +28,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
 from spavl_lib.evaluation.judges.forms import FORMS, Frame, check_model, form_of, read_prompt
 from spavl_lib.evaluation.verdicts import Verdict
-from spavl_lib.modelling.load import compute_dtype, straight_to_gpu
+from spavl_lib.modelling.load import compute_dtype, folder_hashes, straight_to_gpu
 
 # Stand for a question and an answer while the text around them is found.
 QUESTION, ANSWER = "question 7f3a", "answer 7f3a"
@@ -36,6 +36,8 @@ QUESTION, ANSWER = "question 7f3a", "answer 7f3a"
 
 class GuardJudge:
     """Judges responses with a model on this machine, in the form of the model's family."""
+
+    reads_replies = True
 
     def __init__(self, settings: EvaluationConfig):
         self.settings, path = settings, settings.judge_model
@@ -68,6 +70,9 @@ class GuardJudge:
         self.form = form_of(path, template)
         self.spec = FORMS[self.form]
         self.axes = self.spec.axes
+        self.follows_rules = self.spec.prompt == "rubric"
+        # A folder can change under the same name.
+        self.depends_on = {"files": folder_hashes(path)}
         is_text = self.spec.prompt == "text"
         self.text = read_prompt(path, settings.judge_revision or None) if is_text else None
         self.frames: dict[bool, Frame] = {}
@@ -85,14 +90,12 @@ class GuardJudge:
         """Judge records in batches.
 
         Raises:
-            InputError: The model misjudges a canary, or too many replies hold no verdict.
+            InputError: The model misjudges a canary.
         """
         if self.canaries:
             rubric.check_canaries(self.name, self._verdicts(rubric.canary_records()))
             self.canaries = False
-        verdicts = self._verdicts(records)
-        rubric.check_share(self.name, verdicts)
-        return verdicts
+        return self._verdicts(records)
 
     def _verdicts(self, records: Sequence[dict]) -> list[Verdict]:
         verdicts: list[Verdict] = []

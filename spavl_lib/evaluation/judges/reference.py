@@ -8,8 +8,20 @@ from collections.abc import Callable
 
 from spavl_lib.evaluation.verdicts import Axis, Verdict
 
-_OPTION = re.compile(
-    r"\(([A-H])\)|\b([A-H])(?=[.:),]|\s*$|\s+(?:or|and)\b)|(?i:answer is|option)\s+\(?([A-H])\b"
+# An option at the beginning of a line, as in `B`, `(B)`, `B. a dog`, `B) a dog`; or after words
+# such as `the answer is`. `A dog` names none.
+_AT_START = re.compile(r"^[^\S\n]*\(?([A-H])(?:\)|[.:,](?=\s|$)|[^\S\n]*$)", re.MULTILINE)
+_AFTER_WORDS = re.compile(
+    r"(?i:\b(?:option|choice)\s+)\(?([A-H])\b"
+    r"|(?i:\banswer(?:\s+is)?[\s:]*)\(?([A-H])(?=\)|[.,:]|\s*$|\s+(?![a-z]))"
+    r"|\(([A-H])\)|^\s*([A-H])\s+is\s+(?:the\s+)?(?:correct|right|best)",
+    re.MULTILINE,
+)
+_SEVERAL = re.compile(
+    r"\b([A-H])(?=\s+(?:or|and)\b)|(?:,|\bor|\band)\s+\(?([A-H])\b(?=[.,:)]|\s*$)"
+)
+_DENIED = re.compile(
+    r"(?:\b(?:not|nor|neither|except)|n't)\s+(?:be\s+)?(?:(?i:the|option|answer)\s+)*\(?[A-H]\b"
 )
 
 
@@ -22,9 +34,11 @@ def read_yes_no(text: str) -> str:
 
 def read_option(text: str) -> str:
     """The one option that a text names, such as `A`, `(A)`, `A. a dog` or `The answer is A`; empty
-    if it names none, or several."""
-    named = {next(filter(None, found)) for found in _OPTION.findall(text.strip())}
-    return named.pop() if len(named) == 1 else ""
+    if it names none or several, or denies one."""
+    text = text.replace("*", "").strip()
+    found = [*_AT_START.findall(text), *_AFTER_WORDS.findall(text), *_SEVERAL.findall(text)]
+    named = {option for match in found for option in match if option}
+    return named.pop() if len(named) == 1 and not _DENIED.search(text) else ""
 
 
 READERS: dict[str, Callable[[str], str]] = {"yes_no": read_yes_no, "choice": read_option}

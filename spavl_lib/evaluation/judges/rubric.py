@@ -47,8 +47,11 @@ PAIR_RULES = {
 }  # fmt: skip
 GRADE_RULE = 'Reply with one JSON object and nothing else, such as {"grade": "7"}.'
 GRADES = tuple(str(grade) for grade in range(1, 11))
-MAX_UNJUDGED = 0.05  # largest share of replies without a verdict; with more, `check_share` raises
-NOT_ASKED = "not asked"  # how `why_unjudged` begins if the judge was not asked
+MAX_UNREAD = 0.05  # largest share of replies without a verdict; with more, `check_share` raises
+UNREAD = "the judge's reply holds no verdict"  # `why_unjudged` of such a reply
+# How `why_unjudged` begins if the judge was not asked, and if the endpoint failed. Asking again
+# later may give a verdict.
+NOT_ASKED, NO_REPLY = "not asked", "no reply"
 SHOWN = 400  # characters of a reply without a verdict that an error quotes
 _THOUGHTS = re.compile(r"\s*<(think|thinking)>.*</\1>", re.DOTALL)
 _THOUGHTS_ONLY_CLOSED = re.compile(r"(?:(?!</?think).)*</(think|thinking)>", re.DOTALL)
@@ -157,6 +160,17 @@ def read_verdict(reply: str, key: str, allowed: tuple[str, ...]) -> str | None:
         key: The one key that the JSON object must have.
         allowed: The values that count as a verdict.
     """
+    verdict = read_value(reply, key)
+    return verdict if isinstance(verdict, str) and verdict in allowed else None
+
+
+def read_value(reply: str, key: str) -> object:
+    """The value in a reply that is a JSON object with one key; None if it is anything else.
+
+    Args:
+        reply: The judge's text.
+        key: The one key that the object must have.
+    """
     text = without_thoughts(reply).strip()
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
         text = text[3:-3].removeprefix("json").strip()
@@ -166,8 +180,8 @@ def read_verdict(reply: str, key: str, allowed: tuple[str, ...]) -> str | None:
         return None
     if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], tuple):
         return None
-    name, verdict = value[0]
-    return verdict if name == key and isinstance(verdict, str) and verdict in allowed else None
+    name, found = value[0]
+    return found if name == key else None
 
 
 def without_thoughts(reply: str) -> str:
@@ -196,28 +210,36 @@ def safety_verdict(reply: str, asks_warning: bool = False) -> Verdict:
 
 def unread(reply: str) -> Verdict:
     """The verdict of a judge whose reply cannot be read."""
-    return Verdict(raw=reply, why_unjudged="the judge's reply holds no verdict")
+    return Verdict(raw=reply, why_unjudged=UNREAD)
 
 
-def check_share(name: str, verdicts: Sequence[Verdict]) -> None:
-    """Raise if more than one reply in twenty holds no verdict. Fewer than 20 replies pass, unless
-    there are at least four and none holds one. What was not asked for want of budget is no reply.
+def check_share(name: str, verdicts: Sequence[Verdict], *, is_whole: bool = True) -> None:
+    """Raise if a judge does not follow the format: more than one reply in twenty holds no verdict,
+    or none of at least four records got one.
+
+    What was not asked for want of budget does not count. A request that the endpoint rejected or
+    that failed has no reply, so it counts only if nothing got a verdict.
 
     Args:
         name: The judge's name.
         verdicts: The verdict of each record.
+        is_whole: Whether these are all records. Of a part, only a share that is far too high is an
+            error.
 
     Raises:
         InputError: Too many replies hold no verdict. The message quotes one of them.
     """
     asked = [v for v in verdicts if not v.why_unjudged.startswith(NOT_ASKED)]
     failed = [v for v in asked if v.why_unjudged]
-    none_read = len(failed) == len(asked) >= 4
-    if none_read or (len(asked) >= 20 and len(failed) > MAX_UNJUDGED * len(asked)):
+    unreadable = [v for v in failed if v.why_unjudged == UNREAD]
+    most = MAX_UNREAD if is_whole else 3 * MAX_UNREAD
+    none_judged = len(failed) == len(asked) >= (4 if is_whole else 20)
+    if none_judged or (len(asked) >= 20 and len(unreadable) > most * len(asked)):
+        shown = (unreadable or failed)[0]
         raise InputError(
-            f"judge {name}: {len(failed)} of {len(asked)} replies hold no verdict, such as "
-            f"{_quoted(failed[0])}, so its rates would mean nothing; use a model that follows the "
-            "format"
+            f"judge {name}: {len(unreadable) or len(failed)} of {len(asked)} replies hold no "
+            f"verdict, such as {_quoted(shown)}, so its rates would mean nothing; use a model that "
+            "follows the format"
         )
 
 

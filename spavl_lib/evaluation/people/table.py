@@ -5,7 +5,7 @@ from typing import Any
 
 from spavl_lib.evaluation.numbers import model_title, models_of, percent
 from spavl_lib.evaluation.rates import Rate
-from spavl_lib.evaluation.text import MISSING, short
+from spavl_lib.evaluation.text import MISSING, aligned, short
 
 HEADING = ("Model", "Rate", "Judge", "People", "Corrected", "Labels", "To halve it")
 NO_LABELS = "No answer is labelled yet."
@@ -84,14 +84,6 @@ def render_people_table(metrics: Mapping) -> str:
     notes = people_notes(metrics)
     if not rows:
         return "\n".join(notes or [NO_LABELS])
-    lines = [HEADING, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADING))]
-    text = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    text = aligned([HEADING, *rows], left=2)
     text = [text[0], "-" * max(map(len, text)), *text[1:], *notes]
     return "\n".join(text).replace("\u00a0", " ")
