@@ -87,7 +87,11 @@ def assert_same_model(result: Result, expected: Result, tolerance: float) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["zero2", "zero3"])
-def test_offload_to_the_cpu_changes_no_loss(engine: str, alone: Callable[[str], Result]) -> None:
+def test_offload_to_the_cpu_changes_no_loss(
+    engine: str, alone: Callable[[str], Result], pytestconfig: pytest.Config
+) -> None:
+    if engine == "zero2" and not pytestconfig.getoption("--soak"):
+        pytest.skip("only in the soak")
     pytest.importorskip("deepspeed", reason="the optional extra is not installed")
     result = train(
         "dpo",

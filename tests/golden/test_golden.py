@@ -20,7 +20,10 @@ COMPARED_ELSEWHERE = 10
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", sorted(OVERRIDES))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n == "ppo" else []) for n in sorted(OVERRIDES)],
+)
 def test_the_recorded_steps_come_again(name: str, tmp_path: Path) -> None:
     recorded = json.loads(path_of(name).read_text(encoding="utf-8"))
     threads = torch.get_num_threads()

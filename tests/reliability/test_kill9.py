@@ -96,6 +96,7 @@ def test_killed_in_a_phase_it_ends_in_the_same_bits(
     record(row, len(phases), len(phases), f"{algorithm} by phase, in {', '.join(phases)}")
 
 
+@pytest.mark.slow
 def test_dead_at_any_write_it_goes_on_from_the_last_whole_checkpoint(
     cases: Callable[[str], Case], soak: bool, dice: random.Random, record: Callable
 ) -> None:

@@ -128,6 +128,7 @@ def test_the_whole_run_comes_again_to_the_bit(made: Made, record: Callable) -> N
     record("P2", equal, len(made.stages), ", ".join(made.stages))
 
 
+@pytest.mark.slow
 def test_another_number_is_seen_in_the_results(made: Made, tmp_path: Path) -> None:
     """The comparison has teeth: beta changed in manifest and config, both sealed anew."""
     run_path = tmp_path / "made"
