@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tenacity
@@ -432,6 +433,7 @@ def test_pictures_go_along_only_if_asked(server: Server, tmp_path: Path) -> None
     pictured = record("x", image={"bytes": png(), "path": None})
     judge(server, tmp_path)(pictured)
     judge(server, tmp_path, judge_images=True)(pictured)
+    assert {body["temperature"] for body in server.asked} == {0}
     contents = [body["messages"][1]["content"] for body in server.asked]
     assert isinstance(contents[0], str)
     assert contents[1][1]["image_url"]["url"].startswith("data:image/png;base64,")
@@ -514,6 +516,25 @@ def test_noise_is_no_verdict_and_voids_the_judging(guard_folder: Path) -> None:
         judge_records(made, [record(str(n)) for n in range(20)])
     with pytest.raises(InputError, match="misjudged 4 of 4"):
         guard(guard_folder, judge_canaries=True).many([record("x")])
+
+
+def test_a_guard_answers_one_record_from_the_prompts_own_tokens(
+    guard_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = guard(guard_folder)
+    seen: list[torch.Tensor] = []
+    generate = made.model.generate
+
+    def noted(**batch: Any) -> torch.Tensor:
+        seen.append(batch["input_ids"])
+        return generate(**batch)
+
+    monkeypatch.setattr(made.model, "generate", noted)
+    assert made(record("x")).why_unjudged  # random weights say nothing that can be read
+    text = made._prompt(record("x"), False)
+    [ids] = seen[0].tolist()
+    assert ids == made.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert ids.count(made.tokenizer.bos_token_id) == 1  # the template writes it; no second one
 
 
 def test_a_guards_words_become_verdicts_row_by_row(

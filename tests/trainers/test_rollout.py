@@ -2,8 +2,10 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
+from spavl_lib.trainers import rollout
 from spavl_lib.trainers.rollout import (
     Prompt,
     Rollout,
@@ -24,8 +26,17 @@ def test_prompts_end_and_answers_begin_in_one_column() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 5, 0], [0, 0, 4, 6, 7]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
     assert batch_of(prompts, [[], []], 0, CPU)["input_ids"].tolist() == [[1, 2, 3], [0, 0, 4]]
-    rollout = Rollout(prompts, [[5], [6, 7]], ["", ""], [True, True])
-    assert rollout.mask.tolist() == [[True, False], [True, True]]
+    rolled = Rollout(prompts, [[5], [6, 7]], ["", ""], [True, True])
+    assert rolled.mask.tolist() == [[True, False], [True, True]]
+
+
+def test_token_types_of_prompts_stand_before_zeros_for_answers() -> None:
+    prompts = [
+        Prompt("a", "", [1, 2, 3], {"token_type_ids": [0, 1, 0]}, {}),
+        Prompt("b", "", [4], {"token_type_ids": [1]}, {}),
+    ]
+    batch = batch_of(prompts, [[5], [6, 7]], 0, CPU)
+    assert batch["token_type_ids"].tolist() == [[0, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
 
 
 def test_noise_gives_the_softmax_and_never_the_forbidden() -> None:
@@ -70,3 +81,21 @@ def test_answers_are_cut_after_the_first_eos_even_where_it_pads() -> None:
         end_ids=[2], pad_id=2, compact=False,
     )  # fmt: skip
     assert answers == [[5, 2], [2], [5, 6, 7, 8]]
+
+
+def test_the_seeds_alone_draw_and_ended_rows_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict = {}
+    scripted = SimpleNamespace(
+        generate=lambda **given: seen.update(given) or torch.tensor([[9, 2]])
+    )
+    batch = {"input_ids": torch.zeros(1, 1, dtype=torch.long)}
+    options = {
+        "max_new_tokens": 4, "temperature": 1.0, "forbidden_ids": [], "end_ids": [2, 3],
+        "pad_id": 0,
+    }  # fmt: skip
+    assert sample(scripted, batch, [1], compact=False, **options) == [[2]]
+    assert seen["do_sample"] is False  # a second draw would undo the first one's seed
+    assert (seen["max_new_tokens"], seen["eos_token_id"], seen["pad_token_id"]) == (4, [2, 3], 0)
+    monkeypatch.setattr(rollout, "can_decode", lambda model: True)
+    monkeypatch.setattr(rollout, "decode", lambda *_, **__: [["compact"]])
+    assert sample(scripted, batch, [1], **options) == [["compact"]]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spavl_lib.config import PPOConfig
+from spavl_lib.errors import InputError
 from spavl_lib.modelling.roles import ROLES
 from spavl_lib.trainers import ppo, ppo_rollout, ppo_terms
 from spavl_lib.trainers.ppo import PPOTrainer
@@ -170,6 +171,31 @@ def test_every_setting_of_ppo_arrives(built: Callable[..., PPOTrainer]) -> None:
     assert passes.total_steps == 5  # 30 prompts, 7 at a time
 
 
+def test_ppo_seeds_its_models_and_its_minibatches(
+    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(ppo_rollout, "set_seed", seeded.append)
+    taken = []
+    for seed in (3, 4):
+        trainer = built({"num_minibatches": 3}, seed=seed)
+        rows: list[list[int]] = []
+        monkeypatch.setattr(
+            trainer, "minibatch",
+            lambda _, part, cache, first, rows=rows: rows.append(part) or {"learning_rate": 1},
+        )  # fmt: skip
+        trainer.update(rollout_of(12), None)
+        taken.append(rows)
+    assert seeded == [3, 4]
+    assert taken[0] != taken[1] and taken[0][:3] != taken[0][3:6]  # by seed, and by epoch
+
+
+def test_sharing_that_must_be_is_refused_under_zero3(built: Callable[..., PPOTrainer]) -> None:
+    zero3 = {"launch.engine": "zero3"}
+    with pytest.raises(InputError, match="share_prefix = require does not work for PPO"):
+        built({}, **zero3, **{"model.share_prefix": "require"})
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_ppo_recomputes_activations_of_what_trains_when_asked(
     asked: bool, built: Callable[..., PPOTrainer]
@@ -198,12 +224,21 @@ def test_ppo_passes_temperature_and_length_to_sampling_and_to_every_role(
         assert (options["max_new_tokens"], options["temperature"]) == (5, 1.7)
         assert options["forbidden_ids"] == [5] and options["compact"] is False
         assert list(options["end_ids"]) == [trainer.processor.tokenizer.eos_token_id]
-    assert len({seed for options in sampled for seed in options["seeds"]}) == 6
+    seeds = {seed for options in sampled for seed in options["seeds"]}
+    assert len(seeds) == 6
     assert {role for role, _ in trainer.model.calls} == {"policy", "reference", "value", "reward"}
     assert {options["temperature"] for _, options in trainer.model.calls} == {1.7}
     trainer.kl.kl_coef = 0.0
+    sampled.clear()
     with trainer.tower_cache().rollout() as cache:
         other = trainer.roll_out(0, cache)
+    assert {seed for options in sampled for seed in options["seeds"]} == seeds
+    for step, seed in ((1, trainer.config.seed), (0, trainer.config.seed + 1)):
+        sampled.clear()
+        trainer.config = dataclasses.replace(trainer.config, seed=seed)
+        with trainer.tower_cache().rollout() as cache:
+            trainer.roll_out(step, cache)
+        assert not seeds & {s for options in sampled for s in options["seeds"]}
     # The controller's coefficient counts, not the setting: a quarter of a nat for each token.
     penalty = other.columns["rewards"] - rollout.columns["rewards"]
     torch.testing.assert_close(penalty, torch.full((6, 2), 0.31 * 0.25))
