@@ -1,6 +1,6 @@
 """What a summary says about the rows of metrics.jsonl."""
 
-from spavl_lib.trainers.progress import best_step
+from spavl_lib.trainers.progress import best_step, first_and_last_tenth
 
 
 def test_the_best_step_is_the_first_lowest_that_was_measured() -> None:
@@ -10,3 +10,10 @@ def test_the_best_step_is_the_first_lowest_that_was_measured() -> None:
     assert best_step(rows, "eval_loss") == {"step": 4, "metric": "eval_loss", "value": 0.4}
     assert best_step(rows[:10], "eval_loss") is None
     assert best_step([{"step": 1, "eval_loss": None}], "eval_loss") is None
+
+
+def test_means_of_the_first_and_the_last_tenth_leave_out_what_was_not_logged() -> None:
+    rows = [{"loss": float(n)} for n in range(1, 31)] + [{"loss": None}, {"other": 1.0}]
+    assert first_and_last_tenth(rows, "loss") == {"first_steps": 2.0, "last_steps": 30.0}
+    assert first_and_last_tenth(rows, "none") == {"first_steps": None, "last_steps": None}
+    assert first_and_last_tenth([], "loss") == {"first_steps": None, "last_steps": None}

@@ -196,6 +196,24 @@ def test_sharing_that_must_be_is_refused_under_zero3(built: Callable[..., PPOTra
         built({}, **zero3, **{"model.share_prefix": "require"})
 
 
+def test_a_checkpoint_holds_where_the_handover_stands(
+    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = built({"kl_target": 1.0})
+    first.step, first.optimizer_steps = 3, 11
+    first.kl.kl_coef, first.reference = 0.123, {"ids": ["row0"], "logps": [-0.5]}
+    first.scheduler.step()
+    first._save()
+    again = built({"kl_target": 1.0})
+    again.reference = first.reference
+    again._resume()
+    assert (again.step, again.optimizer_steps, again.kl.kl_coef) == (3, 11, 0.123)
+    assert again.scheduler.state_dict() == first.scheduler.state_dict()
+    monkeypatch.setattr(type(again.engine), "sharing", "by zero2 in 2 processes")
+    with pytest.raises(InputError, match="but this run holds it by zero2 in 2 processes"):
+        again._resume()
+
+
 @pytest.mark.parametrize("asked", [True, False])
 def test_ppo_recomputes_activations_of_what_trains_when_asked(
     asked: bool, built: Callable[..., PPOTrainer]
