@@ -122,8 +122,8 @@ class DataConfig:
     look_alikes), or a folder with harm.jsonl, help.jsonl and so on. Rows are as in `path`, without
     responses. Empty: the prompts of `source`, or mini's prompts if `source` has none."""
     measure_on: Literal["test", "development"] = "test"
-    """Held-out rows to measure on. test: the pairs and prompts that are reported; development: other
-    rows of the same kind and number, for choosing settings. Only mini has development rows."""
+    """Held-out rows to measure on. test: the pairs and prompts that are reported; development:
+    other rows of the same kind and number, for choosing settings. Only mini has these rows."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
@@ -558,8 +558,8 @@ class ScalingConfig:
     question_types: tuple[Literal["easy", "hardq", "hards", "mixed"], ...] = ()
     """One arm for each of these question types; mixed: an arm trained on all types."""
     answers: tuple[str, ...] = ()
-    """One arm for each entry NAME=SOURCE+SOURCE. The arm is called NAME. It trains on the pairs whose
-    two responses both come from these models. NAME=all: the arm trains on all pairs."""
+    """One arm for each entry NAME=SOURCE+SOURCE. The arm is called NAME. It trains on the pairs
+    whose two responses both come from these models. NAME=all: the arm trains on all pairs."""
     projector: tuple[Literal["trained", "frozen"], ...] = ()
     """trained: an arm that trains the projector; frozen: an arm with a frozen projector."""
     lora_ranks: tuple[PositiveInt, ...] = ()
