@@ -100,9 +100,9 @@ def evaluate(
     safe. `bounds` gives each rate with all of these answers counted as no, and as yes.
 
     \b
-    Files in OUT/NAME/BENCHMARK/, with NAME of the model:
+    Files in OUT/NAME/BENCHMARK/ (NAME is the subject's name in tables):
       answers.jsonl           one answer a line, written as soon as the model gives it
-      verdicts/JUDGE.jsonl    one verdict of the judge JUDGE a line
+      verdicts/JUDGE.jsonl    one verdict of judge JUDGE a line
       results.json            rates by category and subset, and how they were measured
 
     \b

@@ -192,8 +192,8 @@ class ModelConfig:
     auto: use the checkpoint's image processor, or pad for LLaVA-1.5 checkpoints of the Hub."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
     """Compute an image and question once for all rows of a batch that start with them. The results
-    are the same. auto: share if the model family supports it; require: stop if the family does not;
-    off: compute every row in full, and also use PEFT's own layers, not the fused LoRA pass."""
+    are the same. auto: share if the model family can; require: stop if the model family cannot
+    share; off: compute every row in full, and use PEFT's own layers, not the fused LoRA pass."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield one sentence for each set of values that contradict each other."""
