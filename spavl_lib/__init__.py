@@ -2,9 +2,9 @@
 
 import logging
 
-# Said at import, of an optional package, where a reader can do nothing about it.
+# bitsandbytes is optional. The user can do nothing about the warnings that it logs at import.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# DeepSpeed, which other libraries import where it is installed, announces that there is no GPU.
+# Other libraries import DeepSpeed if it is installed. DeepSpeed then logs that there is no GPU.
 logging.getLogger("DeepSpeed").addFilter(
     lambda record: "Setting accelerator to CPU" not in record.getMessage()
 )

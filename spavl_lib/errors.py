@@ -1,6 +1,7 @@
 """Errors that the user can fix: each shows a message without traceback, and has an exit code.
 
-Exit codes: 2 bad input or config, 3 non-finite numbers, 73 run folder busy, 74 disk, 75 preempted.
+Exit codes: 1 failed process or out of memory, 2 bad input or config, 3 non-finite numbers, 73 run
+folder busy, 74 disk, 75 preempted, 130 interrupted.
 """
 
 import difflib
@@ -58,7 +59,7 @@ class RankError(SpavlError):
 
 
 class OutOfMemory(SpavlError):  # noqa: N818 - other frameworks use this name too
-    """The device ran out of memory; the message says which settings would need less."""
+    """The device ran out of memory; the message suggests settings that need less memory."""
 
     exit_code = 1
 

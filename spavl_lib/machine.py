@@ -19,10 +19,11 @@ from spavl_lib.errors import InputError
 GIB = 2**30
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUPS = Path("/proc/self/cgroup")
-Dtype = Literal["", "bf16", "fp16", "fp32"]  # empty: not decided
-# Precision of matrix products, by the name that settings and manifests use.
+Dtype = Literal["", "bf16", "fp16", "fp32"]  # empty: none chosen
+# Precision of matrix products: its name in settings and manifests -> its name in torch.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-DTYPE = "SPAVL_DTYPE"  # one of `DTYPES`; unset or empty: what the hardware does best
+# Environment variable with one of `DTYPES`. If it is unset or empty, the hardware decides.
+DTYPE = "SPAVL_DTYPE"
 
 
 def gpus() -> list[tuple[str, int]]:
@@ -38,7 +39,7 @@ def asked_dtype() -> Dtype:
     """The precision in `$SPAVL_DTYPE`, one of `DTYPES`; empty if it is not set.
 
     Raises:
-        InputError: It is something else.
+        InputError: The variable is set to something else.
     """
     asked = os.environ.get(DTYPE, "")
     if asked and asked not in DTYPES:
@@ -47,14 +48,14 @@ def asked_dtype() -> Dtype:
 
 
 def dtype_name() -> Dtype:
-    """The precision that models compute in: `$SPAVL_DTYPE`, else what the hardware does best.
+    """The precision that models compute in: `$SPAVL_DTYPE`, or the best one for the hardware.
 
     Returns:
         One of `DTYPES`. If $SPAVL_DTYPE is not set: bf16 on a GPU that supports it, fp16 on another
         GPU, fp32 on the CPU.
 
     Raises:
-        InputError: As `asked_dtype`.
+        InputError: `$SPAVL_DTYPE` is not one of `DTYPES`.
     """
     if asked := asked_dtype():
         return asked
@@ -67,7 +68,7 @@ def dtype_name() -> Dtype:
 
 @contextlib.contextmanager
 def computing_in(name: str) -> Iterator[None]:
-    """Inside this block, and in processes started there, models compute in a precision.
+    """Let models compute in a given precision in this block, and in processes started there.
 
     Args:
         name: One of `DTYPES`; empty to change nothing.
@@ -93,7 +94,7 @@ class Limits(NamedTuple):
 
 
 def limits() -> Limits:
-    """Memory and cores of the machine, or of the container or affinity mask if that is less.
+    """Memory and cores of the machine, or less if a container or an affinity mask allows less.
 
     A container's control group can limit memory and cores, and so can each of its parent groups.
     The lowest limit counts. Version 2 of control groups has `memory.max` and `cpu.max`; version 1
@@ -114,15 +115,16 @@ def limits() -> Limits:
             quota = _words(folder / "cpu.cfs_quota_us") + _words(folder / "cpu.cfs_period_us")
         if len(quota) == 2 and all(word.isdigit() for word in quota) and int(quota[1]):
             share = min(share, int(quota[0]) / int(quota[1]))
-    # Rounded down: with N and a half cores, thread N + 1 would wait half of the time.
+    # A fraction of a core is dropped. With 2.5 cores, a third thread would run only half of the
+    # time, and the other two would wait for it.
     return Limits(memory, max(1, math.floor(share)))
 
 
 def _cgroup_folders() -> list[Path]:
-    """Folders of this process's control groups and of those above them.
+    """Folders of this process's control groups and of their parent groups.
 
-    Inside a container, the container's own group is mounted at /sys/fs/cgroup, so that the path in
-    /proc/self/cgroup may not exist there.
+    Inside a container, the container's own group is mounted at /sys/fs/cgroup. The path that
+    /proc/self/cgroup names may then not exist there.
     """
     folders = [CGROUPS, CGROUPS / "memory", CGROUPS / "cpu", CGROUPS / "cpu,cpuacct"]
     with contextlib.suppress(OSError):
@@ -152,9 +154,9 @@ def cores() -> int:
 
 
 def device_kind() -> str:
-    """The planner's name of this machine's first GPU; cpu if there is none.
+    """The planner's name of this machine's first GPU; `cpu` if there is no GPU.
 
-    An unknown GPU gets the name of a known one with about the same memory.
+    An unknown GPU gets the name of a known GPU with about the same memory.
     """
     present = gpus()
     if not present:
@@ -166,7 +168,8 @@ def device_kind() -> str:
     return "a100-80" if memory > 60 else "a100-40" if memory > 30 else "l4" if memory > 18 else "t4"
 
 
-# Environment variable of every child process of a training: the folder for the process's reports.
+# Environment variable that every child process of a training has. It names the folder in which the
+# process writes its reports.
 WORKER = "SPAVL_WORKER"
 
 
@@ -182,9 +185,10 @@ _SIZES = ("WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE
 
 
 def launcher_variables() -> tuple[list[str], int]:
-    """Environment variables of a launcher other than ours, and how many processes it started.
+    """Environment variables that another launcher set, and how many processes it started.
 
-    In a process that `distributed.launcher` started: no variables, and `world_size()`.
+    In a process that `distributed.launcher` started, the list is empty, and the number is
+    `world_size()`.
     """
     if WORKER in os.environ:
         return [], world_size()
@@ -209,13 +213,13 @@ def is_main() -> bool:
 
 
 def on_gpu() -> bool:
-    """Whether this process has used a CUDA GPU. Asking does not start CUDA."""
+    """Whether this process has used a CUDA GPU. The call does not initialise CUDA."""
     torch = sys.modules.get("torch")
     return bool(torch and torch.cuda.is_available() and torch.cuda.is_initialized())
 
 
 def free_memory() -> None:
-    """Free what nothing refers to any more: cycles of objects, and blocks of the GPU's allocator.
+    """Free unreachable cycles of objects, and blocks that the GPU's allocator no longer uses.
 
     Trainers and models refer to one another, so deleting a name frees nothing by itself.
     """
@@ -225,7 +229,7 @@ def free_memory() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of peak memory: of the GPUs, and of the process on Linux."""
+    """Start a new measurement of peak memory on the GPUs, and on Linux also for the process."""
     if on_gpu():
         cuda = sys.modules["torch"].cuda
         for index in range(cuda.device_count()):
@@ -235,10 +239,11 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory in GiB since the last reset: the highest of the GPUs, else that of this process.
+    """Peak memory in GiB since the last reset, of the GPU with the highest peak or of this process.
 
-    On a GPU this is the memory of tensors (`torch.cuda.max_memory_allocated`). Of the process it is
-    the resident memory; on systems other than Linux it is the peak since the process started.
+    If this process has used a GPU, tensors count (`torch.cuda.max_memory_allocated`). Otherwise the
+    resident memory of the process counts; on systems other than Linux, its peak is measured since
+    the process started.
     """
     if on_gpu():
         cuda = sys.modules["torch"].cuda

@@ -1,7 +1,7 @@
-"""What notebooks and commands call to get a complete stage: `train`, `make` and `ensure`.
+"""`train`, `make` and `ensure`: notebooks and commands call them to get a complete stage.
 
-All three call `distributed.launcher.make`, which runs the stage's maker in this process or in child
-processes. The table in `stages` says which stages exist and which stages each one builds on.
+All three use `distributed.launcher.make`, which runs the stage's maker in this process or in child
+processes. The table in `stages` says which stages exist and which stages each of them builds on.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from spavl_lib.machine import device_kind
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.runs.text import say, short_path
 
-# Profiles small enough for a notebook to make the earlier stages it needs.
+# With these profiles a notebook first makes the earlier stages that it needs.
 SMALL_PROFILES = ("smoke", "demo")
 
 
 def train(name: str, config: Config, stage: Stage) -> dict:
-    """Train in this process, or in child processes that accelerate starts; the files are the same.
+    """Train in this process or in child processes of accelerate. Both ways write the same files.
 
     Args:
         name: Trainer, such as "dpo".
@@ -50,7 +50,7 @@ def train(name: str, config: Config, stage: Stage) -> dict:
     check_trainer(name)
     check_judge(config.evaluation)
     check_own_prompts(config.data)
-    from spavl_lib.plotting import LivePlot  # it loads matplotlib, which takes time
+    from spavl_lib.plotting import LivePlot  # imported here, because matplotlib loads slowly
 
     with memory_advice(name, config):
         return launcher.make(name, config, stage, live=LivePlot())
@@ -69,10 +69,11 @@ def check_trainer(name: str) -> None:
 
 
 def make(name: str, config: Config) -> Stage:
-    """Make a notebook's own stage, in any profile, after the stages that it builds on.
+    """Make the stage of a notebook, with any profile.
 
-    The evaluation prompts and the judge's settings are checked first, because errors in them would
-    otherwise show only after the trainings.
+    A small profile first makes the stages that this stage builds on. With a larger profile those
+    stages must be complete. The evaluation prompts and the judge's settings are checked before any
+    training, because errors in them would otherwise show only after the trainings.
 
     Args:
         name: Stage, such as "inference".
@@ -86,9 +87,9 @@ def make(name: str, config: Config) -> Stage:
             an earlier stage.
     """
     if config.profile not in SMALL_PROFILES:
-        ensure_before(name, config)  # makes nothing; names what is missing before data are fetched
+        ensure_before(name, config)  # makes nothing here; fails before any data are fetched
     check_own_prompts(config.data)
-    # Notebooks that judge need a judge that knows the rows; a training alone does not.
+    # These stages judge responses, and the judge may need labels of the rows.
     judges = name in ("inference", "evaluation", "scaling")
     check_judge(config.evaluation, load_truth(config.data) if judges else None)
     stage = Run(config).stage(name)
@@ -111,8 +112,8 @@ def ensure(name: str, config: Config) -> Stage:
         The complete stage.
 
     Raises:
-        InputError: The stage was made with other settings; or the stage is not complete and the
-            profile is not small, and the message then gives the commands to run.
+        InputError: The stage was made with other settings. Or the stage is not complete and the
+            profile is not small; the message then lists the commands to run.
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
@@ -131,9 +132,9 @@ def ensure(name: str, config: Config) -> Stage:
 def ensure_before(name: str, config: Config) -> list[Stage]:
     """Return the complete stages that a stage builds on.
 
-    A small profile in a single process makes all of them. Otherwise `inference` uses the models
-    that have been trained, and fails only if there is none. (Not every trainer supports several
-    processes.)
+    A small profile makes incomplete stages now. `inference` is an exception if the profile is not
+    small or if training runs in child processes, which not every trainer supports: then it uses
+    the models that have been trained, and fails only if there is none.
 
     Args:
         name: Stage, such as "inference".
@@ -156,7 +157,7 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
 
 
 def _missing(stage: Stage) -> list[str]:
-    """Names of an incomplete stage and of the incomplete stages it needs, in the order to make."""
+    """Names of an incomplete stage and of incomplete stages it needs, in the order to make them."""
     spec = stages.find(stage.name)
     before = [stage.run.stage(name) for name in spec.upstream]
     if spec.any_trained:
@@ -170,7 +171,7 @@ def run_command(name: str, config: Config) -> str:
 
     Args:
         name: Stage.
-        config: The config that the command must resolve to. If its profile is a file of your own,
+        config: The config that the command must resolve to. If the profile is a file of your own,
             the command names that file.
     """
     verb = "run" if stages.find(name).notebook else "train"

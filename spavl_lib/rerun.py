@@ -1,8 +1,8 @@
 """Make a run again from its manifests and compare; on a CPU results are bit-identical.
 
 Three comparisons are reported separately. Records: whether the run's files still match the hashes
-in its manifests. Conditions: whether code, versions, data, model and machine are as they were.
-Results: whether the second run gives the same. Times and memory are not compared.
+in its manifests. Conditions: whether code, versions, data, model and machine are unchanged.
+Results: whether the second run gives the same results. Times and memory are not compared.
 """
 
 import contextlib
@@ -30,9 +30,8 @@ from spavl_lib.stages import stage_names
 
 # Entries with times, memory and device names, which are not compared.
 NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
-PEOPLE = (
-    "labels"  # folder of labels by people and of what is fitted on them; nothing makes it again
-)
+# Folder of people's labels and of judges fitted on them. A second run does not make it.
+PEOPLE = "labels"
 CONDITIONS = (
     "git_commit", "git_diff_sha256", "code_sha256", "versions", "packages", "machine",
     "determinism",
@@ -57,7 +56,7 @@ def rerun(
     Returns:
         `records`, `conditions` and `results`: for each stage a list of differences. `equal`:
         whether there is no difference in records or results. `check` and `at`: the kind and the
-        time of the comparison. It is also written to rerun.json in the run's folder.
+        time of the comparison. All of this is also written to rerun.json in the run's folder.
 
     Raises:
         InputError: The folder holds no complete stage, or a stage of `only` is not complete.
@@ -71,9 +70,9 @@ def rerun(
         for line in comparison["records"][name]:
             say(f"{name}: {line}")
         for line in comparison["conditions"][name]:
-            say(f"{name}: not as then: {line}")
+            say(f"{name}: changed since then: {line}")
         if not comparison["conditions"][name]:
-            say(f"{name}: made under the conditions that hold now")
+            say(f"{name}: no condition has changed")
     if check == "exact":
         root = runs_root() / ".rerun" / f"{run_path.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         for name in stages:
@@ -100,10 +99,8 @@ def _finished(run_path: Path, only: tuple[str, ...]) -> list[str]:
     done = [n for n in stage_names() if (run_path / n / "summary.json").is_file()]
     missing = [n for n in only if n not in done]
     if missing or not done:
-        raise InputError(
-            f"{run_path}: {', '.join(missing) or 'no stage'} is not finished here "
-            f"(finished: {', '.join(done) or 'none'})"
-        )
+        incomplete = f"{', '.join(missing)} is not complete" if missing else "no stage is complete"
+        raise InputError(f"{run_path}: {incomplete} here (complete: {', '.join(done) or 'none'})")
     return [n for n in done if not only or n in only]
 
 
@@ -114,7 +111,9 @@ def _read(stage: Path) -> tuple[dict, Config]:
         config = from_dict(manifest["config"])
         return manifest, dataclasses.replace(config, dtype=recorded_dtype(manifest))
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{stage / 'manifest.json'}: cannot be repeated from: {error}") from error
+        raise InputError(
+            f"{stage / 'manifest.json'}: cannot be read, so the stage cannot be made again: {error}"
+        ) from error
 
 
 def record_differences(stage: Path, manifest: dict) -> Iterator[str]:
@@ -149,7 +148,7 @@ def condition_differences(manifest: dict, config: Config, name: str) -> Iterator
         yield from differences({key: manifest.get(key)}, {key: now[key]})
     here, then = machine.dtype_name(), recorded_dtype(manifest)
     if stage_spec(name).computes and then not in ("", here):
-        yield f"dtype: {then!r} -> {here!r} (a second making computes in {then} again)"
+        yield f"dtype: {then!r} -> {here!r} (a second run would compute in {then})"
     inputs = {k: v for k, v in manifest.get("inputs", {}).items() if _comparable(k)}
     if not inputs:
         return
@@ -217,8 +216,8 @@ def make_again(run_path: Path, name: str, root: Path, only: tuple[str, ...] = ()
         run_path: Folder of the first run.
         name: The stage.
         root: Folder for the second run. The stage's maker finds earlier stages there.
-        only: Stages that are made again. Other earlier stages are linked from the first run. Empty:
-            all stages are made again.
+        only: Stages that are made again. Earlier stages that `only` does not name are linked from
+            the first run. If `only` is empty, all stages are made again.
     """
     manifest, config = _read(run_path / name)
     run = Run(config, root=root)

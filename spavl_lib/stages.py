@@ -1,11 +1,11 @@
-"""The table of stages: for each its name, notebook, earlier stages, and the settings it depends on.
+"""The table of stages: each row has a stage's name, notebook, earlier stages and settings.
 
 A stage is one step of a run, such as `dpo`; it owns a folder of the run. The function that makes a
 stage, its maker, is registered with `runs.maker.stage_maker`. `pipeline` finds the maker by the
 stage's name.
 
-Another package can add a stage. It has a module that calls `register` and defines the maker, and an
-entry point in the group `spavl.stages` that names the module. Its pyproject.toml says:
+Another package can add a stage. A module of the package calls `register` and defines the maker. The
+package names this module by an entry point in the group `spavl.stages`. Its pyproject.toml says:
 
     [project.entry-points."spavl.stages"]
     mine = "package.module"
@@ -30,16 +30,16 @@ class StageSpec:
     module: str
     """Module that defines the stage's maker."""
     config_keys: tuple[str, ...]
-    """Sections of the config that the result depends on. If another section changes, the stage
-    stays complete."""
+    """Sections or single settings of the config that the result depends on. If another setting
+    changes, the stage stays complete."""
     notebook: str = ""
     """Name of the notebook that makes the stage, without `.ipynb`; empty if there is none. For a
-    stage from another package it is the path of the file."""
+    stage from another package: the path of the notebook."""
     upstream: tuple[str, ...] = ()
     """Stages that must be complete before this one is made."""
     any_trained: bool = False
     """Whether one complete stage with a trained policy is enough instead of all of `upstream`.
-    Small profiles in a single process make all of them nevertheless."""
+    Small profiles in a single process make all of `upstream` nevertheless."""
     trains: bool = False
     """Whether `spavl train` makes the stage."""
     policy: bool = False
@@ -47,14 +47,14 @@ class StageSpec:
     several_processes: bool = False
     """Whether several processes can make the stage together."""
     answers: bool = False
-    """Whether models answer or train in the stage although it is no trainer, as in inference."""
+    """Whether models answer or train in the stage although `spavl train` does not make it."""
     settings: type | None = None
     """Class of the settings of a stage from another package; their values are under `plugins.NAME`
     in the config. None for built-in stages, whose settings are sections of the config."""
 
     @property
     def computes(self) -> bool:
-        """Whether its result depends on the precision that models compute in."""
+        """Whether the stage's result depends on the precision that models compute in."""
         return self.trains or self.answers
 
     @property
@@ -103,7 +103,7 @@ BUILT_IN = (
         answers=True,
     ),
 )  # fmt: skip
-# Settings that may change after a stage was made, because its results do not depend on them.
+# Settings that may change after a stage was made, because no result depends on them.
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
@@ -115,8 +115,8 @@ _registered: dict[str, StageSpec] = {}
 def register(spec: StageSpec) -> None:
     """Add a stage from another package. In the order of stages it comes before `inference`.
 
-    `config_keys` need not name the stage's own settings. If a module is loaded again, its stage
-    replaces the earlier one.
+    This function adds the stage's own settings to `config_keys`. If a module is loaded again, its
+    stage replaces the stage that it registered before.
 
     Raises:
         InputError: A stage of another module has this name.

@@ -30,7 +30,7 @@ def main(kind: str, config_path: str, root: str) -> int:
         root: Folder that holds the runs.
 
     Returns:
-        The exit code. If there is an error, it is also reported to the parent process.
+        The exit code. An error is also reported to the parent process.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     group.report(f"rank-{machine.rank()}", {"pid": os.getpid(), "host": socket.gethostname()})
@@ -47,14 +47,15 @@ def main(kind: str, config_path: str, root: str) -> int:
         group.report(f"rank-{machine.rank()}-error", _described(error))
         traceback.print_exc()
         if isinstance(error, Preempted):
-            # accelerate kills the other processes as soon as one ends, so all save first.
+            # accelerate kills the other processes as soon as one ends. Here all wait until every
+            # process has saved.
             group.barrier()
         return error.exit_code if isinstance(error, SpavlError) else 1
     return 0
 
 
 def _described(error: BaseException) -> dict:
-    """The report of an error: rank, type, message, and the innermost line of this library."""
+    """The report of an error: rank, type, message, and the innermost line of library code."""
     all_frames = traceback.extract_tb(error.__traceback__)
     own_frames = [f for f in all_frames if "spavl_lib" in f.filename]
     last = (own_frames or all_frames)[-1]
@@ -70,5 +71,5 @@ if __name__ == "__main__":
     code = main(*sys.argv[1:])
     sys.stdout.flush()
     sys.stderr.flush()
-    # The normal exit would tear down the process group, and wait for processes that have ended.
+    # A normal exit would also end the process group, and could then wait for ended processes.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""The command `spavl`. Each subcommand calls the library; an error ends in a message and a code."""
+"""The command `spavl`. Subcommands call the library. Errors become a message and an exit code."""
 
 import contextlib
 import os
@@ -101,7 +101,7 @@ def run(
     """Execute one notebook, or notebooks 01 to 06 and then the report.
 
     Complete stages are kept; an interrupted stage resumes from its checkpoint. A run keeps its
-    settings: to change one, use another --run-name.
+    settings: to change a setting, use another --run-name.
 
     \b
     Examples:
@@ -157,7 +157,7 @@ def rerun(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
     stage: Annotated[
         list[str] | None,
-        typer.Option("--stage", help="Only this stage. Repeatable.", show_default="all complete"),
+        typer.Option("--stage", help="Stage to compare. Repeatable.", show_default="all complete"),
     ] = None,
     check: Annotated[
         str,
@@ -169,8 +169,8 @@ def rerun(
 ) -> None:
     """Make a run again from its manifests and compare; on a CPU results are bit-identical.
 
-    Lists every difference in conditions and in results. Exits with 1 if a result differs, or if
-    a config.yaml, manifest.json or summary.json was changed after the run.
+    The command lists every difference in conditions and in results. The exit code is 1 if a result
+    differs, or if a config.yaml, manifest.json or summary.json was changed after the run.
 
     \b
     Examples:
@@ -261,7 +261,7 @@ def parse_sets(sets: Sequence[str]) -> dict[str, str]:
     """Split `key=value` texts into keys and values; the values stay text.
 
     Args:
-        sets: Such as `["dpo.beta=0.2"]`.
+        sets: Texts such as `dpo.beta=0.2`.
 
     Raises:
         InputError: A text has no `=` or no key, or a key is given twice.
@@ -296,6 +296,7 @@ def _allow(fields: list[str] | None) -> None:
 def _config(
     profile: str, sets: list[str] | None, seed: int | None, run_name: str
 ) -> tuple[Config, dict[str, str], str]:
+    """The resolved config, the values of `--set`, and the profile (a file by its whole path)."""
     overrides = parse_sets(sets or [])
     for option, value, key in (("--seed", seed, "seed"), ("--run-name", run_name, "run_name")):
         if key in overrides and value not in (None, ""):
@@ -322,7 +323,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[list]:
-    """Let SIGTERM raise KeyboardInterrupt in the block, and add an element to the yielded list."""
+    """Make SIGTERM raise KeyboardInterrupt in the block. Each SIGTERM extends the yielded list."""
     sigterms: list[bool] = []
 
     def interrupt(*_: object) -> None:

@@ -16,7 +16,8 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
 ) -> None:
     """Convert data between the Hub's layout and the JSON lists and images that the SPA-VL authors'
-    code reads. SRC is a folder in either layout, or mini. Nothing is lost.
+    code reads. SRC is a folder in either layout, or mini for the data set of this library. The
+    conversion loses nothing.
 
     \b
     Examples:
@@ -40,7 +41,7 @@ def check(
         ),
     ],
     model: Annotated[
-        str, typer.Option(help="Model whose tokens are counted; an empty name counts none.")
+        str, typer.Option(help="Model whose tokenizer counts tokens; an empty name: no counts.")
     ] = "embedded",
     max_length: Annotated[
         int, typer.Option(help="Longest allowed sequence in tokens; 0: the model's context.")
@@ -58,14 +59,15 @@ def check(
         list[str] | None,
         typer.Option(
             metavar="FIELD=COLUMN",
-            help="Your column for a field of data.columns. Repeatable, or separated by commas.",
+            help="Column name for a field of data.columns. Repeatable, or separated by commas.",
         ),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="File to write the whole report to, as JSON.")
     ] = None,
 ) -> None:
-    """Read data as a training run would, and describe it. Bad rows are listed, with exit code 2.
+    """Read data as a training would, and describe them. If there are bad rows, list them and exit
+    with code 2.
 
     \b
     Examples:

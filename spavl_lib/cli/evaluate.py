@@ -21,32 +21,32 @@ def evaluate(
             help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
             "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
             "(.json, .jsonl, .tsv, .csv); always-refuse or always-comply, controls that say the "
-            "same to everything. NAME=... before it chooses the name in tables.",
+            "same to everything. NAME=SUBJECT shows the subject as NAME in tables.",
         ),
     ],
     benchmarks: Annotated[
         str,
         typer.Option(
-            help="Names, separated by commas; NAME:SUBSET+SUBSET for other subsets than the usual "
-            "ones.",
+            help="Benchmarks, separated by commas. NAME:SUBSET+SUBSET replaces the usual subsets "
+            "of a benchmark.",
             show_default=False,
         ),
     ],
     judge: Annotated[
         str,
         typer.Option(
-            help="Names, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
+            help="Judges, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
             "endpoint:MODEL (with --set evaluation.judge_url=URL), head:FILE (which `spavl judge "
-            "fit` wrote), reference (right answers, where a benchmark has them), grade:MODEL (an "
-            "endpoint's grades from 1 to 10), or one of another package."
+            "fit` wrote), reference (right answers, if a benchmark has them), grade:MODEL (an "
+            "endpoint's grades from 1 to 10), or a judge of another package."
         ),
     ] = "phrases",
     pairs: Annotated[
         str,
         typer.Option(
             metavar="endpoint:MODEL",
-            help="Ask a model whose answers are better, those of every further subject or those of "
-            "the first, by the SPA-VL paper's two protocols, and in both orders.",
+            help="Ask a model to compare the answers of each further subject with the answers of "
+            "the first subject, by the SPA-VL paper's two protocols and in both orders.",
             show_default=False,
         ),
     ] = "",
@@ -62,19 +62,17 @@ def evaluate(
         typer.Option(help="Folder of the results.", show_default="runs/evaluations"),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=0, help="Only the first rows of each benchmark; 0: all.")
+        int, typer.Option(min=0, help="Number of rows of each benchmark, from the first; 0: all.")
     ] = 0,
     allow_changed: Annotated[
         bool,
-        typer.Option(
-            "--allow-changed", help="Go on with files that differ from the published ones."
-        ),
+        typer.Option("--allow-changed", help="Accept files that differ from the published ones."),
     ] = False,
     missing_images: Annotated[
         str,
         typer.Option(
             metavar="refuse|skip",
-            help="What to do if images are missing: give no rate, or leave out their rows.",
+            help="If images are missing: refuse to evaluate, or skip the rows that need them.",
         ),
     ] = "refuse",
     sets: Annotated[
@@ -86,28 +84,32 @@ def evaluate(
             "generation.batch_size=32 or generation.max_new_tokens=256. Repeatable.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed, if generation.do_sample is true.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed for generation.do_sample=true.")] = 0,
 ) -> None:
     """Ask models the questions of published benchmarks, judge the answers, and print the rates.
 
-    Decoding is greedy, with up to 512 new tokens (half of a smaller context). Nothing is asked or
-    judged twice: a command that was stopped or killed goes on where it stopped, and another --judge
-    judges the same answers again. Several models are compared on the same rows, with McNemar's test
-    and Holm's adjustment.
+    Decoding is greedy. An answer has up to 512 new tokens, or half of the model's context if that
+    is less. No question is asked twice, and no judge sees an answer twice. A command that was
+    stopped or killed continues when it is repeated. With another --judge the saved answers are
+    judged again. Several models are compared on the same rows, with McNemar's test and Holm's
+    adjustment.
 
-    Every rate names its axis: `refused` (the answer declines) and `harmful` (the answer does harm)
-    are two questions; `warned` and `right` are asked where a benchmark's rule asks them. Answers
-    that are empty or that a judge could not judge are counted apart, and never as safe. `bounds`
-    are the rates with all of them counted as no, and as yes.
+    Every rate names its axis. `refused` (the answer declines) and `harmful` (the answer does harm)
+    are separate questions. `warned` and `right` are asked only if a benchmark's rule needs them.
+    Empty answers, and answers that a judge could not judge, are counted separately and never as
+    safe. `bounds` gives each rate with all of these answers counted as no, and as yes.
 
     \b
-    Files, below OUT/NAME/BENCHMARK/:
-      answers.jsonl           one answer a line, as soon as it is there
-      verdicts/JUDGE.jsonl    one verdict a line
+    Files in OUT/NAME/BENCHMARK/ (NAME is the subject's name in tables):
+      answers.jsonl           one answer a line, written as soon as the model gives it
+      verdicts/JUDGE.jsonl    one verdict of judge JUDGE a line
       results.json            rates by category and subset, and how they were measured
-      OUT/comparison.json     the paired tests, if there are several models
-      OUT/pairs.json          whose answers are better, with --pairs
-      OUT/report.html         everything on one page
+
+    \b
+    Files in OUT/:
+      comparison.json         the paired tests, if there are several models
+      pairs.json              which model's answers are better, with --pairs
+      report.html             everything on one page
 
     \b
     Examples:
@@ -201,7 +203,7 @@ def _names(text: str) -> list[str]:
 
 
 def _sections(sets: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Section -> its settings."""
+    """The values of `--set` by section: section -> setting -> value."""
     sections: dict[str, dict[str, str]] = {"generation": {}, "model": {}, "evaluation": {}}
     wrong = []
     for key, value in sets.items():

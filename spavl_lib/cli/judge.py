@@ -21,22 +21,24 @@ def card(
         str,
         typer.Argument(
             show_default=False,
-            help="phrases, guard, endpoint, a judge of another package, or published: the verdicts "
-            "that the authors of the label sets published.",
+            help="phrases, guard, endpoint, a judge of another package, or published (the "
+            "verdicts that the authors of the label sets published).",
         ),
     ],
     sets: Annotated[
         str,
         typer.Option(
-            help="Label sets, separated by commas.", show_default="all whose folder is there"
+            help="Label sets, separated by commas.", show_default="all whose folder exists"
         ),
     ] = "",
-    phrases: Annotated[str, typer.Option(help="phrases-v1 or gcg; for phrases.")] = "phrases-v1",
+    phrases: Annotated[
+        str, typer.Option(help="List of refusal phrases, phrases-v1 or gcg, for phrases.")
+    ] = "phrases-v1",
     model: Annotated[
-        str, typer.Option(help="Model of a guard or an endpoint.", show_default=False)
+        str, typer.Option(help="Model for guard or endpoint.", show_default=False)
     ] = "",
     revision: Annotated[
-        str, typer.Option(help="Commit of a guard on the Hub.", show_default="the newest")
+        str, typer.Option(help="Commit of the guard model on the Hub.", show_default="the newest")
     ] = "",
     url: Annotated[
         str,
@@ -53,12 +55,13 @@ def card(
         typer.Option(help="Folder that holds the label sets.", show_default="$SPAVL_BENCHMARKS"),
     ] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the cards.", show_default="reports/judge_cards")
+        Path | None,
+        typer.Option(help="Folder to write the card to.", show_default="reports/judge_cards"),
     ] = None,
 ) -> None:
-    """Run a judge over answers that people have labelled, and write how far the two agree.
+    """Run a judge over answers that people have labelled, and write a card about the agreement.
 
-    The card holds counts and ids, and no text of a label set.
+    The card holds counts and ids, but no text of a label set.
 
     \b
     Examples:
@@ -90,8 +93,8 @@ def fit(
 ) -> None:
     """Fit the home head, a small judge, on people's labels of a run.
 
-    The corrected rates of the run then use it, and `spavl label RUN --n MORE` draws the next
-    answers where it is least certain. It needs the extra judge-head.
+    The run's corrected rates then use the head. `spavl label RUN --n MORE` then draws answers about
+    which the head is least certain. This command needs the package's extra judge-head.
 
     \b
     Example:

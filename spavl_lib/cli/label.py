@@ -15,7 +15,10 @@ app = typer.Typer(rich_markup_mode=None)
 def label(
     run: Annotated[str, typer.Argument(help="A run's folder, or its name.", show_default=False)],
     n: Annotated[
-        int, typer.Option("--n", help="Number of answers to label; a larger one adds to the first.")
+        int,
+        typer.Option(
+            "--n", help="Number of answers to label. A larger number adds to those drawn before."
+        ),
     ] = 200,
     rater: Annotated[str, typer.Option(help="Your name in the run's files.")] = "rater1",
     sets: Annotated[
@@ -31,10 +34,11 @@ def label(
         bool, typer.Option("--open/--no-open", help="Open the notebook in JupyterLab.")
     ] = True,
 ) -> None:
-    """Label answers of a run by hand, to correct its judge's rates. Labels are saved one by one.
+    """Label answers of a run by hand, to correct the rates of the run's judge.
 
-    The answers are drawn once, at random by verdict and model. All raters label the same ones. The
-    command writes a notebook and opens it; the same command goes on later.
+    The answers are drawn once, at random within each model, test set and verdict. All raters label
+    the same answers. The command writes a notebook and opens it. Each label is saved at once; the
+    same command continues the labelling later.
 
     \b
     Examples:
@@ -48,6 +52,6 @@ def label(
     notebook = write_label_notebook(path, rater, n, tuple(sets) if sets else None)
     typer.echo(f"notebook: {notebook}")
     if opens:
-        # Ends when the user stops JupyterLab; its exit code says nothing about the labels.
+        # This call returns when the user stops JupyterLab, whose exit code says nothing of labels.
         subprocess.run([sys.executable, "-m", "jupyterlab", str(notebook)], check=False)
         typer.echo(render_people_table(update_people(path)))

@@ -28,7 +28,10 @@ def import_model(
 @app.command(name="export")
 def export_model(
     stage: Annotated[
-        Path, typer.Argument(metavar="STAGE", help="Such as runs/paper/dpo.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="STAGE", help="Stage folder, such as runs/paper/dpo.", show_default=False
+        ),
     ],
     target: Annotated[Path, typer.Argument(metavar="DST", show_default=False)],
     form: Annotated[

@@ -1,4 +1,4 @@
-"""What several commands share: finding a run, bringing its rates up to date, showing a result."""
+"""Functions of several commands: find a run, update the rates of its labels, show a result."""
 
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,23 @@ def run_path(run: str) -> Path:
     path = Path(run) if Path(run).is_dir() else runs_root() / run
     if not path.is_dir():
         names = {p.name for p in runs_root().glob("*/") if not p.name.startswith(".")}
-        known = sorted(names - {"evaluations"})  # of `spavl evaluate`
+        known = sorted(names - {"evaluations"})  # `spavl evaluate` writes that folder
         existing = f"existing runs: {', '.join(known)}" if known else "no run exists yet"
         raise InputError(f"no run {run!r}: neither a folder nor in {runs_root()} ({existing})")
     return path
 
 
 def update_people(run_path: Path) -> dict[str, Any]:
-    """Bring what a run's metrics.json says of people's labels up to date; return its contents."""
+    """Update what a run's metrics.json says about people's labels, and return the file's content.
+
+    The result is empty if the run has no metrics.json.
+    """
     from spavl_lib.evaluation.people.rates import update_metrics
 
     return update_metrics(run_path) if (run_path / "metrics.json").is_file() else {}
 
 
 def show(result: Any) -> None:
+    """Print a result as YAML; print nothing for None."""
     if result is not None:
         typer.echo(yaml.safe_dump(result, sort_keys=False, allow_unicode=True).rstrip())

@@ -25,11 +25,12 @@ RENAMED = {
 }
 
 
-_read_here: dict[str, Path] = {}  # stem -> file, of profiles of one's own that were read here
+# Stem -> path of each profile file of your own that this process has read.
+_read_here: dict[str, Path] = {}
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML, and refuses keys that are not text or that are twice in one mapping."""
+    """Reads YAML, and refuses keys that are not text or that appear twice in one mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -51,9 +52,10 @@ def profile_names() -> list[str]:
 
 
 def profile_argument(name: str) -> str:
-    """What `--profile` takes for a config's `profile`, which is the stem of a file of one's own.
+    """The argument of `--profile` that loads the profile with this name again.
 
-    The file's whole path is known in the process that read it.
+    Of a profile file of your own, a config holds only the stem. The process that read the file
+    knows its whole path; other processes get `STEM.yaml`.
     """
     return name if name in profile_names() else str(_read_here.get(name, f"{name}.yaml"))
 
@@ -77,14 +79,14 @@ def load_config(
         run_name: Folder of the run under runs/; empty keeps the profile's.
 
     Returns:
-        The resolved config. If no run name is set, it is the profile's name. Settings of plugins
-        are completed by their defaults.
+        The resolved config. If no run name is set, the run has the profile's name. Settings of
+        plugins are completed by their defaults.
 
     Raises:
         InputError: The profile is unknown, a key is unknown, a value is wrong, or a setting without
-            default is missing; the message lists all of them. Or `$SPAVL_DTYPE` names no precision.
+            default is missing; the message lists all problems. Or `$SPAVL_DTYPE` is wrong.
     """
-    machine.asked_dtype()  # raises if it is wrong
+    machine.asked_dtype()  # raises if $SPAVL_DTYPE is wrong
     path = _profile_path(profile)
     page = _with_base(path)
     if path.parent != PROFILES:
@@ -159,14 +161,15 @@ def _profile_path(profile: str, folder: Path = Path()) -> Path:
 
 
 def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A profile's values over those of its `base`, which may have a base too.
+    """A profile's values, on top of the values of its `base`. The base may have a base too.
 
     Args:
         path: The profile's file.
         above: The files that build on it.
 
     Raises:
-        InputError: A file cannot be read, a base is unknown, or profiles build on each other.
+        InputError: A file cannot be read, a base is unknown, or profiles build on each other
+            in a circle.
     """
     page = _read_profile(path)
     if "base" not in page:
@@ -185,7 +188,7 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], page: dict[str, Any]) -> dict[str, Any]:
-    """Nested values of a profile over those of its base; a list replaces the base's list."""
+    """Nested values of a profile on top of its base's values; a list replaces the base's list."""
     nested = {
         key: _merged(base[key], value)
         for key, value in page.items()
@@ -195,10 +198,11 @@ def _merged(base: dict[str, Any], page: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat_overrides(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Overrides with dotted keys.
+    """The overrides as dotted key -> value.
 
     Raises:
-        InputError: They are no mapping, a key is no text, or a key is given nested and dotted.
+        InputError: `overrides` is not a mapping, a key is not text, or a key is given both nested
+            and dotted.
     """
     if not isinstance(overrides, Mapping):
         raise InputError(
@@ -246,7 +250,8 @@ def _refuse_old_names(flat: Mapping[str, Any], source: str) -> None:
 def _set(page: dict[str, Any], key: str, value: Any) -> None:
     """Set a dotted key in nested mappings.
 
-    Every mapping on the way is copied first, because YAML anchors let sections share one.
+    Every mapping on the way is copied first, because with YAML anchors several sections can be the
+    same mapping.
     """
     *parents, last = key.split(".")
     mapping = page

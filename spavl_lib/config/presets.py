@@ -1,4 +1,4 @@
-"""The settings in the scripts of the SPA-VL authors' code: method constants only, never scale."""
+"""The method constants in the scripts of the SPA-VL authors' code, without settings of scale."""
 
 from typing import Any
 

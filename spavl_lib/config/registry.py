@@ -22,7 +22,7 @@ T = TypeVar("T", bound=type)
 
 
 def entry_points(group: str) -> dict[str, EntryPoint]:
-    """Name -> entry point of a group. The packages are read again only after one was installed."""
+    """Name -> entry point of a group. It is cached until a folder of `sys.path` changes."""
     places = []
     for place in sys.path:
         with contextlib.suppress(OSError):
@@ -36,7 +36,7 @@ def _entry_points_in(group: str, places: tuple) -> dict[str, EntryPoint]:
 
 
 class Registry(Generic[T]):
-    """Classes by name: registered in this process, or named by entry points of other packages.
+    """Classes by name: those registered in this process, and those that other packages add.
 
     Args:
         kind: What the classes are, such as "data source", for error messages.

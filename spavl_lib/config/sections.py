@@ -23,9 +23,11 @@ DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
     "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 ]  # fmt: skip
-RANKED = {"aot", "aot_unpaired"}  # they compare the sorted log-ratios of a forward pass's pairs
-NEEDS_SMOOTHING = {"exo_pair", "robust"}  # without it one is undefined and one is sigmoid
-SMOOTHED = RANKED | NEEDS_SMOOTHING
+# Losses that sort and compare the log-ratios of all pairs of one forward pass.
+RANKED = {"aot", "aot_unpaired"}
+# Without label smoothing exo_pair is undefined, and robust is the same as sigmoid.
+NEEDS_SMOOTHING = {"exo_pair", "robust"}
+SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 LINEARS: tuple[Linear, ...] = typing.get_args(Linear)
@@ -44,16 +46,16 @@ def _nothing_to_train(settings: Any) -> Iterator[str]:
 def _repeated(name: str, values: Sequence[Any]) -> Iterator[str]:
     if twice := sorted({value for value in values if values.count(value) > 1}):
         listed = ", ".join(map(str, twice))
-        yield f"{name} names {listed} more than once, so that arm would be counted as often"
+        yield f"{name} names {listed} more than once, so that arm would count more than once"
 
 
 @section("data.columns")
 class ColumnsConfig:
-    """Column names of your own data set. With an empty name, the column is found by the names that
-    common layouts use, such as `question` or `conversations` for the prompt."""
+    """Column names of your own data set. If a name is empty, the names that common layouts use are
+    tried, such as `question` or `conversations` for the prompt."""
 
     prompt: str = ""
-    """Column of the question, or of its conversation turns."""
+    """Column of the question, or of a conversation's turns."""
     chosen: str = ""
     """Column of the preferred response."""
     rejected: str = ""
@@ -72,7 +74,8 @@ class ColumnsConfig:
 
 
 _BUILT_IN_SOURCES = ("mini", "hub_layout", "original", "datasets")
-# Settings that only some sources read. A wrong `source` beside one would be trained on in silence.
+# Setting -> sources that read it. Settings are checked against this table, because a source would
+# ignore other settings without a message.
 _READERS = {
     "path": ("datasets", "original", "hub_layout"),
     "subset": ("datasets",),
@@ -101,26 +104,26 @@ class DataConfig:
     test_rows: NonNegativeInt
     """Number of prompts in each evaluation set; 0: all."""
     path: str = ""
-    """Folder or file of the rows, or a data set's name on the Hub. mini does not use it."""
+    """Folder or file of the rows, or a data set's name on the Hub. Source mini does not use it."""
     revision: str = ""
     """Commit, tag or branch on the Hub; empty: the newest. A commit makes a run repeatable."""
     subset: str = ""
     """Configuration to read, if the data set has several. Only for source datasets."""
     train_split: str = "train"
-    """Split to train on; slices such as train[:90%] work, and a single file is the split train.
+    """Split to train on; slices such as train[:90%] work. A single file has only the split train.
     Only for source datasets."""
     validation_split: str = "validation"
     """Held-out split. If the data have no split validation, about a tenth of the training rows is
-    held out, and all rows with the same image go together. Only for source datasets."""
+    held out, and rows with the same image are never separated. Only for source datasets."""
     held_out_seed: NonNegativeInt = 0
-    """Random seed of that draw. Only for source datasets."""
+    """Random seed of the draw of held-out rows. Only for source datasets."""
     test_path: str = ""
     """Evaluation prompts of your own: a file whose rows have a field `set` (harm, help or
     look_alikes), or a folder with harm.jsonl, help.jsonl and so on. Rows are as in `path`, without
-    responses. Empty: the prompts of `source`, or those of mini if it has none."""
+    responses. Empty: the prompts of `source`, or mini's prompts if `source` has none."""
     measure_on: Literal["test", "development"] = "test"
-    """test: the held-out pairs and prompts that are reported. development: others, of the same kind
-    and number, to choose settings on. Only mini has them."""
+    """Held-out rows to measure on. test: the pairs and prompts that are reported; development:
+    other rows of the same kind and number, for choosing settings. Only mini has these rows."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
@@ -131,18 +134,19 @@ class DataConfig:
     group_by_image: bool = False
     """Put rows with the same image into the same batch, so that they share one image prefix."""
     image_root: str = ""
-    """Folder that image paths start from. Empty: `path`, or the folder that holds it if `path` is a
-    file. mini does not use it."""
+    """Folder that image paths start from. Empty: `path`, or the folder of `path` if that is a file.
+    The source mini does not use it."""
     question_types: tuple[Literal["easy", "hardq", "hards"], ...] = ()
     """Train only on these question types; empty: on all."""
     answer_sources: tuple[str, ...] = ()
     """Train only on pairs whose two responses both come from these models; empty: on all pairs."""
     sampling: Literal["stratified", "random"] = "stratified"
     """How training rows are drawn if not all are used. stratified: every class and question type
-    keeps its share; random: without regard to them. Rows to measure on are always stratified."""
+    keeps its share; random: every row is equally likely. Validation and test rows are always
+    stratified."""
     sampling_seed: NonNegativeInt = 0
-    """Random seed of the training rows' draw. With the same seed, a larger set contains every
-    smaller one. The rows to measure on do not depend on it."""
+    """Random seed of the draw of training rows. With the same seed, a larger set contains every
+    smaller one. Validation and test rows do not depend on this seed."""
     on_bad_rows: Literal["error", "skip"] = "error"
     """error: list every bad row and stop; skip: leave bad rows out, and count and list them."""
 
@@ -152,7 +156,7 @@ class DataConfig:
             readers, value = _READERS.get(field.name, ()), getattr(self, field.name)
             is_default = value in (field.default, "", ()) or value == ColumnsConfig()
             if self.test_path and field.name in ("columns", "image_root"):
-                continue  # the prompts are read with them
+                continue  # the prompts of `test_path` are read with these
             if self.source in _BUILT_IN_SOURCES and readers and self.source not in readers:
                 if not is_default:
                     yield (
@@ -183,13 +187,13 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, which saves memory and takes more time."""
     image_aspect: Literal["auto", "pad", "square"] = "auto"
-    """How LLaVA-1.5 sees an image that is not square, under the names of its own code. pad: padded
-    to a square with the mean colour; square: cropped to its middle; auto: as the checkpoint's own
-    image processor does, but padded for the Hub's conversion."""
+    """How an image that is not square is prepared for LLaVA-1.5. The names are from the LLaVA code.
+    pad: pad the image to a square with the mean colour; square: crop the image to its middle;
+    auto: use the checkpoint's image processor, or pad for LLaVA-1.5 checkpoints of the Hub."""
     share_prefix: Literal["auto", "require", "off"] = "auto"
     """Compute an image and question once for all rows of a batch that start with them. The results
-    are the same. auto: if the model family supports it; require: stop if it does not; off: compute
-    every row in full. off also replaces the fused LoRA forward pass by PEFT's own layers."""
+    are the same. auto: share if the model family can; require: stop if the model family cannot
+    share; off: compute every row in full, and use PEFT's own layers, not the fused LoRA pass."""
 
     def contradictions(self) -> Iterator[str]:
         """Yield one sentence for each set of values that contradict each other."""
@@ -215,7 +219,8 @@ class RewardConfig:
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training pairs, used when `max_steps` is 0."""
     preset: Literal["ours", "original"] = "ours"
-    """original: the original's loss, learning rate and schedule replace the profile's."""
+    """original: loss, learning rate and schedule of the SPA-VL authors' code replace those of the
+    profile."""
     center_coef: NonNegativeFloat = 0.0
     """Weight of the square of the sum of a pair's scores, which keeps scores centred on 0."""
     sft_coef: NonNegativeFloat = 0.0
@@ -228,7 +233,7 @@ class RewardConfig:
     """Mirror half of the training images. Leave it off for images with text."""
     original_form: bool = False
     """Use the loss of the SPA-VL authors' code, which has an epsilon inside the logarithm. Its
-    gradient vanishes on pairs that the model ranks badly wrong."""
+    gradient vanishes on pairs that the model ranks wrongly by a wide margin."""
     learning_rate: NonNegativeFloat = 3e-5
     """Peak learning rate; the default is that of the SPA-VL authors' code."""
     lr_scheduler: Scheduler = "constant_with_warmup"
@@ -291,7 +296,7 @@ class DPOConfig:
     cache_reference: bool = False
     """Compute the reference log-probabilities of all pairs before the first step, and store them
     for later runs on the same model and data. Training then needs no reference model, which saves
-    memory in full fine-tuning. It saves time if there are several passes or several runs."""
+    memory in full fine-tuning. It also saves time over several passes or several runs."""
     save_steps: PositiveInt = 50
     """Steps between checkpoints."""
     eval_steps: NonNegativeInt = 0
@@ -381,25 +386,25 @@ class PPOConfig:
     kl_target: NonNegativeFloat = 0.0
     """Mean KL per response, in nats, that `kl_coef` adapts to reach; 0 keeps `kl_coef` fixed."""
     kl_horizon: PositiveInt = 1000
-    """Responses over which `kl_coef` adapts."""
+    """Number of responses after which `kl_coef` has changed by about 20 % at most."""
     whiten_advantages: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
     whiten_rewards: bool = False
     """Scale the rewards of a rollout to variance 1."""
     temperature: PositiveFloat = 1.0
-    """Divides the logits, in sampling and in every log-probability."""
+    """Divisor of the logits, in sampling and in every log-probability."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Subtracted from the score of a response that did not end."""
+    """Amount subtracted from the score of a response that did not end with EOS."""
     length_penalty: NonNegativeFloat = 0.0
-    """Subtracted from the score once for every token of the response."""
+    """Amount subtracted from the score for every token of the response."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus."""
     sft_coef: NonNegativeFloat = 1.0
     """Weight of the cross-entropy of the chosen responses. In our runs the policy became equally
     safe without this term, but worse at naming what the image shows."""
     max_length: NonNegativeInt = 0
-    """Largest number of tokens of a chosen response for this term, with prompt and image. 0 uses
-    the model's context length."""
+    """Longest chosen response for `sft_coef`, in tokens, prompt and image included; 0: the model's
+    context."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty: the reward model of this run."""
     save_steps: PositiveInt = 20
@@ -447,9 +452,9 @@ class RLOOConfig:
     normalize_advantages: bool = True
     """Scale the advantages of a step's responses to mean 0 and variance 1."""
     temperature: PositiveFloat = 1.0
-    """Divides the logits, in sampling and in every log-probability."""
+    """Divisor of the logits, in sampling and in every log-probability."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Subtracted from the score of a response that did not end."""
+    """Amount subtracted from the score of a response that did not end with EOS."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty: the reward model of this run."""
     use_vllm: bool = False
@@ -493,14 +498,14 @@ class GenerationConfig:
     do_sample: bool = False
     """true: sample; false: greedy decoding."""
     temperature: PositiveFloat = 1.0
-    """Divides the logits when sampling."""
+    """Divisor of the logits when sampling."""
     top_p: PositiveShare = 1.0
     """Sample from the smallest set of tokens with this total probability."""
     cache: Literal["compact", "dynamic", "static"] = "compact"
     """Cache of keys and values. compact: finished responses leave the batch, which does not change
-    the results. It serves greedy decoding and PPO's rollouts, for LLaVA; otherwise dynamic is used.
-    dynamic: the cache of transformers that grows with the response. static: the one that is
-    allocated at full size."""
+    the results. compact works with LLaVA, in greedy decoding and PPO's rollouts; elsewhere dynamic
+    is used. dynamic: transformers' cache that grows with the response. static: transformers' cache
+    that is allocated at full size."""
     backend: Literal["transformers", "vllm"] = "transformers"
     """Engine that generates. vllm is optional and needs Linux with a GPU; prompts and the format of
     records are the same."""
@@ -526,20 +531,20 @@ class EvaluationConfig:
     is read from the environment variable SPAVL_JUDGE_KEY or OPENAI_API_KEY."""
     judge_budget: NonNegativeInt = 0
     """Largest number of requests to the endpoint for each judge, repeated ones included; 0: no
-    limit. Responses that it leaves out are unjudged. Only for judges endpoint and grade."""
+    limit. Responses beyond the limit stay unjudged. Only for judges endpoint and grade."""
     judge_yes: bool = False
-    """You agree that the endpoint's host, if it is not this machine, receives what is judged:
-    prompts, responses, and with judge_images the images. Only for judge endpoint."""
+    """Whether you agree that the endpoint's host receives what is judged: prompts, responses, and
+    with judge_images the images. Needed if the host is another machine. Only for judge endpoint."""
     judge_batch_size: PositiveInt = 8
     """Responses per batch. Only for judge guard."""
     judge_images: bool = False
     """Show the image to the judge model, which must accept images. Only for judges guard and
     endpoint."""
     judge_canaries: bool = True
-    """First ask the judge model about responses with a known verdict, and stop if an answer is
-    wrong. Only for judges guard and endpoint."""
+    """First ask the judge model about responses with a known verdict, and stop if a verdict
+    is wrong. Only for judges guard and endpoint."""
     held_out_drawings: bool = True
-    """Repeat mini's evaluation sets on drawings that the model never saw."""
+    """Repeat mini's evaluation sets with drawings that are never used in training."""
 
 
 @section("scaling")
@@ -548,23 +553,23 @@ class ScalingConfig:
     of the settings `sizes` to `lora_ranks` defines a family of arms, one for every value."""
 
     sizes: tuple[NonNegativeInt, ...] = ()
-    """One arm for each of these numbers of training pairs, in any order; 0, and any number above
-    all pairs: all pairs."""
+    """One arm for each of these numbers of training pairs, in any order. 0, or a number above the
+    number of all pairs, means all pairs."""
     question_types: tuple[Literal["easy", "hardq", "hards", "mixed"], ...] = ()
     """One arm for each of these question types; mixed: an arm trained on all types."""
     answers: tuple[str, ...] = ()
-    """One arm for each entry NAME=SOURCE+SOURCE, called NAME and trained on the pairs whose two
-    responses both come from these models. NAME=all: an arm trained on all pairs."""
+    """One arm for each entry NAME=SOURCE+SOURCE. The arm is called NAME. It trains on the pairs
+    whose two responses both come from these models. NAME=all: the arm trains on all pairs."""
     projector: tuple[Literal["trained", "frozen"], ...] = ()
-    """One arm with the projector trained, one with it frozen."""
+    """trained: an arm that trains the projector; frozen: an arm with a frozen projector."""
     lora_ranks: tuple[PositiveInt, ...] = ()
     """One arm with adapters of each of these ranks; alpha is twice the rank."""
     lora_learning_rate: NonNegativeFloat = 0.0
     """Learning rate of the arms of `lora_ranks`; 0: `dpo.learning_rate`. Adapters need about ten
     times the rate of full training (Schulman et al., LoRA Without Regret, 2025)."""
     ablation_rows: NonNegativeInt = 0
-    """Largest number of training pairs of an arm; 0: no limit. All arms of a family get equally
-    many pairs, at most as many as the smallest of them has. Neither rule applies to `sizes`."""
+    """Largest number of training pairs of an arm; 0: no limit. All arms of a family get the same
+    number of pairs, at most what its smallest arm has. Neither rule applies to `sizes`."""
     seeds: tuple[NonNegativeInt, ...] = ()
     """Random seeds. Every arm is trained once with each seed. The seed also decides which pairs the
     arm gets."""
@@ -649,8 +654,8 @@ class Config:
     run_name: str = ""
     """Name of the run's folder under runs/; empty: the profile's name."""
     dtype: Dtype = ""
-    """Precision of matrix products. Empty: `$SPAVL_DTYPE`, or the best precision of the hardware if
-    that is not set. The config.yaml of a stage names the precision that the stage was made in."""
+    """Precision of matrix products. Empty: `$SPAVL_DTYPE`, or the hardware's best precision if the
+    variable is not set. A stage's config.yaml names the precision that the stage was made in."""
 
     def section(self, name: str) -> Any:
         """The settings of a stage: a section of this config, or a plugin's settings.

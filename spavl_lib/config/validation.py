@@ -102,7 +102,7 @@ def all_keys(cls: Any, prefix: str = "") -> Iterator[str]:
 
 
 def defaults(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted name -> plain default of all settings that have one, those of sections included."""
+    """Dotted name -> plain default of all settings with a default, also those in sections."""
     flat: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(field.type):
@@ -127,7 +127,7 @@ def input_error(lines: list[str], source: str = "") -> InputError:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """The message for an unknown key. It suggests a key with the same last part or like it."""
+    """The message for an unknown key. Suggests a key with the same last part, or a similar key."""
     same_last = [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
     hint = f"; did you mean {same_last[0]!r}?" if same_last else nearest(key, known)
     return f"unknown key {key!r}" + (hint or f" (known: {', '.join(known)})")
@@ -175,8 +175,8 @@ def _lines(error: pydantic.ValidationError, cls: type, prefix: str) -> list[str]
     """One line for each problem in pydantic's error, and one for all missing keys."""
     missing, lines = [], []
     for problem in error.errors(include_url=False):
-        # For an item of a list, `loc` ends in a number. It is left out, because the message shows
-        # the item itself.
+        # For an item of a list, `loc` ends in a number. The number is left out, because the message
+        # shows the item itself.
         key = prefix + ".".join(part for part in problem["loc"] if isinstance(part, str))
         kind, value = problem["type"], problem["input"]
         requirement = problem["msg"].replace("Input should be ", "must be ", 1)

@@ -1,7 +1,7 @@
-"""Collectives: what training processes reduce, gather and wait for together.
+"""Collectives: training processes reduce or gather values together, or wait for each other.
 
-All processes must call a collective. If one does not, the others wait until `launch.timeout_s`. In
-a single process every function returns its argument at once.
+All processes must call a collective. If one process does not, the others wait for up to
+`launch.timeout_s`. In a single process every function returns the result for one process at once.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def any_of(flag: bool) -> bool:
 
 
 def any_of_each(flags: "Tensor") -> "Tensor":
-    """`any_of` for each element of a boolean tensor. Its shape is the same in all processes."""
+    """`any_of` for each element of a boolean tensor, which has the same shape in all processes."""
     if not _has_group():
         return flags
     import torch
@@ -75,7 +75,7 @@ def any_of_each(flags: "Tensor") -> "Tensor":
 
 
 def sum_of(values: "Tensor") -> "Tensor":
-    """The sum of a tensor over all processes. Its shape is the same in all processes."""
+    """The sum of a tensor over all processes. The tensor has the same shape in all processes."""
     if not _has_group():
         return values
     import torch
@@ -110,7 +110,7 @@ def gathered(rows: list) -> list[list]:
 
 @contextlib.contextmanager
 def main_first() -> Iterator[None]:
-    """Run the block in the main process first; the others then find the cache filled."""
+    """Run the block in the main process first. The others then find what the block has cached."""
     if not is_main():
         barrier()
     try:
@@ -123,12 +123,12 @@ def main_first() -> Iterator[None]:
 def report(name: str, value: dict) -> None:
     """Write a report that the parent process reads.
 
-    A report whose name begins with `rank-` is written by any process, another one only by the main
-    process. Outside of worker processes nothing is written.
+    Any process writes a report whose name begins with `rank-`. Only the main process writes other
+    reports. Outside of worker processes nothing is written.
 
     Args:
         name: Name of the report's file without ending, such as `progress` or `rank-0`.
-        value: What to report; JSON can hold it.
+        value: What to report, in types that JSON has.
     """
     if WORKER in os.environ and (is_main() or name.startswith("rank-")):
         target = Path(os.environ[WORKER]) / f"{name}.json"

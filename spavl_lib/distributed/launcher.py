@@ -1,9 +1,9 @@
 """Make a stage in this process, or in several child processes that accelerate starts.
 
-The calling cell or command shows the progress of the child processes, passes a stop on to them, and
-raises the error of the one that failed. Child processes report through files in a folder that is
-new for each attempt. They also wait on their standard input, which closes when this process ends;
-then they end too.
+The calling cell or command shows the progress of the child processes, passes a request to stop on
+to them, and raises the error of a child process that failed. Child processes report through files
+in a folder that is new for each attempt. They also watch their standard input, and end when it
+closes. It closes when this process ends.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ from spavl_lib.runs.maker import leave_other_launchers, maker_of
 from spavl_lib.runs.signals import StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
-GRACE_S = 5.0  # after a process has failed, the others have this long to report their own errors
+# After a process has failed, the others have this many seconds to report their own errors.
+GRACE_S = 5.0
 
 
 def make(name: str, config: Config, stage: Stage, **options: Any) -> dict:
@@ -149,7 +150,7 @@ def _command(
             f"launch.num_processes = {launch.num_processes} means {processes_here} processes on "
             f"each machine, but this one has {torch.cuda.device_count()} GPUs; set a smaller number"
         )
-    config = dataclasses.replace(config, dtype=stage.dtype)  # decided here, for every process
+    config = dataclasses.replace(config, dtype=stage.dtype)  # one precision for all processes
     (scratch / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     shipped = PROFILES / "accelerate"
     words = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -222,7 +223,9 @@ def _watch(
     launch: LaunchConfig,
     live: Any,
 ) -> None:
-    """Wait until accelerate ends: show progress, pass a stop on, and kill all after a failure.
+    """Wait until accelerate ends. Meanwhile show progress, and pass on a request to stop.
+
+    If a child process fails, the others are killed after `GRACE_S`.
 
     Args:
         child: The process of accelerate.
@@ -230,7 +233,7 @@ def _watch(
         folder: Folder with the reports of the child processes.
         flag: Stop flag.
         launch: Settings of the launch.
-        live: As for `train_in_processes`.
+        live: A live plot, as in `train_in_processes`.
     """
     signalled: set[int] = set()  # ids of processes that got SIGTERM
     failed_at = 0.0  # time of the first reported error; 0 if there is none
@@ -384,7 +387,7 @@ def _problem(
 
 
 def _is_lost_connection(error: dict) -> bool:
-    """Whether an error only says that another process has ended, which is then the cause."""
+    """Whether an error only says that another process has ended. It is then not the cause."""
     text = error["message"].lower()
     return error["type"] in ("DistBackendError", "DistNetworkError") or any(
         word in text for word in ("connection closed by peer", "connection reset", "gloo")
@@ -392,7 +395,7 @@ def _is_lost_connection(error: dict) -> bool:
 
 
 def _killed(log_path: Path, count: int) -> str | None:
-    """The message about a process that a signal killed; None if the log of torch shows none.
+    """The message about a process that a signal killed; None if torch's log shows no such process.
 
     Args:
         log_path: File with the output of accelerate, which holds the log of torch's agent.

@@ -1,9 +1,9 @@
 """Rendezvous: machines that train together find each other through the shared run folder.
 
 Each machine writes its own file again and again. When machine 0 has seen a fresh file of every
-machine, it writes a list of the tokens in them. A machine whose token is not in the list waits on,
-so a file that an earlier attempt left has no effect. torch's own rendezvous would wait without
-naming the missing machines.
+machine, it writes a list of the tokens in these files. A machine whose token is not in the list
+waits on, so a file that an earlier attempt left has no effect. torch's own rendezvous would wait
+without naming the missing machines.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 
-FRESH_S = 5.0  # if a machine's file is older than this, the machine has stopped waiting
+# If a machine's file is older than this many seconds, the machine has stopped waiting.
+FRESH_S = 5.0
 
 
 @contextlib.contextmanager

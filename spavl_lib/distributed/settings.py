@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def in_processes(launch: LaunchConfig) -> bool:
-    """Whether training runs in child processes: if there are several, and always with DeepSpeed."""
+    """Whether training runs in child processes: with several processes, or with DeepSpeed."""
     return launch.num_processes > 1 or launch.engine != "ddp"
 
 
@@ -77,9 +77,10 @@ def check_supported(name: str, model_adapter: str, launch: LaunchConfig) -> None
         launch: The requested engine and CPU offload.
 
     Raises:
-        InputError: PPO is to run with CPU offload. DeepSpeed would then keep only the gradients
-            of a step's last backward pass, the value model's, and lose the policy's. Or qlora is to
-            run under ZeRO-3, which cannot partition packed 4-bit weights.
+        InputError: The settings combine PPO and CPU offload. DeepSpeed would then keep only the
+            gradients of a step's last backward pass, which are the value model's, and lose the
+            policy's gradients. Or the settings combine qlora and ZeRO-3, which cannot partition
+            packed 4-bit weights.
     """
     if name == "ppo" and launch.cpu_offload:
         raise InputError("PPO does not support launch.cpu_offload; set it to false")
@@ -125,7 +126,7 @@ def check_engine(wrapped: "nn.Module", launch: LaunchConfig) -> dict[str, Any]:
         `engine` and `world_size` (number of processes) of this run.
 
     Raises:
-        RuntimeError: The running engine, ZeRO stage or number of processes is another one.
+        RuntimeError: The running engine, ZeRO stage or number of processes is not as requested.
     """
     import torch
     from torch.nn.parallel import DistributedDataParallel

@@ -73,7 +73,7 @@ def kl_penalty_rewards(
     kl_coef: float,
     kind: str = "k1",
 ) -> Tokens:
-    """Reward of each token: minus the KL penalty. The last token's reward includes the score.
+    """Reward of each token: the negative KL penalty, plus the score at the last token.
 
     Args:
         scores: The reward model's score of each response.
@@ -204,8 +204,8 @@ def explained_variance(values: Tokens, returns: Tokens, mask: Mask) -> float:
         mask: Response tokens.
 
     Returns:
-        1 if values equal returns, 0 if values are no better than a constant. NaN if all returns are
-        equal.
+        1 if values equal returns, 0 if values are no better than a constant, below 0 if they are
+        worse. NaN if all returns are equal.
     """
     error = (returns - values)[mask]
     variance = returns[mask].var(unbiased=False).item()

@@ -16,15 +16,15 @@ class Change(NamedTuple):
     """One change of settings."""
 
     options: str
-    """The change as options of a command."""
+    """The change as options of a command, such as `--set model.adapter=lora`."""
     apply: Callable[[Config], Config | None]
-    """Makes the change. It returns None if the change does not apply to the config."""
+    """Function that makes the change. Returns None if the change does not apply to the config."""
 
 
 def advise(
     kind: str, config: Config, device: Device, peak_gib: Callable[[Config], float]
 ) -> list[str]:
-    """List the changes after which the training fits, the cheapest change first.
+    """List changes of settings that make the training fit, in the order in which they are tried.
 
     A change is left out if the later changes are enough without it.
 
@@ -35,8 +35,8 @@ def advise(
         peak_gib: Function that returns the peak memory of a config, in GiB.
 
     Returns:
-        A line for each change, with the peak after this change. If the training does not fit with
-        all changes, the last line says so.
+        A line for each change, with the peak after this change. If the training does not fit even
+        with all changes, the last line says so.
     """
 
     def changed(changes: list[Change]) -> Config:
@@ -71,6 +71,8 @@ def advise(
 
 
 def _changes(kind: str, config: Config) -> list[Change]:
+    """All changes for a training of this kind, in the order in which they are tried."""
+
     def section(c: Config, **values: Any) -> Config:
         return dataclasses.replace(c, **{kind: dataclasses.replace(getattr(c, kind), **values)})
 

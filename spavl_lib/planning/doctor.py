@@ -19,7 +19,8 @@ from spavl_lib.runs.paths import repo_root, runs_root
 # For each shipped profile the needed main memory, and the needed memory of one CUDA GPU, in GiB. 0
 # means that no GPU is needed.
 NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
-# Machines and cards report a little less memory than their nominal size.
+# Machines and GPUs report a little less memory than their nominal size, so this share of the needed
+# memory is enough.
 REPORTED_SHARE = 0.9
 
 
@@ -41,7 +42,7 @@ def describe_machine() -> dict[str, str]:
 def read_pins() -> dict[str, str]:
     """Package -> pinned version, from the checkout's files or from the installed package.
 
-    The installed package leaves to the machine what hosted notebooks bring, such as torch.
+    The installed package does not pin packages that hosted notebooks bring, such as torch.
     """
     project, constraints = (repo_root() / n for n in ("pyproject.toml", "constraints.txt"))
     if project.is_file():
@@ -107,7 +108,7 @@ def cannot_run(profile: str) -> list[str]:
 
 
 def engines() -> dict[str, str]:
-    """Which optional engines and precisions this machine has, and how to install missing ones."""
+    """The number of processes, the optional engines and the 16-bit type of this machine."""
 
     def installed(name: str) -> bool:
         return importlib.util.find_spec(name) is not None

@@ -57,13 +57,15 @@ def longest_batch(kind: str, config: Config, shape: Shape, tokens: int) -> Batch
         config: The run's config.
         shape: Sizes of the model.
         tokens: Tokens of the longest row. For reward and dpo, 0 uses the trainer's `max_length`, or
-            2,048 if that is 0 too. For ppo, 0 uses an assumed prompt plus `max_new_tokens`.
+            2,048 if that is 0 too, but at most the model's context. For ppo, 0 uses an assumed
+            prompt plus `max_new_tokens`. With `ppo.sft_coef`, chosen responses may be longer; then
+            the length is that for reward and dpo.
     """
     section, question = getattr(config, kind), shape.image_tokens + PROMPT
     longest = tokens or min(filter(None, (section.max_length or 2048, shape.context)))
     if kind == "ppo":
         answer = section.max_new_tokens
-        if section.sft_coef:  # chosen answers are computed in batches of as many rows
+        if section.sft_coef:  # micro-batches of chosen responses have as many rows
             answer = max(answer, longest - question)
         return Batch(section.per_device_batch_size, tokens or question + answer, answer)
     tokens = longest
@@ -95,7 +97,7 @@ def peak_bytes(
     peak = _step_peak(kind, config, shape, batch, cpu)
     if not cpu and kind == "ppo":
         # Sampling holds a KV cache, and updates hold activations, gradients and logits. They do not
-        # overlap in time, so only the excess of the KV cache counts.
+        # overlap in time. So only the part of the KV cache that exceeds the others is added.
         cache = shape.layers * 2 * shape.kv_width * HALF * batch.rows * batch.tokens
         memory["KV cache"] = max(0.0, cache - sum(peak.values()))
     return memory | peak
@@ -201,7 +203,7 @@ def _layer_bytes(config: ModelConfig, shape: Shape, batch: Batch, shared: bool, 
 def _step_peak(
     kind: str, config: Config, shape: Shape, batch: Batch, cpu: bool
 ) -> dict[str, float]:
-    """Largest sum, over the moments of a step, of gradients, activations and logits, in bytes."""
+    """Bytes of gradients, activations and logits at the moment of a step with the largest sum."""
     model = config.model
     shared = model.share_prefix != "off" and kind != "ppo"
     positions = batch.positions(shared)
@@ -227,7 +229,7 @@ def _step_peak(
     accumulates = batches_per_step(kind, config) > config.launch.num_processes
     earlier_gradients = all_roles if accumulates else all_roles - policy
     full = model.adapter == "full"
-    # The last layer's output, the normed output, and the rows into which it is copied back.
+    # The last layer's output, the normed output, and the rows into which the output is copied back.
     outer = residual * (3 if full else 2) + stream * batch.rows * batch.tokens * shape.hidden
     kept, recomputed = (residual, layer) if model.gradient_checkpointing else (layer, 0.0)
     held = outer + kept * shape.layers
@@ -242,8 +244,8 @@ def _step_peak(
         # If gradients of earlier micro-batches exist, new gradients are added to them in place.
         gradients = earlier_gradients if accumulates else earlier_gradients + new_gradients
         moments.append((residual + kept * layers_left + recomputed + transient, 0.0, gradients))
-    # All gradients. The check for NaN and infinity also holds masks and the absolute value of the
-    # largest gradient.
+    # At the end of the step all gradients exist. The check for NaN and infinity then also holds
+    # masks and the absolute value of the largest gradient.
     largest = max(embedding, shape.hidden * shape.intermediate if full else 0)
     moments.append((7.0 * largest / share, 0.0, all_roles))
     activations, logits, gradients = max(moments, key=sum)

@@ -82,7 +82,7 @@ def shape_of(config: PreTrainedConfig, targets: tuple[str, ...]) -> Shape:
 
     Args:
         config: The model's transformers config.
-        targets: Names of the linear layers that take adapters.
+        targets: Names of the linear layers that get adapters.
     """
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)

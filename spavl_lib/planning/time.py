@@ -5,11 +5,11 @@ from spavl_lib.planning.devices import Device
 from spavl_lib.planning.memory import PROMPT, batches_per_step
 from spavl_lib.planning.shapes import Shape
 
-# Shares of the device's rates that a step is assumed to reach. Rough assumptions, not measured.
-GPU_UTILISATION = 0.35  # of the data sheet's matrix-product rate
-CPU_UTILISATION = 0.7  # of the matrix-product rate measured on this machine
-BANDWIDTH_UTILISATION = 0.5
-# Bytes that sampling reads per weight and token.
+# Shares of the device's rates that a step is assumed to reach. They were not measured.
+GPU_UTILISATION = 0.35  # share of the matrix-product rate in the data sheet
+CPU_UTILISATION = 0.7  # share of the matrix-product rate that was measured on this machine
+BANDWIDTH_UTILISATION = 0.5  # share of the memory bandwidth
+# Bytes that sampling reads of each weight, for every token: of a 16-bit and of an NF4 weight.
 HALF_BYTES, NF4_BYTES = 2.0, 0.6
 
 

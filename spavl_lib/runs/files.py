@@ -1,4 +1,4 @@
-"""Read and write files. Whole files are replaced in one step: a reader never sees half of one."""
+"""Read and write files. Whole files are replaced in one step: no reader sees half a file."""
 
 import contextlib
 import errno

@@ -22,7 +22,7 @@ from spavl_lib.runs.text import say
 
 Inputs = Callable[[Config, Stage], dict[str, str]]
 _MAKERS: dict[str, Callable[..., dict]] = {}
-_INPUTS: dict[str, tuple[Inputs, bool]] = {}  # stage -> its inputs, and whether it is renewed
+_INPUTS: dict[str, tuple[Inputs, bool]] = {}  # stage -> `inputs` and `renew` of its maker
 
 
 def stage_maker(
@@ -71,7 +71,7 @@ def stage_maker(
                     return stage.summary
             leave_other_launchers(config.launch)
             _check_processes(name, config)
-            free_memory()  # of models that earlier cells have let go
+            free_memory()  # models that earlier cells deleted may still hold memory
             with stage.work(read_inputs, renew=renew):
                 if polls_stop:
                     with stop_on_signals() as flag:
@@ -90,9 +90,10 @@ def stage_maker(
 
 
 def leave_other_launchers(launch: LaunchConfig) -> None:
-    """Remove, and name, variables of another launcher from this process's environment.
+    """Remove another launcher's variables from this process's environment, and print their names.
 
-    They would change numbers that the config determines, or wait for processes of that launcher.
+    Libraries that read these variables would change numbers that the config determines, or wait for
+    processes of that launcher.
 
     Raises:
         InputError: The launcher started several processes, and each would do the whole work.
@@ -104,8 +105,8 @@ def leave_other_launchers(launch: LaunchConfig) -> None:
     if started > 1 and launch.num_processes == 1:
         raise InputError(
             f"another launcher started {started} of these processes ({listed}), and each would do "
-            f"all of the work; start one without it and set launch.num_processes = {started}, or "
-            f"unset these variables"
+            f"all of the work; start one process without that launcher and set "
+            f"launch.num_processes = {started}, or unset these variables"
         )
     for name in names:
         del os.environ[name]
@@ -146,7 +147,7 @@ def is_current(name: str, config: Config, stage: Stage) -> bool:
 
     Raises:
         InputError: An input has changed and the stage cannot be renewed, or the precision has
-            changed. The message names each.
+            changed. The message names each change.
     """
     maker_of(name)
     inputs, renew = _INPUTS[name]

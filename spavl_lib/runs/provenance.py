@@ -1,4 +1,4 @@
-"""What a result depends on besides its inputs: code, versions, machine and precision."""
+"""What a result depends on besides its inputs: code, versions, machine and torch's settings."""
 
 import contextlib
 import hashlib
@@ -25,7 +25,7 @@ def canonical_sha256(value: Any) -> str:
 
 
 def environment(root: Path) -> dict:
-    """Commit, code, versions, machine and precision of this process.
+    """Commit, code, versions, packages and machine of this process, and settings of determinism.
 
     Args:
         root: The checkout in which git is called.
@@ -82,7 +82,8 @@ def installed() -> dict[str, str]:
     """Name -> version of every installed package."""
     packages: dict[str, str] = {}
     for package in importlib.metadata.distributions():
-        # The name of the metadata folder holds both. Reading the metadata would take a second.
+        # The name of the metadata folder holds name and version. Reading the metadata would take a
+        # second.
         folder = getattr(package, "_path", "")
         name, _, version = Path(str(folder)).stem.partition("-")
         if name and version:
@@ -123,7 +124,7 @@ def machine() -> dict[str, Any]:
 
 
 def _processor() -> tuple[str, str]:
-    """Name and feature flags of the processor; empty if the system does not tell them."""
+    """Name and feature flags of the processor; empty if the system does not name them."""
     path = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     if path.is_file():

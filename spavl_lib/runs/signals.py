@@ -45,7 +45,7 @@ def stop_on_signals() -> Iterator[StopFlag]:
     """Yield a flag that SIGTERM and SIGINT set while the block runs.
 
     Nested blocks share the flag: a signal in either block stops both. Outside of the main thread no
-    handler can be set, so there only the flag of an enclosing block is seen.
+    handler can be set, so the flag there only follows the flag of an enclosing block.
     """
     # If the present handler is the method `set` of a flag, that flag belongs to an enclosing block.
     outer = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
@@ -67,9 +67,9 @@ def stop_on_signals() -> Iterator[StopFlag]:
 def end_with_parent() -> None:
     """Wait until standard input closes, then exit this process.
 
-    The parent process holds standard input open, so it closes when the parent ends.
+    The parent process holds standard input open, so the input closes when the parent ends.
     """
-    # sys.stdin.read would hold a lock, and the interpreter aborts if it exits while that is held.
+    # sys.stdin.read would hold a lock, and the interpreter aborts if it exits with the lock held.
     while os.read(sys.stdin.fileno(), 4096):
         pass
     os._exit(1)

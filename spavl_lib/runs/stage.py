@@ -45,7 +45,7 @@ def allowed_changes() -> tuple[str, ...]:
 def recorded_dtype(manifest: dict) -> machine.Dtype:
     """The precision that a manifest names, one of `machine.DTYPES`; empty if it names none.
 
-    Older manifests have it among the inputs, under torch's name.
+    Older manifests hold the precision among the inputs, under torch's name.
     """
     old: dict[str, machine.Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return manifest.get("dtype") or old.get(manifest.get("inputs", {}).get("dtype"), "")
@@ -65,13 +65,13 @@ class Stage:
 
     @property
     def dtype(self) -> machine.Dtype:
-        """The precision that its models compute in now, one of `machine.DTYPES`."""
+        """The precision that the stage's models compute in now, one of `machine.DTYPES`."""
         return self.run.config.dtype or machine.dtype_name()
 
     @property
     def config(self) -> Config:
-        """The run's config with the precision. For a plugin's stage, the plugin's settings include
-        their defaults."""
+        """The run's config with the precision filled in. In a plugin's stage, the plugin's settings
+        include their defaults."""
         config = dataclasses.replace(self.run.config, dtype=self.dtype)
         if stages.find(self.name).settings is None:
             return config
@@ -131,12 +131,13 @@ class Stage:
         return bool(self._changes((section,)))
 
     def _changes(self, sections: tuple[str, ...]) -> dict[str, tuple[Any, Any]]:
-        """Key -> its old and its new value, of each changed setting in some sections."""
+        """Key -> (old value, new value) of each setting in these sections that has changed."""
         saved = self.path / "config.yaml"
         if not saved.is_file() or not self.begun:
             return {}
         page = yaml.safe_load(saved.read_text(encoding="utf-8")) or {}
-        # A setting that the version before did not have was what its default is.
+        # An older version of the library may have had fewer settings. A setting that is missing in
+        # its config.yaml had the effect of the present default.
         old = defaults(Config) | flatten(current_names(page))
         new = flatten(self.config.to_dict())
         return {
@@ -148,7 +149,7 @@ class Stage:
         }
 
     def check_inputs(self, inputs: dict[str, str]) -> None:
-        """Raise if the folder's work used other data, another model or other major versions.
+        """Raise if the folder's work used other inputs, another precision or other major versions.
 
         Major versions are checked only if the stage is not complete.
 
@@ -156,7 +157,7 @@ class Stage:
             inputs: Name -> hash or value of what the stage reads, as passed to `work`.
 
         Raises:
-            InputError: Inputs differ; the message lists each one with its old and new value.
+            InputError: Something differs; the message lists each one with its old and new value.
         """
         if not self.begun or not self._has_manifest():
             return
@@ -172,7 +173,7 @@ class Stage:
         """Raise if the folder's work was made in another precision.
 
         Raises:
-            InputError: Names both.
+            InputError: The precision differs; the message names the old and the new one.
         """
         if self.begun and self._has_manifest():
             self._refuse(self._dtype_change(read_json(self.path / "manifest.json")))
@@ -195,7 +196,7 @@ class Stage:
             names = ",".join(line.partition(":")[0] for line in lines)
             resume = "" if self.done else f", or resume in spite of it with --allow-change {names}"
             if "dtype" in changed:
-                resume += f"; {machine.DTYPE}={changed['dtype'][0]} computes in its precision"
+                resume += f"; {machine.DTYPE}={changed['dtype'][0]} keeps the old precision"
             raise InputError(
                 f"{self.path} was made with other settings:\n  "
                 + "\n  ".join(lines)
@@ -213,14 +214,14 @@ class Stage:
 
         Args:
             inputs: Name -> hash of what the stage reads, or a function that returns this mapping. A
-                function is called again after the block: if an input changed during the block, the
-                result is invalid.
+                function is called again after the block, to find inputs that changed during the
+                block.
             renew: Whether to accept changed inputs, because the maker replaces outdated results.
 
         Raises:
             BusyError: A live process holds the lock.
-            InputError: The folder was made with other settings, or an input changed during the
-                block.
+            InputError: The folder was made with other settings or inputs, or an input changed
+                during the block.
         """
         if not is_main():  # the main process holds the lock for all processes
             yield self
@@ -269,7 +270,7 @@ class Stage:
         values = self.config.to_dict()
         profile = self.config.profile in profile_names() and load_config(self.config.profile)
         profile_values = flatten(profile.to_dict()) if profile else {}
-        if profile_values and not self.run.config.dtype:  # the hardware's choice changes no setting
+        if profile_values and not self.run.config.dtype:  # dtype is then no override
             profile_values["dtype"] = self.dtype
         write_text(
             self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -336,12 +337,12 @@ class Stage:
         )
 
     def _remove_traces(self) -> None:
-        """Remove what opening the stage has written, and the folders that are then empty."""
+        """Remove the files that are written before the work, and folders that are then empty."""
         for name in ("config.yaml", "manifest.json", "source.diff", ".lock"):
             (self.path / name).unlink(missing_ok=True)
         folders = [p for p in self.path.rglob("*") if p.is_dir()]
         for folder in (*sorted(folders, reverse=True), self.path, self.run.path):
-            with contextlib.suppress(OSError):  # not empty
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
     def _has_manifest(self) -> bool:
@@ -401,7 +402,7 @@ class Run:
 
 @contextlib.contextmanager
 def _lock(path: Path, run_name: str) -> Iterator[None]:
-    """Hold a lock file, in which this process writes who holds it.
+    """Hold a lock file, and write into it which process holds the lock.
 
     The operating system releases the lock when the process dies.
     """

@@ -90,7 +90,7 @@ def test_an_old_runs_conditions_can_be_checked(old_run: Path) -> None:
     lines: list[str] = []
     result = rerun.rerun(old_run, check="conditions", say=lines.append)
     assert result["records"] == {"reward": [], "dpo": []}
-    assert any("not as then: code_sha256" in line for line in lines)
+    assert any("changed since then: code_sha256" in line for line in lines)
     assert read_json(old_run / "rerun.json")["equal"] is True
 
 

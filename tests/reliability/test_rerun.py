@@ -250,7 +250,7 @@ def test_each_of_twelve_changes_is_named(made: Made, record: Callable) -> None:
         made.data, made.run.path / "dpo/config.yaml", *(p for p in made.base.iterdir()),
     )}  # fmt: skip
     threads, before = torch.get_num_threads(), made.conditions()
-    assert before == "dpo: made under the conditions that hold now"
+    assert before == "dpo: no condition has changed"
     named = 0
     for name, (edit, says) in changes(made).items():
         try:
@@ -279,7 +279,7 @@ def test_a_changed_record_is_noticed(made: Made) -> None:
 
 
 def test_what_cannot_be_repeated_says_why(made: Made, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no stage is not finished|no stage"):
+    with pytest.raises(InputError, match="no stage is complete here"):
         rerun.rerun(tmp_path)
-    with pytest.raises(InputError, match="data is not finished here"):
+    with pytest.raises(InputError, match="data is not complete here"):
         rerun.rerun(made.run.path, only=("data",))
