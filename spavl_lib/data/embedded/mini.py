@@ -117,7 +117,7 @@ class _Maker:
                 return Scene(concept, composition, canvas, flip, image_name)
 
     def _next(self, pool: str, options: list) -> Any:
-        """A pool's options in turn, one at each call, so that all are used about equally."""
+        """The next option of a pool. The options take turns, so all are used about equally."""
         self.turn[pool] = self.turn.get(pool, -1) + 1
         return options[self.turn[pool] % len(options)]
 
@@ -334,7 +334,7 @@ def mini_rows() -> dict[str, list[Row]]:
 def development_rows() -> dict[str, list[Row]]:
     """Held-out rows to choose settings on: all splits of `mini_rows` but train, drawn anew.
 
-    No other split has the compositions of their images or the wordings of their requests.
+    No row of `mini_rows` has the compositions of their images or the wordings of their requests.
 
     Raises:
         AssertionError: A split does not have its stated number of rows.
