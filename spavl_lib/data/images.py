@@ -19,7 +19,7 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded
 # The first bytes of JPEG, PNG, WebP, GIF, BMP and TIFF files.
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
-# The same in base64, cut to whole groups of three bytes. BMP is left out: its two bytes are fewer.
+# The same in base64, cut to whole groups of three bytes. BMP has only two bytes and is left out.
 BASE64_STARTS = tuple(base64.b64encode(m[: len(m) // 3 * 3]).decode() for m in MAGIC if m[2:])
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",

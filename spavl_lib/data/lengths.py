@@ -157,11 +157,11 @@ def without_unfit_rows(
         processor: The model's processor.
         rows: Preference or prompt rows.
         limit: How long the rows may be.
-        on_bad_rows: `error` refuses a set with such rows; `skip` leaves the rows out.
+        on_bad_rows: `error` raises if there are such rows; `skip` leaves these rows out.
 
     Raises:
-        InputError: There are such rows and `on_bad_rows` is `error`, or all rows are such. The
-            message names up to `LISTED` rows for each reason.
+        InputError: The model cannot take some rows and `on_bad_rows` is `error`, or it cannot take
+            any row. The message names up to `LISTED` rows for each reason.
     """
     unfit: set[str] = set()
     sentences = []
