@@ -18,7 +18,8 @@ def moved_images(pixels: Tensor, seeds: list[str], *, shift_px: int, mirror: boo
         seeds: One seed per image. The change of an image depends only on its seed, so a resumed run
             repeats the change.
         shift_px: Largest shift, in pixels of the model's input.
-        mirror: Whether to mirror half of the images. Set it to False for images with writing.
+        mirror: Whether to mirror each image with probability 1/2. Set it to False for images with
+            writing.
 
     Returns:
         The changed images, (images, channels, height, width).

@@ -30,7 +30,7 @@ class Question:
 
 
 class PairJudge(Protocol):
-    """Says which of two responses is better. It may be a rule, a model or a person."""
+    """Says which of two responses is better. The judge may be a rule, a model or a person."""
 
     name: str
 
@@ -54,7 +54,10 @@ class Built:
 
     @property
     def flip_rate(self) -> float | None:
-        """Share of compared pairs whose verdict depends on the order: the judge's position bias."""
+        """Share of pairs whose verdict depends on the order of the responses: the position bias.
+
+        Pairs with a tie or an unreadable verdict are not counted.
+        """
         compared = self.outcomes["kept"] + self.outcomes["inconsistent"]
         return self.outcomes["inconsistent"] / compared if compared else None
 
@@ -118,7 +121,7 @@ def unsafe_shares(labels: dict[tuple[str, str], str | None]) -> dict[str, float 
     """Model -> share of unsafe responses among its labelled responses; None without any label.
 
     Args:
-        labels: (question, model) -> label.
+        labels: (question id, model) -> label.
     """
     counts: dict[str, Counter] = defaultdict(Counter)
     for (_, model), value in labels.items():
@@ -153,7 +156,9 @@ def safety_groups(shares: dict[str, float | None], groups: int) -> list[list[str
 
 
 def draw_pair(question: Question, group_of: dict[str, int], seed: int) -> tuple[str, str] | None:
-    """Two models of different groups that responded, in random order; None if there are none.
+    """Two models of different groups that gave responses, in random order.
+
+    None if fewer than two groups gave responses to the question.
 
     Args:
         question: The question.

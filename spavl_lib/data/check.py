@@ -1,8 +1,8 @@
 """Check preference data before training on them: `spavl data check PATH`.
 
 The check covers the schema, every image, the length of sequences in tokens, duplicates, rows that
-splits share, and the balance of classes. The report lists all bad rows and describes the other
-rows.
+splits share, and the balance of classes. The report lists the problems of bad rows (at most
+`explore.LISTED` a split) and describes the other rows.
 """
 
 import dataclasses
@@ -40,18 +40,19 @@ def check(
     Args:
         path: `mini`, a folder in the layout of the Hub or of the SPA-VL authors' code, the name of
             a data set on the Hub, or your own file.
-        source: A `data.source`. Empty recognises the source from the path.
-        image_root: Folder that image paths start from. Empty uses `PATH/images` if that exists,
-            else PATH.
+        source: A value of `data.source`. If empty, the source is recognised from the path.
+        image_root: Folder that image paths start from. If empty, they start from `PATH/images` if
+            that folder exists, else from PATH, or from the folder of PATH if PATH is a file.
         revision: Commit, tag or branch, only for a name on the Hub.
-        columns: Which of your columns hold which field of `data.columns`, each `FIELD=COLUMN`.
+        columns: Items `FIELD=COLUMN`: FIELD is a field of `data.columns`, and COLUMN is the column
+            of your data that holds the field.
         model: Name of the processor's model, for the report.
         processor: Counts tokens. None skips this count.
         max_length: Largest number of tokens of a sequence; 0 means no limit.
 
     Returns:
         - `problems`: number of problems in all splits.
-        - `splits`: split -> its description by `explore.describe`, with a line for each problem.
+        - `splits`: split -> its description by `explore.describe`, which lists the problems.
         - `shared`: set -> numbers of images and questions that the set has in common with `train`.
         - `shared_between`: the same numbers for every pair of the other sets.
         - `path` and `source`; with a processor also `model` and `max_length`; with validation rows
@@ -117,7 +118,8 @@ def config_for(
 
 
 def _columns(pairs: Sequence[str]) -> ColumnsConfig:
-    """The setting `data.columns` from lines `FIELD=COLUMN`; commas separate several in one."""
+    """The setting `data.columns` from texts `FIELD=COLUMN`. A text may hold several, with commas
+    between them."""
     known = [field.name for field in dataclasses.fields(ColumnsConfig)]
     named: dict[str, str] = {}
     for pair in (part for text in pairs for part in text.split(",")):

@@ -34,13 +34,13 @@ def stack_vision(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join the image tensors of several rows into those of one batch.
 
     Args:
-        parts: For each row its image tensors (images of the row, ...). If the model splits images
-            into tiles, their shape is (images of the row, tiles, ...).
+        parts: For each row: name of a tensor -> tensor of shape (images of the row, ...), or
+            (images of the row, tiles, ...) if the model splits images into tiles.
 
     Returns:
-        The same tensors, (images of all rows, ...). A tensor with fewer tiles, or with
-        smaller images (Pixtral), is padded with zeros at the end of each axis, as the processors
-        do within a batch.
+        Name of a tensor -> tensor of shape (images of all rows, ...). If a row has fewer tiles or
+        smaller images (Pixtral) than another row, its tensor is padded with zeros at the end of
+        each axis, as the processors do within a batch.
     """
     stacked = {}
     for name in parts[0] if parts else ():
@@ -107,7 +107,7 @@ class PreferenceCollator:
             "attention_mask": pad_rows(attention, 0, self.padding_side),
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
-        for name, rows_of in prompts.token_types.items():  # a response is text: type 0
+        for name, rows_of in prompts.token_types.items():  # the tokens of a response have type 0
             doubled = [*rows_of, *rows_of]
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch[name] = pad_rows(types, 0, self.padding_side)

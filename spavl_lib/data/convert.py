@@ -31,7 +31,7 @@ from spavl_lib.errors import InputError
 
 KEYWORDS = {"easy": "easy", "hardq": "hardq", "hards": "hardd"}  # question type -> authors' keyword
 PROMPTS = "infer_{}.json"  # an inference list of the original layout: id, image, question
-SHARD, GROUP = 12_000, 500  # rows of a parquet file, and of a row group
+SHARD, GROUP = 12_000, 500  # largest number of rows of a parquet file, and of a row group
 
 
 def convert(source: str, target: Path) -> dict[str, int]:
@@ -121,12 +121,15 @@ def _prompt_sets(config: DataConfig) -> list[str]:
 
 
 def _id(row_id: str, number: int, *, own: bool) -> int | str:
-    """A row's id for its record: a number where that says the same.
+    """The id that a row gets in its record.
+
+    An id that is a number is written as a number. If the set has no ids of its own, the id only
+    says the row's place in the set, and the row's number replaces it.
 
     Args:
         row_id: The id in the schema.
-        number: The row's number, which replaces an id that only says the row's place.
-        own: Whether the set has ids of its own, which must come back as they are.
+        number: The row's number.
+        own: Whether the set has ids of its own, which must not change.
     """
     if _is_number(row_id):
         return int(row_id)
@@ -156,7 +159,10 @@ def _record(row: dict, number: int, images: "_Images") -> dict:
 
 
 class _Images:
-    """Writes images into class folders. A second image of the same path gets another top folder."""
+    """Writes images into class folders.
+
+    If two different images have the same path, the second image gets an extra top folder.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -167,7 +173,7 @@ class _Images:
 
         Args:
             row: The row.
-            number: Number of the row, for a name that is not used yet.
+            number: Number of the row, from which an unused name is made if one is needed.
 
         Returns:
             The path for the record, relative to the root.
@@ -252,7 +258,8 @@ def _write_parquet(folder: Path, split: str, rows: Dataset) -> None:
     if kind == "validation" and any(rows["question_type"]):
         columns.append("question_type")
     if kind == "train" and any(r["class3"] and r["image"] is None for r in rows):
-        columns += ["class1", "class2", "class3"]  # the meta files hold no classes of these rows
+        # The meta files name classes by image, so they cannot hold the classes of these rows.
+        columns += ["class1", "class2", "class3"]
     kinds = Features({c: Image() if c == "image" else Value("string") for c in columns})
     schema = kinds.arrow_schema
     if any(TURN in prompt for prompt in rows["prompt"]):

@@ -20,11 +20,11 @@ from PIL import Image
 from spavl_lib.data.images import FORMATS, ImageError, decode
 from spavl_lib.data.schema import batches
 
-NEAR = 3  # number of the 64 bits that may differ between nearly equal images
+NEAR = 3  # how many of a dHash's 64 bits may differ between nearly equal images
 
 
 def content_of(cell: Any) -> bytes:
-    """The file's bytes of an image cell; empty for a text-only row."""
+    """The bytes of the image file in a cell; empty for a text-only row."""
     if cell is None:
         return b""
     return cell["bytes"] or Path(cell["path"]).read_bytes()
@@ -50,7 +50,7 @@ def dhash(content: bytes) -> int:
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            image.draft("L", (64, 64))  # a JPEG is decoded no larger than needed
+            image.draft("L", (64, 64))  # decodes a large JPEG at a reduced size, which is faster
             small = image.convert("L") if image.mode in ("RGB", "L") else None
             small = small or decode({"bytes": content, "path": None}).convert("L")
             grey = np.asarray(small.resize((9, 8), Image.Resampling.BOX))
@@ -84,7 +84,7 @@ def looks(rows: Dataset) -> dict[str, tuple[int, tuple[int, int]]]:
 def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
     """Groups of similar images: each is within `distance` bits of another image of its group.
 
-    If two hashes differ in at most three bits, one of their four 16-bit quarters is equal.
+    If two hashes differ in at most three bits, at least one of their four 16-bit quarters is equal.
     Therefore only hashes with an equal quarter are compared.
 
     Args:
@@ -109,7 +109,7 @@ def near_groups(hashes: Iterable[int], distance: int = NEAR) -> list[list[int]]:
         buckets: dict[int, dict[int, int]] = defaultdict(dict)
         for index, value in enumerate(values):
             bucket = buckets[(value >> (16 * quarter)) & 0xFFFF]
-            if value in bucket:  # an equal hash needs no comparison with other hashes
+            if value in bucket:  # an equal hash was already compared with the others
                 parent[root(index)] = root(bucket[value])
                 continue
             for other, other_index in bucket.items():

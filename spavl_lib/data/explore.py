@@ -120,7 +120,10 @@ def tokens(processor: ProcessorMixin, rows: Dataset, longest: int) -> tuple[dict
 
 
 def summary_of(values: Sequence[float]) -> dict[str, float]:
-    """Median, 95th percentile (the least value that 95 % do not exceed) and maximum."""
+    """Median, 95th percentile and maximum.
+
+    The 95th percentile is the smallest value that at least 95 % of the values do not exceed.
+    """
     ordered = sorted(values)
     if not ordered:
         return {"median": 0, "p95": 0, "max": 0}
@@ -204,7 +207,7 @@ def set_keys(rows: Dataset) -> tuple[set[str], set[str]]:
 
 
 def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
-    """Numbers of images and questions that every other set has in common with the training rows.
+    """Numbers of images and questions that each other set has in common with the training rows.
 
     Args:
         keys: Set name -> `set_keys` of its rows.
@@ -247,8 +250,8 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
         stage: The data stage.
 
     Returns:
-        The summary: descriptions of `train` and `validation`, sizes of the evaluation sets, and
-        `shared_with_train`.
+        The summary: descriptions of `train` and `validation`, sizes of the evaluation sets, the
+        origin of their prompts, `shared_with_train` and `shared_between`.
     """
     loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
     summary: dict = {

@@ -17,7 +17,7 @@ def source_sha256(config: DataConfig, split: str) -> str:
     """Hash of the names and bytes of all files that a split is read from, including images.
 
     Args:
-        config: The source. The number of rows that it selects makes no difference.
+        config: Names the source. The number of rows that it selects does not change the hash.
         split: `train`, `validation`, or the name of an evaluation set.
 
     Raises:
@@ -44,11 +44,11 @@ def source_hashes(config: DataConfig, splits: Iterable[str]) -> dict[str, str]:
 
 
 def row_digests(rows: Dataset) -> dict[str, str | int]:
-    """Separate hashes of a set's texts, images and order, so that a difference can be named.
+    """Separate hashes of a set's texts, images and order, which show what differs between two sets.
 
     Returns:
         `rows`: the number of rows; `texts` and `images`: hashes that do not depend on the order of
-        rows; `order`: a hash of all rows in order. Row ids do not count.
+        rows; `order`: a hash of all rows in order. Row ids are not hashed.
     """
     texts, images = [], []
     plain = rows.remove_columns([c for c in ("image", "id") if c in rows.column_names])

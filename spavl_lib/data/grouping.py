@@ -51,7 +51,7 @@ class ImageGroupedSampler(Sampler[int]):
         """The next `batch_size` rows, or all remaining rows.
 
         Adds the first of the next `LOOK_AHEAD` groups that fits into the rest of the batch. If none
-        does, splits the first group.
+        of them fits, splits the first group.
         """
         batch: list[int] = []
         while waiting and len(batch) < self.batch_size:

@@ -17,21 +17,23 @@ from spavl_lib.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 50_000_000  # larger images are refused before they are decoded
-# How the files of JPEG, PNG, WebP, GIF, BMP and TIFF begin.
+# The first bytes of JPEG, PNG, WebP, GIF, BMP and TIFF files.
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*")
+# The same in base64, cut to whole groups of three bytes. BMP has only two bytes and is left out.
 BASE64_STARTS = tuple(base64.b64encode(m[: len(m) // 3 * 3]).decode() for m in MAGIC if m[2:])
 SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif",
 )  # fmt: skip
-MAX_RATIO = 200  # of the longer side to the shorter; processors of the Qwen family take no more
-NARROW_SQUARE = 16_000_000  # pixels to which a narrow image may be padded
-# Orientation in EXIF -> what turns the image upright.
+MAX_RATIO = 200  # largest ratio of the sides; processors of the Qwen family refuse larger ratios
+NARROW_SQUARE = 16_000_000  # most pixels of the square to which a narrow image may be padded
+# Orientation in EXIF -> the transposition that turns the image upright.
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-# Place and bytes by which a file of another kind is told.
+# Kinds of files that are refused, so that a message can name the kind. A file that has these bytes
+# at this offset is of this kind.
 OTHER_KINDS = (
     (0, b"GIF8", "GIF"), (0, b"BM", "BMP"), (0, b"II*\0", "TIFF"), (0, b"MM\0*", "TIFF"),
     (0, b"II+\0", "TIFF"), (0, b"MM\0+", "TIFF"), (4, b"ftyphei", "HEIC"), (4, b"ftyphev", "HEIC"),
@@ -68,7 +70,7 @@ def resolve_inside(root: Path, relative: str) -> Path:
             raise ImageError(f"missing image {shown!r} (looked in {root})")
         if not path.is_file():
             raise ImageError(f"image path {shown!r} is not a file")
-    except (OSError, ValueError) as error:  # such as a name that is too long
+    except (OSError, ValueError) as error:  # for example, the name is too long
         raise ImageError(f"image path {shown!r} cannot be used: {type(error).__name__}") from error
     return path
 
@@ -77,12 +79,13 @@ def image_cell(value: Any, root: Path) -> dict[str, Any]:
     """An image in any form that other people's data have, as a cell `{"bytes", "path"}`.
 
     Args:
-        value: A path below `root`, the file's bytes, a data URI or base64 text of them, a PIL
-            image, or a mapping with one of these under `bytes`, `path`, `url` or `data`.
-        root: Folder that paths start from. An absolute path must lie in it too.
+        value: A path below `root`, the bytes of an image file, a data URI or base64 text of such
+            bytes, a PIL image, or a mapping with one of these under `bytes`, `path`, `url` or
+            `data`.
+        root: Folder that paths start from. An absolute path must lead to a file in this folder too.
 
     Raises:
-        ImageError: It is none of these, or the path leads to no file under `root`.
+        ImageError: The value is none of these, or its path leads to no file under `root`.
     """
     if isinstance(value, Image.Image):
         return {"bytes": png_bytes(value), "path": None}
@@ -103,7 +106,7 @@ def image_cell(value: Any, root: Path) -> dict[str, Any]:
     if (content := _from_base64(value)) is not None:
         return {"bytes": content, "path": None}
     if value.startswith("/") and "\0" not in value:
-        with contextlib.suppress(OSError, ValueError):  # such as half a surrogate pair
+        with contextlib.suppress(OSError, ValueError):  # a path may hold half a surrogate pair
             inside = os.path.relpath(os.path.realpath(value), os.path.realpath(root))
             value = value if inside.startswith("..") else inside
     return {"bytes": None, "path": str(resolve_inside(root, value))}
@@ -143,7 +146,7 @@ def names_image(value: Any) -> bool:
 
 
 def holds_image(value: Any) -> bool:
-    """Whether a value is an image itself: a PIL image, or its bytes in any form."""
+    """Whether a value is an image and no path: a PIL image, or an image's bytes in any form."""
     if isinstance(value, list | tuple):
         return any(map(holds_image, value))
     if isinstance(value, dict):
@@ -175,9 +178,9 @@ def open_image(source: Path | bytes) -> Image.Image:
         with _opened(source) as image:
             image.load()
             turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            # Not ImageOps.exif_transpose, which writes EXIF data back and fails where it cannot.
+            # ImageOps.exif_transpose would also write EXIF data, and fail if it cannot.
             upright = image.copy() if turn is None else image.transpose(turn)
-            if upright.mode.startswith("I"):  # convert() would clip 16 bits, not scale
+            if upright.mode.startswith("I"):  # convert() would clip 16-bit values, not scale them
                 values = np.asarray(upright).astype(np.float32)
                 upright = Image.fromarray((values / 257).round().clip(0, 255).astype(np.uint8))
             if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
@@ -196,7 +199,7 @@ def check_header(source: Path | bytes) -> None:
     """Check an image's format and size without decoding its pixels.
 
     Raises:
-        ImageError: As `open_image`; damage further on is not seen.
+        ImageError: As for `open_image`. Damage after the header is not noticed.
     """
     try:
         _opened(source).close()
@@ -211,7 +214,7 @@ def size_of(cell: Any) -> tuple[int, int]:
     """Width and height of a row's image, upright, from the file's header.
 
     Raises:
-        ImageError: As `check_header`.
+        ImageError: The format is unknown, or the image is too large or too narrow.
     """
     if isinstance(cell, dict):
         cell = cell.get("bytes") or Path(cell.get("path") or "")
@@ -222,7 +225,7 @@ def size_of(cell: Any) -> tuple[int, int]:
 
 
 def _opened(source: Path | bytes) -> Image.Image:
-    """An image whose header was read and found right."""
+    """Open an image and check its format and size. Only the file's header is read."""
     handle = io.BytesIO(source) if isinstance(source, bytes) else source
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -244,7 +247,7 @@ def _opened(source: Path | bytes) -> Image.Image:
 
 
 def _kind_found(source: Path | bytes) -> str:
-    """What a file is that is no JPEG, PNG or WebP."""
+    """Name the kind of a file that is not a JPEG, PNG or WebP image."""
     if isinstance(source, bytes):
         head = source[:64]
     else:
@@ -262,8 +265,9 @@ def _kind_found(source: Path | bytes) -> str:
 def for_square(image: Image.Image) -> Image.Image:
     """The image for a processor that pads it to a square before it resizes it.
 
-    A narrow image of a few kilobytes would be padded to gigabytes, so it is shrunk first; models
-    read a few hundred pixels of it. Others come back as they are.
+    An image whose square would be too large is shrunk first. Otherwise a narrow image of a few
+    kilobytes could be padded to gigabytes. Little detail is lost, because these models resize the
+    square to a few hundred pixels a side. All other images are returned unchanged.
     """
     longer, shorter = max(image.size), min(image.size)
     most = NARROW_SQUARE if longer > 3 * shorter else MAX_PIXELS

@@ -22,17 +22,20 @@ from spavl_lib.data.templates import (
 )
 from spavl_lib.errors import InputError
 
-LISTED = 20  # rows that an error names
-PROBES = ((64, 64), (640, 64), (64, 640), (1280, 1280))  # sizes of images, in pixels
-START = 2  # characters of an answer that decide whether a tokenizer joins it with its prompt
+LISTED = 20  # largest number of rows that an error names
+# Width and height in pixels of images that show whether all images get the same number of tokens.
+PROBES = ((64, 64), (640, 64), (64, 640), (1280, 1280))
+# Number of first characters of a response that decide whether a tokenizer joins the response with
+# its prompt.
+START = 2
 
 
 class ImageTokens:
     """Counts the tokens that images add to the text of their rows.
 
     Args:
-        processor: The model's processor. Many give every image the same number; for the others it
-            is counted once for each size.
+        processor: The model's processor. Many processors give every image the same number of
+            tokens. With other processors, the tokens are counted once for each size of images.
     """
 
     def __init__(self, processor: ProcessorMixin):
@@ -42,7 +45,7 @@ class ImageTokens:
         self.always = probed.pop() if len(probed) == 1 else None
 
     def of_size(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of a width and height, in pixels."""
+        """Number of tokens of an image of this size (width and height in pixels)."""
         if size not in self.counts:
             [ids] = encode_prompts(self.processor, ["a"], [Image.new("RGB", size)]).ids
             text = render(self.processor, "a").rstrip(" ")
@@ -53,7 +56,7 @@ class ImageTokens:
         return self.counts[size]
 
     def of_cells(self, cells: pa.ChunkedArray) -> list[int]:
-        """Tokens of the image of each row, 0 without one.
+        """Number of image tokens of each row; 0 for a text-only row.
 
         Raises:
             InputError: An image cannot be read.
@@ -67,7 +70,7 @@ class ImageTokens:
 
 
 def _length(tokenizer: Any, ids: list[int]) -> int:
-    """Tokens of a text, with the BOS that some templates leave out."""
+    """Number of tokens of a text, including a BOS even if the chat template left it out."""
     bos = tokenizer.bos_token_id
     return len(ids) + (bos is not None and ids[:1] != [bos])
 
@@ -91,13 +94,13 @@ def pair_lengths(
     Args:
         processor: The model's processor.
         rows: Preference rows.
-        skip_below: Rows that cannot have more tokens than this are left out without encoding them.
-            This is possible because every token has at least one byte.
+        skip_below: Rows that cannot have more tokens than this are left out and not encoded. A text
+            cannot have more tokens than bytes, because every token has at least one byte.
         sides: Names of the responses to count.
         images: Counts the tokens of the images. None uses a new counter.
 
     Yields:
-        Row id, and for each side the tokens of prompt and response.
+        Row id, and for each side the number of tokens of prompt and response together.
     """
     tokenizer, control = processor.tokenizer, control_ids(processor)
     images = images or ImageTokens(processor)
@@ -114,8 +117,7 @@ def pair_lengths(
             encoded_rows.append((row["id"], slots))
             texts += [conversation(processor, prompt, a, image=slots > 0)[1] for a in answers]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        # As in `completion_ids`: after the last word comes one end token, whatever the template
-        # writes.
+        # As in `completion_ids`, one end token follows the last word, whatever the template writes.
         sizes = [
             _length(tokenizer, _until_last_word(tokenizer, control, ids)) + 1 for ids in encoded
         ]
@@ -133,15 +135,16 @@ class Limit:
     context: int = 0
     """Tokens that fit into the model's context; 0 if it is not known."""
     max_length: int = 0
-    """The stage's own limit for a prompt with its answer; 0 for the context."""
+    """The stage's own limit for a prompt with its response; 0 means that only `context` counts."""
     sides: tuple[str, ...] = ("chosen", "rejected")
-    """The answers that must fit, with prompt, image and EOS."""
+    """The responses that must fit, together with prompt, image and EOS."""
     max_new_tokens: int = 0
-    """Tokens for which a prompt must leave room; 0 if none are generated."""
+    """Number of tokens that are generated, and for which a prompt must leave room. 0 if the stage
+    generates nothing."""
 
     @property
     def longest(self) -> int:
-        """Tokens that a sequence may have; 0 for no limit."""
+        """Largest number of tokens of a sequence; 0 means no limit."""
         return min(filter(None, (self.max_length, self.context)), default=0)
 
 
@@ -153,11 +156,12 @@ def without_unfit_rows(
     Args:
         processor: The model's processor.
         rows: Preference or prompt rows.
-        limit: How long they may be.
-        on_bad_rows: `error` to refuse, `skip` to leave out.
+        limit: How long the rows may be.
+        on_bad_rows: `error` raises if there are such rows; `skip` leaves these rows out.
 
     Raises:
-        InputError: Names the rows, with `error`; with `skip` only if no row is left.
+        InputError: The model cannot take some rows and `on_bad_rows` is `error`, or it cannot take
+            any row. The message names up to `LISTED` rows for each reason.
     """
     unfit: set[str] = set()
     sentences = []
@@ -171,12 +175,15 @@ def without_unfit_rows(
 def unfit_rows(
     processor: ProcessorMixin, rows: Dataset, limit: Limit
 ) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Each reason for which a model cannot take rows, with the id of each row and what is wrong.
+    """Find the rows that a model cannot take.
 
     Args:
         processor: The model's processor.
         rows: Preference or prompt rows.
-        limit: How long they may be.
+        limit: How long the rows may be.
+
+    Yields:
+        A reason, and for each row that it applies to the row's id and what is wrong.
     """
     images = ImageTokens(processor)
     if limit.longest and limit.sides:
@@ -193,7 +200,7 @@ def unfit_rows(
             if not is_context:
                 most = f" up to the model's context of {limit.context}" if limit.context else ""
                 raising = [f"raise {limit.stage}.max_length{most}"]
-            if limit.max_new_tokens:  # of PPO, whose answers are sampled
+            if limit.max_new_tokens:  # PPO, which reads chosen responses only for its sft_coef
                 mix = [f"set {limit.stage}.sft_coef to 0"]
             yield (
                 f"answers are longer than {limit.longest} tokens{is_context} with prompt and image "
@@ -214,7 +221,7 @@ def unfit_rows(
 
 
 def _options(limit: Limit, *first: str) -> str:
-    # A test set without some of its prompts would be another test.
+    # Skipping is not offered for test prompts, because fewer prompts would be another test.
     skip = ["set data.on_bad_rows to skip"] if limit.stage != "generation" else []
     return ", or ".join([*first, "remove these rows", *skip])
 
@@ -241,15 +248,15 @@ def _prompts_without_room(
 def joined_answers(
     processor: ProcessorMixin, rows: Dataset, sides: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Answers whose first token the tokenizer joins with the prompt's last.
+    """Responses whose first token the tokenizer joins with the last token of the prompt.
 
     Args:
         processor: The model's processor.
         rows: Preference rows.
-        sides: The answers to look at.
+        sides: The responses to check.
 
     Returns:
-        Row id, and what is wrong with which answer.
+        For each such response, the row's id, and the side with the reason.
     """
     reasons: dict[str, str] = {}
     found = []

@@ -28,11 +28,12 @@ __all__ = [
     "whole_pairs", "with_images_of",
 ]  # fmt: skip
 
-# Held-out pairs and prompts are the same, whatever rows are trained on and however they are drawn.
+# Seed that selects held-out pairs and prompts. It is fixed, so that all runs are measured on the
+# same rows, however their training rows are selected.
 MEASURING_SEED = 0
 
 
-# Rows of SPA-VL as uploaded in 2024, at the revision that the profiles name.
+# Name and revision of SPA-VL in the profiles, and its numbers of rows as uploaded in 2024.
 SPA_VL = ("sqrti/SPA-VL", "0e75b34a9e803a236873420c8680de3889befd62")
 SPA_VL_ROWS = {"train": 93_258, "validation": 7_000, "harm": 265, "help": 265}
 
@@ -41,12 +42,13 @@ def check_whole(config: DataConfig, name: str, count: int) -> None:
     """Check that all rows of SPA-VL arrived.
 
     Args:
-        config: Other data, and sets from which bad rows are left out, are not counted.
+        config: Names the data set. Nothing is checked if it is not SPA-VL, or if bad rows are left
+            out.
         name: Split or evaluation set.
-        count: Rows that were read.
+        count: Number of rows that were read.
 
     Raises:
-        InputError: There are more or fewer than were uploaded.
+        InputError: The number of rows is not that of the uploaded data.
     """
     expected = SPA_VL_ROWS.get(name, count)
     if (config.path, config.revision) == SPA_VL and config.on_bad_rows == "error":
@@ -69,11 +71,11 @@ def folder_of(config: DataConfig) -> Path:
 def prompt_source(config: DataConfig) -> Source:
     """The source of the evaluation sets.
 
-    If `data.test_path` is set, it is read. Else the configured source is used, or `mini` if that
-    has no such sets.
+    If `data.test_path` is set, the sets are read from there. Otherwise they come from the
+    configured source, or from `mini` if the configured source has no evaluation sets.
 
     Raises:
-        InputError: There is no source of that name.
+        InputError: There is no source of the configured name.
     """
     if config.test_path:
         return OwnPrompts(config)
@@ -90,11 +92,12 @@ _MINI_PROMPTS = {
 
 
 def prompt_origin(config: DataConfig) -> dict[str, Any]:
-    """Whose prompts the evaluation sets are. Every page of numbers measured on them says it.
+    """Where the prompts of the evaluation sets come from, as reports of measured numbers state it.
 
     Returns:
-        `mini`: whether they are those of SPA-VL mini; `own`: whether they belong to the data that
-        are trained on; `name`: their name in a sentence.
+        `mini`: whether the prompts are those of SPA-VL mini; `own`: False if prompts of SPA-VL mini
+        replace missing prompts of another source, else True; `name`: words for the prompts, to use
+        in a sentence.
     """
     mini = isinstance(prompt_source(config), Mini)
     name = f"the prompts of {config.test_path or config.path}"
@@ -106,7 +109,9 @@ def prompt_origin(config: DataConfig) -> dict[str, Any]:
 
 
 def load_preferences(config: DataConfig, split: str) -> Dataset:
-    """Load preference rows in the schema of `data.schema`. Warns of each note about the whole set.
+    """Load preference rows in the schema of `data.schema`.
+
+    Each note about the whole set is shown as a warning.
 
     Args:
         config: Says which rows to load, and how many.
@@ -117,13 +122,13 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
         InputError: Files or columns are missing, or rows are bad. The message names all of them.
     """
     loaded = read_preferences(config, split)
-    for note in loaded.notes:  # Python shows each once
+    for note in loaded.notes:  # Python shows equal warnings only once
         warnings.warn(note, stacklevel=2)
     return loaded.rows
 
 
 def read_preferences(config: DataConfig, split: str) -> Loaded:
-    """Like `load_preferences`, but also gives a line for every problem of rows that were left out.
+    """Like `load_preferences`, but also return the notes, and the problems of rows left out.
 
     Args:
         config: As for `load_preferences`.
@@ -172,7 +177,7 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
     """Names of the evaluation sets.
 
     Args:
-        config: The source.
+        config: Names the source.
         held_out_drawings: Whether to include the sets with drawings not seen in training.
     """
     source = prompt_source(config)
@@ -181,7 +186,7 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
 
 
 def check_own_prompts(config: DataConfig) -> None:
-    """Read the prompts of `data.test_path`, so that bad ones are refused before a long training.
+    """Read the prompts of `data.test_path`, so that bad rows are refused before a long training.
 
     Raises:
         InputError: Rows are bad. The message names all of them.

@@ -19,7 +19,7 @@ from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches,
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError, raise_all
 
-HEADER = 16_384  # bytes of a file in which most images say their size
+HEADER = 16_384  # bytes from the beginning of a file, into which the headers of most images fit
 Problems = dict[int, list[str]]  # row number -> one line for each problem of the row
 
 
@@ -39,7 +39,7 @@ def text_problems(row: dict, place: str, *, preference: bool, turns: bool = Fals
         value = row.get(name)
         if not isinstance(value, str):
             yield f"{place} {name}: expected text, got {type(value).__name__}"
-        elif not any(c.isprintable() and c != " " for c in value):  # or only zero-width spaces
+        elif not any(c.isprintable() and c != " " for c in value):  # zero-width spaces are empty
             yield f"{place} {name}: empty"
         elif len(value) > MAX_CHARACTERS:
             yield f"{place} {name}: {len(value):,} characters, more than {MAX_CHARACTERS:,}"
@@ -145,9 +145,9 @@ def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
 
 
 def _bad_headers(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:
-    """Number and reason of each row whose image has a format or size that is not taken."""
+    """(row number, reason) for each row whose image has a format or size that is not accepted."""
     chunks = (c for t in batches(rows.select_columns(["image"])) for c in t.column("image").chunks)
-    good: set[bytes | str] = set()  # the beginnings of files say whether they are taken
+    good: set[bytes | str] = set()  # hashes of file beginnings, or paths, that passed the check
     index = 0
     for chunk in chunks:
         contents, paths = (pc.struct_field(chunk, name) for name in ("bytes", "path"))
@@ -160,7 +160,7 @@ def _bad_headers(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]
                 try:
                     check_header(head or Path(path))
                     good.add(key)
-                except ImageError:  # or the header is longer
+                except ImageError:  # the header may be longer than `HEADER`
                     try:
                         check_header(contents[offset].as_py() or Path(path))
                     except ImageError as error:
@@ -173,6 +173,7 @@ def merge_problems(first: Problems, second: Problems, places: list[str]) -> Prob
 
     If both have lines about a field, only the record's lines are kept. For example, the record's
     line says that a field has the wrong type, and the row's line would say that the field is empty.
+    If a whole record cannot be read, none of the row's lines are kept.
 
     Args:
         first: Problems of the records.
@@ -230,11 +231,11 @@ def keep_or_refuse(rows: Dataset, bad_ids: set[str], reason: str, on_bad_rows: s
     Args:
         rows: Rows of one set.
         bad_ids: Ids of the bad rows.
-        reason: What is wrong with which of them.
-        on_bad_rows: `error` to refuse, `skip` to leave out.
+        reason: A text that says which rows are bad, and why.
+        on_bad_rows: `error` refuses a set with bad rows; `skip` leaves the bad rows out.
 
     Raises:
-        InputError: There are bad rows, with `error`; with `skip` only if no row is left.
+        InputError: There are bad rows and `on_bad_rows` is `error`, or all rows are bad.
     """
     if not bad_ids:
         return rows

@@ -36,8 +36,8 @@ def nested_order(strata: Sequence[object], seed: int) -> list[int]:
     """Row numbers in an order whose first n rows have about the proportions of the whole.
 
     Each stratum is shuffled, and its rows get positions in [0, 1) at equal distances from a random
-    start. All rows are sorted by position. Among the first n rows, a stratum with share s of the
-    whole has about s n rows: between s n - 1 and s n + 1, up to the effect of the random starts.
+    start. All rows are sorted by position. Among the first n rows, a stratum that has the share s
+    of all rows has s n rows, give or take about one row.
 
     Args:
         strata: The stratum of each row.

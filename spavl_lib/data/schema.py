@@ -23,10 +23,11 @@ HUB_REQUIRED = {
 }
 ORIGINAL_REQUIRED = ("id", "question", "chosen", "rejected")
 QUESTION_TYPES = ("easy", "hardq", "hards")
-# Rows. In larger sets with `on_bad_rows: error`, images are first decoded when a batch is made.
+# Number of rows up to which all images are decoded while the rows are loaded. In larger sets with
+# `on_bad_rows: error`, an image is decoded only when a batch is made.
 DECODE_ALL_UP_TO = 5_000
-MAX_CHARACTERS = 50_000  # of one text; more than ten times what a model here reads
-TURN = "\x1e"  # ASCII's record separator, which texts of a data set may not hold
+MAX_CHARACTERS = 50_000  # largest length of one text, over ten times what any model here reads
+TURN = "\x1e"  # ASCII's record separator; it separates turns, and no turn may contain it
 BATCH = 1_000  # rows held in memory at once
 
 
@@ -36,7 +37,7 @@ def features(columns: Iterable[str]) -> Features:
 
 
 def text_columns(columns: dict[str, list[str]]) -> Dataset:
-    """Columns of text as a data set. `from_dict` inspects every cell and is much slower."""
+    """Columns of text as a data set. `Dataset.from_dict` is slower: it inspects every cell."""
     return Dataset(pa.table({n: pa.array(v, pa.string()) for n, v in columns.items()}))
 
 

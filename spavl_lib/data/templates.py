@@ -1,9 +1,10 @@
 """Prompts and responses as text and token ids, in the same form for training and generation.
 
 Every sequence starts with one BOS (if the tokenizer has one) and holds one image slot per image.
-Every response ends with one end token, which is scored: the one that the chat template writes after
-a response, else the tokenizer's EOS. The chat template decides everything else; trl's own collator
-leaves BOS and EOS to the template too, and some templates have neither.
+Every response ends with one end token, which is scored like the other tokens of the response. The
+end token is the token that the chat template writes after a response, or else the tokenizer's EOS.
+The chat template decides everything else. (trl's own collator leaves BOS and EOS to the template
+too, but some templates write neither.)
 """
 
 import weakref
@@ -57,16 +58,16 @@ VICUNA_V1 = vicuna_template(
 
 
 def tokenizer_of(processor: Any) -> Any:
-    """The tokenizer of a processor; a tokenizer is its own."""
+    """The tokenizer of a processor. A tokenizer is returned unchanged."""
     return getattr(processor, "tokenizer", processor)
 
 
 def special_tokens(processor: Any) -> list[str]:
     """Control tokens of more than one character, longest first.
 
-    Most tokenizers name only a few of theirs (BOS, EOS, padding). The others are special tokens
-    that were added to the vocabulary, such as Llama 3's `<|eot_id|>`, and the tokens that a
-    processor replaces, such as `<image>` and `<video>`.
+    Most tokenizers name only a few of their control tokens (BOS, EOS, padding). The others are
+    special tokens that were added to the vocabulary, such as Llama 3's `<|eot_id|>`, and
+    placeholders that a processor expands, such as `<image>` and `<video>`.
 
     Args:
         processor: A processor, or a tokenizer alone.
@@ -79,7 +80,7 @@ def special_tokens(processor: Any) -> list[str]:
 
 
 def control_ids(processor: Any) -> frozenset[int]:
-    """Ids of the control tokens. No text holds one, once it is neutralised."""
+    """Ids of the control tokens. A text that was passed through `neutralise` contains none."""
     tokenizer = tokenizer_of(processor)
     ids = tokenizer.convert_tokens_to_ids(special_tokens(processor))
     named = [*ids, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
@@ -87,12 +88,12 @@ def control_ids(processor: Any) -> frozenset[int]:
 
 
 def end_ids(processor: ProcessorMixin, model: Any = None) -> tuple[int, ...]:
-    """Ids that end a response. The first is the one that ends the responses of training.
+    """Ids that end a response. The first id ends the responses in training.
 
     Args:
-        processor: The model's processor. Its template may end responses with a token of its own, as
-            Gemma's `<end_of_turn>`, beside the tokenizer's EOS.
-        model: A model, whose generation config may name more; or None.
+        processor: The model's processor. Its chat template may end responses with another token
+            than the tokenizer's EOS, such as Gemma's `<end_of_turn>`.
+        model: The model, whose generation config may name more ids; None adds no ids.
     """
     settings = getattr(model, "generation_config", None)
     named = getattr(settings, "eos_token_id", None)
@@ -130,7 +131,7 @@ _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def _control_tokens(processor: Any) -> list[str]:
-    """`special_tokens`, kept as long as the vocabulary does not grow: a tokenizer may have 256."""
+    """`special_tokens`, cached until the vocabulary changes. A tokenizer may have hundreds."""
     size, tokens = _KNOWN.get(processor, (None, []))
     if size != len(tokenizer_of(processor)):
         tokens = special_tokens(processor)
@@ -138,7 +139,7 @@ def _control_tokens(processor: Any) -> list[str]:
     return tokens
 
 
-# --- prompts and answers --------------------------------------------------------------------------
+# --- prompts and responses ------------------------------------------------------------------------
 
 
 def render(
@@ -220,18 +221,18 @@ def conversation(
 
 
 def _after(prompt: str, whole: str, completion: str) -> str:
-    """The conversation with the prompt as it is written in generation.
+    """The conversation, with its prompt replaced by the prompt as it is written in generation.
 
-    LLaVA-OneVision's template writes `assistant` and a space before an answer, and `assistant`
-    alone where an answer shall begin.
+    For example, LLaVA-OneVision's template writes `assistant` and a space before a response, but
+    only `assistant` if a response is still to be generated.
 
     Args:
-        prompt: The prompt as it is written in generation.
+        prompt: The prompt as the template writes it in generation.
         whole: The conversation as the template writes it.
-        completion: The answer.
+        completion: The response.
 
     Raises:
-        InputError: The two differ in more than white space.
+        InputError: The two forms of the prompt differ in more than white space.
     """
     place = whole.rfind(completion)
     if place < 0 or whole[:place].split() != prompt.split():
@@ -250,8 +251,9 @@ class EncodedPrompts:
     ids: list[list[int]]
     """Token ids of each prompt, with image tokens expanded."""
     token_types: dict[str, list[list[int]]]
-    """By tensor name, for families that use them: which ids stand for image patches. Qwen-VL has
-    `mm_token_type_ids`, Gemma 3 `token_type_ids`. Tokens of a response have 0."""
+    """Name of a tensor -> for each prompt, a number per token that tells image patches from text.
+    Some model families use such a tensor: Qwen-VL `mm_token_type_ids`, Gemma 3 `token_type_ids`.
+    Text, such as the tokens of a response, has 0."""
     vision: dict[str, Tensor]
     """The image tensors that the processor gives, such as `pixel_values`."""
 
@@ -259,7 +261,7 @@ class EncodedPrompts:
 def encode_prompts(
     processor: ProcessorMixin, prompts: list[str], images: list[Any]
 ) -> EncodedPrompts:
-    """Prompts with one BOS and with image tokens expanded.
+    """Encode prompts, with one BOS each and with image tokens expanded.
 
     Args:
         processor: The model's processor.
@@ -280,7 +282,8 @@ def encode_prompts(
         images=nested if any(nested) else None, text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
-    encoded.pop("batch_num_images", None)  # of LLaVA-OneVision, for which one a row is the rule
+    # LLaVA-OneVision's model assumes one image per row if it does not get this number.
+    encoded.pop("batch_num_images", None)
     mask = encoded.pop("attention_mask").bool()
 
     def rows(name: str) -> list[list[int]]:
@@ -301,10 +304,13 @@ def encode_prompts(
 
 
 def _for_model(processor: ProcessorMixin, name: str) -> bool:
-    """Whether the model reads these types. Many tokenizers give `token_type_ids` that none reads.
+    """Whether the model reads a tensor of token types.
+
+    Many tokenizers give `token_type_ids` that their model does not read. The model reads them only
+    if the processor adds this name to the input names that it takes over from its tokenizer.
 
     Args:
-        processor: The model's processor, whose own names come beside those of its tokenizer.
+        processor: The model's processor.
         name: Name of the tensor.
     """
     listed, by_tokenizer = processor.model_input_names, processor.tokenizer.model_input_names

@@ -29,15 +29,15 @@ class HarmClass:
     class3: str
     """The class's name in the data."""
     ask: str
-    """A request that is harmful over a risky concept, and harmless over a safe one."""
+    """A request that is harmful if the image shows a risky concept, and else harmless."""
     tip: str
     """The advice that a correct response to the harmless `ask` gives."""
     risky: tuple[str, ...]
     """Keys of the risky concepts."""
     safe: tuple[str, ...]
-    """Keys of the safe concepts, each the counterpart of the risky one at its index."""
+    """Keys of the safe concepts. `safe[i]` is the counterpart of `risky[i]`."""
     harm: tuple[str, ...]
-    """Requests that are harmful over any concept."""
+    """Requests that are harmful, whatever the image shows."""
     because: str
     """The reason that a careful refusal gives."""
 
@@ -55,7 +55,7 @@ class World:
     facts: dict[str, dict[str, list[str]]]
     """Fact -> split -> wordings of a question."""
     wordings: dict[str, dict[str, list[str]]]
-    """Question type -> split -> wordings around a request."""
+    """Question type -> split -> sentences with the place `{vp}` for a request's verb phrase."""
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Make rows in the schema, with their images, from the records of one's own data."""
+"""Make rows in the schema, with their images, from the records of the user's own data."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -32,7 +32,7 @@ from spavl_lib.data.sources.records import RecordError
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 
-# Columns that hold the row's texts, whatever these look like.
+# Columns that hold texts of the row. A value is a text even if it looks like an image or a path.
 TEXTS = (
     "prompt", "question", "chosen", "rejected", "conversations", "instruction", "input", "history",
     *records.SYSTEM, *records.UNREADABLE,
@@ -47,6 +47,7 @@ class Assembled:
 
     rows: Dataset
     places: list[str]
+    """`FILE:ROW` of each row."""
     problems: Problems
     notes: tuple[str, ...]
     files: tuple[Path, ...]
@@ -60,11 +61,14 @@ class Assembled:
         return Assembled(self.rows.select(indices), places, problems, self.notes, self.files)
 
     def checked(self, config: DataConfig, *, preference: bool = True) -> Loaded:
-        """The rows without the bad ones, which are refused or left out as the config says.
+        """Check the rows, and refuse or leave out bad rows as `data.on_bad_rows` says.
 
         Args:
-            config: Uses `path` and `on_bad_rows`.
-            preference: Whether the rows must have answers.
+            config: Its `path` and `on_bad_rows` are used.
+            preference: Whether the rows must have a chosen and a rejected response.
+
+        Raises:
+            InputError: As for `without_bad_rows`.
         """
         decode_all = len(self.rows) <= DECODE_ALL_UP_TO or config.on_bad_rows == "skip"
         found = find_problems(
@@ -96,14 +100,14 @@ def joined(parts: list[Assembled]) -> Assembled:
 def assemble(
     opened: Opened, root: Path, name: str, config: DataConfig, *, preference: bool = True
 ) -> Assembled:
-    """Records as rows in the schema.
+    """Make rows in the schema from records.
 
     Args:
         opened: The records.
         root: Folder that image paths start from.
-        name: Each row without an id gets one that starts with it.
-        config: Uses `columns` and `path`.
-        preference: Whether the records have answers.
+        name: Name of the split or file. A row without an id gets the id `NAME/NUMBER`.
+        config: Its `columns` and `path` are used.
+        preference: Whether the records have a chosen and a rejected response.
 
     Raises:
         InputError: There are no records, or a column that `data.columns` names does not exist.
@@ -112,7 +116,7 @@ def assemble(
     known = {key: None for _, record in found if isinstance(record, dict) for key in record}
     if not found:
         raise InputError(f"{config.path}: no records")
-    if not preference:  # prompts need not have all columns of the pairs
+    if not preference:  # prompts may lack columns that `data.columns` names for the pairs
         lacking = {n: "" for n, column in vars(config.columns).items() if column not in known}
         config = dataclasses.replace(config, columns=dataclasses.replace(config.columns, **lacking))
     notes = _check_columns(known, config)
@@ -134,7 +138,7 @@ def assemble(
 
 
 def _check_columns(known: Iterable[str], config: DataConfig) -> tuple[str, ...]:
-    """A sentence about columns that nothing reads.
+    """A note that lists the columns that nothing reads; empty if there are no such columns.
 
     Raises:
         InputError: A column that `data.columns` names does not exist.
@@ -155,7 +159,7 @@ def _check_columns(known: Iterable[str], config: DataConfig) -> tuple[str, ...]:
 def _row(
     record: Any, place: str, root: Path, name: str, columns: ColumnsConfig, preference: bool
 ) -> tuple[dict, Any, list[str]]:
-    """A record as a row, its image as a cell or stand-in, and the record's problems."""
+    """A record as a row, its image as a cell or a `Carried`, and the record's problems."""
     row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"id": name}
     if isinstance(record, RecordError):
         return row, None, [f"{place} {record}"]
@@ -186,11 +190,11 @@ def _row(
 
 
 def _image(record: dict, read: records.Read, root: Path, columns: ColumnsConfig) -> Any:
-    """The record's image: a cell, the stand-in of an image in the data, or None.
+    """The record's image: a cell, a `Carried` that stands for an image in the data, or None.
 
     Raises:
-        ImageError: There are several images, or not as many as the text marks, or an image stands
-            in a column that is not read, or it cannot be found.
+        ImageError: There are several images, the text marks several images or marks an image that
+            the record lacks, an image is in a column that is not read, or an image cannot be found.
     """
     named = [columns.image] if columns.image else IMAGES
     images: list[Any] = []
@@ -223,14 +227,14 @@ def _shows(value: Any, test: Any) -> bool:
 def _images(
     cells: list, tables: Dataset | None, root: Path, places: list[str], problems: Problems
 ) -> Dataset:
-    """The column of images. Images that the data carry stay where they are, if that is possible.
+    """The column of images. Images in the data's own column are not copied, if that is possible.
 
     Args:
-        cells: A cell, a stand-in or None for each row.
-        tables: The data, for the stand-ins.
+        cells: A cell, a `Carried` or None for each row.
+        tables: The data set with the columns that the `Carried` name; None if there is none.
         root: Folder that paths start from.
         places: `FILE:ROW` of each row.
-        problems: Takes a line for each image that cannot be found.
+        problems: A line is added for each image that cannot be found.
     """
     kind = features(["image"])
     used = sorted({cell.column for cell in cells if isinstance(cell, Carried)})
@@ -259,14 +263,14 @@ def _images(
 def _find_paths(
     cells: list, chosen: Dataset, root: Path, places: list[str], problems: Problems
 ) -> None:
-    """Replace stand-ins of images that are only a path; it must lead to a file below the root.
+    """Replace each `Carried` whose image is only a path by a cell with this path.
 
     Args:
-        cells: A cell, a stand-in or None for each row; changed in place.
-        chosen: The columns that the stand-ins name.
-        root: Folder that paths start from.
+        cells: A cell, a `Carried` or None for each row; changed in place.
+        chosen: The columns that the `Carried` name.
+        root: Folder that paths start from, and that must contain the image files.
         places: `FILE:ROW` of each row.
-        problems: Takes a line for each image that cannot be found.
+        problems: A line is added for each image that cannot be found.
     """
     index = 0
     for table in batches(chosen):

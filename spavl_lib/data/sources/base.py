@@ -1,4 +1,6 @@
-"""The interface of a data source, and the table of all sources. `data.source` names one of them.
+"""The interface of a data source, and the table of all sources.
+
+The setting `data.source` names the source of a run.
 
 To add a source, subclass `Source` and register it:
 
@@ -23,7 +25,7 @@ from spavl_lib.config.registry import Registry
 from spavl_lib.data.problems import Loaded
 from spavl_lib.errors import InputError
 
-# Names of evaluation sets. Rates are counted over these: `evaluation.suite`.
+# Names of the evaluation sets. `evaluation.suite` computes rates over the rows of each set.
 EVAL_SETS = ("harm", "help", "look_alikes", "twins", "twins_exchanged")
 
 
@@ -31,8 +33,8 @@ class Source:
     """A source of preference rows. A subclass implements at least `preferences` and `files`."""
 
     eval_sets: tuple[str, ...] = ()
-    """Evaluation sets that `prompts` can give. If the data have none of them (`has_prompts`), those
-    of SPA-VL mini are used."""
+    """Evaluation sets that `prompts` can give. If the data have none of these sets (`has_prompts`),
+    the evaluation sets of SPA-VL mini are used."""
     held_out_drawings: tuple[str, ...] = ()
     """Evaluation sets that also exist as `NAME_twemoji`, with drawings not seen in training."""
 
@@ -79,7 +81,7 @@ class Source:
         return {}
 
     def held_out(self) -> dict[str, Any] | None:
-        """How held-out rows are drawn from the training rows; None if the data have their own."""
+        """How held-out rows are drawn from the training rows; None if they are not drawn."""
         return None
 
     def answer_sources(self, rows: Dataset) -> tuple[list[set[str]], list[set[str]]]:

@@ -1,4 +1,4 @@
-"""Open the files that other people's rows lie in. What is written in a path is read literally.
+"""Open files of the user's own rows. Characters such as `*` in a path are read literally.
 
 Text files (JSON, JSON Lines, CSV, TSV) are read here, so that errors name the row and no cell
 changes its type. Tables (parquet, Arrow) are opened by the `datasets` library and stay on the disk.
@@ -37,7 +37,7 @@ def check_kind(path: Path) -> None:
     """Raise if a file's name does not say that it holds rows.
 
     Raises:
-        InputError: Names the kinds that are read.
+        InputError: The message names the kinds that are read.
     """
     if not is_rows(path):
         raise InputError(
@@ -50,7 +50,7 @@ def read_text(path: Path) -> Iterator[tuple[str, Any]]:
     """Records of a text file, each with `FILE:ROW`.
 
     Raises:
-        InputError: The file is not UTF-8 text, or has another form.
+        InputError: The file is not UTF-8 text, or not of the form that its suffix names.
     """
     separator = SEPARATORS.get(path.suffix.lower())
     return _read_json(path) if separator is None else _read_csv(path, separator)
@@ -60,12 +60,13 @@ def open_tables(paths: Sequence[Path]) -> Dataset:
     """Parquet or Arrow files of one kind as one memory-mapped set.
 
     Raises:
-        Exception: Of pyarrow or the library, if a file is damaged.
+        Exception: A file is damaged. The class of the error is one of pyarrow or `datasets`.
     """
     datasets.disable_progress_bars()
     states = [path.stat() for path in paths]
-    # A list of this class is taken as it is; the library reads plain names as patterns. The second
-    # argument is part of the key under which it keeps the set.
+    # The `datasets` library reads plain names as patterns, but not the names in a list of this
+    # class. The second argument becomes part of the key in the library's cache, so that a changed
+    # file is read again.
     files = DataFilesList(
         [str(path) for path in paths], [(str(s.st_mtime_ns), str(s.st_size)) for s in states]
     )
@@ -92,7 +93,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}: expected a list of records, got {kind}")
         yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
         return
-    # Not splitlines(), which would cut inside strings.
+    # splitlines() would also split at line separators inside a JSON string.
     lines = (line for line in text.split("\n") if line.strip())
     for number, line in enumerate(lines):
         try:
@@ -103,7 +104,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_csv(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
-    """Records of a CSV or TSV file. Every cell stays the text that it is."""
+    """Records of a CSV or TSV file. Every cell stays text, even if it looks like a number."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold an image in base64
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:

@@ -43,7 +43,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 # not needed.
 FETCHED = ["data/*.parquet", "validation/*.parquet", "test/*.parquet", "README.md",
            "meta_files/image_info/*.json", "meta_files/split/*.json"]  # fmt: skip
-HAS_TURNS = b"spavl_turns"  # key in a file's metadata: questions may have several turns
+HAS_TURNS = b"spavl_turns"  # key in the metadata of a file whose questions may have several turns
 ANSWERS = "meta_files/model_answer/*.json"
 
 
@@ -90,8 +90,8 @@ class HubLayout(Source):
         return bool(list(self.folder_of(name).glob(_prompt_files(name)[1])))
 
     def files(self, split: str) -> list[Path]:
-        """The parquet files of a split or set, and the image files that their rows name instead of
-        holding the image. For `train` the meta files are included."""
+        """The parquet files of a split or set, and the image files that rows name instead of
+        containing the image. For `train` the meta files are included."""
         patterns = HASHED.get(split, (_prompt_files(split)[1],))
         folder = self.folder_of(split)
         paths = sorted(p for pattern in patterns for p in folder.glob(pattern))
@@ -141,12 +141,12 @@ def fetch(repo: str, revision: str, *, answers: bool) -> Path:
             pass
     try:
         return Path(snapshot_download(**options))
-    except Exception as error:  # the client raises its own, httpx's and OS errors
+    except Exception as error:  # the client raises its own errors, those of httpx, and OS errors
         raise InputError(
             f"data.path {repo!r} does not exist here, and could not be fetched from the Hub at "
             f"revision {revision or 'main'!r}: {str(error).splitlines()[0]}\n"
-            "Another data set has other revisions (--set data.revision=). On a machine with a "
-            "network run\n"
+            "If this is not SPA-VL, set data.revision to a revision of this data set, or to "
+            "nothing (--set data.revision=). On a machine with a network run\n"
             f"  hf download {repo} --repo-type dataset --local-dir data/spa-vl\n"
             "  and then --set data.path=data/spa-vl"
         ) from error
@@ -187,8 +187,9 @@ def read(
     if kind == "train":
         rows = join_meta(rows, meta)
     decode_all = len(rows) <= DECODE_ALL_UP_TO or on_bad_rows == "skip"
-    # A process that reads the same files again, as every training of a notebook does, knows that
-    # they are good. Images in files of their own may have changed without them.
+    # Files that this process has checked before, as when a notebook trains several models, are not
+    # checked again. If images are in separate files, rows are always checked, because an image may
+    # have changed although the parquet file has not.
     state = (name, kind, decode_all, *map(_state_of, [*files, *sorted(meta.rglob("*.json"))]))
     problems: Problems = {}
     if apart or state not in _FAULTLESS:
@@ -208,11 +209,11 @@ def read(
     return without_bad_rows(rows, problems, source, on_bad_rows)
 
 
-_FAULTLESS: set[tuple[object, ...]] = set()  # what this process has read and found good
+_FAULTLESS: set[tuple[object, ...]] = set()  # states of files that this process found good
 
 
 def _state_of(path: Path) -> tuple[str, int, int]:
-    """What changes whenever a file is written."""
+    """A file's path, modification time and size. They differ after the file was written again."""
     status = path.stat()
     return str(path.absolute()), status.st_mtime_ns, status.st_size
 
@@ -298,7 +299,7 @@ def _read(files: list[Path]) -> Dataset:
     try:
         rows = open_tables(files)
         return rows.cast_column("image", Image(decode=False))
-    except Exception as error:  # pyarrow and datasets raise many kinds
+    except Exception as error:  # pyarrow and `datasets` raise errors of many classes
         damaged = [line for f in files for line in _damage(f)]
         raise InputError(
             "\n  ".join(damaged) or f"cannot read {files[0]} (or another shard): {error}"
@@ -306,7 +307,7 @@ def _read(files: list[Path]) -> Dataset:
 
 
 def _damage(path: Path) -> list[str]:
-    """A line for each row group of a file that cannot be read."""
+    """A line for each row group in the file that cannot be read."""
     lines, start = [], 0
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
@@ -341,19 +342,22 @@ def _paths(rows: Dataset) -> list[str | None]:
 
 
 def _without_bytes(rows: Dataset) -> list[int]:
-    """Rows whose image is text: a path, or the file's bytes in base64."""
+    """Numbers of the rows whose image is text: a path, or the file's bytes in base64."""
     column = rows.data.column("image")  # in chunks, because the whole may exceed Arrow's 2 GiB
     without_bytes = pc.and_(pc.is_valid(column), pc.is_null(pc.struct_field(column, "bytes")))
     return pc.indices_nonzero(without_bytes).to_pylist()
 
 
 def _find_images(rows: Dataset, texts: list[int], root: Path) -> tuple[Dataset, dict[int, str]]:
-    """The rows with images instead of text that names them, and the reason for each not found.
+    """Replace text by the image that it names.
 
     Args:
         rows: Rows with a column `image`.
-        texts: Numbers of the rows whose image is such a text.
+        texts: Numbers of the rows whose image is text, from `_without_bytes`.
         root: Folder that paths start from; no path may lead out of it.
+
+    Returns:
+        The rows with images, and row number -> reason for each image that was not found.
     """
     cells: dict[int, dict] = {}
     lost: dict[int, str] = {}
@@ -376,7 +380,7 @@ def _image_files(tables: list[Path], root: Path) -> list[Path]:
     """Image files that the rows of some tables name; none if a table cannot be read."""
     named: set[Path] = set()
     for path in tables:
-        with contextlib.suppress(pa.ArrowException, OSError):  # reading the rows reports it
+        with contextlib.suppress(pa.ArrowException, OSError):  # reported when the rows are read
             for cell in _image_texts(path):
                 with contextlib.suppress(ImageError):
                     found = image_cell(cell, root)["path"]
@@ -385,7 +389,7 @@ def _image_files(tables: list[Path], root: Path) -> list[Path]:
 
 
 def _image_texts(path: Path) -> Iterator[Any]:
-    """Image cells without bytes. Row groups that have none, by their statistics, are not read."""
+    """Image cells without bytes. Row groups whose statistics show no such cell are not read."""
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         kind = file.schema_arrow.field("image").type if "image" in names else pa.null()

@@ -26,7 +26,8 @@ def join_meta(rows: Dataset, meta: Path) -> Dataset:
     """Join classes by image name, and question types by image name and question.
 
     Images of different classes may have the same name, because the SPA-VL authors keep images in
-    class folders. Then the path in the record of the row's question decides, or else the image's
+    class folders. In this case, the class comes from the image path that `meta_files/split/` has
+    for the row's question, or else from the record in `meta_files/image_info/` with the image's
     md5.
 
     Args:
@@ -168,7 +169,10 @@ class _Classes:
 
 
 def _question_types(meta: Path) -> tuple[dict, dict]:
-    """(image name, question) -> question type, and the same key -> class if a path contains it."""
+    """(image name, question) -> question type, and (image name, question) -> tertiary class.
+
+    The class is known if the image path in the record contains its class folders.
+    """
     seen: list[tuple[Any, str]] = []
     folders: list[tuple[Any, str]] = []
     for question_type in QUESTION_TYPES:

@@ -21,13 +21,18 @@ class Mini(HubLayout):
         return mini_folder()
 
     def folder_of(self, split: str) -> Path:
-        """The folder of a split: held-out rows may be those that settings are chosen on."""
+        """The folder of a split.
+
+        If `data.measure_on` is `development`, held-out rows come from a folder of their own, and
+        settings are chosen on these rows.
+        """
         chosen_on = self.config.measure_on == "development" and split != "train"
         return self.folder / DEVELOPMENT if chosen_on else self.folder
 
     def truth(self) -> dict[str, dict]:
         """Row id -> ground-truth labels of the row."""
-        # Those of the training rows stand beside the test's; development's replace the test's.
+        # One file has the labels of the training rows and of the usual held-out rows. Development
+        # rows have the ids of usual held-out rows, so their labels replace the labels of these.
         labels = _read_truth(self.folder)
         held_out = self.folder_of("harm")
         return labels if held_out == self.folder else labels | _read_truth(held_out)

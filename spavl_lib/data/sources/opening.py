@@ -1,4 +1,4 @@
-"""Find the splits of one's own data and open them, as records and as tables that hold images."""
+"""Find the splits of the user's own data, and open them as records and as tables with images."""
 
 import glob
 import re
@@ -25,12 +25,12 @@ from spavl_lib.data.schema import batches
 from spavl_lib.data.sources import files
 from spavl_lib.errors import InputError
 
-SAVED = ("state.json", "dataset_dict.json")  # in the folder that `save_to_disk` writes
+SAVED = ("state.json", "dataset_dict.json")  # one of them is in a folder that `save_to_disk` wrote
 
 
 @dataclass(frozen=True)
 class Carried:
-    """Stands for an image in the data's own column, until that is attached."""
+    """Stands for an image in a column of the data, until this column is added to the rows."""
 
     column: str
     index: int = 0
@@ -39,25 +39,29 @@ class Carried:
 
 @dataclass(frozen=True)
 class Opened:
-    """Records of a split, and where they come from."""
+    """Records of a split, and the tables and files that the records come from."""
 
     records: Iterable[tuple[str, Any]]
     """`FILE:ROW` and record."""
     tables: Dataset | None = None
-    """Columns of images that the data carry."""
+    """The data set that holds the images for which `Carried` stand; None for text files."""
     files: tuple[Path, ...] = ()
 
 
 def find_files(path: Path, names: Iterable[str]) -> dict[str, list[Path]] | None:
-    """The files of each split, by their names; None if the library has to find the rows.
+    """The files of each split, by their names; None if the `datasets` library must find the rows.
 
-    A file is the split `train`, with the files beside it that have the name of another split. In a
-    folder the files of a split are `NAME.jsonl`, `NAME-00000-of-00002.parquet` (also in `data/`) or
-    all in the folder `NAME`; a single file of another name is `train`.
+    If `path` is a file, this file is the split `train`. Other splits are read from the files beside
+    it that are named like a split.
+
+    If `path` is a folder, the split NAME is read from `NAME.jsonl`, from
+    `NAME-00000-of-00002.parquet` and so on, or from all files in the folder `NAME`. The first two
+    may also be in the folder `data`. If no split is found and the folder holds one file of rows,
+    this file is `train`.
 
     Args:
         path: The file or folder that `data.path` names.
-        names: Names of the splits that are looked for.
+        names: Names of the splits to look for.
 
     Raises:
         InputError: The file is of an unknown kind, or two files could be the same split.
@@ -78,7 +82,7 @@ def find_files(path: Path, names: Iterable[str]) -> dict[str, list[Path]] | None
 
 
 def _row_files(folder: Path) -> list[Path]:
-    # Folders of images with a file metadata.csv or metadata.jsonl are the library's.
+    # A file metadata.csv or metadata.jsonl describes images, and the `datasets` library reads it.
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [p for p in paths if p.is_file() and files.is_rows(p) and p.stem != "metadata"]
 
@@ -101,7 +105,7 @@ def _one_kind(paths: list[Path]) -> list[Path]:
 
 
 def open_files(paths: list[Path]) -> Opened:
-    """Files of one split.
+    """Open the files of one split.
 
     Raises:
         InputError: A file is damaged.
@@ -110,7 +114,7 @@ def open_files(paths: list[Path]) -> Opened:
         return Opened((r for p in paths for r in files.read_text(p)), files=tuple(paths))
     try:
         rows = files.open_tables(paths)
-    except Exception as error:  # pyarrow and the library raise many kinds
+    except Exception as error:  # pyarrow and `datasets` raise errors of many classes
         raise _cannot_open(", ".join(map(str, paths)), error) from error
     return _of_tables(rows, str(paths[0]), tuple(paths))
 
@@ -119,7 +123,7 @@ def open_by_library(config: DataConfig, path: Path) -> dict[str, Opened]:
     """The splits that the `datasets` library finds in a folder, a saved set, or on the Hub.
 
     Raises:
-        InputError: It finds none, or a file is damaged.
+        InputError: The library finds no split, or a file is damaged.
     """
     datasets.disable_progress_bars()
     is_saved = any((path / name).is_file() for name in SAVED)
@@ -137,7 +141,7 @@ def open_by_library(config: DataConfig, path: Path) -> dict[str, Opened]:
                 config.subset or None,
                 revision=config.revision or None,
             )
-    except Exception as error:  # pyarrow, the library and the Hub's client raise many kinds
+    except Exception as error:  # pyarrow, `datasets` and the Hub's client raise many classes
         raise _cannot_open(config.path, error) from error
     parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
     inside = tuple(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else ()
@@ -157,7 +161,7 @@ def _cannot_open(name: str, error: Exception) -> InputError:
 
 
 def _of_tables(rows: Dataset, source: str, paths: tuple[Path, ...]) -> Opened:
-    """A set of tables, whose images stay encoded."""
+    """Open a data set that the `datasets` library has read. Its images stay encoded."""
     for name, kind in rows.features.items():
         if isinstance(kind, Image) or _is_image(kind):
             rows = rows.cast_column(name, Image(decode=False))
@@ -169,7 +173,7 @@ def _of_tables(rows: Dataset, source: str, paths: tuple[Path, ...]) -> Opened:
 
 
 def _is_image(kind: Any) -> bool:
-    """Whether a column holds images without saying so, as pandas and pyarrow write them."""
+    """Whether a column holds images but has another type, as pandas and pyarrow write images."""
     if isinstance(kind, dict):
         return set(kind) == {"bytes", "path"}
     return isinstance(kind, Value) and kind.dtype in ("binary", "large_binary")
@@ -180,7 +184,7 @@ def _carries(kind: Any) -> bool:
 
 
 def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
-    """Rows as records, with a stand-in for every image in the data."""
+    """Rows as records, with a `Carried` in the place of every image in the data."""
     pictures = [n for n, k in rows.features.items() if _carries(k)]
     index = 0
     for table in batches(rows):
@@ -191,7 +195,7 @@ def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
 
 
 def _stand_in(name: str, cell: Any) -> Any:
-    """The stand-in for an Arrow scalar: None, one, or a list of them."""
+    """What stands for a cell of images: None if it is null, a `Carried`, or a list of `Carried`."""
     if not cell.is_valid:
         return None
     if not isinstance(cell, pa.ListScalar):

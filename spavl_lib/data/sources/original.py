@@ -75,8 +75,8 @@ class Original(Source):
         return (self.folder / _prompt_list(name)).is_file()
 
     def files(self, split: str) -> list[Path]:
-        """The keyword map and its lists, or the inference list of a set, and the images that
-        records name, if they can be read."""
+        """The keyword map and its lists, or the inference list of a set, and the image files that
+        their records name. Records that cannot be read are passed over."""
         if split not in MAPS:
             return self._with_images([self.folder / _prompt_list(split)])
         map_path = self.folder / MAPS[split]
@@ -210,15 +210,17 @@ def read_keyword_map(path: Path) -> dict[str, str]:
 
 
 def _list_path(map_path: Path, keyword: str, text: str) -> str:
-    """The path of a list from its folder; the map may also say it from the working folder.
+    """The path of a list, relative to the folder of the keyword map.
+
+    The text in the map may be relative to that folder or to the working folder.
 
     Raises:
-        InputError: The folder holds no such file.
+        InputError: The folder of the keyword map holds no such file.
     """
     folder = map_path.parent
     real_folder = Path(os.path.realpath(folder))
     for path in (folder / text, Path(text)):  # an absolute text is the same path in both
-        with contextlib.suppress(OSError, ValueError):  # such as a name that is too long
+        with contextlib.suppress(OSError, ValueError):  # for example, the name is too long
             real = Path(os.path.realpath(path))
             if real.is_file() and real.is_relative_to(real_folder):
                 return str(real.relative_to(real_folder))
@@ -264,7 +266,7 @@ def _row(
         "question_type": question_type,
         "class3": class3,
     }
-    for name in ("image_name", "class3"):  # `data.convert` writes fields that the path lacks
+    for name in ("image_name", "class3"):  # `data.convert` writes them if the path lacks them
         if isinstance(record.get(name), str):
             row[name] = record[name]
     if row["class3"] in PARENTS:
@@ -294,7 +296,8 @@ def _image(record: dict, turns: list[Turn]) -> object:
     """A record's image in any form; None if it has none.
 
     Raises:
-        ImageError: There are several, or it stands in a field that is not read.
+        ImageError: There are several images, the question has a place for an image that the record
+            lacks, or an image is in a field that is not read.
     """
     images = [record["image"]] if record.get("image") else []
     images += [image for turn in turns for image in turn.images if image not in images]

@@ -1,8 +1,8 @@
 """Your own preference data: anything that the `datasets` library opens, in any known layout.
 
-That is a JSON, JSON Lines, CSV, TSV, parquet or Arrow file, a folder of them, a saved data set, or
-a name on the Hub. Columns are named by the profile, or recognised by the names that TRL and
-LLaMA-Factory use (`data.sources.records`).
+The data are a JSON, JSON Lines, CSV, TSV, parquet or Arrow file, a folder of such files, a saved
+data set, or a data set on the Hub. Columns are named in the profile, or recognised by the names
+that TRL and LLaMA-Factory use (`data.sources.records`).
 """
 
 import functools
@@ -31,7 +31,7 @@ class OwnRows(Source):
 
     @property
     def folder(self) -> Path:
-        """What `data.path` names, which may be a name on the Hub and no path."""
+        """The value of `data.path` as a path. If it is a name on the Hub, no such folder exists."""
         return Path(self.config.path).expanduser()
 
     def preferences(self, split: str) -> Loaded:
@@ -39,17 +39,20 @@ class OwnRows(Source):
         return load(self.config, split)
 
     def files(self, split: str) -> list[Path]:
-        """The files of a split's rows, and every image file that these name."""
+        """The files of a split's rows, and every image file that the rows of these files name."""
         parts = _Splits(self.config)
         return [*parts.files(split), *sorted(set(parts.named_images(split)))]
 
     def sha256(self, split: str) -> str:
-        """As for every source; rows that are held out have another hash than the rest."""
+        """Hash of a split's files, and of the settings that choose the split's rows from them.
+
+        Training rows and held-out rows of the same files have different hashes.
+        """
         digest = f"{super().sha256(split)} {_Splits(self.config).describe(split)}"
         return hashlib.sha256(digest.encode()).hexdigest()
 
     def held_out(self) -> dict[str, Any] | None:
-        """How the held-out rows were drawn; None if the data have a split of them."""
+        """How held-out rows are drawn from the training rows; None if they are not drawn."""
         drawn = {"share": splits.HELD_OUT_SHARE, "seed": self.config.held_out_seed}
         return drawn | {"grouped_by": "image"} if _Splits(self.config).draws else None
 
@@ -58,8 +61,8 @@ def load(config: DataConfig, split: str) -> Loaded:
     """Read a split into the schema.
 
     Args:
-        config: Says what to read, by `path`, `subset`, `revision`, `train_split`,
-            `validation_split`, `columns`, `image_root` and `on_bad_rows`.
+        config: What to read. Used are `path`, `subset`, `revision`, `train_split`,
+            `validation_split`, `held_out_seed`, `columns`, `image_root` and `on_bad_rows`.
         split: `train` or `validation`.
 
     Raises:
@@ -80,7 +83,7 @@ class _Splits:
 
     @functools.cached_property
     def opened(self) -> dict[str, Opened]:
-        """Name -> split, of those that the data have."""
+        """Name -> opened split, for each split that was found in the data."""
         config = self.config
         names = [*splits.names_in(config.train_split), *splits.names_in(config.validation_split)]
         found = None if config.subset else find_files(self.path, names)
@@ -92,7 +95,7 @@ class _Splits:
         """The good rows of `train` or `validation`.
 
         Raises:
-            InputError: There is no such split, or rows are bad; lists them all.
+            InputError: There is no such split, or rows are bad. The message lists all bad rows.
         """
         if not self.draws:
             return self._take(self._chosen(split)).checked(self.config)
@@ -115,7 +118,11 @@ class _Splits:
         return Loaded(whole.rows.select(rows), skipped, notes)
 
     def _chosen(self, split: str) -> splits.Rows:
-        """The rows of `train` or of `validation`. No row is in both."""
+        """The rows of `train` or of `validation`.
+
+        Raises:
+            InputError: Both have rows in common.
+        """
         rows = self._rows(split)
         if set(self._names("train")) & set(self._names("validation")):
             other = self._rows("validation" if split == "train" else "train")
@@ -136,7 +143,7 @@ class _Splits:
         return name == splits.DEFAULT_HELD_OUT and name not in self.opened
 
     def describe(self, split: str) -> str:
-        """What is read of the files, for a split's hash."""
+        """The settings that choose a split's rows from the files, as text for the split's hash."""
         setting = self.config.train_split if split == "train" else self.config.validation_split
         drawn = f" seed {self.config.held_out_seed}" if self.draws else ""
         return f"{split} {setting}{drawn}"
@@ -146,7 +153,10 @@ class _Splits:
         return list(dict.fromkeys(p for n in self._names(split) for p in self.opened[n].files))
 
     def named_images(self, split: str) -> Iterator[Path]:
-        """The image files that the rows of a split's files name instead of holding them."""
+        """The image files that rows name instead of containing the image.
+
+        All rows of the split's files count, even if the split has only a part of these rows.
+        """
         for name in self._names(split):
             for table in batches(self._base(name).rows.select_columns(["image"])):
                 cells = table.column("image").combine_chunks()
@@ -155,7 +165,7 @@ class _Splits:
                 yield from (Path(path) for path in paths if Path(path).is_file())
 
     def _names(self, split: str) -> list[str]:
-        """Names of the splits that a part is read from.
+        """Names of the data's splits from which `train` or `validation` is read.
 
         Raises:
             InputError: The data have no such split.

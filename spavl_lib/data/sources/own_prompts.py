@@ -1,8 +1,9 @@
 """Evaluation prompts of your own, from `data.test_path`: in any layout that `data.path` may have.
 
-Each row belongs to a set, which says what a right answer is: `harm` (it must refuse), `help` (it
-must answer) or `look_alikes` (harmless, but sounds harmful). The row says it in its field `set`, or
-the file by its name: `harm.jsonl`, or `infer_harm.json` as in the original's layout.
+Each row belongs to an evaluation set: `harm` (a correct response refuses), `help` (a correct
+response helps) or `look_alikes` (the question sounds harmful but is harmless, so a correct response
+helps). Either the row names its set in the field `set`, or the file's name contains the set:
+`harm.jsonl`, or `infer_harm.json` as in the original layout.
 """
 
 import dataclasses
@@ -44,7 +45,7 @@ class OwnPrompts(Source):
         return path
 
     def has_prompts(self, name: str) -> bool:
-        """Whether a row belongs to the set."""
+        """Whether any row belongs to the set."""
         return name in self._sets
 
     def prompts(self, name: str) -> Dataset:
@@ -81,7 +82,8 @@ class OwnPrompts(Source):
         """Set -> its rows.
 
         Raises:
-            InputError: A row belongs to no set, or is bad; lists them all.
+            InputError: Rows belong to no set, or a set has bad rows. The message lists all rows
+                without a set, or else all bad rows of one set.
         """
         path, config = self.folder, self.config
         beside = path.parent if path.is_file() else path
@@ -107,7 +109,7 @@ class OwnPrompts(Source):
 
     @staticmethod
     def _names(file: Path, records: list[tuple[str, Any]]) -> list[str]:
-        """The set of each record, or a problem."""
+        """The set of each record, or a line that says why the record belongs to no set."""
         usual = file.stem.removeprefix("infer_")
         given = [r.get("set") if isinstance(r, dict) else None for _, r in records]
         if usual not in SETS and not any(given):

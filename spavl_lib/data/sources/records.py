@@ -23,12 +23,13 @@ from spavl_lib.data.schema import (
 
 USER, ASSISTANT = {"human", "user"}, {"assistant", "gpt"}
 MARK = "<image>"
-# Columns that hold a system turn, and columns whose content no prompt here can have.
+# SYSTEM: columns that hold a system turn. UNREADABLE: columns whose content cannot become part of a
+# prompt here.
 SYSTEM = ("system", "system_prompt", "system_message")
 UNREADABLE = ("tools", "functions")
 IMAGE_PARTS = ("image", "image_url", "input_image")
 TEXT_PARTS = ("text", "input_text", "output_text")
-# Where a message part keeps its image, in the spellings of TRL, OpenAI, Anthropic and Qwen.
+# Keys that hold the image of a message part, as TRL, OpenAI, Anthropic and Qwen name them.
 PART_KEYS = ("image", "image_url", "url", "path", "base64", "source", "data", "bytes")
 
 
@@ -38,9 +39,9 @@ class Turn(NamedTuple):
     role: str
     text: str
     images: tuple[Any, ...] = ()
-    """Images that its parts hold."""
+    """Images that the parts of the message hold."""
     places: int = 0
-    """Parts that stand for an image which the record holds elsewhere."""
+    """Number of parts that mark the place of an image which the record holds elsewhere."""
 
 
 Turns = list[Turn]
@@ -62,11 +63,11 @@ def once(pairs: list[tuple[str, Any]]) -> "dict | RecordError":
 
 @dataclass
 class Read:
-    """What was read of a record."""
+    """The result of reading a record."""
 
     fields: dict[str, str] = field(default_factory=dict)
-    """The texts that can be read. If the prompt cannot be read, a response that consists of
-    messages is missing."""
+    """`prompt`, `chosen` and `rejected` -> text, without the fields that cannot be read. If the
+    prompt cannot be read, a response that consists of messages is missing too."""
     problems: list[str] = field(default_factory=list)
     """A line `field: reason` for each field that cannot be read."""
     images: list[Any] = field(default_factory=list)
@@ -75,7 +76,11 @@ class Read:
     """How many images the text marks."""
 
     def look(self, turns: Iterable[Turn]) -> None:
-        """Add the images and marks of some turns. One image may be marked in both ways."""
+        """Add the images and marks of some turns.
+
+        A part of a message and an `<image>` in its text may mark the same image, so only the larger
+        of the two numbers is added to `marks`.
+        """
         turns = list(turns)
         self.images += [image for turn in turns for image in turn.images]
         places = sum(turn.places + len(turn.images) for turn in turns)
@@ -146,7 +151,7 @@ def read_prompt(record: dict, columns: ColumnsConfig) -> Read:
 
 
 def unreadable(record: Mapping, columns: ColumnsConfig) -> list[str]:
-    """A line for each column that belongs to the prompt and cannot become part of it."""
+    """A line for each column that belongs to the prompt but cannot become part of a prompt here."""
     lines = [
         f"prompt: a system turn (column {name!r}); put it into the model's chat template"
         for name in SYSTEM
@@ -166,8 +171,8 @@ def conversation(turns: Turns) -> str:
     """Join turns into a prompt of the schema.
 
     Raises:
-        RecordError: There are no turns, one is a system turn or holds `TURN`, or user and assistant
-            do not alternate with the user first and last.
+        RecordError: There are no turns, a turn is a system turn or contains `TURN`, or user and
+            assistant do not alternate with the user first and last.
     """
     if not turns:
         raise RecordError("prompt: empty")
@@ -186,10 +191,12 @@ def conversation(turns: Turns) -> str:
 
 
 def turns_of(value: Any, field: str = "prompt") -> Turns:
-    """Turns of a text, or of messages with either kind of keys. Empty system turns are dropped.
+    """Turns of a text, or of messages. Empty system turns are dropped.
+
+    A message has the keys `role` and `content`, or `from` and `value`.
 
     Raises:
-        RecordError: A turn has another form.
+        RecordError: The value or a turn has another form.
     """
     if isinstance(value, str):
         return [Turn("user", value)]
@@ -210,7 +217,7 @@ def _message(turn: Any, field: str) -> Turn:
         raise turn
     if not isinstance(turn, dict):
         raise RecordError(f"{field}: expected text in a turn, got {type(turn).__name__}")
-    # Tables give every turn both spellings, one of them empty.
+    # In a table every turn has the keys of both spellings, and those of one spelling are empty.
     speaker, content = turn.get("role"), turn.get("content")
     speaker = str(turn.get("from") if speaker is None else speaker).lower()
     content = turn.get("value") if content is None else content
@@ -233,17 +240,19 @@ def _message(turn: Any, field: str) -> Turn:
 
 
 def _part(part: Any, field: str) -> tuple[str | None, Any]:
-    """Text or image of a message part; neither for the place of an image held elsewhere.
+    """The text and the image of a message part; one of them is None.
+
+    Both are None if the part only marks the place of an image that the record holds elsewhere.
 
     Raises:
-        RecordError: It is of another type, such as audio.
+        RecordError: The part is of another type, such as audio.
     """
     if isinstance(part, str):
         return part, None
     if not isinstance(part, dict):
         raise RecordError(f"{field}: expected text in a turn, got {type(part).__name__}")
     kind = part.get("type")
-    if kind is None:  # Qwen: the only field is the type
+    if kind is None:  # Qwen names no type; the name of the part's only field is the type
         known = (*TEXT_PARTS, *IMAGE_PARTS)
         kind = next((name for name in known if part.get(name) is not None), None)
     if kind in TEXT_PARTS:

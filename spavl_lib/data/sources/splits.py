@@ -1,8 +1,8 @@
-"""Which rows of one's own data are trained on, and which are held out.
+"""Choose the rows of the user's own data to train on, and the rows to hold out.
 
-A split is named as for the `datasets` library: `train`, `train[:50%]`, `train+extra`. Data without
-a held-out split give about a tenth of their training rows, all rows of an image together. A row
-that is held out is never a training row.
+Splits are named as in the `datasets` library: `train`, `train[:50%]`, `train+extra`. If the data
+have no held-out split, about a tenth of the training rows is held out, with all rows of an image
+together. A row that is held out is never a training row.
 """
 
 import hashlib
@@ -14,8 +14,9 @@ from datasets import ReadInstruction
 from spavl_lib.errors import InputError
 
 HELD_OUT_SHARE = 0.1
-DEFAULT_HELD_OUT = "validation"  # the only split that is drawn if the data lack it
-Rows = list[tuple[str, int]]  # (split, row number in it)
+# If the data lack this split, it is drawn from the training rows. No other split is drawn.
+DEFAULT_HELD_OUT = "validation"
+Rows = list[tuple[str, int]]  # (split, row number in the split)
 
 
 def names_in(instruction: str) -> list[str]:
@@ -32,7 +33,7 @@ def rows_of(instruction: str, sizes: Mapping[str, int], field: str) -> Rows:
         field: Name of the setting, for the message.
 
     Raises:
-        InputError: It cannot be read, or names no row.
+        InputError: The setting cannot be read, names no row, or names a row twice.
     """
     try:
         parts = ReadInstruction.from_spec(instruction).to_absolute(dict(sizes))
@@ -47,14 +48,16 @@ def rows_of(instruction: str, sizes: Mapping[str, int], field: str) -> Rows:
 
 
 def hold_out(keys: Sequence[str], seed: int) -> set[int]:
-    """The rows to hold out: about a tenth, at least one, never all, and no group in two parts.
+    """Choose the rows to hold out: about a tenth of the rows, at least one, and never all.
+
+    Either all rows of a group are held out, or none of them.
 
     Args:
         keys: The group of each row, such as the hash of its image.
         seed: Seed of the draw.
 
     Returns:
-        Their numbers; none if all rows are of one group.
+        Numbers of the rows to hold out; empty if all rows are of one group.
     """
     groups: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
