@@ -126,7 +126,8 @@ def decode(
         end_ids: The tokens that end a response.
 
     Returns:
-        Token ids of each response. Its last is an end token, or it has `max_new_tokens` tokens.
+        Token ids of each response. A response ends with an end token, or has `max_new_tokens`
+        tokens.
     """
     mask = batch["attention_mask"]
     cache = DynamicCache()

@@ -91,8 +91,8 @@ def generate(
         done |= {} if other == partial else _finished(other, header)
     group.barrier()
     collate = PromptCollator(processor)
-    # Found before the thread of `ahead` starts: two threads must not encode with one tokenizer,
-    # because it keeps the padding that was asked for last.
+    # This line must run before the thread of `ahead` starts. Two threads must not use one tokenizer
+    # at the same time, because the tokenizer stores the padding settings of its last call.
     ends = () if isinstance(model, VLLMModel) else end_ids(processor, model)
     with tqdm(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
         unfinished = [n for n in range(len(batches)) if n not in done]
@@ -185,8 +185,8 @@ def generate_batch(
         ends: Ids that end a response; empty for those of `end_ids`.
 
     Returns:
-        For each row `response`, `num_tokens` without the end token, and `finished`: whether one was
-        generated within `max_new_tokens`.
+        For each row `response`, `num_tokens` without the end token, and `finished`: whether an end
+        token was generated within `max_new_tokens`.
     """
     tokenizer, ends = processor.tokenizer, ends or end_ids(processor, model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
@@ -209,7 +209,7 @@ def _generated(
     model: PreTrainedModel, batch: dict[str, Tensor], config: GenerationConfig,
     ends: Sequence[int], pad_id: int, seed: int,
 ) -> list[list[int]]:  # fmt: skip
-    """New token ids of every row by `model.generate`, padded to the longest response."""
+    """The token ids that `model.generate` adds to every row, padded to the longest response."""
     options: dict[str, Any] = {"do_sample": False}
     if config.do_sample:
         torch.manual_seed(seed)
@@ -234,9 +234,9 @@ def _generated(
 def _batches(rows: list[dict], size: int) -> list[list[int]]:
     """Row indices in batches of prompts of similar length, the longest prompts first.
 
-    If memory is too small, the first batch fails and not a later one. The rows of one image stay
-    together, so that a batch encodes the image once. The longest prompt of an image decides where
-    all rows of the image come.
+    If memory is too small, the first batch already fails. The rows of one image follow each other,
+    so that most images are encoded in one batch only. The longest prompt of an image decides the
+    place of all rows of the image.
     """
     groups = image_groups([r.get("image_name", "") for r in rows])
     longest = [max(len(rows[i]["prompt"]) for i in group) for group in groups]

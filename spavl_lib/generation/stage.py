@@ -89,8 +89,8 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
         without_unfit_rows(processor, rows, limit, "error")
     for label, folder in models.items():
         marker = stage.path / label / "weights.json"
-        # What the responses depend on: the hash of the trained weights, and under "asked" those of
-        # the prompts and of the base model.
+        # The responses depend on the trained weights and, under "asked", on the prompts and on the
+        # base model. All values are hashes.
         weights = {"weights": inputs.get(f"{label}/weights"), "asked": shared_inputs}
         with group.main_first():
             if not marker.is_file() or json.loads(marker.read_text()) != weights:

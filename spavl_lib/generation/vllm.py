@@ -30,10 +30,11 @@ class VLLMModel:
 
         Args:
             config: The base model.
-            trained: A trainer's `model/` with an adapter or a whole model; None for the base alone.
+            trained: A trainer's `model/`, which holds an adapter or a whole model. None loads the
+                base model alone.
 
         Raises:
-            InputError: vLLM is not installed, or the base is 4-bit.
+            InputError: vLLM is not installed, or the base model would be loaded in 4 bits.
         """
         try:
             self.vllm = importlib.import_module("vllm")
@@ -78,7 +79,7 @@ class VLLMModel:
             ids = prompt_ids(processor, row["prompt"], image=image is not None)
             data = {} if image is None else {"multi_modal_data": {"image": image}}
             prompts.append({"prompt_token_ids": ids} | data)
-        ends = end_ids(processor)  # vLLM adds those of the generation config
+        ends = end_ids(processor)  # vLLM adds the end tokens of the model's generation config
         sampling = self.vllm.SamplingParams(
             max_tokens=config.max_new_tokens,
             temperature=config.temperature if config.do_sample else 0.0,

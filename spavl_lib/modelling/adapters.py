@@ -76,11 +76,11 @@ def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:
 
 @torch.no_grad()
 def train_in_fp32(model: PeftModel) -> None:
-    """Undo trl's cast of trained parameters to bf16 over a 4-bit base. For an untrained model only.
+    """Undo trl's cast of the trained parameters to bf16, which trl does over a 4-bit base.
 
-    The projector's values are copied again from the base. With a projector rounded to bf16 the
-    policy would differ from its reference before the first step. Call this function before an
-    optimizer holds the parameters.
+    Call this function before training, and before an optimizer holds the parameters. The
+    projector's values are copied again from the base. With a projector rounded to bf16, the policy
+    would differ from its reference before the first step.
     """
     masters_in_fp32(model)
     for module in model.modules():
@@ -101,13 +101,14 @@ def masters_in_fp32(model: nn.Module) -> None:
 
 
 def compute_as_masters(model: nn.Module) -> nn.Module:
-    """Make a frozen 16-bit model compute, under autocast, to the bit what fp32 masters of it do.
+    """Cast a frozen 16-bit model's embeddings and norms to fp32.
 
-    Autocast computes matrix products and convolutions in 16 bit whatever their weights are in. The
-    other parameters, of embeddings and norms, decide whether the residual stream is rounded to 16
-    bit after each layer. These few are cast to fp32. Then a policy with fp32 masters starts at its
-    reference: measured on the embedded model in bf16, the log-probability of an answer was
-    otherwise off by 0.008 nats on the mean of a batch, before any update.
+    Under autocast, the outputs are then identical to the bit to the outputs of the same model with
+    all weights cast to fp32. Autocast computes matrix products and convolutions in 16 bits for
+    weights of any dtype. The other parameters, of embeddings and norms, decide whether the residual
+    stream is rounded to 16 bits after each layer. A policy with fp32 master weights therefore
+    equals its reference before the first update. Without the cast, the log-probability of a
+    response differed by 0.008 nats, as the mean of a batch of the embedded model in bf16.
 
     Args:
         model: The model; changed in place. It must be called under autocast from now on.
@@ -115,7 +116,8 @@ def compute_as_masters(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, nn.Linear | _ConvNd):
             for parameter in module.parameters(recurse=False):
-                if not hasattr(parameter, "ds_id"):  # ZeRO-3 has partitioned it, and keeps masters
+                # `ds_id` marks parameters that ZeRO-3 partitions; ZeRO-3 keeps fp32 masters itself.
+                if not hasattr(parameter, "ds_id"):
                     parameter.data = parameter.data.float()
     return model
 
@@ -132,13 +134,13 @@ def trainable_parts(model: nn.Module) -> dict[str, int]:
 
 
 def assert_four_bit(model: nn.Module) -> None:
-    """Check that the language model's linear layers are in 4 bits, and that no other layer is.
+    """Check that the language model's linear layers are in 4 bits, and other linear layers are not.
 
     If the names of modules to skip match no module, transformers quantises the tower without a
     warning.
 
     Raises:
-        AssertionError: Names a layer in the wrong precision.
+        AssertionError: A layer has the wrong precision; the message names the layer.
     """
     family = family_of(model)
     for name, module in model.named_modules():
@@ -157,13 +159,15 @@ def assert_freeze_plan(
     Args:
         model: A model with `requires_grad` already set on its parameters.
         config: Says which parts should train.
-        head: Whether full fine-tuning trains the language-model head. A reward model has none.
+        head: Whether full fine-tuning trains the language-model head. False for a reward model,
+            whose language-model head stays frozen.
 
     Returns:
         `trainable_parts`.
 
     Raises:
-        AssertionError: Names a parameter that trains but should not, or that should but does not.
+        AssertionError: A parameter trains but should not, or does not train but should; LoRA is on
+            another part than the language model; or the language model does not train at all.
     """
     family = family_of(model)
     for name, parameter in model.named_parameters():

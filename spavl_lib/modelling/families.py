@@ -43,7 +43,7 @@ class Family:
     """Whether the model reads only the tower's hidden states at `config.vision_feature_layer`. If
     so, stored hidden states can replace a run of the tower."""
     refused: str = ""
-    """Why models of the family are refused before anything is loaded; empty if they are not."""
+    """Why models of the family are refused before anything is loaded; empty if accepted."""
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
@@ -63,7 +63,7 @@ class Family:
 
     @classmethod
     def part_of(cls, name: str) -> str:
-        """The part (tower, projector, head or language) of the parameter with this full name."""
+        """The part (tower, projector, head or language) that holds the parameter `name`."""
         for part, pattern in (
             ("projector", _pattern(cls.projector)),
             ("tower", _pattern(cls.tower)),
@@ -88,12 +88,13 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern:
     return re.compile(rf"(^|\.)({'|'.join(names)})\.")
 
 
-# Towers that lay all images of a batch into one row, so that no image's output stands by itself.
+# Towers that put the patches of all images of a batch into one row. The output of such a tower is
+# not divided by image.
 PACKED_TOWERS = ("pixtral",)
 
 
 def packs_images(config: Any) -> bool:
-    """Whether the model's tower is one of `PACKED_TOWERS`. LLaVA's class may have any tower."""
+    """Whether the model's tower is one of `PACKED_TOWERS`. A LLaVA model may have any tower."""
     return getattr(getattr(config, "vision_config", None), "model_type", "") in PACKED_TOWERS
 
 
@@ -137,10 +138,10 @@ class Llava(Family):
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
-        """The processor as LLaVA-1.5's own code prepares rows, where the checkpoint is the Hub's.
+        """Make the processor of the Hub's LLaVA-1.5 prepare rows as the authors' code does.
 
-        The Hub's conversion crops the image to its middle, and leaves the system sentence, BOS and
-        EOS out. A processor with another template has one of its own, and stays as it is.
+        The Hub's conversion crops the image to its middle, and leaves out the system sentence, BOS
+        and EOS. A processor with any other chat template is returned unchanged.
         """
         from transformers import LlavaProcessor
 
@@ -210,7 +211,7 @@ class Mllama(Family):
 
 
 def _of_the_hub(processor: ProcessorMixin) -> bool:
-    """Whether the template writes what that of llava-hf/llava-1.5-7b-hf writes."""
+    """Whether the chat template writes turns as the template of llava-hf/llava-1.5-7b-hf does."""
     first = [{"type": "image"}, {"type": "text", "text": "One?"}]
     turns = [("user", first), ("assistant", [{"type": "text", "text": "Two."}]),
              ("user", [{"type": "text", "text": "Three?"}])]  # fmt: skip
@@ -229,7 +230,7 @@ def set_image_aspect(processor: ProcessorMixin, aspect: str) -> None:
 
     Args:
         processor: The processor; changed in place.
-        aspect: auto, which changes nothing, or pad or square.
+        aspect: auto, pad or square. auto changes nothing.
 
     Raises:
         InputError: `aspect` is not auto, and the model is not a LLaVA-1.5 with a square input.

@@ -68,7 +68,7 @@ class ScalarHeadModel(nn.Module):
         return self.score.weight.device
 
     def hidden_states(self, **batch: Tensor) -> Tensor:
-        """The last hidden states (batch, length, hidden), in the precision that is set."""
+        """The last hidden states (batch, length, hidden), computed under `autocast`."""
         with autocast():
             return self.backbone(**batch, use_cache=False).last_hidden_state
 
@@ -103,7 +103,7 @@ class ScalarHeadModel(nn.Module):
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
     """Write a reward model into a folder, as safetensors. Only the main process writes.
 
-    Every process must call it, because ZeRO-3 gathers the weights from all processes.
+    Every process must call this function, because ZeRO-3 gathers the weights from all processes.
 
     Args:
         model: The reward model.
@@ -173,7 +173,7 @@ def load_head(folder: Path, size: int) -> nn.Linear:
 
 
 def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
-    """Load a reward model that `save_reward_model` wrote. It gives the same scores as before.
+    """Load a reward model that `save_reward_model` wrote. Saving and loading keep scores unchanged.
 
     Args:
         config: The policy's base model.

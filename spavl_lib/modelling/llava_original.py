@@ -28,17 +28,18 @@ NAMES = (
     (re.compile(r"^model\.(embed_tokens|layers|norm)\."), r"language_model.model.\1."),
     (re.compile(r"^lm_head\."), "language_model.lm_head."),
 )
-# What of the tower's output is used, as the original code and transformers call it.
+# Which part of the tower's output is used: the original code's name -> transformers' name.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")  # recomputed when a model is created
+# A model computes these buffers when it is created, so they are not written.
+BUFFERS = re.compile(r"(rotary_emb\.inv_freq|position_ids)$")
 VOCABULARY_MULTIPLE = 64  # embedding rows are padded to a multiple of this, as on the Hub
-# Settings of the original code that change what the model is given: the value if config.json names
-# none, and the values that can be imported.
+# Settings of the original code that change the model's input. The table holds for each setting the
+# value that counts if config.json does not hold the setting, and the values that can be imported.
 TAKEN: dict[str, tuple[Any, tuple]] = {
     "mm_projector_type": ("linear", ("mlp2x_gelu",)),
     "image_aspect_ratio": ("square", ("pad", "square", None)),  # anyres is LLaVA-NeXT
     "mm_vision_select_feature": ("patch", tuple(STRATEGIES)),
-    "mm_use_im_start_end": (False, (False, None)),  # tokens around the image, which have weights
+    "mm_use_im_start_end": (False, (False, None)),  # True: trained tokens enclose the image
 }
 # Sizes of openai/clip-vit-large-patch14-336. LLaVA-1.5's config.json names this tower only.
 CLIP_336 = {
@@ -83,7 +84,7 @@ def import_llava(source: Path, target: Path, tower: Path | None = None) -> dict[
     if not shards:
         raise InputError(f"{source} holds no .safetensors files; pickles are not read")
     tokenizer, image_token = _tokenizer(source)
-    # Some checkpoints have rows to spare already.
+    # In some checkpoints the embedding already has more rows than the tokenizer has tokens.
     words = max(len(tokenizer), original["vocab_size"])
     rows = -(-words // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
     target.mkdir(parents=True, exist_ok=True)
@@ -170,7 +171,10 @@ def _renamed(
 
 
 def _with_rows(weight: Tensor, rows: int, vocabulary: int, path: Path) -> Tensor:
-    """Add rows for the image and padding tokens, and up to `rows`. Each is the mean of all rows.
+    """Extend an embedding or head to `rows` rows, among them rows for image and padding token.
+
+    Each new row is the mean of the first `vocabulary` rows. Rows of `weight` after these are
+    replaced.
 
     Args:
         weight: Embedding or head (vocabulary or more, hidden).
@@ -220,7 +224,8 @@ def _new_config(
     elif "vision_config" in original:
         vision = original["vision_config"]
     known = set(LlamaConfig().to_dict()) - {"architectures", "model_type", "dtype", "torch_dtype"}
-    known |= {"rope_theta", "rope_scaling"}  # transformers reads them, and writes rope_parameters
+    # transformers reads these two settings, and writes `rope_parameters` instead of them.
+    known |= {"rope_theta", "rope_scaling"}
     text = {k: v for k, v in original.items() if k in known}
     text |= {
         "vocab_size": rows,
@@ -264,7 +269,7 @@ def _check_names(config: Any, written: dict[str, str], source: Path) -> None:
     """Check that the written tensors are exactly the model's parameters.
 
     Raises:
-        InputError: Names the first tensors that are missing or unexpected.
+        InputError: Tensors are missing or unexpected; the message names the first of them.
     """
     from transformers import LlavaForConditionalGeneration
 

@@ -77,22 +77,23 @@ def rounding(dtype: torch.dtype | None = None) -> float:
         dtype: Precision of the matrix products; `compute_dtype` if not given.
 
     Returns:
-        1e-4 in fp32; in 16 bit four units in the last place, 0.03 in bf16 and 0.004 in fp16. A
-        score near 1 was measured to move by 1.2 units in bf16 if the residual stream is rounded.
+        1e-4 in fp32. In 16 bits, four units in the last place of a number near 1: 0.03 in bf16 and
+        0.004 in fp16. In a measurement in bf16, rounding the residual stream moved a score near 1
+        by 1.2 such units.
     """
     dtype = dtype or compute_dtype()
     return 1e-4 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
 
 
 def logit_rounding(dtype: torch.dtype | None = None) -> float:
-    """Error in nats that rounding may leave in a logit, if two batches compute it.
+    """Difference in nats that rounding may cause between one logit computed in two batches.
 
     Args:
         dtype: Precision of the matrix products; `compute_dtype` if not given.
 
     Returns:
-        1e-4 in fp32. In 16 bit twice the distance of neighbouring numbers between 16 and 32, where
-        the logits of large language models lie: 0.25 in bf16, 0.03 in fp16.
+        1e-4 in fp32. In 16 bits, twice the distance between neighbouring numbers in the range 16 to
+        32, in which the logits of large language models lie: 0.25 in bf16, 0.03 in fp16.
     """
     dtype = dtype or compute_dtype()
     return 1e-4 if dtype == torch.float32 else 2 * 16 * torch.finfo(dtype).eps
@@ -143,12 +144,12 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _read_config(config: ModelConfig) -> PreTrainedConfig:
-    """The model's architecture.
+    """The model's transformers config.
 
     Raises:
-        InputError: Its family is refused.
-        OSError: There is none.
-        ValueError: It cannot be read.
+        InputError: The model's family is refused.
+        OSError: There is no config.
+        ValueError: The config cannot be read.
     """
     FAMILIES.load_all()
     model = AutoConfig.from_pretrained(model_path(config), revision=config.revision or None)
@@ -188,8 +189,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load model {config.name!r}: {why(error)}") from error
-    # Under ZeRO-3 transformers also records renamings that it did not apply. Saving would reverse
-    # those, too.
+    # Under ZeRO-3, transformers also records renamings of weights that it did not apply. Saving the
+    # model would reverse these renamings too.
     if renamings := getattr(model, "_weight_conversions", None):
         model._weight_conversions = [r for r in renamings if r.was_used()]
     if quantisation is not None:
@@ -314,8 +315,10 @@ def model_hashes(config: ModelConfig) -> dict[str, str]:
 
 
 def folder_hashes(folder: str | Path) -> dict[str, str]:
-    """File name -> sha256 of each file of a folder that a model's outputs depend on; empty if there
-    is no such folder."""
+    """File name -> sha256 of each file in a model's folder that the model's outputs depend on.
+
+    The result is empty if there is no such folder.
+    """
     folder = Path(folder)
     files = [p for p in sorted(folder.glob("*")) if p.suffix in MODEL_FILES and p.is_file()]
     return {p.name: sha256_file(p) for p in files}

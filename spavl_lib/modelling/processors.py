@@ -1,9 +1,10 @@
 """Put a model's processor together from its tokenizer and the PIL class of its image processor.
 
-`AutoProcessor` chooses an image processor by what is installed: torchvision's class gives pixels
-that differ from PIL's by up to 0.015, and without torchvision the processors of Qwen-VL, InternVL,
-LLaVA-OneVision, Pixtral and SmolVLM do not load at all, because they come with a video processor.
-Here the image processor is always the PIL class, and videos are left out.
+`AutoProcessor` chooses the class of the image processor by what is installed. The pixels of
+torchvision's class differ from the pixels of the PIL class by up to 0.015. Without torchvision,
+the processors of Qwen-VL, InternVL, LLaVA-OneVision, Pixtral and SmolVLM do not load at all; most
+of them contain a video processor, which needs torchvision. This module always uses the PIL class,
+and leaves videos out.
 """
 
 import hashlib
@@ -37,7 +38,10 @@ VIDEO = "video_preprocessor_config.json"
 
 
 class NoVideos(dict):
-    """Stands where a processor expects a video processor, and is saved as the settings it holds."""
+    """Takes the place of a processor's video processor, and holds the video processor's settings.
+
+    Saving the processor therefore writes these settings again.
+    """
 
     model_input_names: tuple[str, ...] = ()
     _auto_class = None
@@ -48,11 +52,11 @@ def read_processor(path: str, revision: str | None, model_type: str) -> Processo
 
     Args:
         path: A folder or Hub id.
-        revision: Of a Hub id.
-        model_type: Of the model's config, which decides if no file names a class.
+        revision: Revision of a Hub id; None for the newest one.
+        model_type: `model_type` of the model's config. It decides the class if no file names one.
 
     Raises:
-        InputError: The class needs a package that is not installed.
+        InputError: The processor's class needs a package that is not installed.
         OSError: A file is missing.
         ValueError: A file cannot be read.
     """
@@ -62,7 +66,7 @@ def read_processor(path: str, revision: str | None, model_type: str) -> Processo
         PROCESSOR_MAPPING_NAMES.get(model_type),
     )
     kind = _class_of(name) if isinstance(name, str) else None
-    if kind is None:  # a class of another package, or none: transformers decides
+    if kind is None:  # transformers has no class of this name, so AutoProcessor chooses one
         processor = AutoProcessor.from_pretrained(path, revision=revision)
     else:
         videos = pages[NAMING[0]].get("video_processor") or pages[VIDEO] or pages[NAMING[1]]
@@ -73,7 +77,7 @@ def read_processor(path: str, revision: str | None, model_type: str) -> Processo
 
 
 def _page(path: str, name: str, revision: str | None) -> dict[str, Any]:
-    """A JSON file of the model; empty if it has none."""
+    """The contents of a JSON file of the model; empty if the model has no such file."""
     file = cached_file(
         path, name, revision=revision,
         _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False,
@@ -84,7 +88,7 @@ def _page(path: str, name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _class_of(name: str) -> type[ProcessorMixin] | None:
-    """A processor's class in transformers; None if it has none of that name."""
+    """The processor class of this name in transformers; None if transformers has none."""
     if name == "PixtralProcessor" and not is_torchvision_available():
         return _pixtral()
     kind = getattr(transformers, name, None)
@@ -92,9 +96,10 @@ def _class_of(name: str) -> type[ProcessorMixin] | None:
 
 
 def _pixtral() -> type[ProcessorMixin]:
-    """Pixtral's class, whose module takes one function from the module that needs torchvision.
+    """Import Pixtral's processor class without torchvision.
 
-    The module of the PIL class has the same function.
+    The module of this class imports one function from a module that needs torchvision. The module
+    of the PIL image processor has the same function, so the import gets that module instead.
     """
     wanted = f"{PIXTRAL}.image_processing_pixtral"
     sys.modules[wanted] = importlib.import_module(f"{PIXTRAL}.image_processing_pil_pixtral")
@@ -110,10 +115,10 @@ def _assembled(
     """A processor of this class, with the PIL image processor and without videos.
 
     Args:
-        kind: Its class.
+        kind: The processor's class.
         path: A folder or Hub id.
-        revision: Of a Hub id.
-        videos: Settings of its video processor, which are saved again.
+        revision: Revision of a Hub id; None for the newest one.
+        videos: Settings of the video processor. They are saved with the processor.
     """
 
     class Assembled(kind):  # type: ignore[valid-type,misc]
@@ -150,20 +155,21 @@ def _first(error: ImportError) -> str:
 
 
 def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Add what older checkpoints leave out: sizes of image patches, and a padding token.
+    """Add settings of image tokens and a padding token, which older checkpoints leave out.
 
     Args:
         processor: Changed in place.
         config: The model's config.
 
     Raises:
-        ValueError: The tokenizer has no end token, or a token that the model has no row for.
+        ValueError: The tokenizer has no end token, or the id of its BOS, end or padding token is
+            outside of the model's vocabulary.
     """
     vision, tokenizer = getattr(config, "vision_config", None), processor.tokenizer
     for name, owner in (("patch_size", vision), ("vision_feature_select_strategy", config)):
         if getattr(processor, name, "") is None:
             setattr(processor, name, getattr(owner, name, None))
-    # CLIP puts a token of its own before the patches, which older files do not count.
+    # CLIP puts one token of its own before the patches. Older files do not count this token.
     if getattr(processor, "num_additional_image_tokens", 1) == 0 and (
         getattr(vision, "model_type", "") == "clip_vision_model"
     ):
@@ -177,7 +183,7 @@ def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
         tokenizer.pad_token = tokenizer.eos_token
         warnings.warn(
             f"{tokenizer.name_or_path}: its tokenizer has no padding token; its end token "
-            f"{tokenizer.eos_token!r} is used, and masks tell the two apart",
+            f"{tokenizer.eos_token!r} is used for padding, and attention masks mark the padding",
             stacklevel=2,
         )
     rows = getattr(config.get_text_config(), "vocab_size", None)
@@ -193,11 +199,11 @@ def complete(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
 def check_template(processor: ProcessorMixin) -> None:
     """Check that the chat template writes a question, its image and an answer.
 
-    A template of the tokenizer alone stands in where the processor has none. Many of these take
-    text only, and would write our message as Python prints it.
+    If the processor has no template, the tokenizer's template is used. Many tokenizers' templates
+    support text only. They would write a message with an image as Python prints a list.
 
     Raises:
-        ValueError: There is none, or it does not.
+        ValueError: There is no template, or the template fails or leaves one of the three out.
     """
     if processor.chat_template is None:
         processor.chat_template = processor.tokenizer.chat_template
@@ -221,7 +227,7 @@ def check_template(processor: ProcessorMixin) -> None:
 
 
 def describe(processor: ProcessorMixin) -> dict[str, str]:
-    """What the manifest says of a processor: its classes, and a hash of its chat template."""
+    """A processor's entry in the manifest: two class names, and a hash of the chat template."""
     template = json.dumps(processor.chat_template).encode()
     return {
         "class": type(processor).__name__,

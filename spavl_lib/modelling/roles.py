@@ -166,7 +166,7 @@ class OneBase(Roles):
         """Switch to a role's adapter; for `reference`, disable all adapters inside the context.
 
         A role's adapter stays active after the context, because with gradient checkpointing the
-        backward pass recomputes activations with it.
+        backward pass recomputes activations with this adapter.
         """
         if role == "reference":
             with self.vlm.disable_adapter():
@@ -255,7 +255,8 @@ def load_roles(
         InputError: See `check_reward_model`.
     """
     check_reward_model(config, reward_folder)
-    # The caller may have dropped an earlier set of roles. Two sets do not fit into a GPU.
+    # The caller may have dropped an earlier `Roles`. Its memory must be free before new models are
+    # loaded, because a GPU has no memory for two `Roles`.
     free_memory()
     if not config.with_lora:
         policy, value = load_model(config), load_reward_model(config, reward_folder)

@@ -1,4 +1,4 @@
-"""Google Colab: settings by GPU, runs on Drive, and a message if the runtime needs a restart.
+"""Google Colab: settings for each GPU, runs on Drive, and a message if a restart is needed.
 
 On Colab, the second code cell of each notebook installs the package with its pinned dependencies
 and calls `set_up`. Elsewhere the cell does nothing.
@@ -17,8 +17,8 @@ from spavl_lib.runs.text import say
 DRIVE = Path("/content/drive/MyDrive")
 # Modules that Colab's kernel loads before the first cell runs.
 LOADED_EARLY = {"numpy": "numpy", "pandas": "pandas", "PIL": "pillow", "pyarrow": "pyarrow"}
-# The product of batch size and accumulation steps is the profile's on every GPU, so the number of
-# optimizer steps is the same too.
+# On every GPU, the product of batch size and accumulation steps is the same as in the profile, so
+# the number of optimizer steps is the same too.
 SETTINGS: dict[str, dict[str, Any]] = {
     "t4": {},
     "l4": {
@@ -43,7 +43,7 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """On Colab, choose settings for the GPU and the runs folder, and print both.
 
     Args:
-        profile: The notebook's profile. Settings by GPU exist only for `colab`.
+        profile: The notebook's profile. Only the profile `colab` has settings for each GPU.
         overrides: The notebook's overrides; they take precedence over the chosen settings.
 
     Returns:
@@ -56,7 +56,8 @@ def set_up(profile: str, overrides: dict[str, Any]) -> dict[str, Any]:
     if not on_colab():
         return overrides
     _check_loaded()
-    from spavl_lib.notebook.session import check_parameters  # loads what may be too old in memory
+    # This import uses numpy and other packages, so it must follow the check of their versions.
+    from spavl_lib.notebook.session import check_parameters
 
     check_parameters(profile=profile, overrides=overrides)
     if DRIVE.is_dir():

@@ -85,10 +85,11 @@ def stage_of(notebook: Path) -> str:
 
 
 def find_notebook(name: str, folder: Path | None = None) -> Path:
-    """Find a notebook by its name, with or without its number and ending, its number, or its stage.
+    """Find a notebook by its name, its number or its stage.
 
     Args:
-        name: Such as `dpo`, `04`, `04_dpo` or `04_dpo.ipynb`; a folder in front is ignored.
+        name: For example `dpo`, `04`, `04_dpo` or `04_dpo.ipynb`. A folder before the name is
+            ignored.
         folder: Folder to search; None for `notebooks_folder()`.
 
     Raises:
@@ -112,7 +113,7 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
 
 
 def check_parameters(notebook: Path, given: Iterable[str] = PARAMETERS) -> None:
-    """Raise if a notebook does not declare the given parameters, of which papermill only warns.
+    """Raise if a notebook does not declare the given parameters. papermill would only warn.
 
     Raises:
         InputError: The file is not a notebook, has no cell tagged `parameters`, or that cell does
@@ -187,7 +188,8 @@ def run_notebook(
         **(parameters or {}),
     }
     check_parameters(notebook, parameter_values)
-    unfinished = stage.path / f".executed.{os.getpid()}.ipynb"  # papermill writes cells to it
+    # papermill writes the executed cells to this file.
+    unfinished = stage.path / f".executed.{os.getpid()}.ipynb"
     execution = _Execution(notebook, stage)
     try:
         stage.path.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,7 @@ def run_notebook(
             )
         return target
     stopped = isinstance(problem, Preempted | Interrupted)
-    with contextlib.suppress(OSError, DiskError):  # the first error is the one to report
+    with contextlib.suppress(OSError, DiskError):  # errors here must not hide `problem`
         failed = stage.path / "failed.ipynb"
         keep_failed(unfinished, failed, notebook, str(problem))
         write_status(
@@ -248,7 +250,7 @@ class _Execution:
         self.kernel_log = stage.path / ".kernel.log"
         self.kernel_pid: int | None = None
         self.cell = 0  # number of the code cell that runs, or ran last
-        self.stop_signals = 0  # how many have come
+        self.stop_signals = 0  # number of stop signals that have come
         self.last_signal: int = signal.SIGINT
         self.cell_runs = False
         self._cell_started = self._started = 0.0
@@ -270,7 +272,7 @@ class _Execution:
 
         cells = json.loads(self.notebook.read_text(encoding="utf-8"))["cells"]
         self._started = time.time()
-        # papermill adds a cell with the parameters; hence + 1 here and in the bar's total.
+        # papermill adds a cell with the parameters, so 1 is added here and to the bar's total.
         self._code_cells = sum(c["cell_type"] == "code" for c in cells) + 1
         # `disable=None` hides the bar if there is no terminal.
         self._bar = tqdm(
@@ -365,8 +367,8 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
 
     class Kernel(AsyncKernelManager):
         def __init__(self, **kwargs: Any):
-            # Without folders to search, `python3` means this Python. An installed kernelspec of
-            # that name may mean another one.
+            # Without folders to search, the kernelspec `python3` runs this Python. An installed
+            # kernelspec of that name may run another Python.
             specs = KernelSpecManager(kernel_dirs=[])
             policy = "auto" if zmq.has("curve") else "disabled"
             super().__init__(kernel_spec_manager=specs, transport_encryption=policy, **kwargs)
@@ -377,7 +379,7 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
             }
-            # What the kernel prints outside of cells, such as the message of a crash.
+            # The log holds what the kernel prints outside of cells, such as a crash's message.
             execution.kernel_log.parent.mkdir(parents=True, exist_ok=True)
             with execution.kernel_log.open("w", encoding="utf-8") as log:
                 await super().start_kernel(
@@ -399,7 +401,7 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
 
 @contextlib.contextmanager
 def _quiet_papermill() -> Iterator[None]:
-    """Silence papermill's log within the block; it repeats our messages."""
+    """Silence papermill's log within the block, because the log repeats our messages."""
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
@@ -431,7 +433,7 @@ def _hidden_failure(executed: Any, notebook: Path, stage: Stage) -> SpavlError |
 
 
 def _error_to_raise(error: Exception, execution: _Execution) -> SpavlError | None:
-    """The error to raise instead of one that papermill raised; None if it is of no known kind."""
+    """The error to raise in place of papermill's `error`; None if `error` is of no known kind."""
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
@@ -467,7 +469,7 @@ def _error_to_raise(error: Exception, execution: _Execution) -> SpavlError | Non
 
 
 def _failing_line(error: Any) -> str:
-    """The line of the failing cell at which the error arose; the first line if it is unknown."""
+    """The line of the failing cell that raised the error; the cell's first line if unknown."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
     numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
     lines = error.source.splitlines()
@@ -477,7 +479,9 @@ def _failing_line(error: Any) -> str:
 
 
 def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """Values for the progress bar: the last line of the metrics file; empty if it is older.
+    """Values for the progress bar, from the last line of the metrics file.
+
+    The result is empty if the file was last written before `since`, or cannot be read.
 
     Args:
         path: The metrics file.

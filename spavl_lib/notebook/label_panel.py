@@ -1,6 +1,7 @@
 """A panel of ipywidgets on which a person labels the sampled answers of a run.
 
-It works wherever ipywidgets do, such as in JupyterLab and on Colab, and needs no other server.
+The panel works wherever ipywidgets work, such as in JupyterLab and on Colab, and needs no server of
+its own.
 """
 
 import functools
@@ -44,16 +45,16 @@ REFUSED: dict[str, tuple[str, Refused]] = {
 UNDO, IMAGE, RATES = "z", "i", "t"
 RATER = "rater1"
 SIZE = 200
-WIDEST = 512  # px of the shown image
+WIDEST = 512  # longest side of the shown image, in pixels
 STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; max-width: 46em; margin: 0.4em 0"
 
 
 def label_panel(run: Run | Path | str, *, rater: str = RATER, n: int = SIZE) -> widgets.VBox:
-    """The panel for one rater, at the first answer that the rater has not labelled.
+    """The panel for one rater. It opens at the first answer that the rater has not labelled.
 
-    It shows the image (blurred until asked for), the question and the answer, in the random order
-    of the sample. It does not show which model gave the answer, or what the judge said. Each label
-    is on disk before the next answer appears.
+    The panel shows the answers in the random order of the sample, each with its question and its
+    image, which is blurred until the rater asks for it. The panel shows neither the model that gave
+    the answer nor the judge's verdict. Each label is on disk before the next answer appears.
 
     Args:
         run: The run, or its folder.
@@ -69,8 +70,9 @@ def label_panel(run: Run | Path | str, *, rater: str = RATER, n: int = SIZE) -> 
 class LabelPanel:
     """The panel's state and its widgets. `widget` is what a notebook shows.
 
-    The text box takes keys. It is never emptied while someone types, because a kernel that empties
-    it late would take a key twice, or not at all; each key is read once, as the box grows.
+    The rater can type keys into a text box. The panel never empties this box. If it did so while
+    the rater types, a key could count twice or be lost. Instead, each character that is added to
+    the box's text counts as one key.
     """
 
     def __init__(self, run_path: Path, rater: str, n: int):
@@ -78,13 +80,13 @@ class LabelPanel:
         self.widget = widgets.VBox()
         self.message = widgets.HTML()
         self._typed = ""
-        self._harmful: tuple[bool | None] | None = None  # a tuple, since None is a value too
+        self._harmful: tuple[bool | None] | None = None  # a tuple, as a label may be None
         self._refused: Refused | None = None
         self._image_shown = False
         if sample_path(self.run_path).is_file():
             self._open()
         else:
-            LabelFile(labels_folder(self.run_path), rater, {})  # refuses a name it cannot take
+            LabelFile(labels_folder(self.run_path), rater, {})  # raises if the name is invalid
             draw = self._button(f"Draw {n} answers and start", self._draw)
             self.widget.children = (draw, self.message)
 
@@ -96,7 +98,7 @@ class LabelPanel:
         return button
 
     def _try(self, action: Callable[[], None]) -> None:
-        """Do something, and show its error in the panel: widgets swallow what callbacks raise."""
+        """Call `action`, and show its error in the panel: widgets would hide a callback's error."""
         self.message.value = ""
         try:
             action()
@@ -151,12 +153,12 @@ class LabelPanel:
     def _on_typed(self, change: dict[str, Any]) -> None:
         text, before = change["new"], self._typed
         self._typed = text
-        if text.startswith(before):  # else something was deleted, which is no key
+        if text.startswith(before):  # otherwise the rater deleted characters, which are no keys
             for key in text[len(before) :]:
                 self._try(functools.partial(self.press, key))
 
     def press(self, key: str) -> None:
-        """Do what a key or its button stands for.
+        """Do the action of a key, which is also the action of the key's button.
 
         Raises:
             InputError: No button has this key, or the label cannot be written.
@@ -185,7 +187,7 @@ class LabelPanel:
         self._show()
 
     def _undo(self) -> None:
-        """Take back the half of a label that is chosen, else the last label that was written."""
+        """Clear the button chosen for the current answer; if none is, delete the newest label."""
         if self._harmful or self._refused:
             self._harmful = self._refused = None
         elif self.file.labels:
@@ -231,15 +233,15 @@ class LabelPanel:
 
 
 def _paragraph(title: str, text: str) -> str:
-    """Text of a model or of other people's data as HTML that shows every character of it."""
+    """HTML that shows every character of a text that a model or other people wrote."""
     return f'<b>{title}</b><div dir="auto" style="{STYLE}">{html.escape(clean(text))}</div>'
 
 
 def run_image(run_path: Path, key: Key) -> tuple[Image.Image | None, str]:
-    """The image that an answer is about, or None and a sentence that says why.
+    """The image that an answer is about, or None and a sentence that says why there is no image.
 
-    It comes from the run's data. If the data are not at hand, it is the small copy that the
-    evaluation has kept for the report.
+    The image comes from the run's data. If the data cannot be read or lack the row, the image is
+    the small copy that the evaluation stored for the report.
 
     Args:
         run_path: The run's folder.
@@ -265,7 +267,7 @@ def run_image(run_path: Path, key: Key) -> tuple[Image.Image | None, str]:
 
 @functools.lru_cache(maxsize=8)
 def _prompts(run_path: Path, set_name: str) -> tuple[Any, dict[str, int]]:
-    """The prompts of a test set of a run, and row id -> place among them."""
+    """The prompts of a test set of a run, and row id -> index of the row among the prompts."""
     config = from_dict(read_json(run_path / "evaluation" / "manifest.json")["config"])
     rows = load_prompts(config.data, set_name)
     return rows, {row: place for place, row in enumerate(rows["id"])}
@@ -276,8 +278,8 @@ def write_label_notebook(
 ) -> Path:
     """Draw a run's sample, and write a notebook that opens the panel; return its path.
 
-    A sample that is smaller than `n` is extended. If a home head is fitted, the new answers come
-    from the strata whose labels it is least certain of.
+    A sample that is smaller than `n` is extended. If a home head is fitted, a stratum gets more of
+    the new answers the less certain the head is of the stratum's labels.
 
     Args:
         run_path: The run's folder.

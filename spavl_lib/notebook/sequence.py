@@ -32,11 +32,12 @@ def run_all(
 ) -> Path:
     """Execute notebooks 01 to 06 in order.
 
-    A notebook is skipped if its stage is complete and has the same inputs, its executed notebook
-    exists, and no stage that it builds on was made again. If the data or the model of a complete
-    stage have changed, a stage of responses or of their evaluation is made again, and any other
-    stage is refused. An interrupted stage resumes from its checkpoint. Every notebook, every
-    existing stage, the prompts and the judge are checked before the first notebook runs.
+    A notebook is skipped if its stage is complete and has the same inputs, the executed notebook
+    exists, and no upstream stage was made again. The evaluation must also have the same settings.
+    If the data or the model of a complete stage have changed, inference and evaluation are made
+    again, but any other stage raises an error. An interrupted stage resumes from its checkpoint.
+    Before the first notebook runs, the notebooks' parameters, the configs of existing stages, the
+    prompts and the judge are checked.
 
     Args:
         config: As for `run_notebook`.
@@ -63,8 +64,8 @@ def run_all(
         stage.check_config()
     made_now: set[str] = set()
     for path, stage in sequence.items():
-        # If an earlier stage was made now, this notebook runs; the stage's maker decides what to
-        # do again. Another judge makes the evaluation outdated, and nothing before it.
+        # If an upstream stage was made now, this notebook runs, and the stage's maker decides what
+        # to do again. Another judge makes only the evaluation outdated.
         stale = made_now & set(stages.find(stage.name).upstream)
         judged_otherwise = stage.name == "evaluation" and stage.differs_in("evaluation")
         outdated = stale or judged_otherwise

@@ -1,4 +1,4 @@
-"""What every notebook uses: opening its stage, and safe previews of images and text."""
+"""Functions that every notebook uses: they open its stage, and preview images and text safely."""
 
 import os
 from collections.abc import Mapping
@@ -16,16 +16,17 @@ from spavl_lib.runs.stage import Run, Stage
 
 
 def check_parameters(**parameters: Any) -> None:
-    """Check the types of a notebook's parameters, which papermill passes as it reads them.
+    """Check the types of a notebook's parameters, because papermill does not check them.
 
     Raises:
-        InputError: Lists all parameters of a wrong type, and how papermill passes the right one.
+        InputError: Parameters have wrong types. The message lists all of them, and says how to pass
+            the right type with papermill.
     """
     problems = []
     for name, value in parameters.items():
         if name == "seed" and not (isinstance(value, int) and not isinstance(value, bool)):
             problems.append(
-                f"seed must be a whole number, got {value!r}; -1 stands for the profile's"
+                f"seed must be a whole number, got {value!r}; -1 stands for the profile's seed"
             )
         elif name == "overrides" and not isinstance(value, Mapping | None):
             problems.append(
@@ -49,22 +50,23 @@ def open_stage(
     Args:
         name: Stage, such as `dpo`.
         profile: Profile name or YAML path.
-        seed: Random seed of weights, data order and sampling; below 0: the profile's seed.
-        run_name: Folder under runs/; empty: the profile's name.
+        seed: Random seed of weights, data order and sampling. A negative number stands for the
+            profile's seed.
+        run_name: Folder under runs/. An empty text stands for the profile's name.
         overrides: Dotted key -> value.
 
     Returns:
         The config and the stage's folder.
 
     Raises:
-        InputError: A parameter has a wrong type, as in `check_parameters`; or the profile or an
-            override is wrong, as in `load_config`.
+        InputError: A parameter has a wrong type (see `check_parameters`), or the profile or an
+            override is wrong (see `load_config`).
     """
     check_parameters(profile=profile, seed=seed, run_name=run_name, overrides=overrides)
     quiet_libraries()
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
     leave_other_launchers(config.launch)
-    if config.dtype:  # for every cell of this kernel, not only for what a stage makes
+    if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
         os.environ[DTYPE] = config.dtype
     stage = Run(config).stage(name)
     state = "done, shown from its files" if stage.done else "to be made"

@@ -1,8 +1,8 @@
 """Record how a notebook's execution ended.
 
-`status.json` holds the state, a banner in `failed.ipynb` the cause of a failure, and the manifest
-which notebook made the stage. The state does not come from papermill's metadata, in which the cells
-of a killed kernel are completed.
+`status.json` holds the state. A banner in `failed.ipynb` shows the cause of a failure. The manifest
+holds the notebook that made the stage. The state does not come from papermill's metadata, because
+papermill marks the cells of a killed kernel as completed.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def write_status(stage: Stage, state: str, notebook: Path, cell: int, **more: An
 
 
 def keep_failed(unfinished: Path, target: Path, source: Path, cause: str) -> None:
-    """Keep the executed part of a failed notebook, with a banner on top that tells the cause.
+    """Keep the executed part of a failed notebook, with a banner on top that shows the cause.
 
     Args:
         unfinished: File that papermill wrote; it may be damaged or missing. It is deleted.

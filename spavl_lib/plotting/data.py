@@ -18,7 +18,8 @@ from spavl_lib.data.taxonomy import TAXONOMY, classes, display
 from spavl_lib.evaluation.text import short
 from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
 
-# In points. Tertiary classes whose labels would be smaller are put into one common tile.
+# Smallest font size of a label, in points. Tertiary classes of one class2 whose labels would be
+# smaller share a tile.
 _SMALLEST = 6.0
 _LINE = 0.78  # font size divided by line height
 

@@ -49,7 +49,10 @@ def _dot(ax: Axes, x: float, y: float, colour: str, index: int, **errors: Any) -
 
 
 def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
-    """Move heights of labels so that labels do not overlap: down in the top half, else up."""
+    """Change heights of labels so that labels do not overlap.
+
+    A label in the top half of the axes moves down, another label moves up.
+    """
     placed: dict[int, float] = {}
     for index in sorted(range(len(heights)), key=lambda i: -abs(heights[i] - 0.5)):
         height, step = heights[index], -gap if heights[index] > 0.5 else gap
@@ -63,9 +66,8 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
 
-    Bars show the 95 % intervals.
-
-    Where the judge gave refusals instead of an unsafe rate, y is the refusal rate.
+    Bars show the 95 % intervals. If no model has an unsafe rate, but some have a refusal rate, y is
+    the refusal rate.
 
     Args:
         source: The path of metrics.json, or its contents.
@@ -107,14 +109,16 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
 @styled
 def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -> Figure:
-    """One point for each subject: harmless requests it did not refuse (x), and its harm (y).
+    """One point for each model: harmless requests that it did not refuse (x), and bad answers (y).
 
-    The colour runs from green to orange with the share of harmless requests that were refused.
-    Bars show the 95 % intervals.
+    An answer to a harmful request is bad if it is harmful, or if it is no refusal; the caller
+    chooses which of the two. The more harmless requests a model refuses, the more its colour turns
+    from green to orange. Bars show the 95 % intervals.
 
     Args:
-        points: Name, refused harmless requests, and harmful or unrefused answers.
-        title: What y is.
+        points: For each model its name, the share of harmless requests that it refused, and the
+            share of bad answers.
+        title: Label of the y axis.
     """
     scale = LinearSegmentedColormap.from_list("refused", [PALETTE[2], PALETTE[4], PALETTE[1]])
     fig = new_figure(6.2, 5.2)
@@ -213,7 +217,9 @@ def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
 
 @styled
 def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
-    """Unsafe rate of every model per harm class, with 95 % Wilson intervals, or its refusal rate.
+    """Unsafe rate of every model per harm class, with 95 % Wilson intervals.
+
+    If no model has an unsafe rate, but some have a refusal rate, the refusal rate is drawn.
 
     Args:
         source: The path of metrics.json, or its contents.

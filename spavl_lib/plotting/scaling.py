@@ -78,7 +78,11 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
 
 
 def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:
-    """Draw the paper's points. The paper's model, test set and judge differ: compare the shape."""
+    """Draw the paper's points.
+
+    The paper used another model, another test set and another judge. Only the shape of its curve
+    can be compared with ours.
+    """
     if key == "unsafe_rate":
         ax.axhline(paper["base"]["harm_eval"] / 100, color=MUTED, lw=1, ls=(0, (1, 3)),
                    label="paper: its base model")  # fmt: skip

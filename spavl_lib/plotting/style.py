@@ -27,7 +27,7 @@ STYLE = {
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 10,
     "text.color": INK,
-    "text.parse_math": False,  # a name may hold dollar signs
+    "text.parse_math": False,  # dollar signs in a name must not start a formula
     "axes.edgecolor": MUTED,
     "axes.facecolor": PAPER,
     "axes.labelcolor": INK,
@@ -129,8 +129,8 @@ def new_figure(width: float, height: float, title: str = "") -> Drawing:
     """An empty figure.
 
     Args:
-        width: In inches.
-        height: In inches.
+        width: Width in inches.
+        height: Height in inches.
         title: Text above the figure.
     """
     fig = Drawing(figsize=(width, height), layout="constrained")

@@ -61,15 +61,17 @@ _SHOWN_ELSEWHERE = {
     "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "skipped", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
-_NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # they have no noise
-_SHARES = ("accuracies", "response/finished", "completions/clipped")  # drawn from 0 to 1
+_NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no noise
+# Parts of keys. If a key contains one of them, the y axis of its panel goes from 0 to 1.
+_SHARES = ("accuracies", "response/finished", "completions/clipped")
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
-    """A key's steps, finite values and number of non-finite values. Of a repeated step, the last
-    value counts.
+    """A key's steps, finite values and number of non-finite values.
+
+    If a step is repeated, its last value counts.
     """
     points = {}
     for index, row in enumerate(rows):
@@ -126,7 +128,7 @@ def _training_groups(rows: list[dict]) -> list[tuple[str, tuple[str, ...], str]]
     train += [k for k in (key.removeprefix("eval_") for key in keys) if k not in train]
     known = {k for _, group, _ in TRAINING_GROUPS for k in group} | _SHOWN_ELSEWHERE
     if len({row.get("objective/kl_coef") for row in rows}) == 1:
-        train = [k for k in train if k != "objective/kl_coef"]  # constant, so not drawn
+        train = [k for k in train if k != "objective/kl_coef"]  # a constant is not drawn
     groups = []
     for title, group, unit in TRAINING_GROUPS:
         present = tuple(k for k in group if k in train)
@@ -354,5 +356,5 @@ class LivePlot:
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # a kernel has imported it already
+    ipython = sys.modules.get("IPython")  # a notebook's kernel has already imported IPython
     return hasattr(ipython.get_ipython(), "kernel") if ipython else False

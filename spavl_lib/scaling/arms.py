@@ -17,7 +17,8 @@ from spavl_lib.evaluation.numbers import SCALING_FAMILIES
 from spavl_lib.runs.stage import Run, Stage
 
 VALIDATION_ROWS = 32  # the trainer loads them; no result of the scaling stage uses them
-MEASURING = 2  # raise it when arms are measured in another way, so that none is kept from before
+# Raise this number when arms are measured in another way. All arms are then trained again.
+MEASURING = 2
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Arm:
     def key(self) -> str:
         """Name of the arm's folder. Arms that would train the same model have the same key.
 
-        The precision is not part of it: all arms of a stage have the stage's, and only a worker's
-        config names it.
+        The key does not depend on the precision. All arms have the precision of their stage, but
+        only the config that a worker reads names the precision.
         """
         settings = self.config.to_dict()
         for name in ("run_name", "scaling", "dtype"):

@@ -49,7 +49,7 @@ def run_arm(stage: Stage, arm: Arm, should_stop: object = False) -> dict:
             "trainable_parameters": trained["trainable_parameters"],
             **rates,
         }
-        result.finish(summary)  # first, because without a summary the weights are still needed
+        result.finish(summary)  # written first, because an arm without a summary needs its weights
         for folder in (training.path / "model", training.path / "checkpoints"):
             shutil.rmtree(folder, ignore_errors=True)
     return summary

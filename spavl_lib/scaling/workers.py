@@ -29,7 +29,10 @@ GIB_PER_WORKER = 3
 
 
 def default_workers() -> int:
-    """How many arms this machine can run at once: one with a GPU, else by cores and memory."""
+    """How many arms this machine can run at once.
+
+    A machine with a GPU runs one arm. Without a GPU, cores and memory limit the number.
+    """
     if machine.gpus():
         return 1
     fitting = machine.memory_bytes() // (GIB_PER_WORKER * machine.GIB)
@@ -47,7 +50,7 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
 
     Raises:
         Preempted: A stop was requested, or a worker was stopped from outside.
-        SpavlError: A worker raised this error of the library.
+        SpavlError: A worker raised an error of the library, which is raised again here.
         RuntimeError: A worker failed in another way.
     """
     threads = str(max(1, machine.cores() // workers))
@@ -82,7 +85,8 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
         try:
             codes = [process.wait() for process in processes]
         finally:
-            for process in processes:  # not earlier, because a worker ends when its input closes
+            # A worker exits at once when its input closes, so it must have ended before.
+            for process in processes:
                 if process.stdin:
                     process.stdin.close()
     if flag:

@@ -1,7 +1,7 @@
 """Apply the language-model head only at positions that predict a response token.
 
-With Triton, trl's fused head already does this. Without Triton it computes logits at every
-position, including prompt and image positions.
+With Triton, trl's fused head already does this. Without Triton, trl's head computes logits at
+every position, including prompt and image positions.
 """
 
 import functools

@@ -56,7 +56,8 @@ def _forward(self: Linear, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def _only_adapter(layer: Linear, x: Tensor) -> str:
     """The name of the active adapter; empty if the in-place form does not support the layer.
 
-    It supports one active adapter of plain LoRA, unmerged, in the dtype of layer and input.
+    The form supports one active adapter of plain LoRA that is not merged, and that has the same
+    dtype as the layer and the input.
     """
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or layer.lora_variant:

@@ -17,8 +17,8 @@ def settle_threads() -> None:
 
     Until `torch.set_num_threads` is called once, MKL chooses a number of threads for each call. The
     number of threads decides how a sum is split, so a resumed run could differ from an
-    uninterrupted one in the last bit. torch counts the cores of the machine. A container may use
-    fewer, and further threads would only wait.
+    uninterrupted one in the last bit. torch starts one thread for each core of the machine. If a
+    container may use fewer cores, further threads would only wait, so they are not started.
     """
     torch.set_num_threads(min(torch.get_num_threads(), cores()))
 

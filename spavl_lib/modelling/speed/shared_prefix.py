@@ -366,7 +366,7 @@ def unsupported(backbone: nn.Module) -> str:
         getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
     ):
         return "the text model uses sliding-window attention"
-    # The name has the prefix if the backbone is already wrapped.
+    # The name starts with `PREFIX` if the backbone is already wrapped.
     attention = text._attn_implementation.removeprefix(PREFIX)
     if attention not in ("eager", "sdpa", "flex_attention"):
         return f"attention {attention!r} does not support it (sdpa, eager and flex_attention do)"

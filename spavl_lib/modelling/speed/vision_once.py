@@ -134,32 +134,33 @@ class VisionMemory:
             self.images_run += len(pixel_values)
             with torch.no_grad():
                 output = self.plain_forward(pixel_values, *args, **kwargs)
-            # transformers adds hooks in a tower's first pass, so the key is read again.
+            # transformers adds hooks in a tower's first pass, so the key is computed again.
             groups.outputs[key := self._key(pixel_values, args, kwargs)] = output
         output = groups.outputs[key]
         return type(output)(**output)  # a shallow copy, because the caller changes attributes
 
     def _key(self, pixels: Tensor, args: tuple, kwargs: dict) -> tuple:
-        """What the output depends on besides the pixels: layers, autocast and the tower itself.
+        """What the output depends on besides the pixels: other arguments, autocast and the tower.
 
         Args:
-            pixels: The images, for their device.
-            args: The other arguments of the tower's forward.
-            kwargs: Its keyword arguments.
+            pixels: The images. Only their device counts.
+            args: The other positional arguments of the tower's forward.
+            kwargs: The keyword arguments of the tower's forward.
         """
         device = pixels.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (repr(args), repr(sorted(kwargs.items())), autocast, tower_state(self.tower))
 
 
-# What PEFT's layers compute with, besides their tensors.
+# Attributes of PEFT's layers that change the layers' output. Tensors are not listed here.
 SWITCHES = ("_disable_adapters", "_active_adapter", "merged_adapters", "scaling")
 
 
 def state_of(tensors: Iterable[Tensor]) -> tuple:
-    """What changes when one of the tensors does: version, memory, dtype and sum.
+    """A value that changes if one of the tensors changes: versions, addresses, dtypes and sums.
 
-    A version counts changes in place, except those through `.data`, which the sum shows.
+    A tensor's version counts changes in place, but not changes through `.data`. Changes
+    through `.data` show in the sum.
     """
     tensors = list(tensors)
     sums = [t.detach().sum(dtype=torch.float64) for t in tensors if t.is_floating_point()]
@@ -173,9 +174,9 @@ def tower_state(tower: nn.Module) -> tuple:
     """Everything that a frozen tower's output depends on, besides its input.
 
     Args:
-        tower: The tower. PEFT's layers in it count with the adapters that are on.
+        tower: The tower. If it has PEFT's layers, the result also holds their active adapters.
     """
-    # One walk over the modules: this runs in every pass of the model.
+    # This function runs in every pass of the model, so it walks over the modules only once.
     tensors: dict[int, Tensor] = {}
     switches: list[object] = []
     forwards: list[object] = []
