@@ -86,7 +86,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """Build LLaVA-1.5's processor, which pads images to a square with the mean colour, uncropped."""
+    """Build LLaVA-1.5's processor. It pads images to a square with the mean colour and no crop."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = LlavaImageProcessorPil(
         do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
