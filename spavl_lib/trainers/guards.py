@@ -130,8 +130,8 @@ def check_batch(
         head, written = real[: len(real) - len(scored)], prompts[i % len(rows)].count(bos)
         if bos is not None and (head[0] != bos or head[1:2] == [bos] or head.count(bos) != written):
             raise AssertionError(
-                f"row {i}: {head.count(bos)} BOS tokens, expected {written}, one of which starts the "
-                "row"
+                f"row {i}: {head.count(bos)} BOS tokens before the response, expected {written}; "
+                "exactly one must open the row"
             )
         has_image = rows[i % len(rows)].get("image") is not None
         slots = real.count(image_token_id)
