@@ -103,7 +103,7 @@ def save_checkpoint(
 
 
 def _rank_name(name: str, rank: int) -> str:
-    """The name of a rank's file. Rank 3 writes `optimizer.rank-0003.safetensors`.
+    """Return the name of a rank's file. Rank 3 writes `optimizer.rank-0003.safetensors`.
 
     Rank 0 writes `optimizer.safetensors`.
     """
@@ -185,7 +185,7 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first."""
+    """Return the folders of all checkpoints, newest first."""
     checkpoints = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
     return sorted(checkpoints, key=lambda p: -int(p.name[5:]))
 
@@ -225,7 +225,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Warns of newer checkpoints that are damaged."""
+    """Find the newest complete checkpoint, or None. Warn of newer checkpoints that are damaged."""
     newest, problems = latest_checkpoint(folder)
     for problem in problems:
         warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)

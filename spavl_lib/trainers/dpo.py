@@ -265,7 +265,7 @@ def use_cached_reference(
         key = cache_key(config, processor, rows)
         setattr(trainer, split, with_reference(trainer, rows, folder, key, size, desc))
     trainer.precompute_ref_logps = True
-    trainer.ref_model = None  # free its memory
+    trainer.ref_model = None  # this frees the reference model's memory
 
 
 def save_trained(

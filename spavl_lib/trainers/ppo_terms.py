@@ -68,7 +68,7 @@ def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> Non
     advantages, returns = gae(
         rewards, columns["values"], mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
     )
-    rollout.mean_advantage = masked_mean(advantages, mask).item()  # whitening makes it 0
+    rollout.mean_advantage = masked_mean(advantages, mask).item()  # whitening makes this mean 0
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     columns |= {"rewards": rewards, "advantages": advantages, "returns": returns}

@@ -65,7 +65,7 @@ class StageCallback(TrainerCallback):
         self.scale = 1.0
 
     def resume_log(self, step: int) -> None:
-        """Drop log rows that are newer than the checkpoint, and continue the checkpoint's time.
+        """Drop log rows that are newer than the checkpoint, and resume the log's clock.
 
         Args:
             step: Step of the checkpoint; 0 for a new run.

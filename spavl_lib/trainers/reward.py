@@ -255,10 +255,11 @@ def _card(config: Config, summary: dict) -> str:
 def build_model(config: Config) -> ScalarHeadModel:
     """Build the base model with a new scalar head, and freeze what is not trained."""
     vlm = load_model(config.model)
-    set_seed(config.seed)  # after loading, because loading in shards uses random numbers
+    set_seed(config.seed)  # seeded after loading, because loading in shards uses random numbers
     if not config.model.with_lora:
-        if config.launch.engine == "ddp":  # DeepSpeed keeps fp32 master weights itself
-            vlm = vlm.float()  # fp32 master weights, as in DPO
+        # As in DPO, the master weights must be fp32. DeepSpeed keeps fp32 master weights itself.
+        if config.launch.engine == "ddp":
+            vlm = vlm.float()
         freeze_for_full(vlm, config.model)
         # Scores do not depend on the language-model head, so the head stays frozen.
         vlm.get_output_embeddings().requires_grad_(False)

@@ -293,7 +293,7 @@ def build_trainer(
     reward.end_ids = end_ids(processor, policy)
     policy.generation_config.eos_token_id = list(reward.end_ids)  # trl stops responses at these ids
     if not lora:
-        policy = policy.float()  # fp32 master weights, as in DPO
+        policy = policy.float()  # the master weights must be fp32, as in DPO
         freeze_for_full(policy, config.model)
     trainer = CheckedRLOOTrainer(
         model=policy,

@@ -99,7 +99,8 @@ def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
     """
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-    # Both are asked, because Gemma 3's processor replaces one image token by another.
+    # Processor and tokenizer can name different image tokens, because Gemma 3's processor replaces
+    # one image token by another. Neither may be sampled.
     for owner in (processor, tokenizer):
         ids.add(getattr(owner, "image_token_id", None))
         if image := getattr(owner, "image_token", None):
