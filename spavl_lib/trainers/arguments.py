@@ -22,7 +22,8 @@ def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, An
         stage: Stage that is trained. Checkpoints are written into its folder.
 
     Returns:
-        Keyword arguments. They disable transformers' own reporters, because `StageCallback` logs.
+        Keyword arguments. They disable transformers' own reporters, because `StageCallback` writes
+        the log.
     """
     trainer, dtype = config.section(section), compute_dtype()
     return {

@@ -1,9 +1,9 @@
-"""Writing and reading of checkpoints, for every trainer.
+"""Write and read checkpoints, for every trainer.
 
-A checkpoint is a folder `step-N` of safetensors and JSON, never pickle. Its files are written into
-a folder with a temporary name and flushed to disk. Then a manifest with their sizes and hashes is
-added, and the folder is renamed. A folder `step-N` is therefore complete, unless it was damaged
-later, which the manifest reveals.
+A checkpoint is a folder `step-N` that holds safetensors and JSON files, never pickles. The files
+are first written into a folder with a temporary name and flushed to disk. Then a manifest with the
+files' sizes and hashes is added, and the folder is renamed. A folder `step-N` is therefore complete
+when it appears, and the manifest reveals any later damage.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MANIFEST = "MANIFEST.json"
 
 
 def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """Hex digest over the sorted (name, dtype, shape, bytes) of tensors.
+    """Compute a hex digest over the sorted (name, dtype, shape, bytes) of tensors.
 
     Two sets of weights are equal if their digests are equal.
     """
@@ -70,16 +70,17 @@ def save_checkpoint(
     Args:
         folder: The stage's `checkpoints/`.
         step: Number of the last finished step.
-        tensors: File stem -> name -> tensor.
-        state: JSON values.
+        tensors: Tensors to write, as file stem -> name -> tensor.
+        state: JSON values, which are written into `state.json`.
         keep: Number of checkpoints to keep, including this one.
-        texts: Further text files, name -> content.
+        texts: Further text files, as file name -> content.
 
     Returns:
         The checkpoint's folder.
 
     Raises:
-        DiskError: Writing failed; earlier checkpoints are untouched.
+        DiskError: The disk is full, or there is no permission to write. Earlier checkpoints are
+            untouched.
     """
     temporary, target = folder / f".tmp-step-{step}", folder / f"step-{step}"
     needed = sum(t.numel() * t.element_size() for named in tensors.values() for t in named.values())
@@ -102,7 +103,7 @@ def save_checkpoint(
 
 
 def _rank_name(name: str, rank: int) -> str:
-    """The name of a rank's file. Rank 3 writes `optimizer.rank-0003.safetensors`.
+    """Return the name of a rank's file. Rank 3 writes `optimizer.rank-0003.safetensors`.
 
     Rank 0 writes `optimizer.safetensors`.
     """
@@ -111,7 +112,7 @@ def _rank_name(name: str, rank: int) -> str:
 
 
 def _alone(value: Tensor) -> Tensor:
-    """`value` if it fills its storage; a copy if it is a view of a larger tensor."""
+    """Return `value` itself if it fills its storage, or a copy if it is a view of a larger one."""
     whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
     return value if whole else value.clone()
 
@@ -163,11 +164,13 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
     Args:
         folder: The stage's `checkpoints/`. Space of existing checkpoints counts as free, because
             new checkpoints replace them.
-        model: The model. Each trainable value is written with two fp32 moments (8 bytes).
+        model: The model. For each trainable value a checkpoint also holds the optimizer's two fp32
+            moments (8 bytes).
         keep: Number of checkpoints that are kept. One more is written before the oldest is removed.
 
     Raises:
-        DiskError: Says how many bytes are needed and free.
+        DiskError: There is too little room. The message says how many bytes are needed and how many
+            are free.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     one = sum(zero_parameters.numel(p) * (p.element_size() + 8) for p in trained) + 2**16
@@ -182,13 +185,13 @@ def check_room(folder: Path, model: torch.nn.Module, *, keep: int = 2) -> None:
 
 
 def _steps(folder: Path) -> list[Path]:
-    """Folders of checkpoints, newest first."""
+    """Return the folders of all checkpoints, newest first."""
     checkpoints = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
     return sorted(checkpoints, key=lambda p: -int(p.name[5:]))
 
 
 def problem_with(checkpoint: Path) -> str | None:
-    """What is wrong with which file of a checkpoint; None if the checkpoint is complete."""
+    """Name the first bad file of a checkpoint and its fault; None if the checkpoint is complete."""
     torn = f"{checkpoint / MANIFEST} is missing or torn"
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -208,7 +211,10 @@ def problem_with(checkpoint: Path) -> str | None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint (or None), and the problems of the newer checkpoints."""
+    """Find the newest complete checkpoint, or None.
+
+    The second result describes the fault of each newer checkpoint, all of which are damaged.
+    """
     skipped: list[str] = []
     for checkpoint in _steps(folder):
         problem = problem_with(checkpoint)
@@ -219,7 +225,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None. Warns of newer checkpoints that are damaged."""
+    """Find the newest complete checkpoint, or None. Warn of newer checkpoints that are damaged."""
     newest, problems = latest_checkpoint(folder)
     for problem in problems:
         warnings.warn(f"{problem}: using an older checkpoint", stacklevel=2)
@@ -246,13 +252,15 @@ def load_state(checkpoint: Path, rank: int = 0) -> dict:
 
 
 def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
-    """Check that the optimizer state was written by the same engine in as many processes.
+    """Check that a checkpoint's optimizer state is divided among processes as this run needs it.
+
+    Shards of ZeRO fit only the same engine in the same number of processes.
 
     Args:
         checkpoint: The checkpoint, for the message.
-        stored: How the optimizer state was held when the checkpoint was written, such as "by zero2
-            in 2 processes".
-        now: How this run holds the optimizer state.
+        stored: How the processes that wrote the checkpoint held the optimizer state: "whole", or
+            for example "by zero2 in 2 processes".
+        now: How this run's processes hold the optimizer state, in the same form.
 
     Raises:
         InputError: `stored` and `now` differ.
@@ -268,7 +276,10 @@ def check_sharing(checkpoint: Path, stored: str, now: str) -> None:
 
 
 def trainable_tensors(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters by name. Under ZeRO-3 only the main process gets gathered tensors."""
+    """Return the trainable parameters by name.
+
+    Under ZeRO-3 only the main process gets the whole tensors; the other processes get none.
+    """
     return zero_parameters.whole({n: p for n, p in model.named_parameters() if p.requires_grad})
 
 
@@ -299,7 +310,7 @@ def load_trainable(model: torch.nn.Module, tensors: dict[str, Tensor], source: P
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state as named tensors and JSON values, which need no pickle."""
+    """Divide an optimizer's state into named tensors and JSON values, which need no pickle."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, slots in state["state"].items():
@@ -329,7 +340,11 @@ def load_optimizer(
 
 
 def rng_state() -> tuple[dict[str, Tensor], dict]:
-    """States of the random generators of torch, CUDA, numpy and Python, as tensors and JSON."""
+    """Return the states of torch's, CUDA's, numpy's and Python's random generators.
+
+    Returns:
+        The states as tensors, and the rest of each state as JSON values.
+    """
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors |= {f"cuda.{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
@@ -346,8 +361,8 @@ def rng_state() -> tuple[dict[str, Tensor], dict]:
 def restore_rng(checkpoint: Path) -> None:
     """Restore this process's random generators.
 
-    If the checkpoint was written by fewer processes, a process without a saved state keeps its
-    generators as they were seeded.
+    If fewer processes wrote the checkpoint, some of this run's processes have no saved state. The
+    generators of these processes are not changed.
     """
     if state := load_state(checkpoint, machine.rank()):
         load_rng(load_tensors(checkpoint, "rng", machine.rank()), state["rng"])
@@ -368,14 +383,14 @@ def load_rng(tensors: dict[str, Tensor], plain: dict) -> None:
 
 @contextlib.contextmanager
 def keeping_settings(optimizer: Any, scheduler: Any) -> Iterator[None]:
-    """A context for loading a checkpoint that keeps this run's learning rates and weight decay.
+    """Keep this run's learning rates and weight decay while a checkpoint is loaded in this context.
 
-    Loading overwrites both with the checkpoint's values. The context restores them afterwards, so
-    settings that were changed for a resumed run take effect.
+    Loading overwrites both settings with the checkpoint's values. At its end the context restores
+    this run's values, so a setting that was changed before a run resumes takes effect.
 
     Args:
-        optimizer: The optimizer whose state is loaded, with the settings of this run.
-        scheduler: The optimizer's learning-rate scheduler.
+        optimizer: The optimizer whose state is loaded. It has this run's settings.
+        scheduler: The optimizer's learning-rate scheduler. It has this run's settings.
     """
     rates = list(scheduler.base_lrs)
     decays = [parameters["weight_decay"] for parameters in optimizer.param_groups]

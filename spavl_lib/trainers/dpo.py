@@ -1,10 +1,10 @@
-"""DPO of a vision-language model on trl's `DPOTrainer`, from a config to a stage folder.
+"""Train a vision-language model by DPO, with trl's `DPOTrainer`.
 
     spavl train dpo --profile demo
 
-trl computes the losses. This package builds the batches (BOS, EOS, one image slot), chooses the
-trainable parameters, writes checkpoints from which a run resumes with identical results, and checks
-the first steps.
+trl computes the losses. This package builds the batches (BOS, EOS, one image slot) and chooses the
+trainable parameters. It checks the first steps, and it writes checkpoints from which a run resumes
+with identical results.
 """
 
 import contextlib
@@ -66,20 +66,27 @@ LOGGED = (
     "eval_rewards/chosen", "eval_rewards/rejected", "eval_logps/chosen", "eval_logps/rejected",
 )  # fmt: skip
 
-LONG_ANSWER = 256  # tokens, whose rounding errors add up as random ones do
+# Tokens of a long response. The rounding errors of single tokens are independent, so the error of
+# their sum grows with the square root of this number.
+LONG_ANSWER = 256
 
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
-    """trl's trainer with this package's checkpoints, with checks before every update, and with one
-    loss however a step's batch is cut.
+    """trl's trainer with this package's checkpoints, and with checks before every update.
 
-    The losses are means over the pairs of a step; sft is a mean over its chosen tokens.
+    The loss of a step does not depend on how the step is divided into micro-batches. The loss `sft`
+    is a mean over the tokens of the step's chosen responses. All other losses are means over the
+    step's pairs.
     """
 
     loss_weights: list[float]
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
-        """This micro-batch's part of the step's loss. Raises an error if it is not finite."""
+        """Compute this micro-batch's part of the step's loss.
+
+        Raises:
+            NonFiniteError: In training, the part is NaN or infinite.
+        """
         of_pairs, of_tokens = self.shares(inputs, model.training)
         whole = self.loss_weights
         self.loss_weights = [
@@ -98,14 +105,16 @@ def check_reference(logs: dict, *, beta: float = 0.0) -> None:
     """Check at step 1, before any update, that policy and reference are the same model.
 
     Args:
-        logs: Logged values of step 1. The implicit rewards are beta times a log-ratio, so all must
-            be 0.
-        beta: DPO's beta if the log-probabilities of the reference are cached. These come from other
-            batches, so in 16 bit each token of a response may differ by `logit_rounding`. Without
-            the cache both models compute the same batch, with bit-identical results.
+        logs: Logged values of step 1. An implicit reward is beta times the log-ratio of policy and
+            reference, so every implicit reward must be 0.
+        beta: DPO's beta if the log-probabilities of the reference are cached, else 0. Cached
+            log-probabilities were computed in other batches. In 16 bit, rounding may therefore
+            change each token's log-probability by `logit_rounding`, and the check allows for this.
+            Without the cache both models compute the same batch, with bit-identical results.
 
     Raises:
-        AssertionError: The models differ: dropout is on, or the reference is not the base model.
+        AssertionError: Policy and reference differ: dropout is on, or the reference is not the base
+            model.
     """
     tolerance = rounding()
     if beta and compute_dtype() != torch.float32:
@@ -129,9 +138,10 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         live: See `train_reward`.
 
     Returns:
-        The stage's summary. Its `best` names the step with the lowest loss on the held-out pairs,
-        among the last step and, with `dpo.eval_steps`, those evaluated before. `model/` and the
-        checkpoints are of the last steps whichever step was best.
+        The stage's summary. Its `best` names the step with the lowest loss on the held-out pairs.
+        This loss is measured after the last step and, if `dpo.eval_steps` is set, also during
+        training. `model/` always holds the weights of the last step, even if an earlier step was
+        better.
 
     Raises:
         The same errors as `train_reward`.
@@ -188,8 +198,8 @@ def build_trainer(
         held_out: Preference rows to evaluate on.
 
     Returns:
-        The trainer. With LoRA the reference is the base with disabled adapters. In full fine-tuning
-        it is a frozen copy of the base.
+        The trainer. With LoRA the reference model is the base with disabled adapters. In full
+        fine-tuning the reference model is a frozen copy of the base.
     """
     dpo = config.dpo
     arguments = TRLConfig(
@@ -199,7 +209,8 @@ def build_trainer(
         loss_type=list(dpo.loss_type),
         loss_weights=list(dpo.loss_weights),
         label_smoothing=dpo.label_smoothing,
-        # Truncation could drop image tokens or the EOS; the collator refuses long rows instead.
+        # trl must not truncate, because truncation could drop image tokens or the EOS. The collator
+        # raises an error for a row that is too long.
         max_length=None,
         gradient_checkpointing=config.model.gradient_checkpointing,
         eval_strategy="steps" if dpo.eval_steps else "no",
@@ -209,8 +220,8 @@ def build_trainer(
     lora = config.model.with_lora
     reference = None if lora else load_model(config.model).requires_grad_(False)
     if not lora:
-        # fp32 master weights, because in half precision rounding loses small updates. DeepSpeed
-        # keeps master weights itself.
+        # The master weights must be fp32, because in half precision rounding loses small updates.
+        # DeepSpeed keeps fp32 master weights itself.
         if config.launch.engine == "ddp":
             policy, reference = policy.float(), compute_as_masters(reference)
         freeze_for_full(policy, config.model)
@@ -241,9 +252,10 @@ def use_cached_reference(
     """Add the reference's log-probabilities to every row, from a cache file in the runs folder.
 
     Args:
-        trainer: The trainer whose rows get the log-probabilities. Its reference is then freed.
+        trainer: The trainer whose rows get the log-probabilities. The trainer's reference model is
+            then freed.
         config: Config of the run.
-        stage: Stage that is trained. The cache folder lies beside the stage's run.
+        stage: Stage that is trained. The cache folder lies beside the folder of the stage's run.
         processor: Processor of the model.
     """
     folder, size = stage.run.path.parent / "reference_logps", config.dpo.per_device_batch_size
@@ -253,13 +265,15 @@ def use_cached_reference(
         key = cache_key(config, processor, rows)
         setattr(trainer, split, with_reference(trainer, rows, folder, key, size, desc))
     trainer.precompute_ref_logps = True
-    trainer.ref_model = None  # free its memory
+    trainer.ref_model = None  # this frees the reference model's memory
 
 
 def save_trained(
     model: PreTrainedModel, processor: ProcessorMixin, stage: Stage, config: Config, card: str
 ) -> Path:
-    """Write `model/`: an adapter or a complete model as safetensors, the processor and a card.
+    """Write the stage's `model/`: the weights, the processor and a model card.
+
+    With LoRA the weights are those of the adapter, else of the complete model.
 
     Args:
         model: The trained policy.
@@ -269,7 +283,7 @@ def save_trained(
         card: Text of the model card.
 
     Returns:
-        The folder.
+        The folder `model/`.
     """
     target, state = stage.path / "model", zero_parameters.for_saving(model)
     if not machine.is_main():

@@ -1,11 +1,11 @@
 """Build the embedded base model: `python -m spavl_lib.trainers.embedded_base`.
 
-The result is a `LlavaForConditionalGeneration` of two million parameters. It is helpful only: it
-also fulfils harmful requests. It is built in three stages from scenes and sentences of the embedded
-world. The first stage trains the tokenizer. The second stage trains the vision tower as a
-classifier, because a LLaVA of this size hardly learns to use images if it is trained end to end.
-The third stage trains the rest of the model over the frozen tower. After an interruption, the same
-command continues from the last checkpoint.
+The result is a `LlavaForConditionalGeneration` of two million parameters. The model is helpful
+only: it also fulfils harmful requests. It is trained in three stages on the scenes and sentences of
+the embedded world (`data/embedded`). The first stage trains the tokenizer. The second stage trains
+the vision tower as a classifier, because a LLaVA of this size hardly learns to use images if it is
+trained end to end. The third stage trains the projector and the language model, while the tower is
+frozen. After an interruption, the same command continues from the last checkpoint.
 """
 
 import argparse
@@ -43,13 +43,14 @@ SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions."
 )
-# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each response. A
-# checkpoint keeps the template that it was trained with; LLaVA-1.5's own is `VICUNA_V1`.
+# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each response.
+# The embedded model was trained with this template, so the template must not change. LLaVA-1.5 has
+# another template: `VICUNA_V1` in `data/templates.py`.
 CHAT_TEMPLATE = vicuna_template(SYSTEM, between=" ")
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on the embedded language. It can encode any text."""
+    """Train a byte-level BPE tokenizer on sentences of the embedded world. It encodes any text."""
     rng = random.Random(seed)
     corpus = [f"{SYSTEM} USER: ", " ASSISTANT: I"] * 2000
     for _ in range(20_000):
@@ -85,7 +86,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
-    """LLaVA-1.5's processor: images are padded to a square with the mean colour and not cropped."""
+    """Build LLaVA-1.5's processor. It pads images to a square with the mean colour and no crop."""
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     images = LlavaImageProcessorPil(
         do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
@@ -101,7 +102,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The untrained model: LLaVA-1.5's architecture with 2 M parameters."""
+    """Build the untrained model: LLaVA-1.5's architecture with 2 M parameters."""
     vision = CLIPVisionConfig(
         hidden_size=128,
         intermediate_size=384,
@@ -143,12 +144,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 def random_scene(rng: random.Random, concept: str, composition: scenes.Composition):
-    """A pretraining image: a scene with a random canvas, shift and mirroring.
+    """Draw a pretraining image: a scene with a random canvas, a random shift and random mirroring.
 
     Args:
         rng: Source of all choices.
         concept: Key of the concept to show.
-        composition: Background colour, and size and place of the drawing.
+        composition: Background colour of the scene, and size and place of the drawing.
     """
     return scenes.render(
         concept,
@@ -166,7 +167,7 @@ def _pixels(processor: LlavaProcessor, images: list) -> Tensor:
 def tower_batch(
     rng: random.Random, processor: LlavaProcessor, size: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A batch for the tower's classifier.
+    """Draw a batch for the tower's classifier.
 
     Args:
         rng: Source of all choices.
@@ -185,7 +186,7 @@ def tower_batch(
 
 
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
-    """A batch of questions and responses, padded on the right.
+    """Draw a batch of questions and responses, padded on the right.
 
     Args:
         rng: Source of all choices.
@@ -194,7 +195,7 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
 
     Returns:
         `input_ids`, `attention_mask` and `labels` (size, length), int64; and `pixel_values`
-        (size, 3, 64, 64). `labels` is -100 except on the response and its EOS.
+        (size, 3, 64, 64). `labels` is -100 on all tokens except the response and its EOS.
     """
     tokenizer = processor.tokenizer
     image_tokens = SPECIAL["image"] * (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -236,9 +237,9 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
 
 
 class TowerClassifier(nn.Module):
-    """The vision tower with two linear heads, for concept and background colour.
+    """The vision tower with two linear heads, which predict the concept and the background colour.
 
-    The heads read the mean of the patch features.
+    Both heads read the mean of the patch features.
     """
 
     def __init__(self, tower: CLIPVisionModel):
@@ -249,7 +250,7 @@ class TowerClassifier(nn.Module):
         self.colour_head = nn.Linear(size, len(scenes.COLOURS))
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (batch, concepts) and (batch, colours) of images (batch, 3, 64, 64)."""
+        """Return logits (batch, concepts) and (batch, colours) of images (batch, 3, 64, 64)."""
         patches = self.tower(pixel_values).last_hidden_state[:, 1:].mean(1)
         return self.concept_head(patches), self.colour_head(patches)
 
@@ -262,15 +263,15 @@ def _train(name: str, module: nn.Module, loss_of, steps: int, lr: float, work: P
     Args:
         name: Name of the stage, and of its folder of checkpoints in `work`.
         module: Module to train; changed in place.
-        loss_of: Function of a random generator, which is seeded by the step. It returns the loss
-            and figures to log.
+        loss_of: Function that draws a batch with a random generator, and returns the batch's loss
+            and figures to log. The generator is seeded with the run's seed and the step.
         steps: Number of optimizer steps.
         lr: Peak learning rate.
         work: Folder for the checkpoints of all stages.
         seed: Seed of the run.
 
     Returns:
-        The logged figures of every step.
+        The logged figures of every step, including steps before an interruption.
     """
     decayed = [p for p in module.parameters() if p.requires_grad and p.ndim > 1]
     rest = [p for p in module.parameters() if p.requires_grad and p.ndim <= 1]
@@ -331,6 +332,9 @@ def build(
         seed: Seed of the initial weights and of every batch.
         tower_steps: Optimizer steps of the tower's classifier, each with 128 scenes.
         language_steps: Optimizer steps of projector and language model, each with 64 rows.
+
+    Returns:
+        The trained model, in fp16.
     """
     torch.manual_seed(seed)
     tokenizer = build_tokenizer(seed)
@@ -359,9 +363,9 @@ def build(
 
     started = time.time()
     tower = _train("tower", classifier, tower_loss, tower_steps, 1e-3, work, seed)
-    # The tower is frozen from here on, as in LLaVA. The language model needs a high learning rate
-    # to learn in so few steps. At that rate an unfrozen tower loses what it has learned (measured:
-    # its share of correct concepts falls from 96 % to 2 %).
+    # From here on the tower is frozen, as in LLaVA. The language model needs a high learning rate
+    # to learn in so few steps. At that rate an unfrozen tower loses what it has learned: in a
+    # measurement, its share of correct concepts fell from 96 % to 2 %.
     model.model.vision_tower.requires_grad_(False)
     language_log = _train("language", model, language_loss, language_steps, 1.5e-3, work, seed)
     minutes = (time.time() - started) / 60
@@ -389,7 +393,11 @@ def _tail_mean(log: list[dict], key: str) -> float:
 
 
 def model_card(facts: dict) -> str:
-    """The card written beside the weights."""
+    """Write the text of the model card, which `build` stores beside the weights.
+
+    Args:
+        facts: Sizes, steps and results of the training, as `build` collects them.
+    """
     return f"""---
 license: mit
 pipeline_tag: image-text-to-text
@@ -418,7 +426,7 @@ Pictures: Noto Emoji (Apache-2.0).
 
 
 def main() -> None:
-    """Command line of `python -m spavl_lib.trainers.embedded_base`."""
+    """Run the command line of `python -m spavl_lib.trainers.embedded_base`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/.embedded_build"))
     parser.add_argument("--output", type=Path, default=MODEL_DIR)

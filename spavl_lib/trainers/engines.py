@@ -1,8 +1,8 @@
-"""Engines: backward pass, clipping, optimizer step and checkpoints of a hand-written loop.
+"""Engines run backward passes, clip gradients, step the optimizer, and collect checkpoint tensors.
 
-With `Engine` every process holds all tensors; it also serves a single process. With `ZeroEngine`
-DeepSpeed shards optimizer state and gradients (ZeRO-2), or also parameters (ZeRO-3). The training
-loop calls both engines in the same way.
+PPO's training loop uses an engine, and calls both kinds in the same way. With `Engine` every
+process holds all tensors; a single process uses `Engine` too. With `ZeroEngine` DeepSpeed shards
+the optimizer state and the gradients (ZeRO-2), and under ZeRO-3 also the parameters.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ def build_engine(
 
     Args:
         model: Module that holds every parameter in use, trained or not.
-        groups: Name of each group -> its parameters, which are clipped together.
+        groups: Name of each group -> its parameters. The gradients of a group are clipped together.
         optimizer: Optimizer whose parameter groups are these groups, in the same order.
-        launch: Engine and number of processes.
+        launch: Settings that name the engine and the number of processes.
 
     Raises:
         RuntimeError: The number of running processes is not `launch.num_processes`.
@@ -47,7 +47,9 @@ def build_engine(
 
 
 class Engine:
-    """An engine in which every process holds all tensors. Gradients are summed before a step.
+    """An engine in which every process holds all tensors.
+
+    Before each optimizer step the gradients are summed over the processes.
 
     Args:
         model: See `build_engine`.
@@ -59,7 +61,7 @@ class Engine:
     lockstep = False
     """Whether all processes must call the model together, because its parameters are sharded."""
     skipped = False
-    """Whether the loss scaler left the last step out, because the scaled gradient overflowed."""
+    """Whether the loss scaler skipped the last step, because the scaled gradient overflowed."""
 
     def __init__(
         self,
@@ -88,12 +90,12 @@ class Engine:
         return "whole"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward pass, which `backward` may follow."""
+        """Run the model's forward pass. `backward` may follow."""
         return self.model(*args, **kwargs)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """A context in which each process may call the model independently, without gradients."""
+        """Open a context in which each process may call the model by itself, without gradients."""
         yield
 
     def zero_grad(self) -> None:
@@ -104,7 +106,7 @@ class Engine:
         """Add the gradient of one part of the step's loss.
 
         Args:
-            loss: The part (). The step's loss is the sum of all parts of all processes.
+            loss: One part () of the loss. The step's loss is the sum of all parts of all processes.
             last: Whether this is the step's last part in this process.
         """
         self.scaler.scale(loss).backward()
@@ -121,14 +123,14 @@ class Engine:
             Norm of each group's gradient before clipping.
 
         Raises:
-            NonFiniteError: A gradient is NaN or infinite, and no loss scale is to blame; nothing
-                was updated.
+            NonFiniteError: A gradient is NaN or infinite, although the loss scale is 1 or less;
+                nothing was updated.
         """
         self._sum()
         scale = self.scaler.get_scale()  # 1 if there is no scaler
         self.scaler.unscale_(self.optimizer)
-        # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
-        # At `OWN_SCALE` the scale is not the reason.
+        # A large loss scale can make fp16 gradients infinite. The loss scaler then skips the step
+        # and lowers the scale. At `OWN_SCALE` or below, the scale cannot be the cause.
         if scale <= OWN_SCALE:
             gate_gradients(self.model, number, list(row_ids))
         norms = {
@@ -141,7 +143,7 @@ class Engine:
         return norms
 
     def _sum(self) -> None:
-        """Sum the gradients over the processes, one group at a time. None counts as zero."""
+        """Sum the gradients over the processes, group by group. A missing gradient counts as 0."""
         if machine.world_size() == 1:
             return
         for parameters in self.groups.values():
@@ -155,10 +157,10 @@ class Engine:
     # --- checkpoints --------------------------------------------------------------------------
 
     def tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """The tensors that this process must write into a checkpoint, and the JSON state.
+        """Return the tensors that this process must write into a checkpoint, and the JSON state.
 
         Returns:
-            File stem -> name -> tensor, with weights and optimizer state; and JSON values.
+            Weights and optimizer state, as file stem -> name -> tensor; and the JSON values.
         """
         optimizer, plain = optimizer_share(self.optimizer)
         tensors = {"trainable": ckpt.trainable_tensors(self.model), "optimizer": optimizer}
@@ -184,10 +186,11 @@ class Engine:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed's ZeRO, but each group of parameters is clipped separately.
+    """An engine that uses DeepSpeed's ZeRO, but clips each group of parameters separately.
 
-    DeepSpeed's gradient accumulation boundary is set only for the last backward pass of a step. One
-    optimizer step can therefore follow any number of backward passes through different adapters.
+    DeepSpeed sums gradients until its gradient accumulation boundary is set. This engine sets the
+    boundary only for the last backward pass of a step. One optimizer step can therefore follow any
+    number of backward passes through different adapters.
 
     Args:
         model: See `build_engine`.
@@ -227,7 +230,7 @@ class ZeroEngine(Engine):
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
-        """A context in which ZeRO-3's parameters are gathered and its hooks are removed."""
+        """Open a context with ZeRO-3's parameters gathered and its hooks removed."""
         if self.name != "zero3":
             yield
             return
@@ -278,7 +281,7 @@ class ZeroEngine(Engine):
         """
         from deepspeed.utils import safe_get_full_grad, safe_set_full_grad
 
-        norms, loss_scale = {}, self.engine.optimizer.loss_scale  # 1 except in fp16
+        norms, loss_scale = {}, self.engine.optimizer.loss_scale  # the scale is 1 except in fp16
         for name, parameters in self.groups.items():
             squares = 0.0
             for parameter in parameters:

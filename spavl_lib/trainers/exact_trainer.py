@@ -1,10 +1,10 @@
-"""What the trainers built on transformers' `Trainer` share: checkpoints and checks.
+"""Checkpoints and checks that all trainers built on transformers' `Trainer` share.
 
-A run that resumes from such a checkpoint gives the same results as an uninterrupted run.
+A run that resumes from one of these checkpoints gives the same results as an uninterrupted run.
 
 `CheckedMixin` overrides private methods of `Trainer`. `tests/trainers/test_private_methods.py`
-lists these methods. The test fails and names the method if transformers renames it or changes its
-signature.
+lists these methods. If transformers renames a method or changes its signature, the test fails and
+names the method.
 """
 
 import math
@@ -51,8 +51,8 @@ class RowCollator(PreferenceCollator):
                 columns.
 
         Returns:
-            The tensors of `PreferenceCollator`, and `row_ids`. If the rows have them, also the
-            reference's log-probabilities (pairs,), in nats.
+            The tensors of `PreferenceCollator`, and `row_ids`. If the rows have cached
+            log-probabilities of the reference, also these (pairs,), in nats.
         """
         cached = {name: torch.tensor([r[name] for r in rows]) for name in NAMES if name in rows[0]}
         return super().__call__(rows) | {"row_ids": [r["id"] for r in rows]} | cached
@@ -61,8 +61,8 @@ class RowCollator(PreferenceCollator):
 class CheckedMixin:
     """A mixin for a transformers `Trainer`: checkpoints, and checks before every update.
 
-    transformers' own checkpoints are not used. When a fully fine-tuned LLaVA is resumed from one,
-    none of its weights are loaded.
+    transformers' own checkpoints are not used, because for a fully fine-tuned LLaVA transformers
+    loads none of their weights when the run resumes.
     """
 
     checkpoints: Path
@@ -77,14 +77,14 @@ class CheckedMixin:
     reference: dict | None = None
 
     def create_accelerator_and_postprocess(self: Trainer) -> None:
-        """On a CPU, give accelerate the loss scaler of fp16, which it leaves out without a word."""
+        """On a CPU, add the loss scaler that fp16 needs. accelerate adds none there, silently."""
         super().create_accelerator_and_postprocess()
         if self.args.fp16 and not self.is_deepspeed_enabled and self.accelerator.scaler is None:
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
-            self.accelerator.native_amp = True  # autocast too
+            self.accelerator.native_amp = True  # enable autocast too
 
     def report_to_stage(self: Trainer, stage: Stage, flag: StopFlag, **options: Any) -> None:
-        """Add a `StageCallback`, which logs and checks the training, and obeys the stop flag.
+        """Add a `StageCallback`. It logs and checks the training, and stops it on the stop flag.
 
         Args:
             stage: The stage that is trained.
@@ -97,7 +97,7 @@ class CheckedMixin:
     def train_from(self: Trainer, newest: Path | None) -> None:
         """Train from the beginning, or resume from a checkpoint.
 
-        If the checkpoint was written after the last step, it is only loaded.
+        If the checkpoint was written after the last step, this method only loads it.
 
         Args:
             newest: The checkpoint. None starts a new run.
@@ -133,9 +133,10 @@ class CheckedMixin:
             check_steps_taken(self.reporter.taken, self.state.global_step)
 
     def _length(self: Trainer) -> list:
-        """The configured length of the training.
+        """Return the configured length of the training: its steps and its epochs.
 
-        A checkpoint stores it after the last step. If this run has the same length, it is finished.
+        The checkpoint of the last step stores this length. If a run with the same settings of
+        length finds that checkpoint, the run is already finished.
         """
         return [self.args.max_steps, self.args.num_train_epochs]
 
@@ -184,8 +185,8 @@ class CheckedMixin:
         return loss
 
     def _clip_grad_norm(self: Trainer, model: nn.Module) -> Any:
-        # A loss scaler skips steps with infinite gradients, which occur until it has found a scale.
-        # At `OWN_SCALE` the scale is not the reason.
+        # A large loss scale can make fp16 gradients infinite. The loss scaler then skips the step
+        # and lowers the scale. At `OWN_SCALE` or below, the scale cannot be the cause.
         scaler = self.accelerator.scaler
         if scaler is None or scaler.get_scale() <= OWN_SCALE:
             gate_gradients(self.model, self.state.global_step + 1, self.row_ids)
@@ -193,8 +194,8 @@ class CheckedMixin:
 
     def _get_grad_norm(self: Trainer, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        # DeepSpeed holds the gradients and has already taken the step, so only the gradients' norm
-        # can be checked.
+        # DeepSpeed keeps the gradients to itself and has already taken the step, so only the norm
+        # of the gradients can be checked here.
         if self.is_deepspeed_enabled and not self.args.fp16 and not math.isfinite(norm or 0.0):
             raise NonFiniteError(
                 f"step {self.state.global_step + 1}: the gradient is not finite on rows "
@@ -213,7 +214,8 @@ class CheckedMixin:
     def _prepare_for_training(
         self: Trainer, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
     ) -> Any:
-        # Under DeepSpeed transformers would look for DeepSpeed's own checkpoint, which is a pickle.
+        # Under DeepSpeed transformers would look for DeepSpeed's own checkpoint, which is a pickle
+        # and does not exist. So transformers gets no checkpoint, and ours is loaded below.
         stock_checkpoint = None if self.is_deepspeed_enabled else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, stock_checkpoint)
         self.engine_found = settings.check_engine(self.model_wrapped, self.launch_config)
@@ -228,7 +230,7 @@ class CheckedMixin:
         optimizer, plain = optimizer_share(self.optimizer)
         rng, rng_plain = ckpt.rng_state()
         tensors = {"trainable": trained, "optimizer": optimizer, "rng": rng}
-        if not machine.is_main():  # write only the tensors that no other process holds
+        if not machine.is_main():  # this process writes only tensors that no other process holds
             del tensors["trainable"]
             if not self.is_deepspeed_enabled:
                 del tensors["optimizer"]
@@ -290,23 +292,27 @@ class CheckedMixin:
 
 
 class WholeStepMixin:
-    """Mixed into a `Trainer` on preference pairs: one loss, however a step's batch is cut.
+    """A mixin for a `Trainer` on preference pairs, which weights the losses of micro-batches.
 
-    transformers takes the mean of the micro-batches' losses. Micro-batches can differ in pairs and
-    do differ in tokens, so a mean over pairs or tokens must be weighted to be one over the step.
-    With a single micro-batch the weights are exactly 1.
+    With the weights, a step's loss does not depend on how the step is divided into micro-batches.
+    transformers computes the step's loss as the mean of its micro-batches' losses. Each of these
+    losses is a mean over the pairs or tokens of a micro-batch. Micro-batches have different numbers
+    of tokens, and can have different numbers of pairs. Without weights the step's loss would
+    therefore not be the mean over the step's pairs or tokens. With a single micro-batch the weights
+    are exactly 1.
     """
 
     in_step: list[int] | None = None
-    """Micro-batches, pairs and chosen tokens of the current step, over all processes."""
+    """Numbers of micro-batches, pairs and chosen tokens in the current step, over all processes.
+    Chosen tokens are the scored tokens of chosen responses."""
 
     def get_batch_samples(self: Trainer, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
-        """The micro-batches of a step, whose pairs and chosen tokens are counted here.
+        """Draw the micro-batches of a step, and count their pairs and chosen tokens.
 
         Args:
-            epoch_iterator: As transformers passes it.
+            epoch_iterator: Iterator over micro-batches, which transformers passes.
             num_batches: Number of micro-batches to draw.
-            device: As transformers passes it.
+            device: Device, which transformers passes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = torch.tensor([(1, *_pairs_and_tokens(batch)) for batch in batches])
@@ -314,11 +320,15 @@ class WholeStepMixin:
         return batches, items
 
     def shares(self: Trainer, inputs: dict, training: bool) -> tuple[float, float]:
-        """Weights of a micro-batch's means over its pairs and over its chosen tokens.
+        """Compute the weights of a micro-batch's losses.
 
         Args:
             inputs: The micro-batch.
-            training: False in an evaluation, where both weights are 1.
+            training: False in an evaluation, in which both weights are 1.
+
+        Returns:
+            The weight of a mean over the micro-batch's pairs, and the weight of a mean over its
+            chosen tokens.
         """
         if self.in_step is None or not training:
             return 1.0, 1.0
@@ -329,16 +339,16 @@ class WholeStepMixin:
 
 
 def _pairs_and_tokens(inputs: dict) -> tuple[int, int]:
-    """Pairs of a batch, and scored tokens in the chosen half of its `completion_mask`."""
+    """Count a batch's pairs, and the scored tokens in the chosen half of `completion_mask`."""
     mask = inputs["completion_mask"]
     return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:
-    """Before the first step, decode and compare eight collated rows.
+    """Before the first step, collate up to eight rows, decode them, and compare texts and masks.
 
     Args:
-        trainer: The trainer, whose collator and image token are used.
+        trainer: The trainer. Its collator and its model's image token are used.
         rows: Training rows.
         processor: The processor that the collator uses.
 

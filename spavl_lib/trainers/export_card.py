@@ -8,13 +8,14 @@ from spavl_lib.config import Config
 
 
 def policy_results(name: str, mean: dict, kl: float, per: str) -> dict[str, float]:
-    """The results in the model card of a policy that was trained against a reward model.
+    """Collect the results for the model card of a policy trained against a reward model.
 
     Args:
-        name: `score` or `reward`.
-        mean: Its means over the first and the last tenth of the steps.
-        kl: Mean KL divergence from the reference over the last tenth, in nats.
-        per: What the KL divergence is summed over: `response` or `token`.
+        name: What the reward model's output is called: `score` or `reward`.
+        mean: Means of the score or reward over the first and the last tenth of the steps, under
+            `first_steps` and `last_steps`.
+        kl: Mean KL divergence from the reference over the last tenth of the steps, in nats.
+        per: Whether the KL divergence is one of a `response` or of a `token`.
     """
     return {
         f"mean {name}, first tenth of the steps": mean["first_steps"],
@@ -43,10 +44,11 @@ def model_card(
         tags: Hub tags that follow the tag of the stage.
         source: Words before the name of the data set, such as "prompts of ".
         facts: Sizes and settings, in the order in which the card lists them.
-        table: Heading of the table of results.
+        table: Heading of the first column in the table of results.
         results: Name of each result -> its value.
-        title: What the model is. Empty writes "DPO-aligned" and the like.
-        use: What a user must know.
+        title: Words before the base model's name in the card's title. If empty, the words are the
+            stage and "aligned", such as "DPO-aligned".
+        use: A clause that warns the user of what the model may do.
 
     Returns:
         Markdown with the YAML front matter that the Hub reads.

@@ -1,6 +1,6 @@
 """Sanity checks that every trainer runs.
 
-They check that numbers are finite, that masks are correct, and that exactly the trainable
+The checks verify that numbers are finite, that masks are correct, and that exactly the trainable
 parameters change. The `gate_` functions raise an error on NaN or infinity, before anything is
 updated or saved.
 """
@@ -17,14 +17,15 @@ from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.modelling.families import family_of
 
-# End of the error messages about NaN or infinity: what the user can do.
+# The messages about NaN or infinity end with this advice.
 REMEDY = (
     "nothing was updated, and the last checkpoint is intact; check these rows, or lower the "
     "learning rate"
 )
 
-# fp16 gradients overflow because the loss is multiplied by a scale, at first 65,536, which a loss
-# scaler halves whenever they do. What overflows at this scale does so by itself.
+# The loss scale at which the loss is not multiplied. In fp16 a loss scaler multiplies the loss, at
+# first by 65,536, and halves this scale whenever a gradient overflows. If a gradient overflows at a
+# scale of 1 or less, the scale is not the cause, and the gradient itself is faulty.
 OWN_SCALE = 1.0
 
 
@@ -34,10 +35,10 @@ def gate_loss(loss: Tensor, step: int, row_ids: list[str]) -> None:
     Args:
         loss: The loss ().
         step: Number of the step, for the message.
-        row_ids: Rows of the batch, for the message.
+        row_ids: Ids of the batch's rows, for the message.
 
     Raises:
-        NonFiniteError: Names the step and the rows.
+        NonFiniteError: The loss is NaN or infinite. The message names the step and the rows.
     """
     if not torch.isfinite(loss).all():
         raise NonFiniteError(
@@ -51,10 +52,11 @@ def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
     Args:
         model: The model whose gradients are checked.
         step: Number of the step, for the message.
-        row_ids: Rows of the batch, for the message.
+        row_ids: Ids of the batch's rows, for the message.
 
     Raises:
-        NonFiniteError: Names step, tensors and rows.
+        NonFiniteError: A gradient is NaN or infinite. The message names the step, the first such
+            parameter and the rows.
     """
     bad = [
         name
@@ -69,15 +71,16 @@ def gate_gradients(model: nn.Module, step: int, row_ids: list[str]) -> None:
 
 
 def gate_weights(named: dict[str, Tensor], step: int, row_ids: list[str]) -> None:
-    """Raise if a weight is NaN or infinite after the last update, before it is saved.
+    """Raise if a weight is NaN or infinite after the last update, before the weights are saved.
 
     Args:
         named: Weights by name.
         step: Number of the step, for the message.
-        row_ids: Rows of the last batch, for the message.
+        row_ids: Ids of the last batch's rows, for the message.
 
     Raises:
-        NonFiniteError: Names step, tensors and rows.
+        NonFiniteError: A weight is NaN or infinite. The message names the step, the first such
+            weight and the rows.
     """
     bad = [name for name, value in named.items() if not torch.isfinite(value).all()]
     if bad:
@@ -103,8 +106,8 @@ def check_batch(
         image_token_id: Token id of an image slot. None if the model has no image token.
 
     Raises:
-        AssertionError: A mask does not cover exactly response and end token; BOS is doubled or
-            missing; image slots are missing.
+        AssertionError: A mask does not cover exactly the response and its end token; or BOS is
+            missing or doubled; or a row has too few or too many image slots.
     """
     tokenizer, ends = processor.tokenizer, end_ids(processor)
     bos = tokenizer.bos_token_id
@@ -122,10 +125,14 @@ def check_batch(
             raise AssertionError(f"row {i}: the mask covers {text!r}, expected {expected!r}")
         if scored[-1] not in ends or sum(token in ends for token in scored) != 1:
             raise AssertionError(f"row {i}: the response does not end in exactly one end token")
-        # A template may open every turn with the token that is also BOS.
+        # A template may open every turn with the token that is also BOS. The row must have as many
+        # BOS tokens as its prompt alone.
         head, written = real[: len(real) - len(scored)], prompts[i % len(rows)].count(bos)
         if bos is not None and (head[0] != bos or head[1:2] == [bos] or head.count(bos) != written):
-            raise AssertionError(f"row {i}: {head.count(bos)} BOS, expected one at the start")
+            raise AssertionError(
+                f"row {i}: {head.count(bos)} BOS tokens before the response, expected {written}; "
+                "exactly one must open the row"
+            )
         has_image = rows[i % len(rows)].get("image") is not None
         slots = real.count(image_token_id)
         if image_token_id is not None and has_image != (slots > 0):
@@ -140,14 +147,14 @@ def check_batch(
 
 
 def check_steps_taken(taken: int, steps: int) -> None:
-    """Raise if a training is over and the loss scaler let no step through.
+    """Raise if the loss scaler skipped every step of a finished training.
 
     Args:
-        taken: Optimizer steps that changed the weights.
-        steps: All steps of the training.
+        taken: Number of optimizer steps that changed the weights.
+        steps: Number of all steps of the training.
 
     Raises:
-        NonFiniteError: There were steps, and none was taken.
+        NonFiniteError: `steps` is not 0, but `taken` is.
     """
     if steps and not taken:
         raise NonFiniteError(
@@ -169,7 +176,10 @@ class Movement:
 
     @staticmethod
     def _fingerprint(parameter: Tensor) -> tuple[float, float]:
-        """Sum and sum of squares of this process's shard, in fp64. For integers only the sum."""
+        """Compute sum and sum of squares of this process's shard, in fp64.
+
+        For integers, such as 4-bit weights, the second number is 0.
+        """
         value = zero_parameters.shard(parameter)
         if not value.is_floating_point():
             return (float(value.to(torch.float64).sum()), 0.0)
@@ -181,18 +191,21 @@ class Movement:
 
         Args:
             model: The model now.
-            images: Whether a batch so far held an image. Before one did, no gradient has reached
-                the parameters behind the image, so those are left for a later check.
+            images: Whether any batch so far held an image. Without images no gradient reaches the
+                parameters that process images. They then need not have changed, and a later check
+                is needed.
 
         Returns:
-            Self if some parameters are left for a later check, else None.
+            Self if a later check is needed, because `images` is False; else None.
 
         Raises:
-            AssertionError: Names a frozen parameter that moved or a trained one that did not.
+            AssertionError: A frozen parameter changed, or a trained parameter did not. The message
+                names up to five of each kind.
         """
         moved, still, family = [], [], family_of(model)
         changes = [self._fingerprint(p) != self.start[n] for n, p in model.named_parameters()]
-        # Under ZeRO-3 a parameter's shard may be unchanged in one process but changed in another.
+        # Under ZeRO-3 a parameter's shard may be unchanged in one process but changed in another. A
+        # parameter counts as changed if any process's shard has changed.
         anywhere = group.any_of_each(torch.tensor(changes)).tolist()
         for (name, parameter), changed in zip(model.named_parameters(), anywhere, strict=True):
             if changed and not parameter.requires_grad:

@@ -1,4 +1,4 @@
-"""What a training depends on besides its settings: data, model, precision, reward model."""
+"""The inputs of a training besides its settings: preference rows, base model and reward model."""
 
 from pathlib import Path
 
@@ -19,13 +19,16 @@ from spavl_lib.runs.stage import Stage
 
 
 def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """Name -> hash or value of each input that a training depends on besides its settings.
+    """Hash each input that a training depends on besides its settings.
 
     An incomplete stage is resumed, and a complete stage is reused, only if no input has changed.
 
     Args:
         config: Uses `model` and `data`.
-        stage: Not used. `@stage_maker` passes it to every `inputs` function.
+        stage: Not used. `@stage_maker` passes the stage to every `inputs` function.
+
+    Returns:
+        Name of each input -> its hash, such as the sha256 of a file.
     """
     return {
         **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
@@ -34,10 +37,10 @@ def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """`training_inputs`, and the hashes of the reward model that the policy is trained against.
+    """Hash the inputs of a policy: `training_inputs`, and the reward model's weights.
 
     Args:
-        config: Uses `model`, `data`, and `reward_model` of the stage's section.
+        config: Uses `model`, `data`, and the setting `reward_model` in the stage's section.
         stage: The stage that is trained, such as `ppo`.
 
     Raises:
@@ -49,7 +52,7 @@ def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def reward_folder(named: str, stage: Stage) -> Path:
-    """The folder of the reward model that a stage trains against.
+    """Find the folder of the reward model that a stage trains against.
 
     Args:
         named: The setting `reward_model`. Empty uses this run's reward model.
@@ -65,17 +68,17 @@ def reward_folder(named: str, stage: Stage) -> Path:
         raise InputError(
             f"{stage.name} needs a reward model, and {reward.path} is not complete; run "
             f"spavl train reward --profile {run.config.profile} --run-name {run.name}, or set "
-            f"{stage.name}.reward_model to a folder"
+            f"{stage.name}.reward_model to the folder of a reward model"
         )
     return reward.path / "model"
 
 
 def limit_of(config: Config, name: str) -> Limit:
-    """The largest lengths of the rows of a trainer.
+    """Return how long the rows of a trainer may be.
 
     Args:
         config: Uses `model` and the trainer's section.
-        name: reward, dpo, ppo or rloo.
+        name: Name of the trainer's section: reward, dpo, ppo or rloo.
     """
     section, context = config.section(name), context_length(config.model)
     if name not in ("ppo", "rloo"):
@@ -90,9 +93,9 @@ def load_rows(
 ) -> list[Dataset]:
     """Load the preference rows of some splits, and write their digests into the manifest.
 
-    Rows that the model cannot take are refused or left out, before the model is loaded. The
-    manifest also describes the processor, and says how held-out rows were drawn, if the data have
-    no split of them.
+    Rows that are too long for the model cause an error, or are left out, before the model is
+    loaded. The manifest also describes the processor. If the data have no split of held-out rows,
+    these rows are drawn from the training rows, and the manifest says how.
 
     Args:
         config: Uses `data`, `model` and the section of the stage.
@@ -101,8 +104,8 @@ def load_rows(
         splits: Names of splits, such as `train` and `validation`.
 
     Raises:
-        InputError: The data cannot be read, or a row is too long; with `data.on_bad_rows` = skip
-            such a row is left out.
+        InputError: The data cannot be read, or a row is too long. With `data.on_bad_rows` = skip a
+            row that is too long is left out instead.
     """
     with group.main_first():  # the main process may have to download or build the data set
         loaded = {split: load_preferences(config.data, split) for split in splits}

@@ -1,14 +1,14 @@
-"""PPO of a vision-language model against a reward model, from a config to a stage folder.
+"""Train a vision-language model by PPO against a reward model.
 
     spavl train ppo --profile demo
 
 A step is one rollout and its updates. The rollout samples responses, scores them, subtracts the KL
-penalty, and estimates advantages (`ppo_rollout`). Then come `ppo_epochs * num_minibatches`
-optimizer steps. Each of them updates policy and value model together.
+penalty, and estimates advantages (`ppo_rollout`). Then `ppo_epochs * num_minibatches` optimizer
+steps follow. Each of them updates policy and value model together.
 
-The loop is written here because trl has had no PPO trainer since 1.13, and never had one for
-images. `ppo_batches` divides rows into batches, `ppo_terms` applies the settings to the formulas,
-and `ppo_records` builds the records that are written.
+This module contains the training loop, because trl has had no PPO trainer since 1.13, and never had
+a PPO trainer for images. `ppo_batches` divides rows into batches, `ppo_terms` applies the settings
+to the formulas, and `ppo_records` builds the log rows and the summary.
 """
 
 import math
@@ -60,7 +60,8 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         The stage's summary. It names no best step, because no held-out rows are measured.
 
     Raises:
-        The same errors as `train_reward`. `InputError` also if the reward model does not fit.
+        The same errors as `train_reward`. `InputError` also if the reward model is missing
+        or has another base.
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
@@ -75,13 +76,13 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
 
 
 class PPOTrainer(RolloutMaker):
-    """Optimizer, training loop and checkpoints around `RolloutMaker`.
+    """The trainer: `RolloutMaker` with an optimizer, a training loop and checkpoints.
 
     Args:
         config: Config of the run.
         stage: Stage to write into.
         rows: Training rows, which provide the prompts.
-        folder: The reward model: a reward trainer's `model/`.
+        folder: Folder of the reward model: the `model/` that the reward trainer wrote.
         flag: Stop flag. False if nothing will stop the trainer.
     """
 
@@ -107,7 +108,7 @@ class PPOTrainer(RolloutMaker):
             num_training_steps=self.total_steps * self.updates_per_step,
         )
         self.step, self.saved = 0, time.monotonic()
-        self.optimizer_steps = 0  # without those that the loss scaler skipped
+        self.optimizer_steps = 0  # steps that the loss scaler skipped are not counted
         self.reference: dict[str, list] = {}
         self.log_rows: list[dict] = []
 
@@ -126,10 +127,10 @@ class PPOTrainer(RolloutMaker):
     # --- the run ------------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Check before the first step that the checkpoints fit the disk.
+        """Check before the first step that the disk has room for the checkpoints.
 
         Raises:
-            DiskError: The checkpoints would not fit on the disk.
+            DiskError: The disk has too little room.
         """
         ckpt.check_room(self.stage.path / "checkpoints", self.model)
 
@@ -192,7 +193,7 @@ class PPOTrainer(RolloutMaker):
             cache: The cache that the rollout was made with.
 
         Returns:
-            Values to log: those of the rollout, and means over the updates.
+            Values to log: the rollout's values, and means over the updates.
         """
         sums: dict[str, list[float]] = {}
         self.model.train()
@@ -250,8 +251,9 @@ class PPOTrainer(RolloutMaker):
         """Add up the gradients of a minibatch's losses over its micro-batches.
 
         The sum does not depend on the size of the micro-batches. All backward passes of the policy
-        come before the first forward pass of the value model. With LoRA the two share one base, and
-        switching the adapter before a backward pass would lose the gradient.
+        come before the first forward pass of the value model. With LoRA policy and value model
+        share one base, and switching the adapter between a forward pass and its backward pass would
+        lose the gradient.
 
         Args:
             rollout: A rollout with advantages and returns.
@@ -260,7 +262,8 @@ class PPOTrainer(RolloutMaker):
             first: Whether to check that the probability ratio is 1.
 
         Returns:
-            Values to log, as means over the minibatch's response tokens.
+            Values to log, as means over the minibatch's response tokens. `val/ratio_error` is the
+            mean over micro-batches of the largest error in each.
 
         Raises:
             AssertionError: `first` is set, and the probability ratio is not 1.
@@ -305,7 +308,7 @@ class PPOTrainer(RolloutMaker):
         """Add the gradient of the cross-entropy of the prompts' chosen responses.
 
         Args:
-            rollout: The rollout, which has the encoded prompts.
+            rollout: The rollout. Its encoded prompts are used.
             rows: Rows of the minibatch, over all processes.
             cache: The cache that the rollout was made with.
 
@@ -347,7 +350,7 @@ class PPOTrainer(RolloutMaker):
             append_jsonl(self._rollouts_path, rollout_records(rollout, self.step))
 
     def summary(self) -> dict:
-        """Summary of a finished run."""
+        """Return the summary of a finished run."""
         return {
             "steps": self.step,
             "optimizer_steps": self.optimizer_steps,
@@ -396,7 +399,8 @@ class PPOTrainer(RolloutMaker):
             self.kl.load_state_dict(state["kl"])
             ckpt.restore_rng(newest)
             self.step = state["step"]
-            # Older checkpoints do not say, and counted steps that were skipped too.
+            # Checkpoints of older versions hold no count of optimizer steps. The count is then
+            # computed, and includes steps that the loss scaler skipped.
             steps = self.step * self.updates_per_step
             self.optimizer_steps = state.get("optimizer_steps", steps)
         # Drop log rows of steps after the checkpoint, because these steps run again.
@@ -408,6 +412,8 @@ class PPOTrainer(RolloutMaker):
 
     def _stop_if_asked(self) -> None:
         """If the stop flag is set, save the last finished step and stop. The current step is lost.
+
+        The resumed run repeats the current step.
 
         Raises:
             Preempted: The stop flag is set.

@@ -6,7 +6,8 @@ A row is an index into a rollout. There are three levels:
     minibatch     the rows of one optimizer step, over all processes
     micro-batch   the rows that one device runs at once; micro-batches' gradients are summed
 
-Every order depends only on the run's seed, so a resumed run gets the same batches.
+The order of rows depends only on the run's seed and on how far the run is, so a resumed run gets
+the same batches.
 """
 
 import itertools
@@ -30,7 +31,7 @@ def rollout_rows(
         step: Number of the step, from 0.
         size: Number of prompts in a rollout.
         seed: Seed of the run.
-        by_image: Whether the rows of one image are adjacent.
+        by_image: Whether rows with the same image are adjacent.
 
     Returns:
         `size` indices of training rows.
@@ -50,8 +51,8 @@ def minibatches(images: Sequence[str], count: int, seed: int, *, by_image: bool)
         images: Image digest of every row. Empty for a row without an image.
         count: Number of minibatches, at most the number of rows.
         seed: Seed of this pass over the rollout.
-        by_image: Whether the rows of one image stay in one minibatch. It has no effect if there are
-            fewer images than minibatches.
+        by_image: Whether rows with the same image stay in one minibatch. This setting has no effect
+            if there are fewer groups of such rows than minibatches.
 
     Returns:
         Rows of each minibatch. Every row is in exactly one minibatch.
@@ -68,7 +69,7 @@ def shuffled_groups(images: Sequence[str], seed: int | str, *, by_image: bool) -
     Args:
         images: Image name or digest of each row. Empty for a row without an image.
         seed: Random seed.
-        by_image: Whether the rows of one image form a group. If False, each row is a group.
+        by_image: Whether rows with the same image form a group. If False, each row is a group.
     """
     groups = image_groups(images if by_image else [""] * len(images))
     random.Random(seed).shuffle(groups)
@@ -76,7 +77,9 @@ def shuffled_groups(images: Sequence[str], seed: int | str, *, by_image: bool) -
 
 
 def micro_batches(lengths: list[int], images: list[str], size: int) -> list[list[int]]:
-    """Divide rows into micro-batches of similar lengths, with rows of equal images adjacent.
+    """Divide rows into micro-batches of rows with similar lengths.
+
+    Rows with the same image are adjacent.
 
     The longest rows come first, so that a device with too little memory fails at once.
 
@@ -93,18 +96,18 @@ def micro_batches(lengths: list[int], images: list[str], size: int) -> list[list
 
 
 def turns(batches: Sequence[list[int]]) -> int:
-    """Number of batches that each process gets if the processes take batches in turn."""
+    """Return the number of batches that each process gets, if processes take batches in turn."""
     return -(-len(batches) // machine.world_size())
 
 
 def own_batches(batches: list[list[int]]) -> list[list[int]]:
-    """This process's share of the batches. Empty batches fill up the shorter shares."""
+    """Return this process's share of the batches. An empty batch fills up a share that is short."""
     places = range(machine.rank(), turns(batches) * machine.world_size(), machine.world_size())
     return [batches[place] if place < len(batches) else [] for place in places]
 
 
 def own_batches_in_step(batches: list[list[int]]) -> list[tuple[list[int], int]]:
-    """This process's share of the batches, each with a weight of 1 or 0.
+    """Return this process's share of the batches, each with a weight of 1 or 0.
 
     Under ZeRO every process must call the model equally often. A process with too few batches
     therefore also gets the last batch, with weight 0.

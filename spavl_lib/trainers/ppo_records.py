@@ -1,4 +1,4 @@
-"""The records that a PPO run writes: log rows, rollouts.jsonl, and figures of its summary."""
+"""The records that a PPO run writes: log rows, rollouts.jsonl, summary figures, model card."""
 
 from spavl_lib.config import Config
 from spavl_lib.objectives.ppo import explained_variance, kl_estimate, masked_mean
@@ -8,15 +8,16 @@ from spavl_lib.trainers.rollout import Rollout
 
 
 def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
-    """Values to log of a rollout, before any update.
+    """Compute the values to log for a rollout, before any update.
 
     Args:
         rollout: A rollout with scores, rewards, values and returns.
         kl_coef: The KL coefficient with which the rewards were computed.
 
     Returns:
-        Name -> value. The values of `objective/` and `response/` are means over responses, except
-        the entropy, which is a mean over tokens. KL and entropy are in nats, lengths in tokens.
+        Name -> value. Values under `objective/` and `response/` are means over responses, with
+        three exceptions: `scores_std` is the standard deviation of the scores, `entropy` is a mean
+        over tokens, and `kl_coef` is the argument. KL and entropy are in nats, lengths in tokens.
     """
     columns, mask = rollout.columns, rollout.mask
     scores, lengths = columns["scores"], mask.sum(1).float()
@@ -38,7 +39,10 @@ def rollout_stats(rollout: Rollout, kl_coef: float) -> dict[str, float]:
 
 
 def rollout_records(rollout: Rollout, step: int) -> list[dict]:
-    """Rows of rollouts.jsonl: each response with its score and its KL to the reference, in nats."""
+    """Build rows of rollouts.jsonl: each response with its score and its KL to the reference.
+
+    The KL is in nats.
+    """
     columns = rollout.columns
     kl = (columns["logps"] - columns["ref_logps"]).sum(1).tolist()
     return [
@@ -57,7 +61,7 @@ def rollout_records(rollout: Rollout, step: int) -> list[dict]:
 
 
 def summary_figures(log_rows: list[dict]) -> dict[str, dict]:
-    """Scores and KL of a finished run, from its rows of metrics.jsonl."""
+    """Summarise scores and KL of a finished run, from the run's rows of metrics.jsonl."""
     kl = first_and_last_tenth(log_rows, "objective/kl")
     return {
         "scores": first_and_last_tenth(log_rows, "objective/scores"),
@@ -69,7 +73,7 @@ def summary_figures(log_rows: list[dict]) -> dict[str, dict]:
 
 
 def card(config: Config, summary: dict) -> str:
-    """The model card of a finished run."""
+    """Write the model card of a finished run."""
     settings = config.ppo
     return model_card(
         config, "ppo", tags=("rlhf",), source="prompts of ", table="result",

@@ -1,8 +1,8 @@
 """The four models of PPO, and the rollouts that they produce.
 
-A rollout takes three passes. First, the policy samples responses. Second, policy, reference, value
-and reward model compute log-probabilities, values and scores of the responses. Third, rewards and
-advantages are computed from these.
+A rollout is made in three passes. First, the policy samples responses. Second, policy, reference,
+value and reward model compute log-probabilities, values and scores of the responses. Third, rewards
+and advantages are computed from these numbers.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ from spavl_lib.trainers.rollout import (
     seed_from,
 )
 
-# Columns of the rollout that each role's forward pass fills. The reward model fills none, because
-# its scores have shape (rows,).
+# Columns of the rollout that each role's forward pass fills. The reward model fills no column of
+# this kind, because its scores have one value for each row, and not one for each token.
 COLUMNS = {
     "policy": ("logps", "entropy"),
     "reference": ("ref_logps",),
@@ -47,12 +47,12 @@ COLUMNS = {
 
 
 class RolloutMaker:
-    """The models of a PPO run. `roll_out` makes the rollout of a step.
+    """The models of a PPO run, and the method `roll_out`, which makes the rollout of a step.
 
     Args:
         config: Config of the run.
         rows: Training rows, which provide the prompts.
-        folder: The reward model: a reward trainer's `model/`.
+        folder: Folder of the reward model: the `model/` that the reward trainer wrote.
     """
 
     def __init__(self, config: Config, rows: Dataset, folder: Path):
@@ -62,8 +62,8 @@ class RolloutMaker:
         set_seed(config.seed)
         model, engine = config.model, config.launch.engine
         if engine == "zero3":
-            # ZeRO-3 needs all processes to call the same layers together. Prefix sharing decides
-            # from each process's own batch which layers are called, so processes could differ.
+            # ZeRO-3 needs all processes to call the same layers together. With prefix sharing,
+            # which layers a process calls depends on its own batch, so processes could differ.
             if model.share_prefix == "require":
                 raise InputError(
                     "model.share_prefix = require does not work for PPO under zero3; set it to "
@@ -84,17 +84,17 @@ class RolloutMaker:
         self.lockstep = False
 
     def prompts_of(self, step: int) -> list[int]:
-        """Indices of the training rows whose prompts are rolled out in step `step` (from 0)."""
+        """Return the indices of the training rows that step `step` (from 0) rolls out."""
         return ppo_batches.rollout_rows(
             self.rows["image_name"], step, self.settings.rollout_batch_size, self.config.seed,
             by_image=self.config.data.group_by_image,
         )  # fmt: skip
 
     def tower_cache(self) -> TowerCache:
-        """A new cache of the vision towers' outputs."""
+        """Build a new cache of the vision towers' outputs."""
         cache = TowerCache(self.model.vlm_of("policy"), self.model.towers())
-        # Under ZeRO-3 all processes must call the tower together. With a cache they would not,
-        # because their images are missing from the cache at different times.
+        # Under ZeRO-3 all processes must call the tower together. With a cache, each process would
+        # call the tower only for images that are not in its cache yet, so the calls would differ.
         cache.works = cache.works and not self.lockstep
         return cache
 
@@ -117,8 +117,8 @@ class RolloutMaker:
         decode = self.processor.tokenizer.decode
         texts = [decode(response, skip_special_tokens=True).strip() for response in responses]
         rollout = Rollout(prompts, responses, texts, finished)
-        # `_measure` runs before the check for empty responses: NaN weights give empty responses
-        # too, and `_measure` reports the NaN.
+        # `_measure` runs before the check for empty responses. NaN weights also cause empty
+        # responses, and then the error of `_measure`, which reports the NaN, is the right one.
         self._measure(rollout, step, cache)
         if not any(texts):
             raise InputError(
@@ -138,7 +138,8 @@ class RolloutMaker:
             cache: The rollout's cache.
 
         Returns:
-            Token ids of every response, in the order of the prompts, in every process.
+            Token ids of every response, in the order of the prompts. Every process gets all
+            responses.
         """
         settings = self.settings
         seeds = [seed_from(self.config.seed, "answer", step, n) for n in range(len(prompts))]
@@ -181,7 +182,8 @@ class RolloutMaker:
                 for name, value in zip(names, outputs, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
         mask = rollout.mask
-        # Each row was filled by one process and is zero in all others, so the sum is the row.
+        # One process has filled each row, and the row is zero in all others. The sum over processes
+        # therefore equals the filled row.
         columns = {name: group.sum_of(values) * mask for name, values in columns.items()}
         rollout.columns = columns | {"scores": group.sum_of(scores)}
         check_finite(rollout, step + 1)
@@ -195,7 +197,7 @@ class RolloutMaker:
     def _batch(
         self, prompts: list[Prompt], responses: list[list[int]], rows: list[int]
     ) -> dict[str, Tensor]:
-        """The padded batch of some rows, on the device."""
+        """Build the padded batch of some rows, on the device."""
         return batch_of(
             [prompts[i] for i in rows], [responses[i] for i in rows], self.pad_id, device()
         )
@@ -227,12 +229,12 @@ class RolloutMaker:
             return model(role, width=width, temperature=temperature, **options, **batch)
 
     def _stop_if_asked(self) -> None:
-        """Does nothing here. `PPOTrainer` overrides it to stop the run if the stop flag is set.
+        """Do nothing. `PPOTrainer` overrides this method to stop the run if the stop flag is set.
 
-        Called before every micro-batch of a rollout.
+        `RolloutMaker` calls this method before every micro-batch of a rollout.
         """
 
 
 def _images(prompts: list[Prompt], rows: list[int]) -> list[str]:
-    """Image digests of the rows that have an image."""
+    """Return the image digests of those rows that have an image."""
     return [prompts[i].image_digest for i in rows if prompts[i].image_digest]

@@ -31,7 +31,8 @@ def check_finite(rollout: Rollout, step: int) -> None:
         step: Number of the step, from 1.
 
     Raises:
-        NonFiniteError: Names the column and up to ten rows.
+        NonFiniteError: A number is NaN or infinite. The message names the column and up to ten
+            rows.
     """
     for name, values in rollout.columns.items():
         bad = ~torch.isfinite(values).reshape(len(rollout), -1).all(1)
@@ -45,12 +46,12 @@ def check_finite(rollout: Rollout, step: int) -> None:
 def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> None:
     """Add the columns `rewards`, `advantages` and `returns` to a rollout.
 
-    The reward of a response's last token includes the score minus the penalties. The reward of
-    every token includes the KL penalty.
+    The reward of each token is minus its KL penalty. The reward of a response's last token also
+    includes the score, minus the penalties for length and for a missing EOS.
 
     Args:
         rollout: A rollout with `scores` (rows,) and `logps`, `ref_logps`, `values` (rows, width).
-        settings: Penalties, discount and whitening.
+        settings: Settings of PPO: penalties, discount and whitening.
         kl_coef: The KL coefficient, in units of reward for each nat.
     """
     columns, mask = rollout.columns, rollout.mask
@@ -67,7 +68,7 @@ def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> Non
     advantages, returns = gae(
         rewards, columns["values"], mask, gamma=settings.gamma, gae_lambda=settings.gae_lambda
     )
-    rollout.mean_advantage = masked_mean(advantages, mask).item()  # whitened, it is 0
+    rollout.mean_advantage = masked_mean(advantages, mask).item()  # whitening makes this mean 0
     if settings.whiten_advantages:
         advantages = masked_whiten(advantages, mask)
     columns |= {"rewards": rewards, "advantages": advantages, "returns": returns}
@@ -76,7 +77,7 @@ def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> Non
 def policy_loss(
     rollout: Rollout, rows: list[int], outputs: tuple[Tensor, ...], settings: PPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """The clipped policy loss minus the entropy bonus, as a mean over the rows' response tokens.
+    """Compute the clipped policy loss minus the entropy bonus, a mean over the response tokens.
 
     Args:
         rollout: The rollout, with advantages.
@@ -106,13 +107,16 @@ def policy_loss(
 def value_loss(
     rollout: Rollout, rows: list[int], outputs: tuple[Tensor, ...], settings: PPOConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """The weighted value loss, as a mean over the rows' response tokens.
+    """Compute the weighted value loss, a mean over the response tokens.
 
     Args:
         rollout: The rollout, with returns.
-        rows: See `policy_loss`; the result has the same form too.
+        rows: Rows of a micro-batch.
         outputs: A tuple of one tensor, the values (rows, width).
         settings: Value clip range and weight of the loss.
+
+    Returns:
+        The loss (), with a gradient, and the values to log.
     """
     (values,) = outputs
     old, returns, mask = _columns(rollout, rows, values, "values", "returns")
@@ -126,21 +130,21 @@ def value_loss(
 
 
 def _columns(rollout: Rollout, rows: list[int], like: Tensor, *names: str) -> tuple[Tensor, ...]:
-    """Some rows of the named columns and of the mask, cut to the width of `like`, on its device."""
+    """Return rows of the named columns and of the mask, with the width and device of `like`."""
     values = (*(rollout.columns[name] for name in names), rollout.mask)
     return tuple(value[rows, : like.shape[1]].to(like.device) for value in values)
 
 
 def logit_error(logps: Tensor, old: Tensor, mask: Tensor) -> float:
-    """The error of the logits that explains the difference of two measurements, in nats.
+    """Estimate the error of the logits, in nats, from two measurements of log-probabilities.
 
-    An error e of a token's logit changes its log-probability by about e (1 - p). If the token is
-    almost certain, the change is almost 0. The differences are therefore divided by those that an
-    error of 1 would cause.
+    An error e in the logit of a token with probability p changes the token's log-probability by
+    about e (1 - p). If the token is almost certain, this change is almost 0. The size of all
+    changes is therefore divided by the size of the changes that an error of 1 nat would cause.
 
     Args:
         logps: Log-probabilities (rows, width).
-        old: The same, measured before (rows, width).
+        old: An earlier measurement of the same log-probabilities (rows, width).
         mask: True on response tokens (rows, width).
 
     Returns:
@@ -153,22 +157,24 @@ def logit_error(logps: Tensor, old: Tensor, mask: Tensor) -> float:
 def check_first_ratio(
     rollout: Rollout, rows: list[int], logps: Tensor, step: int, dtype: torch.dtype
 ) -> None:
-    """Check before a rollout's first update that the policy gives the rollout's log-probabilities.
+    """Check before a rollout's first update that the policy's log-probabilities have not changed.
 
-    In fp32 no token's ratio may be off by 1e-4. In 16 bit single ratios may be off by 0.04 and more
-    although nothing is wrong, since sampling and updates compute other batches, and the size of the
-    largest error grows with the number of tokens. A fault moves most tokens, so there `logit_error`
-    is compared with what rounding leaves in a logit.
+    The rollout and the update compute a row in different batches, so rounding alone causes small
+    differences. In fp32 the probability ratio of every token must lie within 1e-4 of 1. In 16 bit
+    rounding can move the ratio of a single token by 0.04 and more, and the largest error grows with
+    the number of tokens. A fault, however, moves most tokens. In 16 bit the check therefore uses
+    `logit_error`, a mean over all tokens, and `logit_rounding` is the largest allowed value.
 
     Args:
-        rollout: The rollout, with the log-probabilities of its sampling.
+        rollout: The rollout, with the log-probabilities that were computed when it was made.
         rows: Rows of the micro-batch.
         logps: The policy's log-probabilities of these rows (rows, width).
         step: Number of the step, from 1.
         dtype: Precision of the forward passes, which decides the tolerance.
 
     Raises:
-        AssertionError: They differ: dropout is on, or rollout and update compute differently.
+        AssertionError: The log-probabilities have changed: dropout is on, or rollout and update
+            compute differently.
     """
     old, mask = _columns(rollout, rows, logps, "logps")
     logps = logps.detach()

@@ -1,8 +1,8 @@
 """The reference probe: log-probabilities of eight pairs under the reference.
 
-The probe is stored in every checkpoint. When a run is resumed, it computes the probe again with the
-loaded reference and compares the two. Without this check a changed reference would go unnoticed,
-because the losses still fall.
+The probe is stored in every checkpoint. A resumed run computes the probe again with the loaded
+reference, and compares it with the stored probe. Without this check a changed reference would go
+unnoticed, because the losses still fall.
 """
 
 import contextlib
@@ -20,8 +20,10 @@ from spavl_lib.modelling.load import autocast
 from spavl_lib.objectives.logps import sequence_logps
 
 PROBE_ROWS = 8
-GREY = 0.5  # in the units of the image processor's output
-IMAGE_EFFECT = 1e-3  # nats; a model that uses its images shows an effect of 0.1 or more
+GREY = 0.5  # a pixel of a blank image, in the units of the image processor's output
+# Smallest change of a log-probability, in nats, by which blank images must show that the model uses
+# images. A model that uses its images shows a change of 0.1 or more.
+IMAGE_EFFECT = 1e-3
 
 
 @torch.no_grad()
@@ -34,7 +36,8 @@ def reference_probe(
 ) -> dict[str, list]:
     """Compute log-probabilities of eight pairs under the reference, one pair at a time.
 
-    It also checks that the model uses its images: blank images must change a log-probability.
+    The function also checks that the model uses its images: at least one log-probability must
+    change if the images are replaced by blank ones.
 
     Args:
         model: The reference, or a policy whose base is the reference.
@@ -44,8 +47,8 @@ def reference_probe(
             `model.disable_adapter()`.
 
     Returns:
-        `ids` of the rows, and `logps` in nats: for each pair those of the chosen and of the
-        rejected response.
+        `ids` of the rows, and `logps` in nats. Each pair has two values in `logps`: first the
+        chosen response's, then the rejected response's.
 
     Raises:
         InputError: The model ignores the images.
@@ -75,7 +78,7 @@ def reference_probe(
 
 
 def _blank(pixels: Tensor) -> Tensor:
-    """Images (images, ...) of one grey. Zeros stay, for some families take them for padding."""
+    """Replace images (images, ...) by uniform grey. Zeros stay, as some families pad with zeros."""
     return torch.where(pixels == 0, pixels, GREY)
 
 
@@ -101,8 +104,8 @@ def check_reference_unmoved(
     Args:
         stored: The checkpoint's probe. None if the checkpoint has no probe.
         current: `reference_probe` of the loaded reference.
-        allowed_changes: Names of inputs that the user allowed to change. If an input of the data or
-            of the base model is among them, nothing is compared.
+        allowed_changes: Names of inputs that the user allowed to change. If the data or the base
+            model are among them, the probes are not compared.
 
     Raises:
         InputError: The reference is not the one that the run started with.

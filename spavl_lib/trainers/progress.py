@@ -1,4 +1,4 @@
-"""Progress of a training: the bar, metrics.jsonl, live plot, stop flag, checks of first steps."""
+"""Progress of a training: the bar, metrics.jsonl, live plot, stop flag, checks of early steps."""
 
 import math
 import time
@@ -19,8 +19,8 @@ from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.guards import Movement
 
-# Longest time between checkpoints, in seconds, even if save_steps asks for fewer checkpoints. A
-# hosted runtime can end without warning.
+# Longest time between checkpoints, in seconds, even if `save_steps` asks for fewer checkpoints. A
+# hosted runtime, such as Colab, can end without warning.
 LONGEST_UNSAVED_S = 600.0
 
 
@@ -61,11 +61,11 @@ class StageCallback(TrainerCallback):
         self.step_rows: list[list[str]] = []
         self.training = False
         self.taken = 0  # optimizer steps of this call that the loss scaler did not skip
-        self.skipped = False  # whether it skipped the last one
+        self.skipped = False  # whether the loss scaler skipped the last step
         self.scale = 1.0
 
     def resume_log(self, step: int) -> None:
-        """Drop log rows that are newer than the checkpoint, and continue the logged time from it.
+        """Drop log rows that are newer than the checkpoint, and resume the log's clock.
 
         Args:
             step: Step of the checkpoint; 0 for a new run.
@@ -90,7 +90,7 @@ class StageCallback(TrainerCallback):
         self.resume_log(state.global_step)
         self.training, self.scale = True, self._loss_scale()
         if state.global_step == 0 and state.max_steps >= 3:
-            # ZeRO-3 has partitioned the model by now; the check compares shards.
+            # ZeRO-3 has partitioned the model by now, so the check compares shards.
             self.movement = Movement(self.model)
         if machine.is_main():
             name, total = self.stage.name, state.max_steps
@@ -108,7 +108,8 @@ class StageCallback(TrainerCallback):
         """Write one line to metrics.jsonl for each logged step.
 
         Raises:
-            NonFiniteError: The gradient of the first step is 0, so nothing would be learnt.
+            NonFiniteError: The gradient's norm is 0 or NaN at the first step that the loss scaler
+                did not skip, so nothing would be learnt.
         """
         values = {k: v for k, v in (logs or {}).items() if k in self.logged}
         if not values:
@@ -144,7 +145,7 @@ class StageCallback(TrainerCallback):
         if self.bar is not None:
             self.bar.update(1)
         before, self.scale = self.scale, self._loss_scale()
-        # accelerate does not see that a fused optimizer skipped a step, but the scale falls.
+        # accelerate does not notice if a fused optimizer skips a step, but the loss scale falls.
         reported = self.trainer.accelerator.optimizer_step_was_skipped
         self.skipped = bool(reported) or self.scale < before
         self.taken += not self.skipped
@@ -167,7 +168,9 @@ class StageCallback(TrainerCallback):
     def on_prediction_step(
         self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
     ) -> None:
-        """Between evaluation batches, save the last step and stop if the stop flag is set.
+        """Stop between evaluation batches if the stop flag is set.
+
+        During training, the last finished step is saved first.
 
         Raises:
             Preempted: The stop flag is set.
@@ -187,12 +190,12 @@ class StageCallback(TrainerCallback):
 
 
 def _in_order(by_rank: list[list[list[str]]]) -> list[str]:
-    """Row ids of a step in the order in which a single process would use them.
+    """Put the row ids of a step in the order in which a single process would use them.
 
     Processes take batches in turn, so the first batches of all processes come first.
 
     Args:
-        by_rank: For each process the row ids of each of its batches.
+        by_rank: For each process, the row ids of each of its batches.
     """
     return [row for turn in zip(*by_rank, strict=True) for batch in turn for row in batch]
 
@@ -209,7 +212,7 @@ def drop_stock_callbacks(trainer: Trainer) -> None:
 
 
 def asked_to_stop(flag: Any) -> bool:
-    """Whether the stop flag is set in any process. All processes get the same result."""
+    """Return whether the stop flag is set in any process. All processes get the same result."""
     stop = group.any_of(bool(flag))
     if stop and not flag:
         flag.reason = "a stop in another process"
@@ -217,10 +220,10 @@ def asked_to_stop(flag: Any) -> bool:
 
 
 def stopped(flag: Any, where: str) -> Preempted:
-    """The error to raise after a training was stopped and its checkpoint was saved.
+    """Build the error to raise after a training was stopped and its checkpoint was saved.
 
     Args:
-        flag: The stop flag, which knows the reason.
+        flag: The stop flag, whose `reason` the message names.
         where: Place in the training, such as "after step 3 of 6".
     """
     return Preempted(
@@ -229,18 +232,23 @@ def stopped(flag: Any, where: str) -> Preempted:
 
 
 def number(value: Any) -> float | None:
-    """A value for the log: rounded to six decimals; None if the value is NaN or infinite."""
+    """Round a value to six decimals for the log. NaN and infinity become None."""
     value = float(value)
     return round(value, 6) if math.isfinite(value) else None
 
 
 def keep_steps(path: Path, step: int) -> None:
-    """Drop a JSONL file's rows of steps after `step`, the step of the newest checkpoint."""
+    """Drop a JSONL file's rows of steps after `step`.
+
+    Args:
+        path: The file. Each of its rows has a `step`.
+        step: Step of the newest checkpoint.
+    """
     write_jsonl(path, [row for row in read_jsonl(path) if row["step"] <= step])
 
 
 def best_step(rows: Sequence[dict], key: str) -> dict | None:
-    """The step of a training at which a value measured on held-out rows was lowest.
+    """Find the step of a training after which a value on held-out rows was lowest.
 
     Args:
         rows: Rows of metrics.jsonl.
@@ -248,7 +256,7 @@ def best_step(rows: Sequence[dict], key: str) -> dict | None:
             out.
 
     Returns:
-        The first such step as `step`, `metric` and `value`; None if no row has a value.
+        The first such step, as a dict of `step`, `metric` and `value`; None if no row has a value.
     """
     measured = [row for row in rows if row.get(key) is not None]
     if not measured:
@@ -258,14 +266,15 @@ def best_step(rows: Sequence[dict], key: str) -> dict | None:
 
 
 def first_and_last_tenth(rows: Sequence[dict], key: str) -> dict[str, float | None]:
-    """Means of a logged value over the first and the last tenth of the steps.
+    """Compute a logged value's means over the first and the last tenth of the rows.
 
     Args:
         rows: Rows of metrics.jsonl.
-        key: Name of the value. Rows without the value, or with None, are left out.
+        key: Name of the value. Rows without the value, or with None, are left out of a mean.
 
     Returns:
-        The means `first_steps` and `last_steps`. A mean is None if no row has a value.
+        The means, under `first_steps` and `last_steps`. A mean is None if none of its rows has the
+        value.
     """
     tenth = max(1, len(rows) // 10)
 

@@ -1,8 +1,8 @@
 """The reference's log-probabilities of every pair, computed once and stored in the runs folder.
 
-trl's own argument for this does not support images. But if the trainer's attribute
-`precompute_ref_logps` is set after the trainer is built, the trainer reads `ref_chosen_logps` and
-`ref_rejected_logps` from the collator's batch.
+trl's own argument for this purpose does not support images. Instead, the trainer's attribute
+`precompute_ref_logps` is set after the trainer is built. The trainer then reads `ref_chosen_logps`
+and `ref_rejected_logps` from the collator's batch.
 """
 
 import hashlib
@@ -37,12 +37,17 @@ SAVED_EVERY_S = 120.0
 
 
 def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
-    """Everything that the log-probabilities depend on. Any change leads to another cache file.
+    """Collect everything that the log-probabilities depend on.
+
+    A change of any of these things leads to another cache file.
 
     Args:
         config: Config of the run.
         processor: Processor of the model.
         rows: Preference rows.
+
+    Returns:
+        Name -> value, as JSON values.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
     model = config.model
@@ -66,8 +71,8 @@ def with_reference(
 ) -> Dataset:
     """Add the reference's log-probabilities to rows, as two columns.
 
-    The division into batches is always the same, so the numbers do not depend on which run computes
-    them. After an interruption, the next call computes only the missing values.
+    The rows are always divided into the same batches, so every run computes the same numbers. After
+    an interruption, the next call computes only the missing values.
 
     Args:
         trainer: A trainer whose reference is its `ref_model`, or its policy with disabled adapters.
@@ -125,7 +130,7 @@ def _fill(
                 saved = time.monotonic()
     finally:
         reference.train(training)
-        if rank == 0:  # after an interruption too, because the values so far are complete
+        if rank == 0:  # also after an interruption, to keep the values that were computed so far
             write_cache(path, text, values)
 
 
@@ -138,8 +143,8 @@ def read_cache(path: Path, key: str, count: int) -> dict[str, Tensor]:
         count: Number of rows.
 
     Returns:
-        A tensor (count,) for each of `NAMES`. A missing value is NaN. Without a usable file all
-        values are NaN.
+        A tensor (count,) for each of `NAMES`. A missing value is NaN. If the file is missing,
+        damaged or of other settings, all values are NaN.
     """
     empty = {n: torch.full((count,), torch.nan) for n in NAMES}
     if not path.is_file():
@@ -168,7 +173,7 @@ def write_cache(path: Path, key: str, values: dict[str, Tensor]) -> None:
         values: A tensor (rows,) for each of `NAMES`. An unknown value is NaN.
 
     Raises:
-        DiskError: No space, or no permission.
+        DiskError: There is no space, or no permission to write.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with writing(path):

@@ -60,7 +60,7 @@ LOGGED = (
     "rewards/chosen", "rewards/rejected",
 )  # fmt: skip
 
-SWAPPED = 64  # held-out pairs whose answers are also scored in each other's place
+SWAPPED = 64  # largest number of held-out pairs that are scored again with exchanged responses
 
 
 class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
@@ -84,9 +84,20 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean loss () of a batch of pairs, in nats.
+        """Compute this micro-batch's part () of the step's loss, in nats.
 
-        The first half of the batch's rows are chosen responses, the second half rejected ones.
+        The loss is the mean Bradley-Terry loss over the pairs. If `reward.sft_coef` is set, the
+        weighted cross-entropy of the chosen responses is added.
+
+        Args:
+            model: The reward model, as accelerate prepared it.
+            inputs: A batch of the collator. The first half of its rows are chosen responses, the
+                second half rejected ones.
+            return_outputs: Whether to return the chosen responses' scores too.
+            num_items_in_batch: Not used. transformers passes it.
+
+        Raises:
+            NonFiniteError: In training, the loss is NaN or infinite.
         """
         batch = {k: v for k, v in inputs.items() if k not in ("completion_mask", "row_ids")}
         moves = self.settings.shift_px or self.settings.mirror
@@ -125,7 +136,7 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         """Shift and mirror training images, equally for both rows of a pair.
 
         Args:
-            pixels: Images (2 * pairs that have one, ...).
+            pixels: Images (2 * pairs with an image, ...).
             ids: Token ids (2 * pairs, seq), which show which pairs have an image.
         """
         rows = self.row_ids
@@ -142,7 +153,10 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         return torch.cat([half, half])
 
     def log(self, logs: dict, *args: Any, **kwargs: Any) -> None:
-        """Add means to the log: over all micro-batches and processes since the last logged step."""
+        """Add the scores' means to the log, and write it.
+
+        The means are over all micro-batches and processes since the last logged step.
+        """
         if "loss" in logs:
             logs |= group.mean_of({k: sum(v) / len(v) for k, v in self.sums.items()})
             self.sums = {}
@@ -156,13 +170,13 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     Args:
         config: Uses `data`, `model`, `reward` and `seed`.
         stage: Stage to write into. Training resumes from its newest complete checkpoint.
-        flag: Stop flag, which a signal sets. It is polled after each step. `@stage_maker` passes
-            the flag.
+        flag: Stop flag, which a signal sets. Training polls the flag after each step.
+            `@stage_maker` passes the flag.
         live: Object with `update(rows)`, such as `plotting.LivePlot`. None shows no plot.
 
     Returns:
-        The stage's summary. Its `metrics` hold pair accuracy, calibration and controls. It names no
-        best step, because the held-out pairs are scored only after the training.
+        The stage's summary. Its `metrics` hold pair accuracy, calibration and controls. The summary
+        names no best step, because the held-out pairs are scored only after the training.
 
     Raises:
         InputError: Data, model or settings are invalid.
@@ -239,14 +253,15 @@ def _card(config: Config, summary: dict) -> str:
 
 
 def build_model(config: Config) -> ScalarHeadModel:
-    """The base model with a new scalar head. `requires_grad` is set on the trained parameters."""
+    """Build the base model with a new scalar head, and freeze what is not trained."""
     vlm = load_model(config.model)
-    set_seed(config.seed)  # after loading, because loading in shards uses random numbers
+    set_seed(config.seed)  # seeded after loading, because loading in shards uses random numbers
     if not config.model.with_lora:
-        if config.launch.engine == "ddp":  # DeepSpeed keeps fp32 master weights itself
-            vlm = vlm.float()  # fp32 master weights, as in DPO
+        # As in DPO, the master weights must be fp32. DeepSpeed keeps fp32 master weights itself.
+        if config.launch.engine == "ddp":
+            vlm = vlm.float()
         freeze_for_full(vlm, config.model)
-        # Scores do not depend on the language-model head.
+        # Scores do not depend on the language-model head, so the head stays frozen.
         vlm.get_output_embeddings().requires_grad_(False)
     else:
         vlm = get_peft_model(vlm, lora_config(vlm, config.model))
@@ -305,7 +320,8 @@ def score_pairs(
         should_stop: Stop flag, polled before each batch.
 
     Returns:
-        For each pair: id, prompt, classes, both scores, and both responses' lengths in words.
+        For each pair: id, prompt, classes, question type, both scores, and both responses' lengths
+        in words.
 
     Raises:
         Preempted: The stop flag is set.
@@ -347,14 +363,14 @@ def score_pairs(
 def exchange_images(rows: Dataset) -> Dataset:
     """Give every row another row's image, to measure how much the scores depend on the image.
 
-    The other row is half of the set away.
+    Row i gets the image of the row that lies half a data set further on, counted in a circle.
     """
     half = len(rows) // 2
     return with_images_of(rows, [*range(half, len(rows)), *range(half)])
 
 
 def exchange_answers(rows: Dataset) -> Dataset:
-    """Put every rejected answer in the chosen one's place, and the reverse."""
+    """Exchange the chosen and the rejected response of every row."""
     names = {"chosen": "rejected", "rejected": "chosen"}
     return rows.rename_columns({n: f"{n}_" for n in names}).rename_columns(
         {f"{n}_": other for n, other in names.items()}

@@ -1,7 +1,8 @@
 """The trained reward model as a reward function of trl's trainers.
 
 The reward model scores the sampled token ids, not decoded texts. Image, template, BOS and EOS are
-the same as in its training. The score is read at the response's last token, as in PPO.
+the same as in the reward model's training. The score is read at the response's last token, as in
+PPO.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,15 +72,17 @@ class RewardFunction:
 
         Args:
             prompts: Conversations, not used; `question` has the original text.
-            completions: Decoded responses, not used; `completion_ids` are exact.
-            completion_ids: Sampled token ids of each response, with its end token if sampled.
+            completions: Decoded responses, not used, because decoding can lose information.
+            completion_ids: Sampled token ids of each response. They include an end token if one was
+                sampled.
             id: Row id of each response.
             question: Question of each response.
             image: Image of each response.
             trainer_state: State of the trainer, for the step in the log; None to log nothing.
 
         Returns:
-            Score of each response, less the penalty if it has no end token.
+            Score of each response. A response without an end token gets its score minus the
+            penalty.
 
         Raises:
             InputError: Every response is empty.
@@ -151,7 +154,7 @@ class RewardFunction:
 
 
 class Scorer:
-    """The forward pass of a reward model that has a separate base or shares the policy's base.
+    """The forward pass of a reward model, which has its own base or shares the policy's base.
 
     Args:
         model: The reward model.
@@ -187,10 +190,11 @@ def build_scorer(policy: nn.Module, config: Config, folder: Path) -> Scorer:
     Args:
         policy: The policy that is trained. With LoRA it is changed in place.
         config: Config of the run.
-        folder: The reward model: a reward trainer's `model/`.
+        folder: Folder of the reward model: the `model/` that the reward trainer wrote.
 
     Raises:
-        InputError: The reward model has another base model, or its weights do not fit.
+        InputError: The reward model is missing, has another base model, or has weights that do not
+            fit the base.
     """
     check_reward_model(config.model, folder)
     if not config.model.with_lora:

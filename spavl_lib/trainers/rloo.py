@@ -1,12 +1,14 @@
-"""RLOO on trl's `RLOOTrainer` with the run's reward model: PPO's objective without a value model.
+"""Train a policy by RLOO against the run's reward model, with trl's `RLOOTrainer`.
 
     spavl train rloo --profile demo
 
-trl samples several responses to a prompt, compares each response's score with the mean score of the
-others, and updates the policy. This package provides the prompts' token ids, the scores, the
-checkpoints and the checks. Every optimizer step samples new responses, so a checkpoint never lies
-between sampling and update. On a CPU a resumed run therefore ends with bit-identical weights. With
-vLLM it does not, because vLLM's sampler has a random state that is not saved.
+RLOO has the same objective as PPO, but no value model. trl samples several responses to a prompt,
+compares each response's score with the mean score of the other responses, and updates the policy.
+This package provides the prompts' token ids, the scores, the checkpoints and the checks.
+
+Every optimizer step samples new responses, so a checkpoint never lies between sampling and update.
+On a CPU a resumed run therefore ends with bit-identical weights. With vLLM the weights differ,
+because vLLM's sampler has a random state that is not saved.
 """
 
 import contextlib
@@ -65,7 +67,10 @@ LOGGED = (
 
 
 class _EpochSampler(RepeatSampler):
-    """trl's sampler, with an order that depends only on seed and epoch, so that runs can resume."""
+    """trl's sampler with an order that depends only on seed and epoch.
+
+    A resumed run therefore continues with the same order.
+    """
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order of an epoch."""
@@ -77,7 +82,7 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
 
     processing_class: Any
     prompts_compared = False
-    images_seen = True  # every row has one
+    images_seen = True  # every row has an image: `build_trainer` checks this
     trainable_counts: dict[str, int]
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
@@ -88,11 +93,16 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         )  # fmt: skip
 
     def compute_loss(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
-        """trl's loss. Raises an error if the loss is NaN or infinite."""
+        """Return trl's loss.
+
+        Raises:
+            NonFiniteError: In training, the loss is NaN or infinite.
+        """
         return self.check_loss(model, super().compute_loss(model, *args, **options))
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
-        with autocast():  # trl samples without it: a 16-bit base would meet fp32 parameters
+        # trl samples without autocast, so activations of a 16-bit base would meet fp32 parameters.
+        with autocast():
             return super()._generate_and_score_completions(inputs)
 
     def _prepare_inputs(self, inputs: Any) -> dict:
@@ -110,7 +120,8 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
         encoded = encode_prompts(processor, questions, images)
         if not self.prompts_compared:
             self.prompts_compared = True
-            # Pixtral's processor makes tensors, which trl does not pad for it.
+            # trl does not pad for Pixtral's processor, which then raises ValueError when it builds
+            # tensors. In this case the prompts are not compared.
             with contextlib.suppress(ValueError):
                 compare_prompts(encoded.ids, super()._tokenize_prompts(prompts)[0])
         self.processing_class = _Encoded(processor, encoded)
@@ -118,14 +129,15 @@ class CheckedRLOOTrainer(CheckedMixin, RLOOTrainer):
 
 
 class _Encoded:
-    """The processor as trl calls it for the update: it gives what the responses were sampled from.
+    """A stand-in for the processor, which returns the prompts as they were encoded for sampling.
 
-    trl would process the prompts' text a second time, with a BOS of the tokenizer before that of
-    the template, and its token types would then belong to other ids.
+    For the update trl calls the processor a second time on the prompts' text. The real processor
+    would add the tokenizer's BOS before the template's BOS. Its token types would then not match
+    the token ids that the responses were sampled from.
 
     Args:
-        processor: The model's processor, which does everything else.
-        encoded: The prompts of the step.
+        processor: The model's processor. It provides all other attributes.
+        encoded: The encoded prompts of the step.
     """
 
     def __init__(self, processor: ProcessorMixin, encoded: EncodedPrompts):
@@ -140,11 +152,13 @@ class _Encoded:
 
 
 def compare_prompts(ours: list[list[int]], trl_ids: list[list[int]]) -> None:
-    """Say at the first step if trl would tokenise the prompts unlike our reward model saw them.
+    """Warn if trl's own tokenisation of the prompts differs from the one that this package uses.
+
+    The reward model was trained with this package's tokenisation.
 
     Args:
-        ours: Token ids that are used.
-        trl_ids: Token ids that trl would use.
+        ours: Token ids of each prompt, as this package encodes it. These ids are used.
+        trl_ids: Token ids of each prompt, as trl would encode it.
     """
     differing = sum(list(a) != list(b) for a, b in zip(ours, trl_ids, strict=True))
     if differing:
@@ -167,7 +181,7 @@ def check_first(logs: dict) -> None:
         AssertionError: Policy and reference differ before any update.
         InputError: For every prompt, all responses have equal scores, so nothing can be learned.
     """
-    # trl logs exp(d) - d - 1, about d^2 / 2, for a difference d of log-probabilities.
+    # For a difference d of log-probabilities trl logs exp(d) - d - 1, which is about d^2 / 2.
     tolerance = 1e-4 if compute_dtype() == torch.float32 else logit_rounding() ** 2 / 2
     if abs(float(logs.get("kl", 0.0))) > tolerance:
         raise AssertionError(
@@ -242,14 +256,16 @@ def check_vllm(rloo: RLOOConfig) -> None:
 def build_trainer(
     config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset, folder: Path
 ) -> CheckedRLOOTrainer:
-    """Build trl's trainer with this package's prompts. With LoRA the reward model shares the base.
+    """Build trl's trainer with this package's prompts.
+
+    With LoRA, policy and reward model share one base.
 
     Args:
         config: Config of the run.
         stage: Stage to write into.
         processor: Processor of the model.
         rows: Training rows, which provide the prompts.
-        folder: The reward model: a reward trainer's `model/`.
+        folder: Folder of the reward model: the `model/` that the reward trainer wrote.
 
     Raises:
         InputError: There are too few rows for a step, or a row has no image.
@@ -266,7 +282,8 @@ def build_trainer(
     if without:
         raise InputError(
             f"trl's RLOO needs an image with every prompt, and {len(without)} rows have none: "
-            f"{', '.join(without[:20])}; leave them out, or use `spavl train ppo`, which takes them"
+            f"{', '.join(without[:20])}; leave these rows out, or use `spavl train ppo`, which "
+            "also takes prompts without an image"
         )
     reward = RewardFunction(
         _no_scorer_yet, processor, batch_size=rloo.per_device_batch_size,
@@ -274,9 +291,9 @@ def build_trainer(
     )  # fmt: skip
     policy = load_model(config.model)
     reward.end_ids = end_ids(processor, policy)
-    policy.generation_config.eos_token_id = list(reward.end_ids)  # trl stops answers by it
+    policy.generation_config.eos_token_id = list(reward.end_ids)  # trl stops responses at these ids
     if not lora:
-        policy = policy.float()  # fp32 master weights, as in DPO
+        policy = policy.float()  # the master weights must be fp32, as in DPO
         freeze_for_full(policy, config.model)
     trainer = CheckedRLOOTrainer(
         model=policy,
@@ -291,8 +308,9 @@ def build_trainer(
     if lora:
         train_in_fp32(trainer.model)
     elif trainer.ref_model is not None:
-        # trl reads the reference's weights as they are stored. `load_model` has rounded the
-        # policy's to 16 bit, so that a checkpoint of another type gave another model.
+        # trl loads the reference in the type in which its weights are stored, but `load_model` has
+        # rounded the policy's weights to 16 bit. If the stored type is another one, the models
+        # differ. The reference therefore gets the policy's weights.
         trainer.ref_model.load_state_dict(policy.state_dict())
     trainer.trainable_counts = assert_freeze_plan(trainer.model, config.model)
     reward.score = build_scorer(trainer.model, config, folder)
@@ -306,7 +324,7 @@ def _no_scorer_yet(batch: dict[str, Tensor]) -> Tensor:
 
 
 def _for_trl(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, list]:
-    """Columns for trl: conversations, decoded images, the unchanged question, and the row id."""
+    """Build trl's columns: conversations, decoded images, unchanged questions, and row ids."""
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     chats = [[{"role": "user", "content": neutralise(q, processor)}] for q in batch["prompt"]]
     return {
@@ -323,9 +341,11 @@ def _arguments(config: Config, stage: Stage, processor: ProcessorMixin) -> TRLCo
         sampling: dict[str, Any] = {"logit_bias": dict.fromkeys(forbidden, -100.0)}
     else:
         sampling = {"suppress_tokens": list(forbidden)}
-    # trl loads a model itself only for the reference of full fine-tuning, by the base model's name.
+    # trl loads only one model itself: the reference of full fine-tuning, by the base model's name.
+    # That model needs the revision.
     revision = {"revision": config.model.revision} if config.model.revision else None
-    # `data.num_workers` is for preference pairs only, whose collator decodes and tokenises.
+    # `data.num_workers` applies to preference pairs only, because the collator of pairs decodes
+    # images and tokenises. RLOO's data loader needs no worker processes.
     common = common_arguments("rloo", config, stage) | {"dataloader_num_workers": 0}
     return TRLConfig(
         **common,

@@ -1,8 +1,9 @@
 """Rollouts: prompts, responses sampled from the policy, and tensors over the responses' tokens.
 
-Greedy decoding over logits plus Gumbel noise samples from the softmax (Gumbel-max trick, Maddison
-et al. 2014, arXiv:1411.0030). The noise of a row depends only on the row's seed. A row's response
-is therefore the same in any batch, with any number of processes, and after any interruption.
+Gumbel noise is added to the logits, and the token with the highest sum is chosen. This token is a
+sample from the softmax (Gumbel-max trick, Maddison et al. 2014, arXiv:1411.0030). The noise of a
+row depends only on the row's seed. A row's response is therefore the same in any batch, with any
+number of processes, and after any interruption.
 """
 
 import hashlib
@@ -40,8 +41,8 @@ class Prompt:
 class Rollout:
     """Prompts with sampled responses, and the columns that are computed for them.
 
-    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). Columns with a width
-    are 0 on padding, which follows the end of a response.
+    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). In columns with a
+    width, the places after the end of a response are padding, and hold 0.
     """
 
     prompts: list[Prompt]
@@ -50,7 +51,7 @@ class Rollout:
     finished: list[bool]
     columns: dict[str, Tensor] = field(default_factory=dict)
     mean_advantage: float = 0.0
-    """Mean over the answer tokens, before advantages are whitened."""
+    """Mean advantage over the response tokens, before whitening."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -68,7 +69,7 @@ class Rollout:
 
 
 def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
-    """Encode each row's prompt separately, so that it has no padding."""
+    """Encode each row's prompt separately, so that the token ids have no padding."""
     prompts = []
     for row, image in zip(rows, decode_images(rows), strict=True):
         encoded = encode_prompts(processor, [row["prompt"]], [image])
@@ -80,7 +81,7 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
 
 
 def digest_of_image(vision: dict[str, Tensor]) -> str:
-    """Hex digest of image tensors; empty if there are no tensors."""
+    """Compute a hex digest of image tensors. The digest is empty if there are no tensors."""
     if not vision:
         return ""
     digest = hashlib.blake2b(digest_size=16)
@@ -92,10 +93,15 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:
-    """Ids that must not be sampled: image slots, BOS, and padding, unless they end a response."""
+    """Return the token ids that must not be sampled: image slots, BOS and padding.
+
+    An id that ends a response is never among them.
+    """
     tokenizer = processor.tokenizer
     ids = {tokenizer.bos_token_id, tokenizer.pad_token_id}
-    for owner in (processor, tokenizer):  # Gemma 3's processor expands one token into another
+    # Processor and tokenizer can name different image tokens, because Gemma 3's processor replaces
+    # one image token by another. Neither may be sampled.
+    for owner in (processor, tokenizer):
         ids.add(getattr(owner, "image_token_id", None))
         if image := getattr(owner, "image_token", None):
             ids.add(tokenizer.convert_tokens_to_ids(image))
@@ -117,14 +123,14 @@ def batch_of(
 
     Args:
         prompts: Encoded prompts of the rows.
-        responses: Token ids of the responses. All are empty in a batch to generate from.
+        responses: Token ids of the responses. In a batch for generation all responses are empty.
         pad_id: Token id of padding.
         device: Device of the tensors.
 
     Returns:
         `input_ids` and `attention_mask` (rows, longest prompt + width), int64; token types of the
-        same shape for model families that use them; and the image tensors, stacked over those rows
-        that have an image.
+        same shape, for model families that use token types; and the image tensors, stacked over
+        those rows that have an image.
     """
     width = max(map(len, responses))
 
@@ -146,13 +152,13 @@ def batch_of(
 
 
 def seed_from(*parts: object) -> int:
-    """A seed from 0 to 2^63 - 1 that depends only on the parts."""
+    """Compute a seed from 0 to 2^63 - 1 that depends only on the parts."""
     text = "/".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 class SeededSampling(LogitsProcessor):
-    """A logits processor that turns greedy decoding into sampling, with each row's own noise.
+    """A logits processor that turns greedy decoding into sampling. Each row has its own noise.
 
     Args:
         seeds: Seed of each row.
@@ -212,9 +218,9 @@ def sample(
         max_new_tokens: Largest number of tokens in a response.
         temperature: Divisor of the logits.
         forbidden_ids: Token ids that are never sampled.
-        end_ids: Ids that end a response, and are part of it.
-        pad_id: Id that fills rows which ended early; may be an end id.
-        compact: Whether ended responses may leave the batch (`generation.compact_decoding`).
+        end_ids: Token ids that end a response. The end id is part of the response.
+        pad_id: Token id that fills up rows which ended early. It may be an end id.
+        compact: Whether finished responses may leave the batch (`generation.compact_decoding`).
 
     Returns:
         New token ids of each row, cut after the first end id.

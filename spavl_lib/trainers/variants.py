@@ -14,7 +14,7 @@ WARMUP_STEPS = 5
 def train_variant(
     kind: str, config: Config, stage: Stage, name: str, *, steps: int = 40, **changes: Any
 ) -> Stage:
-    """Train a short variant of a stage in this process, under `variants/<name>/` of its folder.
+    """Train a short variant of a stage in this process, in the stage's `variants/<name>/`.
 
     Args:
         kind: Trainer: `dpo`, `ppo` or `rloo`. A variant of `ppo` or `rloo` uses the same reward
@@ -22,7 +22,7 @@ def train_variant(
         config: Config of the run.
         stage: Stage that the variant is compared with.
         name: Name of the variant and of its folder.
-        steps: Largest number of steps. If the trainer's `max_steps` is smaller, it is the limit.
+        steps: Largest number of steps. If the trainer's `max_steps` is smaller, that is the limit.
         changes: Name -> value of the settings to change in the trainer's section.
 
     Returns:

@@ -1,8 +1,8 @@
-"""The optimizer state of one process: complete, or one rank's shard under ZeRO.
+"""The optimizer state of one process: the complete state, or one rank's shard under ZeRO.
 
-DeepSpeed's own checkpoints are pickles, so they are not used. A rank's shard consists of flat fp32
-master weights and the base optimizer's state for them. It can be loaded only by the same engine in
-the same number of processes.
+DeepSpeed's own checkpoints are pickles, so this package does not use them. A rank's shard consists
+of flat fp32 master weights, and of the base optimizer's state for these weights. Only the same
+engine in the same number of processes can load the shard.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from spavl_lib.trainers import checkpoint as ckpt
 
 
 def _zero(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer, with or without accelerate's wrapper; None without DeepSpeed."""
+    """Find DeepSpeed's optimizer, which accelerate may have wrapped; None without DeepSpeed."""
     for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
         if hasattr(candidate, "loss_scaler") and hasattr(candidate, "optimizer"):
             return candidate
@@ -22,13 +22,13 @@ def _zero(optimizer: Any) -> Any:
 
 
 def _masters(zero: Any) -> list[Tensor]:
-    """The flat fp32 master weights of this rank."""
+    """Return the flat fp32 master weights of this rank."""
     stage3 = hasattr(zero, "fp32_partitioned_groups_flat")
     return zero.fp32_partitioned_groups_flat if stage3 else zero.single_partition_of_fp32_groups
 
 
 def optimizer_share(optimizer: Any) -> tuple[dict[str, Tensor], dict]:
-    """This process's optimizer state, as named tensors and JSON values.
+    """Return this process's optimizer state, as named tensors and JSON values.
 
     Args:
         optimizer: The optimizer, as accelerate prepared it.
