@@ -90,7 +90,7 @@ def judge_card(
     compared, warnings, left_out = {}, [], {}
     for name, answers in _label_sets(sets, root).items():
         if not any(answer.refused or answer.harmful for answer in answers):
-            left_out[name] = "people graded the harm, and judges here give no grades"
+            left_out[name] = "people gave grades of harm, but judges here give no grades"
             continue
         records = [
             {"id": a.id, "set": "labels", "prompt": a.prompt, "response": a.response}
@@ -282,7 +282,9 @@ def _label_sets(sets: Sequence[str], root: str | Path | None) -> dict[str, list[
     if problems:
         raise InputError("\n".join(problems))
     if not loaded:
-        raise InputError("no label set is there; `labels/` in the folder of benchmarks holds them")
+        raise InputError(
+            "no label set is there; put label sets into `labels/` in the folder of benchmarks"
+        )
     return loaded
 
 

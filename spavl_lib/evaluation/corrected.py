@@ -96,7 +96,7 @@ def draw_sample(
 def _allocate(shares: np.ndarray, least: np.ndarray, most: np.ndarray, n: int) -> np.ndarray:
     """Whole numbers that sum to n, as near to proportional as their bounds allow."""
     low, high = 0.0, n / shares[shares > 0].min() + 1.0
-    for _ in range(200):  # the factor at which the clipped shares sum to n
+    for _ in range(200):  # bisect for the factor at which the clipped shares sum to n
         middle = (low + high) / 2
         if np.clip(middle * shares, least, most).sum() < n:
             low = middle
