@@ -27,7 +27,7 @@ from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
 
-READABLE = 20  # a card lists at most 20 false positives and 20 false negatives
+READABLE = 20  # a card lists at most this many false positives, and this many false negatives
 MOST_UNREAD = 0.05  # largest share of a published judge's verdicts that may be unreadable
 _RATING = re.compile(r"rating: \[\[(\d+)\]\]")
 _WORDS = {"0": False, "no": False, "safe": False, "1": True, "yes": True, "unsafe": True}

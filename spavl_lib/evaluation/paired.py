@@ -122,7 +122,7 @@ def against_base(metrics: Mapping, evaluation: Path) -> PairedTable:
 def _values(
     evaluation: Path, model: str, key: str, cells: Mapping
 ) -> tuple[dict[str, bool | None], str]:
-    """The value of each row, and the reason if there are no values that belong to the rate."""
+    """The value of each row, and the reason if no values belong to the rate (else empty)."""
     place = f"verdicts/{model}/{SET_OF[key]}.jsonl"
     path = evaluation / place
     if not path.is_file():

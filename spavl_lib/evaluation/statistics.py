@@ -61,7 +61,7 @@ def pair_rows(first: Mapping[str, bool | None], second: Mapping[str, bool | None
         second: Row id -> verdict of the second model.
 
     Raises:
-        InputError: Only one of the models has a row. The message lists these rows.
+        InputError: A row belongs to only one of the models. The message lists these rows.
     """
     if alone := sorted(first.keys() ^ second.keys()):
         more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
@@ -435,7 +435,7 @@ def _sum_by_group(
 def group_index(groups: Sequence[Hashable] | None, rows: int) -> np.ndarray:
     """The number of each row's group, in the order in which groups first appear: shape (rows,).
 
-    Without groups each row is a group. Raises ValueError if the number of groups is not `rows`.
+    Without groups each row is a group. Raises ValueError if `groups` has not one entry per row.
     """
     if groups is None:
         return np.arange(rows)

@@ -1,4 +1,4 @@
-"""What a judge says about a response. Whether it refuses and whether it does harm are two
+"""What a judge says about a response. Whether a response refuses and whether it does harm are two
 questions, not one."""
 
 from dataclasses import asdict, dataclass
