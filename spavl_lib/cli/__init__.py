@@ -72,6 +72,7 @@ def _spavl() -> None:
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl report demo                     write a run's report again
+      spavl benchmarks                      which published benchmarks can be read, and are here
       spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks
       spavl label demo --n 200              label answers by hand, to correct the judge's rates
       spavl rerun demo                      make a run again and compare every number

@@ -160,6 +160,42 @@ def evaluate(
     typer.echo(f"results: {folder}\nreport: {page}")
 
 
+@app.command()
+def benchmarks(
+    benchmarks_dir: Annotated[
+        str,
+        typer.Option(
+            help="Folder that holds a folder for each benchmark.",
+            show_default="$SPAVL_BENCHMARKS",
+        ),
+    ] = "",
+) -> None:
+    """List the benchmarks that `spavl evaluate` reads, and how much of each is at hand.
+
+    A file counts as `published` if its sha256 is that of the authors' version. Put the files of a
+    benchmark, as its authors publish them, into a folder with its name.
+    """
+    from spavl_lib.evaluation.benchmark_runs.results import table
+    from spavl_lib.evaluation.benchmarks import list_benchmarks
+    from spavl_lib.evaluation.text import short
+
+    states = list_benchmarks(benchmarks_dir or None)
+    lines = [
+        {
+            "benchmark": state.name,
+            "files": state.pins,
+            "images missing": f"{state.images_missing:,}" if state.rows else "-",
+            "rows at hand": short(", ".join(f"{n} {k:,}" for n, k in state.rows.items()) or "-"),
+        }
+        for state in states
+    ]
+    typer.echo(table(lines))
+    for state in states:
+        typer.echo(f"\n{state.title}\n  licence: {state.licence}\n  home: {state.homepage}")
+        for problem in state.problems[:3]:
+            typer.echo(f"  cannot be read: {problem}")
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -224,7 +225,9 @@ def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, monkeypatch)
         load_benchmark("pope")
 
 
-def test_the_list_shows_what_is_at_hand(tmp_path: Path) -> None:
+def test_the_list_shows_what_is_at_hand(
+    tmp_path: Path, spavl: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_fixture(tmp_path / "xstest", "xstest")
     write_fixture(tmp_path / "mossbench", "mossbench", "bad_no_image")
     write_fixture(tmp_path / "strongreject", "strongreject", "bad_category")
@@ -234,7 +237,15 @@ def test_the_list_shows_what_is_at_hand(tmp_path: Path) -> None:
     assert states["mossbench"].images_missing == 1 and states["mossbench"].rows == {"full": 3}
     assert "category is 'Gardening'" in states["strongreject"].problems[0]
     assert states["pope"].pins == "not at hand" and states["pope"].rows == {}
-    assert all(state.licence and state.title for state in states.values())
+    assert all(s.licence and s.title and s.homepage for s in states.values())
+    code, out, _ = spavl("benchmarks", "--benchmarks-dir", str(tmp_path))
+    assert code == 0 and "strongreject" in out and "category is 'Gardening'" in out
+    monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
+    assert all(state.pins == "not at hand" for state in list_benchmarks())
+    code, out, _ = spavl("benchmarks")
+    assert code == 0 and "home: AoiDragon/POPE" in out
+    code, _, err = spavl("benchmarks", "--benchmarks-dir", str(tmp_path / "none"))
+    assert code == 2 and "does not exist" in err
 
 
 def test_mm_safetybench_takes_images_of_the_hub_by_id(tmp_path: Path) -> None:

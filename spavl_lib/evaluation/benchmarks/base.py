@@ -403,6 +403,7 @@ class BenchmarkState:
     name: str
     title: str
     licence: str
+    homepage: str
     folder: str
     """The benchmark's folder; empty if there is none."""
     rows: Mapping[str, int] = field(default_factory=dict)
@@ -419,19 +420,20 @@ def list_benchmarks(root: str | Path | None = None) -> list[BenchmarkState]:
     """The state of every benchmark, in the order of their names. Nothing is fetched.
 
     Args:
-        root: As for `benchmarks_root`.
+        root: As for `benchmarks_root`. If neither it nor $SPAVL_BENCHMARKS is given, nothing is at
+            hand.
 
     Raises:
-        InputError: There is no folder of benchmarks.
+        InputError: The folder does not exist.
     """
-    above = benchmarks_root(root)
+    above = benchmarks_root(root) if root or os.environ.get(FOLDER_VARIABLE) else None
     return [_state(open_benchmark(name), above) for name in BENCHMARKS.names()]
 
 
-def _state(benchmark: Benchmark, above: Path) -> BenchmarkState:
-    known = (above / name for name in (benchmark.name, *benchmark.folders))
+def _state(benchmark: Benchmark, above: Path | None) -> BenchmarkState:
+    known = [above / name for name in (benchmark.name, *benchmark.folders)] if above else []
     folder = next((path for path in known if path.is_dir()), None)
-    facts = (benchmark.name, benchmark.title, benchmark.licence)
+    facts = (benchmark.name, benchmark.title, benchmark.licence, benchmark.homepage)
     if folder is None:
         return BenchmarkState(*facts, "")
     find = Reader(folder, benchmark.roots).find
