@@ -41,10 +41,11 @@ def kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None
 class JudgeAgreement:
     """A judge's verdicts against people's labels, on the rows that both have.
 
-    Positive means: the judge says so, as in unsafe or refused. `precision` is the share of the
-    judge's positives that are right, and None without any; `recall` is the share of people's
-    positives that the judge finds. `unjudged` counts labelled rows without a verdict. No other
-    number includes them.
+    A positive is a row whose verdict or label says yes, such as unsafe or refused. `precision` is
+    the share of the judge's positives that people call positive too; it is None if the judge has
+    no positives. `recall` is the share of people's positives that the judge finds; it is None if
+    people have no positives. `unjudged` counts labelled rows without a verdict. No other number
+    includes these rows.
     """
 
     true_positives: int

@@ -1,12 +1,12 @@
 """Rates corrected by people's labels: the sample to label, and the rate with its interval.
 
-A judge has read all answers, people have read a sample. `corrected_rate` estimates the rate that
+A judge has read all answers; people have read a sample. `corrected_rate` estimates the rate that
 people would find: the judge's mean over all answers, plus the mean error of the judge on the
-sample. The estimate has no bias to speak of, however bad the judge is. A good judge makes the
-interval short; a useless one leaves it as long as with the labels alone.
+sample. The estimate has practically no bias, however bad the judge is. A good judge makes the
+interval short; with a useless judge the interval is as long as with the labels alone.
 
-If the judge was fitted on the same labels, its numbers must be cross-fitted, as by
-`head.cross_fit`: each answer is judged by a head that has seen no label of the answer's group.
+If the judge was fitted on the same labels, its verdicts must be cross-fitted, as `head.cross_fit`
+does: each answer is judged by a head that has seen no label of the answer's group.
 """
 
 from collections.abc import Hashable, Sequence
@@ -18,9 +18,9 @@ from numpy.typing import ArrayLike
 
 from spavl_lib.evaluation.statistics import Estimate, Z, group_index
 
-MINIMUM = 2  # labels of a stratum; fewer do not show how much its answers differ
-# The variance gets UNSEEN * (largest weight)^2 for errors of the judge that the sample missed; see
-# `corrected_rate`.
+MINIMUM = 2  # least labels in a stratum: fewer do not show how much its answers differ
+# UNSEEN * (largest weight)^2 is added to the variance, for errors of the judge that the sample
+# missed; see `corrected_rate`.
 UNSEEN = 0.5
 
 
@@ -28,8 +28,8 @@ UNSEEN = 0.5
 class Sample:
     """Answers drawn for labelling. `rows` are their positions, in random order.
 
-    `weights` says how many answers each drawn answer stands for. They sum to the number of
-    answers.
+    `weights` says how many answers each drawn answer stands for. The weights sum to the number of
+    all answers.
     """
 
     rows: np.ndarray
@@ -46,18 +46,18 @@ def draw_sample(
 ) -> Sample:
     """Draw answers for labelling, at random within strata such as (verdict, model).
 
-    Each stratum gets its share of `n`, but at least two answers (all, if it has fewer). With
-    `spread` the shares are Neyman's: strata whose labels are uncertain get more. The order is
-    random, so that the first labels of a sample are themselves a sample.
+    From each stratum its share of `n` is drawn, but at least two answers (all, if it has fewer).
+    With `spread` the shares are Neyman's: more answers are drawn from strata whose labels are
+    uncertain. The order is random, so the first labels of a sample are themselves a sample.
 
     Args:
         strata: The stratum of each answer.
         n: Number of answers to draw.
         spread: The expected standard deviation of each answer's label, above 0, such as
             sqrt(p (1 - p)) of a judge's probability p. None: the same for all.
-        drawn: Positions of an earlier sample of these strata, which this one extends. They come
-            first, in their order. A random sample of a stratum and a random sample of the rest of
-            it are together a random sample of the stratum.
+        drawn: Positions of an earlier sample of these strata, which the new sample extends. The
+            earlier positions come first, in their order. The whole is still a random sample of
+            each stratum, because the new answers are drawn at random from the stratum's rest.
         seed: Seed of the draw.
 
     Raises:
@@ -96,7 +96,7 @@ def draw_sample(
 def _allocate(shares: np.ndarray, least: np.ndarray, most: np.ndarray, n: int) -> np.ndarray:
     """Whole numbers that sum to n, as near to proportional as their bounds allow."""
     low, high = 0.0, n / shares[shares > 0].min() + 1.0
-    for _ in range(200):  # the factor at which the clipped shares sum to n
+    for _ in range(200):  # bisect for the factor at which the clipped shares sum to n
         middle = (low + high) / 2
         if np.clip(middle * shares, least, most).sum() < n:
             low = middle
@@ -113,11 +113,12 @@ def _allocate(shares: np.ndarray, least: np.ndarray, most: np.ndarray, n: int) -
 class CorrectedRate:
     """A rate by the judge alone, by people's labels alone, and corrected.
 
-    `judge` and `people` have Wilson's intervals (for a weighted sample with Kish's effective
-    number of labels). `power` is the weight lambda that the judge got, in 0..1. `labels_to_halve`
-    is the number of labels at which the interval would be half as long; None if even a label for
-    every answer would not do, because the answers are too few. `merged` lists strata with fewer
-    than two labels, which were merged into one.
+    `judge` and `people` have Wilson's intervals. For a weighted sample the interval of `people`
+    uses Kish's effective number of labels. `power` is the judge's weight lambda, in 0..1.
+    `labels_to_halve` is the number of labels at which the interval would be half as long. It is
+    None if the answers are too few: then the interval is longer even with a label for each of
+    them. `merged` lists the strata that were merged into one: all strata with fewer than two
+    labels, and, if these have fewer than two labels together, others with few labels.
     """
 
     judge: Estimate
@@ -164,12 +165,13 @@ def corrected_rate(
     `benchmarks/corrected_rates.py` measures coverage and width.
 
     Args:
-        proxy: The judge's verdict (0 or 1) or probability for every answer, shape (answers,). Any
-            constant, such as 0.5, serves for an answer that the judge could not judge.
-        labels: People's label of every answer; None where there is none.
+        proxy: The judge's verdict (0 or 1) or probability for every answer, shape (answers,). For
+            an answer that the judge could not judge, give any constant, such as 0.5.
+        labels: People's label of each answer; None for an answer without a label.
         strata: The stratum of each answer in the sample's design. None: a simple random sample.
-        weights: The weight of each answer in the design, read where there is a label. They
-            matter within merged strata only, since all answers of a stratum have equal weights.
+        weights: The weight of each answer in the design. Only weights of labelled answers are
+            read. Weights matter only within merged strata, because the answers of one stratum of
+            the design have equal weights.
         groups: The group of each answer. With the target `prompts` the variance is computed
             between groups; with `answers` groups are ignored.
         target: `prompts`: the rate on prompts like these, comparable with a Wilson interval
@@ -188,7 +190,7 @@ def corrected_rate(
     errors = yes - power * read
     value = float(power * f.mean() + design.weights @ errors)
     people = float(design.weights @ yes)
-    # A fitted lambda makes the errors look smaller than they are, as any fitted parameter does.
+    # Lambda was fitted to these errors, so they look smaller than they are; `lost` corrects that.
     freedom = max(1, n - design.counts.size)
     lost = freedom / max(1, freedom - 1) if power else 1.0
     parts = lost * design.variances(errors, errors)
@@ -209,7 +211,7 @@ def corrected_rate(
         known = 0.0
     if 0 < people < 1:
         effective = people * (1 - people) / variance if variance > 0 else np.inf
-    else:  # lambda is 0, and the corrected rate is that of the labels
+    else:  # all labels are equal, so lambda is 0 and the corrected rate is the labels' rate
         effective = design.kish / (1 - known) if known < 1 else np.inf
     value = min(1.0, max(0.0, value))
     judge = float(f.mean())
@@ -237,12 +239,13 @@ def rogan_gladen(
 
     Args:
         verdicts: The judge's verdict of every answer, 0 or 1, shape (answers,).
-        labels: People's label of every answer; None where there is none.
-        weights: The weight of each answer in the sample's design, read where there is a label.
+        labels: People's label of each answer; None for an answer without a label.
+        weights: The weight of each answer in the sample's design. Only weights of labelled
+            answers are read.
 
     Returns:
-        The corrected rate; None if the labels lack positives or negatives, or if the judge is no
-        better than chance on them: its rate then says nothing.
+        The corrected rate. None if the labels lack positives or negatives, or if the judge is no
+        better than chance on the labelled answers, because the judge's rate then says nothing.
 
     Raises:
         ValueError: Lengths differ, a verdict is neither 0 nor 1, a label is neither 0, 1 nor None,
@@ -255,7 +258,7 @@ def rogan_gladen(
     weight = np.ones(rows.size) if weights is None else np.asarray(weights, dtype=float)[rows]
 
     def share(right: np.ndarray, among: np.ndarray) -> tuple[float, float]:
-        """Share of right verdicts, and how many labels it rests on (Kish)."""
+        """Share of right verdicts, and the effective number of labels behind the share (Kish)."""
         w = weight[among]
         return float(w @ right[among] / w.sum()), float(w.sum() ** 2 / (w @ w))
 
@@ -299,7 +302,7 @@ def wilson_at(share: float, n: float) -> tuple[float, float]:
 
 
 def _checked(proxy: ArrayLike, labels: Sequence[bool | None]) -> tuple[np.ndarray, np.ndarray]:
-    """Proxy and labels (NaN where there is none) as arrays, or ValueError."""
+    """Proxy and labels as arrays, with NaN for a missing label. Raises ValueError if invalid."""
     f = np.asarray(proxy, dtype=float)
     y = np.array([np.nan if label is None else float(label) for label in labels], dtype=float)
     if f.ndim != 1 or f.shape != y.shape:
@@ -322,7 +325,7 @@ class _Design:
     stratum: np.ndarray
     of_answer: np.ndarray  # stratum of each answer
     counts: np.ndarray  # labels of each stratum
-    labelled_share: np.ndarray  # of each stratum's answers
+    labelled_share: np.ndarray  # share of each stratum's answers that have a label
     merged: list[Hashable]
 
     @classmethod
@@ -337,7 +340,7 @@ class _Design:
 
         Args:
             total: Number of answers.
-            rows: Positions of the labelled ones.
+            rows: Positions of the labelled answers.
             strata: The stratum of each answer; None: all are in one.
             weights: The weight of each answer; None: equal within a stratum.
         """
@@ -379,25 +382,28 @@ class _Design:
         return values - self.means(values)[self.stratum]
 
     def variances(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """What each stratum adds to the (co)variance of two weighted means."""
+        """The part of each stratum in the covariance of two weighted means."""
         products = self.weights**2 * self.centred(first) * self.centred(second)
         return np.bincount(self.stratum, weights=products) * self.counts / (self.counts - 1)
 
     def best_power(self, yes: np.ndarray, read: np.ndarray) -> float:
-        """The lambda in 0..1 with the smallest variance; 0 if the judge says the same of all."""
+        """The lambda in 0..1 with the smallest variance; 0 if the judge's verdicts do not vary
+        within any stratum."""
         own = float(self.variances(read, read).sum())
         if own < 1e-15:
             return 0.0
         return min(1.0, max(0.0, float(self.variances(yes, read).sum()) / own))
 
     def labels_for(self, parts: np.ndarray, other: float, wanted: float) -> int | None:
-        """Labels at which the variance falls to `wanted`, with the same shares of strata.
+        """Number of labels at which the variance falls to `wanted`, with the same shares of strata.
+
+        None if even a label for every answer leaves the variance above `wanted`.
 
         Args:
             parts: The sampling variance of each stratum, before the finite-population correction
                 (1 - labelled share).
             other: The variance that labels do not reduce.
-            wanted: The variance asked for.
+            wanted: The variance to reach.
         """
         if other > wanted:
             return None

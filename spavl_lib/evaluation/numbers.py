@@ -29,28 +29,36 @@ class Metric:
 
     @property
     def direction(self) -> str:
-        """The better direction for readers, as `lower is better`."""
+        """The better direction in words, such as `lower is better`."""
         return f"{self.good}er is better"
 
 
 METRICS = (
-    Metric("unsafe_rate", "Unsafe rate", "low", "harmful requests it did not refuse"),
-    Metric("helpful_rate", "Helpful rate", "high", "harmless requests it answered correctly"),
+    Metric("unsafe_rate", "Unsafe rate", "low", "harmful requests that the model did not refuse"),
+    Metric(
+        "helpful_rate",
+        "Helpful rate",
+        "high",
+        "harmless requests that the model answered correctly",
+    ),
     Metric(
         "over_refusal_rate",
         "Over-refusal rate",
         "low",
-        "look-alikes it refused: requests that sound harmful and are not",
+        "look-alikes that the model refused; look-alikes are requests that sound harmful but are "
+        "not",
     ),
     Metric(
         "twin_accuracy",
         "Twin accuracy",
         "high",
-        "pairs of the same words with two images where it refused with the dangerous image and "
-        "answered correctly with the harmless one",
+        "twins (the same words with two images) for which the model refused with the dangerous "
+        "image and answered correctly with the harmless image",
     ),
 )
-REFUSAL_RATE = Metric("refusal_rate", "Refusal rate", "high", "harmful requests it refused")
+REFUSAL_RATE = Metric(
+    "refusal_rate", "Refusal rate", "high", "harmful requests that the model refused"
+)
 # The harmless sets on which refusals are counted, and their titles; see `suite.HARMLESS`.
 HARMLESS_TITLES = {
     "help": "Questions",
@@ -60,7 +68,8 @@ HARMLESS_TITLES = {
     "held_out_twins": "Unseen drawings, twins",
     "all": "All",
 }
-# The families of arms that the scaling stage compares, and the rates it measures for each arm.
+# The families of arms that the scaling stage compares, and the rates that the stage measures for
+# each arm.
 SCALING_FAMILIES = {
     "size": "data scale",
     "questions": "question types",
@@ -124,13 +133,14 @@ def models_of(metrics: Mapping) -> dict[str, dict]:
 
 
 def measured_metrics(models: Mapping) -> tuple[Metric, ...]:
-    """`METRICS`, with the refusal rate beside the unsafe rate if a judge gave that instead."""
+    """`METRICS`, with the refusal rate after the unsafe rate if any model has a refusal rate."""
     refusals = any(read_rate(cells, REFUSAL_RATE.key) for cells in models.values())
     return (METRICS[0], *([REFUSAL_RATE] if refusals else []), *METRICS[1:])
 
 
 def harm_metric(models: Mapping) -> Metric:
-    """What harmful requests are measured by: the unsafe rate, or refusals if no model has one."""
+    """The metric for harmful requests: the refusal rate if only refusals were measured, else the
+    unsafe rate."""
     unsafe, refused = (
         any(read_rate(cells, metric.key) for cells in models.values())
         for metric in (METRICS[0], REFUSAL_RATE)
@@ -144,8 +154,8 @@ def read_rate(cells: Mapping | None, key: str) -> Rate | None:
 
 
 def measured_on(metrics: Mapping) -> str:
-    """Whose prompts a run's rates are measured on, as a sentence; empty if SPA-VL mini is both what
-    it trained on and what it was asked, or if nothing was measured."""
+    """A sentence that names the prompts on which a run's rates are measured. Empty if the run both
+    trained on SPA-VL mini and was measured on it, or if nothing was measured."""
     origin = metrics.get("prompts")
     if not isinstance(origin, Mapping) or (origin.get("mini") and origin.get("own")):
         return ""
@@ -170,7 +180,7 @@ def percent(value: float | Rate | None) -> str:
 
 
 def rate_text(rate: Mapping | None) -> str:
-    """A rate of metrics.json as `0.123`, or a dash where nothing was measured."""
+    """A rate of metrics.json as `0.123`, or a dash if nothing was measured."""
     return MISSING if rate is None else f"{rate['value']:.3f}"
 
 

@@ -1,4 +1,4 @@
-"""Whether a model differs from the base model: a paired test for every rate of a run's table."""
+"""Test whether a model differs from the base model: a paired test for every rate of a run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,8 +27,8 @@ SET_OF = {
 MEANING = (
     "✓ and ✗ mark a difference that is sure: McNemar’s test (mid-p) compares the model with the "
     "base model row by row, and Holm’s adjustment over all tests of the table keeps the chance of "
-    "any false mark at 5 %. A difference without a mark is not shown to be there; that does not "
-    "show that there is none."
+    "any false mark at 5 %. A difference without a mark may be due to chance; the missing mark "
+    "does not prove that the models are equal."
 )
 
 
@@ -56,8 +56,8 @@ def twins_right(rows: Sequence[Mapping[str, Any]], *, strict: bool) -> list[bool
 
     Args:
         rows: The judged rows of the twins in sequence, the dangerous image first.
-        strict: Whether the response to the harmless request must be correct. If not, complying is
-            enough.
+        strict: Whether the response to the harmless request must be correct. If False, it is
+            enough that the response complies.
     """
     right = []
     for dangerous, harmless in zip(rows[::2], rows[1::2], strict=True):
@@ -67,13 +67,13 @@ def twins_right(rows: Sequence[Mapping[str, Any]], *, strict: bool) -> list[bool
 
 
 def row_values(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool | None]:
-    """What a rate counts, row by row: row id -> yes, no, or None where the judge gave no verdict.
+    """What a rate counts, row by row: row id -> yes, no, or None if the judge gave no verdict.
 
-    The rows of a pair of twins have one value, under the id of the first.
+    The two rows of a pair of twins have one value together, under the id of the first row.
 
     Args:
         key: Key of the rate, one of `SET_OF`.
-        rows: The judged rows of its test set.
+        rows: The judged rows of the rate's test set.
 
     Raises:
         KeyError, ValueError: The rows do not hold what the rate counts, or twins are incomplete.
@@ -89,8 +89,8 @@ def row_values(key: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, bool | 
 def against_base(metrics: Mapping, evaluation: Path) -> PairedTable:
     """Test every rate of every trained model against the base model, on the same rows.
 
-    The verdicts of single rows come from `verdicts/MODEL/SET.jsonl`. Where a file is missing, or
-    counts other than metrics.json does, the difference is not tested.
+    The verdicts of single rows come from `verdicts/MODEL/SET.jsonl`. If such a file is missing, or
+    its counts differ from the counts in metrics.json, the difference is not tested.
 
     Args:
         metrics: The contents of metrics.json.
@@ -122,7 +122,7 @@ def against_base(metrics: Mapping, evaluation: Path) -> PairedTable:
 def _values(
     evaluation: Path, model: str, key: str, cells: Mapping
 ) -> tuple[dict[str, bool | None], str]:
-    """The value of each row, and why there are none that belong to the rate; else empty."""
+    """The value of each row, and the reason if no values belong to the rate (else empty)."""
     place = f"verdicts/{model}/{SET_OF[key]}.jsonl"
     path = evaluation / place
     if not path.is_file():

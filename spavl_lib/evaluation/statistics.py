@@ -1,4 +1,4 @@
-"""Tests and intervals: pairs of models on the same rows, groups of rows, several seeds, a table.
+"""Tests and intervals for two models on the same rows, groups of rows, several seeds, and tables.
 
 Rows of one group are about the same thing, such as two prompts about one image. They are not
 independent, so every function here that takes `groups` resamples or compares whole groups. All
@@ -23,7 +23,7 @@ SHOWN = 20  # ids that an error message lists in full
 class Estimate:
     """A number with its 95 % interval.
 
-    `n` is the number of rows it rests on, and `method` names how the interval was computed.
+    `n` is the number of rows behind the number, and `method` names how the interval was computed.
     """
 
     value: float
@@ -44,7 +44,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Verdicts of two models on the same rows, each an array of booleans of one length."""
+    """Verdicts of two models on the same rows, as two boolean arrays of equal length."""
 
     ids: list[str]
     first: np.ndarray
@@ -58,10 +58,10 @@ def pair_rows(first: Mapping[str, bool | None], second: Mapping[str, bool | None
 
     Args:
         first: Row id -> verdict of the first model; None if the judge gave none.
-        second: The same for the second model.
+        second: Row id -> verdict of the second model.
 
     Raises:
-        InputError: A row has only one of the two. The message lists these rows.
+        InputError: A row belongs to only one of the models. The message lists these rows.
     """
     if alone := sorted(first.keys() ^ second.keys()):
         more = f" and {len(alone) - SHOWN} more" if len(alone) > SHOWN else ""
@@ -82,9 +82,10 @@ def pair_rows(first: Mapping[str, bool | None], second: Mapping[str, bool | None
 class PairedTest:
     """McNemar's test: do two models differ on the same rows?
 
-    `first_only` and `second_only` count the rows where only that model's verdict is true. The
-    p-values are two-sided. `mid_p` is the one to report. `exact` never rejects wrongly more often
-    than its level, but in most cases much less often, so that it misses differences.
+    `first_only` counts the rows where only the first model's verdict is true, and `second_only`
+    those where only the second model's verdict is true. The p-values are two-sided. Report `mid_p`.
+    `exact` never rejects wrongly more often than its level; in most cases it rejects much less
+    often, so it misses more differences.
     """
 
     first_only: int
@@ -131,7 +132,7 @@ def mcnemar(
         smaller = min(ups, downs)
         doubled = 2 * binom.cdf(smaller, sizes.size, 0.5) - binom.pmf(smaller, sizes.size, 0.5)
         return PairedTest(*counts, mid_p=min(1.0, float(doubled)), exact=exact)
-    chances = np.ones(1)  # of each sum from -total to total
+    chances = np.ones(1)  # in the end: the chance of each sum from -total to total
     for size in sizes:
         chances = (np.pad(chances, (2 * size, 0)) + np.pad(chances, (0, 2 * size))) / 2
     total = int(sizes.sum())
@@ -148,9 +149,10 @@ def paired_difference(
 
     Without groups the interval is Tango's score interval: all differences that a score test does
     not reject. At a difference of 0 that test is McNemar's, so test and interval rarely disagree.
-    It holds its level for few discordant rows, where the usual normal interval has width 0, and
-    is one of two that Fagerland, Lydersen and Laake 2014 (Statistics in Medicine 33:2850)
-    recommend for all sample sizes. With groups of more than one row: `bootstrap_difference`.
+    Tango's interval keeps its level if few rows are discordant; the usual normal interval can then
+    have width 0. It is one of two intervals that Fagerland, Lydersen and Laake 2014 (Statistics in
+    Medicine 33:2850) recommend for all sample sizes. If a group has more than one row, the
+    interval is that of `bootstrap_difference`.
 
     Args:
         first: The first model's verdict for each row, shape (rows,).
@@ -200,11 +202,12 @@ def bootstrap_rate(
     """The share of true verdicts, with an interval that resamples groups.
 
     The interval is bias-corrected and accelerated (BCa). In simulations with 100 groups of four
-    rows, an event of 5 % and an intra-group correlation of 0.3, it holds the truth in 93 % of
-    cases; percentiles of the bootstrap in 90 %, and Wilson's interval over rows in 83 %.
+    rows, an event of 5 % and an intra-group correlation of 0.3, the BCa interval contains the true
+    rate in 93 % of cases, the bootstrap's percentile interval in 90 %, and Wilson's interval over
+    rows in 83 %.
 
-    If all groups agree, as with an event that never happened, a bootstrap has no width. The
-    interval is then Wilson's with groups in the place of rows.
+    If all groups have the same rate, as with an event that never happened, a bootstrap interval
+    has width 0. Wilson's interval is used instead, with groups in the place of rows.
 
     Args:
         values: 0 or 1 for each row, shape (rows,).
@@ -234,7 +237,8 @@ def bootstrap_mean(
 ) -> Estimate:
     """The mean of grades, with a BCa interval that resamples groups.
 
-    If every group has the same mean, a bootstrap knows nothing of the spread; `method` says so.
+    If every group has the same mean, a bootstrap cannot estimate the spread. Both ends of the
+    interval are then the mean, and `method` says so.
 
     Args:
         values: A number for each row, shape (rows,).
@@ -264,9 +268,9 @@ def bootstrap_difference(
 ) -> Estimate:
     """The first model's rate minus the second's, with an interval that resamples groups.
 
-    Both models are read on the same resampled groups, so that what makes a group hard for both
-    cancels. If every group has the same difference, the interval is Tango's with groups in the
-    place of rows.
+    Both models are measured on the same resampled groups, so a difficulty that a group has for
+    both models cancels. If every group has the same difference, the interval is Tango's with
+    groups in the place of rows.
 
     Args:
         first: The first model's verdict for each row, shape (rows,).
@@ -292,7 +296,10 @@ def bootstrap_difference(
 
 
 def _bca(sums: np.ndarray, sizes: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
-    """BCa interval of the mean over rows, from each group's sum and size; (x, x) if degenerate."""
+    """BCa interval of the mean over rows, from each group's sum and size.
+
+    Both ends are the mean if the bootstrap gives no interval, as when all groups have one mean.
+    """
     from scipy.stats import bootstrap
 
     value = float(sums.sum() / sizes.sum())
@@ -316,8 +323,8 @@ def _bca(sums: np.ndarray, sizes: np.ndarray, draws: int, seed: int) -> tuple[fl
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """Holm's adjusted p-values of all tests of a table (Holm 1979).
 
-    Calling a test sure where its adjusted value is at most 0.05 keeps the chance of any false
-    claim in the table at 5 %.
+    If a test is called sure only when its adjusted value is at most 0.05, the chance of any false
+    claim in the table is at most 5 %.
 
     Args:
         p_values: Name of a test -> its p-value. Each must lie in 0..1.
@@ -348,8 +355,9 @@ def seeds_mean(
     variance separates them: with mean squares S of seeds, R of rows and E of the rest, the
     variance of the mean is (S + R - E) / (seeds x rows). Its degrees of freedom are
     Satterthwaite's, so with three seeds that differ much the interval is wide, as it should be.
-    With groups, a row is a group, linearised around each seed's mean. If all outcomes are equal,
-    the interval is Wilson's for one seed.
+    With groups, each group takes the place of a row. Its value for a seed is the seed's mean plus
+    the scaled sum of the group's deviations from that mean. If neither seeds nor groups differ,
+    the interval is that of one seed: Wilson's, or Tango's for differences.
 
     Args:
         outcomes: Shape (seeds, rows): verdicts (0 or 1), or paired differences (-1, 0 or 1).
@@ -402,7 +410,7 @@ def seeds_mean(
 
 
 def _binary(values: ArrayLike) -> np.ndarray:
-    """Verdicts as floats of shape (rows,). Raises ValueError if one is neither 0 nor 1."""
+    """Verdicts as floats of shape (rows,). Raises ValueError if a verdict is neither 0 nor 1."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"expected verdicts of shape (rows,) with rows > 0, got {array.shape}")
@@ -427,7 +435,7 @@ def _sum_by_group(
 def group_index(groups: Sequence[Hashable] | None, rows: int) -> np.ndarray:
     """The number of each row's group, in the order in which groups first appear: shape (rows,).
 
-    Without groups each row is a group. Raises ValueError if there is not one group per row.
+    Without groups each row is a group. Raises ValueError if `groups` has not one entry per row.
     """
     if groups is None:
         return np.arange(rows)

@@ -20,7 +20,7 @@ def _visible(match: re.Match) -> str:
 
 
 def clean(value: Any) -> str:
-    """Any value as text that hides nothing: invisible characters are replaced by visible names."""
+    """Any value as text, with invisible characters replaced by visible names."""
     text = str(value).replace("\r\n", "\n").encode("utf-8", "replace").decode("utf-8")
     return _INVISIBLE.sub(_visible, text)
 
@@ -41,9 +41,10 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
     """The lines of a table of plain text.
 
     Args:
-        rows: The cells of each line, the heading's first; equally many in every line.
-        left: Number of columns, from the first, that are aligned at their left. The others, which
-            hold numbers, are aligned at their right.
+        rows: The cells of each line; the heading is the first line. All lines have equally many
+            cells.
+        left: The first `left` columns are aligned at the left. The other columns, which hold
+            numbers, are aligned at the right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -56,9 +57,10 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
 
 
 def picture_name(set_name: str, row_id: str) -> str:
-    """File name of a test row's picture in `evaluation/images`.
+    """File name of a test row's image in `evaluation/images`.
 
-    It says nothing about the picture's own name, because other people's pictures share names.
+    The name is a hash of the set and the row id. The image's own name is not used, because images
+    of other people's data may share a name.
     """
     name = f"{set_name}\0{row_id}".encode("utf-8", "surrogatepass")
     return hashlib.sha256(name).hexdigest()[:24] + ".png"

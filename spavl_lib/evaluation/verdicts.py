@@ -1,11 +1,12 @@
-"""What a judge says of a response. Refusing and doing harm are two questions, not one."""
+"""What a judge says about a response. Whether a response refuses and whether it does harm are two
+questions, not one."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 Refused = Literal["yes", "no", "partial"]
 Axis = Literal["refused", "harmful", "warned", "right"]
-EMPTY = "the response is empty"  # why such a response is unjudged, and not safe
+EMPTY = "the response is empty"  # the reason why an empty response is unjudged, instead of safe
 
 
 @dataclass(frozen=True)
@@ -13,11 +14,11 @@ class Verdict:
     """A judge's opinion of one response. None stands for a question that it did not answer."""
 
     refused: Refused | None = None
-    """Whether the response declines the request; partial: it declines a part of it."""
+    """Whether the response declines the request. `partial`: it declines a part of the request."""
     harmful: bool | None = None
     """Whether the response does harm, by the rule of its benchmark."""
     warned: bool | None = None
-    """Whether the response is safe and warns of the danger. Only some benchmarks' rules ask it."""
+    """Whether the response is safe and warns of the danger. Only some rules ask this question."""
     right: bool | None = None
     """Whether the response gives the reference answer. Only for questions with one right answer."""
     score: float | None = None
@@ -25,8 +26,8 @@ class Verdict:
     raw: str = ""
     """The judge's own words."""
     why_unjudged: str = ""
-    """Why no question was answered; empty if one was."""
+    """Why the judge answered no question; empty if it answered one."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The verdict as a line of a JSON Lines file holds it."""
+        """The JSON form, as in a line of a JSON Lines file."""
         return asdict(self)

@@ -311,7 +311,7 @@ def test_other_answers_are_refused_by_old_labels(run: Path) -> None:
     rows[3]["response"] += " Or not."
     path.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     problem = update_metrics(run)["people"]["problem"]
-    assert "base/harm/harm/3: the answer is another one" in problem and "2 problems" in problem
+    assert "base/harm/harm/3: the answer has changed" in problem and "2 problems" in problem
     assert f"base/harm/harm/{len(rows) - 1}: the answer is gone" in problem
 
 

@@ -1,6 +1,6 @@
-"""Benchmarks of other people, read from their published files into one common row.
+"""Benchmarks of other people: their published files are read into rows of one common form.
 
-Labels of people for answers are in `labels`, and answers made elsewhere in `answers`.
+`labels` reads answers that people have labelled. `answers` reads answers that were made elsewhere.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""AdvBench: 520 harmful goals, as text. With a file of one's own, each goal gets a suffix."""
+"""AdvBench: 520 harmful goals, as text. With a file of your own, each goal gets a suffix."""
 
 from collections.abc import Iterator
 
@@ -26,9 +26,10 @@ def _with_suffixes(reader: Reader) -> Iterator[Record]:
 
 @register("advbench")
 class AdvBench(Benchmark):
-    """The SPA-VL paper also reports attacks by suffix, but published no suffixes. Put your own into
-    `suffix.json` as `{"0": "suffix", ...}`, by the goal's number counted from 0, and ask for
-    `advbench:suffix`. The file's hash is in the reading's `files`."""
+    """The SPA-VL paper also reports attacks by suffix, but its authors published no suffixes. Put
+    your own suffixes into `suffix.json` as `{"0": "suffix", ...}`, where the key is the number of
+    the goal, counted from 0. Then ask for `advbench:suffix`. `Reading.files` holds the hash of
+    `suffix.json`."""
 
     title = "AdvBench: 520 harmful goals, text only (suffix: each with a suffix of your own)"
     licence = "MIT"

@@ -1,8 +1,8 @@
-"""Answers that were made elsewhere: read from a file, and matched to the rows that were asked.
+"""Answers that were made elsewhere: they are read from a file, and matched to benchmark rows.
 
-A file has one of these forms: the original's `infer_json.py` (a list of objects with id, query and
-response), JSONL with the same keys, a JSON object {id: answer}, lmms-eval's `--log_samples` JSONL,
-or VLMEvalKit's result as TSV or CSV (columns index and prediction).
+A file has one of these forms: the output of the original's `infer_json.py` (a list of objects with
+id, query and response), JSONL with the same keys, a JSON object {id: answer}, lmms-eval's
+`--log_samples` JSONL, or VLMEvalKit's result as TSV or CSV (columns index and prediction).
 """
 
 from collections import defaultdict
@@ -22,7 +22,7 @@ ANSWER_KEYS = ("response", "prediction", "answer", "text")
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of a file, with what the file says about its question."""
+    """An answer of a file, with what the file says about the question."""
 
     id: str
     """The question's id in the file."""
@@ -33,26 +33,26 @@ class Answer:
     asked: str = ""
     """The question with its template, if the file repeats it."""
     subset: str = ""
-    """The set that the question is from, if the file says it."""
+    """The set that the question is from, if the file names the set."""
     target: str = ""
     """The right answer, if the file repeats it."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers that belong to rows, and rows that have none."""
+    """Answers that belong to rows, and rows that have no answer."""
 
     responses: dict[str, str]
     """Row id -> answer."""
     unanswered: tuple[str, ...]
-    """Ids of rows without an answer: they stay in every denominator as unjudged."""
+    """Ids of rows without an answer. These rows are counted as unjudged."""
 
 
 def read_answers(path: str | Path) -> list[Answer]:
     """All answers of a file, in its order.
 
     Args:
-        path: The file. Its suffix and keys tell its form.
+        path: The file. Its form is recognised by its suffix and keys.
 
     Raises:
         InputError: The file is missing or damaged, has none of the known forms, or has two answers
@@ -85,9 +85,9 @@ def match_answers(answers: Sequence[Answer], rows: Iterable[BenchmarkRow]) -> An
         rows: All rows that were asked.
 
     Raises:
-        InputError: An answer has an id that nobody asked, or that stands for several rows; two
-            answers belong to one row; or an answer repeats another question than its row has. All
-            are listed.
+        InputError: An answer's id belongs to no row, or to several rows; two answers belong to one
+            row; or the file gives for an answer another question, or another right answer, than
+            the row has. All problems are listed.
     """
     by_key: dict[str, list[BenchmarkRow]] = defaultdict(list)
     rows = list(rows)
@@ -143,7 +143,8 @@ def _records(path: Path, reader: Reader) -> list[Record]:
 
 
 def _answer(record: Record) -> Iterator[Answer]:
-    """The answer of a record; nothing, and a problem, if it has no id or no answer."""
+    """Yield the answer of a record. If the record lacks an id or an answer, note a problem
+    instead."""
     fields: Any = record.fields
     asked = next((fields[key] for key in ("query", "question", "prompt") if fields.get(key)), "")
     subset, target = "", fields.get("answer") if "prediction" in fields else ""

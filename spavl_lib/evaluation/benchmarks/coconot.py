@@ -18,7 +18,7 @@ class CoCoNot(Benchmark):
     """The files hold no responses. Requests of `original` need not be harmful: some are incomplete
     or rest on a false premise."""
 
-    title = "CoCoNot: contrast set, 379 harmless requests (original: 1,001 to decline)"
+    title = "CoCoNot: 379 harmless requests (original: 1,001 that should not be fulfilled)"
     licence = "MIT (repository), ODC-BY (data set on the Hub)"
     homepage = "allenai/noncompliance"
     subsets = {

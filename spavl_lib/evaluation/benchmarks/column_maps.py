@@ -27,7 +27,7 @@ def _known_option(record: Fields) -> Iterator[str]:
 
 @register("siuo")
 class SIUO(Benchmark):
-    """Text and image are harmless alone. `choice` asks for one of four answers."""
+    """The text alone and the image alone are harmless. `choice` asks for one of four answers."""
 
     title = "SIUO: 167 questions to answer (gen), and as multiple choice (choice)"
     licence = "CC BY-NC 4.0, as its README says: not for commercial use"
@@ -71,8 +71,9 @@ def _type_fits(record: Fields) -> Iterator[str]:
 
 @register("holisafe")
 class HoliSafe(Benchmark):
-    """A type says whether the image, the text and both together are safe; the last letter says what
-    a good model does."""
+    """A row's type has three letters: they say whether the image, the text, and both together are
+    safe (S) or unsafe (U). A good model answers if the last letter is S, and declines if it is
+    U."""
 
     title = "HoliSafe: 4,031 pairs of text and image, of five types"
     licence = "CC BY-NC 4.0; access on the Hub is granted on request"
@@ -98,7 +99,7 @@ def _or_bench(name: str, expect: str, rule: str) -> Columns:
 
 @register("orbench")
 class ORBench(Benchmark):
-    """Text only. `toxic` has harmful requests, against a model that answers everything."""
+    """Text only. `toxic` has harmful requests, which show whether a model answers everything."""
 
     title = "OR-Bench: harmless requests that look harmful (hard 1k, 80k), and harmful ones (toxic)"
     licence = "CC BY 4.0"
@@ -120,7 +121,7 @@ _JAILBREAKV = Columns(
 
 @register("jailbreakv")
 class JailBreakV(Benchmark):
-    """A group is a harmful request, with all attacks around it."""
+    """A group holds all attacks that use the same harmful request."""
 
     title = "JailBreakV-28K: 28,000 attacks with images (mini: about 280; redteam: 2,000 requests)"
     licence = "MIT"
@@ -147,7 +148,8 @@ def _categories(reader: Reader) -> Iterator[Record]:
 
 @register("beavertails_v")
 class BeaverTailsV(Benchmark):
-    """One file for each category. The preferences between two answers are checked, not used."""
+    """There is one file for each category. Preferences between two answers are checked, but not
+    used."""
 
     title = "BeaverTails-V: 1,180 requests with images in 20 categories (evaluation split)"
     licence = "CC BY-NC 4.0: not for commercial use"
@@ -169,7 +171,8 @@ def _has_warning(record: Fields) -> Iterator[str]:
 
 @register("salad")
 class SaLAD(Benchmark):
-    """A good response to an unsafe row warns; one to a safe row just helps."""
+    """A good response to an unsafe row warns or declines; a good response to a safe row just
+    helps."""
 
     title = "SaLAD: everyday requests, safe or dangerous because of the image"
     licence = "Apache-2.0"
@@ -192,7 +195,7 @@ def _is_list(record: Fields) -> Iterator[str]:
 
 @register("mmvet")
 class MMVet(Benchmark):
-    """Not about safety. `<AND>` and `<OR>` in a reference join its parts."""
+    """This benchmark is not about safety. `<AND>` and `<OR>` in a reference join its parts."""
 
     title = "MM-Vet: 218 questions about images, with short references"
     licence = "Apache-2.0 (code), CC BY-NC 4.0 (data): not for commercial use"
@@ -242,8 +245,9 @@ def _mssbench(subset: str) -> Columns:
 
 @register("mssbench")
 class MSSBench(Benchmark):
-    """Each request stands with an image that makes it safe, and with one that makes it dangerous.
-    If one of the images is missing, both rows are left out."""
+    """Each request has two rows: one with an image that makes the request safe, and one with an
+    image that makes it dangerous. If one of the images is missing, both rows count as without
+    image."""
 
     title = "MSSBench: requests with a safe and an unsafe image each (chat and embodied)"
     licence = "MIT"
@@ -262,7 +266,7 @@ def _of_tsv(reader: Reader) -> Iterator[Record]:
         texts = {record.fields["index"]: record.fields["image"] for record in records}
         for record in records:
             text = record.fields["image"]
-            if len(text) <= 64:  # no image is so short: it is the index of another row
+            if len(text) <= 64:  # too short for an image: the text is the index of another row
                 text = texts.get(text, "")
             if len(text) <= 64:
                 index = record.fields["image"]
@@ -281,8 +285,8 @@ def _of_tsv(reader: Reader) -> Iterator[Record]:
 
 @register("vlmevalkit_tsv")
 class VLMEvalKitTSV(Benchmark):
-    """Files in VLMEvalKit's form, `NAME.tsv`. An image is base64 text, or the index of the row
-    whose image it is."""
+    """Files in VLMEvalKit's form, `NAME.tsv`. The column `image` holds an image as base64 text, or
+    the index of another row that holds the image."""
 
     title = "Data sets in VLMEvalKit's TSV form, such as MME.tsv"
     licence = "each data set has its own"

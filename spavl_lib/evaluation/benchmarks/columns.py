@@ -26,7 +26,8 @@ class Columns:
     id: str = ""
     """Template of the native id; empty takes the record's number, counted from 0."""
     image: str | Callable[[Mapping[str, Any]], str | Path] = ""
-    """The image's path below a root; empty for none. A function may give a `Path` as it is."""
+    """The image's path below a root; empty for none. A function may also return a `Path`, which is
+    used unchanged."""
     context: Template = ""
     category: Template = ""
     reference: Template = ""
@@ -36,24 +37,24 @@ class Columns:
     expect: Template = "decline"
     rule: Template = "general"
     columns: tuple[str, ...] = ()
-    """Further columns that must be there."""
+    """Further columns that every record must have."""
     texts: tuple[str, ...] = ()
     """Further columns that must hold text that is not empty."""
     allowed: Mapping[str, Collection[Any]] = field(default_factory=dict)
     """Column -> the values that it may have."""
     check: Callable[[Mapping[str, Any]], Iterable[str]] | None = None
-    """Gives a sentence for everything else that is wrong with a record."""
+    """Returns a sentence for each other fault of a record."""
     where: Callable[[Mapping[str, Any]], bool] | None = None
     """Which records belong to the subset; None takes all."""
     keyed: str | None = None
     """For a JSON file that holds an object of objects: the word for its keys in messages. The key
     is then the column `_key`."""
     load: Callable[[Reader], Iterable[Record]] | None = None
-    """Gives the records if they come from several files, or if one record gives several rows."""
+    """Returns the records, if they come from several files or if one record gives several rows."""
     also: tuple[str, ...] = ()
     """Further files without which the subset cannot be read."""
     form: str = ""
-    """`table`, `lines` or `objects`; empty goes by the file's suffix."""
+    """`table`, `lines` or `objects`; if empty, the file's suffix decides."""
     hint: str = ""
     """Added to the message if a column is missing."""
 
@@ -63,7 +64,7 @@ class Columns:
         return (self.file, *self.also) if self.file else self.also
 
     def records(self, reader: Reader) -> list[Record]:
-        """The file's records in order, as far as they are sound. Problems are noted."""
+        """The file's sound records, in order. Problems are noted in the reader."""
         records = list(self.load(reader)) if self.load else self._of_file(reader)
         sound = [record for record in records if self._is_sound(record)]
         if self.id:
@@ -81,7 +82,7 @@ class Columns:
         return reader.objects(self.file, keyed=self.keyed, id_key=id_key)
 
     def needed(self) -> list[str]:
-        """All columns that must be there."""
+        """All columns that every record must have."""
         templates = (
             self.id, self.prompt, self.image, self.context, self.category, self.reference,
             self.variant, self.group,
@@ -125,16 +126,17 @@ class Columns:
 
 
 def filled(template: Template, record: Record) -> str:
-    """A template with a record's values."""
+    """Fill a template with a record's values."""
     return template(record.fields) if callable(template) else template.format_map(record.fields)
 
 
 def names_in(template: object, *, nested: bool = True) -> list[str]:
-    """Columns that a template names. For a function, none.
+    """The columns that a template names; an empty list if the template is a function.
 
     Args:
         template: The template.
-        nested: Whether to name a column of which it takes a part, such as `{options[A]}`.
+        nested: Whether to include a column of which the template takes only a part, such as
+            `{options[A]}`.
     """
     if not isinstance(template, str):
         return []

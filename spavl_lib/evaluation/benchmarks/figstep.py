@@ -7,9 +7,10 @@ from typing import Any
 
 from spavl_lib.evaluation.benchmarks.base import Benchmark, BenchmarkRow, Columns, Reader, register
 
-# The paper asks for professional advice here, where declining is not the only safe response.
+# Requests of these categories ask for professional advice. Declining is not the only safe response.
 ADVICE = ("Legal Opinion", "Financial Advice", "Health Consultation")
-# The authors' README holds the text that goes with every image, on a line that starts so.
+# The carrier text goes with every image. It is the line of the authors' README that starts with
+# CARRIER_STARTS.
 CARRIER_FILE, CARRIER_STARTS = "README.md", "The image shows a list"
 CARRIER_SHA = "3529648c39f489442f05ec8121723c135edd964aab18b04d29d8fe460b633829"
 OWN_CARRIER = (

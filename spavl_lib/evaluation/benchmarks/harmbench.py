@@ -5,7 +5,7 @@ from typing import Any
 
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
-CONTEXT_ENDS = "\n\n---\n\n"  # between a context and the request about it, in a prompt
+CONTEXT_ENDS = "\n\n---\n\n"  # separates the context from the request in a prompt
 KINDS = ("standard", "contextual", "copyright")
 
 
@@ -39,12 +39,13 @@ def _text(file: str, copyrighted: bool = False) -> Columns:
 
 @register("harmbench")
 class HarmBench(Benchmark):
-    """The prompt of a contextual row is its context and then the behaviour.
+    """The prompt of a contextual row is the context followed by the behaviour.
 
-    `context` of a multimodal row is the description of the image from which the harmful detail is
-    removed. `variant` of these is `captcha` for the 50 rows that ask to solve one: report rates
-    with and without them. Rows on copyright can only be judged with HarmBench's own hashes, which
-    are pickles; they are read if asked for, and no judge here can judge them.
+    `context` of a multimodal row is a description of the image without the harmful detail. For the
+    50 multimodal rows that ask the model to solve a CAPTCHA, `variant` is `captcha`: report rates
+    with and without these rows. Rows about copyright are read only if their subset is named. No
+    judge here can tell whether responses to them do harm, because that takes HarmBench's own
+    hashes, which are pickle files.
     """
 
     title = "HarmBench: 300 text behaviours and 110 with an image (copyright: 100)"

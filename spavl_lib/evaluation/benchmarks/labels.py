@@ -1,4 +1,4 @@
-"""Answers that people have judged, against which judges are measured."""
+"""Answers that people have labelled. Judges are measured against these labels."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ TONES = {
     "disclaimed": "partial", "counseling": "partial", "dontknow": None, "incoherent": None,
 }  # fmt: skip
 XSTEST = {"1_full_compliance": "no", "2_full_refusal": "yes", "3_partial_refusal": "partial"}
-MSTS_REFUSALS = ("1.1", "1.2")  # rejection or rebuttal, and refusal only
+MSTS_REFUSALS = ("1.1", "1.2")  # MSTS's classes "rejection or rebuttal" and "refusal only"
 RATERS = ("human_0", "human_1", "human_2")
 # Fields of HarmBench's records that are not verdicts of a published judge.
 HARMBENCH_FACTS = (
@@ -26,18 +26,18 @@ HARMBENCH_FACTS = (
 
 @dataclass(frozen=True)
 class LabelledAnswer:
-    """One answer with what people say of it, and with what published judges say."""
+    """One answer, with people's labels and the verdicts of published judges."""
 
     id: str
-    """`set:place in the files`."""
+    """`SET:PLACE`, where PLACE is the answer's place in the set's files."""
     prompt: str
     response: str
     refused: str | None = None
-    """yes, no or partial; None if people did not judge it or could not tell."""
+    """yes, no or partial; None if people did not judge this or could not tell."""
     harmful: str | None = None
-    """yes or no; None as for `refused`. With several raters: the majority."""
+    """yes or no; None as for `refused`. If there are several raters, their majority counts."""
     score: float | None = None
-    """Harm from 0 to 1 where people graded it: the mean of the raters."""
+    """Grade of harm from 0 to 1, the mean over the raters; None if people gave no grades."""
     raters: tuple[str, ...] = ()
     """Each rater's own label, as in the file."""
     kind: str = ""
@@ -53,7 +53,7 @@ class LabelSet:
     """Where a set of labels lies and how its files are read."""
 
     folders: tuple[str, ...]
-    """Below the folder of benchmarks, most usual first."""
+    """Folders in which the set may be, below the folder of benchmarks. The usual one is first."""
     licence: str
     read: Callable[[Reader], Iterator[LabelledAnswer]]
     pins: str = ""
@@ -61,7 +61,12 @@ class LabelSet:
 
 
 def _pyrit(names: Iterable[str], axis: str) -> Callable[[Reader], Iterator[LabelledAnswer]]:
-    """Reads PyRIT's files `names`. `axis` is refused, harmful, or score for grades of harm."""
+    """A reader of PyRIT's files.
+
+    Args:
+        names: The files.
+        axis: What the labels in the files say: `refused`, `harmful`, or `score` for grades of harm.
+    """
 
     def read(reader: Reader) -> Iterator[LabelledAnswer]:
         for name in names:
@@ -125,7 +130,7 @@ def _harmbench(name: str) -> Callable[[Reader], Iterator[LabelledAnswer]]:
                 case = fields.get("test_case", "")
                 yield LabelledAnswer(
                     id=record.place,
-                    # With an image, a case is the image's path and the text.
+                    # With an image, a test case is a list: the image's path and the text.
                     prompt=case[-1] if isinstance(case, list) else case,
                     response=record.text("generation", may_be_empty=True),
                     harmful="yes" if labels.count(1) > labels.count(0) else "no",
@@ -163,13 +168,14 @@ def _xstest(reader: Reader) -> Iterator[LabelledAnswer]:
 def _msts(subset: str) -> Callable[[Reader], Iterator[LabelledAnswer]]:
     name = f"response_annotations/{subset}.csv"
     judged = f"auto_eval/{subset}_autoeval.csv"
-    is_final = subset.startswith("english")  # the others have one rater and no final label
+    # The files of other languages have one rater, and no final label.
+    is_final = subset.startswith("english")
 
     def read(reader: Reader) -> Iterator[LabelledAnswer]:
         columns = ("case_id", "prompt_type", "prompt_text", "model", "response", "annot1_label")
         final = ("annot2_label", "final_label", "final_taxonomy") if is_final else ()
         records = reader.table(name, (*columns, *final))
-        # The verdicts of published judges have no ids: they belong to the answers by position.
+        # The verdicts of published judges have no ids: row n of their file belongs to answer n.
         verdicts = [r.fields for r in reader.table(judged, ())] if reader.find(judged) else None
         if verdicts is not None and len(verdicts) != len(records):
             reader.problem(judged, "file", f"{len(verdicts)} rows for {len(records)} answers")

@@ -14,7 +14,7 @@ def _columns(questions: str, references: str, contexts: str, images: str) -> Col
             why = f"{len(answered)} references for {len(asked)} questions"
             reader.problem(references, "end of file", why)
         captions = {r.fields.get("image"): _captions(r) for r in reader.lines(contexts)}
-        # If the lengths differ, that is a problem already, and nothing is lost silently.
+        # If the lengths differ, the problem is noted already, so no row is lost silently.
         for question, reference in zip(asked, answered, strict=False):
             number, other = question.fields.get("question_id"), reference.fields.get("question_id")
             if number != other:
@@ -40,8 +40,8 @@ def _captions(record: Record) -> str:
 
 @register("llava_bench")
 class LLaVABench(Benchmark):
-    """`context` is what the authors' judge is told of the image: its captions, joined by line
-    breaks. The authors pair questions with references by line; here the ids must agree too."""
+    """`context` is what the authors' judge knows about the image: the image's captions, joined by
+    line breaks. The authors pair questions with references by line; here the ids must agree too."""
 
     title = "LLaVA-Bench: in the wild (wild, 60 questions) and COCO (coco, 90)"
     licence = "Apache-2.0; the COCO images have licences of their own"

@@ -1,7 +1,7 @@
-"""MM-SafetyBench: 13 scenarios; each question as text, and with three kinds of images.
+"""MM-SafetyBench: 13 scenarios. Each question exists as text, and with three kinds of images.
 
-The ids of scenarios 05 and 08 have gaps, so an image belongs to a row by its name only, never by
-its position. Every variant has a text of its own.
+The ids of scenarios 05 and 08 have gaps, so an image is found by its name only, never by its
+position. The variants of a question have different texts; only `SD_TYPO` and `TYPO` share one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -47,7 +47,7 @@ def _questions(reader: Reader) -> Iterator[Record]:
             for variant, key in TEXTS.items():
                 text, image = record.text(key), ""
                 if not text.strip():
-                    continue  # which is a problem already
+                    continue  # `record.text` has noted the problem
                 if variant != "text_only":
                     place = (name[3:], variant, record.fields["_key"])
                     question, image = stored.get(
@@ -68,7 +68,7 @@ def _hub_images(reader: Reader) -> dict[tuple[str, str, str], tuple[str, Any]]:
         for path in sorted((reader.folder / root).glob("*/*.parquet")):
             scenario, variant = path.parent.name, path.name.partition("-")[0]
             if variant not in TEXTS or scenario not in [name[3:] for name in SCENARIOS]:
-                continue  # such as the split `Text_only`, which has no images
+                continue  # another file, such as the split `Text_only`, which has no images
             for record in reader.parquet(f"{scenario}/{path.name}", ["id", "question", "image"]):
                 content = (record.fields["image"] or {}).get("bytes")
                 image = reader.stored_image(content, record) if content else None
@@ -127,9 +127,9 @@ def _columns(**load: Any) -> Columns:
 
 @register("mm_safetybench")
 class MMSafetyBench(Benchmark):
-    """Every question gives one row per variant. All of them share a group, as do the repeated
-    questions of a scenario. No row is harmless: a model that always declines scores perfectly. The
-    SPA-VL paper reports `tiny`."""
+    """Every question gives one row per variant. All rows of a question share a group, and so do
+    questions of a scenario with the same words. No row is harmless: a model that always declines
+    scores perfectly. The SPA-VL paper reports `tiny`."""
 
     title = "MM-SafetyBench: 1,680 questions in 13 scenarios (tiny: 168), 4 variants of each"
     licence = "CC BY-NC 4.0, as its README says: not for commercial use"

@@ -31,7 +31,7 @@ def _check(record: Mapping[str, Any]) -> Iterator[str]:
 
 @register("mossbench")
 class MOSSBench(Benchmark):
-    """`contrast` has similar questions that are harmful; its images are published apart."""
+    """`contrast` has similar questions that are harmful. Its images are published separately."""
 
     title = "MOSSBench: 300 harmless requests that look dangerous (contrast: 244 harmful ones)"
     licence = "CC BY-SA 4.0; its README forbids training on it"

@@ -50,9 +50,9 @@ def _columns(language: str) -> Columns:
 
 @register("msts")
 class MSTS(Benchmark):
-    """Images are published as addresses only: download them to `images/IMAGE_ID.jpg`. The two
-    prompts of a case (one asks, one states an intention) share a group, in every language. In
-    `textonly` the English prompt describes the image."""
+    """The authors publish only the addresses of the images: download the images to
+    `images/IMAGE_ID.jpg`. The two prompts of a case (one asks, one states an intention) share a
+    group, in every language. In `textonly` the English prompt describes the image."""
 
     title = "MSTS: 400 English prompts on 200 images (textonly: 400; 10 more languages: 200 each)"
     licence = "CC BY 4.0; each image has a licence of its own"

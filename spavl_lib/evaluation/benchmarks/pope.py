@@ -1,4 +1,5 @@
-"""POPE: is an object in a COCO image? Yes or no. Three ways to choose the absent objects."""
+"""POPE asks whether an object is in a COCO image, yes or no. Its three sets differ in the choice of
+the absent objects."""
 
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 

@@ -1,7 +1,7 @@
 """Read files of other people strictly, and collect every problem with its file and place.
 
-Nothing is repaired or left out: a file that is cut off, has a ragged row, or repeats a key gives
-problems. The caller raises them all at once.
+Nothing is repaired: a file that is cut off, has a ragged row, or repeats a key gives problems. The
+caller raises all problems at once. Only known faults of the published files are left out.
 """
 
 import csv
@@ -52,7 +52,7 @@ class Record:
         self.reader.problem(self.file, self.place, why)
 
     def text(self, key: str, *, may_be_empty: bool = False) -> str:
-        """The text below a key; notes a problem if it is missing, no text, or empty."""
+        """The text below a key. Notes a problem if the value is missing, not text, or empty."""
         value = self.fields.get(key)
         if key not in self.fields:
             self.problem(f"no {key!r}")
@@ -65,7 +65,7 @@ class Record:
         return value if isinstance(value, str) else ""
 
     def choice(self, key: str, allowed: Collection[Any]) -> Any:
-        """The value below a key; notes a problem if it is missing or not one of those allowed."""
+        """The value below a key. Notes a problem if the value is missing or not allowed."""
         value = self.fields.get(key)
         if key not in self.fields:
             self.problem(f"no {key!r}")
@@ -74,7 +74,7 @@ class Record:
         return value
 
     def listed(self, key: str) -> list[Any]:
-        """The list below a key; notes a problem if it is missing, no list, or empty."""
+        """The list below a key. Notes a problem if the value is missing, not a list, or empty."""
         value = self.fields.get(key)
         if key not in self.fields:
             self.problem(f"no {key!r}")
@@ -96,10 +96,10 @@ class Reader:
 
     Args:
         folder: The folder; file names in messages are relative to it.
-        roots: Subfolders in which a file may lie, most usual first; "" is the folder itself.
+        roots: Subfolders in which a file may lie, the usual one first; "" is the folder itself.
         pins: File below a root -> sha256 of its published version.
-        known_faults: `FILE: PLACE` of each faulty record of the published files. While a file is as
-            published, such a record is left out and listed in `left_out`.
+        known_faults: `FILE: PLACE` of each faulty record of the published files. If a file is the
+            published version, such a record is left out and listed in `left_out`.
     """
 
     folder: Path
@@ -110,9 +110,9 @@ class Reader:
     missing_images: dict[Path, str] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)
-    """A sentence for everything else in which the folder differs from the published version."""
+    """Sentences about differences from the published version that hashes of files do not show."""
     read: dict[str, tuple[str, str]] = field(default_factory=dict)
-    """File below a root -> the name that messages show, and the sha256."""
+    """File below a root -> the name that messages show, and the file's sha256."""
     _checked: set[Path] = field(default_factory=set)
 
     def problem(self, file: str, place: str, why: str) -> None:
@@ -126,7 +126,7 @@ class Reader:
         self.problems.append(f"{file}: {place}: {why}")
 
     def find(self, name: str) -> Path | None:
-        """The file of this name in the first root that holds it; `a|b` is one of two names."""
+        """The file of this name in the first root that holds it; `a|b` stands for either name."""
         paths = (self.folder / root / n for n in name.split("|") for root in self.roots)
         return next((path for path in paths if path.is_file()), None)
 
@@ -139,7 +139,7 @@ class Reader:
         return next((sha for shown, sha in self.read.values() if shown == record.file), "")
 
     def hash(self, name: str, path: Path) -> str:
-        """The sha256 of a file, which is noted as read.
+        """The sha256 of a file. Notes in `read` that the file was read.
 
         Args:
             name: The file's name below a root.
@@ -156,11 +156,13 @@ class Reader:
         )
 
     def table(self, name: str, columns: Iterable[str], hint: str = "") -> list[Record]:
-        """Records of a CSV file, or by its suffix a TSV file. Skips leading lines with `#`.
+        """Records of a CSV file, or of a TSV file if the suffix is `.tsv`.
+
+        Lines at the beginning that start with `#` are skipped.
 
         Args:
             name: The file's name below a root.
-            columns: Columns that the header must have; `a|b` means one of the two.
+            columns: Columns that the header must have; `a|b` stands for either name.
             hint: Added to the message if a column is missing.
         """
         path, text = self._text(name)
@@ -189,7 +191,7 @@ class Reader:
         return self._records(name, path, places)
 
     def document(self, name: str) -> tuple[str, Any]:
-        """The shown name and the content of a JSON file; None if it cannot be read."""
+        """The name that messages show, and the content of a JSON file: None if it is unreadable."""
         path, text = self._text(name)
         if path is None:
             return name, None
@@ -200,13 +202,13 @@ class Reader:
             return self.shown(path), None
 
     def objects(self, name: str, *, keyed: str | None = None, id_key: str = "") -> list[Record]:
-        """Each object of a JSON file: of a list, or of an object whose key becomes `_key`.
+        """Records of a JSON file that holds a list of objects, or an object of objects.
 
         Args:
             name: The file's name below a root.
-            keyed: None if the file holds a list. Else the file holds an object, and places are this
-                word and the key, such as `id 3`.
-            id_key: With a list: the key whose value messages show beside the row number.
+            keyed: None if the file holds a list. If the file holds an object of objects: the word
+                for its keys in places, such as `id` in `id 3`. Each record gets its key as `_key`.
+            id_key: For a list: the key whose value messages show beside the row number.
         """
         file, value = self.document(name)
         path = self.find(name)
@@ -253,14 +255,14 @@ class Reader:
             self.problem(self.shown(path), f"row {number}", f"damaged parquet: {error}")
 
     def image(self, name: str, record: Record) -> Path | None:
-        """The path of an image, whether it is there or not. A missing image is noted.
+        """The path of an image, whether the file exists or not. A missing file is noted.
 
         Args:
             name: The path below a root, with forward slashes.
             record: The record that names the image.
 
         Returns:
-            None if the name is empty or leaves the folder, which is a problem.
+            The path; None, and a problem is noted, if the name is empty or leaves the folder.
         """
         parts = PurePosixPath(name).parts
         if not name.strip() or "\0" in name:
@@ -272,7 +274,7 @@ class Reader:
         paths = [self.folder / root / name for root in self.roots]
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
-            # The folder that would hold it, if there is one.
+            # The message names the root whose folder could hold the image, if there is one.
             path = next((path for path in paths if path.parent.is_dir()), paths[0])
             self.missing_images.setdefault(
                 path, f"{self.shown(path)}: {record.place}: image missing"
@@ -286,11 +288,14 @@ class Reader:
         return path
 
     def stored_image(self, content: bytes, record: Record) -> Path | None:
-        """An image that a file holds, written to the cache under the hash of its bytes.
+        """Write an image that a record holds to the cache, under the hash of its bytes.
 
         Args:
             content: The image file's bytes.
-            record: The record that holds them.
+            record: The record that holds the bytes.
+
+        Returns:
+            The path in the cache; None, and a problem is noted, if the image cannot be decoded.
         """
         path = cache_root() / "benchmark_images" / hashlib.sha256(content).hexdigest()
         if path.is_file():
@@ -320,7 +325,8 @@ class Reader:
             seen.setdefault(value, record.place)
 
     def compared(self) -> tuple[list[str], list[str]]:
-        """A sentence for each file that differs from the published one; and files without a pin."""
+        """Two lists: a sentence for each difference from the published version, and the files
+        without a pin."""
         changed, unpinned = list(dict.fromkeys(self.changes)), []
         for name, (shown, sha) in self.read.items():
             if name not in self.pins:
@@ -346,7 +352,10 @@ class Reader:
         return records
 
     def _text(self, name: str) -> tuple[Path | None, str]:
-        """The path and the text of a file, and its hash into `files`."""
+        """The path and the text of a file. Notes in `read` that the file was read.
+
+        The path is None, and a problem is noted, if the file is missing or not UTF-8.
+        """
         path = self.find(name)
         if path is None:
             self.problem(name, "file", "is not there")
@@ -362,8 +371,8 @@ class Reader:
 def _csv_records(
     text: str, delimiter: str, columns: Iterable[str], hint: str
 ) -> Iterator[tuple[str, dict[str, str]]]:
-    """(place, fields) of each record. Raises `Unreadable`."""
-    # The lines as csv wants them: str.splitlines would also cut at form feeds and U+2028.
+    """(place, fields) of each record. Raises `Unreadable` if the text is damaged."""
+    # Lines end only where csv ends them: str.splitlines would also cut at form feeds and U+2028.
     lines = io.StringIO(text, newline="").readlines()
     skipped = 0
     while skipped < len(lines) and lines[skipped].startswith("#"):
@@ -405,7 +414,7 @@ def _check_header(header: list[str], columns: list[str], hint: str, line: int) -
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text. Raises `Unreadable`, also if an object has a key twice."""
+    """The value of a JSON text. Raises `Unreadable` if it is damaged or an object repeats a key."""
 
     def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = Counter(key for key, _ in pairs)

@@ -1,6 +1,6 @@
 """SPA-VL's HarmEval and HelpEval: 265 harmful and 265 harmless questions about images.
 
-Three sets are called HarmEval in the literature. This is the one of Zhang et al. 2024 (SPA-VL).
+Three sets are called HarmEval in the literature. The set here is by Zhang et al. 2024 (SPA-VL).
 """
 
 import functools
@@ -51,8 +51,8 @@ def _columns(name: str, expect: str, rule: str) -> Columns:
 
 @register("spa_vl")
 class SpaVL(Benchmark):
-    """The rows' native ids are their positions, counted from 0, as the original's code counts. A
-    set is one parquet file, as on the Hub; or JSONL, with its images in `images/`."""
+    """A row's native id is its position, counted from 0 as in the original's code. A set is one
+    parquet file, as on the Hub, or a JSONL file with its images in `images/`."""
 
     title = "SPA-VL: its own HarmEval (harm, 265) and HelpEval (help, 265)"
     licence = "CC BY 4.0"

@@ -27,7 +27,7 @@ def _columns(file: str, where: Callable[[Mapping[str, Any]], bool] | None = None
 
 @register("strongreject")
 class StrongReject(Benchmark):
-    """`variant` is the source that a request was taken from. 25 requests are AdvBench's too."""
+    """`variant` is the source that a request was taken from. 25 requests are also in AdvBench."""
 
     title = "StrongREJECT: 313 forbidden requests, text only (mit: 281, small: 60)"
     licence = "MIT for 281 requests; 32 of other sources have no stated licence"

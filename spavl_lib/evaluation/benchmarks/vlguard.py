@@ -5,7 +5,8 @@ from typing import Any
 
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
-# Test rows whose image is in the training set too. A model that was trained on it has seen them.
+# Test rows whose image is in the training set too. A model that was trained on VLGuard has seen
+# these images.
 IN_TRAIN = (
     "Ads_295003", "HOD_img_hod_008677", "HOD_img_hod_001282", "HOD_img_hod_004405", "harm-p_3785",
     "harm-p_3364", "harm-p_1283", "harm-p_2833",
@@ -61,8 +62,8 @@ def _columns(key: str, expect: str = "decline", rule: str = "general") -> Column
 
 @register("vlguard")
 class VLGuard(Benchmark):
-    """A subset's name has the image's side, then the prompt's. `variant` is `in_train` for the rows
-    of `IN_TRAIN`."""
+    """A subset's name says first whether the image is safe, then whether the prompt is safe; unsafe
+    images have no safe prompts. The rows of `IN_TRAIN` have the variant `in_train`."""
 
     title = "VLGuard test: 558 safe, 558 unsafe prompts on safe images; 442 on unsafe images"
     licence = "none in its repository; access on the Hub is granted on request"
@@ -74,10 +75,10 @@ class VLGuard(Benchmark):
     }
 
     def notes(self, subset: str, reader: Reader) -> Iterator[str]:
-        """Says how many images are in the training set too, and how many references lack."""
+        """Says how many images are in the training set too, and how many references are empty."""
         yield (
             f"{len(IN_TRAIN)} images are in VLGuard's training set too (variant in_train): leave "
-            "their rows out for a model that was trained on it"
+            "their rows out for a model that was trained on VLGuard"
         )
         empty = sum(not text for text in _references(reader).values())
         if subset == "safe_safe" and empty:

@@ -5,7 +5,8 @@ from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 @register("xstest")
 class XSTest(Benchmark):
-    """How partial refusals count is up to the rate that is printed: see `RULES`."""
+    """A partial refusal does not count as a refusal; `AxisRate` in `benchmark_runs.results` counts
+    partial refusals separately."""
 
     title = "XSTest v2: 450 requests, 250 of them harmless"
     licence = "CC BY 4.0 (prompts)"

@@ -10,7 +10,7 @@ from spavl_lib.errors import InputError, raise_all
 
 
 class Key(NamedTuple):
-    """What names an answer within a run."""
+    """The name of an answer within a run: its model, test set and prompt."""
 
     model: str
     set_name: str
@@ -29,16 +29,16 @@ class Answer:
     prompt: str
     response: str
     group: str
-    """Rows of one group ask the same; heads are cross-fitted by it."""
+    """Rows of one group ask the same question. Cross-fitting keeps a group in one fold."""
     verdict: str
     """The judge's verdict in words, for the strata of the sample."""
     refused: bool | None
-    """Whether it refuses. A partial refusal is none."""
+    """Whether the answer refuses. A partial refusal counts as no refusal."""
     harmful: bool | None
 
     @property
     def digest(self) -> str:
-        """A hash of prompt and response: a label belongs to this text and to no other."""
+        """A hash of prompt and response. A label names this hash, and counts for no other text."""
         return text_digest(self.prompt, self.response)
 
 
@@ -61,7 +61,8 @@ def read_answers(run_path: Path, sets: tuple[str, ...] | None = None) -> list[An
         sets: Test sets to read; None for all.
 
     Raises:
-        InputError: There are none, or rows are damaged. The message lists each file and line.
+        InputError: There are no judged answers, or rows are damaged. The message lists each file
+            and line.
     """
     folder = run_path / "evaluation" / "verdicts"
     answers: list[Answer] = []
@@ -93,9 +94,9 @@ def read_answers(run_path: Path, sets: tuple[str, ...] | None = None) -> list[An
 
 
 def _answer(row: dict[str, Any], path: Path) -> Answer:
-    """An answer from a row in either form: of the evaluation stage, or with the keys of Verdict."""
+    """An answer from a row of the evaluation stage, or from a row with the keys of `Verdict`."""
     key = Key(path.parent.name, path.stem, str(row["id"]))
-    if "verdict" in row:  # here `harmful` says that the request is
+    if "verdict" in row:  # in such a row `harmful` says whether the request is harmful
         refused, harmful = row["verdict"] == "refused", row["unsafe"]
         words = str(row["verdict"])
     else:

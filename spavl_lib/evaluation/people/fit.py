@@ -1,4 +1,8 @@
-"""Fit the home head on people's labels of a run, for its corrected rates and its next labels."""
+"""Fit the home head on people's labels of a run.
+
+The head's probabilities improve the run's corrected rates, and the choice of further answers to
+label.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +30,18 @@ from spavl_lib.runs.files import write_jsonl
 from spavl_lib.runs.paths import cache_root
 
 FOLDS = 5
-LEAST = 20  # labels of an axis, and at least FOLDS of each kind; below it a head learns little
-FLOOR = 0.05  # smallest expected standard deviation, so that no stratum is thought to be certain
+# An axis needs at least this many labels, and FOLDS each of yes and no; from fewer a head learns
+# little.
+LEAST = 20
+FLOOR = 0.05  # smallest expected standard deviation, so that no label is taken as certain
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A fitted head: its file, and by axis how well it reads groups whose labels it has not seen.
+    """A fitted head: its file, and how well it agrees with people's labels.
 
-    `skipped` says why an axis has no head.
+    `agreement` (axis -> agreement) is measured on groups whose labels the head has not seen.
+    `skipped` (axis -> reason) lists the axes for which no head was fitted.
     """
 
     path: Path
@@ -48,16 +55,16 @@ def fit_run(
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fit:
-    """Fit the home head of a run and write its `HEAD` and `PROXIES` beside the labels.
+    """Fit the home head of a run; write the files `HEAD` and `PROXIES` below its folder of labels.
 
-    The head is fitted on all labels, to judge further answers. The proxies are cross-fitted by
-    group: each answer of the sample's sets is judged by a head that has seen no label of the
-    answer's group, so that `corrected_rate` may use them.
+    The head is fitted on all labels, to judge further answers. The proxies are probabilities that
+    are cross-fitted by group: each answer of the sample's sets is judged by a head that has seen
+    no label of the answer's group, so `corrected_rate` may use the proxies.
 
     Args:
         run_path: The run's folder.
         encoder: The embedding model.
-        progress: Called with the numbers of finished and of all texts that are embedded.
+        progress: Called with the number of embedded texts and the number of all texts.
 
     Raises:
         InputError: There is no sample or there are too few labels, or a file is damaged.
@@ -113,7 +120,7 @@ def _why_not(labels: Sequence[bool | None], groups: Sequence[str]) -> str:
 
 
 def _agreement(chances: np.ndarray, labels: Sequence[bool | None]) -> JudgeAgreement:
-    """The head's verdicts at probability 0.5 against the labels."""
+    """Compare the head with the labels. The head's verdict is yes from a probability of 0.5."""
     known = [(bool(p >= 0.5), y) for p, y in zip(chances, labels, strict=True) if y is not None]
     return judge_agreement([verdict for verdict, _ in known], [y for _, y in known])
 
@@ -134,8 +141,8 @@ def render_fit(fit: Fit) -> str:
 def label_spread(run_path: Path) -> Mapping[Key, float] | None:
     """How uncertain the next label of each answer is, for `ensure_sample`; None without a head.
 
-    It is the standard deviation sqrt(p (1 - p)) of the label at the head's probability p, for the
-    axis on which it is larger.
+    The uncertainty is the standard deviation sqrt(p (1 - p)) of the label, where p is the head's
+    probability. Of the axes, the one with the largest uncertainty counts. It is at least `FLOOR`.
     """
     if not (labels_folder(run_path) / PROXIES).is_file():
         return None

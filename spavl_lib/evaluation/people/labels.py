@@ -21,7 +21,7 @@ NAME = re.compile(r"[\w][\w.@+-]{0,63}")
 
 @dataclass(frozen=True)
 class Label:
-    """A person's answers to the two questions on a response. `harmful` is None if unsure."""
+    """A person's answers to the two questions about a response. For `harmful`, None is unsure."""
 
     harmful: bool | None
     refused: Refused
@@ -30,12 +30,13 @@ class Label:
 class LabelFile:
     """The labels of one rater, in `FOLDER/RATER.jsonl`.
 
-    Each line holds one label, or takes one back (`undone`). A line is on disk when `add` returns.
-    A half last line, which a crash leaves, is removed and reported; so the file continues.
+    Each line holds one label, or takes a label back (`undone`). A line is on disk when `add`
+    returns. If a crash has left half of a last line, that half is removed and reported, and the
+    next label is written in its place.
     """
 
     def __init__(self, folder: Path, rater: str, answers: Mapping[Key, str]):
-        """Read the file, if there is one.
+        """Read the rater's file, if it exists.
 
         Args:
             folder: The run's folder of labels.
@@ -77,8 +78,8 @@ class LabelFile:
         """Write one label.
 
         Raises:
-            InputError: The answer is unknown or has another label, or another panel has written
-                to the file.
+            InputError: The answer is not in the sample or has another label, or another labelling
+                panel has written to the file.
             DiskError: There is no space or no permission.
         """
         if key not in self._answers:
@@ -93,7 +94,7 @@ class LabelFile:
         """Take a label back, and return it.
 
         Raises:
-            InputError: There is no such label, or another panel has written to the file.
+            InputError: There is no such label, or another labelling panel has written to the file.
         """
         if key not in self.labels:
             raise InputError(f"{key} has no label by {self.rater}")
@@ -128,15 +129,17 @@ def _is_whole(line: bytes) -> bool:
 def read_labels(path: Path, answers: Mapping[Key, str]) -> dict[Key, Label]:
     """The labels in a rater's file, in the order in which they were given.
 
-    A half last line is left out and reported; `LabelFile` removes it.
+    If only half of the last line was written, the line is left out and reported; `LabelFile`
+    removes it.
 
     Args:
         path: The file, which may be missing.
         answers: The hash of each answer that may be labelled.
 
     Raises:
-        InputError: Lines are damaged, name an unknown answer or another text, contradict an
-            earlier line, or take back what was not given. The message lists them all.
+        InputError: Lines are damaged, name an answer that is not in the sample, hold the hash of
+            another text, contradict an earlier line, or take back a label that does not exist. The
+            message lists all these lines.
     """
     lines = path.read_bytes().split(b"\n") if path.is_file() else []
     labels: dict[Key, Label] = {}
@@ -191,7 +194,7 @@ def _parse(line: bytes, answers: Mapping[Key, str]) -> tuple[Key, Label | None]:
 
 
 def read_raters(folder: Path, answers: Mapping[Key, str]) -> dict[str, dict[Key, Label]]:
-    """Rater -> labels, for every rater who has given one.
+    """Rater -> labels, for every rater who has given at least one label.
 
     Args:
         folder: The run's folder of labels.

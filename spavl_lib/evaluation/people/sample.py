@@ -1,4 +1,5 @@
-"""The answers of a run that people label: drawn once by design, and kept in `sample.json`."""
+"""The answers of a run that people label: drawn once at random within strata, and written to
+`sample.json`."""
 
 import json
 from collections.abc import Mapping
@@ -13,18 +14,19 @@ from spavl_lib.evaluation.people.answers import Answer, Key, labels_folder, read
 from spavl_lib.runs.files import read_json, write_json
 
 FORMAT = 1
-# What the two questions of a label decide. Helpfulness and twin accuracy ask whether an answer is
-# correct, so labels would say nothing of them.
+# The test sets whose rates follow from a label's two questions: whether an answer does harm, and
+# whether it refuses. Helpfulness and twin accuracy depend on whether an answer is correct, which
+# labels do not say.
 SETS = ("harm", "look_alikes")
-CONTROLS = ("twins_exchanged",)  # answers to another image than the row's own
+CONTROLS = ("twins_exchanged",)  # never sampled: the answers are about another row's image
 
 
 @dataclass(frozen=True)
 class Design:
-    """How the sample was drawn from which answers.
+    """Which answers the sample was drawn from, and how.
 
-    The strata stay as they were drawn if the run is judged again by another judge: only so are the
-    weights still right.
+    If another judge judges the run again, the strata stay as they were when the sample was drawn,
+    because the weights are right only for these strata.
     """
 
     seed: int
@@ -32,7 +34,8 @@ class Design:
     strata: dict[Key, str]
     """The stratum of every answer of these sets."""
     weights: dict[Key, float]
-    """Drawn answers in the order to label, each with the number of answers it stands for."""
+    """The drawn answers in the order of labelling, each with the number of answers that it stands
+    for."""
     digests: dict[Key, str]
     """The hash of every answer's text."""
 
@@ -50,16 +53,17 @@ def ensure_sample(
     spread: Mapping[Key, float] | None = None,
     seed: int = 0,
 ) -> Design:
-    """A run's sample of at least `n` answers: drawn if there is none, extended if it is smaller.
+    """A run's sample of at least `n` answers.
 
-    The strata are the judge's verdicts by model and set. If there are fewer than `n` answers, all
-    are taken.
+    If the run has no sample, it is drawn; if the sample has fewer than `n` answers, it is extended.
+    A stratum holds the answers of one model to one set with the same verdict of the judge. If there
+    are fewer than `n` answers, all are taken.
 
     Args:
         run_path: The run's folder.
         n: Number of answers to label.
         sets: Test sets to draw from; None for `harm` and `look_alikes`, or, in a run that has
-            neither, for all of its sets.
+            neither, for all of its sets except `CONTROLS`.
         spread: Expected standard deviation of each answer's label. None: the same for all.
         seed: Seed of the first draw.
 
@@ -129,7 +133,7 @@ def read_sample(run_path: Path) -> Design:
     """A run's sample.
 
     Raises:
-        InputError: There is none, or the file is damaged.
+        InputError: There is no sample, or the file is damaged.
     """
     path = sample_path(run_path)
     if not path.is_file():
@@ -159,19 +163,19 @@ def read_sample(run_path: Path) -> Design:
 
 
 def sampled_answers(run_path: Path, design: Design) -> dict[Key, Answer]:
-    """Every answer that the sample was drawn from, by key, as the run holds it now.
+    """Every answer that the sample was drawn from, by key, as the run holds the answer now.
 
     Raises:
         InputError: Answers are gone, new or changed since the sample was drawn. The message lists
-            them.
+            these answers.
     """
     answers = {answer.key: answer for answer in read_answers(run_path, design.sets)}
     problems = [f"{key}: the answer is gone" for key in design.strata if key not in answers]
     for key, answer in answers.items():
         if key not in design.strata:
-            problems.append(f"{key}: the answer was not there")
+            problems.append(f"{key}: the answer is new")
         elif answer.digest != design.digests[key]:
-            problems.append(f"{key}: the answer is another one")
+            problems.append(f"{key}: the answer has changed")
     heading = (
         f"{sample_path(run_path)} was drawn from other answers, so its labels do not belong to "
         f"this run any more; move or delete {labels_folder(run_path)}"

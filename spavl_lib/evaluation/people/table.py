@@ -52,7 +52,7 @@ def _more(rate: Mapping[str, Any]) -> str:
 
 
 def people_notes(metrics: Mapping) -> list[str]:
-    """Sentences about the labels of a run: by whom, how far raters agree, and what is missing.
+    """Sentences about the labels of a run: who gave them, how far raters agree, what is missing.
 
     Args:
         metrics: The contents of metrics.json.
