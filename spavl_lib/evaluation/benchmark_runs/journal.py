@@ -1,4 +1,4 @@
-"""A JSON Lines file to which finished work is appended, so that a killed process loses no record."""
+"""A JSON Lines file that gets finished work at once, so that a killed process loses no record."""
 
 import json
 import os
