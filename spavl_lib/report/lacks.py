@@ -42,8 +42,8 @@ def _of_rows(summary: dict) -> Iterator[str]:
     rows = train.get("rows")
     if rows and train.get("no_class") == rows:
         yield (
-            "Classes of harm: no training pair has a class, so training pairs are neither drawn nor "
-            "counted by class."
+            "Classes of harm: no training pair has a class, so training pairs are neither drawn "
+            "nor counted by class."
         )
     if rows and train.get("no_question_type") == rows:
         yield "Question types: no training pair has a question type."

@@ -20,8 +20,8 @@ REWARD_RATES = (
      "two images share two answers, and each answer is preferred for one image: a model that "
      "ignores the image ranks no pair of twins correctly"),
     ("twin_accuracy_exchanged", "Twins, images exchanged",
-     "each twin has the other twin's image but is judged by its own: near 0 for a model that uses "
-     "the image"),
+     "each twin has the other twin's image but is judged by its own image: near 0 for a model "
+     "that uses the image"),
     ("exchanged", "Pairs with another row's image", "the accuracy that the words alone give"),
     ("longer_is_better", "Preferring the longer answer", "the accuracy that length alone gives"),
 )  # fmt: skip
