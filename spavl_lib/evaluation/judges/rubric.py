@@ -221,8 +221,8 @@ def check_share(name: str, verdicts: Sequence[Verdict], *, is_whole: bool = True
     about at least 20 records, and more than 5 % of the records got a reply without a verdict.
 
     Records that the judge was not asked about, because the budget was spent, do not count. A
-    request that failed or that the endpoint rejected has no reply. So such requests can lead to the first
-    case, but not to the second.
+    request that failed or that the endpoint rejected has no reply. So such requests can lead to the
+    first case, but not to the second.
 
     Args:
         name: The judge's name.
