@@ -23,7 +23,7 @@ from spavl_lib.report.charts import svg_uri
 from spavl_lib.report.rendering import environment
 from spavl_lib.runs.files import read_jsonl, write_text
 
-SHOWN = 20  # largest number of disputed answers for each pair of judges and axis
+SHOWN = 20  # the page shows at most this many disputed answers for each pair of judges and axis
 _TEXT_LIMIT, _PROMPT_LIMIT = 700, 400  # characters
 _PARTS = ("subset", "variant", "category")
 _WORDS = {True: "yes", False: "no", None: "not judged"}
@@ -42,7 +42,7 @@ class Disputed:
     left_out: int
     """Number of characters of the answer after `text`."""
     said: tuple[str, str]
-    """What each judge says, with its name."""
+    """What each judge says, after the judge's name."""
     harmful: bool
     """Whether a judge calls the answer harmful."""
     hidden: bool
@@ -60,6 +60,7 @@ class Disagreement:
     rows: int
     """Answers that both judged."""
     differ: int
+    """Answers on which the two judges disagree."""
     agreement: float | None
     """Cohen's kappa."""
     answers: tuple[Disputed, ...]
@@ -149,11 +150,12 @@ def _section(out: Path, spec: str, rows: Sequence[BenchmarkRow], pages: Pages) -
 
 
 def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """For each judge of harm: a figure (the URI of an SVG) of harm against refused harmless
-    requests, and the text that describes it.
+    """For each judge of harm: the URI of an SVG figure, and the text that describes the figure.
 
-    If no judge has the axis `harmful`, the judges of refusals are used, and harm is the share of
-    harmful requests that were not refused. Rates of several benchmarks are pooled.
+    The figure shows harmful answers against refusals of harmless requests. If no judge has the axis
+    `harmful`, each judge of refusals gives a figure, with the answers that do not refuse a harmful
+    request in place of harmful answers. Without a judge of refusals there is no figure. Rates of
+    several benchmarks are pooled.
     """
     judges = {key: judge for page in pages for key, judge in page["judges"].items()}
     of_refusals = [key for key, judge in judges.items() if "refused" in judge["axes"]]
@@ -171,13 +173,13 @@ def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
             if refused and bad:
                 points.append((name, refused, bad if of_harm else paper_table.opposite(bad)))
         if points:
-            title = f"{what.capitalize()} to requests that a model should decline"
+            title = f"Requests that a model should decline: {what}"
             yield (
                 svg_uri(plotting.plot_refusal_balance(points, title)),
                 "x: the share of harmless requests that a subject did not refuse (the colour shows "
-                f"the share that it refused; judge {judges[refusals]['label']}). y: the share of "
-                f"{what} among its answers to requests that a model should decline (judge "
-                f"{judges[key]['label']}).",
+                f"the share that it refused; judge {judges[refusals]['label']}). y: among the "
+                "subject's answers to requests that a model should decline, the share of "
+                f"{what} (judge {judges[key]['label']}).",
             )
 
 
@@ -198,7 +200,7 @@ def _pooled(pages: Sequence[Mapping], judge: str, axis: str, expect: str) -> Rat
 
 
 def _parts(pages: Pages) -> Iterator[tuple[str, list[dict[str, str]]]]:
-    """(caption, rows of a table) by subset, variant and category, for each judge and axis."""
+    """(caption, rows) of a table by subset, by variant and by category, for each judge and axis."""
     judges = {key: j for page in pages.values() for key, j in page["judges"].items()}
     for field in _PARTS:
         for key, judge in judges.items():
@@ -238,7 +240,7 @@ def _cell(rate: Mapping[str, Any]) -> str:
 def _disagreements(
     out: Path, spec: str, rows: Sequence[BenchmarkRow], page: Mapping[str, Any]
 ) -> Iterator[Disagreement]:
-    """Every pair of judges that share an axis, on the answers that both judged."""
+    """Compare every pair of judges, on every axis of both, over the answers that both judged."""
     folder = out / page["subject"]["name"] / spec.replace(":", ".")
     judges = page["judges"]
     if len(judges) < 2:
@@ -332,7 +334,7 @@ def summary(page: Mapping[str, Any]) -> str:
 
 
 def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Everything that is known of how a subject was measured, as names and values.
+    """Everything that is known about how a subject was measured, as names and values.
 
     Args:
         page: The content of results.json.
@@ -362,7 +364,9 @@ def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def agreement(judge: str) -> dict[str, str]:
-    """Question -> how far a judge agrees with people, from its committed card; empty without one.
+    """Question -> how far a judge agrees with people, from the judge's card.
+
+    Empty if there is no card of this judge.
 
     Args:
         judge: The judge's name.
@@ -370,7 +374,8 @@ def agreement(judge: str) -> dict[str, str]:
     found: dict[str, list[str]] = {}
     for name, entry in ((read_card(judge) or {}).get("sets") or {}).items():
         axes = dict(entry["axes"])
-        # A rate does not count partial refusals, so where a set has some, that question is its own.
+        # A rate does not count partial refusals as refusals. So if a set has partial refusals, the
+        # agreement on full refusals is the one to show.
         axes["refused"] = axes.pop("fully_refused", axes.get("refused"))
         for axis, cell in axes.items():
             if cell and cell["kappa"] is not None:

@@ -1,4 +1,4 @@
-"""The report's page: collects the contents of every section and renders the template."""
+"""Build the report's page: collect the contents of every section, and render the template."""
 
 import base64
 import hashlib
@@ -120,7 +120,7 @@ def render(run_path: Path) -> str:
 
 
 def _is_mini(metrics: dict, config: dict) -> bool:
-    """Whether prompts and answers are those of SPA-VL mini, where nothing needs hiding."""
+    """Whether the run trained on SPA-VL mini and was asked its prompts. Then no image is hidden."""
     origin = metrics.get("prompts")
     asked_mini = not isinstance(origin, dict) or bool(origin.get("mini"))
     return (config.get("data") or {}).get("source") == "mini" and asked_mini
@@ -211,7 +211,7 @@ def _charts(metrics: dict, models: dict) -> dict[str, str]:
 def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, Rate | None]]]]]:
     """class1 -> its tertiary classes, each with the unsafe and helpful rate of every model.
 
-    Refusals stand in place of the unsafe rate where that is what the judge gave.
+    If the judge gave no unsafe rates, refusal rates stand in their place.
     """
     key = harm_metric(models).key
     by_model = [

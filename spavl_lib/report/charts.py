@@ -29,7 +29,8 @@ _LONGEST = 1400  # px, largest width and height
 
 
 def svg_uri(fig: Figure) -> str:
-    """A figure as an SVG data URI. As an image of the page, it cannot run scripts or load files."""
+    """A figure as an SVG data URI. The page shows the SVG as an image, so that it cannot run
+    scripts or load files."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -53,7 +54,7 @@ def svg_uri(fig: Figure) -> str:
 
 
 def saved_figures(stage: Path) -> list[tuple[str, str]]:
-    """(name, data URI) of the PNG files that a stage's notebook saved. Damaged ones are skipped."""
+    """(name, data URI) of the PNG files that a stage's notebook saved, without damaged files."""
     figures = []
     for path in sorted((stage / "figures").glob("*.png"))[:_MAX_FIGURES]:
         try:

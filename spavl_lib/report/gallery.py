@@ -19,8 +19,8 @@ from spavl_lib.evaluation.text import cut, picture_name, short
 from spavl_lib.runs.files import read_jsonl
 
 SET_ORDER = ("harm", "help", "look_alikes", "twins")
-# In this set the model gets the image of the other twin. The gallery would show the row's own image
-# next to the response, so it leaves this set out.
+# In this set the model gets the image of the other twin, but the gallery would show the row's own
+# image next to the response. So the gallery leaves this set out.
 _CONTROLS = ("twins_exchanged",)
 _SET_TITLES = {
     "harm": "Harmful requests",
@@ -160,7 +160,7 @@ def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tup
 def build_gallery(
     evaluation: Path, last: str | None, limit: int = 96, failures: int = 24
 ) -> tuple[list[Tile], int]:
-    """The gallery's tiles, with failures last, and the number of rows they were chosen from.
+    """The gallery's tiles, with failures last, and the number of rows to choose from.
 
     Args:
         evaluation: The evaluation stage's folder, with `verdicts/` and `images/`.

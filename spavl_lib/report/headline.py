@@ -17,8 +17,8 @@ from spavl_lib.evaluation.rates import Rate
 def headlines(metrics: Mapping, paired: PairedTable) -> list[str]:
     """One sentence for each trained model, or for the base model if it is the only one.
 
-    Two rates count as different only if the paired test is sure of it. Where the prompts do not
-    belong to the data, each sentence names them.
+    Two rates count as different only if the paired test is sure of the difference. If the prompts
+    are not part of the run's data, each sentence names the prompts.
 
     Args:
         metrics: The contents of metrics.json.

@@ -1,4 +1,4 @@
-"""What a run lacks: sentences about missing data, and what each would make possible."""
+"""Sentences about the data that a run lacks, and about what follows from that."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -7,11 +7,11 @@ from pathlib import Path
 from spavl_lib.evaluation.numbers import METRICS, measured_on, models_of, read_rate
 from spavl_lib.runs.files import read_json
 
-FEW = 30  # held-out pairs; below it an interval spans tens of percentage points
+FEW = 30  # with fewer held-out pairs, an interval spans tens of percentage points
 
 
 def lacks(metrics: Mapping, data_summary: Path) -> list[str]:
-    """One sentence for each thing that a run on other people's data did without.
+    """One sentence for each kind of data that a run lacks, and one for each note on its data.
 
     Args:
         metrics: The contents of metrics.json.
@@ -34,18 +34,21 @@ def _of_prompts(metrics: Mapping) -> Iterator[str]:
     models = models_of(metrics)
     missing = [m.title for m in METRICS if not any(read_rate(c, m.key) for c in models.values())]
     if models and missing:
-        yield f"Prompts, or a judge, for: {', '.join(missing).lower()}."
+        yield f"Prompts, or a judge, that give numbers for: {', '.join(missing).lower()}."
 
 
 def _of_rows(summary: dict) -> Iterator[str]:
     train, held_out = (summary.get(name) or {} for name in ("train", "validation"))
     rows = train.get("rows")
     if rows and train.get("no_class") == rows:
-        yield "Classes of harm: no training pair has one, so none is drawn or counted by class."
+        yield (
+            "Classes of harm: no training pair has a class, so training pairs are neither drawn "
+            "nor counted by class."
+        )
     if rows and train.get("no_question_type") == rows:
-        yield "Question types: no training pair has one."
+        yield "Question types: no training pair has a question type."
     if held_out and held_out.get("rows", 0) < FEW:
         count = held_out.get("rows", 0)
-        yield f"Held-out pairs: there are {count}, so what is measured on them is uncertain."
+        yield f"Held-out pairs: the run has {count}, so rates on held-out pairs are uncertain."
     notes = [*(train.get("notes") or ()), *(held_out.get("notes") or ())]
     yield from (f"Note on the data: {note}." for note in dict.fromkeys(notes))

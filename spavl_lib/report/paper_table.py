@@ -1,4 +1,7 @@
-"""The shape of Table 2 of the SPA-VL paper, with an evaluation's own rates beside the published."""
+"""A table with the columns of Table 2 of the SPA-VL paper.
+
+Its rows are the rates that the paper published and the rates of an evaluation.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -53,7 +56,7 @@ class Cell:
     details: str = ""
     """Counts and interval."""
     note: str = ""
-    """What was left unjudged, and how the rows differ from the paper's."""
+    """The number of unjudged answers, and how the benchmark's rows differ from the paper's rows."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,14 @@ class Row:
 
 
 def opposite(rate: Rate) -> Rate:
-    """The rate of the other answer, such as not refused for refused."""
+    """1 minus a rate. It turns the rate of refusals into the rate of answers that do not refuse."""
     low, high = rate.ends
     k = None if rate.k is None or rate.n is None else rate.n - rate.k
     return Rate(1 - rate.value, 1 - high, 1 - low, k, rate.n)
 
 
 def rows(results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Row]:
-    """The rows of the table; none if an evaluation holds none of its columns.
+    """The rows of the table; empty if the evaluation measured no column of the table.
 
     Args:
         results: Subject -> benchmark as the user wrote it -> the content of results.json.
@@ -121,7 +124,7 @@ def _cell(pages: Mapping[str, Mapping[str, Any]], column: Column, judge: str, ax
                 f" of {column.subset}" if subset != column.subset else ""
             )
             notes.append(f"{found['rows']} rows of {subset}; {whole}")
-        # The paper published no suffixes, so whoever brings some has others.
+        # The paper did not publish its suffixes, so the suffixes of any evaluation are others.
         as_published = about["pins"] == "as published" and column.subset != "suffix"
         if not as_published:
             notes.append("own suffixes" if column.subset == "suffix" else f"files {about['pins']}")

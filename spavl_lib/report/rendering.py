@@ -1,4 +1,4 @@
-"""What all pages share: the Jinja environment, the style sheet, and how values are displayed."""
+"""The parts that all pages share: the Jinja environment, the style sheet, and value formats."""
 
 from pathlib import Path
 from typing import Any

@@ -77,7 +77,7 @@ def _aligned(heading: list[str], rows: list[tuple[str, list[Rate | None]]], note
     Args:
         heading: Titles of the columns.
         rows: Each model's name and its rates.
-        note: Last line, such as whose prompts the rates were measured on; empty for none.
+        note: Last line, such as a sentence that names the prompts; empty: no such line.
     """
     lines = [heading]
     for name, rates in rows:

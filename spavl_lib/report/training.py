@@ -1,4 +1,4 @@
-"""The report's sections about training: the reward model, and the policies that it trained."""
+"""The report's sections about training: the reward model, and the policies trained with it."""
 
 import math
 from collections.abc import Mapping
@@ -17,12 +17,13 @@ from spavl_lib.runs.files import read_jsonl
 REWARD_RATES = (
     ("pair_accuracy", "Held-out pairs ranked correctly", "chosen scored above rejected"),
     ("twin_accuracy", "Twins, both ranked correctly",
-     "the same two answers with two images, each preferred once: a model that ignores the image "
-     "gets none"),
+     "two images share two answers, and each answer is preferred for one image: a model that "
+     "ignores the image ranks no pair of twins correctly"),
     ("twin_accuracy_exchanged", "Twins, images exchanged",
-     "judged by each twin's own image: near 0 for a model that uses the image"),
-    ("exchanged", "Pairs with another row's image", "the accuracy of the words alone"),
-    ("longer_is_better", "Preferring the longer answer", "the accuracy of length alone"),
+     "each twin has the other twin's image but is judged by its own image: near 0 for a model "
+     "that uses the image"),
+    ("exchanged", "Pairs with another row's image", "the accuracy that the words alone give"),
+    ("longer_is_better", "Preferring the longer answer", "the accuracy that length alone gives"),
 )  # fmt: skip
 POLICY_STAGES = ("ppo", "rloo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}

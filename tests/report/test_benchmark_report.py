@@ -92,7 +92,7 @@ def test_every_rate_has_its_judge_and_its_protocol(
         "benchmark.licence MIT",
         "subject.sha256",
         "phrases-v1: agreement with people’s labels",
-        "Without a card, so how far they agree with people is unknown: doubter:1",
+        "These judges have no card, so their agreement with people is unknown: doubter:1",
         "Paired tests on the same rows",
         "refused by category, judge phrases-v1",
     ):

@@ -81,7 +81,7 @@ def test_what_is_missing_is_listed(run_path: Path) -> None:
         "Set data.test_path",
         "Classes of harm",
         "Question types",
-        "Held-out pairs: there are 1",
+        "Held-out pairs: the run has 1",
     ):
         assert words in page
     assert "1 of its 10 rows held out" in page

@@ -186,7 +186,7 @@ def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
     page = report(run)
     assert "tuned has an unsafe rate of 10.0 % (base 98.0 %, not tested)" in page.text
     assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
-    assert "Ranks 90.0 % of held-out pairs correctly (90/100" in page.text
+    assert "The reward model ranks 90.0 % of held-out pairs correctly (90/100" in page.text
 
 
 def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
@@ -197,8 +197,9 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     write_jsonl(run / "ppo" / "metrics.jsonl", ppo_rows(40))
     page = report(run)
     for words in (
-        "Ranks 96.0 % of held-out pairs correctly (96/100",
-        "expected calibration error 0.0314, rank correlation of margin and length –",
+        "The reward model ranks 96.0 % of held-out pairs correctly (96/100",
+        "Its expected calibration error is 0.0314.",
+        "The rank correlation of margin and length is –.",
         "Twins, both ranked correctly 90.0 % 45/50",
         "Twins, images exchanged 4.0 % 2/50",
         "Violent harms 100.0 % 4/4",

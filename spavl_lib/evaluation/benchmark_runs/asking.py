@@ -1,4 +1,4 @@
-"""Ask a model the rows of a benchmark, and keep every answer as soon as it is there."""
+"""Ask a model the prompts of a benchmark, and write each batch of answers to the disk at once."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,18 +28,18 @@ from spavl_lib.modelling.load import (
 from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 
-MOST_NEW_TOKENS = 512  # HarmBench's protocol; a context of less than twice that gives less
+MOST_NEW_TOKENS = 512  # as in HarmBench's protocol; a model with a small context gets fewer
 NO_ANSWER = "the file of answers has none"
 
 
 def default_tokens(subject: Subject) -> int:
-    """Longest answer in tokens if none is set: 512, or half of a smaller context."""
+    """The default of `max_new_tokens`: 512, or half of the model's context if that is less."""
     context = context_length(subject.model) if subject.model else 0
     return min(MOST_NEW_TOKENS, context // 2 or MOST_NEW_TOKENS)
 
 
 def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str, Any]:
-    """How answers are generated, for the protocol. Nothing is known of answers made elsewhere.
+    """How answers are generated, for the protocol. For a file of answers this is unknown.
 
     Args:
         subject: Model or file of answers.
@@ -59,7 +59,8 @@ def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str,
 
 
 def prompting(processor: ProcessorMixin) -> dict[str, Any]:
-    """How a request becomes the model's prompt: the template's own text, and the image's place.
+    """How a request becomes the model's prompt: the text of the chat template, with and without an
+    image, and the settings of the image processor.
 
     Args:
         processor: The model's processor.
@@ -80,7 +81,7 @@ def prompting(processor: ProcessorMixin) -> dict[str, Any]:
 
 @dataclass
 class Asker:
-    """A model that is loaded when the first row is asked."""
+    """Asks a model. The model is loaded when it is first needed."""
 
     subject: Subject
     config: GenerationConfig
@@ -88,7 +89,7 @@ class Asker:
     _loaded: tuple[PreTrainedModel | VLLMModel, ProcessorMixin] | None = None
 
     def processor(self) -> ProcessorMixin:
-        """The model's processor. A model that was trained here has that of its base."""
+        """The model's processor. A model that was trained here uses its base model's processor."""
         return self.load()[1]
 
     def load(self) -> tuple[PreTrainedModel | VLLMModel, ProcessorMixin]:
@@ -110,14 +111,14 @@ class Asker:
         return self._loaded
 
     def close(self) -> None:
-        """Forget the model, so that a judge has the memory."""
+        """Drop the model, so that a judge can use its memory."""
         self._loaded = None
 
     def ask(self, rows: Sequence[BenchmarkRow], journal: Journal, should_stop: object) -> None:
         """Ask the rows that have no answer yet.
 
-        Batches depend on all rows, not on those already answered. So an interruption changes
-        nothing but, at most, the rest of the batch in which it came.
+        All rows are divided into batches first; then the rows that have an answer are left out. So
+        an interruption changes at most one batch: the one whose answers were being written.
 
         Args:
             rows: All rows.
@@ -126,7 +127,7 @@ class Asker:
             should_stop: Truthy once the process is asked to stop; polled between batches.
 
         Raises:
-            Preempted: The process was asked to stop. The answers are kept.
+            Preempted: The process was asked to stop. The finished answers are on the disk.
         """
         todo = [
             [row for row in batch if row.id not in journal.records]
@@ -174,7 +175,13 @@ class Asker:
 
 
 class _Preparing:
-    """Makes a batch of rows, without those that the model cannot take."""
+    """Makes a batch of rows, without the rows that the model cannot take.
+
+    Args:
+        processor: The model's processor.
+        room: Largest number of tokens of a prompt; 0: no limit.
+        raw: Whether the batch is a list of prompt rows, as vLLM takes them, instead of tensors.
+    """
 
     def __init__(self, processor: ProcessorMixin, room: int, raw: bool):
         self.processor, self.room, self.raw = processor, room, raw
@@ -186,7 +193,7 @@ class _Preparing:
         cells = {row.id: prompt_row(row) for row in rows}
         try:
             batch = self.collate(list(cells.values()))
-        except InputError:  # an image cannot be read; the other rows can be asked
+        except InputError:  # An image cannot be read. Find its row; the other rows can be asked.
             batch = None
             for row in rows:
                 try:
@@ -222,8 +229,8 @@ def prompt_row(row: BenchmarkRow) -> dict[str, Any]:
 def in_batches(rows: Sequence[BenchmarkRow], size: int) -> Iterator[list[BenchmarkRow]]:
     """Rows in batches of prompts of similar length, the longest first.
 
-    If memory is too small, the first batch shows it. Rows without image come in batches of their
-    own.
+    So if the memory is too small, the first batch fails. Rows without an image come after the
+    others, in batches of their own.
     """
     order = sorted(rows, key=lambda row: (row.image is None, -len(row.prompt)))
     for kind in (False, True):
@@ -236,7 +243,8 @@ def asked_sha(row: BenchmarkRow, *, with_image: bool = True) -> str:
 
     Args:
         row: The row.
-        with_image: Whether the image counts. Whoever reads answers made elsewhere may lack it.
+        with_image: Whether the image's bytes count. False for answers made elsewhere, because
+            these can be judged without the images.
     """
     digest = hashlib.sha256(row.prompt.encode("utf-8", "surrogatepass") + b"\0")
     if with_image and row.image and row.image.is_file():
@@ -245,15 +253,15 @@ def asked_sha(row: BenchmarkRow, *, with_image: bool = True) -> str:
 
 
 def check_asked(rows: Sequence[BenchmarkRow], journal: Journal, *, with_image: bool = True) -> None:
-    """Refuse answers that were given to other prompts or images than the rows have now.
+    """Check that the answers belong to the prompts and images that the rows have now.
 
     Args:
         rows: The rows.
         journal: The answers.
-        with_image: As for `asked_sha`.
+        with_image: As in `asked_sha`.
 
     Raises:
-        InputError: There are such answers. The message lists them.
+        InputError: The prompt or image of an answered row has changed. The message lists such rows.
     """
     changed = [
         row.id
@@ -279,10 +287,11 @@ def take_answers(
         rows_of: Benchmark -> all its rows, those with a missing image included.
 
     Returns:
-        Benchmark -> a record for each row. A row without an answer has an empty one and an `error`.
+        Benchmark -> a record for each row. If the file has no answer to a row, the record holds an
+        empty answer and an `error`.
 
     Raises:
-        InputError: As for `read_answers` and `match_answers`; or a benchmark has no answer at all.
+        InputError: As in `read_answers` and `match_answers`, or a benchmark has no answer at all.
     """
     rows = [row for part in rows_of.values() for row in part]
     matched = match_answers(read_answers(path), rows)
@@ -303,7 +312,7 @@ def take_answers(
 
 
 def answer_all(text: str, rows: Sequence[BenchmarkRow], journal: Journal) -> None:
-    """Give one and the same answer to every row that has none yet.
+    """Give the same answer to every row that has no answer yet.
 
     Args:
         text: The answer.

@@ -1,4 +1,7 @@
-"""Compare subjects on the same rows: McNemar's test for every pair, adjusted over the table."""
+"""Compare subjects on the same rows: McNemar's test for every pair of subjects.
+
+The p-values are adjusted for the number of tests in the table.
+"""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -9,7 +12,7 @@ from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.statistics import holm, mcnemar, pair_rows, paired_difference
 from spavl_lib.evaluation.verdicts import Verdict
 
-SURE = 0.05
+SURE = 0.05  # a difference counts as sure if its adjusted p-value is at most this
 
 
 def compare(
@@ -17,9 +20,10 @@ def compare(
     verdicts: Mapping[str, Mapping[str, Verdict]],
     axes: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Every pair of subjects, on every axis, over each kind of request.
+    """Test every pair of subjects, on every axis, over each kind of request.
 
-    Rows that the judge left unjudged for either subject are left out and counted.
+    If none of the requests is harmless, all kinds are tested together. Rows that the judge left
+    unjudged for either subject are left out and counted.
 
     Args:
         rows: The rows that every subject was asked.
@@ -27,7 +31,7 @@ def compare(
         axes: The questions that the judge answers.
 
     Returns:
-        A row for each test, with its two-sided mid-p value. `adjusted` adds Holm's value.
+        A row for each test, with its two-sided mid-p value. `adjusted` adds Holm's p-value.
     """
     group_of = {row.id: row.group for row in rows}
     parts: dict[str, list[BenchmarkRow]] = {}
@@ -62,16 +66,19 @@ def paired_test(
     """Compare two subjects on the same rows.
 
     Args:
-        first: Row id -> what a rate counts; None if the judge gave no verdict.
-        second: The same of the second subject.
+        first: Row id -> whether the rate counts the first subject's answer; None if the judge gave
+            no verdict.
+        second: The same for the second subject.
         group_of: Row id -> group; None: each row is a group.
 
     Returns:
-        `rows`, `n` rows with a verdict on both, and the `unjudged` others. If `n` is not 0, also
-        both rates, their difference, the rows where only one counts, and the mid-p value `p`.
+        The number of `rows`; `n`, the rows with a verdict for both subjects; and the number of
+        `unjudged` rows. If `n` is not 0, also both rates, their `difference`, `first_only` and
+        `second_only` (the rows where the rate counts the answer of this subject alone), and the
+        mid-p value `p`.
 
     Raises:
-        InputError: A row has only one of the two.
+        InputError: A row is in only one of `first` and `second`.
     """
     pairs = pair_rows(first, second)
     counts: dict[str, Any] = {
@@ -95,7 +102,9 @@ def paired_test(
 
 
 def adjusted(tests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tests of a whole table with Holm's adjusted p-values and, by them, `sure`.
+    """The tests of a whole table, with Holm's adjusted p-value as `p_holm`.
+
+    `sure` says whether this value is at most `SURE`. Tests without a p-value stay as they are.
 
     Args:
         tests: Rows of `compare`, of all benchmarks and judges that are shown together.
@@ -129,6 +138,6 @@ def numbers(test: Mapping[str, Any]) -> dict[str, str]:
 
 
 def lines(tests: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """The rows of a printed table."""
+    """The rows of a printed table: one for each test of `adjusted` that has a p-value."""
     named = ("benchmark", "requests", "judge", "axis", "first", "second")
     return [{name: t[name] for name in named} | numbers(t) for t in tests if "p_holm" in t]

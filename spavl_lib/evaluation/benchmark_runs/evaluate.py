@@ -1,4 +1,7 @@
-"""The whole way from models or answers and names of benchmarks to rates, in files and a table."""
+"""Evaluate subjects on benchmarks: get answers, judge them, and write the rates to files.
+
+The rates are also printed as tables.
+"""
 
 import contextlib
 import dataclasses
@@ -36,18 +39,19 @@ class Options:
     benchmarks_dir: str = ""
     """The folder of benchmarks; empty: $SPAVL_BENCHMARKS."""
     allow_changed: bool = False
-    """Go on with benchmark files that differ from the published ones."""
+    """Whether to go on with benchmark files that differ from the published ones."""
     missing_images: Literal["refuse", "skip"] = "refuse"
-    """What to do if a model shall be asked and images are missing."""
+    """What to do if images that a model needs are missing: raise, or leave out their rows."""
     limit: int = 0
-    """Only the first rows of each benchmark; 0: all."""
+    """Use only this many first rows of each benchmark; 0: all rows."""
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(batch_size=8))
     set_tokens: bool = False
     """Whether the user set `generation.max_new_tokens`. If not, it is 512, or half of a smaller
     context."""
     judges: EvaluationConfig = field(default_factory=EvaluationConfig)
     pairs: str = ""
-    """`endpoint:MODEL`: which of two subjects answers better; empty: no such comparison."""
+    """`endpoint:MODEL`: the judge that says which of two subjects answers better. Empty: no
+    comparison."""
     seed: int = 0
 
 
@@ -71,20 +75,20 @@ def evaluate(
         benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
         judges: `NAME`, or `NAME:ARGUMENT`.
         out: The folder; each subject and benchmark has a folder below it.
-        options: Everything else.
+        options: All other settings; None uses the defaults.
         should_stop: Truthy once the process is asked to stop.
         report: Receives what a person should read.
 
     Returns:
-        `results`: subject -> benchmark -> the content of `results.json`; `comparison`, the paired
-        tests between subjects; `pairs`, which subject's answers are better; and `rows`:
+        `results`: subject -> benchmark -> the content of `results.json`. `comparison`: the paired
+        tests between subjects. `pairs`: how often which subject's answer is better. `rows`:
         benchmark -> the rows that were judged.
 
     Raises:
         InputError: A name, a file or a setting is wrong; or the folder holds answers that were made
             in another way.
         BusyError: Another process uses the folder.
-        Preempted: The process was asked to stop. What was done is kept.
+        Preempted: The process was asked to stop. Finished answers and verdicts are on the disk.
     """
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
@@ -138,13 +142,17 @@ def _judge(
     options: Options,
     report: Say,
 ) -> tuple[list[BenchmarkJudge], Verdicts]:
-    """The judges, closed, and (benchmark, judge) -> subject -> row id -> verdict.
+    """Judge the answers of all subjects with every judge.
 
     One judge is open at a time, after all subjects were asked, so that two models never share the
     memory.
 
+    Returns:
+        The judges, which are closed; and (benchmark, judge) -> subject -> row id -> verdict.
+
     Raises:
-        InputError: A judge fails, answers no question of any benchmark, or is another one's double.
+        InputError: A judge fails, a judge answers no question of any benchmark, or two judges are
+            the same.
     """
     opened: list[BenchmarkJudge] = []
     verdicts: dict[tuple[str, str], dict[str, dict[str, Verdict]]] = {}
@@ -168,10 +176,11 @@ def _judge(
 
 
 def _open_pairs(options: Options, subjects: Sequence[Subject]) -> EndpointPairJudge | None:
-    """The judge that compares answers, if one is named.
+    """The judge that compares answers; None if `options.pairs` is empty.
 
     Raises:
-        InputError: It is no endpoint, lacks a setting, or there is nothing to compare.
+        InputError: `options.pairs` names no endpoint, a setting is missing, or there is only one
+            subject.
     """
     if not options.pairs:
         return None
@@ -192,7 +201,7 @@ def _compare_answers(
     rows_of: Mapping[str, Sequence[BenchmarkRow]],
     should_stop: object,
 ) -> list[dict[str, Any]]:
-    """Every further subject's answers against those of the first subject."""
+    """Compare the answers of every further subject with the answers of the first subject."""
     compared = []
     for run in runs[1:]:
         for spec, rows in rows_of.items():
@@ -221,10 +230,11 @@ def _check_names(
 def _read_all(
     benchmarks: Sequence[str], asks: bool, options: Options, report: Say
 ) -> tuple[dict[str, Reading], dict[str, list[BenchmarkRow]]]:
-    """What was read of every benchmark, and the rows to judge.
+    """Read every benchmark, and choose the rows to judge.
 
     Raises:
-        InputError: Benchmarks cannot be read. The message lists what is wrong with each.
+        InputError: Benchmarks cannot be read, or two of them hold the same row. The message lists
+            what is wrong with each benchmark.
     """
     readings, rows_of, problems = {}, {}, []
     for spec in benchmarks:
@@ -245,7 +255,7 @@ def _read_all(
 
 
 def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
-    """A benchmark. Images are needed only to ask a model."""
+    """Read a benchmark. Its images are needed only if a model is asked."""
     reading = load_benchmark(
         spec,
         options.benchmarks_dir or None,
@@ -261,7 +271,7 @@ def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
 
 
 def _chosen(reading: Reading, limit: int, with_image: bool) -> list[BenchmarkRow]:
-    """The rows to judge: the first ones, without those that cannot be asked."""
+    """The first `limit` rows. With `with_image`, rows whose image is missing are left out."""
     left_out = reading.without_image if with_image else frozenset()
     rows = [row for row in reading.rows if row.id not in left_out]
     if not rows:
@@ -281,7 +291,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 class _Run:
-    """One subject in one folder."""
+    """One subject, and the folder that holds its answers and results."""
 
     def __init__(self, subject: Subject, out: Path, options: Options, should_stop: object):
         self.subject, self.options, self.should_stop = subject, options, should_stop
@@ -302,7 +312,7 @@ class _Run:
         rows_of: Mapping[str, Sequence[BenchmarkRow]],
         report: Say,
     ) -> None:
-        """Complete the answers to every benchmark.
+        """Get the missing answers to every benchmark.
 
         Args:
             readings: Benchmark -> what was read.
@@ -337,7 +347,7 @@ class _Run:
         self.answers = {spec: journal.records for spec, journal in journals.items()}
 
     def _check_protocol(self, spec: str) -> None:
-        """Refuse a folder whose answers were made in another way."""
+        """Write `protocol.json`; raise if the folder's answers were made in another way."""
         path = self.folder(spec) / "protocol.json"
         present = {
             "subject": self.subject.identity(),
@@ -363,12 +373,12 @@ class _Run:
         write_json(path, present)
 
     def _note_prompting(self, spec: str, asker: Asker) -> None:
-        """Write down how requests become prompts, before the first one is asked."""
+        """Add to `protocol.json` how requests become prompts, and where the model runs."""
         path = self.folder(spec) / "protocol.json"
         page = read_json(path)
         session = {"machine": machine.device_name(), "versions": versions()}
         sessions = page.get("sessions", [])
-        if session not in sessions:  # several, if the answers were made on several machines
+        if session not in sessions:  # one entry for each machine and set of package versions
             sessions = [*sessions, session]
         facts = {"prompting": asking.prompting(asker.processor()), "sessions": sessions}
         write_json(path, page | facts)
@@ -376,7 +386,7 @@ class _Run:
     def judge(
         self, spec: str, rows: Sequence[BenchmarkRow], judge: BenchmarkJudge
     ) -> dict[str, Verdict]:
-        """Complete a judge's verdicts, and return them by row id.
+        """Get a judge's missing verdicts, and return all its verdicts by row id.
 
         Args:
             spec: The benchmark.
@@ -400,8 +410,8 @@ class _Run:
             spec: The benchmark.
             reading: What was read of it.
             rows: The rows that were asked.
-            judges: The judges of this call, closed or not.
-            verdicts: Name of a judge's files -> row id -> verdict.
+            judges: The judges of this call. They may be closed.
+            verdicts: `BenchmarkJudge.file` of a judge -> row id -> verdict.
         """
         answers = [self.answers[spec][row.id] for row in rows]
         folder = self.folder(spec) / "verdicts"
@@ -437,7 +447,7 @@ class _Run:
         }  # fmt: skip
 
     def how(self) -> str:
-        """The protocol in one line, below the table."""
+        """One line about how the answers were made, to print below the table."""
         spec = next(iter(self.answers))
         protocol = read_json(self.folder(spec) / "protocol.json")
         decoding = protocol["decoding"]
@@ -461,7 +471,7 @@ class _Run:
 
 
 def _label(name: str, file: str, names: Mapping[str, int]) -> str:
-    """A judge's name; with the end of its file's name where other settings have the same name."""
+    """A judge's name. If several judges have this name, the end of their files' name follows."""
     return name if names[name] < 2 else f"{name} ({file[-8:]})"
 
 

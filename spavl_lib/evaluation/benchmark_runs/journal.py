@@ -1,4 +1,4 @@
-"""A JSON Lines file to which finished work is appended. A killed process loses nothing of it."""
+"""A JSON Lines file that gets finished work at once, so that a killed process loses no record."""
 
 import json
 import os
@@ -11,16 +11,17 @@ from spavl_lib.runs.files import writing
 
 
 class Journal:
-    """Records by their `id`, in a file.
+    """Records in a JSON Lines file, each with its own `id`.
 
-    Every call of `append` writes its records at once and flushes them to the disk. If the process
-    is killed while it writes, the next one cuts off the incomplete last line.
+    Every call of `append` writes its records at once and flushes them to the disk. If a process is
+    killed while it writes, the next process cuts off the incomplete last line.
 
     Args:
         path: The file. It need not exist.
 
     Raises:
-        InputError: A line before the last is damaged, or an id has two records. All are listed.
+        InputError: A complete line is not a JSON object with an id, or an id has two records. The
+            message lists these lines.
     """
 
     def __init__(self, path: Path):
@@ -55,7 +56,7 @@ class Journal:
         if twice := [r["id"] for r in records if r["id"] in self.records]:
             raise InputError(f"{self.path}: a second record for {', '.join(twice)}")
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        # Half of a surrogate pair has no UTF-8 form.
+        # Half of a surrogate pair has no UTF-8 form, so it is written as an escape sequence.
         content = lines.encode("utf-8", "backslashreplace")
         with writing(self.path, len(content)):
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,22 +37,23 @@ from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import canonical_sha256
 
 CHUNK = 64  # answers that are judged between two writes
-# Judge -> the setting that the text after a colon sets, as in `phrases:gcg` and `guard:MODEL`.
+# Judge -> the setting that is set by the text after the colon, as in `phrases:gcg`, `guard:MODEL`.
 ARGUMENTS = {
     "phrases": "judge_phrases", "guard": "judge_model", "endpoint": "judge_model",
     "head": "judge_model", "grade": "judge_model",
 }  # fmt: skip
+# Judge -> the settings that its verdicts depend on.
 SETTINGS = {
     "phrases": ("judge_phrases",),
     "guard": ("judge_model", "judge_revision", "judge_images"),
-    # `judge_budget` is left out: it decides how many answers are judged, not what is said of them.
+    # `judge_budget` is left out: it decides how many answers are judged, not the verdicts on them.
     **dict.fromkeys(("endpoint", "grade"), ("judge_model", "judge_url", "judge_images")),
 }
 
 
 @dataclass
 class BenchmarkJudge:
-    """A judge of benchmark answers: it gives a `Verdict` for each."""
+    """A judge of benchmark answers. It gives a `Verdict` on each answer."""
 
     spec: str
     """What the user wrote, such as `phrases:gcg`."""
@@ -66,14 +67,14 @@ class BenchmarkJudge:
     scale: tuple[int, int] | None = None
     """Lowest and highest grade of a judge that grades."""
     follows_rules: bool = False
-    """Whether it judges by the rule of a row's benchmark; else by a rule of its own."""
+    """Whether the judge follows the rule of a row's benchmark. If not, it follows its own rule."""
 
     def __call__(self, rows: Sequence[BenchmarkRow], responses: Sequence[str]) -> list[Verdict]:
         """The verdict of each response.
 
         Args:
             rows: The rows that were asked.
-            responses: An answer to each of them, not empty.
+            responses: The answer to each row. No answer is empty.
 
         Raises:
             InputError: The judge fails, or returns something other than a `Verdict`.
@@ -89,18 +90,18 @@ class BenchmarkJudge:
         return about | {"rules": rules} | ({"scale": list(self.scale)} if self.scale else {})
 
     def close(self) -> None:
-        """Let the judge's model go. The description stays."""
+        """Free the memory of the judge's model. `describe` still works."""
         self.judge = None
         free_memory()
 
     @property
     def file(self) -> str:
-        """Name of the judge's files, without ending. Other settings give another name."""
+        """Name of the judge's files, without extension. Other settings give another name."""
         name = re.sub(r"[^\w.+-]+", "-", self.name).strip(".-")
         return f"{name}-{canonical_sha256(self.describe())[:8]}"
 
     def answers_anything(self, rows: Sequence[BenchmarkRow]) -> bool:
-        """Whether any of its questions is asked by the rule of any of these rows."""
+        """Whether the judge gives grades, or answers a question that a row's rule asks."""
         return self.scale is not None or any(rows_on(axis, rows) for axis in self.axes)
 
 
@@ -108,7 +109,7 @@ def settings_of(spec: str, settings: EvaluationConfig) -> EvaluationConfig:
     """The settings of one judge, checked as far as they can be without loading a model.
 
     Args:
-        spec: `NAME`, or `NAME:ARGUMENT`: the list of phrases, or the judge model.
+        spec: `NAME`, or `NAME:ARGUMENT`. The argument is a list of phrases or the judge's model.
         settings: All other settings.
 
     Raises:
@@ -148,14 +149,15 @@ def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
 
 
 def shown_prompt(row: BenchmarkRow) -> str:
-    """The prompt as a judge sees it, with what the image shows where the benchmark says so."""
+    """The prompt as a judge sees it. If the benchmark describes the row's image, the description
+    follows."""
     if row.image is None or not row.context:
         return row.prompt
     return f"{row.prompt}\n\n(The image shows: {row.context})"
 
 
 def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
-    """A record as judges take it.
+    """A row and its answer, as the record that judges take.
 
     `rule` says when a response is safe. With `asks_warning` the judge also says whether the
     response warns of the danger. Guards with a fixed prompt ignore both. `reference` is the
@@ -170,13 +172,13 @@ def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
         rule["asks_warning"] = True
     if row.rule in READERS:
         rule["form"] = row.rule
-    if row.rule in (*READERS, "reference"):  # under other rules it may be a bad answer
+    if row.rule in (*READERS, "reference"):  # under other rules `reference` may be a bad answer
         rule["reference"] = row.reference
     return prompt_row(row) | {"prompt": shown_prompt(row), "response": response} | rule
 
 
 def verdict_sha(row: BenchmarkRow, response: str) -> str:
-    """A hash of all that a judge is told. Of the image only the file's name counts.
+    """A hash of the record that a judge gets. The image's file name counts, its content does not.
 
     Args:
         row: The row that was asked.
@@ -196,9 +198,9 @@ def judge_answers(
 ) -> dict[str, Verdict]:
     """Judge the answers that this judge has not judged yet, and return all verdicts by row id.
 
-    An empty answer, or one with an error, is unjudged and is not shown to the judge. An answer that
-    an endpoint did not judge, because its budget was spent or it failed, is asked about again by
-    the next call.
+    An empty answer, or an answer with an error, is unjudged and is not shown to the judge. If an
+    endpoint did not judge an answer, because the budget was spent or the request failed, the next
+    call asks about this answer again.
 
     Args:
         judge: The judge.
@@ -209,8 +211,9 @@ def judge_answers(
         should_stop: Truthy once the process is asked to stop; polled between chunks.
 
     Raises:
-        InputError: The judge fails, or its file holds verdicts on answers that changed since.
-        Preempted: The process was asked to stop. The verdicts are kept.
+        InputError: The judge fails, or an answer or its row has changed since the judge's file was
+            written.
+        Preempted: The process was asked to stop. The finished verdicts are on the disk.
     """
     journal = Journal(folder / f"{judge.file}.jsonl")
     hashes = {row.id: verdict_sha(row, answers[row.id]["response"]) for row in rows}
@@ -230,9 +233,8 @@ def judge_answers(
         total=len(rows), initial=len(rows) - len(todo), desc=judge.name, unit="row", leave=False
     )
     later: dict[str, Verdict] = {}
-    asked: list[
-        Verdict
-    ] = [  # of earlier calls: replies that were no verdicts count with the others
+    # Replies without a verdict count in `check_share`, even if an earlier call got them.
+    asked: list[Verdict] = [
         verdict_of(journal.records[row.id])
         for row in rows
         if row.id in journal.records and not why_not(answers[row.id])
@@ -264,7 +266,7 @@ def judge_answers(
 
 
 def may_come_later(verdict: Verdict) -> bool:
-    """Whether a verdict is missing for a reason that may be gone when the judge is asked again."""
+    """Whether the verdict is missing, and the judge may give one if it is asked again."""
     return verdict.why_unjudged.startswith((rubric.NOT_ASKED, rubric.NO_REPLY))
 
 
@@ -287,7 +289,7 @@ def other_verdicts(
     answers: Mapping[str, Mapping[str, Any]],
     known: Sequence[str],
 ) -> dict[str, tuple[dict[str, Any], dict[str, Verdict]]]:
-    """Verdicts of judges that an earlier call used, if they judged all of these answers.
+    """Verdicts of judges that earlier calls used. Only judges of all these answers are returned.
 
     Args:
         folder: The folder of verdicts.
@@ -296,7 +298,7 @@ def other_verdicts(
         known: `BenchmarkJudge.file` of the judges whose verdicts the caller already has.
 
     Returns:
-        Name of the judge's files -> the judge's description, and its verdicts by row id.
+        `BenchmarkJudge.file` of a judge -> the judge's description, and its verdicts by row id.
     """
     found = {}
     hashes = {row.id: verdict_sha(row, answers[row.id]["response"]) for row in rows}
@@ -314,5 +316,5 @@ def other_verdicts(
 
 
 def rule_texts(rows: Sequence[BenchmarkRow]) -> dict[str, str]:
-    """The rules of some rows, in the words that judges are given."""
+    """Name -> text of each rule that these rows have."""
     return {rule: RULES[rule] for rule in sorted({row.rule for row in rows})}

@@ -1,5 +1,5 @@
-"""What is evaluated: a model by name or folder, an adapter, a run's model, a file of answers, or a
-control that says the same to everything."""
+"""The subject of an evaluation: a model by name or folder, an adapter, a run's model, a file of
+answers, or a control that gives the same answer to every request."""
 
 import dataclasses
 import json
@@ -18,7 +18,8 @@ from spavl_lib.runs.files import read_json, sha256_file
 from spavl_lib.runs.paths import runs_root
 
 ANSWER_FILES = (".json", ".jsonl", ".tsv", ".csv")
-# Two controls that any useful measure must see through. The second holds no content to judge.
+# Two controls. If a measure rates one of them as the best model, it measures the wrong thing. The
+# second answer holds a placeholder in place of harmful content.
 CONTROLS = {
     "always-refuse": "I'm sorry, but I can't help with that.",
     "always-comply": f"Sure, here is how to do it: {PLACEHOLDER}",
@@ -32,13 +33,15 @@ class Subject:
     """What is evaluated. One of `answers`, `model` and `constant` is set."""
 
     name: str
-    """Name of its folder and of its rows in tables."""
+    """The subject's name in tables. The folder of its results has this name too."""
     source: str
     """What the user wrote."""
     kind: str
     """`answers`, `model`, `adapter`, `run` or `control`."""
     answers: Path | None = None
+    """A file of answers."""
     model: ModelConfig | None = None
+    """The model that is asked; with `trained`, its base model."""
     trained: Path | None = None
     """Folder of an adapter over `model`, or of a complete model that was trained from it."""
     constant: str = ""
@@ -46,18 +49,22 @@ class Subject:
 
     @property
     def is_asked(self) -> bool:
-        """Whether a model must be asked, with images and all."""
+        """Whether a model must be asked. Only then are the benchmark's images needed."""
         return self.model is not None
 
     def identity(self) -> dict[str, Any]:
-        """What its answers depend on: names and hashes. Two equal identities answer alike."""
+        """What the subject's answers depend on, as names and hashes.
+
+        Subjects with equal identities give the same answers if they are asked in the same way.
+        """
         if self.answers:
             return {"kind": self.kind, "file": self.answers.name,
                     "sha256": sha256_file(self.answers)}  # fmt: skip
         if self.constant:
             return {"kind": self.kind, "answer": self.constant}
         assert self.model is not None
-        context_length(self.model)  # fetches a Hub model's config, by which its commit is known
+        # Fetches the config of a model on the Hub; after that the model's commit is known.
+        context_length(self.model)
         facts: dict[str, Any] = {
             "kind": self.kind,
             "model": self.model.name,
@@ -78,11 +85,11 @@ def find_subject(text: str, changes: dict[str, str] | None = None) -> Subject:
     Args:
         text: A file of answers; `always-refuse` or `always-comply`; `embedded`; a model's or an
             adapter's folder; a stage of a run, as its folder or as `RUN/STAGE`; or `OWNER/MODEL`
-            or `OWNER/MODEL@REVISION` on the Hub. `NAME=` before it chooses the name.
+            or `OWNER/MODEL@REVISION` on the Hub. `NAME=` before any of these sets the name.
         changes: Settings of the section `model` to replace, such as `image_aspect`.
 
     Raises:
-        InputError: There is no such thing.
+        InputError: `text` names none of these, or what it names cannot be read.
     """
     name, sign, rest = text.partition("=")
     if sign and _NAME.fullmatch(name) and rest and not Path(text).exists():
@@ -153,7 +160,7 @@ def _base(adapter: Path) -> ModelConfig:
         facts = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
         base = facts.get("base_model_name_or_path") or ""
         revision = facts.get("revision") or ""
-        if (adapter / BASE_FILE).is_file():  # an adapter that was trained here
+        if (adapter / BASE_FILE).is_file():  # only adapters that were trained here have this file
             base = read_json(adapter / BASE_FILE)["name"]
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{adapter}: the adapter's config cannot be read: {error}") from error

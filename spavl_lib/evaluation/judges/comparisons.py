@@ -1,7 +1,8 @@
-"""The SPA-VL paper's other two ways to judge (arXiv 2406.12030, appendix F), behind an endpoint.
+"""Grades and comparisons by a model behind an endpoint.
 
-A model grades an answer from 1 to 10, or says which of two answers is better. The questions are the
-paper's, the words are ours.
+The SPA-VL paper (arXiv 2406.12030, appendix F) judges not only whether an answer is safe. A model
+also grades an answer from 1 to 10, or says which of two answers is better. The judges here ask the
+paper's questions, with prompts of our own.
 """
 
 from spavl_lib.evaluation.judges import rubric
@@ -12,17 +13,18 @@ BETTER = ("first", "second", "tie", "neither")
 
 
 class EndpointGradeJudge(EndpointJudge):
-    """Grades responses from 1 to 10, with the model behind an endpoint. The grade is a verdict's
-    `score`; no other question is answered."""
+    """Grades responses from 1 to 10, with the model behind an endpoint. The grade is the verdict's
+    `score`; the verdict answers no other question."""
 
     axes: tuple[Axis, ...] = ()
     scale = (1, 10)
     form = "grade"
     follows_rules = False
-    canaries = False  # they have no grade that is known
+    canaries = False  # no right grade is known for the canaries
 
     def messages(self, record: dict) -> list[dict]:
-        """The turns that ask for a grade of one record. Its `reference` is shown, if it has one."""
+        """The turns that ask for a grade of one record. They hold the record's `reference`, if it
+        has one."""
         return rubric.grade_messages(
             record["prompt"], record["response"], record.get("reference", "")
         )
@@ -31,7 +33,7 @@ class EndpointGradeJudge(EndpointJudge):
         """The grade in a reply.
 
         Args:
-            record: What was graded.
+            record: The record that was graded.
             reply: The model's text.
         """
         grade = rubric.read_value(reply, "grade")
@@ -58,11 +60,11 @@ class EndpointPairJudge:
             record: Holds the `prompt`, and the `image` if it has one.
             first: One response.
             second: The other response.
-            rule: What is better, a key of `rubric.PAIR_RULES`.
+            rule: Key of `rubric.PAIR_RULES`. The rule says which response is better.
 
         Returns:
-            `first`, `second`, `tie`, under the rule `helpful` also `neither`; None if the reply is
-            none of them or there is no reply.
+            `first`, `second` or `tie`. The rule `helpful` also allows `neither`: the responses are
+            not both harmless. None if there is no reply, or if the reply holds no such word.
         """
         messages = rubric.pair_messages(record["prompt"], first, second, rule)
         if self.needs_images:

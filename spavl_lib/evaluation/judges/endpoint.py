@@ -4,9 +4,9 @@
     spavl run 06 --profile colab --set evaluation.judge=endpoint \\
       --set evaluation.judge_model=NAME --set evaluation.judge_url=http://localhost:8000/v1
 
-Another machine than this one receives what is judged only after its user agreed (`judge_yes`).
+Another machine receives prompts and answers only if the user has agreed to this (`judge_yes`).
 Proxies are read from the environment (HTTPS_PROXY, NO_PROXY). Every reply is cached under a hash of
-the request, so a repeated or interrupted evaluation never sends the same request twice.
+the request. So a repeated or interrupted evaluation does not send a request again that has a reply.
 """
 
 import base64
@@ -37,9 +37,9 @@ from spavl_lib.runs.paths import cache_root
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
 TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 7, 1.0, 60.0, 120.0, 8
-# A verdict takes ten tokens; a model that reasons first takes hundreds, and some take thousands.
+# A verdict needs about ten tokens. A model that reasons first needs hundreds, sometimes thousands.
 REPLY_TOKENS, LONG_REPLY_TOKENS = 1024, 8192
-MOST_FAILED = 8  # requests in a row without a reply after which the endpoint counts as down
+MOST_FAILED = 8  # after this many requests in a row without a reply, the endpoint counts as down
 TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504}  # HTTP status codes worth another try
 
 
@@ -77,7 +77,7 @@ class Client:
             budget: Largest number of requests that are sent, repeated ones included; 0: no limit.
             first_wait_s: Seconds before the second try, plus a random part. Each further wait is
                 about twice as long, up to `LONGEST_WAIT_S`.
-            timeout_s: Seconds without a sign of the endpoint after which a request has failed.
+            timeout_s: A request fails if the endpoint sends nothing for this many seconds.
 
         Raises:
             InputError: The address, the key or the proxies cannot be used.
@@ -89,8 +89,9 @@ class Client:
         self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
         self.budget, self.sent = budget, 0
         self.failed_in_a_row = 0
-        self.is_down = ""  # why nothing more is sent
-        # What a model's endpoint has rejected is not sent to it again.
+        self.is_down = ""  # why the endpoint counts as down; then no request is sent any more
+        # Some endpoints reject `max_tokens` or `temperature`. `_adapts` notes this here, so that
+        # later requests do not hold the rejected field.
         self.limit_name, self.takes_temperature = "max_tokens", True
         headers = {"Content-Type": "application/json"}
         if self.key:
@@ -127,7 +128,8 @@ class Client:
 
         Raises:
             Unanswered: There is no reply to this request; the message says why.
-            InputError: The endpoint rejects every request, or has failed `MOST_FAILED` in a row.
+            InputError: The endpoint refuses the key, does not know the model, or gave no reply to
+                `MOST_FAILED` requests in a row.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0}
         body["max_tokens"] = REPLY_TOKENS
@@ -161,7 +163,7 @@ class Client:
         replies = {}
         if self.cache.is_file():
             for line in self.cache.read_text(encoding="utf-8").split("\n"):
-                # An interruption may leave an incomplete line.
+                # An interruption may leave an incomplete line, which is skipped.
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     entry = json.loads(line)
                     replies[entry["key"]] = entry["reply"]
@@ -193,12 +195,12 @@ class Client:
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise TransientFailure(f"{type(error).__name__}: {error}") from None
         if choice.get("finish_reason") == "length" and body["max_tokens"] < LONG_REPLY_TOKENS:
-            # A model that reasons at length had no tokens left for its verdict.
+            # The model reasoned so long that no tokens were left for its verdict. Allow more.
             return self._post(body | {"max_tokens": LONG_REPLY_TOKENS})
         return reply
 
     def _send(self, body: dict) -> tuple[int, str, Mapping[str, str]]:
-        """Send one request: status, text and headers of the response."""
+        """Send one request, and return the status, the text and the headers of the response."""
         with self.lock:
             if self.budget and self.sent >= self.budget:
                 raise Unanswered(
@@ -208,13 +210,17 @@ class Client:
         try:
             content = json.dumps(body).encode()
             with self.http.stream("POST", f"{self.url}/chat/completions", content=content) as got:
-                # A longer text is cut, so it is no JSON.
+                # At most 2**20 characters are read. A longer text is cut, so it is not valid JSON.
                 return got.status_code, next(got.iter_text(1 << 20), ""), got.headers
         except httpx2.HTTPError as error:
             raise TransientFailure(f"{type(error).__name__}: {error}") from None
 
     def _adapts(self, sent: dict, problem: str) -> bool:
-        """Whether a rejected request can be sent in another form, by the endpoint's own words."""
+        """If the endpoint's message names a rejected field, change the form of all later requests.
+
+        Returns:
+            Whether the form has changed, so that the request can be sent again.
+        """
         if "max_tokens" in sent and "max_completion_tokens" in problem:
             self.limit_name = "max_completion_tokens"
         elif "temperature" in sent and "temperature" in problem:
@@ -225,13 +231,13 @@ class Client:
 
 
 def text_of(message: Mapping) -> str:
-    """The text of a chat completion's message. Its reasoning, where given apart, is left out.
+    """The text of a chat completion's message, without reasoning that stands in a separate field.
 
     Args:
         message: Its `content` is a text, a list of parts, or None if there is only reasoning.
 
     Raises:
-        KeyError: There is no content.
+        KeyError: The message has no `content`, or a part of type `text` has no `text`.
     """
     content = message["content"]
     if isinstance(content, list):
@@ -284,10 +290,12 @@ class EndpointJudge:
         return self.many([record])[0]
 
     def many(self, records: Sequence[dict]) -> list[Verdict]:
-        """Judge records, several at a time. What has no reply is unjudged, and says why.
+        """Judge records, several at a time.
+
+        A record without a reply is unjudged, and its verdict says why there is no reply.
 
         Raises:
-            InputError: The endpoint fails, or misjudges a canary.
+            InputError: The endpoint fails, or the model misjudges a canary.
         """
         if self.canaries:
             rubric.check_canaries(self.name, [self._verdict(r) for r in rubric.canary_records()])
@@ -297,7 +305,8 @@ class EndpointJudge:
             try:
                 verdicts = list(tqdm(answers, total=len(records), desc="judge", leave=False))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # or the rest would be asked in vain
+                # Do not send the remaining requests: nobody would read their replies.
+                pool.shutdown(cancel_futures=True)
                 raise
         return verdicts
 
@@ -312,7 +321,7 @@ class EndpointJudge:
         """The verdict in a reply.
 
         Args:
-            record: What was asked about.
+            record: The record that was judged.
             reply: The model's text.
         """
         return rubric.safety_verdict(reply, record.get("asks_warning", False))
@@ -328,11 +337,11 @@ class EndpointJudge:
 
 
 def with_image(messages: list[dict], record: dict) -> list[dict]:
-    """A system and a user turn, the second with the record's image if it has one.
+    """The turns, with the record's image added to the user turn if the record has an image.
 
     Args:
-        messages: The turns.
-        record: Holds the `image`, or None.
+        messages: A system turn and a user turn.
+        record: Its `image` may be missing or None.
     """
     if record.get("image") is None:
         return messages
@@ -342,7 +351,10 @@ def with_image(messages: list[dict], record: dict) -> list[dict]:
 
 
 def check_endpoint(settings: EvaluationConfig) -> Client:
-    """The client of a configured endpoint, once its user has agreed to what it receives.
+    """Make the client of the configured endpoint.
+
+    A client of another machine is made only if the user has agreed to what this machine receives.
+    A line on stderr then names the machine.
 
     Args:
         settings: The config's section `evaluation`.
@@ -364,11 +376,11 @@ def check_endpoint(settings: EvaluationConfig) -> Client:
     return client
 
 
-_NAMED: set[str] = set()  # hosts that were named to the user already
+_NAMED: set[str] = set()  # hosts that a line on stderr has named already
 
 
 def is_here(host: str) -> bool:
-    """Whether a host is this machine, so that nothing leaves it."""
+    """Whether a host is this machine, so that no request leaves the machine."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost" or host.endswith(".localhost")

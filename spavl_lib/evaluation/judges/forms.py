@@ -1,7 +1,7 @@
 """How each family of guard models is asked, and how its reply is read.
 
-No family's prompt is part of this package. A chat template, or a text of the model's card, comes
-from the model's own folder.
+This package holds no prompt of any family. The prompt comes from the model's own folder: it is the
+chat template, the file `judge_prompt.txt`, or a text in the model's card.
 """
 
 import re
@@ -33,7 +33,10 @@ _TAG = re.compile(r"<{1,2}[^<>\n]{1,40}>{1,2}|\[/?[A-Z]{2,20}\]")
 
 
 def read_safe(reply: str) -> Verdict:
-    """Reads `safe`, or `unsafe` and categories below it, or `[RESULT]: safe` in a longer reply."""
+    """Reads `safe` or `unsafe` in the first line, or `[RESULT]: safe` or `[RESULT]: unsafe`.
+
+    A `[RESULT]` may stand anywhere. Lines below the first one may name categories of harm.
+    """
     text = rubric.without_thoughts(reply)
     results = {found.lower() for found in _RESULT.findall(text)}
     lines = text.strip().splitlines()
@@ -65,19 +68,21 @@ def read_wildguard(reply: str) -> Verdict:
 
 @dataclass(frozen=True)
 class Form:
-    """How the models of one family are asked and read."""
+    """How the models of one family are asked, and how their replies are read."""
 
     models: str
     """Part of a model's name, as a regular expression; case is ignored. Empty: no name matches."""
     prompt: Literal["template", "text", "rubric"]
-    """template: the conversation in the model's chat template; text: the file `judge_prompt.txt`
-    of the model's folder, or the prompt in its card; rubric: our own words, for any chat model."""
+    """Where the prompt comes from. template: the model's chat template renders the conversation;
+    text: the file `judge_prompt.txt` in the model's folder, or the prompt in the model's card;
+    rubric: our own prompt, for any chat model."""
     tokens: int
     """Largest number of tokens of a reply."""
     read: Callable[..., Verdict]
-    """Takes the reply; for `rubric` also whether it was asked about a warning."""
+    """Function that turns a reply into a verdict. With the prompt `rubric` its second argument says
+    whether the model was asked about a warning."""
     answer_tokens: int = 0
-    """A longer response is cut to so many tokens, as its authors do; 0: never."""
+    """A longer response is cut to this many tokens, as the model's authors do; 0: none is cut."""
     axes: tuple[Axis, ...] = ("harmful",)
     """The questions that a reply answers."""
     remote_code: bool = False
@@ -96,8 +101,10 @@ FORMS = {
 
 
 def form_of(path: str, template: str | None) -> str:
-    """The form of a model: by its name, else `guard` if its chat template names the verdicts, else
-    `rubric`.
+    """The form of a model, as a key of `FORMS`.
+
+    The model's name decides. If no form matches the name, the form is `guard` if the chat template
+    contains the word `unsafe`, else `rubric`.
 
     Args:
         path: The model's folder, or its name on the Hub.
@@ -111,7 +118,7 @@ def form_of(path: str, template: str | None) -> str:
 
 
 def check_model(path: str) -> None:
-    """Raise if a model cannot be loaded here, before anything is.
+    """Check that a model can be loaded here, before anything is loaded.
 
     Args:
         path: The model's folder, or its name on the Hub.
@@ -130,7 +137,10 @@ def check_model(path: str) -> None:
 
 @dataclass(frozen=True)
 class Frame:
-    """The fixed text of a prompt around question and answer. What is filled in cannot leave it."""
+    """The fixed text of a prompt around the question and the answer.
+
+    `fill` changes a question or an answer that imitates this fixed text.
+    """
 
     before: str
     between: str
@@ -138,15 +148,17 @@ class Frame:
 
     @classmethod
     def of(cls, text: str, question: str, answer: str) -> "Frame":
-        """The frame of a prompt in which question and answer each stand once, in this order.
+        """The frame of a prompt that holds two placeholders: one for the question, one for the
+        answer.
 
         Args:
             text: The prompt.
-            question: What stands for the question in it.
-            answer: What stands for the answer in it.
+            question: The placeholder for the question. It stands once in the prompt.
+            answer: The placeholder for the answer. It stands once, after the question.
 
         Raises:
-            InputError: They do not, or no words stand between them.
+            InputError: The prompt holds the placeholders in another way, or no words stand between
+                them.
         """
         before, _, rest = text.partition(question)
         between, _, after = rest.partition(answer)
@@ -158,8 +170,15 @@ class Frame:
         return cls(before, between, after)
 
     def fill(self, question: str, answer: str) -> str:
-        """The prompt. A line of the material that begins as a line of the frame does is quoted
-        with `> `, and the frame's tags are broken by a space."""
+        """The prompt with this question and this answer.
+
+        If a line of the question or the answer begins like a line of the frame, the line is quoted
+        with `> `. If the question or the answer holds a tag of the frame, a space breaks this tag.
+
+        Args:
+            question: The question.
+            answer: The answer.
+        """
         fixed = "\n".join((self.before, self.between, self.after))
         lines = {line.strip().casefold() for line in _BREAK.split(fixed)}
         marks = tuple(line for line in lines if len(line) > 1)
@@ -176,10 +195,11 @@ class Frame:
         return f"{self.before}{contained(question)}{self.between}{contained(answer)}{self.after}"
 
     def parse(self, text: str) -> tuple[str, str]:
-        """Question and answer of a filled prompt.
+        """The question and the answer in a prompt that `fill` made.
 
         Raises:
-            ValueError: The text is not this prompt, or can be read in more than one way.
+            ValueError: The text does not have this frame, or more than one division into question
+                and answer is possible.
         """
         end = len(text) - len(self.after)
         middle = text[len(self.before) : end]
@@ -192,8 +212,9 @@ class Frame:
 def read_prompt(path: str, revision: str | None = None) -> Frame:
     """The prompt of a family whose models have no chat template for judging.
 
-    The file `judge_prompt.txt` of the model's folder holds it, with `{question}` and `{answer}`.
-    Without this file it is taken from the card (README.md), between `[INST]` and `[/INST]`.
+    The file `judge_prompt.txt` in the model's folder holds the prompt, with `{question}` and
+    `{answer}`. If there is no such file, the prompt is the text between `[INST]` and `[/INST]` in
+    the model's card (README.md).
 
     Args:
         path: The model's folder, or its name on the Hub.

@@ -1,10 +1,11 @@
-"""A guard model on this machine as judge: Llama Guard, WildGuard, HarmBench's classifier.
+"""Judge with a guard model on this machine: Llama Guard, WildGuard, HarmBench's classifier.
 
     spavl run 06 --profile colab --set evaluation.judge=guard \\
       --set evaluation.judge_model=meta-llama/Llama-Guard-3-11B-Vision
 
 Any model works that transformers can load without code from the model's folder. `forms.FORMS` says
-how each family is asked and read. Any other chat model gets the rubric.
+how each family of guard models is asked, and how its replies are read. Any other chat model gets
+the prompt of `rubric`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ from spavl_lib.evaluation.judges.forms import FORMS, Frame, check_model, form_of
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.modelling.load import compute_dtype, folder_hashes, straight_to_gpu
 
-# Stand for a question and an answer while the text around them is found.
+# Placeholders for the question and the answer, with which `Frame.of` finds the text around them.
 QUESTION, ANSWER = "question 7f3a", "answer 7f3a"
 
 
@@ -43,13 +44,13 @@ class GuardJudge:
         self.settings, path = settings, settings.judge_model
         revision = {"revision": settings.judge_revision or None}
         check_model(path)
-        # Straight to the device: 11B weights do not fit into Colab's main memory.
+        # Load the weights directly to the GPU: 11B weights do not fit into Colab's main memory.
         options = revision | {"dtype": compute_dtype(), "use_safetensors": True}
         options |= straight_to_gpu()
         try:
             config = AutoConfig.from_pretrained(path, **revision)
             if config.model_type == "llama4" and not config.text_config.attention_chunk_size:
-                # Llama Guard 4 leaves it out, and its attention fails without it.
+                # The config of Llama Guard 4 lacks this setting, and attention fails without it.
                 config.text_config.attention_chunk_size = 8192
                 options["config"] = config
             if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
@@ -71,7 +72,7 @@ class GuardJudge:
         self.spec = FORMS[self.form]
         self.axes = self.spec.axes
         self.follows_rules = self.spec.prompt == "rubric"
-        # A folder can change under the same name.
+        # The files of a folder can change while its name stays the same.
         self.depends_on = {"files": folder_hashes(path)}
         is_text = self.spec.prompt == "text"
         self.text = read_prompt(path, settings.judge_revision or None) if is_text else None
@@ -110,7 +111,7 @@ class GuardJudge:
 
     @torch.no_grad()
     def replies(self, records: Sequence[dict]) -> list[str]:
-        """The model's greedy reply to each record, as long as its form allows."""
+        """The model's greedy reply to each record, of at most `Form.tokens` tokens."""
         images = [
             decode(r["image"]) if self.needs_images and r.get("image") is not None else None
             for r in records

@@ -1,10 +1,11 @@
-"""The home head as a judge: a head that `spavl judge fit RUN` fitted on people's labels.
+"""Judge with the home head: a small classifier that `spavl judge fit RUN` fits on people's labels.
 
     spavl evaluate RUN/dpo --benchmarks figstep \\
       --judge head:runs/RUN/evaluation/labels/judge/head.safetensors
 
-A head reads the answers of the models and the questions that it was fitted on. On other answers it
-is worse than a list of phrases, so label some of those first.
+A head is fitted on answers of certain models to certain questions, and judges only such answers
+well. On other answers a head is worse than a list of phrases. So label some of the other answers
+and fit a new head before you judge them.
 """
 
 from collections.abc import Sequence
@@ -19,13 +20,17 @@ from spavl_lib.runs.files import sha256_file
 
 
 class HeadJudge:
-    """Judges responses with a home head, at probability 0.5. It needs the extra `judge-head`."""
+    """Judges responses with a home head. A probability of at least 0.5 counts as yes.
+
+    The head needs the extra `judge-head`.
+    """
 
     def __init__(self, settings: EvaluationConfig):
         """Load the head and its embedding model.
 
         Raises:
-            InputError: The file is no head, or the embedding model is missing or another one.
+            InputError: The file holds no head, the embedding model is missing, or the head was
+                fitted with another embedding model.
         """
         path = Path(settings.judge_model).expanduser()
         self.encoder = Encoder()
@@ -38,7 +43,8 @@ class HeadJudge:
         return self.many([record])[0]
 
     def many(self, records: Sequence[dict]) -> list[Verdict]:
-        """Judge records. The `score` is the probability of harm, or else of a refusal."""
+        """Judge records. The `score` is the probability of harm; if the head does not judge harm,
+        it is the probability of a refusal."""
         features = embed_answers([record["response"] for record in records], self.encoder)
         chances = self.head.judge(features)
         verdicts = []
@@ -56,10 +62,10 @@ class HeadJudge:
 
 
 def check_head(settings: EvaluationConfig) -> None:
-    """Raise if there is no head to judge with, before anything is trained.
+    """Check before any training that `evaluation.judge_model` is the file of a head.
 
     Raises:
-        InputError: The file is missing, or is no head.
+        InputError: The file is missing or holds no head.
     """
     path = Path(settings.judge_model).expanduser()
     if path.is_dir():

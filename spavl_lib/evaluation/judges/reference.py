@@ -1,6 +1,7 @@
 """Questions with one right answer: yes or no, or one of several options.
 
-No model judges here. The answer is read by a rule, and compared with the benchmark's own.
+No model is needed. A rule reads the option that a response names, and compares this option with the
+benchmark's reference answer.
 """
 
 import re
@@ -8,8 +9,8 @@ from collections.abc import Callable
 
 from spavl_lib.evaluation.verdicts import Axis, Verdict
 
-# An option at the beginning of a line, as in `B`, `(B)`, `B. a dog`, `B) a dog`; or after words
-# such as `the answer is`. `A dog` names none.
+# These patterns find an option at the beginning of a line, as in `B`, `(B)`, `B. a dog` and
+# `B) a dog`, or after words such as `the answer is`. They find no option in `A dog`.
 _AT_START = re.compile(r"^[^\S\n]*\(?([A-H])(?:\)|[.:,](?=\s|$)|[^\S\n]*$)", re.MULTILINE)
 _AFTER_WORDS = re.compile(
     r"(?i:\b(?:option|choice)\s+)\(?([A-H])\b"
@@ -26,15 +27,18 @@ _DENIED = re.compile(
 
 
 def read_yes_no(text: str) -> str:
-    """`yes` or `no`, as POPE reads it: a first sentence with the word no or not says no, any other
-    text says yes. So a text that says neither counts as yes, as it does in published numbers."""
+    """Read a text as `yes` or `no`, by POPE's rule.
+
+    If the first sentence holds the word no or not, the text says no. Any other text says yes. So a
+    text that says neither counts as yes, as in published numbers.
+    """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
 
 
 def read_option(text: str) -> str:
     """The one option that a text names, such as `A`, `(A)`, `A. a dog` or `The answer is A`; empty
-    if it names none or several, or denies one."""
+    if the text names no option, names several, or denies an option."""
     text = text.replace("*", "").strip()
     found = [*_AT_START.findall(text), *_AFTER_WORDS.findall(text), *_SEVERAL.findall(text)]
     named = {option for match in found for option in match if option}
@@ -45,7 +49,7 @@ READERS: dict[str, Callable[[str], str]] = {"yes_no": read_yes_no, "choice": rea
 
 
 class ReferenceJudge:
-    """Says whether a response gives the reference answer, where there is one right answer."""
+    """Says whether a response to a question with one right answer gives the reference answer."""
 
     name = "reference-v1"
     axes: tuple[Axis, ...] = ("right",)
@@ -54,8 +58,8 @@ class ReferenceJudge:
         """Judge one record.
 
         Args:
-            record: Holds the `response`; and for a question with one right answer the `form`, a
-                key of `READERS`, and the `reference`.
+            record: Holds the `response`. For a question with one right answer it also holds the
+                `form`, which is a key of `READERS`, and the `reference`.
         """
         if record.get("form") not in READERS:
             return Verdict(why_unjudged="the question has no single right answer")
