@@ -197,8 +197,9 @@ def test_sharing_that_must_be_is_refused_under_zero3(built: Callable[..., PPOTra
 
 
 def test_a_checkpoint_holds_where_the_handover_stands(
-    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch
+    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where the fixture's stage is written
     first = built({"kl_target": 1.0})
     first.step, first.optimizer_steps = 3, 11
     first.kl.kl_coef, first.reference = 0.123, {"ids": ["row0"], "logps": [-0.5]}
