@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from spavl_lib.config import LINEARS, ModelConfig
@@ -20,6 +21,7 @@ from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
     lora_config,
+    train_in_fp32,
     trainable_parts,
 )
 from spavl_lib.modelling.families import Family
@@ -391,3 +393,18 @@ def test_qlora_asks_for_nf4_with_double_quantisation(
     assert quantisation.bnb_4bit_compute_dtype == load.compute_dtype()
     assert "lm_head" in quantisation.llm_int8_skip_modules
     assert any("vision" in name for name in quantisation.llm_int8_skip_modules)
+
+
+def test_what_trains_over_a_rounded_base_is_fp32_and_the_projector_is_the_bases() -> None:
+    config = dataclasses.replace(LORA, train_projector=True)
+    model = get_peft_model(embedded_model(), lora_config(embedded_model(), config))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:  # as trl casts them
+        parameter.data = parameter.data.bfloat16()
+    train_in_fp32(model)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for name, value in module.original_module.state_dict().items():
+                for copy in module.modules_to_save.values():
+                    assert torch.equal(copy.state_dict()[name], value), name

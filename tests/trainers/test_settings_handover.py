@@ -132,6 +132,7 @@ def test_dpo_without_eval_steps_evaluates_at_the_end_only() -> None:
     rows = mini_rows().select(range(2))
     trainer = dpo.build_trainer(config, stage, embedded_processor(), rows, rows)
     assert trainer.args.eval_strategy == "no" and trainer.args.max_steps == -1
+    assert not trainer.args.gradient_checkpointing  # trl's own default is to recompute
     context = trainer.model.config.get_text_config().max_position_embeddings
     assert trainer.data_collator.max_length == context
 
@@ -356,6 +357,25 @@ def test_the_settings_of_vllm_arrive(changes: dict, monkeypatch: pytest.MonkeyPa
     for name, value in changes.items():
         assert RLOO_VLLM[name](arguments) == value, name
     assert set(arguments.generation_kwargs["logit_bias"].values()) == {-100.0}
+
+
+def test_what_trl_loads_itself_has_the_models_revision() -> None:
+    for adapter, revision, expected in (
+        ("full", "abc", {"revision": "abc"}), ("full", "", None), ("lora", "abc", None),
+    ):  # fmt: skip
+        config = smoke({"model.adapter": adapter, "model.revision": revision}, run_name="r")
+        stage = Run(config, root=Path("unused")).stage("rloo")
+        arguments = rloo._arguments(config, stage, embedded_processor())
+        assert arguments.model_init_kwargs == expected
+        assert arguments.normalize_advantages is config.rloo.normalize_advantages
+
+
+def test_the_reward_head_begins_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, again, other = (
+        reward.build_model(smoke({"model.adapter": "full"}, seed=seed)).score.weight
+        for seed in (3, 3, 4)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
 
 
 class Stop(Exception):
