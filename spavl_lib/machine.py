@@ -162,8 +162,9 @@ def device_kind() -> str:
     if not present:
         return "cpu"
     name, memory = present[0][0].lower(), present[0][1] / GIB
+    words = re.split(r"[^a-z0-9]+", name)  # an L40 is no L4
     for kind in ("h200", "h100", "t4", "l4"):
-        if kind in name:
+        if kind in words:
             return kind
     return "a100-80" if memory > 60 else "a100-40" if memory > 30 else "l4" if memory > 18 else "t4"
 

@@ -150,3 +150,16 @@ def test_cores_follow_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delattr(psutil.Process, "cpu_affinity")  # as on macOS
     monkeypatch.setattr(psutil, "cpu_count", lambda: 7)
     assert machine.cores() == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "kind"),
+    [("NVIDIA L4", 22, "l4"), ("NVIDIA L40S", 45, "a100-40"), ("Tesla T4", 15, "t4"),
+     ("NVIDIA H100 80GB HBM3", 79, "h100"), ("NVIDIA RTX A4000", 16, "t4"),
+     ("NVIDIA A100-SXM4-80GB", 79, "a100-80"), ("NVIDIA H200", 140, "h200")],
+)  # fmt: skip
+def test_a_gpu_is_known_by_its_whole_name(
+    name: str, gib: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: [(name, gib * machine.GIB)])
+    assert machine.device_kind() == kind

@@ -179,7 +179,8 @@ def table(report: dict) -> str:
             lines.append(f"\n{name}: {split['problem_count']} problems")
             lines += [f"  {line}" for line in split["problems"][:20]]
             if split["problem_count"] > 20:
-                lines.append(f"  ... and {split['problem_count'] - 20} more (--json has them)")
+                more = split["problem_count"] - 20
+                lines.append(f"  ... and {more} more (--json lists up to 1,000 of them)")
     for name, split in report["splits"].items():
         lines += [f"\n{name}: warning: {note}" for note in split["notes"]]
     verdict = f"{report['problems']} problems" if report["problems"] else "no problems"

@@ -235,6 +235,8 @@ def _opened(source: Path | bytes) -> Image.Image:
             raise ImageError(
                 f"unreadable image: {_kind_found(source)}; only JPEG, PNG and WebP are read"
             ) from error
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ImageError(f"image is too large: {error}") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         problem = f"over {MAX_PIXELS:,}"

@@ -390,6 +390,8 @@ def seeds_mean(
     n, method = y.shape[1], f"{num_seeds} seeds x {num_groups} groups"
     # A variance component below zero counts as zero.
     combined = max(seed_ms + row_ms - rest_ms, seed_ms, row_ms)
+    if combined < 1e-20 <= rest_ms:
+        combined = rest_ms  # seeds have equal means, and rows too, but outcomes differ
     if combined < 1e-20:
         if bounds == (0.0, 1.0):
             low, high = wilson(round(grand * num_groups), num_groups)

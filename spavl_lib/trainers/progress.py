@@ -118,11 +118,12 @@ class StageCallback(TrainerCallback):
             if self.check_first:
                 self.check_first(values)
         if self.taken == 1 and not self.skipped and "loss" in values:
-            if not float(values.get("grad_norm", 1.0)) > 0:
+            norm = float(values.get("grad_norm", 1.0))
+            if not norm > 0:
                 raise NonFiniteError(
-                    f"step {state.global_step}: the gradient is 0, so nothing would be learnt; "
-                    "check that the mask covers the response tokens, and that the learning rate "
-                    "and the trainable parts of the model are as intended"
+                    f"step {state.global_step}: the gradient's norm is {norm:g}, so nothing would "
+                    "be learnt; check that the mask covers the response tokens, and that the "
+                    "learning rate and the trainable parts of the model are as intended"
                 )
         row = {"step": state.global_step} | {k: number(v) for k, v in values.items()}
         if "loss" in values:

@@ -185,6 +185,9 @@ def test_rows_without_room_or_image_are_unjudged(
     assert sum(batches) == 2
     [why] = rate["by_expect"]["answer"]["why"]
     assert "tokens, and N fit beside the answer" in why
+    whole = GenerationConfig(batch_size=2, max_new_tokens=512)
+    with pytest.raises(InputError, match="max_new_tokens = 512 leaves no room for a prompt"):
+        run(["embedded"], ["xstest"], ["phrases"], tmp_path / "c", generation=whole)
 
 
 def test_missing_images_give_no_rate_unless_skipped(root: Path, tmp_path: Path) -> None:

@@ -46,3 +46,5 @@ def test_an_id_is_written_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="a second record for a"):
         journal.append([{"id": "a"}, {"id": "b"}])
     assert list(Journal(journal.path).records) == ["a"]
+    with pytest.raises(InputError, match="a second record for c"):
+        journal.append([{"id": "c"}, {"id": "c"}])

@@ -242,6 +242,8 @@ def test_seeds_with_groups_and_without_spread() -> None:
     assert (never.ci_low, never.ci_high) == wilson(0, 50)
     equal = seeds_mean(np.zeros((3, 50)), bounds=(-1, 1))
     assert equal.ci_low == pytest.approx(-equal.ci_high) and equal.ci_high > 0.05
+    crossed = seeds_mean([[0, 1] * 10, [1, 0] * 10])  # equal means, and yet outcomes differ
+    assert "all equal" not in crossed.method and crossed.ci_low < 0.5 < crossed.ci_high
     with pytest.raises(ValueError, match="two seeds"):
         seeds_mean(np.zeros((1, 50)))
     with pytest.raises(ValueError, match="two groups"):

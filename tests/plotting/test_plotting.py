@@ -167,7 +167,7 @@ def test_a_rollouts_panels_say_what_is_what() -> None:
     )
     band = score.collections[0].get_paths()[0].get_extents()
     assert band.height > 2 * min(r["objective/scores_std"] for r in rows)
-    for title in ("Tokens the clip acted on", "Gradient norm"):
+    for title in ("Tokens that were clipped", "Gradient norm"):
         assert [t.get_text() for t in axes[title].get_legend().get_texts()] == ["policy", "value"]
     steered = [r | {"objective/kl_coef": 0.1 + r["step"] / 100} for r in rows]
     assert "KL coefficient" in _texts(plotting.plot_training(steered))

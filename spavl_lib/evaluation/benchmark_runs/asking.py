@@ -20,6 +20,7 @@ from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.benchmarks.answers import match_answers, read_answers
 from spavl_lib.generation.generate import ahead, generate_batch, settings
 from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.machine import free_memory
 from spavl_lib.modelling.load import (
     context_length,
     load_policy,
@@ -113,6 +114,7 @@ class Asker:
     def close(self) -> None:
         """Drop the model, so that a judge can use its memory."""
         self._loaded = None
+        free_memory()
 
     def ask(self, rows: Sequence[BenchmarkRow], journal: Journal, should_stop: object) -> None:
         """Ask the rows that have no answer yet.
@@ -139,6 +141,11 @@ class Asker:
         model, processor = self.load()
         context = context_length(self.subject.model) if self.subject.model else 0
         room = context - self.config.max_new_tokens if context else 0
+        if context and room < 1:
+            raise InputError(
+                f"generation.max_new_tokens = {self.config.max_new_tokens} leaves no room for a "
+                f"prompt in the context of {context} tokens of {self.subject.name}"
+            )
         prepare = _Preparing(processor, room, isinstance(model, VLLMModel))
         done = len(rows) - sum(map(len, todo))
         bar = tqdm(total=len(rows), initial=done, desc=self.subject.name, unit="row", leave=False)

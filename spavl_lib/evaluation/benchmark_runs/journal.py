@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ class Journal:
             DiskError: There is no space or no permission.
         """
         records = list(records)
-        if twice := [r["id"] for r in records if r["id"] in self.records]:
+        counts = Counter(record["id"] for record in records)
+        if twice := [n for n, count in counts.items() if count > 1 or n in self.records]:
             raise InputError(f"{self.path}: a second record for {', '.join(twice)}")
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         # Half of a surrogate pair has no UTF-8 form, so it is written as an escape sequence.
