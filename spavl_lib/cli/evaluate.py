@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from spavl_lib.cli.shared import BenchmarksDir
 from spavl_lib.errors import InputError
 from spavl_lib.runs.paths import runs_root
 
@@ -50,13 +51,7 @@ def evaluate(
             show_default=False,
         ),
     ] = "",
-    benchmarks_dir: Annotated[
-        str,
-        typer.Option(
-            help="Folder that holds a folder for each benchmark.",
-            show_default="$SPAVL_BENCHMARKS",
-        ),
-    ] = "",
+    benchmarks_dir: BenchmarksDir = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the results.", show_default="runs/evaluations"),
@@ -164,13 +159,7 @@ def evaluate(
 
 @app.command()
 def benchmarks(
-    benchmarks_dir: Annotated[
-        str,
-        typer.Option(
-            help="Folder that holds a folder for each benchmark.",
-            show_default="$SPAVL_BENCHMARKS",
-        ),
-    ] = "",
+    benchmarks_dir: BenchmarksDir = "",
 ) -> None:
     """List the benchmarks that `spavl evaluate` reads, and how much of each is at hand.
 

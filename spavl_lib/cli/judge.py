@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spavl_lib.cli.shared import run_path, update_people
+from spavl_lib.cli.shared import BenchmarksDir, run_path, update_people
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -50,10 +50,7 @@ def card(
     yes: Annotated[
         bool, typer.Option("--yes", help="Agree that the endpoint's host receives the answers.")
     ] = False,
-    benchmarks_dir: Annotated[
-        str,
-        typer.Option(help="Folder that holds the label sets.", show_default="$SPAVL_BENCHMARKS"),
-    ] = "",
+    benchmarks_dir: BenchmarksDir = "",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write the card to.", show_default="reports/judge_cards"),

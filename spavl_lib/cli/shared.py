@@ -1,13 +1,21 @@
 """Functions of several commands: find a run, update the rates of its labels, show a result."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 import yaml
 
 from spavl_lib.errors import InputError
 from spavl_lib.runs.paths import runs_root
+
+BenchmarksDir = Annotated[
+    str,
+    typer.Option(
+        help="Folder that holds a folder for each benchmark or label set.",
+        show_default="$SPAVL_BENCHMARKS",
+    ),
+]
 
 
 def run_path(run: str) -> Path:

@@ -85,6 +85,31 @@ def append_jsonl(path: Path, rows: Iterable[Any]) -> None:
         handle.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def append_durably(path: Path, rows: Iterable[Any]) -> int:
+    """Append one JSON value per line, all in one write, and return when they are on the disk.
+
+    Args:
+        path: The file. It is created, with its folder, if it does not exist.
+        rows: The values.
+
+    Returns:
+        Number of bytes written.
+
+    Raises:
+        DiskError: There is no space or no permission.
+    """
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # Half of a surrogate pair has no UTF-8 form, so it is written as an escape sequence.
+    content = lines.encode("utf-8", "backslashreplace")
+    with writing(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+    return len(content)
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

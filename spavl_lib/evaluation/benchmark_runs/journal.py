@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.errors import InputError, raise_all
-from spavl_lib.runs.files import writing
+from spavl_lib.runs.files import append_durably, writing
 
 
 class Journal:
@@ -57,13 +57,5 @@ class Journal:
         counts = Counter(record["id"] for record in records)
         if twice := [n for n, count in counts.items() if count > 1 or n in self.records]:
             raise InputError(f"{self.path}: a second record for {', '.join(twice)}")
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        # Half of a surrogate pair has no UTF-8 form, so it is written as an escape sequence.
-        content = lines.encode("utf-8", "backslashreplace")
-        with writing(self.path, len(content)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as handle:
-                handle.write(content)
-                handle.flush()
-                os.fsync(handle.fileno())
+        append_durably(self.path, records)
         self.records.update((record["id"], record) for record in records)

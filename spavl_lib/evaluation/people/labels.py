@@ -12,7 +12,7 @@ from typing import Any
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.people.answers import Key
 from spavl_lib.evaluation.verdicts import Refused
-from spavl_lib.runs.files import writing
+from spavl_lib.runs.files import append_durably, writing
 from spavl_lib.runs.text import say
 
 REFUSED: tuple[Refused, ...] = ("yes", "partial", "no")
@@ -105,18 +105,11 @@ class LabelFile:
         model, set_name, row = key
         page = {"model": model, "set": set_name, "id": row, "answer": self._answers[key], **facts}
         page["time"] = datetime.now(UTC).isoformat(timespec="seconds")
-        line = (json.dumps(page, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         if (self.path.stat().st_size if self.path.is_file() else 0) != self._size:
             raise InputError(
                 f"{self.path} was changed by another panel; open this one again to go on"
             )
-        with writing(self.path, len(line)):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-        self._size += len(line)
+        self._size += append_durably(self.path, [page])
 
 
 def _is_whole(line: bytes) -> bool:
