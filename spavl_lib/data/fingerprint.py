@@ -16,6 +16,8 @@ from spavl_lib.errors import InputError
 def source_sha256(config: DataConfig, split: str) -> str:
     """Hash of the names and bytes of all files that a split is read from, including images.
 
+    The source `datasets` also hashes the settings that divide the files into splits.
+
     Args:
         config: Names the source. The number of rows that it selects does not change the hash.
         split: `train`, `validation`, or the name of an evaluation set.

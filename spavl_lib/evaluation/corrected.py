@@ -19,8 +19,8 @@ from numpy.typing import ArrayLike
 from spavl_lib.evaluation.statistics import Estimate, Z, group_index
 
 MINIMUM = 2  # least labels in a stratum: fewer do not show how much its answers differ
-# UNSEEN * (largest weight)^2 is added to the variance, for errors of the judge that the sample
-# missed; see `corrected_rate`.
+# UNSEEN * w^2 is added to the variance, for errors of the judge that the sample missed. w is the
+# largest weight after the weights are scaled to sum to 1; see `corrected_rate`.
 UNSEEN = 0.5
 
 
@@ -160,8 +160,9 @@ def corrected_rate(
     events by chance, the estimated variance is too small as well. The interval here is Wilson's
     score interval at the corrected rate. Its n is the effective number of labels, that is, how many
     labels alone would give the same variance: (variance of one label) / (variance of the corrected
-    rate). The variance includes 0.5 * (largest weight)^2, as if half a label contradicted the
-    judge: a judge that agrees with all labels can still be wrong on other answers.
+    rate). The variance includes 0.5 * w^2, where w is the largest weight after the weights are
+    scaled to sum to 1, as if half a label contradicted the judge: a judge that agrees with all
+    labels can still be wrong on other answers.
     `benchmarks/corrected_rates.py` measures coverage and width.
 
     Args:
@@ -306,7 +307,10 @@ def _checked(proxy: ArrayLike, labels: Sequence[bool | None]) -> tuple[np.ndarra
     f = np.asarray(proxy, dtype=float)
     y = np.array([np.nan if label is None else float(label) for label in labels], dtype=float)
     if f.ndim != 1 or f.shape != y.shape:
-        raise ValueError(f"expected one label or None per answer, got {y.size} for {f.shape}")
+        raise ValueError(
+            "expected one dimension of verdicts, and one label or None for each; got a shape of "
+            f"{f.shape} and {y.size} labels"
+        )
     if wrong := np.flatnonzero(~((f >= 0) & (f <= 1))).tolist():
         raise ValueError(f"expected verdicts in 0..1; not so at {len(wrong)} of {f.size}: {wrong}")
     if wrong := np.flatnonzero(~np.isnan(y) & (y != 0) & (y != 1)).tolist():
@@ -395,7 +399,8 @@ class _Design:
         return min(1.0, max(0.0, float(self.variances(yes, read).sum()) / own))
 
     def labels_for(self, parts: np.ndarray, other: float, wanted: float) -> int | None:
-        """Number of labels at which the variance falls to `wanted`, with the same shares of strata.
+        """Number of labels at which the variance falls to `wanted`, if all strata get more labels
+        by the same factor.
 
         None if even a label for every answer leaves the variance above `wanted`.
 

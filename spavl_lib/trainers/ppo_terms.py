@@ -1,7 +1,8 @@
 """Compute rewards, advantages and losses of a rollout from PPO's settings and formulas.
 
-The formulas are in `objectives.ppo`. Rows are indices into the rollout. The rollout's columns hold
-one value for each response token, so their shape is (rows, width).
+The formulas are in `objectives.ppo`. Rows are indices into the rollout. The column
+`scores` holds one value for each row. All other columns hold one value for each response token, so
+their shape is (rows, width).
 """
 
 import torch
@@ -160,9 +161,9 @@ def check_first_ratio(
     """Check before a rollout's first update that the policy's log-probabilities have not changed.
 
     The rollout and the update compute a row in different batches, so rounding alone causes small
-    differences. In fp32 the probability ratio of every token must lie within 1e-4 of 1. In 16 bit
-    rounding can move the ratio of a single token by 0.04 and more, and the largest error grows with
-    the number of tokens. A fault, however, moves most tokens. In 16 bit the check therefore uses
+    differences. In fp32 the probability ratio of every token must lie within 1e-4 of 1. In 16 bits,
+    rounding can change the ratio of a single token by 0.04 or more, and the largest error grows
+    with the number of tokens. A fault, however, moves most tokens. In 16 bits the check thus uses
     `logit_error`, a mean over all tokens, and `logit_rounding` is the largest allowed value.
 
     Args:

@@ -396,8 +396,7 @@ def test_qlora_asks_for_nf4_with_double_quantisation(
 
 
 def test_what_trains_over_a_rounded_base_is_fp32_and_the_projector_is_the_bases() -> None:
-    config = dataclasses.replace(LORA, train_projector=True)
-    model = get_peft_model(embedded_model(), lora_config(embedded_model(), config))
+    model = wrapped(dataclasses.replace(LORA, train_projector=True))
     trained = [p for p in model.parameters() if p.requires_grad]
     for parameter in trained:  # as trl casts them
         parameter.data = parameter.data.bfloat16()

@@ -110,7 +110,8 @@ def assemble(
         preference: Whether the records have a chosen and a rejected response.
 
     Raises:
-        InputError: There are no records, or a column that `data.columns` names does not exist.
+        InputError: There are no records; or, for pairs, `data.columns` names a column for one of
+            `OPTIONAL` that does not exist. A missing column of texts is a problem of each row.
     """
     found = list(opened.records)
     known = {key: None for _, record in found if isinstance(record, dict) for key in record}
@@ -141,7 +142,7 @@ def _check_columns(known: Iterable[str], config: DataConfig) -> tuple[str, ...]:
     """A note that lists the columns that nothing reads; empty if there are no such columns.
 
     Raises:
-        InputError: A column that `data.columns` names does not exist.
+        InputError: `data.columns` names a column for one of `OPTIONAL` that does not exist.
     """
     mapped = {n: getattr(config.columns, n) for n in OPTIONAL}
     lost = [

@@ -42,7 +42,9 @@ class Opened:
     """Records of a split, and the tables and files that the records come from."""
 
     records: Iterable[tuple[str, Any]]
-    """`FILE:ROW` and record."""
+    """The place and the record. In a text file the place is `FILE:ROW`. In tables ROW counts
+    through all files of the split, and the place names the first file, or `data.path` and the
+    split."""
     tables: Dataset | None = None
     """The data set that holds the images for which `Carried` stand; None for text files."""
     files: tuple[Path, ...] = ()
@@ -51,13 +53,13 @@ class Opened:
 def find_files(path: Path, names: Iterable[str]) -> dict[str, list[Path]] | None:
     """The files of each split, by their names; None if the `datasets` library must find the rows.
 
-    If `path` is a file, this file is the split `train`. Other splits are read from the files beside
-    it that are named like a split.
+    If `path` is a file, this file is the split `train`, and every other split is looked for in the
+    folder of `path`, as follows.
 
-    If `path` is a folder, the split NAME is read from `NAME.jsonl`, from
-    `NAME-00000-of-00002.parquet` and so on, or from all files in the folder `NAME`. The first two
-    may also be in the folder `data`. If no split is found and the folder holds one file of rows,
-    this file is `train`.
+    If `path` is a folder, the split NAME is read from one file `NAME.SUFFIX`, from its numbered
+    parts (`NAME-00000-of-00002.SUFFIX`), or from all files in the folder `NAME`. SUFFIX is any of
+    `files.KINDS`. The first two may also be in the folder `data`. If no split is found and the
+    folder holds one file of rows, this file is `train`.
 
     Args:
         path: The file or folder that `data.path` names.

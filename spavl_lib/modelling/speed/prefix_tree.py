@@ -1,6 +1,6 @@
 """Rows with common prefixes as a tree: one packed row holds every common prefix once.
 
-    USER: <image> Q1 A        [USER: <image>| Q1 | A | B | Q2 | C ]
+    USER: <image> Q1 A        [USER: <image> | Q1 | A | B | Q2 C ]
     USER: <image> Q1 B   ->    a packed row; a segment attends to itself and its ancestors only
     USER: <image> Q2 C
 
