@@ -52,8 +52,8 @@ AllowChange = Annotated[
     typer.Option(
         "--allow-change",
         metavar="FIELD",
-        help="Resume an interrupted run although this setting or input has changed; the manifest "
-        "records the change. Repeatable.",
+        help="Resume an interrupted run although this setting or input has changed, such as "
+        "dpo.learning_rate; the manifest records the change. Repeatable.",
     ),
 ]
 RunName = Annotated[
@@ -90,7 +90,8 @@ def _spavl() -> None:
 @app.command()
 def run(
     name: Annotated[
-        str, typer.Argument(help="A notebook, such as dpo or 04_dpo, or all.", show_default=False)
+        str,
+        typer.Argument(help="A notebook, such as dpo, 04 or 04_dpo, or all.", show_default=False),
     ],
     profile: Profile,
     sets: Sets = None,
@@ -101,7 +102,8 @@ def run(
     """Execute one notebook, or notebooks 01 to 06 and then the report.
 
     Complete stages are kept; an interrupted stage resumes from its checkpoint. A run keeps its
-    settings: to change a setting, use another --run-name.
+    settings: to change a setting, use another --run-name. Only the judge may change; then the
+    answers are judged again.
 
     \b
     Examples:

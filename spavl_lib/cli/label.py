@@ -17,7 +17,9 @@ def label(
     n: Annotated[
         int,
         typer.Option(
-            "--n", help="Number of answers to label. A larger number adds to those drawn before."
+            "--n",
+            help="Number of answers to label, over all models and sets together. A larger number "
+            "adds to those drawn before.",
         ),
     ] = 200,
     rater: Annotated[str, typer.Option(help="Your name in the run's files.")] = "rater1",
