@@ -204,6 +204,7 @@ def test_a_checkpoint_holds_where_the_handover_stands(
     first.step, first.optimizer_steps = 3, 11
     first.kl.kl_coef, first.reference = 0.123, {"ids": ["row0"], "logps": [-0.5]}
     first.scheduler.step()
+    assert first.summary()["rollouts"] == 3 * first.settings.rollout_batch_size
     first._save()
     again = built({"kl_target": 1.0})
     again.reference = first.reference
