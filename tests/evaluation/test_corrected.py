@@ -304,7 +304,7 @@ def test_wilson_at_whole_numbers_is_wilson() -> None:
 @pytest.mark.parametrize(
     ("proxy", "labels", "words"),
     [
-        ([0.5] * 4, [True] * 3, "one label or None per answer"),
+        ([0.5] * 4, [True] * 3, "one label or None for each"),
         ([0.5, 2, math.nan, 0], [True, True, True, None], r"not so at 2 of 4: \[1, 2\]"),
         ([0.5] * 4, [True, 0.5, False, True], r"0, 1 or None; not so at 1: \[1\]"),
         ([0.5] * 4, [True, False, None, None], "at least 3 labels, got 2"),

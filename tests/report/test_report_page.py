@@ -206,7 +206,7 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     ):
         assert words in page.text, words
     charts = [a["alt"] for a in page.all("img")]
-    assert any("certainty of the preference" in alt for alt in charts)
+    assert any("how sure the reward model is" in alt for alt in charts)
     assert any("Histogram of the margins" in alt for alt in charts)
     (curves,) = [alt for alt in charts if "Training curves of ppo over 40 steps" in alt]
     rows = ppo_rows(40)

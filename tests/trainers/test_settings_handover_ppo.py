@@ -204,6 +204,8 @@ def test_a_checkpoint_holds_where_the_handover_stands(
     first.step, first.optimizer_steps = 3, 11
     first.kl.kl_coef, first.reference = 0.123, {"ids": ["row0"], "logps": [-0.5]}
     first.scheduler.step()
+    row = {"step": 1, "time_s": 1.0, "peak_memory_gib": 0.1, "objective/kl": 0.2}
+    first.log_rows = [row]
     assert first.summary()["rollouts"] == 3 * first.settings.rollout_batch_size
     first._save()
     again = built({"kl_target": 1.0})

@@ -23,7 +23,6 @@ from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
 from spavl_lib.evaluation.benchmark_runs.subject import Subject
 from spavl_lib.evaluation.benchmarks import BenchmarkRow, Reading, load_benchmark, open_benchmark
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
-from spavl_lib.evaluation.judges.endpoint import check_endpoint
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import versions
@@ -94,7 +93,7 @@ def evaluate(
     _check_names(subjects, benchmarks, judges)
     for spec in judges:
         judging.settings_of(spec, options.judges)
-    pair_judge = _open_pairs(options, subjects)
+    pair_judge = pairs.open_pairs(options.pairs, options.judges, len(subjects))
     asks = any(subject.is_asked for subject in subjects)
     readings, rows_of = _read_all(benchmarks, asks, options, report)
     found: dict[str, dict[str, Any]] = {}
@@ -173,26 +172,6 @@ def _judge(
         judge.close()
         opened.append(judge)
     return opened, verdicts
-
-
-def _open_pairs(options: Options, subjects: Sequence[Subject]) -> EndpointPairJudge | None:
-    """The judge that compares answers; None if `options.pairs` is empty.
-
-    Raises:
-        InputError: `options.pairs` names no endpoint, a setting is missing, or there is only one
-            subject.
-    """
-    if not options.pairs:
-        return None
-    name, _, model = options.pairs.partition(":")
-    if name != "endpoint" or not model:
-        raise InputError(f"--pairs {options.pairs!r}: expected endpoint:MODEL")
-    if not options.judges.judge_url:
-        raise InputError("--pairs needs the endpoint's address: --set evaluation.judge_url=URL")
-    if len(subjects) < 2:
-        raise InputError("--pairs compares every further subject with the first; name two or more")
-    settings = dataclasses.replace(options.judges, judge_model=model)
-    return EndpointPairJudge(check_endpoint(settings), settings.judge_images)
 
 
 def _compare_answers(

@@ -8,6 +8,7 @@ subject loses; a tie counts half. A row counts only if the judge gives the same 
 orders.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from spavl_lib.config import EvaluationConfig
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
 from spavl_lib.evaluation.benchmark_runs.judging import CHUNK, shown_prompt, why_not
 from spavl_lib.evaluation.benchmark_runs.results import interval_text
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
-from spavl_lib.evaluation.judges.endpoint import WORKERS
+from spavl_lib.evaluation.judges.endpoint import WORKERS, check_endpoint
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.statistics import bootstrap_mean, bootstrap_rate
 
@@ -35,6 +37,30 @@ WORTH = {
     "helpful": {"first": 1.0, "tie": 0.0, "second": 0.0},
 }
 NUMBER = {"harmless": "harm score", "helpful": "win rate"}
+
+
+def open_pairs(spec: str, settings: EvaluationConfig, subjects: int) -> EndpointPairJudge | None:
+    """Open the judge that compares answers; None if `spec` is empty.
+
+    Args:
+        spec: `endpoint:MODEL`.
+        settings: All other settings of the endpoint.
+        subjects: Number of subjects.
+
+    Raises:
+        InputError: The judge is no endpoint or lacks a setting, or there is nothing to compare.
+    """
+    if not spec:
+        return None
+    name, _, model = spec.partition(":")
+    if name != "endpoint" or not model:
+        raise InputError(f"--pairs {spec!r}: expected endpoint:MODEL")
+    if not settings.judge_url:
+        raise InputError("--pairs needs the endpoint's address: --set evaluation.judge_url=URL")
+    if subjects < 2:
+        raise InputError("--pairs compares every further subject with the first; name two or more")
+    settings = dataclasses.replace(settings, judge_model=model)
+    return EndpointPairJudge(check_endpoint(settings), settings.judge_images)
 
 
 def protocol_of(row: BenchmarkRow) -> str:
