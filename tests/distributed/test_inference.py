@@ -29,7 +29,11 @@ def answers(stage: Stage) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampled", [False, True], ids=["greedy", "sampled"])
-def test_two_processes_write_the_file_of_one_over_the_death_of_one(sampled: bool) -> None:
+def test_two_processes_write_the_file_of_one_over_the_death_of_one(
+    sampled: bool, pytestconfig: pytest.Config
+) -> None:
+    if not sampled and not pytestconfig.getoption("--soak"):
+        pytest.skip("only in the soak")
     quick = QUICK | {"generation__do_sample": sampled}
     name = f"answers-{sampled}"
     alone = config_of("dpo", f"{name}-alone", **quick)

@@ -152,7 +152,8 @@ def main() -> None:
             # Outside the checkout: a run's conditions include what is changed in it.
             new = Path(folder) / "figures.jsonl"
             command = [sys.executable, "-m", "pytest", "-q", "tests/reliability",
-                       *([] if words.short else ["tests/distributed/test_engines.py"]), *form,
+                       *([] if words.short else ["tests/distributed/test_engines.py",
+                                                 "tests/distributed/test_inference.py"]), *form,
                        "--figures", str(new), "--ignore=tests/reliability/test_page.py",
                        *(["-k", words.k] if words.k else [])]  # fmt: skip
             try:

@@ -77,6 +77,7 @@ def test_a_full_disk_is_said_with_its_path_and_the_run_goes_on(
     record("R10", *[len(levels if soak else levels[:1])] * 2, "limited file size")
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_between_checkpoints(
     cases: Callable[[str], Case], tmp_path: Path, record: Callable
 ) -> None:

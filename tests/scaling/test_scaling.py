@@ -85,6 +85,7 @@ def test_an_arm_named_twice_would_count_twice(key: str, values: list) -> None:
         load_config("demo", {f"scaling.{key}": values})
 
 
+@pytest.mark.slow
 def test_every_arm_and_the_base_are_measured_on_the_same_prompts() -> None:
     config = load_config("demo", {"scaling.eval_rows": 24})
     without_strata = load_config("demo", {"scaling.eval_rows": 24, "data.sampling": "random"})

@@ -40,6 +40,7 @@ def numbers(stage: Stage) -> list[dict]:
     return [{k: r[k] for k in kept if k in r} for r in read_jsonl(stage.metrics_path)]
 
 
+@pytest.mark.slow
 def test_computed_once_and_the_training_is_the_same(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -266,6 +266,7 @@ def test_another_seed_gives_another_run(
     assert metric_rows(other)[0]["logps/chosen"] != metric_rows(straight["full"])[0]["logps/chosen"]
 
 
+@pytest.mark.slow
 def test_evaluating_on_the_way_changes_nothing(
     straight: dict[str, Stage], rows: Path, tmp_path: Path
 ) -> None:
@@ -283,6 +284,7 @@ def test_evaluating_on_the_way_changes_nothing(
     assert weights(looked) == weights(straight["lora"])
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_no_number(
     straight: dict[str, Stage], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

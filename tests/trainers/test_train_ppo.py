@@ -99,6 +99,7 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     assert before == {p: p.stat().st_mtime_ns for p in cut.path.rglob("*")}
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_saves_the_last_whole_step(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
