@@ -355,7 +355,7 @@ def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
             judge["label"]: {
                 "answers": judge["axes"], "rules": judge["rules"], "settings": judge["settings"],
                 "warnings": judge["warnings"],
-                "agreement with people": agreement(judge["name"]) or "unknown: no card",
+                "agreement with people": _in_full(judge["name"]) or "unknown: no card",
             }
             for judge in page["judges"].values()
         },
@@ -363,15 +363,15 @@ def card(page: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key, _words(value)) for key, value in flatten(parts).items()]
 
 
-def agreement(judge: str) -> dict[str, str]:
-    """Question -> how far a judge agrees with people, from the judge's card.
+def agreement(judge: str) -> dict[str, dict[str, tuple[float, int]]]:
+    """Question -> label set -> kappa of a judge and people, and the number of answers.
 
     Empty if there is no card of this judge.
 
     Args:
         judge: The judge's name.
     """
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, tuple[float, int]]] = {}
     for name, entry in ((read_card(judge) or {}).get("sets") or {}).items():
         axes = dict(entry["axes"])
         # A rate does not count partial refusals as refusals. So if a set has partial refusals, the
@@ -379,14 +379,26 @@ def agreement(judge: str) -> dict[str, str]:
         axes["refused"] = axes.pop("fully_refused", axes.get("refused"))
         for axis, cell in axes.items():
             if cell and cell["kappa"] is not None:
-                text = f"{cell['kappa']:.2f} on {cell['n']} answers of {name}"
-                found.setdefault(axis, []).append(text)
-    return {axis: "kappa " + ", ".join(texts) for axis, texts in found.items()}
+                found.setdefault(axis, {})[name] = cell["kappa"], cell["n"]
+    return found
+
+
+def _in_full(judge: str) -> dict[str, str]:
+    """Question -> the agreement with people on every label set."""
+    return {
+        axis: "kappa " + ", ".join(f"{k:.2f} on {n} answers of {s}" for s, (k, n) in sets.items())
+        for axis, sets in agreement(judge).items()
+    }
 
 
 def _judged_by(judge: Mapping[str, Any]) -> str:
-    known = agreement(judge["name"])
-    said = [f"{axis}: {known[axis]}" for axis in judge["axes"] if axis in known]
+    """A judge, and the range of its agreement with people."""
+    said = []
+    for axis, sets in agreement(judge["name"]).items():
+        if axis in judge["axes"]:
+            kappas = sorted(kappa for kappa, _ in sets.values())
+            among = f"{kappas[0]:.2f} to {kappas[-1]:.2f} on {len(kappas)} label sets"
+            said.append(f"{axis}: kappa {among if len(kappas) > 1 else f'{kappas[0]:.2f}'}")
     return f"{judge['label']} ({'; '.join(said) or 'agreement with people unknown'})"
 
 

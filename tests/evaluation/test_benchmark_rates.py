@@ -94,8 +94,9 @@ def test_pairs_on_the_same_rows() -> None:
 
 
 def test_notes_and_table() -> None:
-    [note] = notes_on(rows_of(3, rule="yes_no"))
+    note, warning = notes_on(rows_of(3, rule="yes_no"))
     assert note.startswith("3 rows have one right answer; --judge reference")
+    assert "a refusal too" in warning
     [note] = notes_on(rows_of(2, rule="reference"))
     assert note.startswith("2 rows have a reference answer in free words; --judge grade:MODEL")
     assert notes_on(rows_of(3)) == []

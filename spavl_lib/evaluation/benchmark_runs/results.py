@@ -254,6 +254,11 @@ def notes_on(rows: Sequence[BenchmarkRow]) -> list[str]:
     notes = []
     if closed := sum(row.rule in CLOSED_RULES for row in rows):
         notes.append(f"{closed} rows have one right answer; --judge reference checks for it")
+    if any(row.rule == "yes_no" for row in rows):
+        notes.append(
+            "POPE's rule, which --judge reference follows, reads every answer without no or not "
+            "as yes, a refusal too: read the rate of refusals beside it"
+        )
     if graded := sum(row.rule == "reference" for row in rows):
         notes.append(
             f"{graded} rows have a reference answer in free words; --judge grade:MODEL grades them"
