@@ -21,7 +21,8 @@ def evaluate(
             show_default=False,
             help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
             "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
-            "(.json, .jsonl, .tsv, .csv); always-refuse or always-comply, controls that say the "
+            "(.json, .jsonl, .tsv, .csv); endpoint:MODEL@URL, behind an OpenAI-compatible address; "
+            "always-refuse or always-comply, controls that say the "
             "same to everything. NAME=SUBJECT shows the subject as NAME in tables.",
         ),
     ],
@@ -80,6 +81,12 @@ def evaluate(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for generation.do_sample=true.")] = 0,
+    yes: Annotated[
+        bool,
+        typer.Option(
+            "--yes", help="Agree that an endpoint's host receives prompts, images and answers."
+        ),
+    ] = False,
 ) -> None:
     """Ask models the questions of published benchmarks, judge the answers, and print the rates.
 
@@ -128,6 +135,8 @@ def evaluate(
     sections = _sections(parse_sets(sets or []))
     if "judge" in sections["evaluation"]:
         raise InputError("--set evaluation.judge: spavl evaluate takes judges from --judge")
+    if yes:
+        sections["evaluation"]["judge_yes"] = "true"
     tokens = sections["generation"].get("max_new_tokens")
     options = Options(
         benchmarks_dir=benchmarks_dir,

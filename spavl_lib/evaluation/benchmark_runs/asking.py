@@ -51,6 +51,9 @@ def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str,
         return {"made": "by a rule", "settings": "the same answer to every request"}
     if subject.answers:
         return {"made": "elsewhere", "settings": "unknown"}
+    if subject.url:
+        limit = f"up to {config.max_new_tokens} new tokens"
+        return {"made": "by an endpoint", "settings": f"temperature 0, {limit}"}
     return {
         "made": "here",
         **settings(config, seed),

@@ -18,6 +18,7 @@ from spavl_lib.config import EvaluationConfig, GenerationConfig, flatten
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.evaluation.benchmark_runs import asking, comparing, judging, pairs, results
 from spavl_lib.evaluation.benchmark_runs.asking import Asker
+from spavl_lib.evaluation.benchmark_runs.endpoint_asking import EndpointAsker
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
 from spavl_lib.evaluation.benchmark_runs.subject import Subject
@@ -312,7 +313,11 @@ class _Run:
             for spec, rows in rows_of.items():
                 asking.answer_all(self.subject.constant, rows, journals[spec])
         else:
-            asker = Asker(self.subject, self.generation, self.options.seed)
+            asker: Asker | EndpointAsker = (
+                EndpointAsker(self.subject, self.generation, self.options.judges)
+                if self.subject.url
+                else Asker(self.subject, self.generation, self.options.seed)
+            )
             for spec, rows in rows_of.items():
                 done = sum(row.id in journals[spec].records for row in rows)
                 if done:
@@ -320,7 +325,8 @@ class _Run:
                         f"{self.subject.name}: {done} of {len(rows)} rows of {spec} have answers"
                     )
                 if done < len(rows):
-                    self._note_prompting(spec, asker)
+                    if isinstance(asker, Asker):
+                        self._note_prompting(spec, asker)
                     asker.ask(rows, journals[spec], self.should_stop)
             asker.close()
         self.answers = {spec: journal.records for spec, journal in journals.items()}
@@ -434,6 +440,8 @@ class _Run:
             return f"{self.subject.name}: says to every request: {self.subject.constant}"
         if self.subject.answers:
             return f"{self.subject.name}: answers made elsewhere, decoding unknown"
+        if self.subject.url:
+            return f"{self.subject.name}: asked at {self.subject.url}, {decoding['settings']}"
         way = "sampled" if decoding["do_sample"] else "greedy"
         template = protocol.get("prompting", {}).get("chat_template_sha256", "unknown")[:12]
         return (
@@ -443,7 +451,8 @@ class _Run:
 
     def _warnings(self, about: Mapping[str, Any]) -> list[str]:
         judge = str(about["settings"].get("judge_model", "")).rstrip("/").rpartition("/")[2]
-        names = {self.subject.source, self.subject.model.name if self.subject.model else ""}
+        base = self.subject.model.name if self.subject.model else ""
+        names = {self.subject.source, self.subject.served, base}
         if judge and judge in {name.rstrip("/").rpartition("/")[2] for name in names if name}:
             return [f"the judge {judge} is the model under test, or its base"]
         return []

@@ -1,5 +1,5 @@
-"""The subject of an evaluation: a model by name or folder, an adapter, a run's model, a file of
-answers, or a control that gives the same answer to every request."""
+"""The subject of an evaluation: a model by name or folder, an adapter, a run's model, the model of
+an endpoint, a file of answers, or a control that gives the same answer to every request."""
 
 import dataclasses
 import json
@@ -25,19 +25,21 @@ CONTROLS = {
     "always-comply": f"Sure, here is how to do it: {PLACEHOLDER}",
 }
 _NAME = re.compile(r"[\w.+-]+")
+_ENDPOINT = re.compile(r"endpoint:([^@\s]+)@(https?://\S+)")
+EXAMPLE = "endpoint:Qwen/Qwen3-VL-8B-Instruct@http://localhost:8000/v1"
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is evaluated. One of `answers`, `model` and `constant` is set."""
+    """What is evaluated. One of `answers`, `model`, `url` and `constant` is set."""
 
     name: str
     """The subject's name in tables. The folder of its results has this name too."""
     source: str
     """What the user wrote."""
     kind: str
-    """`answers`, `model`, `adapter`, `run` or `control`."""
+    """`answers`, `model`, `adapter`, `run`, `endpoint` or `control`."""
     answers: Path | None = None
     """A file of answers."""
     model: ModelConfig | None = None
@@ -46,11 +48,15 @@ class Subject:
     """Folder of an adapter over `model`, or of a complete model that was trained from it."""
     constant: str = ""
     """The answer of a control to every request."""
+    url: str = ""
+    """Address of an OpenAI-compatible endpoint, up to `/v1`."""
+    served: str = ""
+    """The model's name at the endpoint."""
 
     @property
     def is_asked(self) -> bool:
         """Whether a model must be asked. Only then are the benchmark's images needed."""
-        return self.model is not None
+        return self.model is not None or bool(self.url)
 
     def identity(self) -> dict[str, Any]:
         """What the subject's answers depend on, as names and hashes.
@@ -62,6 +68,8 @@ class Subject:
                     "sha256": sha256_file(self.answers)}  # fmt: skip
         if self.constant:
             return {"kind": self.kind, "answer": self.constant}
+        if self.url:
+            return {"kind": self.kind, "model": self.served, "url": self.url}
         assert self.model is not None
         # Fetches the config of a model on the Hub; after that the model's commit is known.
         context_length(self.model)
@@ -111,6 +119,11 @@ def _find(text: str) -> Subject:
         return Subject(_slug(path.stem), text, "answers", answers=path)
     if text in CONTROLS:
         return Subject(text, text, "control", constant=CONTROLS[text])
+    if endpoint := _ENDPOINT.fullmatch(text):
+        name = _slug(endpoint[1].rpartition("/")[2])
+        return Subject(name, text, "endpoint", url=endpoint[2], served=endpoint[1])
+    if text.startswith("endpoint:"):
+        raise InputError(f"{text!r}: expected endpoint:MODEL@URL, such as {EXAMPLE}")
     if text == "embedded":
         return Subject(text, text, "model", model=ModelConfig(name=text, adapter="full"))
     below = runs_root() / text
@@ -127,8 +140,8 @@ def _find(text: str) -> Subject:
     )
     raise InputError(
         f"{text!r} is neither a file of answers ({', '.join(ANSWER_FILES)}), nor "
-        f"{', nor '.join(CONTROLS)}, nor `embedded`, nor a folder of a model or an adapter, nor "
-        "RUN/STAGE, nor OWNER/MODEL on the Hub"
+        f"{', nor '.join(CONTROLS)}, nor `embedded`, nor endpoint:MODEL@URL, nor a folder of a "
+        "model or an adapter, nor RUN/STAGE, nor OWNER/MODEL on the Hub"
         f"{nearest(text, stages)} (trained models of runs: {', '.join(stages) or 'none'})"
     )
 

@@ -65,6 +65,8 @@ class Client:
         *,
         cache: Path | None = None,
         budget: int = 0,
+        reply_tokens: int = 0,
+        names: tuple[str, str] = ("evaluation.judge_url", "evaluation.judge_model"),
         first_wait_s: float = FIRST_WAIT_S,
         timeout_s: float = TIMEOUT_S,
     ):
@@ -75,6 +77,9 @@ class Client:
             model: The model's name at the endpoint.
             cache: JSONL file of replies; None uses a file in the cache folder.
             budget: Largest number of requests that are sent, repeated ones included; 0: no limit.
+            reply_tokens: Largest number of tokens of a reply. 0: enough for a verdict, and more for
+                a model that reasons at length.
+            names: Whose address and whose model these are, for error messages.
             first_wait_s: Seconds before the second try, plus a random part. Each further wait is
                 about twice as long, up to `LONGEST_WAIT_S`.
             timeout_s: A request fails if the endpoint sends nothing for this many seconds.
@@ -84,10 +89,11 @@ class Client:
         """
         if "@" in url:
             raise InputError(
-                f"evaluation.judge_url holds a password; remove it and set ${KEYS[0]} to the key"
+                f"{names[0]} holds a password; remove it and set ${KEYS[0]} to the key"
             )
         self.url, self.model, self.key = url.rstrip("/"), model, _read_key()
-        self.budget, self.sent = budget, 0
+        self.budget, self.sent, self.names = budget, 0, names
+        self.reply_tokens, self.more_tokens = reply_tokens or REPLY_TOKENS, not reply_tokens
         self.failed_in_a_row = 0
         self.is_down = ""  # why the endpoint counts as down; then no request is sent any more
         # Some endpoints reject `max_tokens` or `temperature`. `_adapts` notes this here, so that
@@ -101,10 +107,10 @@ class Client:
             self.http = httpx2.Client(headers=headers, timeout=timeout_s)
         except (httpx2.InvalidURL, ImportError, ValueError) as error:
             raise InputError(
-                f"evaluation.judge_url {url!r} or a proxy in the environment is unusable: {error}"
+                f"{names[0]} {url!r} or a proxy in the environment is unusable: {error}"
             ) from error
         if address.scheme not in ("http", "https") or not address.host:
-            raise InputError(f"evaluation.judge_url {url!r}: expected an http or https address")
+            raise InputError(f"{names[0]} {url!r}: expected an http or https address")
         self.host = address.host
         name = hashlib.sha256(f"{self.url}\x1f{model}".encode()).hexdigest()[:16]
         self.cache = cache or cache_root() / "judges" / f"{name}.jsonl"
@@ -132,7 +138,7 @@ class Client:
                 `MOST_FAILED` requests in a row.
         """
         body = {"model": self.model, "messages": messages, "temperature": 0}
-        body["max_tokens"] = REPLY_TOKENS
+        body["max_tokens"] = self.reply_tokens
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         if key not in self.replies:
             if self.is_down:
@@ -180,8 +186,8 @@ class Client:
             raise InputError(f"{self.url} refuses the key (HTTP {status}); set ${KEYS[0]}")
         if status == 404:
             raise InputError(
-                f"{self.url} has no model {self.model!r} ({problem}); check evaluation.judge_model "
-                "and evaluation.judge_url"
+                f"{self.url} has no model {self.model!r} ({problem}); check {self.names[1]} and "
+                f"{self.names[0]}"
             )
         if status in TRANSIENT:
             raise TransientFailure(problem, wait_of(headers.get("Retry-After", "")))
@@ -194,7 +200,8 @@ class Client:
             reply = text_of(choice["message"])
         except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             raise TransientFailure(f"{type(error).__name__}: {error}") from None
-        if choice.get("finish_reason") == "length" and body["max_tokens"] < LONG_REPLY_TOKENS:
+        grows = self.more_tokens and body["max_tokens"] < LONG_REPLY_TOKENS
+        if choice.get("finish_reason") == "length" and grows:
             # The model reasoned so long that no tokens were left for its verdict. Allow more.
             return self._post(body | {"max_tokens": LONG_REPLY_TOKENS})
         return reply
@@ -337,17 +344,17 @@ class EndpointJudge:
 
 
 def with_image(messages: list[dict], record: dict) -> list[dict]:
-    """The turns, with the record's image added to the user turn if the record has an image.
+    """The turns, with the record's image added to the last turn if the record has an image.
 
     Args:
-        messages: A system turn and a user turn.
+        messages: Turns, of which the last is the user's.
         record: Its `image` may be missing or None.
     """
     if record.get("image") is None:
         return messages
-    system, user = messages
+    *before, user = messages
     image = {"type": "image_url", "image_url": {"url": _data_url(record["image"])}}
-    return [system, user | {"content": [{"type": "text", "text": user["content"]}, image]}]
+    return [*before, user | {"content": [{"type": "text", "text": user["content"]}, image]}]
 
 
 def check_endpoint(settings: EvaluationConfig) -> Client:
@@ -364,19 +371,34 @@ def check_endpoint(settings: EvaluationConfig) -> Client:
     """
     client = Client(settings.judge_url, settings.judge_model, budget=settings.judge_budget)
     receives = "prompts, images and answers" if settings.judge_images else "prompts and answers"
-    if not is_here(client.host):
-        if not settings.judge_yes:
-            raise InputError(
-                f"{client.host} would receive the {receives} that are judged; agree to this with "
-                "--yes, or with --set evaluation.judge_yes=true"
-            )
-        if client.host not in _NAMED:
-            _NAMED.add(client.host)
-            sys.stderr.write(f"{client.host} receives the {receives} that are judged\n")
+    agree(client.host, f"{receives} that are judged", settings.judge_yes)
     return client
 
 
-_NAMED: set[str] = set()  # hosts that a line on stderr has named already
+def agree(host: str, receives: str, yes: bool) -> None:
+    """Say once what a host receives, if it is another machine.
+
+    Args:
+        host: The host.
+        receives: What it receives, as a noun in the plural.
+        yes: Whether the user has agreed.
+
+    Raises:
+        InputError: The host is another machine, and the user has not agreed.
+    """
+    if is_here(host):
+        return
+    if not yes:
+        raise InputError(
+            f"{host} would receive the {receives}; agree to this with --yes, or with --set "
+            "evaluation.judge_yes=true"
+        )
+    if (host, receives) not in _NAMED:
+        _NAMED.add((host, receives))
+        sys.stderr.write(f"{host} receives the {receives}\n")
+
+
+_NAMED: set[tuple[str, str]] = set()  # hosts that a line on stderr has named already
 
 
 def is_here(host: str) -> bool:
