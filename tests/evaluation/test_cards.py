@@ -228,3 +228,22 @@ def test_a_missing_card_is_none(tmp_path: Path) -> None:
     assert cards.card_path("guard:x/y:guard", tmp_path).name == "guard-x-y-guard.json"
     with pytest.raises(InputError, match="no label set"):
         cards.published_card(root=tmp_path)
+
+
+def test_the_pages_table_is_of_the_committed_cards(repo: Path) -> None:
+    page = (repo / "docs/benchmarks.md").read_text(encoding="utf-8")
+    published = cards.read_card("published")
+    assert published is not None
+    lines = [line.strip("|").split("|") for line in page.splitlines() if line.startswith("| `")]
+    heading = next(x for x in page.splitlines() if x.startswith("| judge | question"))
+    sets = [cell.strip(" `") for cell in heading.strip("|").split("|")[2:]]
+    shown = 0
+    for judge, axis, *cells in ([c.strip(" `") for c in line] for line in lines):
+        card = published["judges"].get(judge) or cards.read_card(judge)
+        if card is None or len(cells) != len(sets):
+            continue  # another table
+        for name, cell in zip(sets, cells, strict=True):
+            known = card["sets"].get(name, {}).get("axes", {}).get(axis)
+            assert cell == (f"{known['kappa']:.2f}" if known else ""), (judge, name)
+            shown += bool(cell)
+    assert shown >= 14
