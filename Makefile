@@ -48,7 +48,7 @@ UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tes
 	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \
 	tests/test_pins.py tests/test_readme.py tests/notebooks/test_structure.py
 
-test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 12 minutes
+test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 14 minutes
 	$(PYTEST)
 
 unit: setup  ## the fast tests alone: formulas, settings, data, judges, figures; 2 minutes
