@@ -75,7 +75,7 @@ class EndpointAsker:
                 answers = dict(zip([r.id for r in part], pool.map(self._answer, part), strict=True))
                 for row_id, answer in answers.items():
                     problem = answer.get("error", "")
-                    if problem.startswith((rubric.NOT_ASKED, rubric.NO_REPLY)):
+                    if rubric.may_come_later(problem):
                         left[row_id] = problem
                 journal.append(
                     {"id": row.id, "asked": asked_sha(row), "prompt": row.prompt} | answers[row.id]

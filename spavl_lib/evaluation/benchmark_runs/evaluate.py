@@ -93,7 +93,7 @@ def evaluate(
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
     for spec in judges:
-        judging.settings_of(spec, options.judges)
+        judging.check_spec(spec, options.judges)
     pair_judge = pairs.open_pairs(options.pairs, options.judges, len(subjects))
     asks = any(subject.is_asked for subject in subjects)
     readings, rows_of = _read_all(benchmarks, asks, options, report)

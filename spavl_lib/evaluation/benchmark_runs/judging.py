@@ -17,6 +17,7 @@ from spavl_lib.evaluation.benchmark_runs.asking import prompt_row
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.results import rows_on
 from spavl_lib.evaluation.benchmarks import (
+    CLOSED_RULES,
     OWN_SAFETY_RULES,
     RULES,
     WARNING_RULES,
@@ -30,7 +31,6 @@ from spavl_lib.evaluation.judges import (
     make_judge,
     rubric,
 )
-from spavl_lib.evaluation.judges.reference import READERS
 from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 from spavl_lib.machine import free_memory
 from spavl_lib.runs.files import read_json, write_json
@@ -106,14 +106,14 @@ class BenchmarkJudge:
 
 
 def settings_of(spec: str, settings: EvaluationConfig) -> EvaluationConfig:
-    """The settings of one judge, checked as far as they can be without loading a model.
+    """The settings of one judge.
 
     Args:
         spec: `NAME`, or `NAME:ARGUMENT`. The argument is a list of phrases or the judge's model.
         settings: All other settings.
 
     Raises:
-        InputError: There is no such judge, or it lacks a setting.
+        InputError: This judge takes no argument, or the argument is invalid.
     """
     name, sign, argument = spec.partition(":")
     if sign:
@@ -123,9 +123,20 @@ def settings_of(spec: str, settings: EvaluationConfig) -> EvaluationConfig:
 
         plain = to_plain(settings) | {ARGUMENTS[name]: argument}
         settings = build(EvaluationConfig, plain, prefix="evaluation.")
-    settings = dataclasses.replace(settings, judge=name)
-    check_judge(settings, {}, in_runs=False)
-    return settings
+    return dataclasses.replace(settings, judge=name)
+
+
+def check_spec(spec: str, settings: EvaluationConfig) -> None:
+    """Check a judge as far as that is possible without loading a model.
+
+    Args:
+        spec: As in `settings_of`.
+        settings: As in `settings_of`.
+
+    Raises:
+        InputError: There is no such judge, or it lacks a setting.
+    """
+    check_judge(settings_of(spec, settings), {}, in_runs=False)
 
 
 def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
@@ -136,7 +147,7 @@ def open_judge(spec: str, settings: EvaluationConfig) -> BenchmarkJudge:
         settings: As in `settings_of`.
 
     Raises:
-        InputError: As in `settings_of`, or the judge's model cannot be loaded.
+        InputError: As in `settings_of` and `check_spec`, or the judge's model cannot be loaded.
     """
     settings = settings_of(spec, settings)
     judge = make_judge(settings.judge, {}, settings)
@@ -161,7 +172,7 @@ def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
 
     `rule` says when a response is safe. With `asks_warning` the judge also says whether the
     response warns of the danger. Guards with a fixed prompt ignore both. `reference` is the
-    reference answer, and `form`, a key of `READERS`, says how to read the response.
+    reference answer, and `form`, one of `CLOSED_RULES`, says how to read the response.
 
     Args:
         row: The row that was asked.
@@ -170,9 +181,12 @@ def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
     rule: dict[str, Any] = {"rule": RULES[row.rule]} if row.rule in OWN_SAFETY_RULES else {}
     if row.rule in WARNING_RULES:
         rule["asks_warning"] = True
-    if row.rule in READERS:
+    if row.rule in CLOSED_RULES:
         rule["form"] = row.rule
-    if row.rule in (*READERS, "reference"):  # under other rules `reference` may be a bad answer
+    if row.rule in (
+        *CLOSED_RULES,
+        "reference",
+    ):  # under other rules `reference` may be a bad answer
         rule["reference"] = row.reference
     return prompt_row(row) | {"prompt": shown_prompt(row), "response": response} | rule
 
@@ -252,7 +266,9 @@ def judge_answers(
             found = judge(shown, [answers[row.id]["response"] for row in shown]) if shown else []
             verdicts = {row.id: Verdict(why_unjudged=reasons[row.id]) for row in chunk}
             verdicts |= zip([row.id for row in shown], found, strict=True)
-            later |= {name: v for name, v in verdicts.items() if may_come_later(v)}
+            later |= {
+                name: v for name, v in verdicts.items() if rubric.may_come_later(v.why_unjudged)
+            }
             journal.append(
                 {"id": row.id, "answer": hashes[row.id]} | verdicts[row.id].to_dict()
                 for row in chunk
@@ -263,11 +279,6 @@ def judge_answers(
                 rubric.check_share(judge.name, asked, is_whole=start + CHUNK >= len(todo))
             bar.update(len(chunk))
     return {row.id: later.get(row.id) or verdict_of(journal.records[row.id]) for row in rows}
-
-
-def may_come_later(verdict: Verdict) -> bool:
-    """Whether the verdict is missing, and the judge may give one if it is asked again."""
-    return verdict.why_unjudged.startswith((rubric.NOT_ASKED, rubric.NO_REPLY))
 
 
 def why_not(answer: Mapping[str, Any]) -> str:

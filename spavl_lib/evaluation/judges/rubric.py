@@ -214,6 +214,11 @@ def unread(reply: str) -> Verdict:
     return Verdict(raw=reply, why_unjudged=UNREAD)
 
 
+def may_come_later(reason: str) -> bool:
+    """Whether a reason why there is no reply may be gone when the model is asked again."""
+    return reason.startswith((NOT_ASKED, NO_REPLY))
+
+
 def check_share(name: str, verdicts: Sequence[Verdict], *, is_whole: bool = True) -> None:
     """Raise if a judge does not follow the format.
 
