@@ -19,38 +19,27 @@ from spavl_lib.data.images import for_square
 from spavl_lib.data.schema import TURN
 from spavl_lib.errors import InputError
 
-
-def vicuna_template(opening: str, between: str) -> str:
-    """A chat template in the format of Vicuna, which LLaVA uses.
-
-    Args:
-        opening: What every conversation begins with, after BOS.
-        between: What stands between a response's EOS and the next question.
-    """
-    return (
-        "{{ bos_token }}" + opening + "{% for message in messages %}"
-        "{% if message['role'] == 'user' %}"
-        "{{ '" + between + "USER: ' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
-        "{% endif %}{% endfor %}"
-        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-        "{% endif %}{% endfor %}{% endif %}"
-        "{% else %}"
-        "{{ ' ASSISTANT: ' }}"
-        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-        "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
-        "{{ eos_token }}"
-        "{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-    )
-
-
-# `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 was trained.
-VICUNA_V1 = vicuna_template(
+VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
-    between="",
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+# `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 and the embedded base model were trained.
+VICUNA_V1 = (
+    "{{ bos_token }}" + VICUNA_SYSTEM + "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{{ 'USER: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
+    "{% endif %}{% endfor %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+    "{% endif %}{% endfor %}{% endif %}"
+    "{% else %}"
+    "{{ ' ASSISTANT: ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ eos_token }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 
 

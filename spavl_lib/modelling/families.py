@@ -246,47 +246,36 @@ def set_image_aspect(processor: ProcessorMixin, aspect: str) -> None:
             f"model.image_aspect = {aspect!r} is only for LLaVA-1.5, but this model has a "
             f"{type(processor).__name__} with a {type(images).__name__}; set it to auto"
         )
-    prepared = llava_images if aspect == "pad" else clip_images
-    processor.image_processor = prepared(crop["height"], images.image_mean, images.image_std)
-
-
-def clip_images(
-    side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
-) -> BaseImageProcessor:
-    """CLIP's image processor: resize the shorter edge, then crop the image to its middle.
-
-    Args:
-        side: Height and width of the model's input, in pixels.
-        mean: Mean of each channel; None for CLIP's.
-        std: Standard deviation of each channel; None for CLIP's.
-    """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side},
-        **_given(mean, std),
-    )  # fmt: skip
+    processor.image_processor = llava_images(
+        crop["height"], images.image_mean, images.image_std, pad=aspect == "pad"
+    )
 
 
 def llava_images(
-    side: int, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    side: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    *,
+    pad: bool = True,
 ) -> BaseImageProcessor:
-    """The LLaVA-1.5 authors' image processor: pad to a square with the mean colour, then resize.
+    """The image processor of LLaVA-1.5.
 
     Args:
         side: Height and width of the model's input, in pixels.
         mean: Mean of each channel; None for CLIP's.
         std: Standard deviation of each channel; None for CLIP's.
+        pad: As in the LLaVA authors' code, pad images to a square with the mean colour, then
+            resize. False: as in CLIP, resize the shorter edge, then crop the image to its middle.
     """
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
     from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     square = {"height": side, "width": side}
+    statistics = {"image_mean": mean, "image_std": std}
+    given = {name: list(values) for name, values in statistics.items() if values is not None}
+    if not pad:
+        return CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=square, **given)
     return LlavaImageProcessorPil(
         do_pad=True, do_center_crop=False, size=square, crop_size=square, default_to_square=True,
-        **_given(mean, std),
+        **given,
     )  # fmt: skip
-
-
-def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, list[float]]:
-    given = {"image_mean": mean, "image_std": std}
-    return {name: list(values) for name, values in given.items() if values is not None}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spavl_lib.data.templates import VICUNA_V1
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import clip_images, llava_images
+from spavl_lib.modelling.families import llava_images
 from spavl_lib.runs.files import read_json, write_json, writing
 
 NAMES = (
@@ -253,9 +253,9 @@ def _processor(config: Any, tokenizer: Any, original: dict) -> Any:
     from transformers import LlavaProcessor
 
     vision = config.vision_config
-    images = llava_images if original.get("image_aspect_ratio") == "pad" else clip_images
+    padded = original.get("image_aspect_ratio") == "pad"
     return LlavaProcessor(
-        image_processor=images(vision.image_size),
+        image_processor=llava_images(vision.image_size, pad=padded),
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

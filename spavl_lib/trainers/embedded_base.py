@@ -32,27 +32,19 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import ASSETS, load_world
-from spavl_lib.data.templates import vicuna_template
+from spavl_lib.data.templates import VICUNA_SYSTEM, VICUNA_V1
 from spavl_lib.trainers import checkpoint as ckpt
 
 MODEL_DIR = ASSETS / "model"
 IMAGE_SIZE, PATCH_SIZE = 64, 8  # pixels; this gives 64 image tokens
 VOCAB_SIZE = 1800
 SPECIAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "image": "<image>"}
-SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
-# Vicuna's format, with the system sentence of LLaVA's `llava_v1` and a space after each response.
-# The embedded model was trained with this template, so the template must not change. LLaVA-1.5 has
-# another template: `VICUNA_V1` in `data/templates.py`.
-CHAT_TEMPLATE = vicuna_template(SYSTEM, between=" ")
 
 
 def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on sentences of the embedded world. It encodes any text."""
     rng = random.Random(seed)
-    corpus = [f"{SYSTEM} USER: ", " ASSISTANT: I"] * 2000
+    corpus = [f"{VICUNA_SYSTEM}USER: ", " ASSISTANT: I"] * 2000
     for _ in range(20_000):
         request, text = language.sample_pretraining(rng, rng.choice(list(scenes.COLOURS)))
         corpus += [request.question, text]
@@ -81,7 +73,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
-    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.chat_template = VICUNA_V1
     return tokenizer
 
 
@@ -97,7 +89,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
         patch_size=PATCH_SIZE,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHAT_TEMPLATE,
+        chat_template=VICUNA_V1,
     )
 
 

@@ -62,7 +62,8 @@ class Killed(Exception):
     """What stands for a kill: nothing of ours catches it."""
 
 
-@pytest.mark.parametrize("adapter", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["lora", "full"])
 def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     adapter: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
