@@ -19,8 +19,8 @@ from tests.helpers import embedded_processor, mini_rows, png, spread, tiny
 
 FAMILIES = ("embedded", "llava", "llava_next", "qwen2_5_vl", "idefics3")
 SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 
 
@@ -424,4 +424,4 @@ def test_turns_are_written_as_turns_with_one_picture_before_the_first(family: st
 def test_a_conversation_is_vicunas_letter_by_letter() -> None:
     text = render(embedded_processor(), TURN.join(["First?", "One.", "Then?"]), "Two.")
     head = f"<s>{SYSTEM} USER: <image>\nFirst? ASSISTANT: One.</s>"
-    assert text == f"{head} USER: Then? ASSISTANT: Two.</s>"
+    assert text == f"{head}USER: Then? ASSISTANT: Two.</s>"
