@@ -47,12 +47,18 @@ PYTEST := $(BIN)/python -m pytest -n 3 --no-loadscope-reorder --durations=40 --d
 UNIT := tests/objectives tests/config tests/runs tests/data tests/evaluation tests/plotting \
 	tests/planning tests/generation/test_compact_decoding.py tests/modelling/test_prefix_tree.py \
 	tests/test_pins.py tests/test_readme.py tests/notebooks/test_structure.py
+# Whole data sets, damaged files by the hundred, thousands of draws: `make test` alone runs these.
+NOT_UNIT := $(addprefix --ignore=tests/, data/embedded/test_mini.py data/test_convert.py \
+	data/test_damaged.py data/test_doors.py data/test_lengths.py data/test_loaders.py \
+	data/test_sampling.py evaluation/test_corrected.py evaluation/test_endpoint_faults.py \
+	evaluation/test_evaluate.py evaluation/test_model_judges.py \
+	evaluation/test_real_benchmarks.py)
 
 test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 14 minutes
 	$(PYTEST)
 
 unit: setup  ## the fast tests alone: formulas, settings, data, judges, figures; 2 minutes
-	$(PYTEST) $(UNIT)
+	$(PYTEST) $(UNIT) $(NOT_UNIT)
 
 slow: .venv/.engines  ## tests that take minutes: every engine, kills of every trainer; 35 minutes
 	$(PYTEST) -m "slow and not gpu"
