@@ -1,0 +1,132 @@
+"""A panel of ipywidgets: choose a picture, type a question, and see every model's answer.
+
+The panel works wherever ipywidgets work, such as in JupyterLab and on Colab.
+"""
+
+import functools
+import html
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as widgets
+
+from spavl_lib.data.images import decode, png_bytes
+from spavl_lib.data.load import eval_sets, load_prompts
+from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.evaluation.numbers import model_title
+from spavl_lib.evaluation.text import clean, short
+from spavl_lib.generation.ask import Reply, RunModels, config_of_run, picture_of
+from spavl_lib.runs.stage import Run
+
+EXAMPLES = 4  # of each test set
+SHOWN = 192  # height of the picture, in pixels
+STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3em 0"
+
+
+def ask_panel(run: Run | Path | str) -> widgets.VBox:
+    """The panel for one run. The models are loaded at the first question.
+
+    Args:
+        run: The run, or its folder. It needs at least one trained model.
+    """
+    return AskPanel(run.path if isinstance(run, Run) else Path(run)).widget
+
+
+class AskPanel:
+    """The panel's state and its widgets. `widget` is what a notebook shows."""
+
+    def __init__(self, run_path: Path):
+        self.run_path = run_path.resolve()
+        self.picture: bytes | None = None
+        self.image = widgets.Image(format="png", height=SHOWN)
+        self.image.layout.display = "none"
+        self.upload = widgets.FileUpload(accept="image/*", description="Your picture")
+        self.examples = widgets.Dropdown(description="Or example")
+        self.question = widgets.Text(
+            placeholder="What is the thing in this picture?", description="Question",
+            layout=widgets.Layout(width="46em"),
+        )  # fmt: skip
+        self.button = widgets.Button(description="Ask", button_style="primary")
+        self.replies = widgets.HTML()
+        self.upload.observe(lambda _: self._try(self._on_upload), names="value")
+        self.examples.observe(lambda _: self._try(self._on_example), names="value")
+        self.button.on_click(lambda _: self._try(self.ask))
+        self.rows = self._examples()
+        labels = ((_label(row), place) for place, row in self.rows.items())
+        self.examples.options = [("choose one", None), *labels]
+        self.widget = widgets.VBox(
+            [
+                widgets.HBox([self.upload, self.examples]), self.image,
+                widgets.HBox([self.question, self.button]), self.replies,
+            ]
+        )  # fmt: skip
+
+    @functools.cached_property
+    def models(self) -> RunModels:
+        """The run's models, loaded when they are first needed."""
+        return RunModels(self.run_path)
+
+    def _examples(self) -> dict[int, dict]:
+        """A few prompts of each test set of the run's data."""
+        data = config_of_run(self.run_path).data
+        rows: list[dict] = []
+        for name in eval_sets(data, held_out_drawings=False):
+            prompts = load_prompts(data, name)
+            places = range(0, len(prompts), max(1, len(prompts) // EXAMPLES))[:EXAMPLES]
+            rows += [prompts[i] | {"set": name} for i in places]
+        return dict(enumerate(row for row in rows if row["image"] is not None))
+
+    def _try(self, action: Any) -> None:
+        """Call `action`, and show its error in the panel: widgets would hide a callback's error."""
+        try:
+            action()
+        except (SpavlError, OSError) as error:
+            self.replies.value = f'<pre style="color: #b00020">{html.escape(clean(error))}</pre>'
+
+    def _show(self, picture: bytes) -> None:
+        self.picture, self.replies.value = picture, ""
+        self.image.value, self.image.layout.display = picture, ""
+
+    def _on_upload(self) -> None:
+        files = self.upload.value
+        # ipywidgets 8 gives a tuple of mappings; ipywidgets 7, as on Colab, a mapping by name.
+        [file] = list(files.values() if isinstance(files, dict) else files)[-1:] or [None]
+        if file:
+            self._show(png_bytes(picture_of(bytes(file["content"]))))
+
+    def _on_example(self) -> None:
+        if self.examples.value is not None:
+            row = self.rows[self.examples.value]
+            self._show(png_bytes(decode(row["image"])))
+            self.question.value = row["prompt"]
+
+    def ask(self) -> None:
+        """Ask the question of the text box about the chosen picture, and show the answers.
+
+        Raises:
+            InputError: No picture is chosen, or see `RunModels.ask`.
+        """
+        if self.picture is None:
+            raise InputError("choose a picture first: upload one, or take an example")
+        self.replies.value = "<i>The models are answering ...</i>"
+        self.replies.value = table(self.models.ask(self.picture, self.question.value))
+
+
+def table(replies: list[Reply]) -> str:
+    """The answers side by side, as HTML that shows every character of a model's text."""
+    cells = []
+    for reply in replies:
+        score = "" if reply.score is None else f"<br>reward model's score {reply.score:+.2f}"
+        text = html.escape(clean(reply.response) or "(the answer is empty)")
+        cut = "" if reply.finished else "<br><i>cut at the limit of tokens</i>"
+        cells.append(
+            f'<td style="vertical-align: top; padding: 0.4em 1em; max-width: 22em">'
+            f"<b>{html.escape(model_title(reply.model))}</b>"
+            f'<div dir="auto" style="{STYLE}">{text}</div>'
+            f'<span style="opacity: 0.7">{cut}{score}</span></td>'
+        )
+    return f"<table><tr>{''.join(cells)}</tr></table>"
+
+
+def _label(row: dict) -> str:
+    return short(f"{row['set']}: {row['prompt']}", 70)
