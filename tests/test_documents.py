@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def commands_of(text: str) -> list[list[str]]:
     joined = re.sub(r"\\\n\s*", " ", text)
     inline = re.findall(r"`(spavl [^`\n]+)`", joined)
     lines = [line for line in joined.splitlines() if line.startswith("spavl ")]
-    return [re.split(r"\s+#", call)[0].split()[1:] for call in (*lines, *inline)]
+    return [shlex.split(call, comments=True)[1:] for call in (*lines, *inline)]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
