@@ -564,6 +564,9 @@ class ScalingConfig:
     """trained: an arm that trains the projector; frozen: an arm with a frozen projector."""
     lora_ranks: tuple[PositiveInt, ...] = ()
     """One arm with adapters of each of these ranks; alpha is twice the rank."""
+    learning_rate: NonNegativeFloat = 0.0
+    """Learning rate of all arms but those of `lora_ranks`; 0: `dpo.learning_rate`. Arms with few
+    pairs take few steps, and may need a higher rate than a pass over all pairs."""
     lora_learning_rate: NonNegativeFloat = 0.0
     """Learning rate of the arms of `lora_ranks`; 0: `dpo.learning_rate`. Adapters need about ten
     times the rate of full training (Schulman et al., LoRA Without Regret, 2025)."""

@@ -133,9 +133,10 @@ def _equal_sizes(config: Config, variants: list) -> dict[str, int]:
 
 def _dpo(config: Config, family: str, rows: int) -> DPOConfig:
     """Settings for one pass over the rows, or for `scaling.min_steps` steps if that is more."""
-    learning_rate = config.scaling.lora_learning_rate if family == "rank" else 0.0
+    scaling = config.scaling
+    learning_rate = scaling.lora_learning_rate if family == "rank" else scaling.learning_rate
     batch = config.dpo.global_batch_size
-    steps = max(config.scaling.min_steps, -(-rows // batch))
+    steps = max(scaling.min_steps, -(-rows // batch))
     return dataclasses.replace(
         config.dpo, max_steps=steps, warmup_steps=min(config.dpo.warmup_steps, steps // 4),
         save_steps=max(steps, 1), eval_steps=0,
