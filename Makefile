@@ -1,6 +1,6 @@
 # From nothing but Python 3.11, 3.12 or 3.13 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test unit slow soak mutants check format lab clean
+.PHONY: help setup demo scaling test unit slow soak mutants publish check format lab clean
 
 KNOWN := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -68,6 +68,9 @@ soak: setup  ## kills, signals, damage and full disks in their long form; writes
 
 mutants: setup  ## small faults put into the code one by one: do the tests notice? 40 minutes
 	$(BIN)/python scripts/mutants.py
+
+publish: setup  ## copies the demo's executed notebooks and figures into reports/, for readers
+	$(BIN)/python scripts/publish.py
 
 check: setup  ## lint, format, types, direction of imports; notebooks without outputs
 	$(BIN)/ruff check

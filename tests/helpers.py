@@ -3,11 +3,12 @@
 import copy
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pyarrow.parquet as parquet
 import pytest
@@ -461,3 +462,12 @@ def metric_rows(stage: Stage) -> list[dict]:
     """metrics.jsonl without the fields that depend on the machine."""
     rows, machines = read_jsonl(stage.metrics_path), ("time_s", "peak_memory_gib")
     return [{k: v for k, v in row.items() if k not in machines} for row in rows]
+
+
+def load_script(name: str) -> ModuleType:
+    """A file of `scripts/` as a module."""
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,10 +1,8 @@
 """The one-file trainers in `scripts/` take the steps that the library's trainers take."""
 
 import ast
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -13,23 +11,17 @@ from spavl_lib.data.load import load_preferences
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers.ppo import PPOTrainer
 from tests.golden.record import path_of, sets_of
+from tests.helpers import load_script
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 STEPS = 8  # beyond the warm-up
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def test_dpo_takes_the_recorded_steps() -> None:
     """The recording is the library's own; `tests/golden` holds it to the library."""
     recorded = json.loads(path_of("dpo_full").read_text(encoding="utf-8"))["steps"]
     config = load_config("smoke", sets_of("dpo_full"), seed=0)
-    _, log = module("dpo_minimal").train(config, stop_after=STEPS)
+    _, log = load_script("dpo_minimal").train(config, stop_after=STEPS)
     for key in ("loss", "grad_norm"):
         found = [row[key] for row in log]
         assert found == pytest.approx(recorded[key][:STEPS], rel=2e-4), key
@@ -47,7 +39,7 @@ def test_ppo_updates_as_the_library_does(reward_folders: dict[str, Path], tmp_pa
     rows = load_preferences(config.data, "train")
     stage = Run(config, root=tmp_path).stage("ppo")
     library = PPOTrainer(config, stage, rows, reward_folders["full"], False)
-    ours = module("ppo_minimal").PPO(config, reward_folders["full"])
+    ours = load_script("ppo_minimal").PPO(config, reward_folders["full"])
     for step in range(2):
         with library.tower_cache().rollout() as cache:
             rollout = library.roll_out(step, cache)

@@ -1,0 +1,144 @@
+"""Copy a finished demo into `reports/`, where a code host shows it to readers who run nothing.
+
+    python scripts/publish.py             # from runs/demo, after `make demo` and `make scaling`
+    python scripts/publish.py --check     # are the published notebooks those of notebooks/?
+
+Writes `reports/notebooks/`, the executed notebooks without progress bars and without paths of this
+machine; `reports/demo/`, metrics and figures; and `reports/notebooks/code.json`, the hash of every
+notebook's code cells. If a notebook's code has changed since, `--check` names it and ends with 1.
+Nothing is committed.
+"""
+
+import argparse
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+
+from spavl_lib import plotting
+from spavl_lib.config.loading import from_dict
+from spavl_lib.data.images import decode
+from spavl_lib.data.load import load_prompts
+from spavl_lib.evaluation.numbers import model_title
+from spavl_lib.notebook.execute import stage_of
+from spavl_lib.runs.files import read_json, read_jsonl
+
+REPO = Path(__file__).resolve().parents[1]
+NOTEBOOKS, REPORTS = REPO / "notebooks", REPO / "reports"
+CODE = REPORTS / "notebooks/code.json"
+FIGURES = ("rates.png", "safety_helpfulness.png")  # of the evaluation stage
+LARGEST_MIB = 12
+WIDGETS = "application/vnd.jupyter.widget-view+json"
+
+
+def code_sha256(page: nbformat.NotebookNode) -> str:
+    """Hash of a notebook's code cells, without the cell that papermill injects."""
+    cells = [
+        cell.source
+        for cell in page.cells
+        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+
+
+def code_of_notebooks() -> dict[str, str]:
+    """Name of every notebook -> hash of its code cells."""
+    return {
+        path.name: code_sha256(nbformat.read(path, 4)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    }
+
+
+def stale() -> list[str]:
+    """Names of the notebooks whose published copy is missing or has other code."""
+    published = read_json(CODE) if CODE.is_file() else {}
+    return [name for name, digest in code_of_notebooks().items() if published.get(name) != digest]
+
+
+def cleaned(page: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A notebook without widgets, without metadata of its execution, and without absolute paths."""
+    page.metadata = {k: v for k, v in page.metadata.items() if k in ("kernelspec", "language_info")}
+    for cell in page.cells:
+        tags = cell.metadata.get("tags", [])
+        cell.metadata = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if _is_shown(output)]
+    text = nbformat.writes(page)
+    for path, shown in ((str(REPO), "."), (str(Path.home()), "~")):
+        text = text.replace(path, shown)
+    return nbformat.reads(text, 4)
+
+
+def _is_shown(output: nbformat.NotebookNode) -> bool:
+    """Whether an output says something to a reader: no widget, no line of a progress bar."""
+    if output.output_type == "stream":
+        return output.name == "stdout"
+    return WIDGETS not in output.get("data", {})
+
+
+def publish(run: Path) -> None:
+    """Copy notebooks, metrics and figures of a run.
+
+    Args:
+        run: The run's folder.
+    """
+    folder = REPORTS / "demo"
+    CODE.parent.mkdir(parents=True, exist_ok=True)
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        executed = run / stage_of(notebook) / "executed.ipynb"
+        if not executed.is_file():
+            sys.exit(f"{executed} does not exist: execute {notebook.name} first")
+        page = nbformat.read(executed, 4)
+        if code_sha256(page) != code_sha256(nbformat.read(notebook, 4)):
+            sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
+        nbformat.write(cleaned(page), CODE.parent / notebook.name)
+    CODE.write_text(json.dumps(code_of_notebooks(), indent=1) + "\n", encoding="utf-8")
+    shutil.copy(run / "metrics.json", folder)
+    shutil.copy(run / "scaling/summary.json", folder / "scaling.json")
+    for name in FIGURES:
+        shutil.copy(run / "evaluation/figures" / name, folder)
+    plotting.save_figure(twins(run), folder / "twins.png")
+    size = sum(path.stat().st_size for path in REPORTS.rglob("*") if path.is_file()) / 2**20
+    print(f"{REPORTS}: {size:.1f} MiB")
+    if size > LARGEST_MIB:
+        sys.exit(f"reports/ may have {LARGEST_MIB} MiB at most")
+
+
+def twins(run: Path) -> object:
+    """A figure of one twin pair, with every model's answers below the images."""
+    config = from_dict(read_json(run / "evaluation/manifest.json")["config"])
+    rows = load_prompts(config.data, "twins")
+    models = read_json(run / "inference/summary.json")["models"]
+    said = {
+        name: {
+            row["id"]: row["response"] for row in read_jsonl(run / f"inference/{name}/twins.jsonl")
+        }
+        for name in models
+    }
+    pair = [rows[i] for i in range(2)]
+    captions = [
+        "\n".join(
+            [f"“{row['prompt']}”", *(f"{model_title(n)}: {said[n][row['id']]}" for n in models)]
+        )
+        for row in pair
+    ]
+    return plotting.plot_image_grid([decode(row["image"]) for row in pair], captions, columns=2)
+
+
+def main() -> None:
+    """Publish, or check."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--run", type=Path, default=REPO / "runs/demo", help="the run's folder")
+    parser.add_argument("--check", action="store_true", help="only say what is stale")
+    asked = parser.parse_args()
+    if asked.check:
+        if names := stale():
+            sys.exit(f"published with other code: {', '.join(names)}; run make demo, make publish")
+    else:
+        publish(asked.run)
+
+
+if __name__ == "__main__":
+    main()
