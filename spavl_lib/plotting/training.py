@@ -44,6 +44,8 @@ TRAINING_GROUPS = (
     ("Policy loss", ("loss/policy_avg",), "advantage × ratio"),
     ("Value loss", ("loss/value_avg",), "half a squared score"),
     ("Explained variance", ("val/explained_variance",), "share of the returns' variance"),
+    ("Value of a state", ("val/mean",), "expected score"),
+    ("Advantage before whitening", ("val/advantage",), "score"),
     ("KL coefficient", ("objective/kl_coef",), "score a nat"),
     ("Cross-entropy of chosen answers", ("loss/sft_avg",), "nats a token"),
     ("Reward of an answer (band: one sd)", ("reward",), "score minus penalties"),
@@ -52,7 +54,7 @@ TRAINING_GROUPS = (
     ("Cut off; groups with equal scores", ("completions/clipped_ratio", "frac_reward_zero_std"),
      "share of answers, prompts"),
     ("Gradient norm", ("grad_norm", "grad_norm/policy", "grad_norm/value"), "before clipping"),
-    ("Learning rate", ("learning_rate",), "a step"),
+    ("Learning rate", ("learning_rate",), "of the optimizer step"),
 )  # fmt: skip
 # Logged keys without their own panel, because other panels show similar numbers.
 _SHOWN_ELSEWHERE = {
@@ -66,6 +68,7 @@ _NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no n
 _SHARES = ("accuracies", "response/finished", "completions/clipped")
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
+_FEW_PAIRS = 10  # with fewer pairs, the interval of a share covers half of all shares
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -264,7 +267,8 @@ def plot_margin_histogram(
 def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     """Share of pairs ranked correctly, over the certainty of the model's preference.
 
-    On the diagonal, the share equals the certainty.
+    On the diagonal, the share equals the certainty. A bin of fewer than ten pairs says next to
+    nothing, so it is a hollow marker without an interval.
 
     Args:
         rows: Rows of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n`
@@ -274,10 +278,16 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     ax = fig.subplots()
     ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="perfectly calibrated")
     if rows:
-        x, y = ([row[key] for row in rows] for key in ("certainty", "right"))
-        errors = np.array([_share_errors(row) for row in rows]).T
-        ax.errorbar(x, y, yerr=errors, fmt="o", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
-                    markeredgecolor=PAPER, label="held-out pairs")  # fmt: skip
+        many, few = ([r for r in rows if (r["n"] >= _FEW_PAIRS) is kind] for kind in (True, False))
+        if many:
+            x, y = ([row[key] for row in many] for key in ("certainty", "right"))
+            errors = np.array([_share_errors(row) for row in many]).T
+            ax.errorbar(x, y, yerr=errors, fmt="o", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
+                        markeredgecolor=PAPER, label="held-out pairs")  # fmt: skip
+        if few:
+            x, y = ([row[key] for row in few] for key in ("certainty", "right"))
+            ax.plot(x, y, "o", ms=5, color=PALETTE[0], mfc="none", alpha=0.6,
+                    label=f"fewer than {_FEW_PAIRS} pairs")  # fmt: skip
         for row in rows:
             ax.annotate(f"{row['n']}", (row["certainty"], row["right"]), (6, -10),
                         textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
@@ -287,7 +297,7 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     ax.set_ylim(-0.03, 1.03)
     ax.set_xlabel("certainty of the preference, σ(|margin|)")
     ax.set_ylabel("share ranked correctly (numbers: pairs)")
-    ax.legend(loc="lower right")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
     return fig
 
 
