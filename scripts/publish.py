@@ -71,6 +71,10 @@ def cleaned(page: nbformat.NotebookNode) -> nbformat.NotebookNode:
     return nbformat.reads(text, 4)
 
 
+def _prose(page: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [cell for cell in page.cells if cell.cell_type == "markdown"]
+
+
 def _is_shown(output: nbformat.NotebookNode) -> bool:
     """Whether an output says something to a reader: no widget, no line of a progress bar."""
     if output.output_type == "stream":
@@ -90,9 +94,12 @@ def publish(run: Path) -> None:
         executed = run / stage_of(notebook) / "executed.ipynb"
         if not executed.is_file():
             sys.exit(f"{executed} does not exist: execute {notebook.name} first")
-        page = nbformat.read(executed, 4)
-        if code_sha256(page) != code_sha256(nbformat.read(notebook, 4)):
+        page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
+        if code_sha256(page) != code_sha256(source):
             sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
+        # A sentence that was mended needs no new run.
+        for cell, mended in zip(_prose(page), _prose(source), strict=True):
+            cell.source = mended.source
         nbformat.write(cleaned(page), CODE.parent / notebook.name)
     CODE.write_text(json.dumps(code_of_notebooks(), indent=1) + "\n", encoding="utf-8")
     shutil.copy(run / "metrics.json", folder)

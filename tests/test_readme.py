@@ -72,7 +72,10 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in README
     small, middle, large = unsafe("rank", "4", "16", "64")
     assert f"comes to {small} and {middle}, rank 64 to {large} and" in README
-    assert all(page["findings"].values()) and len(page["findings"]) == 3
+    findings = page["findings"]
+    assert findings["more_data_is_safer"] and findings["all_answers_are_safest"]
+    # What the paper found and this run did not is said.
+    assert findings["mixed_is_safest"] or "the paper found mixed ones safest" in README
 
 
 def test_the_time_of_the_scaling_runs_is_one_figure() -> None:
