@@ -7,7 +7,7 @@ It trains all weights but the vision tower's, as `spavl train dpo --profile demo
 same rows in the same order. Its losses are those of the library's trainer (a test compares them).
 The library loads rows and models; everything that DPO adds stands below.
 
-What it leaves out: LoRA, half precision and its loss scaler, several GPUs, gradient accumulation,
+What it leaves out: GPUs, LoRA, half precision and its loss scaler, gradient accumulation,
 checkpoints and resuming, the other losses of trl, cached log-probabilities of the reference, the
 shared prefix of both responses, measurements on held-out pairs, and the checks for NaN, for rows
 that are too long and for a reference that moves.
@@ -16,6 +16,7 @@ that are too long and for a reference that moves.
 import argparse
 import copy
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -113,8 +114,10 @@ def train(config: Config, stop_after: int = 0) -> tuple[nn.Module, list[dict[str
         The policy, and the logged values of every step.
     """
     dpo = config.dpo
-    if set(dpo.loss_type) != {"sigmoid", "sft"} or dpo.lr_scheduler != "cosine":
+    if dpo.loss_type != ("sigmoid", "sft") or dpo.lr_scheduler != "cosine":
         raise SystemExit("this file knows the losses sigmoid and sft, and the schedule cosine")
+    if dpo.gradient_accumulation_steps > 1 or not config.model.train_projector:
+        raise SystemExit("this file accumulates no gradients, and always trains the projector")
     rows = load_preferences(config.data, "train")
     collate = PreferenceCollator(load_processor(config.model))
     reference = load_model(config.model).float().requires_grad_(False).eval()
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="fewer steps; 0: all of the profile's")
     parser.add_argument("--out", type=Path, help="folder for the trained model")
     asked = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models and batches below are on the CPU
     sets = {"model.adapter": "full"} | ({"dpo.max_steps": asked.steps} if asked.steps else {})
     config = load_config(asked.profile, sets)
     policy, log = train(config)

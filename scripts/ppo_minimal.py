@@ -7,15 +7,16 @@ It trains policy and value model in full, as `spavl train ppo --profile demo` do
 formulas and schedule. On the same responses its updates are those of the library's trainer (a test
 compares them). The library loads rows and models; everything that PPO adds stands below.
 
-What it leaves out: LoRA with one base model in four roles, half precision and its loss scaler,
-several GPUs, micro-batches, checkpoints and resuming, the cache of the vision tower, sampling that
-does not depend on the batch, the entropy bonus, value clipping, the adaptive KL coefficient, and
-the checks for NaN, for collapsed responses and for a ratio that is not 1 before the first update.
+What it leaves out: GPUs, LoRA with one base model in four roles, half precision and its loss
+scaler, micro-batches, checkpoints and resuming, the cache of the vision tower, sampling that does
+not depend on the batch, the settings in `NOT_HERE`, and the checks for NaN, for collapsed responses
+and for a ratio that is not 1 before the first update.
 """
 
 import argparse
 import hashlib
 import itertools
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ class PPO:
 
     def __init__(self, config: Config, reward_folder: Path):
         self.config, self.ppo = config, config.ppo
+        if self.ppo.max_steps == 0:
+            raise SystemExit("this file needs the number of rollouts: ppo.max_steps, or --steps")
         if other := [name for name, value in NOT_HERE.items() if getattr(self.ppo, name) != value]:
             raise SystemExit(f"this file does not know ppo.{', ppo.'.join(other)}")
         self.processor = load_processor(config.model)
@@ -165,8 +168,8 @@ class PPO:
         old, reference = self.logps(self.policy, batch), self.logps(self.reference, batch)
         values, scores = self.values(batch), self.reward(**batch.inputs())
         unfinished = torch.tensor([response[-1] != self.end for response in responses])
-        # The reward of a token is minus the price of leaving the reference there. The last token
-        # also gets the score of the whole response.
+        # The reward of a token is minus its KL penalty. The last token also gets the score of the
+        # whole response.
         kl = old - reference
         rewards = -self.ppo.kl_coef * kl
         last = batch.mask.sum(1) - 1
@@ -174,8 +177,8 @@ class PPO:
         # Generalised advantage estimation, from the last token to the first.
         advantages, advantage, after = torch.zeros_like(values), torch.zeros(len(values)), 0.0
         for t in reversed(range(values.shape[1])):
-            surprise = rewards[:, t] + self.ppo.gamma * after - values[:, t]
-            advantage = surprise + self.ppo.gamma * self.ppo.gae_lambda * advantage
+            td_error = rewards[:, t] + self.ppo.gamma * after - values[:, t]
+            advantage = td_error + self.ppo.gamma * self.ppo.gae_lambda * advantage
             advantage = advantage * batch.mask[:, t]
             advantages[:, t], after = advantage, values[:, t]
         returns = (advantages + values) * batch.mask
@@ -273,6 +276,9 @@ def main() -> None:
     parser.add_argument("--reward-model", type=Path, default=Path("runs/demo/reward/model"))
     parser.add_argument("--out", type=Path, help="folder for the trained model")
     asked = parser.parse_args()
+    if not (asked.reward_model / "reward_config.json").is_file():
+        parser.error(f"no reward model in {asked.reward_model}: spavl train reward --profile demo")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # models and batches below are on the CPU
     sets = {"model.adapter": "full"} | ({"ppo.max_steps": asked.steps} if asked.steps else {})
     config = load_config(asked.profile, sets)
     torch.manual_seed(config.seed)

@@ -14,9 +14,11 @@ import hashlib
 import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nbformat
+from matplotlib.figure import Figure
 
 from spavl_lib import plotting
 from spavl_lib.config.loading import from_dict
@@ -58,18 +60,25 @@ def stale() -> list[str]:
     return [name for name, digest in code_of_notebooks().items() if published.get(name) != digest]
 
 
-def cleaned(page: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A notebook without widgets, without metadata of its execution, and without absolute paths."""
+def cleaned(page: nbformat.NotebookNode, roots: Sequence[Path] = ()) -> nbformat.NotebookNode:
+    """A notebook without widgets, and without metadata of its execution.
+
+    Args:
+        page: The executed notebook; changed in place.
+        roots: Folders of this machine. In the text of outputs, paths below them become relative.
+    """
     page.metadata = {k: v for k, v in page.metadata.items() if k in ("kernelspec", "language_info")}
     for cell in page.cells:
         tags = cell.metadata.get("tags", [])
         cell.metadata = {"tags": tags} if tags else {}
         if cell.cell_type == "code":
             cell.outputs = [output for output in cell.outputs if _is_shown(output)]
-    text = nbformat.writes(page)
-    for path, shown in ((str(REPO), "."), (str(Path.home()), "~")):
-        text = text.replace(path, shown)
-    return nbformat.reads(text, 4)
+        for output in cell.get("outputs", ()):
+            for texts, key in ((output, "text"), (output.get("data", {}), "text/plain")):
+                for root in roots:
+                    if key in texts:
+                        texts[key] = texts[key].replace(f"{root}/", "")
+    return page
 
 
 def _prose(page: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -89,8 +98,13 @@ def publish(run: Path) -> None:
     Args:
         run: The run's folder.
     """
-    folder = REPORTS / "demo"
-    CODE.parent.mkdir(parents=True, exist_ok=True)
+    folder, root = REPORTS / "demo", run.resolve().parents[1]
+    if (profile := read_json(run / "metrics.json")["profile"]) != "demo":
+        sys.exit(f"{run} is a run of the profile {profile}; only demo is published")
+    for made in (folder, CODE.parent):
+        made.mkdir(parents=True, exist_ok=True)
+    for outdated in CODE.parent.glob("*.ipynb"):
+        outdated.unlink()
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         executed = run / stage_of(notebook) / "executed.ipynb"
         if not executed.is_file():
@@ -98,10 +112,11 @@ def publish(run: Path) -> None:
         page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
         if code_sha256(page) != code_sha256(source):
             sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
-        # A sentence that was mended needs no new run.
-        for cell, mended in zip(_prose(page), _prose(source), strict=True):
-            cell.source = mended.source
-        nbformat.write(cleaned(page), CODE.parent / notebook.name)
+        if len(_prose(page)) == len(_prose(source)):
+            # Prose is taken from the notebook, so a changed sentence needs no new run.
+            for cell, current in zip(_prose(page), _prose(source), strict=True):
+                cell.source = current.source
+        nbformat.write(cleaned(page, (root, REPO)), CODE.parent / notebook.name)
     CODE.write_text(json.dumps(code_of_notebooks(), indent=1) + "\n", encoding="utf-8")
     shutil.copy(run / "metrics.json", folder)
     shutil.copy(run / "scaling/summary.json", folder / "scaling.json")
@@ -114,7 +129,7 @@ def publish(run: Path) -> None:
         sys.exit(f"reports/ may have {LARGEST_MIB} MiB at most")
 
 
-def twins(run: Path) -> object:
+def twins(run: Path) -> Figure:
     """A figure of one twin pair, with every model's answers below the images."""
     config = from_dict(read_json(run / "evaluation/manifest.json")["config"])
     rows = load_prompts(config.data, "twins")
@@ -143,7 +158,9 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.check:
         if names := stale():
-            sys.exit(f"published with other code: {', '.join(names)}; run make demo, make publish")
+            sys.exit(
+                f"published with other code: {', '.join(names)}; run make demo scaling publish"
+            )
     else:
         publish(asked.run)
 

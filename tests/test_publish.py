@@ -15,7 +15,7 @@ PUBLISHED = sorted(publish.CODE.parent.glob("*.ipynb"))
 
 
 def test_every_notebook_is_published_and_stale_ones_are_named() -> None:
-    """A stale copy is a warning here, and an error in `make publish` with `--check`."""
+    """A stale copy is a warning here, and an error of `python scripts/publish.py --check`."""
     assert {p.name for p in PUBLISHED} == {p.name for p in publish.NOTEBOOKS.glob("*.ipynb")}
     hashes = json.loads(publish.CODE.read_text(encoding="utf-8"))
     for path in PUBLISHED:
@@ -51,6 +51,6 @@ def test_what_is_left_out_of_a_notebook() -> None:
     injected = new_code_cell("2", metadata={"tags": ["injected-parameters"]})
     page = new_notebook(cells=[cell, injected], metadata={"widgets": {}, "papermill": {}})
     assert publish.code_sha256(page) == publish.code_sha256(new_notebook(cells=[cell]))
-    kept = publish.cleaned(page)
-    assert [o.text for o in kept.cells[0].outputs] == ["saved ./runs"]
+    kept = publish.cleaned(page, (publish.REPO,))
+    assert [o.text for o in kept.cells[0].outputs] == ["saved runs"]
     assert kept.metadata == {} and kept.cells[0].metadata == {"tags": ["parameters"]}

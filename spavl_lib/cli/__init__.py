@@ -72,7 +72,7 @@ def _spavl() -> None:
       spavl run all --profile demo          notebooks 01 to 06, then the report
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
-      spavl ask demo PICTURE "QUESTION"      base and trained models, side by side
+      spavl ask demo IMAGE "QUESTION"        base and trained models, side by side
       spavl report demo                     write a run's report again
       spavl benchmarks                      which published benchmarks can be read, and are here
       spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks

@@ -1,19 +1,22 @@
 """Ask the models of a run a question about an image: the base model and every trained policy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from spavl_lib.config import Config
 from spavl_lib.config.loading import from_dict
 from spavl_lib.data.collate import PromptCollator
-from spavl_lib.data.images import ImageError, image_cell, open_image, png_bytes
+from spavl_lib.data.images import ImageError, decode, image_cell, open_image, png_bytes
 from spavl_lib.data.templates import completion_ids, encode_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.generation.generate import generate_batch
+from spavl_lib.machine import free_memory
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import (
     context_length,
@@ -23,6 +26,8 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.runs.files import read_json
 from spavl_lib.stages import policies
+
+KEPT = 500_000_000  # parameters; models with fewer stay in memory
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,10 @@ class Reply:
 
 
 class RunModels:
-    """The models of a run, which are loaded once, for any number of questions.
+    """The models of a run, to be asked any number of questions.
+
+    Models of fewer than `KEPT` parameters stay in memory after the first question. Larger ones are
+    loaded for each question, one after the other, because a GPU rarely has memory for all of them.
 
     Args:
         run_path: The run's folder.
@@ -50,24 +58,38 @@ class RunModels:
     """
 
     def __init__(self, run_path: Path):
-        trained = _trained(run_path)
         self.config = config_of_run(run_path)
+        self.folders: dict[str, Path | None] = {"base": None, **_trained(run_path)}
+        reward = run_path / "reward"
+        self.reward_folder = reward if _complete(reward) else None
         quiet_libraries()
         self.processor = load_processor(self.config.model)
-        self.models = {"base": load_policy(self.config.model)}
-        for name, stage in trained.items():
-            self.models[name] = load_policy(_config_of(stage).model, stage / "model")
-        self.reward = None
-        if _complete(run_path / "reward"):
-            reward = run_path / "reward"
-            self.reward = load_reward_model(_config_of(reward).model, reward / "model")
+        self._kept: dict[str, nn.Module] = {}
+
+    def _load(self, name: str) -> nn.Module:
+        """The base model, a trained policy, or the reward model."""
+        if name not in self._kept:
+            model: nn.Module
+            if name == "reward":
+                assert self.reward_folder is not None
+                config = _config_of(self.reward_folder).model
+                model = load_reward_model(config, self.reward_folder / "model")
+            elif (folder := self.folders[name]) is None:
+                model = load_policy(self.config.model)
+            else:
+                model = load_policy(_config_of(folder).model, folder / "model")
+            if sum(p.numel() for p in model.parameters()) >= KEPT:
+                free_memory()  # of the model before
+                return model
+            self._kept[name] = model
+        return self._kept[name]
 
     def ask(self, image: Any, question: str) -> list[Reply]:
         """Every model's answer to one question, the base model's first.
 
         Args:
-            image: A PIL image, the bytes of an image file, the path of one, or None for a question
-                without an image.
+            image: A PIL image, the bytes of an image file, the path of one, an image cell of a
+                data set, or None for a question without an image.
             question: The question.
 
         Raises:
@@ -76,8 +98,8 @@ class RunModels:
         """
         if not question.strip():
             raise InputError("the question is empty")
-        picture = None if image is None else picture_of(image)
-        cell = picture and {"bytes": png_bytes(picture), "path": None}
+        decoded = None if image is None else decoded_image(image)
+        cell = decoded and {"bytes": png_bytes(decoded), "path": None}
         settings = self.config.generation
         batch = PromptCollator(self.processor)([{"id": "", "prompt": question, "image": cell}])
         length, context = batch["input_ids"].shape[1], context_length(self.config.model)
@@ -86,37 +108,50 @@ class RunModels:
                 f"the question is too long: {length} tokens with its image, and "
                 f"{settings.max_new_tokens} for the answer, but the model takes {context} in all"
             )
-        replies = []
-        for name, model in self.models.items():
-            [answer] = generate_batch(model, self.processor, batch, settings)
-            text = answer["response"]
-            score = self._score(picture, question, text) if self.reward else None
-            replies.append(Reply(name, text, answer["finished"], score))
-        return replies
+        answers = {
+            name: generate_batch(self._load(name), self.processor, batch, settings)[0]
+            for name in self.folders
+        }
+        scores: list[float | None] = [None] * len(answers)
+        if self.reward_folder:
+            texts = [answer["response"] for answer in answers.values()]
+            scores = [*self._scores(decoded, question, texts)]
+        return [
+            Reply(name, answer["response"], answer["finished"], score)
+            for (name, answer), score in zip(answers.items(), scores, strict=True)
+        ]
 
     @torch.no_grad()
-    def _score(self, picture: Image.Image | None, question: str, response: str) -> float:
-        assert self.reward is not None
-        prompt = encode_prompts(self.processor, [question], [picture])
-        answer = completion_ids(self.processor, question, response, image=picture is not None)
-        ids = torch.tensor([prompt.ids[0] + answer])
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.vision}
-        for name, [types] in prompt.token_types.items():
-            batch[name] = torch.tensor([types + [0] * len(answer)])
-        device = self.reward.device
-        return self.reward(**{key: value.to(device) for key, value in batch.items()}).item()
+    def _scores(
+        self, image: Image.Image | None, question: str, responses: list[str]
+    ) -> Iterator[float]:
+        """The reward model's score of each response."""
+        reward = self._load("reward")
+        prompt = encode_prompts(self.processor, [question], [image])
+        for response in responses:
+            answer = completion_ids(self.processor, question, response, image=image is not None)
+            ids = torch.tensor([prompt.ids[0] + answer])
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.vision}
+            for name, [types] in prompt.token_types.items():
+                batch[name] = torch.tensor([types + [0] * len(answer)])
+            yield reward(**{key: value.to(reward.device) for key, value in batch.items()}).item()
 
 
 def config_of_run(run_path: Path) -> Config:
-    """The config of a run with at least one trained policy, as that policy's stage recorded it.
+    """The config of a run with at least one trained policy.
 
     Args:
         run_path: The run's folder.
 
+    Returns:
+        The config that the inference stage recorded, or else the first trained policy's stage.
+
     Raises:
         InputError: See `RunModels`.
     """
-    return _config_of(next(iter(_trained(run_path).values())))
+    trained, inference = _trained(run_path), run_path / "inference"
+    asked = (inference / "summary.json").is_file()
+    return _config_of(inference if asked else next(iter(trained.values())))
 
 
 def _trained(run_path: Path) -> dict[str, Path]:
@@ -141,7 +176,7 @@ def _config_of(stage: Path) -> Config:
         raise InputError(f"{stage / 'manifest.json'} cannot be read: {error}") from error
 
 
-def picture_of(image: Any) -> Image.Image:
+def decoded_image(image: Any) -> Image.Image:
     """The decoded image. A path may lead anywhere, because the user gave it.
 
     Args:
@@ -150,16 +185,15 @@ def picture_of(image: Any) -> Image.Image:
     Raises:
         InputError: The image cannot be used.
     """
-    source: Path | bytes
     try:
         if isinstance(image, str | Path):
-            source = Path(image).expanduser()
-            if not source.is_file():
+            path = Path(image).expanduser()
+            if not path.is_file():
                 raise InputError(f"no image {str(image)!r}: the file does not exist")
-        else:
-            cell = image_cell(image, Path())
-            source = cell["bytes"] or Path(cell["path"])
-        return open_image(source)
+            return open_image(path)
+        if isinstance(image, dict):  # a cell, whose path was checked when the data were loaded
+            return decode(image)
+        return open_image(image_cell(image, Path())["bytes"])
     except ImageError as error:
         shown = f"{image}: " if isinstance(image, str | Path) else ""
         raise InputError(f"{shown}{error}") from error

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
+from PIL import Image
 
-from spavl_lib.data.images import decode, png_bytes
+from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts
-from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import model_title
 from spavl_lib.evaluation.text import clean, short
-from spavl_lib.generation.ask import Reply, RunModels, config_of_run, picture_of
+from spavl_lib.generation.ask import Reply, RunModels, config_of_run, decoded_image
+from spavl_lib.notebook.session import safe_image
 from spavl_lib.runs.stage import Run
 
 EXAMPLES = 4  # of each test set
@@ -23,21 +25,28 @@ SHOWN = 192  # height of the picture, in pixels
 STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3em 0"
 
 
-def ask_panel(run: Run | Path | str) -> widgets.VBox:
-    """The panel for one run. The models are loaded at the first question.
+def ask_panel(
+    run: Run | Path | str, models: RunModels | None = None, *, reveal: bool = False
+) -> widgets.VBox:
+    """The panel for one run.
 
     Args:
         run: The run, or its folder. It needs at least one trained model.
+        models: The run's models, if they are loaded already. None: the first question loads them.
+        reveal: Whether to show the data's images as they are. Otherwise they are blurred; an
+            uploaded image never is.
     """
-    return AskPanel(run.path if isinstance(run, Run) else Path(run)).widget
+    return AskPanel(run.path if isinstance(run, Run) else Path(run), models, reveal=reveal).widget
 
 
 class AskPanel:
     """The panel's state and its widgets. `widget` is what a notebook shows."""
 
-    def __init__(self, run_path: Path):
-        self.run_path = run_path.resolve()
-        self.picture: bytes | None = None
+    def __init__(self, run_path: Path, models: RunModels | None = None, *, reveal: bool = False):
+        self.run_path, self.reveal = run_path.resolve(), reveal
+        if models:
+            self.models = models
+        self.chosen: bytes | None = None
         self.image = widgets.Image(format="png", height=SHOWN)
         self.image.layout.display = "none"
         self.upload = widgets.FileUpload(accept="image/*", description="Your picture")
@@ -80,24 +89,25 @@ class AskPanel:
         """Call `action`, and show its error in the panel: widgets would hide a callback's error."""
         try:
             action()
-        except (SpavlError, OSError) as error:
+        except Exception as error:
             self.replies.value = f'<pre style="color: #b00020">{html.escape(clean(error))}</pre>'
 
-    def _show(self, picture: bytes) -> None:
-        self.picture, self.replies.value = picture, ""
-        self.image.value, self.image.layout.display = picture, ""
+    def _show(self, image: Image.Image, *, reveal: bool) -> None:
+        self.chosen, self.replies.value = png_bytes(image), ""
+        self.image.value = png_bytes(safe_image(image, reveal=reveal))
+        self.image.layout.display = ""
 
     def _on_upload(self) -> None:
         files = self.upload.value
         # ipywidgets 8 gives a tuple of mappings; ipywidgets 7, as on Colab, a mapping by name.
         [file] = list(files.values() if isinstance(files, dict) else files)[-1:] or [None]
         if file:
-            self._show(png_bytes(picture_of(bytes(file["content"]))))
+            self._show(decoded_image(bytes(file["content"])), reveal=True)
 
     def _on_example(self) -> None:
         if self.examples.value is not None:
             row = self.rows[self.examples.value]
-            self._show(png_bytes(decode(row["image"])))
+            self._show(decoded_image(row["image"]), reveal=self.reveal)
             self.question.value = row["prompt"]
 
     def ask(self) -> None:
@@ -106,10 +116,10 @@ class AskPanel:
         Raises:
             InputError: No picture is chosen, or see `RunModels.ask`.
         """
-        if self.picture is None:
+        if self.chosen is None:
             raise InputError("choose a picture first: upload one, or take an example")
         self.replies.value = "<i>The models are answering ...</i>"
-        self.replies.value = table(self.models.ask(self.picture, self.question.value))
+        self.replies.value = table(self.models.ask(self.chosen, self.question.value))
 
 
 def table(replies: list[Reply]) -> str:

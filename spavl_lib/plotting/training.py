@@ -68,7 +68,7 @@ _NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no n
 _SHARES = ("accuracies", "response/finished", "completions/clipped")
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
-_FEW_PAIRS = 10  # with fewer pairs, the interval of a share covers half of all shares
+_FEW_PAIRS = 10  # with fewer pairs, a share's interval can cover half of the axis
 
 
 def _series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray, int]:

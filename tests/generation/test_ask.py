@@ -14,6 +14,7 @@ from spavl_lib.data.images import decode
 from spavl_lib.data.load import load_prompts
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.errors import InputError
+from spavl_lib.generation import ask as ask_module
 from spavl_lib.generation.ask import Reply, RunModels
 from spavl_lib.generation.generate import generate_batch
 from spavl_lib.modelling.adapters import lora_config
@@ -68,7 +69,18 @@ def test_an_image_comes_in_any_form(models: RunModels, tmp_path: Path) -> None:
     path.write_bytes(png())
     answers = [models.ask(image, "What is this?") for image in (path, str(path), png())]
     assert answers[0] == answers[1] == answers[2]
+    cell = {"bytes": None, "path": str(path)}  # as a data set has it, whatever folder it lies in
+    assert models.ask(cell, "What is this?") == answers[0]
     assert models.ask(None, "What is this?")[0].response
+
+
+def test_large_models_are_loaded_one_after_the_other(
+    run: Path, models: RunModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ask_module, "KEPT", 1)
+    large = RunModels(run)
+    assert large.ask(png(), "What is this?") == models.ask(png(), "What is this?")
+    assert large._kept == {} and set(models._kept) == {"base", "dpo", "reward"}
 
 
 def test_bad_input_is_one_sentence(models: RunModels, tmp_path: Path) -> None:
@@ -114,10 +126,10 @@ def test_the_panel_asks_about_an_example_or_an_upload(run: Path) -> None:
     assert "<b>Base</b>" in panel.replies.value and "<b>DPO</b>" in panel.replies.value
     file = {"name": "a.png", "type": "image/png", "size": 1, "content": png()}
     for form in ((file,), {"a.png": file}):  # ipywidgets 8 and 7
-        panel.picture = None
+        panel.chosen = None
         panel.upload = SimpleNamespace(value=form)
         panel._try(panel._on_upload)
-        assert panel.picture and panel.replies.value == ""
+        assert panel.chosen and panel.replies.value == ""
     panel.upload = SimpleNamespace(value=(file | {"content": b"no picture"},))
     panel._try(panel._on_upload)
     assert "unreadable image" in panel.replies.value
