@@ -133,7 +133,7 @@ def test_a_policy_resumes_and_says_the_same_when_loaded(
     assert cut.summary["weights_sha256"] == straight.summary["weights_sha256"]
     trained, base, again, _ = said
     assert torch.equal(again, trained)
-    assert (trained - base).abs().min() > 1e-3  # the adapters do something
+    assert (trained - base).abs().mean() > 1e-2  # the adapters do something
     policy = load_policy(config.model, cut.path / "model")
     assert_four_bit(policy)
     apply_sharing(policy, config.model.share_prefix)
@@ -159,7 +159,9 @@ def test_shared_prefixes_give_the_same_losses_over_four_bit(
         losses[mode] = [r["loss"] for r in logged(stage) if "loss" in r]
     handles = [handle_of(model) for model in packed]
     assert handles[0].stats["shared"] >= 3 and handles[1] is None
-    assert losses["require"] == pytest.approx(losses["off"], rel=1e-5)
+    # Before the first update the weights are the same; after it, Adam makes rounding larger.
+    assert losses["require"][0] == pytest.approx(losses["off"][0], rel=1e-5)
+    assert losses["require"] == pytest.approx(losses["off"], rel=1e-4)
     assert len(losses["off"]) == 3 and len(set(losses["off"])) == 3
 
 
