@@ -10,8 +10,6 @@ Nothing is committed.
 """
 
 import argparse
-import hashlib
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,12 +19,13 @@ import nbformat
 from matplotlib.figure import Figure
 
 from spavl_lib import plotting
-from spavl_lib.config.loading import from_dict
 from spavl_lib.data.images import decode
 from spavl_lib.data.load import load_prompts
 from spavl_lib.evaluation.numbers import model_title
 from spavl_lib.notebook.execute import stage_of
-from spavl_lib.runs.files import read_json, read_jsonl
+from spavl_lib.notebook.status import code_sha256
+from spavl_lib.runs.files import read_json, read_jsonl, write_json
+from spavl_lib.runs.stage import recorded_config
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS, REPORTS = REPO / "notebooks", REPO / "reports"
@@ -37,20 +36,19 @@ TWINS = 90  # index of the pair for the front page: the same words over a padloc
 WIDGETS = "application/vnd.jupyter.widget-view+json"
 
 
-def code_sha256(page: nbformat.NotebookNode) -> str:
+def code_of(page: nbformat.NotebookNode) -> str:
     """Hash of a notebook's code cells, without the cell that papermill injects."""
-    cells = [
+    return code_sha256(
         cell.source
         for cell in page.cells
         if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
-    ]
-    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
+    )
 
 
 def code_of_notebooks() -> dict[str, str]:
     """Name of every notebook -> hash of its code cells."""
     return {
-        path.name: code_sha256(nbformat.read(path, 4)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+        path.name: code_of(nbformat.read(path, 4)) for path in sorted(NOTEBOOKS.glob("*.ipynb"))
     }
 
 
@@ -110,14 +108,14 @@ def publish(run: Path) -> None:
         if not executed.is_file():
             sys.exit(f"{executed} does not exist: execute {notebook.name} first")
         page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
-        if code_sha256(page) != code_sha256(source):
+        if code_of(page) != code_of(source):
             sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
         if len(_prose(page)) == len(_prose(source)):
             # Prose is taken from the notebook, so a changed sentence needs no new run.
             for cell, current in zip(_prose(page), _prose(source), strict=True):
                 cell.source = current.source
         nbformat.write(cleaned(page, (root, REPO)), CODE.parent / notebook.name)
-    CODE.write_text(json.dumps(code_of_notebooks(), indent=1) + "\n", encoding="utf-8")
+    write_json(CODE, code_of_notebooks())
     shutil.copy(run / "metrics.json", folder)
     shutil.copy(run / "scaling/summary.json", folder / "scaling.json")
     for name in FIGURES:
@@ -131,8 +129,7 @@ def publish(run: Path) -> None:
 
 def twins(run: Path) -> Figure:
     """A figure of one twin pair, with every model's answers below the images."""
-    config = from_dict(read_json(run / "evaluation/manifest.json")["config"])
-    rows = load_prompts(config.data, "twins")
+    rows = load_prompts(recorded_config(run / "evaluation").data, "twins")
     models = read_json(run / "inference/summary.json")["models"]
     said = {
         name: {

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixi
 from spavl_lib.config import Config, DataConfig, load_config
 from spavl_lib.data.embedded.mini import mini_folder
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.sampling import spread as spread  # other tests import it from here
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
@@ -81,11 +82,6 @@ def embedded_model(*, own: bool = False) -> PreTrainedModel:
 def mini_rows(split: str = "train") -> Dataset:
     """All preference rows of SPA-VL mini."""
     return load_preferences(MINI, split)
-
-
-def spread(rows: Dataset, count: int) -> list[dict]:
-    """Rows evenly over a set, so that classes, types and lengths differ."""
-    return [rows[i] for i in range(0, len(rows), len(rows) // count)][:count]
 
 
 def png(colour: tuple[int, int, int] = (200, 30, 30), size: tuple[int, int] = (24, 16)) -> bytes:

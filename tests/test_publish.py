@@ -19,7 +19,7 @@ def test_every_notebook_is_published_and_stale_ones_are_named() -> None:
     assert {p.name for p in PUBLISHED} == {p.name for p in publish.NOTEBOOKS.glob("*.ipynb")}
     hashes = json.loads(publish.CODE.read_text(encoding="utf-8"))
     for path in PUBLISHED:
-        assert publish.code_sha256(nbformat.read(path, 4)) == hashes[path.name], path.name
+        assert publish.code_of(nbformat.read(path, 4)) == hashes[path.name], path.name
     if names := publish.stale():
         warnings.warn(f"published with other code: {', '.join(names)}", stacklevel=1)
 
@@ -50,7 +50,7 @@ def test_what_is_left_out_of_a_notebook() -> None:
     cell = new_code_cell("1", outputs=outputs, metadata={"papermill": {}, "tags": ["parameters"]})
     injected = new_code_cell("2", metadata={"tags": ["injected-parameters"]})
     page = new_notebook(cells=[cell, injected], metadata={"widgets": {}, "papermill": {}})
-    assert publish.code_sha256(page) == publish.code_sha256(new_notebook(cells=[cell]))
+    assert publish.code_of(page) == publish.code_of(new_notebook(cells=[cell]))
     kept = publish.cleaned(page, (publish.REPO,))
     assert [o.text for o in kept.cells[0].outputs] == ["saved runs"]
     assert kept.metadata == {} and kept.cells[0].metadata == {"tags": ["parameters"]}

@@ -32,6 +32,11 @@ def subset(rows: Dataset, count: int, seed: int = 0, how: str = "stratified") ->
     return rows.select(sorted(nested_order(strata, seed)[:count]))
 
 
+def spread(rows: Dataset, count: int) -> list[dict]:
+    """At most `count` rows, evenly over a set, so that classes, types and lengths differ."""
+    return [rows[i] for i in range(0, len(rows), max(1, len(rows) // count))][:count]
+
+
 def nested_order(strata: Sequence[object], seed: int) -> list[int]:
     """Row numbers in an order whose first n rows have about the proportions of the whole.
 

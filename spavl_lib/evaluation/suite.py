@@ -9,6 +9,7 @@ from spavl_lib.config import Config, to_plain
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_origin
+from spavl_lib.data.sampling import spread
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
@@ -275,7 +276,7 @@ def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str,
             rates[f"{key}_rate"] = None
             continue
         prompts = load_prompts(config.data, name)
-        picked = [prompts[i] for i in range(0, len(prompts), max(1, len(prompts) // rows))][:rows]
+        picked = spread(prompts, rows)
         size, values = config.generation.batch_size, []
         for start in range(0, len(picked), size):
             part = picked[start : start + size]

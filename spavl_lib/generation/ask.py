@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 from spavl_lib.config import Config
-from spavl_lib.config.loading import from_dict
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import ImageError, decode, image_cell, open_image, png_bytes
 from spavl_lib.data.templates import completion_ids, encode_prompts
@@ -24,7 +23,7 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
-from spavl_lib.runs.files import read_json
+from spavl_lib.runs.stage import recorded_config
 from spavl_lib.stages import policies
 
 KEPT = 500_000_000  # parameters; models with fewer stay in memory
@@ -69,17 +68,17 @@ class RunModels:
     def _load(self, name: str) -> nn.Module:
         """The base model, a trained policy, or the reward model."""
         if name not in self._kept:
+            free_memory()  # of the model before, if it was not kept
             model: nn.Module
             if name == "reward":
                 assert self.reward_folder is not None
-                config = _config_of(self.reward_folder).model
+                config = recorded_config(self.reward_folder).model
                 model = load_reward_model(config, self.reward_folder / "model")
             elif (folder := self.folders[name]) is None:
                 model = load_policy(self.config.model)
             else:
-                model = load_policy(_config_of(folder).model, folder / "model")
+                model = load_policy(recorded_config(folder).model, folder / "model")
             if sum(p.numel() for p in model.parameters()) >= KEPT:
-                free_memory()  # of the model before
                 return model
             self._kept[name] = model
         return self._kept[name]
@@ -151,7 +150,7 @@ def config_of_run(run_path: Path) -> Config:
     """
     trained, inference = _trained(run_path), run_path / "inference"
     asked = (inference / "summary.json").is_file()
-    return _config_of(inference if asked else next(iter(trained.values())))
+    return recorded_config(inference if asked else next(iter(trained.values())))
 
 
 def _trained(run_path: Path) -> dict[str, Path]:
@@ -167,13 +166,6 @@ def _trained(run_path: Path) -> dict[str, Path]:
 
 def _complete(stage: Path) -> bool:
     return (stage / "summary.json").is_file() and (stage / "model").is_dir()
-
-
-def _config_of(stage: Path) -> Config:
-    try:
-        return from_dict(read_json(stage / "manifest.json")["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{stage / 'manifest.json'} cannot be read: {error}") from error
 
 
 def decoded_image(image: Any) -> Image.Image:

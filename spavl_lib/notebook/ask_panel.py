@@ -13,16 +13,17 @@ from PIL import Image
 
 from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts
+from spavl_lib.data.sampling import spread
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import model_title
-from spavl_lib.evaluation.text import clean, short
+from spavl_lib.evaluation.text import short
 from spavl_lib.generation.ask import Reply, RunModels, config_of_run, decoded_image
+from spavl_lib.notebook.panels import error_box, paragraph
 from spavl_lib.notebook.session import safe_image
 from spavl_lib.runs.stage import Run
 
 EXAMPLES = 4  # of each test set
 SHOWN = 192  # height of the picture, in pixels
-STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; margin: 0.3em 0"
 
 
 def ask_panel(
@@ -61,7 +62,7 @@ class AskPanel:
         self.examples.observe(lambda _: self._try(self._on_example), names="value")
         self.button.on_click(lambda _: self._try(self.ask))
         self.rows = self._examples()
-        labels = ((_label(row), place) for place, row in self.rows.items())
+        labels = ((_label(row), place) for place, row in enumerate(self.rows))
         self.examples.options = [("choose one", None), *labels]
         self.widget = widgets.VBox(
             [
@@ -75,22 +76,20 @@ class AskPanel:
         """The run's models, loaded when they are first needed."""
         return RunModels(self.run_path)
 
-    def _examples(self) -> dict[int, dict]:
+    def _examples(self) -> list[dict]:
         """A few prompts of each test set of the run's data."""
         data = config_of_run(self.run_path).data
         rows: list[dict] = []
         for name in eval_sets(data, held_out_drawings=False):
-            prompts = load_prompts(data, name)
-            places = range(0, len(prompts), max(1, len(prompts) // EXAMPLES))[:EXAMPLES]
-            rows += [prompts[i] | {"set": name} for i in places]
-        return dict(enumerate(row for row in rows if row["image"] is not None))
+            rows += [row | {"set": name} for row in spread(load_prompts(data, name), EXAMPLES)]
+        return [row for row in rows if row["image"] is not None]
 
     def _try(self, action: Any) -> None:
         """Call `action`, and show its error in the panel: widgets would hide a callback's error."""
         try:
             action()
         except Exception as error:
-            self.replies.value = f'<pre style="color: #b00020">{html.escape(clean(error))}</pre>'
+            self.replies.value = error_box(error)
 
     def _show(self, image: Image.Image, *, reveal: bool) -> None:
         self.chosen, self.replies.value = png_bytes(image), ""
@@ -127,12 +126,11 @@ def table(replies: list[Reply]) -> str:
     cells = []
     for reply in replies:
         score = "" if reply.score is None else f"<br>reward model's score {reply.score:+.2f}"
-        text = html.escape(clean(reply.response) or "(the answer is empty)")
+        title = html.escape(model_title(reply.model))
         cut = "" if reply.finished else "<br><i>cut at the limit of tokens</i>"
         cells.append(
-            f'<td style="vertical-align: top; padding: 0.4em 1em; max-width: 22em">'
-            f"<b>{html.escape(model_title(reply.model))}</b>"
-            f'<div dir="auto" style="{STYLE}">{text}</div>'
+            '<td style="vertical-align: top; padding: 0.4em 1em; max-width: 22em">'
+            f"{paragraph(title, reply.response or '(the answer is empty)')}"
             f'<span style="opacity: 0.7">{cut}{score}</span></td>'
         )
     return f"<table><tr>{''.join(cells)}</tr></table>"

@@ -29,8 +29,9 @@ from spavl_lib.evaluation.people.sample import (
     sampled_answers,
 )
 from spavl_lib.evaluation.people.table import render_people_table
-from spavl_lib.evaluation.text import clean, picture_name
+from spavl_lib.evaluation.text import picture_name
 from spavl_lib.evaluation.verdicts import Refused
+from spavl_lib.notebook.panels import error_box, paragraph
 from spavl_lib.notebook.session import safe_image
 from spavl_lib.runs.files import read_json, write_text
 from spavl_lib.runs.stage import Run
@@ -46,7 +47,6 @@ UNDO, IMAGE, RATES = "z", "i", "t"
 RATER = "rater1"
 SIZE = 200
 WIDEST = 512  # longest side of the shown image, in pixels
-STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; max-width: 46em; margin: 0.4em 0"
 
 
 def label_panel(run: Run | Path | str, *, rater: str = RATER, n: int = SIZE) -> widgets.VBox:
@@ -103,7 +103,7 @@ class LabelPanel:
         try:
             action()
         except (SpavlError, OSError) as error:
-            self.message.value = f'<pre style="color: #b00020">{html.escape(str(error))}</pre>'
+            self.message.value = error_box(error)
 
     def _draw(self) -> None:
         ensure_sample(self.run_path, self.n)
@@ -211,8 +211,8 @@ class LabelPanel:
             self.count.value = f"All {done} answers are labelled by {self.rater}. Thank you."
             return
         answer = self.answers[key]
-        self.question.value = _paragraph("Question", answer.prompt)
-        self.answer.value = _paragraph("Answer", answer.response or "(the answer is empty)")
+        self.question.value = paragraph("Question", answer.prompt)
+        self.answer.value = paragraph("Answer", answer.response or "(the answer is empty)")
         chosen = [HARMFUL[k][0] for k in HARMFUL if self._harmful == (HARMFUL[k][1],)]
         chosen += [REFUSED[k][0] for k in REFUSED if self._refused == REFUSED[k][1]]
         for letter, (text, _) in [*HARMFUL.items(), *REFUSED.items()]:
@@ -230,11 +230,6 @@ class LabelPanel:
         self.image.value = b""
         if image is not None:
             self.image.value = png_bytes(safe_image(image, reveal=self._image_shown))
-
-
-def _paragraph(title: str, text: str) -> str:
-    """HTML that shows every character of a text that a model or other people wrote."""
-    return f'<b>{title}</b><div dir="auto" style="{STYLE}">{html.escape(clean(text))}</div>'
 
 
 def run_image(run_path: Path, key: Key) -> tuple[Image.Image | None, str]:

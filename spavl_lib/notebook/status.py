@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,11 @@ def remove_leftovers(stage: Stage) -> None:
                 continue
 
 
+def code_sha256(sources: Iterable[str]) -> str:
+    """The hash of a notebook's code cells, from their sources."""
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
+
+
 def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[str, Any]) -> None:
     """Record in the manifest which notebook made the stage, and how long its cells took.
 
@@ -111,7 +116,7 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
     stage.note(
         notebook={
             "name": source.name,
-            "sha256": hashlib.sha256("\0".join(code).encode()).hexdigest(),
+            "sha256": code_sha256(code),
             "parameters": kept,
             "papermill": importlib.metadata.version("papermill"),
             "cell_times_s": times,

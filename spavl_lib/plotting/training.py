@@ -278,7 +278,8 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     ax = fig.subplots()
     ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="perfectly calibrated")
     if rows:
-        many, few = ([r for r in rows if (r["n"] >= _FEW_PAIRS) is kind] for kind in (True, False))
+        many = [row for row in rows if row["n"] >= _FEW_PAIRS]
+        few = [row for row in rows if row["n"] < _FEW_PAIRS]
         if many:
             x, y = ([row[key] for row in many] for key in ("certainty", "right"))
             errors = np.array([_share_errors(row) for row in many]).T

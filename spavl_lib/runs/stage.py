@@ -28,6 +28,7 @@ from spavl_lib.config import (
     profile_names,
     to_plain,
 )
+from spavl_lib.config.loading import from_dict
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.machine import device_name, is_main, peak_memory_gib, reset_peak_memory
 from spavl_lib.runs import provenance
@@ -49,6 +50,19 @@ def recorded_dtype(manifest: dict) -> machine.Dtype:
     """
     old: dict[str, machine.Dtype] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     return manifest.get("dtype") or old.get(manifest.get("inputs", {}).get("dtype"), "")
+
+
+def recorded_config(stage_path: Path) -> Config:
+    """The config in the manifest of a stage's folder.
+
+    Raises:
+        InputError: The manifest is missing, or cannot be read.
+    """
+    manifest = stage_path / "manifest.json"
+    try:
+        return from_dict(read_json(manifest)["config"])
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{manifest} cannot be read: {error}") from error
 
 
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.

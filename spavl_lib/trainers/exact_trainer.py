@@ -21,6 +21,7 @@ from spavl_lib import machine
 from spavl_lib.config import LaunchConfig
 from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.grouping import ImageGroupedSampler
+from spavl_lib.data.sampling import spread
 from spavl_lib.distributed import group, settings
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.runs.signals import StopFlag
@@ -356,7 +357,7 @@ def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -
         InputError: A row is too long.
         AssertionError: A mask, BOS, EOS or image slot is wrong.
     """
-    sample = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 8))][:8]
+    sample = spread(rows, 8)
     config = getattr(trainer.model, "config", None) or trainer.model.vlm.config
     check_batch(
         trainer.data_collator(sample), sample, processor, getattr(config, "image_token_id", None)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.sampling import spread
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import autocast
 from spavl_lib.objectives.logps import sequence_logps
@@ -53,7 +54,7 @@ def reference_probe(
     Raises:
         InputError: The model ignores the images.
     """
-    picked = [rows[i] for i in range(0, len(rows), max(1, len(rows) // PROBE_ROWS))][:PROBE_ROWS]
+    picked = spread(rows, PROBE_ROWS)
     collate, device = PreferenceCollator(processor), next(model.parameters()).device
     training, logps, effects = model.training, [], []
     model.eval()

@@ -183,10 +183,8 @@ def judged_record(row: BenchmarkRow, response: str) -> dict[str, Any]:
         rule["asks_warning"] = True
     if row.rule in CLOSED_RULES:
         rule["form"] = row.rule
-    if row.rule in (
-        *CLOSED_RULES,
-        "reference",
-    ):  # under other rules `reference` may be a bad answer
+    # Under other rules `reference` may be a bad answer.
+    if row.rule in (*CLOSED_RULES, "reference"):
         rule["reference"] = row.reference
     return prompt_row(row) | {"prompt": shown_prompt(row), "response": response} | rule
 

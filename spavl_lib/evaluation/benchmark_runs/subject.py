@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.config import ModelConfig
-from spavl_lib.config.loading import from_dict
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.modelling.load import BASE_FILE, context_length, model_hashes
 from spavl_lib.runs.files import read_json, sha256_file
 from spavl_lib.runs.paths import runs_root
+from spavl_lib.runs.stage import recorded_config
 
 ANSWER_FILES = (".json", ".jsonl", ".tsv", ".csv")
 # Two controls. If a measure rates one of them as the best model, it measures the wrong thing. The
@@ -149,10 +149,7 @@ def _find(text: str) -> Subject:
 def _folder(folder: Path, text: str) -> Subject:
     stage = folder.parent if folder.name == "model" else folder
     if (stage / "manifest.json").is_file() and (stage / "model").is_dir():
-        try:
-            config = from_dict(read_json(stage / "manifest.json")["config"]).model
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{stage / 'manifest.json'} cannot be read: {error}") from error
+        config = recorded_config(stage).model
         name = _slug(f"{stage.parent.name}-{stage.name}")
         return Subject(name, text, "run", model=config, trained=stage / "model")
     if (folder / "adapter_config.json").is_file():
