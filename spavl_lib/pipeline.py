@@ -52,8 +52,11 @@ def train(name: str, config: Config, stage: Stage) -> dict:
     check_own_prompts(config.data)
     from spavl_lib.plotting import LivePlot  # imported here, because matplotlib loads slowly
 
+    live = LivePlot()
     with memory_advice(name, config):
-        return launcher.make(name, config, stage, live=LivePlot())
+        summary = launcher.make(name, config, stage, live=live)
+    live.close()
+    return summary
 
 
 def check_trainer(name: str) -> None:

@@ -40,7 +40,7 @@ from spavl_lib.notebook.status import (
 from spavl_lib.runs.files import DISK_ERRORS
 from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.runs.text import say, short_path
+from spavl_lib.runs.text import FIGURES, say, short_path
 
 # The parameters that every notebook declares and that the runner sets.
 PARAMETERS = ("profile", "seed", "run_name", "overrides")
@@ -378,6 +378,7 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                FIGURES: "light",  # executed notebooks are published
             }
             # The log holds what the kernel prints outside of cells, such as a crash's message.
             execution.kernel_log.parent.mkdir(parents=True, exist_ok=True)

@@ -1,18 +1,24 @@
 """Functions that every notebook uses: they open its stage, and preview images and text safely."""
 
 import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageFilter
 
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
+from spavl_lib.data.taxonomy import display, field_name
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.machine import DTYPE, device_name
 from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.runs.maker import leave_other_launchers
 from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.runs.text import FIGURES
+
+_NAMED = ("class1", "class2", "class3", "question_type")  # fields whose values have display names
 
 
 def check_parameters(**parameters: Any) -> None:
@@ -64,6 +70,8 @@ def open_stage(
     """
     check_parameters(profile=profile, seed=seed, run_name=run_name, overrides=overrides)
     quiet_libraries()
+    if "JPY_SESSION_NAME" in os.environ:  # this kernel belongs to a notebook that a person sees
+        os.environ.setdefault(FIGURES, lab_theme())
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
     leave_other_launchers(config.launch)
     if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
@@ -79,6 +87,20 @@ def open_stage(
     )
     print("\n".join(lines))  # noqa: T201 - a notebook's own output
     return config, stage
+
+
+def lab_theme() -> str:
+    """The theme that JupyterLab's settings choose: `dark` or `light`, which is also the default."""
+    config = os.environ.get("JUPYTER_CONFIG_DIR") or Path.home() / ".jupyter"
+    folder = os.environ.get("JUPYTERLAB_SETTINGS_DIR") or Path(config, "lab", "user-settings")
+    settings = "@jupyterlab/apputils-extension/themes.jupyterlab-settings"
+    try:
+        text = Path(folder, settings).read_text(encoding="utf-8")
+    except OSError:
+        return "light"
+    # The file is JSON with comments.
+    named = re.search(r'^(?!\s*//).*"theme"\s*:\s*"([^"]*)"', text, re.MULTILINE)
+    return "dark" if named and "dark" in named[1].lower() else "light"
 
 
 def safe_image(cell: Any, *, reveal: bool = False) -> Image.Image:
@@ -99,11 +121,20 @@ def safe_text(text: str, *, reveal: bool = False, limit: int = 60) -> str:
 
 
 def caption(row: dict, fields: tuple[str, ...], *, reveal: bool = False) -> str:
-    """Some fields of a row, one line each, as a caption for its image.
+    """Some fields of a row, one line each, as a caption for its image, with names for readers.
 
     Args:
         row: The row.
         fields: Names of the fields; a field without a value is left out.
         reveal: Whether to keep long texts whole.
     """
-    return "\n".join(f"{f}: {safe_text(row[f], reveal=reveal)}" for f in fields if row.get(f))
+    lines = []
+    for field in fields:
+        value = row.get(field)
+        if isinstance(value, bool):
+            value = "yes" if value else "no"
+        elif field in _NAMED:
+            value = display(value or "").lower()
+        if value:
+            lines.append(f"{field_name(field)}: {safe_text(value, reveal=reveal)}")
+    return "\n".join(lines)

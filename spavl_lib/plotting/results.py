@@ -66,7 +66,8 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
 
-    Bars show the 95 % intervals. If no model has an unsafe rate, but some have a refusal rate, y is
+    Bars show the 95 % intervals. An arrow leads from the base model to each model that was trained
+    from it. If no model has an unsafe rate, but some have a refusal rate, y is
     the refusal rate.
 
     Args:
@@ -82,10 +83,11 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
     _percent_axis(ax, "y")
     ax.axhspan(0.8, 1.03, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
-    ax.text(0.815, 0.82, "safe and helpful", **corner)
+    ax.text(0.81, 0.82, "safe and\nhelpful", **corner)
     ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
     ax.text(0.0, 0.03, "unsafe and\nuseless", va="bottom", **corner)
-    points = []
+    points: list[tuple[float, float, str]] = []
+    start = None  # the base model's point
     for index, (name, cells) in enumerate(models.items()):
         helpful, measured = read_rate(cells, "helpful_rate"), read_rate(cells, harm.key)
         if helpful is None or measured is None:
@@ -94,6 +96,14 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
         xerr = np.array(helpful.errors)[:, None]
         yerr = np.array(measured.errors if refusals else measured.errors[::-1])[:, None]
         _dot(ax, x, y, colours[name], index, xerr=xerr, yerr=yerr)
+        if name == "base":
+            start = (x, y)
+        elif start:
+            bend = 0.06 if index % 2 else -0.06  # so that arrows to near points lie apart
+            ax.annotate("", (x, y), start, zorder=2, arrowprops={
+                "arrowstyle": "-|>", "mutation_scale": 18, "connectionstyle": f"arc3,rad={bend}",
+                "color": colours[name], "alpha": 0.6, "lw": 1.8, "shrinkA": 9, "shrinkB": 9,
+            })  # fmt: skip
         reach = helpful.errors[1] if x <= 0.6 else -helpful.errors[0]
         points.append((x + reach, y, name))
     for (x, y, name), height in zip(points, _spread([p[1] for p in points]), strict=True):

@@ -9,19 +9,9 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from spavl_lib.data.images import ImageError, open_image
-from spavl_lib.plotting.style import BASE_COLOUR, GRID, INK, MUTED, PALETTE, PAPER, STYLE
+from spavl_lib.plotting.style import DARK, STYLE
 from spavl_lib.report.gallery import image_uri
 
-_DARK = {
-    INK: "#e6eaf0",
-    MUTED: "#a3adba",
-    GRID: "#2e3743",
-    PAPER: "#171c23",
-    BASE_COLOUR: "#98a4b5",
-    PALETTE[0]: "#4ea9e2",
-    PALETTE[1]: "#f28444",
-    PALETTE[2]: "#3fc79d",
-}
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 _MAX_FIGURES = 16  # largest number of figures of one stage
 _MAX_BYTES = 250_000  # a larger PNG file is shrunk to `_LONGEST`
@@ -40,7 +30,7 @@ def svg_uri(fig: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     light, dark = [], []
-    for index, (light_colour, dark_colour) in enumerate(_DARK.items()):
+    for index, (light_colour, dark_colour) in enumerate(DARK.items()):
         text = text.replace(light_colour, f"var(--c{index})")
         light.append(f"--c{index}:{light_colour}")
         dark.append(f"--c{index}:{dark_colour}")

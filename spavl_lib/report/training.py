@@ -27,11 +27,6 @@ REWARD_RATES = (
 )  # fmt: skip
 POLICY_STAGES = ("ppo", "rloo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
-_TYPES = {
-    "easy": "direct question",
-    "hardq": "question with a pretext",
-    "hards": "statement with a pretext",
-}
 
 
 def reward_page(metrics: Any, stage: StagePage) -> dict | None:
@@ -66,10 +61,7 @@ def reward_page(metrics: Any, stage: StagePage) -> dict | None:
 
 
 def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
-    return [
-        (_TYPES.get(name) or short(display(name)), Rate.from_dict(cell))
-        for name, cell in rates.items()
-    ]
+    return [(short(display(name)), Rate.from_dict(cell)) for name, cell in rates.items()]
 
 
 def policy_page(stage: StagePage) -> dict | None:

@@ -1,6 +1,7 @@
 """What a notebook's parameters may be: papermill passes them as it reads them."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 from spavl_lib.data.images import png_bytes
 from spavl_lib.errors import InputError
 from spavl_lib.notebook import colab
-from spavl_lib.notebook.session import caption, open_stage, safe_image, safe_text
+from spavl_lib.notebook.session import caption, lab_theme, open_stage, safe_image, safe_text
 
 GOOD = {"profile": "smoke", "seed": -1, "run_name": "", "overrides": {}}
 
@@ -53,11 +54,36 @@ def test_previews_are_cut_and_blurred_unless_revealed() -> None:
         f"id: 7\nprompt: {safe_text(text)}"
     )
     assert caption({"prompt": text}, ("prompt",), reveal=True) == f"prompt: {text}"
+    row = {"question_type": "hardq", "class3": "scamns", "harmful": False}
+    assert caption(row, ("question_type", "class3", "harmful")) == (
+        "question type: question with a pretext\nclass of harm: scams\nharmful with this image: no"
+    )
     stripes = Image.fromarray(np.tile([0, 255], (32, 16)).astype(np.uint8)).convert("RGB")
     cell = {"bytes": png_bytes(stripes), "path": None}
     blurred, plain = np.asarray(safe_image(cell)), np.asarray(safe_image(cell, reveal=True))
     assert np.array_equal(plain, np.asarray(stripes)) and plain.std() > 100
     assert blurred.shape == plain.shape and blurred[8:24, 8:24].std() < 20
+
+
+def test_figures_follow_the_theme_that_lab_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path))
+    monkeypatch.delenv("JUPYTERLAB_SETTINGS_DIR", raising=False)
+    monkeypatch.delenv("SPAVL_FIGURES", raising=False)
+    folder = tmp_path / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    folder.mkdir(parents=True)
+    settings = folder / "themes.jupyterlab-settings"
+    assert lab_theme() == "light"
+    for name, theme in (("JupyterLab Dark", "dark"), ("JupyterLab Light", "light")):
+        settings.write_text(f'{{\n    // Selected Theme\n    "theme": "{name}"\n}}')
+        assert lab_theme() == theme
+    settings.write_text('{"theme": "JupyterLab Dark"}')
+    open_stage("dpo", "smoke")
+    assert "SPAVL_FIGURES" not in os.environ  # no notebook that a person sees
+    monkeypatch.setenv("JPY_SESSION_NAME", "04_dpo.ipynb")
+    open_stage("dpo", "smoke")
+    assert os.environ.pop("SPAVL_FIGURES") == "dark"
 
 
 def test_notebooks_reveal_the_embedded_set_alone(repo: Path) -> None:

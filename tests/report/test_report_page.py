@@ -214,7 +214,7 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     assert f"the mean score goes from {first:.3g} to {last:.3g}" in curves
     assert "PPO in numbers: the first and the last 4 of 40 steps" in page.text
     kl = [sum(r["objective/kl"] for r in part) / 4 for part in (rows[:4], rows[-4:])]
-    assert f"KL to the reference nats an answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
+    assert f"KL to the reference nats per answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
     assert "Gradient norm: value before clipping" in page.text
 
 
