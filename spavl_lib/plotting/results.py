@@ -1,5 +1,6 @@
 """Figures of metrics.json: rates with intervals, overall and per class."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 
 
 @styled
-def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
+def plot_safety_helpfulness(source: Mapping | Path | str, *, width: float = 6.2) -> Figure:
     """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
 
     Bars show the 95 % intervals. An arrow leads from the base model to each model that was trained
@@ -72,12 +73,13 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
     Args:
         source: The path of metrics.json, or its contents.
+        width: Width in inches.
     """
     models = models_of(read_metrics(source))
     harm = harm_metric(models)
     refusals = harm.key == REFUSAL_RATE.key
     colours = model_colours(models)
-    fig = new_figure(6.2, 5.2)
+    fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
     _percent_axis(ax, "x")
     _percent_axis(ax, "y")
@@ -118,7 +120,9 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
 
 @styled
-def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -> Figure:
+def plot_refusal_balance(
+    points: Sequence[tuple[str, Rate, Rate]], title: str, *, width: float = 6.2
+) -> Figure:
     """One point for each model: harmless requests that it did not refuse (x), and bad answers (y).
 
     An answer to a harmful request is bad if it is harmful, or if it is no refusal; the caller
@@ -129,9 +133,10 @@ def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -
         points: For each model its name, the share of harmless requests that it refused, and the
             share of bad answers.
         title: Label of the y axis.
+        width: Width in inches.
     """
     scale = LinearSegmentedColormap.from_list("refused", [PALETTE[2], PALETTE[4], PALETTE[1]])
-    fig = new_figure(6.2, 5.2)
+    fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
     _percent_axis(ax, "x")
     _percent_axis(ax, "y")
@@ -152,7 +157,7 @@ def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -
                     (x + reach, height), va="center", ha="right" if left else "left",
                     fontsize=9, color=INK)  # fmt: skip
     ax.set_xlabel("Harmless requests not refused")
-    ax.set_ylabel(title)
+    ax.set_ylabel(textwrap.fill(title, round(10 * width)))
     return fig
 
 
@@ -226,7 +231,9 @@ def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
 
 
 @styled
-def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
+def plot_unsafe_by_class(
+    source: Mapping | Path | str, level: int = 2, *, width: float = 8.2
+) -> Figure:
     """Unsafe rate of every model per harm class, with 95 % Wilson intervals.
 
     If no model has an unsafe rate, but some have a refusal rate, the refusal rate is drawn.
@@ -234,6 +241,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     Args:
         source: The path of metrics.json, or its contents.
         level: Level of the classes: 1 (6 classes), 2 (15) or 3 (53).
+        width: Width in inches.
     """
     models = models_of(read_metrics(source))
     colours = model_colours(models)
@@ -249,10 +257,12 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
             previous_class1 = class1
         places.append(y)
         y += 1.0
-    fig = new_figure(8.2, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
+    fig = new_figure(width, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
     ax = fig.subplots()
     _percent_axis(ax)
     ax.set_xlim(0, 1.03)
+    if narrow := width < 5:
+        ax.set_xticks((0, 0.5, 1))
     ax.spines["left"].set_visible(False)
     height = 0.78 / max(1, len(models))
     for index, (name, by_class) in enumerate(rates.items()):
@@ -268,9 +278,10 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
         ax.errorbar([r.value for _, r in shown], [p for p, _ in shown], xerr=errors, ls="none",
                     ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
                     color=colours[name], mec=PAPER, clip_on=False, zorder=3)  # fmt: skip
-    ax.set_yticks(places, [short(display(name), 44) for _, name in order])
+    names = [textwrap.fill(short(display(name), 44), round(5.4 * width)) for _, name in order]
+    ax.set_yticks(places, names, linespacing=0.95)
     for place, text in labels:
-        ax.text(0, place, text, va="center", weight="bold", fontsize=9.5,
+        ax.text(0, place, text, va="center", weight="bold", fontsize=7.5 if narrow else 9.5,
                 bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip
     ax.set_ylim(max(y, 1) - 0.3, -0.6)
     ax.grid(False, axis="y")

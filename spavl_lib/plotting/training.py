@@ -289,6 +289,7 @@ def plot_margin_histogram(
     values: Sequence[float] | Mapping[str, Sequence[float]],
     *,
     label: str = "Reward margin, chosen − rejected",
+    width: float = 6.6,
 ) -> Figure:
     """Histogram of margins; pairs to the right of the line at 0 are ranked correctly.
 
@@ -296,13 +297,14 @@ def plot_margin_histogram(
         values: For each pair, the score of the chosen response minus the score of the rejected one;
             or several named lists of such margins.
         label: Label of the x axis.
+        width: Width in inches.
     """
     named = values if isinstance(values, Mapping) else {"": values}
     arrays = {k: np.asarray(list(v), float) for k, v in named.items()}
     arrays = {k: v[np.isfinite(v)] for k, v in arrays.items()}
     everything = np.concatenate([*arrays.values(), [0.0]])
     bins = np.linspace(everything.min(), everything.max() or 1.0, 41)
-    fig = new_figure(6.6, 3.4)
+    fig = new_figure(width, 3.4)
     ax = fig.subplots()
     for colour, (name, array) in zip(PALETTE, arrays.items(), strict=False):
         share = f"{percent(float((array > 0).mean()))} above 0" if len(array) else "none"
@@ -317,7 +319,7 @@ def plot_margin_histogram(
 
 
 @styled
-def plot_calibration(rows: Sequence[Mapping]) -> Figure:
+def plot_calibration(rows: Sequence[Mapping], *, width: float = 4.8) -> Figure:
     """Share of pairs ranked correctly, over the certainty of the model's preference.
 
     On the diagonal, the share equals the certainty. A bin of fewer than ten pairs says next to
@@ -327,8 +329,9 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     Args:
         rows: Rows of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n`
             (pairs).
+        width: Width in inches.
     """
-    fig = new_figure(4.8, 5.2)
+    fig = new_figure(width, 5.2)
     ax, below = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
     ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="perfectly calibrated")
     many = [row for row in rows if row["n"] >= _FEW_PAIRS]
@@ -357,7 +360,7 @@ def plot_calibration(rows: Sequence[Mapping]) -> Figure:
     below.set_xlabel("certainty of the preference, σ(|margin|)")
     below.grid(False, axis="x")
     below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    legend_above(ax)
+    legend_above(ax, columns=3 if width > 4.5 else 2)
     return fig
 
 

@@ -3,7 +3,10 @@
 import base64
 import io
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -12,10 +15,37 @@ from spavl_lib.data.images import ImageError, open_image
 from spavl_lib.plotting.style import DARK, STYLE
 from spavl_lib.report.gallery import image_uri
 
+# In figures for narrow screens: width of a figure, in inches.
+NARROW = 4.2
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 _MAX_FIGURES = 16  # largest number of figures of one stage
 _MAX_BYTES = 250_000  # a larger PNG file is shrunk to `_LONGEST`
 _LONGEST = 1400  # px, largest width and height
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as SVG data URIs: one for wide screens, and one for narrow screens.
+
+    A figure that is only scaled down would have illegible text on a phone.
+    """
+
+    wide: str
+    narrow: str
+
+
+def chart(plot: Callable[..., Figure], *arguments: Any, **narrow: Any) -> Chart:
+    """Draw a figure twice: as it is, and with other settings for narrow screens.
+
+    Args:
+        plot: The function of `plotting`.
+        arguments: Its positional arguments.
+        narrow: Keyword arguments for narrow screens, such as `columns=1`. If there are none, the
+            width is `NARROW`.
+    """
+    return Chart(
+        svg_uri(plot(*arguments)), svg_uri(plot(*arguments, **(narrow or {"width": NARROW})))
+    )
 
 
 def svg_uri(fig: Figure) -> str:
