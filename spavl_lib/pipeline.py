@@ -193,6 +193,21 @@ def run_command(name: str, config: Config) -> str:
     return shlex.join(words)
 
 
+def next_commands(name: str, config: Config) -> list[str]:
+    """Commands that make sense once a stage is complete, the nearest first.
+
+    Args:
+        name: The stage.
+        config: The config of its run.
+    """
+    run, table = Run(config), stages.all_stages()
+    after = [s.name for s in table.values() if name in s.upstream and s.notebook]
+    commands = [run_command(n, config) for n in after if not run.stage(n).done][:1]
+    if table[name].policy:
+        commands.append(shlex.join(["spavl", "ask", run.name]) + ' IMAGE "QUESTION"')
+    return [*commands, shlex.join(["spavl", "report", run.name])]
+
+
 @contextlib.contextmanager
 def memory_advice(name: str, config: Config) -> Iterator[None]:
     """Add the planner's advice to an out-of-memory error raised inside the block.

@@ -13,13 +13,16 @@ import typer
 
 from spavl_lib import stages
 from spavl_lib.cli import ask, data, evaluate, judge, label, model
-from spavl_lib.cli.shared import run_path, update_people
+from spavl_lib.cli.shared import Commands, run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
+from spavl_lib.runs.provenance import library_version
 from spavl_lib.runs.stage import Run
+from spavl_lib.runs.text import short_path
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -62,8 +65,21 @@ RunName = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spavl {library_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _spavl() -> None:
+def _spavl(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Safety preference alignment of vision-language models, by notebook or by command.
 
     \b
@@ -122,7 +138,7 @@ def run(
         _report(sequence.run_all(config, overrides, profile=profile))
         return
     executed = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
-    typer.echo(f"done: {executed}")
+    _done(executed, execute.stage_of(notebook), config)
 
 
 @app.command()
@@ -153,7 +169,7 @@ def train(
     pipeline.check_trainer(kind)
     stage = Run(config).stage(kind)
     pipeline.train(kind, config, stage)
-    typer.echo(f"done: {stage.path}")
+    _done(stage.path, kind, config)
 
 
 @app.command()
@@ -291,6 +307,15 @@ def _report(run_path: Path) -> None:
     print_results(run_path)
 
 
+def _done(path: Path, stage: str, config: Config) -> None:
+    """Say what was made, and which commands continue from there."""
+    from spavl_lib import pipeline
+
+    typer.echo(f"done: {short_path(path)}")
+    for number, command in enumerate(pipeline.next_commands(stage, config)):
+        typer.echo(f"{'' if number else 'next:':5} {command}")
+
+
 def _allow(fields: list[str] | None) -> None:
     """Allow these fields to change when a stage resumes, here and in the kernels started here."""
     if fields:
@@ -360,13 +385,21 @@ def _code_of(args: Sequence[str] | None, sigterms: list) -> int:
     except SpavlError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return _fail(_message(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return interrupted()
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         return _fail(str(error), DiskError.exit_code)
+
+
+def _message(error: typer.TyperException) -> str:
+    """The message of an error in the words of a command; for a missing word, with its help."""
+    param = getattr(error, "param", None)
+    text = str(getattr(param, "help", None) or "")
+    missing = text and error.format_message().startswith("Missing")
+    return error.format_message() + (f" {text}" if missing else "")
 
 
 def _fail(message: str, code: int) -> int:

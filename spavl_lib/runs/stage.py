@@ -78,6 +78,12 @@ class Stage:
         self.allowed: list[str] = []
 
     @property
+    def title(self) -> str:
+        """The stage's name; for a variant of a stage with the variant's name."""
+        variant = self.run.path.parent.name in VARIANT_FOLDERS
+        return f"{self.name} ({self.run.name})" if variant else self.name
+
+    @property
     def dtype(self) -> machine.Dtype:
         """The precision that the stage's models compute in now, one of `machine.DTYPES`."""
         return self.run.config.dtype or machine.dtype_name()
