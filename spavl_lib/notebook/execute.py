@@ -196,6 +196,7 @@ def run_notebook(
         **(parameters or {}),
     }
     check_parameters(notebook, parameter_values)
+    stage.check_all()
     # papermill writes the executed cells to this file.
     unfinished = stage.path / f".executed.{os.getpid()}.ipynb"
     execution = _Execution(notebook, stage)

@@ -63,7 +63,7 @@ def run_all(
     check_judge(config.evaluation, load_truth(config.data))
     for path, stage in sequence.items():
         check_parameters(path)
-        stage.check_config()
+        stage.check_all()
     made_now: set[str] = set()
     for path, stage in sequence.items():
         # If an upstream stage was made now, this notebook runs, and the stage's maker decides what

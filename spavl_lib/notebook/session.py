@@ -1,8 +1,10 @@
 """Functions that every notebook uses: they open its stage, and preview images and text safely."""
 
+import ast
 import os
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from PIL import Image, ImageFilter
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
 from spavl_lib.data.taxonomy import display, field_name
-from spavl_lib.errors import InputError, raise_all
+from spavl_lib.errors import InputError, nearest, raise_all
 from spavl_lib.machine import DTYPE, device_name
 from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.runs.maker import leave_other_launchers
@@ -48,6 +50,45 @@ def check_parameters(**parameters: Any) -> None:
     raise_all(problems, "parameters")
 
 
+def check_injected(cells: Sequence[str]) -> None:
+    """Check that a notebook declares every parameter that papermill passed; papermill only warns.
+
+    Args:
+        cells: The sources of the cells that have run. papermill's cell begins with `# Parameters`.
+
+    Raises:
+        InputError: A parameter is unknown, so that it would have no effect.
+    """
+    for number, cell in enumerate(cells):
+        if cell.startswith("# Parameters\n"):
+            known = [name for source in cells[:number] for name in _assigned(source)]
+            unknown = [name for name in _assigned(cell) if name not in known]
+            if unknown:
+                raise InputError(
+                    f"this notebook has no parameter {', '.join(map(repr, unknown))}"
+                    f"{nearest(unknown[0], known)} (its parameters cell declares: "
+                    f"{', '.join(known)}); settings go into overrides: papermill passes them with "
+                    "-y 'overrides: {dpo.beta: 0.2}'"
+                )
+
+
+def _executed_cells() -> list[str]:
+    """The sources of the cells that this kernel has run; empty outside of a kernel."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return list(shell.user_ns.get("In", ())) if shell else []
+
+
+def _assigned(source: str) -> list[str]:
+    """The names that a cell assigns, without names inside its functions and blocks."""
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError:  # a cell may hold commands of IPython
+        return []
+    targets = [t for line in lines if isinstance(line, ast.Assign) for t in line.targets]
+    targets += [line.target for line in lines if isinstance(line, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
 def open_stage(
     name: str, profile: str, *, seed: int = -1, run_name: str = "", overrides: dict | None = None
 ) -> tuple[Config, Stage]:
@@ -65,9 +106,11 @@ def open_stage(
         The config and the stage's folder.
 
     Raises:
-        InputError: A parameter has a wrong type (see `check_parameters`), or the profile or an
-            override is wrong (see `load_config`).
+        InputError: A parameter has a wrong type (see `check_parameters`) or is unknown (see
+            `check_injected`), the profile or an override is wrong (see `load_config`), or the run
+            was made with other settings (see `Stage.check_all`).
     """
+    check_injected(_executed_cells())
     check_parameters(profile=profile, seed=seed, run_name=run_name, overrides=overrides)
     quiet_libraries()
     if "JPY_SESSION_NAME" in os.environ:  # this kernel belongs to a notebook that a person sees
@@ -77,6 +120,7 @@ def open_stage(
     if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
         os.environ[DTYPE] = config.dtype
     stage = Run(config).stage(name)
+    stage.check_all()
     state = "done, shown from its files" if stage.done else "to be made"
     rows = config.data.train_rows or "all"
     lines = (

@@ -100,6 +100,17 @@ def test_file_that_is_no_notebook_is_refused(tmp_path: Path) -> None:
         execute.check_parameters(path)
 
 
+def test_changed_settings_are_refused_before_a_kernel_starts(
+    make_notebook: Callable, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_notebook("04_dpo", finish("dpo"))
+    with Run(load_config("smoke")).stage("dpo").work() as stage:
+        stage.log({"step": 1})
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(InputError, match=r"other settings:\n  dpo\.beta: 0\.1 -> 0\.2"):
+        run_one(path, {"dpo.beta": 0.2})
+
+
 # --- running ------------------------------------------------------------------------------------
 
 

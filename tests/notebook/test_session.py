@@ -9,10 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from spavl_lib.config import load_config
 from spavl_lib.data.images import png_bytes
 from spavl_lib.errors import InputError
 from spavl_lib.notebook import colab
-from spavl_lib.notebook.session import caption, lab_theme, open_stage, safe_image, safe_text
+from spavl_lib.notebook.session import (
+    caption,
+    check_injected,
+    lab_theme,
+    open_stage,
+    safe_image,
+    safe_text,
+)
+from spavl_lib.runs.stage import Run
 
 GOOD = {"profile": "smoke", "seed": -1, "run_name": "", "overrides": {}}
 
@@ -36,6 +45,49 @@ def test_a_parameter_of_a_wrong_type_is_one_sentence(changes: dict, reason: str)
     values = GOOD | changes
     with pytest.raises(InputError, match=reason):
         open_stage("dpo", values.pop("profile"), **values)
+
+
+def test_a_changed_setting_is_refused_by_the_first_cell(runs: Path) -> None:
+    """With every folder of the run that was made otherwise, and before anything is loaded."""
+    config = load_config("smoke", {"reward.learning_rate": 1e-3})
+    for name in ("reward", "ppo"):
+        with Run(config).stage(name).work() as stage:
+            stage.log({"step": 1})
+    overrides = {"reward.learning_rate": 1e-3}
+    open_stage("ppo", "smoke", overrides=overrides)
+    with pytest.raises(InputError) as caught:
+        open_stage("ppo", "smoke")
+    first, changed, advice = str(caught.value).splitlines()
+    assert f"{runs / 'smoke/ppo'} and {runs / 'smoke/reward'} were made with other" in first
+    assert changed.strip().startswith("reward.learning_rate: 0.001 -> ")
+    assert "delete these folders, or resume in spite of it with --allow-change" in advice
+    open_stage("dpo", "smoke")  # a stage that does not build on them
+    with pytest.raises(InputError, match="dtype: 'fp32' -> 'bf16'"):
+        open_stage("ppo", "smoke", overrides=overrides | {"dtype": "bf16"})
+
+
+def test_an_allowed_change_passes_the_first_cell(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Run(load_config("smoke")).stage("dpo").work() as stage:
+        stage.log({"step": 1})
+    monkeypatch.setenv("SPAVL_ALLOW_CHANGE", "dpo.beta")
+    open_stage("dpo", "smoke", overrides={"dpo.beta": 0.5})
+    with pytest.raises(InputError, match=r"dpo\.learning_rate"):
+        open_stage("dpo", "smoke", overrides={"dpo.beta": 0.5, "dpo.learning_rate": 1e-6})
+
+
+DECLARED = 'profile: str = "demo"\nseed: int = -1\nrun_name: str = ""\noverrides: dict = {}\n'
+
+
+def test_a_parameter_that_the_notebook_lacks_is_refused_by_the_first_cell() -> None:
+    good = "# Parameters\nprofile = 'smoke'\noverrides = {'dpo.beta': 0.2}\n"
+    check_injected(["", DECLARED, good, "betta = 1", "%time open_stage()"])
+    check_injected([])
+    with pytest.raises(InputError, match="no parameter 'betta'.*declares: profile, seed.*-y 'over"):
+        check_injected(["", DECLARED, "# Parameters\nbetta = 0.3\n"])
+    with pytest.raises(InputError, match="'profil'; did you mean 'profile'"):
+        check_injected(["", DECLARED, good, "# Parameters\nprofil = 'demo'\n"])
 
 
 def test_colab_says_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
