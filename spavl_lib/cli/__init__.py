@@ -1,6 +1,7 @@
 """The command `spavl`. Subcommands call the library. Errors become a message and an exit code."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -246,29 +247,46 @@ def plan(
     profile: Profile,
     kind: Annotated[str, typer.Argument(help="reward, dpo or ppo.", show_default="all three")] = "",
     device: Annotated[
-        str, typer.Option(help="cpu, t4, l4, a100-40, a100-80, h100, h200; empty: this machine.")
+        str,
+        typer.Option(
+            help="cpu, t4, l4, a10, rtx3090, rtx4090, a100-40, a100-80, h100, h200; empty: this "
+            "machine."
+        ),
     ] = "",
+    memory: Annotated[
+        float, typer.Option(help="Memory of the device in GiB, if it differs; 0: its own.")
+    ] = 0,
     tokens: Annotated[
-        int, typer.Option(help="Tokens of the longest row, image included; 0: from the profile.")
+        int,
+        typer.Option(
+            help="Tokens of the longest row, image included; 0: those of the data if they are on "
+            "this machine, else the profile's limit."
+        ),
     ] = 0,
     sets: Sets = None,
 ) -> None:
-    """Show how much memory and time a training would take on a device. No model is loaded.
+    """Show how much memory and time a training would take on a device. No model is loaded, and
+    nothing is fetched; data on this machine are read for the lengths of their rows.
 
     \b
     Examples:
       spavl plan dpo --profile colab --device t4
+      spavl plan dpo --profile colab --device rtx3090 --memory 12
       spavl plan dpo --profile full --device a100-80 --set model.adapter=full \\
             --set launch.engine=zero3 --set launch.num_processes=8
     """
     from spavl_lib import machine
     from spavl_lib.planning import plan as planner
     from spavl_lib.planning.devices import device_named
+    from spavl_lib.planning.rows import lengths_at_hand
 
     config, _, _ = _config(profile, sets, None, "")
     planned_device = device_named(device or machine.device_kind())
+    if memory:
+        planned_device = dataclasses.replace(planned_device, memory_gib=memory)
     kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
-    plans = [planner.plan(k, config, planned_device, tokens=tokens) for k in kinds]
+    lengths = None if tokens else lengths_at_hand(config)
+    plans = [planner.plan(k, config, planned_device, tokens=tokens, lengths=lengths) for k in kinds]
     typer.echo("\n".join(planner.render(p) for p in plans))
     if not all(p.fits for p in plans):
         raise typer.Exit(1)
