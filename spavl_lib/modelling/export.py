@@ -19,7 +19,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.modelling.families import Family
 from spavl_lib.modelling.heads import HEAD_FILE
 from spavl_lib.modelling.load import load_policy, load_processor
-from spavl_lib.runs.files import read_json, write_json, write_text, writing
+from spavl_lib.runs.files import let_others_read, read_json, write_json, write_text, writing
 
 FORMS = ("merged", "vllm")
 
@@ -77,6 +77,7 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
 def _save(model: nn.Module, processor: Any, folder: Path, card: str) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    let_others_read(folder)
     write_text(folder / "README.md", card)
 
 
@@ -99,6 +100,7 @@ def _split(policy: Any, trained: Path, adapter: Path, base: Path) -> None:
     settings |= {"modules_to_save": None, "base_model_name_or_path": str(base.absolute())}
     adapter.mkdir(parents=True)
     save_file(lora, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    let_others_read(adapter)
     write_json(adapter / "adapter_config.json", settings)
     policy.unload()  # removes the adapters, and replaces base modules by fully trained copies
     wrapped = [n for n, m in policy.named_modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -138,12 +140,40 @@ def check_vllm_adapter(folder: Path) -> list[str]:
     return problems
 
 
+# How to ask the exported model. A test runs this code.
+_USE = """
+## How to use it
+
+```python
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+folder = "."  # where this card lies
+processor = AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+content = [{"type": "image"}, {"type": "text", "text": "Please tell me what the picture shows."}]
+text = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True
+).rstrip()
+inputs = processor(images=Image.open("picture.png").convert("RGB"), text=text, return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
+print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+"""
+_KNOWS = """
+The embedded model knows drawings of about a hundred things and a few kinds of questions. What it
+says about a photo, or to another question, means nothing.
+"""
+
+
 def _card(stage: Path, config: Config, form: str) -> str:
-    """The stage's model card, with a sentence on the export."""
+    """The stage's model card, with a sentence on the export and, for one model, how to use it."""
     card = stage / "model" / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {stage.name}\n"
     return (
         text.replace("library_name: peft\n", "").rstrip("\n")
         + f"\n\nExported as `{form}` by `spavl model export {stage.name}`, base model "
         f"`{config.model.name}`, data `{config.data.source}`.\n"
+        + (_USE if form == "merged" else "")
+        + (_KNOWS if config.model.name == "embedded" else "")
     )

@@ -15,6 +15,7 @@ from spavl_lib.distributed import zero_parameters
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import compute_as_masters
 from spavl_lib.modelling.load import autocast, load_policy, weights_sha256
+from spavl_lib.runs.files import let_others_read
 
 HEAD_FILE, HEAD_CONFIG = "score_head.safetensors", "reward_config.json"
 
@@ -116,6 +117,7 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
         return
     model.vlm.save_pretrained(folder, **state)
     save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / HEAD_FILE)
+    let_others_read(folder)
     description = {
         "base_model": config.name,
         "base_weights": weights_sha256(config),

@@ -110,6 +110,17 @@ def append_durably(path: Path, rows: Iterable[Any]) -> int:
     return len(content)
 
 
+def let_others_read(folder: Path) -> None:
+    """Let others read the weights in a folder, as far as the umask allows.
+
+    safetensors writes files that only their owner can read.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

@@ -41,7 +41,7 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
-from spavl_lib.runs.files import read_jsonl, write_json, write_text, writing
+from spavl_lib.runs.files import let_others_read, read_jsonl, write_json, write_text, writing
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
@@ -292,6 +292,7 @@ def save_trained(
         lora = {"selected_adapters": ["default"]} if config.model.with_lora else {}
         model.save_pretrained(target, **state, **lora)
         processor.save_pretrained(target)
+        let_others_read(target)
     write_json(target / BASE_FILE, {"name": config.model.name, "files": model_hashes(config.model)})
     write_text(target / "README.md", card)
     return target

@@ -6,6 +6,18 @@ from typing import Any
 
 from spavl_lib.config import Config
 
+# Names for readers of values that a trainer logs.
+_RESULTS = {
+    "pair_accuracy": "share of pairs ranked correctly",
+    "eval_loss": "loss, nats per pair",
+    "eval_rewards/chosen": "implicit reward of chosen responses",
+    "eval_rewards/rejected": "implicit reward of rejected responses",
+    "eval_rewards/accuracies": "share of pairs ranked correctly",
+    "eval_rewards/margins": "margin, chosen minus rejected",
+    "eval_logps/chosen": "log-probability of chosen responses, nats",
+    "eval_logps/rejected": "log-probability of rejected responses, nats",
+}
+
 
 def policy_results(name: str, mean: dict, kl: float, per: str) -> dict[str, float]:
     """Collect the results for the model card of a policy trained against a reward model.
@@ -46,8 +58,8 @@ def model_card(
         facts: Sizes and settings, in the order in which the card lists them.
         table: Heading of the first column in the table of results.
         results: Name of each result -> its value.
-        title: Words before the base model's name in the card's title. If empty, the words are the
-            stage and "aligned", such as "DPO-aligned".
+        title: Words before the base model's name in the card's title. If empty, "aligned with" and
+            the stage follow the name.
         use: A clause that warns the user of what the model may do.
 
     Returns:
@@ -64,13 +76,14 @@ def model_card(
         f"{source}`{config.data.source}`: {', '.join(details)}.",
         width=100, break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
-    rows = "\n".join(f"| {name} | {value} |" for name, value in results.items())
+    rows = "\n".join(f"| {_RESULTS.get(key, key)} | {value} |" for key, value in results.items())
+    heading = f"{title} {name}" if title else f"{name}, aligned with {stage.upper()}"
     return f"""---
 base_model: {model.name}
 {library}tags: [{", ".join((stage, *tags))}, safety, vision-language]
 ---
 
-# {title or f"{stage.upper()}-aligned"} {name}
+# {heading[:1].upper() + heading[1:]}
 
 {text}
 

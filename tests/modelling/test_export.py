@@ -1,6 +1,8 @@
 """What we export loads with transformers, PEFT and by vLLM's rules, and says the same."""
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.images import decode
+from spavl_lib.data.templates import encode_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.export import check_vllm_adapter, export
@@ -57,6 +61,39 @@ def test_merged_is_one_model_that_transformers_loads_alone(stage: Path, tmp_path
     assert {p.suffix for p in (tmp_path / "merged").iterdir()} <= {
         ".safetensors", ".json", ".jinja", ".md",
     }  # fmt: skip
+
+
+def test_the_card_shows_how_to_ask_the_model(
+    stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Its code runs as it stands, and the model hears the words that our own prompts have."""
+    folder = tmp_path / "merged"
+    export(stage, folder, "merged")
+    card = (folder / "README.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(code.strip().splitlines()) < 16 and "drawings of about a hundred things" in card
+    monkeypatch.chdir(folder)
+    picture = decode(mini_rows()[0]["image"])
+    picture.save("picture.png")
+    names: dict = {}
+    exec(code, names)  # noqa: S102 - it is the card's own code
+    assert capsys.readouterr().out.strip()
+    question = names["content"][1]["text"]
+    [ids] = encode_prompts(embedded_processor(), [question], [picture]).ids
+    assert names["inputs"]["input_ids"][0].tolist() == list(ids)
+    export(stage, tmp_path / "vllm", "vllm")  # whose base alone is not the trained model
+    assert "```python" not in (tmp_path / "vllm/base/README.md").read_text()
+
+
+def test_others_may_read_what_is_exported(stage: Path, tmp_path: Path) -> None:
+    umask = os.umask(0o022)
+    try:
+        export(stage, tmp_path / "merged", "merged")
+        export(stage, tmp_path / "vllm", "vllm")
+    finally:
+        os.umask(umask)
+    weights = list(tmp_path.rglob("*.safetensors"))
+    assert len(weights) == 3 and {p.stat().st_mode & 0o777 for p in weights} == {0o644}
 
 
 @torch.no_grad()

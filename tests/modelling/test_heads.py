@@ -105,6 +105,8 @@ def test_head_adapter_and_projector_come_back_together(adapter: str, tmp_path: P
 def test_a_missing_head_and_another_base_are_refused(tmp_path: Path) -> None:
     config = smoke({"model.adapter": "full"}).model
     save_reward_model(ScalarHeadModel(embedded_model()), tmp_path, config)
+    (tmp_path / "other").touch()  # others may read the weights too, unlike what safetensors writes
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     with pytest.raises(InputError, match="same base"):
         load_reward_model(dataclasses.replace(config, name="org/other"), tmp_path)
     (tmp_path / HEAD_FILE).unlink()

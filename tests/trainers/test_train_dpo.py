@@ -159,6 +159,8 @@ def test_every_step_is_logged_and_the_folder_is_whole(
     assert trained[-1]["learning_rate"] < 5e-4  # the cosine came down
     for name in ("config.yaml", "manifest.json", "summary.json", "model/README.md"):
         assert (stage.path / name).is_file()
+    weights = next((stage.path / "model").glob("*.safetensors"))  # others may read them too
+    assert weights.stat().st_mode & 0o777 == (stage.path / "model/README.md").stat().st_mode & 0o777
     manifest = json.loads((stage.path / "manifest.json").read_text())
     assert len(manifest["inputs"]["model/model.safetensors"]) == 64
     assert manifest["seed"] == 0 and manifest["wall_time_s"] > 0
