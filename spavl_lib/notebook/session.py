@@ -122,11 +122,12 @@ def open_stage(
     stage = Run(config).stage(name)
     stage.check_all()
     state = "done, shown from its files" if stage.done else "to be made"
-    rows = config.data.train_rows or "all"
+    most = config.data.train_rows
+    rows = f"at most {most:,} training pairs" if most else "all training pairs"
     lines = (
         f"profile   {config.profile} on {device_name()}, seed {config.seed}",
         f"model     {config.model.name}, {config.model.adapter} fine-tuning, {stage.dtype}",
-        f"data      {config.data.source}, {rows} training pairs",
+        f"data      {config.data.source}, {rows}",
         f"stage     {stage.path.parent.name}/{stage.name} ({state})",
     )
     print("\n".join(lines))  # noqa: T201 - a notebook's own output

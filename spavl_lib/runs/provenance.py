@@ -14,6 +14,7 @@ PACKAGES = (
     "torch transformers trl peft accelerate bitsandbytes datasets papermill numpy pillow "
     "safetensors"
 ).split()
+LONGEST_LINE = 1000  # characters of a line of `source.diff`
 # An interrupted stage resumes only with the same major versions of these packages.
 GUARDED = ("torch", "transformers", "trl", "peft")
 
@@ -45,8 +46,16 @@ def environment(root: Path) -> dict:
 
 
 def git_diff(root: Path) -> str:
-    """Uncommitted changes of the checkout, as a patch."""
-    return _git(root, "diff", "HEAD")
+    """Uncommitted changes of the checkout, as a patch for readers.
+
+    Lines over `LONGEST_LINE` characters are shortened: a notebook that was run and saved holds
+    figures in such lines. The manifest has the hash of the whole patch.
+    """
+    lines = _git(root, "diff", "HEAD").split("\n")
+    return "\n".join(
+        line if len(line) <= LONGEST_LINE else f"{line[:80]} [... {len(line):,} characters]"
+        for line in lines
+    )
 
 
 def _git(root: Path, *args: str) -> str:

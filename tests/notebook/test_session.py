@@ -66,6 +66,14 @@ def test_a_changed_setting_is_refused_by_the_first_cell(runs: Path) -> None:
         open_stage("ppo", "smoke", overrides=overrides | {"dtype": "bf16"})
 
 
+def test_the_first_cell_says_how_many_rows_at_most(capsys: pytest.CaptureFixture) -> None:
+    """Data of one's own may have fewer rows than the profile takes."""
+    open_stage("dpo", "smoke")
+    assert "data      mini, at most 64 training pairs\n" in capsys.readouterr().out
+    open_stage("dpo", "demo")
+    assert "data      mini, all training pairs\n" in capsys.readouterr().out
+
+
 def test_an_allowed_change_passes_the_first_cell(
     runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

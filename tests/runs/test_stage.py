@@ -12,6 +12,7 @@ import yaml
 
 from spavl_lib.config import load_config
 from spavl_lib.errors import BusyError, InputError
+from spavl_lib.runs import provenance
 from spavl_lib.runs import stage as module
 from spavl_lib.runs.files import read_json, read_jsonl, write_json, write_text
 from spavl_lib.runs.paths import repo_root, runs_root
@@ -153,6 +154,21 @@ def test_settings_that_leave_a_stage_as_it_is_may_change(runs: Path) -> None:
     Run(load_config("smoke", {"dpo.beta": 0.2})).stage("data").check_config()
     with pytest.raises(InputError, match="data.train_rows"):
         Run(load_config("smoke", {"data.train_rows": 8})).stage("data").check_config()
+
+
+def test_a_saved_figure_does_not_fill_the_record_of_changes(tmp_path: Path) -> None:
+    def git(*words: str) -> None:
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    notebook = tmp_path / "04_dpo.ipynb"
+    notebook.write_text("beta = 0.1\n")
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    notebook.write_text("beta = 0.2\n" + "A" * 200_000 + "\n")
+    patch = provenance.git_diff(tmp_path)
+    assert "-beta = 0.1" in patch and "+beta = 0.2" in patch
+    assert len(patch) < 1000 and "[... 200,001 characters]" in patch
 
 
 def test_stage_keys_name_real_stages_and_settings() -> None:
