@@ -85,7 +85,7 @@ def plot_safety_helpfulness(source: Mapping | Path | str, *, width: float = 6.2)
     _percent_axis(ax, "y")
     ax.axhspan(0.8, 1.03, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
-    ax.text(0.81, 0.82, "safe and\nhelpful", **corner)
+    ax.text(0.79, 0.81, "safe and\nhelpful", ha="right", **corner)
     ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
     ax.text(0.0, 0.03, "unsafe and\nuseless", va="bottom", **corner)
     points: list[tuple[float, float, str]] = []
