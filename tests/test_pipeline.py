@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib import pipeline
+from spavl_lib import pipeline, plotting
 from spavl_lib.config import Config, load_config
 from spavl_lib.distributed import launcher
-from spavl_lib.errors import InputError, OutOfMemory
+from spavl_lib.errors import InputError, OutOfMemory, Preempted
 from spavl_lib.runs.maker import maker_of
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.stages import all_stages, stage_names
@@ -160,6 +160,26 @@ def test_train_calls_the_trainer_here(runs: Path, makers: list[str]) -> None:
     stage = Run(config).stage("dpo")
     assert pipeline.train("dpo", config, stage) == {"made": True}
     assert stage.done
+
+
+def test_a_live_plot_goes_when_a_training_is_complete_and_stays_when_it_is_stopped(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The notebook's next cell draws the curves of a complete training from its log."""
+    closed: list[bool] = []
+    monkeypatch.setattr(plotting.LivePlot, "close", lambda _: closed.append(True))
+    monkeypatch.setattr(launcher, "make", lambda *_, live: {"steps": 1})
+    config = load_config("smoke")
+    assert pipeline.train("dpo", config, Run(config).stage("dpo")) == {"steps": 1}
+    assert closed == [True]
+
+    def stop(*_: object, **__: object) -> None:
+        raise Preempted("stopped")
+
+    monkeypatch.setattr(launcher, "make", stop)
+    with pytest.raises(Preempted):
+        pipeline.train("dpo", config, Run(config).stage("dpo"))
+    assert closed == [True]
 
 
 def test_train_refuses_what_is_not_there(runs: Path, makers: list[str]) -> None:

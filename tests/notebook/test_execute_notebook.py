@@ -305,7 +305,8 @@ def test_full_disk_inside_a_notebook_is_a_disk_error(make_notebook: Callable, ru
 
 
 BARS = """\
-import time
+import os, time
+assert os.environ["SPAVL_FIGURES"] == "light"  # whatever theme the reader's notebooks have
 from spavl_lib.runs.bar import Bar
 with Bar(total=40, desc="dpo (plain)", unit="step") as bar:
     for _ in range(40):
@@ -318,6 +319,7 @@ def test_a_long_cell_says_how_far_it_is_and_how_long_it_takes(
     make_notebook: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(execute, "STATUS_EVERY_S", 1.0)
+    monkeypatch.setenv("SPAVL_FIGURES", "dark")
     executed = run_one(make_notebook("04_dpo", BARS, finish("dpo")))
     lines = [line for line in capsys.readouterr().out.splitlines() if "plain" in line]
     assert re.fullmatch(

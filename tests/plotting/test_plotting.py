@@ -366,6 +366,15 @@ def test_colours_are_steady() -> None:
     assert alone["dpo"] == many["dpo"] and len(set(many.values())) == 4
 
 
+def test_scaling_figures_speak_in_words() -> None:
+    summary = json.loads((REPO / "reports/demo/scaling.json").read_text())
+    sizes = [ax.get_title(loc="left") for ax in plotting.plot_scaling(summary).axes]
+    assert sizes == ["Unsafe rate (lower is better)", "Helpful rate (higher is better)"]
+    ax = plotting.plot_ablations(summary).axes[0]
+    assert ax.get_title(loc="left") == "Question types, 1,000 pairs per arm"
+    assert "question with a pretext" in [t.get_text() for t in ax.get_yticklabels()]
+
+
 # --- data ---
 
 

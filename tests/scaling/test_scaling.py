@@ -291,3 +291,29 @@ def test_a_judge_of_refusals_measures_refusals(
 def without_training(name: str, config: Config, stage: Stage) -> dict:
     """The summary of a DPO training, with the base's own weights."""
     return {"train_rows": 8, "steps": 1, "epochs": 1.0, "trainable_parameters": {}}
+
+
+def test_a_workers_bar_is_not_the_bar_of_all_arms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`spavl run` shows how many arms are complete, not how far the arm of some worker is."""
+    seen: list[dict] = []
+
+    class Ended:
+        stdin = None
+
+        def __init__(self, *_: object, env: dict, **__: object) -> None:
+            seen.append(env)
+
+        def poll(self) -> int:
+            return 0
+
+        wait = poll
+
+    monkeypatch.setattr(workers.subprocess, "Popen", Ended)
+    monkeypatch.setenv("SPAVL_PROGRESS", str(tmp_path / "progress.json"))
+    stage = Run(smoke(run_name="r"), root=tmp_path).stage("scaling")
+    stage.path.mkdir(parents=True)
+    with stop_on_signals() as flag:
+        workers.run_in_workers(stage, [], 2, flag)
+    assert len(seen) == 2 and not any("SPAVL_PROGRESS" in env for env in seen)
