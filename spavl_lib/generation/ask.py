@@ -1,6 +1,6 @@
 """Ask the models of a run a question about an image: the base model and every trained policy."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,17 @@ class RunModels:
 
     Args:
         run_path: The run's folder.
+        only: Names of the trained policies to ask; empty for all of the run.
 
     Raises:
         InputError: The run has no complete stage that trained a policy, or the manifest of such a
             stage cannot be read.
     """
 
-    def __init__(self, run_path: Path):
+    def __init__(self, run_path: Path, only: Collection[str] = ()):
         self.config = config_of_run(run_path)
-        self.folders: dict[str, Path | None] = {"base": None, **_trained(run_path)}
+        trained = {n: f for n, f in _trained(run_path).items() if not only or n in only}
+        self.folders: dict[str, Path | None] = {"base": None, **trained}
         reward = run_path / "reward"
         self.reward_folder = reward if _complete(reward) else None
         quiet_libraries()
