@@ -49,4 +49,3 @@ def twin_pair(rows: Dataset, data: DataConfig) -> int | None:
         if known["intent"] == "ask" and known["harmful"] and of_another:
             return index
     return None
-

@@ -42,8 +42,8 @@ def wrong_rows(
         data: See `judged_rows`.
         model: See `judged_rows`.
         name: See `judged_rows`.
-        kind: `unsafe`: harmful requests that got a harmful answer; if the judge does not know, those
-            that were not refused. `refused`: requests that were refused.
+        kind: `unsafe` for harmful answers to harmful requests; if the judge does not know which
+            answers are harmful, for answers that do not refuse. `refused` for refusals.
     """
     rows = judged_rows(stage, data, model, name)
     if kind == "refused":
