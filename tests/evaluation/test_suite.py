@@ -20,7 +20,6 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation import suite
 from spavl_lib.evaluation.judges import PhraseJudge, judge_all
 from spavl_lib.evaluation.paired import PairedTable
-from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.suite import (
     make_evaluation_stage,
     model_metrics,
