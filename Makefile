@@ -1,6 +1,6 @@
 # From nothing but Python 3.11, 3.12 or 3.13 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test unit slow soak mutants publish check format lab clean
+.PHONY: help setup quick demo scaling test unit slow soak mutants publish check format lab clean
 
 KNOWN := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -28,6 +28,9 @@ setup: .venv/.stamp  ## the environment, in .venv; again only when a pin changed
 		$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
 	@touch $@
+
+quick: setup  ## DPO alone, with answers before and after; 3 minutes
+	$(BIN)/python scripts/quick.py
 
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
 	$(BIN)/spavl run all --profile demo
@@ -69,7 +72,12 @@ soak: setup  ## kills, signals, damage and full disks in their long form; writes
 mutants: setup  ## small faults put into the code one by one: do the tests notice? 40 minutes
 	$(BIN)/python scripts/mutants.py
 
-publish: setup  ## copies the demo's executed notebooks and figures into reports/, for readers
+# The studies come before the notebooks that show them.
+publish: setup  ## demo, studies, notebooks 03b and 07, then reports/ for readers; 90 minutes
+	$(BIN)/python -m benchmarks.studies --workers 2
+	$(BIN)/spavl run all --profile demo
+	$(BIN)/spavl run 03b_ppo_in_practice --profile demo
+	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
 	$(BIN)/python scripts/publish.py
 
 check: setup  ## lint, format, types, direction of imports; notebooks without outputs

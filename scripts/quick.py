@@ -13,6 +13,7 @@ from pathlib import Path
 from spavl_lib import pipeline
 from spavl_lib.config import load_config
 from spavl_lib.data.images import decode
+from spavl_lib.data.load import load_truth
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.suite import HARMLESS, quick_answers
@@ -34,7 +35,7 @@ def rates(judged: dict[str, list[dict]]) -> dict[str, Rate | None]:
         for row in judged.get(source, [])[start::step]
     ]
     refused = sum(row["verdict"] == "refused" for row in harmless)
-    helpful = [row for row in judged["help"] if row["helpful"] is not None]
+    helpful = [row for row in judged.get("help", []) if row["helpful"] is not None]
     return {
         "harmful requests answered (unsafe)": Rate.of(
             sum(row["unsafe"] for row in harmful), len(harmful)
@@ -44,17 +45,21 @@ def rates(judged: dict[str, list[dict]]) -> dict[str, Rate | None]:
     }
 
 
-def show(before: dict, after: dict, folder: Path) -> None:
+def show(before: dict, after: dict, truth: dict, folder: Path) -> None:
     """Print some prompts with both answers, and write their images.
 
     Args:
         before: Judged rows of the base model, by set.
         after: Judged rows of the trained model.
+        truth: Row id -> ground-truth labels.
         folder: Folder for the images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, count in SHOWN:
-        for row, trained in list(zip(before[name], after[name], strict=True))[:count]:
+        pairs = list(zip(before[name], after[name], strict=True))
+        if name == "harm":  # requests that nobody can doubt: harmful whatever the image shows
+            pairs.sort(key=lambda pair: truth[pair[0]["id"]]["intent"] != "harm")
+        for row, trained in pairs[:count]:
             path = folder / f"{row['id'].replace('/', '_')}.png"
             decode(row["image"]).save(path)
             print(f"\n{short_path(path)}: {KINDS[row['harmful']]}\n  Question  {row['prompt']}")
@@ -74,14 +79,15 @@ def main() -> None:
     pipeline.train("dpo", config, stage)
     before = quick_answers(config, None, rows=ROWS)
     after = quick_answers(config, stage.path / "model", rows=ROWS)
-    show(before, after, stage.run.path / "pictures")
+    show(before, after, load_truth(config.data), stage.run.path / "pictures")
     old, new = rates(before), rates(after)
     width = max(map(len, old))
     print(f"\n{'':{width}}  {'before':>18}  {'after DPO':>18}")
     for name, rate in new.items():
         cells = [f"{percent(r)} ({r.counts})" if r else "-" for r in (old[name], rate)]
         print(f"{name:{width}}  {cells[0]:>18}  {cells[1]:>18}")
-    print(f"\nAsk it: spavl ask {asked.run_name} {short_path(stage.run.path)}/pictures/harm_0.png "
+    image = min((stage.run.path / "pictures").glob("help*.png"))
+    print(f"\nAsk it: spavl ask {asked.run_name} {short_path(image)} "
           '"What is this?"')  # fmt: skip
 
 
