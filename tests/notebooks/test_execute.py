@@ -15,9 +15,10 @@ import pytest
 
 from spavl_lib import cli
 from spavl_lib.notebook.execute import list_notebooks, stage_of
+from spavl_lib.notebook.sequence import FIRST_SIX
 from tests.notebooks.conftest import REPO, execute
 
-NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) != "scaling"]
+NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) in FIRST_SIX]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
 
@@ -197,6 +198,23 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path, warm_kernel
         assert (run / stage / "summary.json").is_file(), stage
     assert {"base", "dpo", "ppo"} <= set(strict_json(run / "metrics.json")["models"])
     assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None
+
+
+def test_the_lesson_on_practice_runs_apart_from_the_sequence(
+    chain: tuple[Path, str], runs: Path, tmp_path: Path
+) -> None:
+    """It uses the reward model of the run, and leaves the run's other stages as they are."""
+    run, _ = chain
+    before = {p: p.stat().st_mtime_ns for p in run.glob("*/summary.json")}
+    out = tmp_path / "out.ipynb"
+    papermill("03b_ppo_in_practice", out, runs, profile="smoke", seed=1, run_name="chain")
+    variants = strict_json(run / "practice/summary.json")["variants"]
+    assert list(variants) == ["free_kl", "high_kl", "original", "rloo"]
+    assert all(v["steps"] == 3 for v in variants.values())
+    cells = [c for c in nbformat.read(out, as_version=4).cells if c.cell_type == "code"]
+    said = "".join(o.get("text", "") for c in cells for o in c.outputs)
+    assert "the policy's gradient: 0\n" in said or "the policy's gradient: 0.0\n" in said
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 @pytest.mark.slow
