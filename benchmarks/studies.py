@@ -27,6 +27,7 @@ from spavl_lib.runs.stage import Run
 BETAS = (0.02, 0.05, 0.1, 0.3, 1.0)
 SEEDS = (0, 1, 2)
 FREE = {"ppo.kl_coef": 0.0, "ppo.sft_coef": 0.0}
+RLOO_STEPS = 40  # a step takes as long as ten of DPO
 QUICK = {"evaluation.held_out_drawings": False}
 
 
@@ -58,7 +59,14 @@ def arms(profile: str) -> list[Arm]:
         *(Arm("beta", f"{b:g}", f"beta{b:g}", ("dpo",), QUICK | {"dpo.beta": b}) for b in BETAS),
         Arm("kl", "as in the demo", first, whole, seed=0),
         Arm("kl", "KL costs nothing", "free_kl", ("ppo",), QUICK | FREE, needs_reward=True),
-        Arm("rloo", "RLOO", "rloo", ("rloo",), QUICK, needs_reward=True),
+        Arm(
+            "rloo",
+            f"RLOO, {RLOO_STEPS} steps",
+            "rloo",
+            ("rloo",),
+            QUICK | {"rloo.max_steps": RLOO_STEPS},
+            needs_reward=True,
+        ),
     ]
 
 
