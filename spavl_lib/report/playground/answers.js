@@ -47,8 +47,8 @@ class Models {
 
   // Token ids of an answer as the reward model reads it, with one end token.
   answerIds(text) {
-    const ids = this.tokenizer.encode(this.info.chat.lead + this.tokenizer.neutralise(text.trim()));
-    while (ids.length && !this.tokenizer.decode(ids.slice(-1)).trim()) ids.pop();
+    const ids = this.tokenizer.encode(this.info.chat.lead + this.tokenizer.neutralise(strip(text)));
+    while (ids.length && !strip(this.tokenizer.decode(ids.slice(-1)))) ids.pop();
     return [...ids, this.info.chat.ends[0]];
   }
 
@@ -96,7 +96,7 @@ class Models {
         };
         answer.done = end || ids.length === maxNew;
         if (!answer.done) continue;
-        answer.response = this.tokenizer.decode(end ? ids.slice(0, -1) : ids).trim();
+        answer.response = strip(this.tokenizer.decode(end ? ids.slice(0, -1) : ids));
         yield { model: model.name, response: answer.response, finished: end };
       }
     }

@@ -46,6 +46,10 @@ def render(run_path: Path) -> str:
     config = config_of_run(run_path)
     checked = architecture(config.model)
     describe.check_model(checked)
+    if config.model.adapter == "qlora":
+        raise InputError(
+            "the playground cannot hold 4-bit weights, and model.adapter is qlora here"
+        )
     with machine.computing_in("fp32"):
         models = RunModels(run_path)
         processor = models.processor

@@ -4,6 +4,9 @@
 
 // --- text ----------------------------------------------------------------------------------------
 
+// A text without white space around it, as Python's `strip` leaves it.
+const strip = (text) => text.replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
+
 // A byte-level BPE tokenizer. `spec.tokens` holds the text of every token by id, `spec.merges` the
 // pairs to join ("a b"), the first pair first, and `spec.special` the control tokens.
 class Tokenizer {

@@ -13,6 +13,8 @@ from torch import nn
 
 from spavl_lib.errors import InputError
 
+_SMALL = 5e-5  # error of a weight, as a share of the tensor's largest weight, that does not matter
+
 
 @dataclass
 class Packed:
@@ -45,18 +47,24 @@ class Packed:
             start: Parts of a similar tensor, such as the base model's; None if there is none.
 
         Returns:
-            The numbers of the parts whose sum is the tensor: the error is below a 2,000th of what
-            the last part adds.
+            The numbers of the parts whose sum is the tensor. A difference from `start` gets one
+            part, or two if one would leave an error that matters.
 
         Raises:
             InputError: The values are not finite, or too large for fp16.
         """
         largest = float(np.abs(values).max(initial=0))
-        if not largest < np.finfo(np.float16).max:
+        if not largest < float(np.finfo(np.float16).max):
             raise InputError("the model has weights that are not finite, or that exceed 65,504")
         numbers = start or [self._add(values.astype(np.float16))]
-        rest = values - self.total(numbers)
-        return [*numbers, self._add(rest.astype(np.float16))] if rest.any() else numbers
+        limit = 0.0
+        for _ in range(2):
+            rest = values - self.total(numbers)
+            if np.abs(rest).max(initial=0) <= limit:
+                break
+            numbers = [*numbers, self._add(rest.astype(np.float16))]
+            limit = _SMALL * largest
+        return numbers
 
     def to_bytes(self) -> bytes:
         """All parts, one after the other, in little-endian order."""
