@@ -195,7 +195,7 @@ def test_hostile_text_changes_nothing_but_text(
     [picture] = info["examples"][0]["pictures"]
     small = Image.open(io.BytesIO(base64.b64decode(picture["uri"].partition(",")[2])))
     assert small.size == (64, 64) and picture["caption"] == "Picture 1"
-    assert written.all("fieldset", class_="veiled") and not page.all("fieldset", class_="veiled")
+    assert written.all("main", class_="veiled") and not page.all("main", class_="veiled")
 
 
 def test_the_command_writes_the_page_and_refuses_bad_input(

@@ -27,14 +27,16 @@ class Models {
   // The picture's embeddings for a model. Models with the same tower compute it once.
   features(picture, model) {
     const { vision, text } = this.info, known = picture.features;
-    if (!known.has(model.towerKey)) known.set(model.towerKey, tower(picture.pixels, model.get, vision));
+    if (!known.has(model.towerKey))
+      known.set(model.towerKey, tower(picture.pixels, model.get, vision));
     if (!known.has(model.name))
       known.set(model.name, project(known.get(model.towerKey), model.get, text, vision.width));
     return known.get(model.name);
   }
 
   read(model, picture, ids) {
-    return model.decoder.read(ids, this.features(picture, model), picture.name, this.info.chat.image);
+    const features = this.features(picture, model);
+    return model.decoder.read(ids, features, picture.name, this.info.chat.image);
   }
 
   // Token ids of a question's prompt, with a place for every row of the picture's features.
@@ -86,13 +88,14 @@ class Models {
         const chances = this.chances(model, picture, [...prompt, ...ids]);
         const id = argmax(chances), chance = chances[id];
         chances[id] = 0;
-        const second = argmax(chances);
-        const end = ends.includes(id);
+        const second = argmax(chances), end = ends.includes(id);
         ids.push(id);
         yield {
           model: model.name, id, chance, refusal, end,
           text: answer.text.decode(this.tokenizer.bytesOf(id), { stream: true }),
-          other: { text: this.tokenizer.decode([second]), chance: chances[second], end: ends.includes(second) },
+          other: {
+            text: this.tokenizer.decode([second]), chance: chances[second], end: ends.includes(second),
+          },
         };
         answer.done = end || ids.length === maxNew;
         if (!answer.done) continue;

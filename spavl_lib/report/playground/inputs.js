@@ -5,7 +5,8 @@
 // --- text ----------------------------------------------------------------------------------------
 
 // A text without white space around it, as Python's `strip` leaves it.
-const strip = (text) => text.replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
+const strip = (text) =>
+  text.replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
 
 // A byte-level BPE tokenizer. `spec.tokens` holds the text of every token by id, `spec.merges` the
 // pairs to join ("a b"), the first pair first, and `spec.special` the control tokens.
@@ -15,7 +16,7 @@ class Tokenizer {
     this.ids = new Map(spec.tokens.map((token, id) => [token, id]));
     this.ranks = new Map(spec.merges.map((pair, rank) => [pair, rank]));
     this.special = spec.special;
-    // GPT-2 writes every byte as one visible character: printable ones as they are, others from 256.
+    // GPT-2 writes each byte as a visible character: printable ones as they are, others from 256.
     this.letters = [];
     let next = 256;
     for (let byte = 0; byte < 256; byte++) {
@@ -130,7 +131,8 @@ function resample(plane, length, lines, size, step, jump) {
     });
     for (let line = 0; line < lines; line++) {
       let sum = 2 ** 21;
-      for (let i = 0; i < fixed.length; i++) sum += plane[line * jump + (first + i) * step] * fixed[i];
+      for (let i = 0, at = line * jump + first * step; i < fixed.length; i++, at += step)
+        sum += plane[at] * fixed[i];
       result[step === 1 ? line * size + to : to * lines + line] = Math.floor(sum / 2 ** 22);
     }
   }

@@ -161,7 +161,8 @@ function tower(pixels, get, spec) {
               pixels[(channel * size + row * patch + y) * size + column * patch + x];
   let states = new Float32Array(count * width);
   states.set(get(prefix + "embeddings.class_embedding"));
-  states.set(linear(patches, count - 1, get(prefix + "embeddings.patch_embedding.weight"), width), width);
+  const embedding = get(prefix + "embeddings.patch_embedding.weight");
+  states.set(linear(patches, count - 1, embedding, width), width);
   add(states, get(prefix + "embeddings.position_embedding.weight"));
   const normed = (name) => norm(states, get(name + ".weight"), spec.epsilon, get(name + ".bias"));
   states = normed(prefix + "pre_layrnorm");
@@ -182,8 +183,8 @@ function tower(pixels, get, spec) {
 // The projector: the tower's features as embeddings that the decoder reads.
 function project(features, get, spec, visionWidth) {
   const rows = features.length / visionWidth, name = "multi_modal_projector.linear_";
-  const layer = (x, n) =>
-    linear(x, rows, get(`${name}${n}.weight`), spec.width, spec.projectorBias && get(`${name}${n}.bias`));
+  const bias = (n) => spec.projectorBias && get(`${name}${n}.bias`);
+  const layer = (x, n) => linear(x, rows, get(`${name}${n}.weight`), spec.width, bias(n));
   return layer(layer(features, 1).map(activations[spec.projectorActivation]), 2);
 }
 

@@ -1,6 +1,6 @@
 "use strict";
-// The page: choose a picture, ask, and show the answers that the worker (answers.js) sends. Every text
-// is shown with textContent, so nothing that a model or a reader writes becomes markup.
+// The page: choose a picture, ask, and show the answers that the worker (answers.js) sends. Every
+// text is shown with textContent, so nothing that a model or a reader writes becomes markup.
 (() => {
   const MOST_PIXELS = 50_000_000, LONGEST = 2048, NARROWEST = 200, KEPT = 12;
   const byId = (id) => document.getElementById(id);
@@ -9,7 +9,10 @@
   const tokensOf = (model) => document.querySelector(`[data-tokens="${CSS.escape(model)}"]`);
   const swaps = document.querySelectorAll(".swap");
   const cells = new Map(); // model -> the cell of the newest question
-  const state = { pictures: [], picture: null, number: 0, ready: false, replies: {}, before: {} };
+  // `replies` belong to the newest question, `before` to the last one that was answered whole.
+  const state = {
+    pictures: [], picture: null, number: 0, ready: false, busy: false, replies: {}, before: {},
+  };
 
   // --- text ---
 
@@ -26,7 +29,8 @@
   }
 
   function percent(chance) {
-    const number = chance > 0.9995 ? "> 99.9" : chance < 0.0005 ? "< 0.1" : (100 * chance).toFixed(1);
+    const exact = (100 * chance).toFixed(1);
+    const number = chance > 0.9995 ? "> 99.9" : chance < 0.0005 ? "< 0.1" : exact;
     return `${number} %`.replaceAll(" ", "\u00a0");
   }
 
@@ -82,20 +86,23 @@
       return refuse(`it has ${wide} × ${high} pixels, and at most 50 million can be read`);
     if (Math.max(wide, high) > NARROWEST * Math.min(wide, high))
       return refuse(`it has ${wide} × ${high} pixels and is narrower than ${NARROWEST} to 1`);
-    state.pictures = [...state.pictures.filter((p) => !p.own), { uri, caption: "your picture", own: true }];
+    const own = { uri, caption: "your picture", own: true };
+    state.pictures = [...state.pictures.filter((p) => !p.own), own];
     say("Your picture is chosen. Type a question and press Ask.");
     showPictures(state.pictures.length - 1);
   }
+
+  const shown = ({ uri, own }) =>
+    Object.assign(element("img", "", own ? "own" : ""), { src: uri, alt: "" });
 
   function showPictures(chosen) {
     state.picture = state.pictures[chosen];
     for (const button of swaps) button.disabled = state.pictures.length < 2;
     byId("pictures").replaceChildren(...state.pictures.map((picture, place) => {
-      const label = element("label", "", "choice"), input = element("input"), img = element("img");
+      const label = element("label", "", "choice"), input = element("input");
       Object.assign(input, { type: "radio", name: "picture", checked: place === chosen });
-      Object.assign(img, { src: picture.uri, alt: "" });
       input.addEventListener("change", () => { state.picture = picture; ask(); });
-      label.append(input, img, element("span", picture.caption));
+      label.append(input, shown(picture), element("span", picture.caption));
       return label;
     }));
   }
@@ -122,25 +129,30 @@
     if (!picture) return say("", "There is no picture. Choose one, then press Ask.");
     const number = ++state.number;
     say("The models are answering …");
-    const { rgba, width, height, uri } = await pixels(picture);
+    const { rgba, width, height } = await pixels(picture);
     if (number !== state.number) return;
-    Object.assign(state, { before: state.replies, replies: {}, started: performance.now() });
-    byId("answers").setAttribute("aria-busy", "true");
+    if (state.busy) byId("history").firstChild.remove();
+    Object.assign(state, { replies: {}, started: performance.now() });
+    setBusy(true);
     byId("asked").textContent = clean(`“${question}” over ${picture.caption}`);
     for (const [model, card] of cards) {
       state.replies[model] = { refusal: null, response: "" };
       for (const part of [card.querySelector(".said"), card.querySelector(".end"), tokensOf(model)])
         part.replaceChildren();
     }
-    addHistory(question, uri);
-    worker.postMessage({ number, question, picture: { key: uri, rgba, width, height } });
+    addHistory(question, picture);
+    worker.postMessage({ number, question, picture: { key: picture.uri, rgba, width, height } });
   }
 
-  function addHistory(question, uri) {
+  function setBusy(busy) {
+    state.busy = busy;
+    byId("answers").setAttribute("aria-busy", String(busy));
+  }
+
+  function addHistory(question, picture) {
     const row = element("tr"), head = element("th"), asked = element("span", "", "asked");
-    const img = Object.assign(element("img"), { src: uri, alt: "" });
     head.scope = "row";
-    asked.append(img, element("span", question));
+    asked.append(shown(picture), element("span", question));
     head.append(asked);
     row.append(head);
     for (const [model, card] of cards) {
@@ -166,7 +178,8 @@
       const before = state.before[event.model]?.refusal;
       reply.refusal = event.refusal;
       card.querySelector(".chance .value").textContent = percent(event.refusal);
-      card.querySelector(".before").textContent = before == null ? "" : `before: ${percent(before)}`;
+      card.querySelector(".before").textContent =
+        before === undefined ? "" : `before: ${percent(before)}`;
       card.querySelector(".meter span").style.width = `${100 * event.refusal}%`;
     }
     const kind = event.chance >= 0.9 ? "token" : event.chance >= 0.5 ? "token mild" : "token bad";
@@ -194,14 +207,15 @@
 
   function fail(problem) {
     say("", problem);
-    byId("answers").setAttribute("aria-busy", "false");
+    setBusy(false);
     byId("history").firstChild.remove();
   }
 
   function done() {
     const seconds = (performance.now() - state.started) / 1000;
     say(`Answered in ${seconds.toFixed(1)} s.`);
-    byId("answers").setAttribute("aria-busy", "false");
+    setBusy(false);
+    state.before = state.replies;
     const aloud = [...cards].map(([model, card]) => {
       const { refusal, response } = state.replies[model];
       const chance = refusal === null ? "" : ` (chance of a refusal ${percent(refusal)})`;
@@ -219,8 +233,8 @@
     if (data.ready) {
       state.ready = true;
       byId("send").disabled = false;
-      say("Ready.");
-      ask();
+      say("Ready. Choose a picture, type a question and press Ask.");
+      if (state.picture) ask();
     } else if (data.number !== state.number) return; // of a question before the newest
     else if (data.problem) fail(data.problem);
     else if (data.done) done();
@@ -239,7 +253,9 @@
     event.preventDefault();
     ask();
   });
-  byId("file").addEventListener("change", ({ target }) => { if (target.files[0]) addFile(target.files[0]); });
+  byId("file").addEventListener("change", ({ target }) => {
+    if (target.files[0]) addFile(target.files[0]);
+  });
   document.addEventListener("dragover", (event) => {
     event.preventDefault();
     document.body.classList.add("dropping");
