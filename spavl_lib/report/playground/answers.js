@@ -59,7 +59,7 @@ class Models {
     return softmax(model.decoder.logits(this.read(model, picture, ids)));
   }
 
-  // The chance that an answer, drawn token by token, begins as one of the refusals; null if unknown.
+  // The chance that an answer, drawn token by token, begins as a refusal; null if unknown.
   refusal(model, picture, prompt) {
     if (!this.info.refusals) return null;
     let sum = 0;
@@ -88,13 +88,13 @@ class Models {
         const chances = this.chances(model, picture, [...prompt, ...ids]);
         const id = argmax(chances), chance = chances[id];
         chances[id] = 0;
-        const second = argmax(chances), end = ends.includes(id);
+        const next = argmax(chances), end = ends.includes(id);
         ids.push(id);
         yield {
           model: model.name, id, chance, refusal, end,
           text: answer.text.decode(this.tokenizer.bytesOf(id), { stream: true }),
           other: {
-            text: this.tokenizer.decode([second]), chance: chances[second], end: ends.includes(second),
+            text: this.tokenizer.decode([next]), chance: chances[next], end: ends.includes(next),
           },
         };
         answer.done = end || ids.length === maxNew;

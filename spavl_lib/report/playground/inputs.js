@@ -26,9 +26,9 @@ class Tokenizer {
     }
     this.bytes = new Map(this.letters.map((letter, byte) => [letter, byte]));
     // GPT-2 splits text at these borders before it joins any bytes.
-    const w = "\\p{White_Space}";
-    this.words = new RegExp(
-      `'(?:s|t|re|ve|m|ll|d)| ?\\p{L}+| ?\\p{N}+| ?[^${w}\\p{L}\\p{N}]+|${w}+(?![^${w}])|${w}+`, "gu");
+    const s = "\\p{White_Space}", letter = "\\p{L}", digit = "\\p{N}";
+    const words = `'(?:s|t|re|ve|m|ll|d)| ?${letter}+| ?${digit}+| ?[^${s}${letter}${digit}]+`;
+    this.words = new RegExp(`${words}|${s}+(?![^${s}])|${s}+`, "gu");
   }
 
   // Ids of a text in which control tokens may stand, such as the prompt's template.
@@ -107,7 +107,7 @@ function overWhite(colour, opacity) {
   return ((sum >> 8) + sum) >> 15;
 }
 
-// Pillow's bicubic resize of a square channel, with its fixed-point weights: first across, then down.
+// Pillow's bicubic resize of a square channel, with its fixed-point weights: across, then down.
 function resize(plane, side, size) {
   if (side === size) return plane;
   return resample(resample(plane, side, side, size, 1, side), side, size, size, size, 1);

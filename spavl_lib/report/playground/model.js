@@ -60,7 +60,8 @@ function linear(x, rows, weight, outer, bias) {
   for (; row < rows; row++)
     for (let o = 0; o < outer; o++) {
       let sum = bias ? bias[o] : 0;
-      for (let i = 0, w = o * inner, a = row * inner; i < inner; i++) sum += weight[w + i] * x[a + i];
+      for (let i = 0, w = o * inner, a = row * inner; i < inner; i++)
+        sum += weight[w + i] * x[a + i];
       y[row * outer + o] = sum;
     }
   return y;
@@ -102,7 +103,7 @@ const activations = {
 };
 
 // Attention of `rows` queries to cached keys and values. `spec` has `heads`, `kvHeads` (groups of
-// heads share keys and values) and the `size` of a head. Query r sees the first `seen(r)` positions.
+// heads share keys and values) and the `size` of a head. Query r sees `seen(r)` positions.
 function attend(queries, keys, values, rows, spec, seen) {
   const { heads, kvHeads, size } = spec, width = heads * size, kvWidth = kvHeads * size;
   const result = new Float32Array(rows * width), scale = 1 / Math.sqrt(size);
@@ -217,7 +218,8 @@ class Decoder {
 
   // Computes the layers for embeddings (rows, width) at positions from `start` on.
   forward(states, start) {
-    const { spec, get } = this, { width, heads, kvHeads, size } = spec, rows = states.length / width;
+    const { spec, get } = this, { width, heads, kvHeads, size } = spec;
+    const rows = states.length / width;
     for (let layer = 0; layer < spec.layers; layer++) {
       const name = `language_model.layers.${layer}.`, [keys, values] = this.cache[layer];
       const apply = (x, part, outer) => linear(x, rows, get(`${name}${part}.weight`), outer);

@@ -191,7 +191,7 @@
     }
     const row = element("tr"), first = element("td"), last = element("td");
     first.append(element("span", tokenText(event), "token"));
-    last.append(element("span", tokenText(event.other), "token"), ` ${percent(event.other.chance)}`);
+    last.append(element("span", tokenText(event.other), "token"), " ", percent(event.other.chance));
     row.append(first, element("td", percent(event.chance)), last);
     tokensOf(event.model).append(row);
   }
