@@ -246,9 +246,9 @@ def test_models_that_a_browser_cannot_run_are_refused_with_the_reason() -> None:
             "this model has 4",
         ),
         (mistral, "built of llava, clip_vision_model, mistral"),
-        (_llava(hidden_act="gelu"), "another text_config.hidden_act"),
-        (_llava(rope_parameters=rope), "another text_config.rope_parameters"),
-        (deeper, "another vision_feature_layer"),
+        (_llava(hidden_act="gelu"), "differs in text_config.hidden_act"),
+        (_llava(rope_parameters=rope), "differs in text_config.rope_parameters"),
+        (deeper, "differs in vision_feature_layer"),
     ):
         with pytest.raises(InputError, match="only models that are built as the embedded") as error:
             describe.check_model(config)

@@ -67,7 +67,7 @@ def _obstacle(config: PreTrainedConfig) -> str:
         "text_config.rope_parameters": text.rope_parameters.get("rope_type") == "default",
     }
     unknown = [name for name, known in settings.items() if not known]
-    return f"this model has another {', '.join(unknown)}" if unknown else ""
+    return f"this model differs in {', '.join(unknown)}" if unknown else ""
 
 
 def vision(config: PreTrainedConfig) -> dict[str, Any]:
