@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from spavl_lib import stages
-from spavl_lib.cli import ask, data, evaluate, judge, label, model
+from spavl_lib.cli import ask, data, evaluate, judge, label, model, playground
 from spavl_lib.cli.shared import run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
@@ -32,6 +32,7 @@ app.add_typer(judge.app, name="judge", help="Measure judges against people's lab
 app.add_typer(evaluate.app)
 app.add_typer(label.app)
 app.add_typer(ask.app)
+app.add_typer(playground.app)
 
 Profile = Annotated[
     str,
@@ -73,6 +74,7 @@ def _spavl() -> None:
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl ask demo IMAGE "QUESTION"        base and trained models, side by side
+      spavl playground demo                 a page that runs the models in a browser
       spavl report demo                     write a run's report again
       spavl benchmarks                      which published benchmarks can be read, and are here
       spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks

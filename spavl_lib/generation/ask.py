@@ -67,8 +67,12 @@ class RunModels:
         self.processor = load_processor(self.config.model)
         self._kept: dict[str, nn.Module] = {}
 
-    def _load(self, name: str) -> nn.Module:
-        """The base model, a trained policy, or the reward model."""
+    def load(self, name: str) -> nn.Module:
+        """The base model, a trained policy, or the reward model.
+
+        Args:
+            name: A key of `folders`, or `reward` if the run has a reward model.
+        """
         if name not in self._kept:
             free_memory()  # of the model before, if it was not kept
             model: nn.Module
@@ -110,7 +114,7 @@ class RunModels:
                 f"{settings.max_new_tokens} for the answer, but the model takes {context} in all"
             )
         answers = {
-            name: generate_batch(self._load(name), self.processor, batch, settings)[0]
+            name: generate_batch(self.load(name), self.processor, batch, settings)[0]
             for name in self.folders
         }
         scores: list[float | None] = [None] * len(answers)
@@ -127,7 +131,7 @@ class RunModels:
         self, image: Image.Image | None, question: str, responses: list[str]
     ) -> Iterator[float]:
         """The reward model's score of each response."""
-        reward = self._load("reward")
+        reward = self.load("reward")
         prompt = encode_prompts(self.processor, [question], [image])
         for response in responses:
             answer = completion_ids(self.processor, question, response, image=image is not None)
