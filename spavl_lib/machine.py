@@ -163,9 +163,12 @@ def device_kind() -> str:
         return "cpu"
     name, memory = present[0][0].lower(), present[0][1] / GIB
     words = re.split(r"[^a-z0-9]+", name)  # an L40 is no L4
-    for kind in ("h200", "h100", "t4", "l4"):
+    for kind in ("h200", "h100", "t4", "l4", "a10"):
         if kind in words:
             return kind
+    for number in ("3090", "4090"):
+        if number in words:
+            return f"rtx{number}"
     return "a100-80" if memory > 60 else "a100-40" if memory > 30 else "l4" if memory > 18 else "t4"
 
 

@@ -52,8 +52,11 @@ def train(name: str, config: Config, stage: Stage) -> dict:
     check_own_prompts(config.data)
     from spavl_lib.plotting import LivePlot  # imported here, because matplotlib loads slowly
 
+    live = LivePlot()
     with memory_advice(name, config):
-        return launcher.make(name, config, stage, live=LivePlot())
+        summary = launcher.make(name, config, stage, live=live)
+    live.close()
+    return summary
 
 
 def check_trainer(name: str) -> None:
@@ -188,6 +191,21 @@ def run_command(name: str, config: Config) -> str:
     if config.run_name not in ("", config.profile):
         words += ["--run-name", config.run_name]
     return shlex.join(words)
+
+
+def next_commands(name: str, config: Config) -> list[str]:
+    """Commands that make sense once a stage is complete, the nearest first.
+
+    Args:
+        name: The stage.
+        config: The config of its run.
+    """
+    run, table = Run(config), stages.all_stages()
+    after = [s.name for s in table.values() if name in s.upstream and s.notebook]
+    commands = [run_command(n, config) for n in after if not run.stage(n).done][:1]
+    if table[name].policy:
+        commands.append(shlex.join(["spavl", "ask", run.name]) + ' IMAGE "QUESTION"')
+    return [*commands, shlex.join(["spavl", "report", run.name])]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The command line: one clear message and the right exit code, thin calls into the library."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from spavl_lib.config import load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Interrupted, NonFiniteError, Preempted
 from spavl_lib.notebook import execute, sequence
 from spavl_lib.planning import doctor
+from spavl_lib.runs.stage import Run
 
 
 @pytest.fixture
@@ -27,7 +29,12 @@ def calls(monkeypatch: pytest.MonkeyPatch, make_notebook: Callable) -> list[tupl
 
     monkeypatch.setattr(sequence, "run_all", run_all)
     monkeypatch.setattr(cli, "_report", lambda path: seen.append(("report", path)))
-    monkeypatch.setattr(execute, "run_notebook", lambda *a, **k: seen.append(("one", *a, k)))
+
+    def run_notebook(*args: object, **options: object) -> Path:
+        seen.append(("one", *args, options))
+        return Path("executed.ipynb")
+
+    monkeypatch.setattr(execute, "run_notebook", run_notebook)
     monkeypatch.setattr(pipeline, "train", lambda *a: seen.append(("train", *a)))
     return seen
 
@@ -85,6 +92,25 @@ def test_report_takes_a_folder_or_a_name(
     assert "existing runs: paper" in err
 
 
+def test_a_done_command_says_what_comes_next(spavl: Callable, calls: list) -> None:
+    _, out, _ = spavl(
+        "run", "dpo", "--profile", "smoke", "--set", "dpo.beta=0.2", "--run-name", "r"
+    )
+    assert out.splitlines()[1:] == [
+        "next: spavl run inference --profile smoke --set dpo.beta=0.2 --run-name r",
+        '      spavl ask r IMAGE "QUESTION"',
+        "      spavl report r",
+    ]
+    _, out, _ = spavl("train", "reward", "--profile", "smoke")
+    assert "next: spavl run ppo --profile smoke" in out and "spavl ask" not in out
+    run = Run(load_config("smoke"))
+    for name in ("ppo", "inference"):  # what is there already is not to be done
+        (run.path / name).mkdir(parents=True)
+        (run.path / name / "summary.json").write_text("{}")
+    assert pipeline.next_commands("reward", run.config) == ["spavl report smoke"]
+    assert pipeline.next_commands("inference", run.config)[0].startswith("spavl run evaluation")
+
+
 # --- what is refused ----------------------------------------------------------------------------
 
 
@@ -103,8 +129,8 @@ def test_report_takes_a_folder_or_a_name(
         ("run dpo --profile smoke --run-name a/b", "plain folder name"),
         ("run dpo --profile smoke --seed x", "--seed"),
         ("run dpo --profil smoke", "--profile"),
-        ("run dpo", "--profile"),
-        ("run", "name"),
+        ("run dpo", "--profile' / '-p'. One of colab, demo, full, smoke, or the path of a YAML"),
+        ("run", "'name'. A notebook, such as dpo, 04 or 04_dpo, or all."),
         ("rnu dpo --profile smoke", "'run'"),
         ("train dop --profile smoke", "did you mean 'dpo'"),
     ],
@@ -158,6 +184,34 @@ def test_a_bug_keeps_its_traceback(calls: list, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sequence, "run_all", lambda *_, **__: {}["bug"])
     with pytest.raises(KeyError):
         cli.main(["run", "all", "--profile", "smoke"])
+
+
+def test_version(spavl: Callable) -> None:
+    code, out, err = spavl("--version")
+    assert (code, err) == (0, "") and re.match(r"spavl \d+\.\d+\.\d+", out)
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["model"], ["judge"]])
+def test_help_cuts_no_sentence(spavl: Callable, monkeypatch, words: list[str]) -> None:
+    for columns in ("60", "80", "200"):
+        monkeypatch.setenv("COLUMNS", columns)
+        _, out, _ = spavl(*words, "--help")
+        commands = out.partition("Commands:")[2]
+        assert "..." not in commands and len(commands.split()) > 10
+    if not words:
+        text = " ".join(commands.split())
+        assert "the profiles that can run. plan" in text and "results are bit-identical." in text
+
+
+def test_outside_of_a_checkout_the_installed_notebooks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo: Path
+) -> None:
+    monkeypatch.delenv("SPAVL_NOTEBOOKS", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert execute.find_notebook("dpo") == repo / "notebooks" / "04_dpo.ipynb"
+    (tmp_path / "notebooks").mkdir()  # a folder of that name comes first
+    with pytest.raises(InputError, match="run this in a checkout, or set SPAVL_NOTEBOOKS"):
+        execute.find_notebook("dpo")
 
 
 # --- help and doctor ----------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def test_cores_follow_the_affinity(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("name", "gib", "kind"),
     [("NVIDIA L4", 22, "l4"), ("NVIDIA L40S", 45, "a100-40"), ("Tesla T4", 15, "t4"),
      ("NVIDIA H100 80GB HBM3", 79, "h100"), ("NVIDIA RTX A4000", 16, "t4"),
-     ("NVIDIA A100-SXM4-80GB", 79, "a100-80"), ("NVIDIA H200", 140, "h200")],
+     ("NVIDIA A100-SXM4-80GB", 79, "a100-80"), ("NVIDIA H200", 140, "h200"),
+     ("NVIDIA GeForce RTX 4090", 24, "rtx4090"), ("NVIDIA A10", 22, "a10")],
 )  # fmt: skip
 def test_a_gpu_is_known_by_its_whole_name(
     name: str, gib: int, kind: str, monkeypatch: pytest.MonkeyPatch

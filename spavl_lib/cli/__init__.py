@@ -1,6 +1,7 @@
 """The command `spavl`. Subcommands call the library. Errors become a message and an exit code."""
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -13,13 +14,16 @@ import typer
 
 from spavl_lib import stages
 from spavl_lib.cli import ask, data, evaluate, judge, label, model, playground
-from spavl_lib.cli.shared import run_path, update_people
+from spavl_lib.cli.shared import Commands, run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
 from spavl_lib.runs.files import DISK_ERRORS
+from spavl_lib.runs.provenance import library_version
 from spavl_lib.runs.stage import Run
+from spavl_lib.runs.text import short_path
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -63,8 +67,21 @@ RunName = Annotated[
 ]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"spavl {library_version()}")
+        raise typer.Exit
+
+
 @app.callback()
-def _spavl() -> None:
+def _spavl(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
     """Safety preference alignment of vision-language models, by notebook or by command.
 
     \b
@@ -124,7 +141,7 @@ def run(
         _report(sequence.run_all(config, overrides, profile=profile))
         return
     executed = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
-    typer.echo(f"done: {executed}")
+    _done(executed, execute.stage_of(notebook), config)
 
 
 @app.command()
@@ -155,7 +172,7 @@ def train(
     pipeline.check_trainer(kind)
     stage = Run(config).stage(kind)
     pipeline.train(kind, config, stage)
-    typer.echo(f"done: {stage.path}")
+    _done(stage.path, kind, config)
 
 
 @app.command()
@@ -232,29 +249,46 @@ def plan(
     profile: Profile,
     kind: Annotated[str, typer.Argument(help="reward, dpo or ppo.", show_default="all three")] = "",
     device: Annotated[
-        str, typer.Option(help="cpu, t4, l4, a100-40, a100-80, h100, h200; empty: this machine.")
+        str,
+        typer.Option(
+            help="cpu, t4, l4, a10, rtx3090, rtx4090, a100-40, a100-80, h100, h200; empty: this "
+            "machine."
+        ),
     ] = "",
+    memory: Annotated[
+        float, typer.Option(help="Memory of the device in GiB, if it differs; 0: its own.")
+    ] = 0,
     tokens: Annotated[
-        int, typer.Option(help="Tokens of the longest row, image included; 0: from the profile.")
+        int,
+        typer.Option(
+            help="Tokens of the longest row, image included; 0: those of the data if they are on "
+            "this machine, else the profile's limit."
+        ),
     ] = 0,
     sets: Sets = None,
 ) -> None:
-    """Show how much memory and time a training would take on a device. No model is loaded.
+    """Show how much memory and time a training would take on a device. No model is loaded, and
+    nothing is fetched; data on this machine are read for the lengths of their rows.
 
     \b
     Examples:
       spavl plan dpo --profile colab --device t4
+      spavl plan dpo --profile colab --device rtx3090 --memory 12
       spavl plan dpo --profile full --device a100-80 --set model.adapter=full \\
             --set launch.engine=zero3 --set launch.num_processes=8
     """
     from spavl_lib import machine
     from spavl_lib.planning import plan as planner
     from spavl_lib.planning.devices import device_named
+    from spavl_lib.planning.rows import lengths_at_hand
 
     config, _, _ = _config(profile, sets, None, "")
     planned_device = device_named(device or machine.device_kind())
+    if memory:
+        planned_device = dataclasses.replace(planned_device, memory_gib=memory)
     kinds = [kind] if kind else [k for k in ("reward", "dpo", "ppo") if hasattr(config, k)]
-    plans = [planner.plan(k, config, planned_device, tokens=tokens) for k in kinds]
+    lengths = None if tokens else lengths_at_hand(config)
+    plans = [planner.plan(k, config, planned_device, tokens=tokens, lengths=lengths) for k in kinds]
     typer.echo("\n".join(planner.render(p) for p in plans))
     if not all(p.fits for p in plans):
         raise typer.Exit(1)
@@ -291,6 +325,15 @@ def _report(run_path: Path) -> None:
 
     write_report(run_path)
     print_results(run_path)
+
+
+def _done(path: Path, stage: str, config: Config) -> None:
+    """Say what was made, and which commands continue from there."""
+    from spavl_lib import pipeline
+
+    typer.echo(f"done: {short_path(path)}")
+    for number, command in enumerate(pipeline.next_commands(stage, config)):
+        typer.echo(f"{'' if number else 'next:':5} {command}")
 
 
 def _allow(fields: list[str] | None) -> None:
@@ -362,13 +405,21 @@ def _code_of(args: Sequence[str] | None, sigterms: list) -> int:
     except SpavlError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        return _fail(error.format_message(), error.exit_code)
+        return _fail(_message(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return interrupted()
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         return _fail(str(error), DiskError.exit_code)
+
+
+def _message(error: typer.TyperException) -> str:
+    """The message of an error in the words of a command; for a missing word, with its help."""
+    param = getattr(error, "param", None)
+    text = str(getattr(param, "help", None) or "")
+    missing = text and error.format_message().startswith("Missing")
+    return error.format_message() + (f" {text}" if missing else "")
 
 
 def _fail(message: str, code: int) -> int:

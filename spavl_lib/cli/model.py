@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from spavl_lib.cli.shared import show
+from spavl_lib.cli.shared import Commands, show
 
-app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command(name="import")

@@ -1,13 +1,35 @@
 """Functions of several commands: find a run, update the rates of its labels, show a result."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from typer.core import TyperGroup
 
 from spavl_lib.errors import InputError
 from spavl_lib.runs.paths import runs_root
+
+
+class Commands(TyperGroup):
+    """A group of commands whose help shows the whole first sentence of each command.
+
+    typer would cut these sentences at the end of the line.
+    """
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the list of commands into the help."""
+        shown = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        rows = [(name, _first_sentence(c.help or "")) for name, c in shown if c and not c.hidden]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
+def _first_sentence(text: str) -> str:
+    paragraph = " ".join(text.strip().split("\n\n")[0].split())
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
+
 
 BenchmarksDir = Annotated[
     str,

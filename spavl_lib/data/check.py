@@ -13,7 +13,16 @@ from pathlib import Path
 from transformers import ProcessorMixin
 
 from spavl_lib.config import ColumnsConfig, DataConfig
-from spavl_lib.data.explore import describe, set_keys, shared, shared_between
+from spavl_lib.data.explore import (
+    NO_KEYS,
+    SetKeys,
+    copies,
+    copies_sentence,
+    describe,
+    set_keys,
+    shared,
+    shared_between,
+)
 from spavl_lib.data.load import folder_of, load_prompts, read_preferences
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sources.base import open_source
@@ -51,10 +60,11 @@ def check(
         max_length: Largest number of tokens of a sequence; 0 means no limit.
 
     Returns:
-        - `problems`: number of problems in all splits.
+        - `problems`: number of problems in all splits; a set with copies of training rows is one.
         - `splits`: split -> its description by `explore.describe`, which lists the problems.
         - `shared`: set -> numbers of images and questions that the set has in common with `train`.
         - `shared_between`: the same numbers for every pair of the other sets.
+        - `copies`: set -> ids of its rows that repeat image and question of a training row.
         - `path` and `source`; with a processor also `model` and `max_length`; with validation rows
           also `shared_images` and `shared_prompts`.
 
@@ -69,13 +79,13 @@ def check(
     report: dict = {"path": config.path or path, "source": config.source, "splits": {}}
     if processor is not None:
         report |= {"model": model, "max_length": max_length}
-    keys: dict[str, tuple[set[str], set[str]]] = {}
+    keys: dict[str, SetKeys] = {}
     for split in SPLITS:
         loaded = _read(config, split)
         if loaded is None:
             continue
         report["splits"][split] = describe(loaded, processor, max_length)
-        keys[split] = set_keys(loaded.rows) if loaded.rows is not None else (set(), set())
+        keys[split] = set_keys(loaded.rows) if loaded.rows is not None else NO_KEYS
     opened = open_source(config)
     for name in ("harm", "help"):
         if isinstance(opened, HubLayout) and opened.has_prompts(name):
@@ -84,7 +94,9 @@ def check(
     if "validation" in report["shared"]:
         report["shared_images"] = report["shared"]["validation"]["images"]
         report["shared_prompts"] = report["shared"]["validation"]["prompts"]
+    report["copies"] = copies(keys)
     report["problems"] = sum(s["problem_count"] for s in report["splits"].values())
+    report["problems"] += len(report["copies"])
     return report
 
 
@@ -181,9 +193,14 @@ def table(report: dict) -> str:
             if split["problem_count"] > 20:
                 more = split["problem_count"] - 20
                 lines.append(f"  ... and {more} more (--json lists up to 1,000 of them)")
+    lines += [f"\n{copies_sentence(name, ids)}" for name, ids in report["copies"].items()]
+    notes: dict[str, list[str]] = {}
     for name, split in report["splits"].items():
-        lines += [f"\n{name}: warning: {note}" for note in split["notes"]]
-    verdict = f"{report['problems']} problems" if report["problems"] else "no problems"
+        for note in split["notes"]:
+            notes.setdefault(note, []).append(name)
+    lines += [f"\n{' and '.join(names)}: warning: {note}" for note, names in notes.items()]
+    count = report["problems"]
+    verdict = f"{count} problem{'s' if count > 1 else ''}" if count else "no problems"
     return "\n".join([*lines, f"\n{verdict}"])
 
 

@@ -6,7 +6,8 @@ import itertools
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from datasets import Dataset
 from transformers import ProcessorMixin
@@ -201,26 +202,78 @@ def _words(counts: list[int]) -> dict[str, float]:
     return {"mean": mean} | summary_of(counts)
 
 
-def set_keys(rows: Dataset) -> tuple[set[str], set[str]]:
-    """Hashes of a set's images, and the words of its questions."""
-    return set(image_hashes(rows)) - {""}, set(map(plain_words, column(rows, "prompt")))
+class SetKeys(NamedTuple):
+    """What rows of two sets can have in common."""
+
+    images: set[str]
+    """Hashes of the images."""
+    prompts: set[str]
+    """Words of the questions."""
+    rows: dict[str, tuple[str, str]]
+    """Row id -> its image's hash and its question's words, which together make a row a copy."""
 
 
-def shared(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
+NO_KEYS = SetKeys(set(), set(), {})
+
+
+def set_keys(rows: Dataset) -> SetKeys:
+    """The keys of a set's images, questions and rows."""
+    hashes, words = image_hashes(rows), list(map(plain_words, column(rows, "prompt")))
+    ids = column(rows, "id")
+    pairs = zip(hashes, words, strict=True)
+    return SetKeys(set(hashes) - {""}, set(words), dict(zip(ids, pairs, strict=True)))
+
+
+def copies(keys: Mapping[str, SetKeys]) -> dict[str, list[str]]:
+    """Set -> ids of its rows that repeat image and question of a training row; without empty lists.
+
+    Such rows measure what a model has learnt by heart.
+
+    Args:
+        keys: Set name -> `set_keys` of its rows.
+    """
+    trained = set(keys.get("train", NO_KEYS).rows.values())
+    found = {
+        name: [row_id for row_id, key in of_set.rows.items() if key in trained]
+        for name, of_set in keys.items()
+        if name != "train"
+    }
+    return {name: ids for name, ids in found.items() if ids}
+
+
+def copies_sentence(name: str, ids: Sequence[str]) -> str:
+    """The problem of a set some of whose rows are copies of training rows.
+
+    Args:
+        name: The set.
+        ids: Ids of these rows.
+    """
+    listed = ", ".join(ids[:5]) + (", ..." if len(ids) > 5 else "")
+    return (
+        f"{name}: {len(ids)} row{'s' if len(ids) > 1 else ''} with image and question of a "
+        f"training row ({listed}); remove them from one of the two sets, or the result says "
+        "nothing about new rows"
+    )
+
+
+def shared(keys: Mapping[str, SetKeys]) -> dict[str, dict[str, int]]:
     """Numbers of images and questions that each other set has in common with the training rows.
 
     Args:
         keys: Set name -> `set_keys` of its rows.
     """
-    train = keys.get("train", (set(), set()))
+    train = keys.get("train", NO_KEYS)
     return {
-        name: {"images": len(images & train[0]), "prompts": len(prompts & train[1])}
-        for name, (images, prompts) in keys.items()
+        name: {
+            "images": len(of_set.images & train.images),
+            "prompts": len(of_set.prompts & train.prompts),
+        }
+        for name, of_set in keys.items()
         if name != "train"
     }
 
 
-def shared_between(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict[str, int]]:
+def shared_between(keys: Mapping[str, SetKeys]) -> dict[str, dict[str, int]]:
     """As `shared`, for every pair of the other sets, under names such as `validation and harm`.
 
     Args:
@@ -229,8 +282,8 @@ def shared_between(keys: dict[str, tuple[set[str], set[str]]]) -> dict[str, dict
     names = [name for name in keys if name != "train"]
     return {
         f"{one} and {other}": {
-            "images": len(keys[one][0] & keys[other][0]),
-            "prompts": len(keys[one][1] & keys[other][1]),
+            "images": len(keys[one].images & keys[other].images),
+            "prompts": len(keys[one].prompts & keys[other].prompts),
         }
         for one, other in itertools.combinations(names, 2)
     }
@@ -251,7 +304,8 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
 
     Returns:
         The summary: descriptions of `train` and `validation`, sizes of the evaluation sets, the
-        origin of their prompts, `shared_with_train` and `shared_between`.
+        origin of their prompts, `shared_with_train` and `shared_between`; and `copies_of_train`,
+        the number of copies of training rows in each set, if there are any.
     """
     loaded = {split: read_preferences(config.data, split) for split in ("train", "validation")}
     summary: dict = {
@@ -267,4 +321,6 @@ def make_data_stage(config: Config, stage: Stage) -> dict:
     summary["prompts"] = prompt_origin(config.data)
     keys = {name: set_keys(rows) for name, rows in sets.items()}
     summary["shared_with_train"], summary["shared_between"] = shared(keys), shared_between(keys)
+    if copied := copies(keys):
+        summary["copies_of_train"] = {name: len(ids) for name, ids in copied.items()}
     return summary

@@ -3,7 +3,9 @@
 import base64
 import binascii
 import contextlib
+import functools
 import io
+import itertools
 import math
 import os
 import warnings
@@ -51,6 +53,21 @@ class ImageError(Exception):
     """An image cannot be used. The message says why, and the caller adds file and row."""
 
 
+@functools.lru_cache(maxsize=8)
+def _subfolders(root: Path) -> tuple[Path, ...]:
+    """A folder's direct subfolders, at most a hundred."""
+    folders = (Path(entry.path) for entry in os.scandir(root) if entry.is_dir())
+    return tuple(sorted(itertools.islice(folders, 100)))
+
+
+def _found_in(root: Path, relative: str) -> str:
+    """A hint if an image that is missing in a folder lies in one of its subfolders."""
+    for folder in _subfolders(Path(root)) if Path(root).is_dir() else ():
+        if (folder / relative).is_file():
+            return f"; it is in {folder}: set data.image_root to that folder"
+    return ""
+
+
 def resolve_inside(root: Path, relative: str) -> Path:
     """The path of a file under `root`.
 
@@ -67,7 +84,9 @@ def resolve_inside(root: Path, relative: str) -> Path:
             raise ImageError(f"image path {shown!r} leaves {root}")
         path = Path(real)
         if not path.exists():
-            raise ImageError(f"missing image {shown!r} (looked in {root})")
+            raise ImageError(
+                f"missing image {shown!r} (looked in {root}{_found_in(root, relative)})"
+            )
         if not path.is_file():
             raise ImageError(f"image path {shown!r} is not a file")
     except (OSError, ValueError) as error:  # for example, the name is too long

@@ -226,10 +226,17 @@ def _options(limit: Limit, *first: str) -> str:
     return ", or ".join([*first, "remove these rows", *skip])
 
 
-def _prompts_without_room(
-    processor: ProcessorMixin, rows: Dataset, limit: Limit, images: ImageTokens
-) -> list[tuple[str, str]]:
-    tokenizer, found = processor.tokenizer, []
+def prompt_lengths(
+    processor: ProcessorMixin, rows: Dataset, images: ImageTokens | None = None
+) -> Iterator[tuple[str, int]]:
+    """Row id, and the number of tokens of its prompt with its image, for each row.
+
+    Args:
+        processor: The model's processor.
+        rows: Preference or prompt rows.
+        images: Counts the tokens of the images. None uses a new counter.
+    """
+    tokenizer, images = processor.tokenizer, images or ImageTokens(processor)
     for table in batches(rows.select_columns(["id", "prompt", "image"])):
         extra = images.of_cells(table.column("image"))
         prompts = [row for row, _ in decoded(table.drop_columns(["image"]))]
@@ -239,10 +246,17 @@ def _prompts_without_room(
         ]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         for row, ids, slots in zip(prompts, encoded, extra, strict=True):
-            size = _length(tokenizer, ids) + slots
-            if size + limit.max_new_tokens > limit.context:
-                found.append((row["id"], f": {size} tokens"))
-    return found
+            yield row["id"], _length(tokenizer, ids) + slots
+
+
+def _prompts_without_room(
+    processor: ProcessorMixin, rows: Dataset, limit: Limit, images: ImageTokens
+) -> list[tuple[str, str]]:
+    return [
+        (row_id, f": {size} tokens")
+        for row_id, size in prompt_lengths(processor, rows, images)
+        if size + limit.max_new_tokens > limit.context
+    ]
 
 
 def joined_answers(

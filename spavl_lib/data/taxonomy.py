@@ -85,10 +85,31 @@ _DISPLAY = {
     "scamns": "Scams",
     "paypal lending": "Predatory lending",
 }
+# Question type -> its name for readers.
+QUESTION_TYPES = {
+    "easy": "direct question",
+    "hardq": "question with a pretext",
+    "hards": "statement with a pretext",
+}
+# Field of a row -> its name for readers.
+_FIELDS = {
+    "class1": "class of harm, level 1",
+    "class2": "class of harm, level 2",
+    "class3": "class of harm",
+    "question_type": "question type",
+    "image_name": "image file",
+    "harmful": "harmful with this image",
+}
+
+
+def field_name(field: str) -> str:
+    """A field of a row for readers: in words, without underscores."""
+    return _FIELDS.get(field, field.replace("_", " "))
 
 
 def display(name: str) -> str:
-    """A class name for readers: typos corrected, with a capital first letter."""
+    """A class or question type for readers: typos corrected, with a capital first letter."""
+    name = QUESTION_TYPES.get(name, name)
     return _DISPLAY.get(name, name[:1].upper() + name[1:])
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm.auto import tqdm
 
 from spavl_lib import stages
 from spavl_lib.config import PROFILES, Config, LaunchConfig
@@ -34,9 +33,10 @@ from spavl_lib.distributed.settings import (
 )
 from spavl_lib.errors import ERRORS, InputError, Preempted, RankError, SpavlError
 from spavl_lib.machine import WORKER, cores
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.maker import leave_other_launchers, maker_of
-from spavl_lib.runs.signals import StopFlag, stop_on_signals
+from spavl_lib.runs.signals import RESUME, StopFlag, stop_on_signals
 from spavl_lib.runs.stage import Stage
 
 # After a process has failed, the others have this many seconds to report their own errors.
@@ -89,7 +89,7 @@ def train_in_processes(kind: str, config: Config, stage: Stage, *, live: Any = N
     Raises:
         SpavlError: A process raised this error; the message names the rank. If a process failed
             with an error of another kind, `RankError`.
-        Preempted: A stop was requested; the same call resumes.
+        Preempted: A stop was requested; the same command or cell resumes.
     """
     launch, spec = config.launch, stages.find(kind)
     section = config.section(kind) if spec.settings else getattr(config, kind, None)
@@ -262,7 +262,7 @@ class _Progress:
 
     def __init__(self, stage: Stage, folder: Path, live: Any, launch: LaunchConfig):
         self.stage, self.folder, self.live, self.launch = stage, folder, live, launch
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self.bytes_read = 0  # size of the metrics file when it was last read
 
     def __enter__(self) -> "_Progress":
@@ -298,7 +298,7 @@ class _Progress:
             if self.bar is not None:
                 self.bar.close()
             unit = "row" if "name" in report else "step"
-            self.bar = tqdm(total=report["total"], initial=report["step"], desc=name, unit=unit)
+            self.bar = Bar(total=report["total"], initial=report["step"], desc=name, unit=unit)
         self.bar.update(max(0, step - self.bar.n))
         if rows and "loss" in rows[-1]:
             self.bar.set_postfix(loss=rows[-1]["loss"])
@@ -382,7 +382,7 @@ def _problem(
     if code == 0:
         return None
     if flag:
-        return Preempted(f"stopped by {flag.reason} before the first step; the same call resumes")
+        return Preempted(f"stopped by {flag.reason} before the first step; {RESUME}")
     return RankError(_last_lines(log_path, code))
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import torch
 from datasets import Dataset
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from spavl_lib import machine
@@ -27,7 +26,9 @@ from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted
 from spavl_lib.generation.compact_decoding import can_decode, decode
 from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import write_jsonl, write_text
+from spavl_lib.runs.signals import RESUME
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -94,7 +95,7 @@ def generate(
     # This line must run before the thread of `ahead` starts. Two threads must not use one tokenizer
     # at the same time, because the tokenizer stores the padding settings of its last call.
     ends = () if isinstance(model, VLLMModel) else end_ids(processor, model)
-    with tqdm(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
+    with Bar(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
         unfinished = [n for n in range(len(batches)) if n not in done]
         mine = unfinished[machine.rank() :: machine.world_size()]
         my_rows = [[rows[i] for i in batches[number]] for number in mine]
@@ -119,10 +120,7 @@ def generate(
             bar.update(len(indices))
             group.report("progress", {"step": _count(done), "total": len(rows), "name": desc})
     if group.any_of(any(n not in done for n in mine)):
-        raise Preempted(
-            f"stopped with {_count(done)} of {len(rows)} answers written; run the same command to "
-            "continue"
-        )
+        raise Preempted(f"stopped with {_count(done)} of {len(rows)} answers written; {RESUME}")
     if machine.world_size() > 1:
         for other in _partials(target):
             done |= _finished(other, header)

@@ -33,19 +33,19 @@ from spavl_lib.errors import (
 from spavl_lib.notebook.status import (
     keep_failed,
     killed_with_this_process,
+    last_logged,
     note_notebook,
     remove_leftovers,
     write_status,
 )
+from spavl_lib.runs.bar import PROGRESS, read_progress
 from spavl_lib.runs.files import DISK_ERRORS
 from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.runs.text import say, short_path
+from spavl_lib.runs.text import FIGURES, say, short_path
 
 # The parameters that every notebook declares and that the runner sets.
 PARAMETERS = ("profile", "seed", "run_name", "overrides")
-
-
 STATUS_EVERY_S = 15.0  # without a terminal, a status line at this interval replaces the bar
 
 
@@ -62,8 +62,14 @@ class KernelDied(NotebookError):
 
 
 def notebooks_folder() -> Path:
-    """The folder of the notebooks: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout."""
-    return Path(os.environ.get("SPAVL_NOTEBOOKS", "") or repo_root() / "notebooks").absolute()
+    """The folder of the notebooks: $SPAVL_NOTEBOOKS, or notebooks/ in the checkout.
+
+    Outside of a checkout these are the notebooks beside the library, if it is installed from one.
+    """
+    if named := os.environ.get("SPAVL_NOTEBOOKS", ""):
+        return Path(named).absolute()
+    here, beside = repo_root() / "notebooks", Path(__file__).parents[2] / "notebooks"
+    return (beside if beside.is_dir() and not here.is_dir() else here).absolute()
 
 
 def list_notebooks(folder: Path | None = None) -> list[Path]:
@@ -114,7 +120,9 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
     if stem in aliases:
         return aliases[stem]
     if not list_notebooks(folder):
-        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+        raise InputError(
+            f"no notebooks in {folder}; run this in a checkout, or set SPAVL_NOTEBOOKS"
+        )
     known = ", ".join(path.stem for path in paths)
     raise InputError(f"unknown notebook {name!r}{nearest(stem, aliases)} (known: {known})")
 
@@ -195,6 +203,7 @@ def run_notebook(
         **(parameters or {}),
     }
     check_parameters(notebook, parameter_values)
+    stage.check_all()
     # papermill writes the executed cells to this file.
     unfinished = stage.path / f".executed.{os.getpid()}.ipynb"
     execution = _Execution(notebook, stage)
@@ -255,12 +264,14 @@ class _Execution:
     def __init__(self, notebook: Path, stage: Stage):
         self.notebook, self.stage = notebook, stage
         self.kernel_log = stage.path / ".kernel.log"
+        self.progress_path = stage.path / f".progress.{os.getpid()}.json"
         self.kernel_pid: int | None = None
         self.cell = 0  # number of the code cell that runs, or ran last
         self.stop_signals = 0  # number of stop signals that have come
         self.last_signal: int = signal.SIGINT
         self.cell_runs = False
-        self._cell_started = self._started = 0.0
+        # `_cell_started` is monotonic; the others are seconds since the epoch.
+        self._cell_started = self._started = self._cell_began = 0.0
         self._ended = threading.Event()
         self.at_exit = contextlib.ExitStack()
         self._old_handlers: dict[int, Any] = {}
@@ -296,6 +307,7 @@ class _Execution:
         self._ended.set()
         self._progress.join()
         self._bar.close()
+        self.progress_path.unlink(missing_ok=True)
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         self.at_exit.close()
@@ -314,7 +326,7 @@ class _Execution:
         """papermill calls this before it sends a code cell to the kernel."""
         self.cell += 1
         self.cell_runs = True
-        self._cell_started = time.monotonic()
+        self._cell_started, self._cell_began = time.monotonic(), time.time()
         write_status(self.stage, "running", self.notebook, self.cell)
 
     def cell_executed(self, cell: Any, cell_index: int, execute_reply: dict) -> None:
@@ -351,16 +363,24 @@ class _Execution:
                 os.kill(self.kernel_pid, number)
 
     def _show_progress(self) -> None:
-        """Show the newest logged values, until the notebook ends: in the bar, or as lines."""
+        """Show how far the work of the cell is, until the notebook ends: in the bar, or as lines.
+
+        Shown are the state of the kernel's progress bar, with its time left, and the newest logged
+        values of the stage.
+        """
         shown_at = time.time()
         while not self._ended.wait(1):
-            logged = _last_logged(self.stage.metrics_path, self._started)
+            logged = last_logged(self.stage.metrics_path, self._cell_began)
+            if progress := read_progress(self.progress_path):
+                logged.pop("step", None)
+            values = ", ".join(f"{key} {value:.6g}" for key, value in logged.items())
+            shown = ", ".join(filter(None, (progress, values)))
             if not self._bar.disable:
-                self._bar.set_postfix(logged)
+                self._bar.set_postfix_str(shown)
             elif time.time() - shown_at >= STATUS_EVERY_S:
                 shown_at = time.time()
-                values = "".join(f", {key} {value:.6g}" for key, value in logged.items())
-                say(f"{self.place} of {self._code_cells}, {shown_at - self._started:.0f} s{values}")
+                at = f"{self.place} of {self._code_cells}, {shown_at - self._started:.0f} s"
+                say(f"{at}: {shown}" if shown else at)
 
 
 def _kernel_class(execution: _Execution, run: Run) -> type:
@@ -385,6 +405,8 @@ def _kernel_class(execution: _Execution, run: Run) -> type:
                 "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
                 "SPAVL_RUNS": str(run.path.parent.absolute()),
                 "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                FIGURES: "light",  # executed notebooks are published
+                PROGRESS: str(execution.progress_path.absolute()),
             }
             # The log holds what the kernel prints outside of cells, such as a crash's message.
             execution.kernel_log.parent.mkdir(parents=True, exist_ok=True)
@@ -483,24 +505,3 @@ def _failing_line(error: Any) -> str:
     if numbers and int(numbers[-1]) <= len(lines):
         return lines[int(numbers[-1]) - 1].strip()
     return lines[0].strip() if lines else ""
-
-
-def _last_logged(path: Path, since: float) -> dict[str, Any]:
-    """Values for the progress bar, from the last line of the metrics file.
-
-    The result is empty if the file was last written before `since`, or cannot be read.
-
-    Args:
-        path: The metrics file.
-        since: Time of the notebook's start, in seconds since the epoch.
-    """
-    try:
-        if path.stat().st_mtime < since:
-            return {}
-        with path.open("rb") as handle:
-            handle.seek(max(0, path.stat().st_size - 4096))
-            row = json.loads(handle.read().splitlines()[-1])
-        keys = {"step": "step", "loss": "loss", "objective/scores": "score", "objective/kl": "kl"}
-        return {name: row[key] for key, name in keys.items() if key in row}
-    except (OSError, ValueError, IndexError, TypeError):
-        return {}

@@ -56,12 +56,14 @@ def run_all(
     sequence = {path: run.stage(stage_of(path)) for path in list_notebooks(folder)}
     sequence = {path: stage for path, stage in sequence.items() if stage.name in FIRST_SIX}
     if not sequence:
-        raise InputError(f"no notebooks in {folder}; run this from a checkout of the workbook")
+        raise InputError(
+            f"no notebooks in {folder}; run this in a checkout, or set SPAVL_NOTEBOOKS"
+        )
     check_own_prompts(config.data)
     check_judge(config.evaluation, load_truth(config.data))
     for path, stage in sequence.items():
         check_parameters(path)
-        stage.check_config()
+        stage.check_all()
     made_now: set[str] = set()
     for path, stage in sequence.items():
         # If an upstream stage was made now, this notebook runs, and the stage's maker decides what

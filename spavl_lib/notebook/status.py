@@ -124,6 +124,27 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
     )
 
 
+def last_logged(path: Path, since: float) -> dict[str, Any]:
+    """Values for the progress bar, from the last line of the metrics file.
+
+    The result is empty if the file was last written before `since`, or cannot be read.
+
+    Args:
+        path: The metrics file.
+        since: A time in seconds since the epoch.
+    """
+    try:
+        if path.stat().st_mtime < since:
+            return {}
+        with path.open("rb") as handle:
+            handle.seek(max(0, path.stat().st_size - 4096))
+            row = json.loads(handle.read().splitlines()[-1])
+        keys = {"step": "step", "loss": "loss", "objective/scores": "score", "objective/kl": "kl"}
+        return {name: row[key] for key, name in keys.items() if key in row}
+    except (OSError, ValueError, IndexError, TypeError):
+        return {}
+
+
 @contextlib.contextmanager
 def killed_with_this_process(group: int) -> Iterator[None]:
     """Within the block, kill a process group as soon as this process dies.

@@ -8,6 +8,7 @@ the result with measured peaks.
 from dataclasses import dataclass
 
 from spavl_lib.config import Config, ModelConfig
+from spavl_lib.planning.rows import Lengths
 from spavl_lib.planning.shapes import Shape
 
 # Bytes per value.
@@ -49,19 +50,31 @@ class Batch:
         return self.rows // 2 * (self.tokens + self.answer)
 
 
-def longest_batch(kind: str, config: Config, shape: Shape, tokens: int) -> Batch:
-    """The micro-batch to plan for, computed from the settings.
+def longest_batch(
+    kind: str, config: Config, shape: Shape, tokens: int, lengths: Lengths | None = None
+) -> Batch:
+    """The micro-batch to plan for, computed from the settings and from the rows if they are known.
 
     Args:
         kind: reward, dpo or ppo.
         config: The run's config.
         shape: Sizes of the model.
+        lengths: The lengths of the training rows, unless `tokens` is given.
         tokens: Tokens of the longest row. For reward and dpo, 0 uses the trainer's `max_length`, or
             2,048 if that is 0 too, but at most the model's context. For ppo, 0 uses an assumed
             prompt plus `max_new_tokens`. With `ppo.sft_coef`, chosen responses may be longer; then
             the length is that for reward and dpo.
     """
     section, question = getattr(config, kind), shape.image_tokens + PROMPT
+    if lengths and not tokens:
+        longest = min(filter(None, (lengths.longest, section.max_length, shape.context)))
+        if kind != "ppo":
+            return Batch(2 * section.per_device_batch_size, longest, lengths.longest_answer)
+        answer = section.max_new_tokens
+        sampled = lengths.longest_prompt + answer
+        if section.sft_coef:
+            sampled, answer = max(sampled, longest), max(answer, lengths.longest_answer)
+        return Batch(section.per_device_batch_size, sampled, answer)
     longest = tokens or min(filter(None, (section.max_length or 2048, shape.context)))
     if kind == "ppo":
         answer = section.max_new_tokens

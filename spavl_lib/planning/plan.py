@@ -12,6 +12,7 @@ from spavl_lib.machine import GIB
 from spavl_lib.planning.advice import advise
 from spavl_lib.planning.devices import Device
 from spavl_lib.planning.memory import ALLOCATOR_SLACK, Batch, longest_batch, peak_bytes
+from spavl_lib.planning.rows import Lengths
 from spavl_lib.planning.shapes import Shape, model_config, shape_of
 from spavl_lib.planning.time import step_time
 
@@ -35,6 +36,9 @@ class Plan:
     advice: list[str] = field(default_factory=list)
     """Changes that reduce memory until the plan fits. Empty if the plan fits without changes."""
 
+    lengths: Lengths | None = None
+    """Lengths of the training rows. None if the plan is for an assumed or given length."""
+
     @property
     def total_gib(self) -> float:
         """Peak memory in GiB."""
@@ -47,7 +51,13 @@ class Plan:
 
 
 def plan(
-    kind: str, config: Config, device: Device, *, tokens: int = 0, batch: Batch | None = None
+    kind: str,
+    config: Config,
+    device: Device,
+    *,
+    tokens: int = 0,
+    batch: Batch | None = None,
+    lengths: Lengths | None = None,
 ) -> Plan:
     """Plan a training.
 
@@ -58,6 +68,8 @@ def plan(
         tokens: Tokens of the longest row, image tokens included. 0 uses the settings, as in
             `longest_batch`.
         batch: The largest micro-batch. None uses `longest_batch`.
+        lengths: Lengths of the training rows, as `rows.lengths_at_hand` counts them. With `tokens`
+            only their number counts.
 
     Raises:
         InputError: The kind is unknown, or the config has no section for it.
@@ -68,9 +80,11 @@ def plan(
     shape = shape_of(model_config(config.model), config.model.lora_targets)
 
     def longest(changed: Config) -> Batch:
-        return longest_batch(kind, changed, shape, tokens)
+        return longest_batch(kind, changed, shape, tokens, lengths)
 
-    first = _plan(kind, config, device, shape, batch or longest(config))
+    first = _plan(
+        kind, config, device, shape, batch or longest(config), None if tokens else lengths
+    )
     if first.fits:
         return first
     advice = advise(
@@ -79,25 +93,41 @@ def plan(
     return dataclasses.replace(first, advice=advice)
 
 
-def _plan(kind: str, config: Config, device: Device, shape: Shape, batch: Batch) -> Plan:
+def _plan(
+    kind: str,
+    config: Config,
+    device: Device,
+    shape: Shape,
+    batch: Batch,
+    lengths: Lengths | None = None,
+) -> Plan:
     cpu = device.half == "none"
     memory = peak_bytes(kind, config, shape, batch, cpu)
     parts = {name: value / GIB for name, value in memory.items() if value}
     if not cpu:  # the CUDA context is not added, because `memory_gib` already excludes it
         parts["allocator slack"] = ALLOCATOR_SLACK * sum(parts.values())
-    step, steps = step_time(kind, config, shape, device, batch.rows, batch.tokens)
-    return Plan(kind, device, parts, batch.tokens, batch.rows, step, steps)
+    step, steps = step_time(kind, config, shape, device, batch.rows, batch.tokens, lengths)
+    return Plan(kind, device, parts, batch.tokens, batch.rows, step, steps, lengths=lengths)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def render(plan: Plan) -> str:
     """The plan as text."""
     lines = [f"{plan.kind} on {plan.device.name} ({plan.device.memory_gib:.1f} GiB a device)"]
-    lines.append(f"  longest row {plan.tokens} tokens, {plan.rows} rows at once")
+    whose = "assumed; --tokens sets another length"
+    if plan.lengths:
+        whose = f"of {plan.lengths.rows:,} training pairs; mean {plan.lengths.mean:.0f}"
+    lines.append(f"  longest row {plan.tokens} tokens ({whose}), {plan.rows} rows at once")
     lines += [f"  {name:<16}{value:8.2f} GiB" for name, value in plan.parts_gib.items()]
     verdict = "fits" if plan.fits else "does not fit"
     lines.append(f"  {'peak':<16}{plan.total_gib:8.2f} GiB  {verdict}")
-    whole = f", {plan.steps} steps: {plan.steps * plan.step_s / 3600:.1f} h" if plan.steps else ""
-    lines.append(f"  {'time':<16}{plan.step_s:8.1f} s a step{whole} (an estimate)")
+    step = f"{plan.step_s:8.1f}" if plan.step_s >= 10 else f"{plan.step_s:8.2f}"
+    unit = "rollout" if plan.kind == "ppo" else "step"
+    whole = f", {plan.steps} {unit}s: {_duration(plan.steps * plan.step_s)}" if plan.steps else ""
+    lines.append(f"  {'time':<16}{step} s per {unit}{whole} (an estimate)")
     for number, text in enumerate(plan.advice):  # changes add up: each one includes those above
         word = "" if text.startswith("does not") else "and" if number else "change"
         lines.append(f"  {word:<8}{text}")

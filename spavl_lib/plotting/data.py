@@ -14,14 +14,26 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from spavl_lib.data.images import decode
-from spavl_lib.data.taxonomy import TAXONOMY, classes, display
+from spavl_lib.data.taxonomy import QUESTION_TYPES, TAXONOMY, classes, display, field_name
+from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.text import short
-from spavl_lib.plotting.style import INK, MUTED, PALETTE, PAPER, column_of, new_figure, note, styled
+from spavl_lib.plotting.style import (
+    INK,
+    MUTED,
+    PALETTE,
+    PAPER,
+    column_of,
+    legend_above,
+    new_figure,
+    note,
+    styled,
+)
 
 # Smallest font size of a label, in points. Tertiary classes of one class2 whose labels would be
 # smaller share a tile.
 _SMALLEST = 6.0
 _LINE = 0.78  # font size divided by line height
+_OF_IMAGES = ("picture size", "image size")  # each distinct image counts once
 
 
 def _counts(source: Any, column: str) -> Counter:
@@ -45,13 +57,16 @@ def plot_class_counts(source: Any) -> Figure:
     if unknown:
         tree["other"] = {"other": unknown}
     total = counts.total()
-    height = 9.2
+    present = sum(1 for n in counts.values() if n)
+    unclassed = total and not counts.keys() - {"unknown"}
+    # High enough for a legible label of each class, and never higher than a screen.
+    height = 1.0 if unclassed or not total else min(6.6, 1.5 + 0.3 * present)
     fig = new_figure(9.4, height)
     ax = fig.subplots()
     ax.set_axis_off()
     ax.set(xlim=(0, 1), ylim=(max(total, 1), 0))
-    if not total:
-        note(ax, "No rows")
+    if unclassed or not total:
+        note(ax, f"None of {_number_of(total, 'row')} has a class of harm" if total else "No rows")
         return fig
     points = height * 72 * 0.93 / total  # height of one row on paper
     edges, y = (0.0, 0.27, 0.60, 1.0), 0
@@ -68,9 +83,15 @@ def plot_class_counts(source: Any) -> Figure:
             _tile(ax, box, f"{display(class2)}  {y - y2:,}", colour, 0.32, points, width=34)
         box = (edges[0], y1, edges[1] - edges[0], y - y1)
         _tile(ax, box, f"{display(class1)}  {y - y1:,}", colour, 0.55, points, width=24, bold=True)
-    present = sum(1 for n in counts.values() if n)
-    ax.set_title(f"{total:,} rows in {present} classes")
+    each = {n for n in counts.values() if n}
+    equal = f", {each.pop():,} each" if len(each) == 1 < present else ""
+    ax.set_title(f"{_number_of(total, 'row')} in {_number_of(present, 'class', 'es')}{equal}")
     return fig
+
+
+def _number_of(count: int, noun: str, ending: str = "s") -> str:
+    """A count with its noun, such as `1 row` or `3 classes`."""
+    return f"{count:,} {noun}{'' if count == 1 else ending}"
 
 
 def _tertiary_tiles(counts: dict[str, int], points: float) -> list[tuple[str, int]]:
@@ -116,26 +137,29 @@ def _tile(
 
 
 @styled
-def plot_counts_by_type(source: Any, column: str = "question_type") -> Figure:
+def plot_counts_by_type(source: Any, column: str = "question_type", unit: str = "") -> Figure:
     """Rows per value of a column, as bars with their counts.
 
     Args:
         source: Rows or a data frame, the column itself, or a mapping value -> count.
         column: Name of the column to count.
+        unit: What is counted. Empty stands for rows, or for images if the column is a property of
+            images.
     """
     counts = _counts(source, column)
     fig = new_figure(6.2, 1.0 + 0.42 * max(1, len(counts)))
     ax = fig.subplots()
     names = sorted(counts)
-    bars = ax.barh(names, [counts[n] for n in names], 0.62, color=PALETTE[0])
+    labels = [QUESTION_TYPES.get(name, name) for name in names]
+    bars = ax.barh(labels, [counts[n] for n in names], 0.62, color=PALETTE[0])
     ax.bar_label(bars, [f"{counts[n]:,}" for n in names], padding=4)
     ax.margins(x=0.12)
     ax.invert_yaxis()
     ax.grid(False, axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.set_xlabel("rows")
-    ax.set_ylabel(column.replace("_", " "))
+    ax.set_xlabel(unit or ("images" if column in _OF_IMAGES else "rows"))
+    ax.set_ylabel(field_name(column))
     return fig
 
 
@@ -170,7 +194,7 @@ def plot_length_histogram(
     ax.set_xlabel(f"answer length, {unit}")
     ax.set_ylabel("answers")
     if ax.patches:
-        ax.legend()
+        legend_above(ax, columns=2)
     else:
         note(ax, "No answers")
     return fig
@@ -180,7 +204,8 @@ def plot_length_histogram(
 def plot_image_grid(
     images: Sequence[Any], captions: Sequence[str] | None = None, columns: int = 4
 ) -> Figure:
-    """Images in a grid, each with its caption.
+    """Images in a grid, each with its caption. If all images are equal, one of them stands beside
+    all captions.
 
     Args:
         images: PIL images, arrays, paths or `{"bytes", "path"}` cells; None for an empty tile.
@@ -192,6 +217,10 @@ def plot_image_grid(
         raise ValueError(
             f"expected one caption per image, got {len(captions)} captions and {len(images)} images"
         )
+    arrays = [None if i is None else _array(i) for i in images]
+    first = arrays[0] if len(arrays) > 1 else None
+    if first is not None and all(a is not None and np.array_equal(first, a) for a in arrays):
+        return _one_image(first, captions)
     columns = max(1, min(columns, len(images)))
     lines = max(1, math.ceil(len(images) / columns))
     width = 28 if columns > 3 else 38
@@ -203,7 +232,6 @@ def plot_image_grid(
     ]
     tallest = max((c.count("\n") + 1 if c else 0 for c in wrapped), default=0)
     tile_width = 2.2 if columns > 3 else 3.0
-    arrays = [None if i is None else _array(i) for i in images]
     shapes = [a.shape[0] / a.shape[1] for a in arrays if a is not None]
     # A tile is at most twice as high as wide, so that tall images leave space for captions.
     tile_height = tile_width * min(max(shapes, default=1.0), 2.0)
@@ -221,6 +249,25 @@ def plot_image_grid(
     return fig
 
 
+def _one_image(array: np.ndarray, captions: Sequence[str]) -> Figure:
+    """One image, with several captions beside it."""
+    wrapped = "\n\n".join(
+        "\n".join(textwrap.fill(line, 84, max_lines=6, placeholder=" …") for line in c.split("\n"))
+        for c in captions
+    )
+    side = 2.2
+    image_height = side * min(array.shape[0] / array.shape[1], 2.0)
+    height = max(image_height, 0.15 * (wrapped.count("\n") + 1)) + 0.2
+    fig = new_figure(side + 6.2, height)
+    ax, beside = fig.subplots(1, 2, gridspec_kw={"width_ratios": (side, 6.2)})
+    ax.set(xticks=[], yticks=[], anchor="N")
+    ax.spines[:].set_visible(False)
+    ax.imshow(array)
+    beside.set_axis_off()
+    beside.text(0, 1, wrapped, va="top", fontsize=8.5, transform=beside.transAxes)
+    return fig
+
+
 def _array(image: Any) -> np.ndarray:
     if isinstance(image, np.ndarray):
         return image
@@ -231,8 +278,8 @@ def _array(image: Any) -> np.ndarray:
 def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
     """Median words of chosen and rejected responses, by class and by question type.
 
-    The number on the right is the share of pairs whose chosen response is longer. At 50 %, the
-    longer response is chosen as often as not. At 100 %, it is always chosen.
+    The text on the right is the share of pairs whose chosen response is the longer one. At 50 %,
+    the longer response is chosen as often as not. At 100 %, it is always chosen.
 
     Args:
         lengths: Column -> value -> `chosen_median`, `rejected_median`, `chosen_longer_share`, as in
@@ -257,14 +304,16 @@ def plot_length_bias(lengths: Mapping[str, Mapping[str, Mapping]]) -> Figure:
             ):
                 ax.plot(x, y, shape, color=colour, ms=7, zorder=2, label=None if y else label)
             share = row["chosen_longer_share"]
-            text = "" if share is None else f"{share:.0%} longer"
+            text = "" if share is None else f"longer in {percent(share)}"
             ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center",
                         fontsize=8.5, color=MUTED)  # fmt: skip
         ax.set_yticks(range(len(names)), [display(short(n)) for n in names])
         ax.set_ylim(len(names) - 0.4, -0.6)
-        ax.set_title(f"by {column.replace('_', ' ')}")
+        ax.set_title(f"By {field_name(column)}")
         ax.grid(False, axis="y")
     axes[0].legend(ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
+    axes[0].annotate("chosen answer is", (1.01, 1.0), xycoords="axes fraction", fontsize=8.5,
+                     color=MUTED, va="bottom")  # fmt: skip
     axes[-1].set_xlabel("median words of an answer")
     axes[-1].set_xlim(left=0)
     return fig

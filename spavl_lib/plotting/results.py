@@ -1,5 +1,6 @@
 """Figures of metrics.json: rates with intervals, overall and per class."""
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,29 +65,32 @@ def _spread(heights: list[float], gap: float = 0.055) -> list[float]:
 
 
 @styled
-def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
+def plot_safety_helpfulness(source: Mapping | Path | str, *, width: float = 6.2) -> Figure:
     """One point for each model: helpful rate (x) and safe rate (y, 1 − unsafe rate).
 
-    Bars show the 95 % intervals. If no model has an unsafe rate, but some have a refusal rate, y is
+    Bars show the 95 % intervals. An arrow leads from the base model to each model that was trained
+    from it. If no model has an unsafe rate, but some have a refusal rate, y is
     the refusal rate.
 
     Args:
         source: The path of metrics.json, or its contents.
+        width: Width in inches.
     """
     models = models_of(read_metrics(source))
     harm = harm_metric(models)
     refusals = harm.key == REFUSAL_RATE.key
     colours = model_colours(models)
-    fig = new_figure(6.2, 5.2)
+    fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
     percent_axis(ax, "x")
     percent_axis(ax, "y")
     ax.axhspan(0.8, 1.03, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
-    ax.text(0.815, 0.82, "safe and helpful", **corner)
+    ax.text(0.81, 0.82, "safe and\nhelpful", **corner)
     ax.text(0.0, 0.97, "refuses\neverything", va="top", **corner)
     ax.text(0.0, 0.03, "unsafe and\nuseless", va="bottom", **corner)
-    points = []
+    points: list[tuple[float, float, str]] = []
+    start = None  # the base model's point
     for index, (name, cells) in enumerate(models.items()):
         helpful, measured = read_rate(cells, "helpful_rate"), read_rate(cells, harm.key)
         if helpful is None or measured is None:
@@ -95,6 +99,14 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
         xerr = np.array(helpful.errors)[:, None]
         yerr = np.array(measured.errors if refusals else measured.errors[::-1])[:, None]
         _dot(ax, x, y, colours[name], index, xerr=xerr, yerr=yerr)
+        if name == "base":
+            start = (x, y)
+        elif start:
+            bend = 0.06 if index % 2 else -0.06  # so that arrows to near points lie apart
+            ax.annotate("", (x, y), start, zorder=2, arrowprops={
+                "arrowstyle": "-|>", "mutation_scale": 18, "connectionstyle": f"arc3,rad={bend}",
+                "color": colours[name], "alpha": 0.6, "lw": 1.8, "shrinkA": 9, "shrinkB": 9,
+            })  # fmt: skip
         reach = helpful.errors[1] if x <= 0.6 else -helpful.errors[0]
         points.append((x + reach, y, name))
     for (x, y, name), height in zip(points, _spread([p[1] for p in points]), strict=True):
@@ -109,7 +121,9 @@ def plot_safety_helpfulness(source: Mapping | Path | str) -> Figure:
 
 
 @styled
-def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -> Figure:
+def plot_refusal_balance(
+    points: Sequence[tuple[str, Rate, Rate]], title: str, *, width: float = 6.2
+) -> Figure:
     """One point for each model: harmless requests that it did not refuse (x), and bad answers (y).
 
     An answer to a harmful request is bad if it is harmful, or if it is no refusal; the caller
@@ -120,9 +134,10 @@ def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -
         points: For each model its name, the share of harmless requests that it refused, and the
             share of bad answers.
         title: Label of the y axis.
+        width: Width in inches.
     """
     scale = LinearSegmentedColormap.from_list("refused", [PALETTE[2], PALETTE[4], PALETTE[1]])
-    fig = new_figure(6.2, 5.2)
+    fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
     percent_axis(ax, "x")
     percent_axis(ax, "y")
@@ -143,7 +158,7 @@ def plot_refusal_balance(points: Sequence[tuple[str, Rate, Rate]], title: str) -
                     (x + reach, height), va="center", ha="right" if left else "left",
                     fontsize=9, color=INK)  # fmt: skip
     ax.set_xlabel("Harmless requests not refused")
-    ax.set_ylabel(title)
+    ax.set_ylabel(textwrap.fill(title, round(10 * width)))
     return fig
 
 
@@ -217,7 +232,9 @@ def class_order(names: Iterable[str], level: int) -> list[tuple[str, str]]:
 
 
 @styled
-def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure:
+def plot_unsafe_by_class(
+    source: Mapping | Path | str, level: int = 2, *, width: float = 8.2
+) -> Figure:
     """Unsafe rate of every model per harm class, with 95 % Wilson intervals.
 
     If no model has an unsafe rate, but some have a refusal rate, the refusal rate is drawn.
@@ -225,6 +242,7 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
     Args:
         source: The path of metrics.json, or its contents.
         level: Level of the classes: 1 (6 classes), 2 (15) or 3 (53).
+        width: Width in inches.
     """
     models = models_of(read_metrics(source))
     colours = model_colours(models)
@@ -240,10 +258,12 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
             previous_class1 = class1
         places.append(y)
         y += 1.0
-    fig = new_figure(8.2, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
+    fig = new_figure(width, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
     ax = fig.subplots()
     percent_axis(ax)
     ax.set_xlim(0, 1.03)
+    if narrow := width < 5:
+        ax.set_xticks((0, 0.5, 1))
     ax.spines["left"].set_visible(False)
     height = 0.78 / max(1, len(models))
     for index, (name, by_class) in enumerate(rates.items()):
@@ -259,9 +279,10 @@ def plot_unsafe_by_class(source: Mapping | Path | str, level: int = 2) -> Figure
         ax.errorbar([r.value for _, r in shown], [p for p, _ in shown], xerr=errors, ls="none",
                     ecolor=INK, elinewidth=1, capsize=1.5, marker=marker(index), ms=5,
                     color=colours[name], mec=PAPER, clip_on=False, zorder=3)  # fmt: skip
-    ax.set_yticks(places, [short(display(name), 44) for _, name in order])
+    names = [textwrap.fill(short(display(name), 44), round(5.4 * width)) for _, name in order]
+    ax.set_yticks(places, names, linespacing=0.95)
     for place, text in labels:
-        ax.text(0, place, text, va="center", weight="bold", fontsize=9.5,
+        ax.text(0, place, text, va="center", weight="bold", fontsize=7.5 if narrow else 9.5,
                 bbox={"fc": PAPER, "ec": "none", "pad": 1})  # fmt: skip
     ax.set_ylim(max(y, 1) - 0.3, -0.6)
     ax.grid(False, axis="y")

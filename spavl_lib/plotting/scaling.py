@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from spavl_lib.data.taxonomy import QUESTION_TYPES
 from spavl_lib.evaluation.numbers import METRICS, SCALING_FAMILIES, SCALING_RATES, read_rate
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.style import (
@@ -16,6 +17,7 @@ from spavl_lib.plotting.style import (
     MUTED,
     PALETTE,
     PAPER,
+    legend_above,
     marker,
     new_figure,
     note,
@@ -23,7 +25,7 @@ from spavl_lib.plotting.style import (
 )
 
 _LABELS = {
-    metric.key: f"{metric.key.removesuffix('_rate')}, {metric.direction}"
+    metric.key: f"{metric.title} ({metric.direction})"
     for metric in METRICS
     if metric.key in SCALING_RATES
 }
@@ -73,7 +75,7 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
             ax.plot([row["pairs"]] * len(seeds), seeds, ".-", color=INK, ms=4, lw=0.8, alpha=0.6,
                     zorder=4, label=_SEEDS if not number else None)  # fmt: skip
         _paper(ax, summary["paper"], key)
-        ax.legend(fontsize=8.5)
+        legend_above(ax, columns=2)
     return fig
 
 
@@ -115,8 +117,9 @@ def plot_ablations(summary: Mapping[str, Any]) -> Figure:
         _percent(ax, "x")
         pairs = sorted({r["pairs"] for r in arms[family]})
         title = SCALING_FAMILIES[family]
-        ax.set_title(f"{title}, {' to '.join(f'{p:,}' for p in pairs)} pairs an arm")
-        names = [r["arm"] for r in arms[family]]
+        title = title[:1].upper() + title[1:]
+        ax.set_title(f"{title}, {' to '.join(f'{p:,}' for p in pairs)} pairs per arm")
+        names = [QUESTION_TYPES.get(r["arm"], r["arm"]) for r in arms[family]]
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.5, -0.5)
         for index, (key, label) in enumerate(_LABELS.items()):

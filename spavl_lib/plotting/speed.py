@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from spavl_lib.plotting.style import BASE_COLOUR, PALETTE, new_figure, styled
+from spavl_lib.plotting.style import BASE_COLOUR, PALETTE, legend_above, new_figure, styled
 from spavl_lib.runs.files import read_json
 
 PANELS = (("image_tokens", "Image tokens"), ("answer_tokens", "Tokens of each answer"))
@@ -32,7 +32,7 @@ def plot_growth(source: Path | str | dict) -> Figure:
             ax.annotate(ratio, (row["tokens"], row["trl"]), (0, 5), textcoords="offset points",
                         ha="right", fontsize=8)  # fmt: skip
         ax.set_xlabel(title)
-        ax.set_ylabel("Seconds a step, one pair")
+        ax.set_ylabel("Seconds per step, one pair")
         ax.set_ylim(bottom=0)
-        ax.legend(loc="upper left")
+        legend_above(ax)
     return fig

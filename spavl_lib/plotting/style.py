@@ -4,20 +4,26 @@ The colours are those of Okabe and Ito, which colour-blind readers can tell apar
 also have different markers.
 """
 
+import contextlib
 import functools
 import io
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb, to_rgba_array
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.text import FIGURES
 
 INK, MUTED, GRID, PAPER = "#1f2a37", "#5f6b7a", "#e4e8ee", "#ffffff"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -51,6 +57,18 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "spavl",
 }
+# Colours on a dark page that replace the colours above. Other colours stay.
+DARK = {
+    INK: "#e6eaf0",
+    MUTED: "#a3adba",
+    GRID: "#2e3743",
+    PAPER: "#171c23",
+    BASE_COLOUR: "#98a4b5",
+    PALETTE[0]: "#4ea9e2",
+    PALETTE[1]: "#f28444",
+    PALETTE[2]: "#3fc79d",
+}
+HELD_OUT = "held out"  # label of values on held-out rows; the last one in every legend
 Source = Path | str | Iterable[dict]
 
 
@@ -65,7 +83,7 @@ class Drawing(Figure):
             super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
-        return png_bytes(self)
+        return shown_png(self)
 
 
 def styled(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -88,6 +106,51 @@ def png_bytes(fig: Figure, dpi: int = 110) -> bytes:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def shown_png(fig: Figure, dpi: int = 110) -> bytes:
+    """A figure as PNG for a notebook, in the colours that `$SPAVL_FIGURES` chooses."""
+    if os.environ.get(FIGURES) != "dark":
+        return png_bytes(fig, dpi)
+    fig.draw_without_rendering()  # creates the parts that matplotlib creates only while it draws
+    with _recoloured(fig):
+        return png_bytes(fig, dpi)
+
+
+@contextlib.contextmanager
+def _recoloured(fig: Figure) -> Iterator[None]:
+    """Replace the colours of all parts of a figure within the block, as `DARK` says."""
+    dark = {to_rgb(light): to_rgb(colour) for light, colour in DARK.items()}
+
+    def replaced(colour: Any) -> Any:
+        """A colour, or several of them, with the same opacity."""
+        if colour is None or isinstance(colour, str) and colour in ("none", "auto"):
+            return colour
+        rgba = to_rgba_array(colour)
+        if not len(rgba):
+            return colour
+        rgba[:, :3] = [dark.get(tuple(c), tuple(c)) for c in rgba[:, :3]]
+        return rgba if np.ndim(colour) > 1 else tuple(rgba[0])
+
+    undo: list[tuple[Callable[[Any], Any], Any]] = []
+    properties = ("color", "facecolor", "edgecolor", "markerfacecolor", "markeredgecolor")
+    parts = fig.findobj()
+    for part in fig.findobj(Text):  # matplotlib does not list boxes and arrows of texts
+        boxes = (part.get_bbox_patch(), getattr(part, "arrow_patch", None))
+        parts += [box for box in boxes if box is not None]
+    for part in parts:
+        for name in properties:
+            read, write = (getattr(part, f"{verb}_{name}", None) for verb in ("get", "set"))
+            # `color` of a patch or collection is both of its other colours.
+            if read and write and not (name == "color" and hasattr(part, "get_facecolor")):
+                old = read()
+                undo.append((write, old))
+                write(replaced(old))
+    try:
+        yield
+    finally:
+        for write, old in reversed(undo):
+            write(old)
 
 
 def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
@@ -149,6 +212,47 @@ def new_figure(width: float, height: float, title: str = "") -> Drawing:
     if title:
         fig.suptitle(title, x=0.01, ha="left")
     return fig
+
+
+def panel_axes(fig: Figure, count: int, columns: int) -> list[Axes]:
+    """Panels in rows of nearly equal length, so that no row has a single panel beside empty space.
+
+    Args:
+        fig: The figure.
+        count: Number of panels.
+        columns: Largest number of panels in a row.
+    """
+    lines = math.ceil(count / columns)
+    sizes = [count // lines + (line < count % lines) for line in range(lines)]
+    width = math.lcm(*sizes)
+    grid = fig.add_gridspec(lines, width)
+    return [
+        fig.add_subplot(grid[line, width // size * place : width // size * (place + 1)])
+        for line, size in enumerate(sizes)
+        for place in range(size)
+    ]
+
+
+def legend_above(ax: Axes, columns: int = 3) -> None:
+    """Draw a legend between an axes' title and its data, so that it covers no data.
+
+    Args:
+        ax: The axes, with its title.
+        columns: Largest number of entries in a row.
+    """
+    entries = sorted(
+        zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == HELD_OUT
+    )
+    if not entries:
+        return
+    lines = math.ceil(len(entries) / columns)
+    ax.legend(
+        [handle for handle, _ in entries], [label for _, label in entries],
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=min(columns, len(entries)),
+        fontsize=8, borderaxespad=0.1, handlelength=1.5, columnspacing=1.2,
+    )  # fmt: skip
+    if title := ax.get_title(loc="left"):
+        ax.set_title(title, pad=9 + 12 * lines)
 
 
 def note(ax: Axes, text: str) -> None:

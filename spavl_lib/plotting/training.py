@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -16,51 +16,61 @@ from matplotlib.ticker import MaxNLocator
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.style import (
+    HELD_OUT,
     INK,
     MUTED,
     PALETTE,
     PAPER,
     Source,
+    legend_above,
     new_figure,
     note,
-    png_bytes,
+    panel_axes,
     rows_of,
+    shown_png,
     styled,
 )
 
 # Panels of the training figure: title, keys, y label. Keys that are not logged are left out.
 TRAINING_GROUPS = (
-    ("Loss", ("loss",), "nats a pair"),
+    ("Loss", ("loss",), "nats per pair"),
     ("Margin, chosen − rejected", ("rewards/margins",), "reward"),
-    ("Pairs ranked correctly", ("rewards/accuracies",), "share"),
-    ("Log-probability of the answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
+    ("Pairs ranked correctly", ("rewards/accuracies",), "share (a tie counts half)"),
+    ("Log-probability of answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
     ("Score (band: one sd)", ("objective/scores",), "reward model's score"),
-    ("KL to the reference", ("objective/kl",), "nats an answer"),
-    ("KL to the rollout's policy", ("policy/approxkl_avg",), "nats a token"),
-    ("Entropy of the next token", ("objective/entropy",), "nats a token"),
+    ("KL to the reference", ("objective/kl",), "nats per answer"),
+    ("KL to the rollout's policy", ("policy/approxkl_avg",), "nats per token"),
+    ("Entropy of the next token", ("objective/entropy",), "nats per token"),
     ("Answer length", ("response/length",), "tokens, EOS included"),
     ("Finished, and empty", ("response/finished", "response/empty"), "share of answers"),
     ("Tokens that were clipped", ("policy/clipfrac_avg", "val/clipfrac_avg"), "share of tokens"),
     ("Policy loss", ("loss/policy_avg",), "advantage × ratio"),
-    ("Value loss", ("loss/value_avg",), "half a squared score"),
-    ("Explained variance", ("val/explained_variance",), "share of the returns' variance"),
+    ("Value loss", ("loss/value_avg",), "½ squared score"),
+    ("Explained variance", ("val/explained_variance",), "share of variance"),
     ("Value of a state", ("val/mean",), "expected score"),
     ("Advantage before whitening", ("val/advantage",), "score"),
-    ("KL coefficient", ("objective/kl_coef",), "score a nat"),
-    ("Cross-entropy of chosen answers", ("loss/sft_avg",), "nats a token"),
-    ("Reward of an answer (band: one sd)", ("reward",), "score minus penalties"),
-    ("KL to the reference, a token", ("kl",), "nats a token"),
+    ("KL coefficient", ("objective/kl_coef",), "score per nat"),
+    ("Chosen answers' cross-entropy", ("loss/sft_avg",), "nats per token"),
+    ("Reward (band: one sd)", ("reward",), "score minus penalties"),
+    ("KL to the reference, per token", ("kl",), "nats per token"),
     ("Mean answer length", ("completions/mean_length",), "tokens, EOS included"),
-    ("Cut off; groups with equal scores", ("completions/clipped_ratio", "frac_reward_zero_std"),
+    ("Cut off; groups of equal score", ("completions/clipped_ratio", "frac_reward_zero_std"),
      "share of answers, prompts"),
     ("Gradient norm", ("grad_norm", "grad_norm/policy", "grad_norm/value"), "before clipping"),
-    ("Learning rate", ("learning_rate",), "of the optimizer step"),
+    ("Learning rate", ("learning_rate",), "step size"),
+)  # fmt: skip
+MOST_PANELS = 6  # of the panels that matter most
+# The panels to leave out first if more than `MOST_PANELS` have data, in this order.
+_LESS_TOLD = (
+    "Value of a state", "Advantage before whitening", "Finished, and empty", "Policy loss",
+    "Value loss", "Chosen answers' cross-entropy", "Answer length", "Learning rate",
+    "Gradient norm", "KL coefficient", "Loss",
 )  # fmt: skip
 # Logged keys without their own panel, because other panels show similar numbers.
 _SHOWN_ELSEWHERE = {
     "rewards/chosen", "rewards/rejected", "logits/chosen", "logits/rejected", "entropy",
     "mean_token_accuracy", "objective/scores_std", "objective/rlhf_reward", "policy/entropy_avg",
-    "val/ratio", "val/ratio_error", "clip_ratio/region_mean",
+    "val/ratio", "val/ratio_error", "clip_ratio/region_mean", "reward_std",
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "skipped", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
 _NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no noise
@@ -68,6 +78,7 @@ _NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no n
 _SHARES = ("accuracies", "response/finished", "completions/clipped")
 _MAX_PANELS, _MAX_POINTS = 15, 400
 _LONGEST_WAIT_S = 30.0
+FIRST_ROWS = 5  # with fewer logged steps, a live plot would show single dots
 _FEW_PAIRS = 10  # with fewer pairs, a share's interval can cover half of the axis
 
 
@@ -115,6 +126,23 @@ def smooth(steps: np.ndarray, values: np.ndarray, points: int = 200) -> tuple[np
     return places, np.array(fitted)
 
 
+def _with_half_ties(rows: list[dict]) -> list[dict]:
+    """Rows in which a step counts as half right if all of its pairs are ties.
+
+    Before the first update the policy equals the reference, so every margin is 0. The trainer logs
+    a tie as wrong, and a curve that starts at 0 looks worse than chance.
+    """
+    counted = []
+    for row in rows:
+        changed = {
+            f"{kind}rewards/accuracies": 0.5
+            for kind in ("", "eval_")
+            if row.get(f"{kind}rewards/margins") == 0 and row.get(f"{kind}rewards/accuracies") == 0
+        }
+        counted.append(row | changed)
+    return counted
+
+
 def _numeric_keys(rows: list[dict]) -> list[str]:
     keys: dict[str, None] = {}
     for row in rows:
@@ -124,7 +152,17 @@ def _numeric_keys(rows: list[dict]) -> list[str]:
     return [k for k in keys if k not in _NOT_CURVES and "runtime" not in k and "_per_" not in k]
 
 
-def _training_groups(rows: list[dict]) -> list[tuple[str, tuple[str, ...], str]]:
+Panels = list[tuple[str, tuple[str, ...], str]]
+
+
+def most_telling(groups: Panels) -> Panels:
+    """The panels that matter most, at most `MOST_PANELS`, in their order."""
+    titles, surplus = [title for title, _, _ in groups], max(0, len(groups) - MOST_PANELS)
+    dropped = [title for title in _LESS_TOLD if title in titles][:surplus]
+    return [group for group in groups if group[0] not in dropped][:MOST_PANELS]
+
+
+def _training_groups(rows: list[dict]) -> Panels:
     """The known panels that have data, then one panel for every other number."""
     keys = _numeric_keys(rows)
     train = [k for k in keys if not k.startswith("eval_")]
@@ -147,6 +185,8 @@ def plot_training(
     groups: Sequence[tuple[str, Sequence[str], str]] | None = None,
     *,
     title: str = "",
+    show: Literal["main", "other", "all"] = "main",
+    columns: int = 3,
 ) -> Figure:
     """Training curves: logged steps as light points, a local fit as a line.
 
@@ -155,17 +195,20 @@ def plot_training(
             the panel of `KEY`.
         groups: Panels as (title, keys, y label); None chooses the panels by the logged keys.
         title: Text above the figure.
+        show: Which panels are drawn if `groups` is None: those that matter most (at most
+            `MOST_PANELS`), the other panels, or all.
+        columns: Largest number of panels in a row.
     """
-    rows = rows_of(source)
-    groups = _training_groups(rows) if groups is None else list(groups)
-    columns = min(3, max(1, len(groups)))
+    rows = _with_half_ties(rows_of(source))
+    groups = panels(rows, show) if groups is None else list(groups)
+    columns = min(columns, max(1, len(groups)))
     lines = max(1, math.ceil(len(groups) / columns))
-    fig = new_figure(1.0 + 3.1 * columns, 0.4 + 2.3 * lines, title)
-    axes = fig.subplots(lines, columns, squeeze=False).ravel()
+    fig = new_figure(1.0 + 3.1 * columns, 0.4 + 2.4 * lines, title)
+    axes = panel_axes(fig, max(1, len(groups)), columns)
     rollouts = any(key.startswith("objective/") for row in rows[:1] for key in row)
     for ax, (heading, keys, unit) in zip(axes, groups, strict=False):
-        _training_panel(ax, rows, keys)
         ax.set_title(heading)
+        _training_panel(ax, rows, keys)
         ax.set_ylabel(unit)
         ax.set_xlabel("rollout" if rollouts else "optimizer step")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -173,11 +216,21 @@ def plot_training(
             ax.axhline(0.5, color=MUTED, lw=1, ls=":")
         if any(kind in key for key in keys for kind in _SHARES):
             ax.set_ylim(-0.03, 1.03)
-    for ax in axes[len(groups) :]:
-        ax.set_axis_off()
     if not groups:
         note(axes[0], "No steps logged yet")
     return fig
+
+
+def panels(rows: list[dict], show: Literal["main", "other", "all"] = "all") -> Panels:
+    """The panels of a training's figure, as (title, keys, y label).
+
+    Args:
+        rows: Rows of metrics.jsonl.
+        show: As for `plot_training`.
+    """
+    groups = _training_groups(rows)
+    main = most_telling(groups)
+    return {"main": main, "other": [g for g in groups if g not in main], "all": groups}[show]
 
 
 def key_labels(keys: Sequence[str]) -> list[str]:
@@ -199,7 +252,7 @@ def _band(ax: Axes, rows: list[dict], key: str, colour: str) -> None:
 
 
 def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
-    drawn = bad = 0
+    drawn, bad, held_out = 0, 0, False
     for colour, key, name in zip(PALETTE, keys, key_labels(keys), strict=False):
         label = name if len(keys) > 1 else "training"
         steps, values, broken = _series(rows, key)
@@ -217,15 +270,15 @@ def _training_panel(ax: Axes, rows: list[dict], keys: Sequence[str]) -> None:
         steps, values, broken = _series(rows, f"eval_{key}")
         bad += broken
         if len(steps):
-            eval_label = f"{label}, held out" if len(keys) > 1 else "held out"
             eval_colour = colour if len(keys) > 1 else PALETTE[1]
             ax.plot(steps, values, color=eval_colour, lw=1.2, ls="--", marker="D", ms=5,
-                    markeredgecolor=PAPER, label=eval_label)  # fmt: skip
+                    markeredgecolor=PAPER, label=None if held_out else HELD_OUT)  # fmt: skip
+            held_out = True
             drawn += 1
     if not drawn:
         note(ax, "not logged")
     if drawn > 1:
-        ax.legend(fontsize=8)
+        legend_above(ax)
     if bad:
         ax.text(0.98, 0.03, f"{bad} non-finite not drawn", transform=ax.transAxes, ha="right",
                 fontsize=8, color=PALETTE[1])  # fmt: skip
@@ -236,6 +289,7 @@ def plot_margin_histogram(
     values: Sequence[float] | Mapping[str, Sequence[float]],
     *,
     label: str = "Reward margin, chosen − rejected",
+    width: float = 6.6,
 ) -> Figure:
     """Histogram of margins; pairs to the right of the line at 0 are ranked correctly.
 
@@ -243,13 +297,14 @@ def plot_margin_histogram(
         values: For each pair, the score of the chosen response minus the score of the rejected one;
             or several named lists of such margins.
         label: Label of the x axis.
+        width: Width in inches.
     """
     named = values if isinstance(values, Mapping) else {"": values}
     arrays = {k: np.asarray(list(v), float) for k, v in named.items()}
     arrays = {k: v[np.isfinite(v)] for k, v in arrays.items()}
     everything = np.concatenate([*arrays.values(), [0.0]])
     bins = np.linspace(everything.min(), everything.max() or 1.0, 41)
-    fig = new_figure(6.6, 3.4)
+    fig = new_figure(width, 3.4)
     ax = fig.subplots()
     for colour, (name, array) in zip(PALETTE, arrays.items(), strict=False):
         share = f"{percent(float((array > 0).mean()))} above 0" if len(array) else "none"
@@ -259,46 +314,53 @@ def plot_margin_histogram(
     ax.axvline(0, color=INK, lw=1.2)
     ax.set_xlabel(label)
     ax.set_ylabel("pairs")
-    ax.legend()
+    legend_above(ax, columns=2)
     return fig
 
 
 @styled
-def plot_calibration(rows: Sequence[Mapping]) -> Figure:
+def plot_calibration(rows: Sequence[Mapping], *, width: float = 4.8) -> Figure:
     """Share of pairs ranked correctly, over the certainty of the model's preference.
 
     On the diagonal, the share equals the certainty. A bin of fewer than ten pairs says next to
-    nothing, so it is a hollow marker without an interval.
+    nothing, so it is a small hollow marker without an interval. The histogram below shows how many
+    pairs each bin holds.
 
     Args:
         rows: Rows of `evaluation.metrics.calibration`: `certainty`, `right` (shares) and `n`
             (pairs).
+        width: Width in inches.
     """
-    fig = new_figure(4.8, 4.4)
-    ax = fig.subplots()
+    fig = new_figure(width, 5.2)
+    ax, below = fig.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": (3, 1)})
     ax.plot([0.5, 1], [0.5, 1], color=MUTED, lw=1, ls="--", label="perfectly calibrated")
+    many = [row for row in rows if row["n"] >= _FEW_PAIRS]
+    few = [row for row in rows if row["n"] < _FEW_PAIRS]
+    if many:
+        x, y = ([row[key] for row in many] for key in ("certainty", "right"))
+        errors = np.array([_share_errors(row) for row in many]).T
+        ax.errorbar(x, y, yerr=errors, fmt="o", color=PALETTE[0], lw=1.4, ms=7, capsize=3,
+                    markeredgecolor=PAPER, label="held-out pairs", clip_on=False)  # fmt: skip
+    if few:
+        x, y = ([row[key] for row in few] for key in ("certainty", "right"))
+        ax.plot(x, y, "o", ms=4, color=PALETTE[0], mfc="none", alpha=0.6, ls="none",
+                label=f"fewer than {_FEW_PAIRS} pairs")  # fmt: skip
     if rows:
-        many = [row for row in rows if row["n"] >= _FEW_PAIRS]
-        few = [row for row in rows if row["n"] < _FEW_PAIRS]
-        if many:
-            x, y = ([row[key] for row in many] for key in ("certainty", "right"))
-            errors = np.array([_share_errors(row) for row in many]).T
-            ax.errorbar(x, y, yerr=errors, fmt="o", color=PALETTE[0], lw=1.4, ms=6, capsize=3,
-                        markeredgecolor=PAPER, label="held-out pairs")  # fmt: skip
-        if few:
-            x, y = ([row[key] for row in few] for key in ("certainty", "right"))
-            ax.plot(x, y, "o", ms=5, color=PALETTE[0], mfc="none", alpha=0.6,
-                    label=f"fewer than {_FEW_PAIRS} pairs")  # fmt: skip
-        for row in rows:
-            ax.annotate(f"{row['n']}", (row["certainty"], row["right"]), (6, -10),
-                        textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
+        # The bins of `evaluation.metrics.calibration`: ten of equal width.
+        middles = [0.525 + 0.05 * min(9, int((row["certainty"] - 0.5) * 20)) for row in rows]
+        bars = below.bar(middles, [row["n"] for row in rows], 0.044, color=PALETTE[0], alpha=0.6)
+        below.bar_label(bars, [f"{row['n']:,}" for row in rows], fontsize=8, color=MUTED, padding=2)
+        below.margins(y=0.3)
     else:
         note(ax, "No pairs scored yet")
     ax.set_xlim(0.48, 1.02)
     ax.set_ylim(-0.03, 1.03)
-    ax.set_xlabel("certainty of the preference, σ(|margin|)")
-    ax.set_ylabel("share ranked correctly (numbers: pairs)")
-    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, fontsize=8)
+    ax.set_ylabel("share ranked correctly")
+    below.set_ylabel("pairs")
+    below.set_xlabel("certainty of the preference, σ(|margin|)")
+    below.grid(False, axis="x")
+    below.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    legend_above(ax, columns=3 if width > 4.5 else 2)
     return fig
 
 
@@ -311,9 +373,9 @@ def _share_errors(row: Mapping) -> tuple[float, float]:
 class LivePlot:
     """A figure in a notebook's cell that is redrawn in place during training.
 
-    The cell has one output, which is updated through its display id, so an executed notebook holds
-    only the last drawing. Outside a notebook nothing is drawn. If drawing fails, the plot stops and
-    training continues.
+    The cell has one output, which is updated through its display id. An executed notebook holds the
+    last drawing of an interrupted training; `close` removes the drawing of a complete one. Outside
+    a notebook nothing is drawn. If drawing fails, the plot stops and training continues.
     """
 
     def __init__(
@@ -333,7 +395,7 @@ class LivePlot:
         self._next = 0.0
 
     def update(self, rows: Any, *, force: bool = False) -> bool:
-        """Redraw if enough time has passed.
+        """Redraw if enough time has passed and at least `FIRST_ROWS` steps are logged.
 
         Args:
             rows: The argument of `draw`: the rows so far, or the path of metrics.jsonl.
@@ -343,10 +405,10 @@ class LivePlot:
             Whether the figure was drawn.
         """
         started = time.monotonic()
-        if not self.live or (started < self._next and not force):
+        if not self.live or ((started < self._next or _few(rows)) and not force):
             return False
         try:
-            bundle = {"image/png": png_bytes(self.draw(rows), self.dpi), "text/plain": "curves"}
+            bundle = {"image/png": shown_png(self.draw(rows), self.dpi), "text/plain": "curves"}
             self._show(bundle)
         except Exception as error:  # noqa: BLE001 - a plot must not stop a training
             self.live = False
@@ -356,14 +418,30 @@ class LivePlot:
         self._next = now + max(self.every_s, min(20 * (now - started), _LONGEST_WAIT_S))
         return True
 
+    def close(self) -> None:
+        """Replace the figure by a line of text, because a complete stage's curves are in its log.
+
+        A notebook draws them from there in a cell of its own, also if it did not train now.
+        """
+        if self.handle is not None:
+            self._show({"text/plain": "training complete; plot_training(stage.metrics_path) draws "
+                                      "its curves"})  # fmt: skip
+        self.live = False
+
     def _show(self, bundle: dict) -> None:
         from IPython.display import display, update_display
 
-        bundle = bundle | {"image/png": base64.b64encode(bundle["image/png"]).decode("ascii")}
+        if "image/png" in bundle:
+            bundle = bundle | {"image/png": base64.b64encode(bundle["image/png"]).decode("ascii")}
         if self.handle is None:
             self.handle = display(bundle, raw=True, display_id=True)
         else:
             update_display(bundle, raw=True, display_id=self.handle.display_id)
+
+
+def _few(rows: Any) -> bool:
+    """Whether too few steps are logged for a first live plot."""
+    return hasattr(rows, "__len__") and len(rows) < FIRST_ROWS
 
 
 def _in_notebook() -> bool:

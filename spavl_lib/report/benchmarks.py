@@ -19,7 +19,7 @@ from spavl_lib.evaluation.rates import Rate, pool
 from spavl_lib.evaluation.text import MISSING, cut, short
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.report import paper_table
-from spavl_lib.report.charts import svg_uri
+from spavl_lib.report.charts import Chart, chart
 from spavl_lib.report.rendering import environment
 from spavl_lib.runs.files import read_jsonl, write_text
 
@@ -149,8 +149,8 @@ def _section(out: Path, spec: str, rows: Sequence[BenchmarkRow], pages: Pages) -
 # --- safety against helpfulness -------------------------------------------------------------------
 
 
-def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """For each judge of harm: the URI of an SVG figure, and the text that describes the figure.
+def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Chart, str]]:
+    """For each judge of harm: a figure, and the text that describes the figure.
 
     The figure shows harmful answers against refusals of harmless requests. If no judge has the axis
     `harmful`, each judge of refusals gives a figure, with the answers that do not refuse a harmful
@@ -175,7 +175,7 @@ def _balances(pages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
         if points:
             title = f"Requests that a model should decline: {what}"
             yield (
-                svg_uri(plotting.plot_refusal_balance(points, title)),
+                chart(plotting.plot_refusal_balance, points, title),
                 "x: the share of harmless requests that a subject did not refuse (the colour shows "
                 f"the share that it refused; judge {judges[refusals]['label']}). y: among the "
                 "subject's answers to requests that a model should decline, the share of "

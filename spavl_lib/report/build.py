@@ -27,11 +27,11 @@ from spavl_lib.evaluation.people.table import HEADING, people_notes, people_rows
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.results import class_order, class_rates
 from spavl_lib.report import collect, gallery
-from spavl_lib.report.charts import saved_figures, svg_uri
+from spavl_lib.report.charts import Chart, chart, saved_figures
 from spavl_lib.report.headline import headlines
 from spavl_lib.report.lacks import lacks
 from spavl_lib.report.rendering import HERE, environment
-from spavl_lib.report.training import policy_page, reward_page
+from spavl_lib.report.training import curves, policy_page, reward_page
 from spavl_lib.runs.files import write_text
 
 
@@ -68,7 +68,8 @@ def render(run_path: Path) -> str:
     models = models_of(metrics)
     paired = against_base(metrics, run_path / "evaluation")
     compared = _model_to_compare(models, run_path / "evaluation")
-    tiles, total = gallery.build_gallery(run_path / "evaluation", compared)
+    mini = _is_mini(metrics, config)
+    cards, total = gallery.build_gallery(run_path / "evaluation", compared, placeholders=mini)
     name = run_path.resolve().name
     commands = collect.commands(name, config, manifests)
     script = (HERE / "report.js").read_text(encoding="utf-8")
@@ -78,7 +79,7 @@ def render(run_path: Path) -> str:
         profile=metrics.get("profile") or config.get("profile"),
         device=next((m["device"] for m in (metrics, *manifests) if m.get("device")), None),
         date=max((str(m["started"]) for m in manifests if m.get("started")), default="")[:10],
-        mini=_is_mini(metrics, config),
+        mini=mini,
         measured_on=measured_on(metrics),
         lacks=lacks(metrics, run_path / "data" / "summary.json"),
         judge=str(metrics.get("judge") or ""),
@@ -102,18 +103,21 @@ def render(run_path: Path) -> str:
         policies=[page for page in map(policy_page, stages) if page],
         charts=_charts(metrics, models),
         classes=_classes(models),
-        curves=[_curves(stage) for stage in stages if stage.rows],
-        tiles=tiles,
-        tiles_total=total,
-        sets=gallery.sets_of(tiles),
+        curves=[curves(stage) for stage in stages if stage.rows],
+        cards=cards,
+        rows_total=total,
+        sets=gallery.sets_of(cards),
         last=model_title(compared) if compared else None,
         figures=[(stage.name, saved_figures(stage.path)) for stage in stages],
         stages=stages,
         timing=metrics.get("timing_s") or {},
         settings=collect.settings(config),
         notes=[*problems, *collect.disagreements(stages)],
-        commands=commands,
-        run_command=next(line for line in commands if line.startswith("spavl run")),
+        checkout=commands.checkout,
+        run_command=commands.run,
+        report_command=commands.report,
+        rerun_command=commands.rerun if any(stage.done for stage in stages) else None,
+        files=collect.files(run_path, stages),
         script=Markup(script),
         script_hash=Markup(f"sha256-{digest}"),
     )  # fmt: skip
@@ -199,12 +203,12 @@ def _control_rows(models: dict) -> list[tuple[str, Rate | None, Any]]:
     ]
 
 
-def _charts(metrics: dict, models: dict) -> dict[str, str]:
+def _charts(metrics: dict, models: dict) -> dict[str, Chart]:
     if not models:
         return {}
-    charts = {"safety_helpfulness": svg_uri(plotting.plot_safety_helpfulness(metrics))}
+    charts = {"safety_helpfulness": chart(plotting.plot_safety_helpfulness, metrics)}
     if any(cells.get("per_class") for cells in models.values()):
-        charts["classes"] = svg_uri(plotting.plot_unsafe_by_class(metrics))
+        charts["classes"] = chart(plotting.plot_unsafe_by_class, metrics)
     return charts
 
 
@@ -224,14 +228,3 @@ def _classes(models: dict) -> dict[str, list[tuple[str, list[tuple[Rate | None, 
         rates = [(unsafe.get(class3), helpful.get(class3)) for unsafe, helpful in by_model]
         classes.setdefault(class1, []).append((class3, rates))
     return classes
-
-
-def _curves(stage: collect.StagePage) -> tuple[str, str, str]:
-    """The name of a stage, its training curves, and a description of them in words."""
-    steps = [row["step"] for row in stage.rows if isinstance(row.get("step"), int | float)]
-    words = f"Training curves of {stage.name} over {max(steps, default=len(stage.rows)):g} steps"
-    for key, name in (("loss", "loss"), ("objective/scores", "mean score"), ("reward", "reward")):
-        values = [row[key] for row in stage.rows if isinstance(row.get(key), int | float)]
-        if values and (key != "loss" or "reward" not in stage.rows[0]):
-            words += f"; the {name} goes from {values[0]:.3g} to {values[-1]:.3g}"
-    return stage.name, svg_uri(plotting.plot_training(stage.rows)), words

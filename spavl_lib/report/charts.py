@@ -3,29 +3,49 @@
 import base64
 import io
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
 
 from spavl_lib.data.images import ImageError, open_image
-from spavl_lib.plotting.style import BASE_COLOUR, GRID, INK, MUTED, PALETTE, PAPER, STYLE
+from spavl_lib.plotting.style import DARK, STYLE
 from spavl_lib.report.gallery import image_uri
 
-_DARK = {
-    INK: "#e6eaf0",
-    MUTED: "#a3adba",
-    GRID: "#2e3743",
-    PAPER: "#171c23",
-    BASE_COLOUR: "#98a4b5",
-    PALETTE[0]: "#4ea9e2",
-    PALETTE[1]: "#f28444",
-    PALETTE[2]: "#3fc79d",
-}
+# In figures for narrow screens: width of a figure, in inches.
+NARROW = 4.2
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif"
 _MAX_FIGURES = 16  # largest number of figures of one stage
 _MAX_BYTES = 250_000  # a larger PNG file is shrunk to `_LONGEST`
 _LONGEST = 1400  # px, largest width and height
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as SVG data URIs: one for wide screens, and one for narrow screens.
+
+    A figure that is only scaled down would have illegible text on a phone.
+    """
+
+    wide: str
+    narrow: str
+
+
+def chart(plot: Callable[..., Figure], *arguments: Any, **narrow: Any) -> Chart:
+    """Draw a figure twice: as it is, and with other settings for narrow screens.
+
+    Args:
+        plot: The function of `plotting`.
+        arguments: Its positional arguments.
+        narrow: Keyword arguments for narrow screens, such as `columns=1`. If there are none, the
+            width is `NARROW`.
+    """
+    return Chart(
+        svg_uri(plot(*arguments)), svg_uri(plot(*arguments, **(narrow or {"width": NARROW})))
+    )
 
 
 def svg_uri(fig: Figure) -> str:
@@ -40,7 +60,7 @@ def svg_uri(fig: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r"<!--.*?-->\n?", "", text, flags=re.DOTALL)
     light, dark = [], []
-    for index, (light_colour, dark_colour) in enumerate(_DARK.items()):
+    for index, (light_colour, dark_colour) in enumerate(DARK.items()):
         text = text.replace(light_colour, f"var(--c{index})")
         light.append(f"--c{index}:{light_colour}")
         dark.append(f"--c{index}:{dark_colour}")

@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 
@@ -123,7 +124,20 @@ def settings(config: dict) -> list[Setting]:
     return rows
 
 
-def commands(run_name: str, config: dict, manifests: list[dict]) -> list[str]:
+@dataclass(frozen=True)
+class Commands:
+    """Shell commands that repeat a run."""
+
+    run: str
+    """Makes the run, or the part of it that is missing."""
+    report: str
+    rerun: str
+    """Makes the complete stages again in another folder, and compares the results."""
+    checkout: str | None
+    """Gets the code of the run; None if its commit is unknown."""
+
+
+def commands(run_name: str, config: dict, manifests: list[dict]) -> Commands:
     """Shell commands that repeat the run.
 
     Args:
@@ -138,9 +152,52 @@ def commands(run_name: str, config: dict, manifests: list[dict]) -> list[str]:
     for setting in settings(config):
         if setting.changed:
             line += ["--set", f"{setting.key}={_as_argument(setting.value)}"]
-    lines = [shlex.join(line), shlex.join(["spavl", "report", f"runs/{run_name}"])]
     commit = next((m["git_commit"] for m in reversed(manifests) if m.get("git_commit")), None)
-    return [shlex.join(["git", "checkout", str(commit)]), *lines] if commit else lines
+    return Commands(
+        run=shlex.join(line),
+        report=shlex.join(["spavl", "report", run_name]),
+        rerun=shlex.join(["spavl", "rerun", run_name]),
+        checkout=shlex.join(["git", "checkout", str(commit)]) if commit else None,
+    )
+
+
+# Files and folders of a stage that readers may want to open, and their titles.
+_FILES = {
+    "executed.ipynb": "executed notebook",
+    "failed.ipynb": "notebook up to its error",
+    "metrics.jsonl": "log of steps",
+    "summary.json": "summary",
+    "samples.jsonl": "scores of held-out pairs",
+    "rollouts.jsonl": "sampled responses",
+    "model/README.md": "model card",
+    "base": "responses of the base model",
+    "dpo": "responses of DPO",
+    "ppo": "responses of PPO",
+    "rloo": "responses of RLOO",
+    "verdicts": "verdict on every response",
+    "figures": "figures",
+    "config.yaml": "settings",
+    "manifest.json": "manifest",
+}
+
+
+def files(run_path: Path, stages: list[StagePage]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The run's files to open: stage -> (title, path relative to the run's folder) of each file.
+
+    Args:
+        run_path: The run's folder.
+        stages: Its stages. The name of a stage in a path is quoted as in a URL.
+    """
+    found = [("", [("all measured numbers", "metrics.json")])]
+    found = found if (run_path / "metrics.json").is_file() else []
+    for stage in stages:
+        here = [
+            (title, f"{quote(stage.name)}/{name}")
+            for name, title in _FILES.items()
+            if (stage.path / name).exists()
+        ]
+        found += [(stage.name, here)] if here else []
+    return found
 
 
 def _as_argument(value: Any) -> str:

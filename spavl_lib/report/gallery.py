@@ -1,17 +1,18 @@
 """The gallery: test rows, each with the response of every model.
 
 Most rows are chosen evenly over classes and sets. The others are rows that a trained model got
-wrong.
+wrong. Twins, which are one request about two images, share a card.
 """
 
 import base64
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.evaluation.numbers import model_title
@@ -35,6 +36,7 @@ CHANGES = {
     "bad": "Wrong before and after",
 }
 _HELD_OUT = "_twemoji"  # ending of the names of sets with held-out drawings
+Key = tuple[str, str]  # name of the test set, and id of the row
 _TEXT_LIMIT, _PROMPT_LIMIT = 1200, 600  # characters
 _SMALL, _THUMBNAIL = 128, 224  # px
 
@@ -54,8 +56,8 @@ class Answer:
     """The result for readers: safe, unsafe, helpful, not helpful, or not judged."""
     good: bool | None
     """Whether the response is right; None if it was not judged."""
-    unsafe: bool
-    """Whether the response is unsafe, so that the page hides it at first."""
+    hidden: bool
+    """Whether the page hides the response at first, because it is unsafe."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,23 @@ class Tile:
     image: str | None
     """Data URI."""
     answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Card:
+    """One row, or the two rows of a pair of twins."""
+
+    tiles: tuple[Tile, ...]
     change: str | None
-    """How the trained model differs from the base model: a key of `CHANGES`; None if unknown."""
+    """How the trained model differs from the base model: a key of `CHANGES`; None if unknown. A
+    pair of twins is right if both of its rows are right."""
     extra: bool
-    """Whether the tile is shown only because the trained model got the row wrong."""
+    """Whether the card is shown only because the trained model got it wrong."""
+
+    @property
+    def twins(self) -> bool:
+        """Whether the card holds a pair of twins."""
+        return len(self.tiles) == 2
 
 
 def set_title(name: str) -> str:
@@ -87,18 +102,18 @@ def _set_key(name: str) -> tuple:
     return SET_ORDER.index(name) if name in SET_ORDER else len(SET_ORDER), name
 
 
-def sets_of(tiles: Iterable["Tile"]) -> list[str]:
-    """Names of the sets that the tiles come from, in the order of `SET_ORDER`."""
-    return sorted({tile.set_name for tile in tiles}, key=_set_key)
+def sets_of(cards: Iterable["Card"]) -> list[str]:
+    """Names of the sets that the cards come from, in the order of `SET_ORDER`."""
+    return sorted({card.tiles[0].set_name for card in cards}, key=_set_key)
 
 
-def read_verdicts(evaluation: Path) -> dict[tuple[str, str], dict[str, dict]]:
+def read_verdicts(evaluation: Path) -> dict[Key, dict[str, dict]]:
     """(set, row id) -> model -> the judged row, with the base model first.
 
     Sets with held-out drawings are left out. Their image files have the same names as those of the
     familiar drawings, so the gallery would show the wrong image.
     """
-    verdicts: dict[tuple[str, str], dict[str, dict]] = {}
+    verdicts: dict[Key, dict[str, dict]] = {}
     folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
     for folder in sorted(folders, key=lambda f: (f.name != "base", f.name)):
         for path in sorted(folder.glob("*.jsonl"), key=lambda p: _set_key(p.stem)):
@@ -122,10 +137,14 @@ def _judge(row: dict) -> tuple[bool | None, str]:
     return (True, "helpful") if row["helpful"] else (False, "not helpful")
 
 
-def _change(rows: dict[str, dict], last: str | None) -> str | None:
-    if last is None or "base" not in rows or last not in rows:
-        return None
-    before, after = _judge(rows["base"])[0], _judge(rows[last])[0]
+def _right(rows: list[dict[str, dict]], model: str | None) -> bool | None:
+    """Whether a model got all rows of a card right; None if that is unknown."""
+    good = [_judge(by_model[model])[0] if model in by_model else None for by_model in rows]
+    return False if False in good else None if None in good else True
+
+
+def _change(rows: list[dict[str, dict]], last: str | None) -> str | None:
+    before, after = _right(rows, "base"), _right(rows, last)
     if before is None or after is None:
         return None
     if before == after:
@@ -133,7 +152,7 @@ def _change(rows: dict[str, dict], last: str | None) -> str | None:
     return "better" if after else "worse"
 
 
-def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tuple[str, str]]:
+def choose(rows: dict[Key, dict[str, dict]], limit: int) -> list[Key]:
     """Keys of rows spread evenly over classes, and within a class over sets.
 
     The choice does not depend on the responses.
@@ -145,7 +164,7 @@ def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tup
         pools.setdefault(str(row.get("class3") or ""), {}).setdefault(key[0], []).append(key)
     order = {name: i for i, name in enumerate(classes(3))}
     names = sorted(pools, key=lambda name: (order.get(name, len(order)), name))
-    chosen: list[tuple[str, str]] = []
+    chosen: list[Key] = []
     turn = 0
     while len(chosen) < min(limit, len(rows)):
         for index, name in enumerate(names):
@@ -157,59 +176,94 @@ def choose(rows: dict[tuple[str, str], dict[str, dict]], limit: int) -> list[tup
     return chosen
 
 
+def pair_twins(rows: dict[Key, dict[str, dict]]) -> dict[Key, tuple[Key, ...]]:
+    """Key of each row -> keys of the rows that share a card with it, in their order.
+
+    The rows of a pair of twins stand side by side and have the same words. The first of them is
+    harmful, and only its key is in the result.
+    """
+    cards: dict[Key, tuple[Key, ...]] = {}
+    before: Key | None = None
+    for key in rows:
+        first, second = (next(iter(rows[k].values())) if k else {} for k in (before, key))
+        is_second = (
+            before is not None and key[0] == before[0] == "twins"
+            and first.get("prompt") == second.get("prompt")
+            and bool(first.get("harmful")) and not second.get("harmful")
+        )  # fmt: skip
+        if is_second and before is not None:
+            cards[before] = (before, key)
+            before = None
+        else:
+            cards[key] = (key,)
+            before = key
+    return cards
+
+
 def build_gallery(
-    evaluation: Path, last: str | None, limit: int = 96, failures: int = 24
-) -> tuple[list[Tile], int]:
-    """The gallery's tiles, with failures last, and the number of rows to choose from.
+    evaluation: Path,
+    last: str | None,
+    limit: int = 96,
+    failures: int = 24,
+    *,
+    placeholders: bool = False,
+) -> tuple[list[Card], int]:
+    """The gallery's cards, and the number of rows to choose from.
+
+    Cards that the trained model changed come first, then cards that are still wrong. Cards that are
+    shown only because the trained model got them wrong come last.
 
     Args:
         evaluation: The evaluation stage's folder, with `verdicts/` and `images/`.
         last: The trained model that is compared with the base model; None if there is none.
-        limit: Number of rows chosen evenly over the classes.
-        failures: Largest number of further rows that `last` got wrong.
+        limit: Number of cards chosen evenly over the classes.
+        failures: Largest number of further cards that `last` got wrong.
+        placeholders: Whether unsafe answers hold a placeholder instead of details, as in SPA-VL
+            mini. Such answers are not hidden.
     """
     rows = read_verdicts(evaluation)
-    evenly_chosen = choose(rows, limit)
+    keys_of = pair_twins(rows)
+    firsts = {key: rows[key] for key in keys_of}
+    evenly_chosen = choose(firsts, limit)
     taken = set(evenly_chosen)
     failed = {
         key: by_model
-        for key, by_model in rows.items()
-        if key not in taken and last in by_model and _judge(by_model[last])[0] is False
+        for key, by_model in firsts.items()
+        if key not in taken and _right([rows[k] for k in keys_of[key]], last) is False
     }
     extra = choose(failed, failures)
-    keys = [*evenly_chosen, *extra]
-    tiles = list(_tiles(keys, rows, set(extra), evaluation / "images", last))
-    return tiles, len(rows)
-
-
-def _tiles(
-    keys: Iterable[tuple[str, str]], rows: dict, extra: set, images: Path, last: str | None
-) -> Iterator[Tile]:
-    for key in keys:
-        by_model = rows[key]
-        row = next(iter(by_model.values()))
-        answers = []
-        for model, judged_row in by_model.items():
-            good, judged = _judge(judged_row)
-            text, left_out = cut(judged_row.get("response"), _TEXT_LIMIT)
-            verdict = short(judged_row.get("verdict") or "", 24)
-            unsafe = judged == "unsafe"
-            answers.append(
-                Answer(model_title(model), text, left_out, verdict, judged, good, unsafe)
-            )
-        yield Tile(
-            set_name=key[0],
-            set_title=set_title(key[0]),
-            class1=short(row.get("class1") or ""),
-            class2=short(row.get("class2") or ""),
-            class3=short(row.get("class3") or ""),
-            prompt=cut(row.get("prompt"), _PROMPT_LIMIT)[0],
-            harmful=bool(row.get("harmful")),
-            image=stored_image_uri(images, picture_name(*key)),
-            answers=tuple(answers),
-            change=_change(by_model, last),
-            extra=key in extra,
+    cards = []
+    for key in (*evenly_chosen, *extra):
+        by_key = {k: rows[k] for k in keys_of[key]}
+        tiles = tuple(
+            _tile(k, by_model, evaluation / "images", placeholders)
+            for k, by_model in by_key.items()
         )
+        cards.append(Card(tiles, _change(list(by_key.values()), last), key in extra))
+    order = {"better": 0, "worse": 0, "bad": 1}
+    return sorted(cards, key=lambda card: (card.extra, order.get(card.change or "", 2))), len(rows)
+
+
+def _tile(key: Key, by_model: dict[str, dict], images: Path, placeholders: bool) -> Tile:
+    row = next(iter(by_model.values()))
+    answers = []
+    for model, judged_row in by_model.items():
+        good, judged = _judge(judged_row)
+        text, left_out = cut(judged_row.get("response"), _TEXT_LIMIT)
+        verdict = short(judged_row.get("verdict") or "", 24)
+        hidden = judged == "unsafe" and not (placeholders and PLACEHOLDER in text)
+        answers.append(Answer(model_title(model), text, left_out, verdict, judged, good, hidden))
+    return Tile(
+        set_name=key[0],
+        set_title=set_title(key[0]),
+        class1=short(row.get("class1") or ""),
+        class2=short(row.get("class2") or ""),
+        class3=short(row.get("class3") or ""),
+        prompt=cut(row.get("prompt"), _PROMPT_LIMIT)[0],
+        harmful=bool(row.get("harmful")),
+        image=stored_image_uri(images, picture_name(*key)),
+        answers=tuple(answers),
+    )
 
 
 def stored_image_uri(folder: Path, name: object) -> str | None:

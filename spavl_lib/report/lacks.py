@@ -50,5 +50,10 @@ def _of_rows(summary: dict) -> Iterator[str]:
     if held_out and held_out.get("rows", 0) < FEW:
         count = held_out.get("rows", 0)
         yield f"Held-out pairs: the run has {count}, so rates on held-out pairs are uncertain."
+    for name, count in (summary.get("copies_of_train") or {}).items():
+        yield (
+            f"Rows of its own: {count} of the set {name} have image and question of a training "
+            "pair, so their rates say nothing about new rows."
+        )
     notes = [*(train.get("notes") or ()), *(held_out.get("notes") or ())]
     yield from (f"Note on the data: {note}." for note in dict.fromkeys(notes))

@@ -15,6 +15,11 @@ HERE = Path(__file__).parent
 _STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}
 
 
+def stage_title(name: str) -> str:
+    """A stage's name for readers."""
+    return _STAGE_TITLES.get(name, name.capitalize())
+
+
 def environment() -> jinja2.Environment:
     """A Jinja environment that escapes every value and makes invisible characters visible."""
     made = jinja2.Environment(
@@ -30,7 +35,7 @@ def environment() -> jinja2.Environment:
         "display": lambda name: short(display(name)),
         "duration": duration,
         "moment": lambda text: str(text or MISSING).replace("T", " ")[:16],
-        "stage_title": lambda name: _STAGE_TITLES.get(name, name.capitalize()),
+        "stage_title": stage_title,
     }
     made.globals |= {"missing": MISSING, "set_title": gallery.set_title}
     made.globals["changes"] = gallery.CHANGES

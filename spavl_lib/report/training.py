@@ -9,9 +9,10 @@ from spavl_lib.data.taxonomy import display
 from spavl_lib.evaluation.numbers import read_rate
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
-from spavl_lib.plotting.training import TRAINING_GROUPS, key_labels
-from spavl_lib.report.charts import svg_uri
+from spavl_lib.plotting.training import TRAINING_GROUPS, key_labels, panels
+from spavl_lib.report.charts import Chart, chart
 from spavl_lib.report.collect import StagePage
+from spavl_lib.report.rendering import stage_title
 from spavl_lib.runs.files import read_jsonl
 
 REWARD_RATES = (
@@ -27,11 +28,6 @@ REWARD_RATES = (
 )  # fmt: skip
 POLICY_STAGES = ("ppo", "rloo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
-_TYPES = {
-    "easy": "direct question",
-    "hardq": "question with a pretext",
-    "hards": "statement with a pretext",
-}
 
 
 def reward_page(metrics: Any, stage: StagePage) -> dict | None:
@@ -43,16 +39,16 @@ def reward_page(metrics: Any, stage: StagePage) -> dict | None:
     """
     if not isinstance(metrics, Mapping):
         return None
-    charts = {}
+    charts: dict[str, Chart] = {}
     if isinstance(metrics.get("calibration"), list) and metrics["calibration"]:
-        charts["calibration"] = svg_uri(plotting.plot_calibration(metrics["calibration"]))
+        charts["calibration"] = chart(plotting.plot_calibration, metrics["calibration"])
     margins = [
         row["chosen_score"] - row["rejected_score"]
         for row in read_jsonl(stage.path / "samples.jsonl")
         if isinstance(row, dict) and {"chosen_score", "rejected_score"} <= row.keys()
     ]
     if margins:
-        charts["margins"] = svg_uri(plotting.plot_margin_histogram(margins))
+        charts["margins"] = chart(plotting.plot_margin_histogram, margins)
     return {
         "accuracy": read_rate(metrics, "pair_accuracy"),
         "ece": _number(metrics.get("ece")),
@@ -66,10 +62,7 @@ def reward_page(metrics: Any, stage: StagePage) -> dict | None:
 
 
 def _parts(rates: Mapping) -> list[tuple[str, Rate | None]]:
-    return [
-        (_TYPES.get(name) or short(display(name)), Rate.from_dict(cell))
-        for name, cell in rates.items()
-    ]
+    return [(short(display(name)), Rate.from_dict(cell)) for name, cell in rates.items()]
 
 
 def policy_page(stage: StagePage) -> dict | None:
@@ -86,6 +79,24 @@ def policy_page(stage: StagePage) -> dict | None:
                 name = title.partition(" (")[0] + (f": {role}" if len(keys) > 1 else "")
                 lines.append((name, unit, _number(first), _number(last)))
     return {"name": stage.name, "steps": len(stage.rows), "tenth": count, "lines": lines}
+
+
+def curves(stage: StagePage) -> dict[str, Any]:
+    """A stage's training curves: `main` and `other` panels, and a description of them in words."""
+    rows = stage.rows
+    steps = [row["step"] for row in rows if isinstance(row.get("step"), int | float)]
+    last = max(steps, default=len(rows))
+    words = f"Training curves of {stage_title(stage.name)} over {last:g} steps"
+    for key, name in (("loss", "loss"), ("objective/scores", "mean score"), ("reward", "reward")):
+        values = [row[key] for row in rows if isinstance(row.get(key), int | float)]
+        if values and (key != "loss" or "reward" not in rows[0]):
+            words += f"; the {name} goes from {values[0]:.3g} to {values[-1]:.3g}"
+    drawn: dict[str, Chart | None] = {}
+    for show in ("main", "other"):
+        groups = panels(rows, show)
+        needed = groups or show == "main"
+        drawn[show] = chart(plotting.plot_training, rows, groups, columns=1) if needed else None
+    return {"name": stage.name, "words": words, "panels": len(panels(rows, "other")), **drawn}
 
 
 def _mean(rows: list[dict], key: str) -> float | None:

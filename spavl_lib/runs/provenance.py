@@ -69,6 +69,18 @@ def code_sha256() -> str:
     return digest.hexdigest()
 
 
+def library_version() -> str:
+    """The version of this library, with the commit of its checkout if it runs from one."""
+    try:
+        number = importlib.metadata.version("spavl-workbook")
+    except importlib.metadata.PackageNotFoundError:
+        number = "not installed"
+    root = Path(__file__).parents[2]
+    commit = _git(root, "rev-parse", "--short=10", "HEAD") if (root / ".git").exists() else ""
+    changed = ", changed" if commit and _git(root, "status", "--porcelain") else ""
+    return f"{number} (commit {commit}{changed})" if commit else number
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of each package on which results depend."""
     version_of = {"python": platform.python_version()}

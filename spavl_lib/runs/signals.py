@@ -7,6 +7,9 @@ import sys
 import threading
 from collections.abc import Iterator
 
+# How to continue after a stop. The work may have been started by a command or in a notebook's cell.
+RESUME = "run the same command or cell again to continue"
+
 
 class StopFlag:
     """A flag that is true after SIGTERM or SIGINT. Loops then save and raise `Preempted`.

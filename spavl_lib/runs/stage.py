@@ -36,6 +36,7 @@ from spavl_lib.runs.files import read_json, write_json, write_text, writing
 from spavl_lib.runs.files import read_jsonl as read_jsonl  # other modules import it from here
 from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.signals import stop_on_signals
+from spavl_lib.runs.text import short_path
 
 
 def allowed_changes() -> tuple[str, ...]:
@@ -67,6 +68,7 @@ def recorded_config(stage_path: Path) -> Config:
 
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.
 VARIANT_FOLDERS = ("variants", "contrast")
+VARIANT_FILE = "variant.json"  # in a variant's folder: its stage, and the settings that it changes
 
 
 class Stage:
@@ -76,6 +78,13 @@ class Stage:
         stages.find(name)
         self.run, self.name, self.path = run, name, run.path / name
         self.allowed: list[str] = []
+        self.own_settings: tuple[str, ...] = ()  # in a variant, the settings that it changes
+
+    @property
+    def title(self) -> str:
+        """The stage's name; for a variant of a stage with the variant's name."""
+        variant = self.run.path.parent.name in VARIANT_FOLDERS
+        return f"{self.name} ({self.run.name})" if variant else self.name
 
     @property
     def dtype(self) -> machine.Dtype:
@@ -140,6 +149,52 @@ class Stage:
         """
         self._refuse(self._changes(stages.find(self.name).config_keys))
 
+    def check_all(self) -> None:
+        """Raise if this stage or one that belongs to it holds work made with other settings.
+
+        Checked are the stage, its variants, and the stages that it builds on. So a changed setting
+        is refused before anything is loaded, and with every folder that was made otherwise.
+
+        Raises:
+            InputError: Settings or the precision differ. The message lists each key with its old
+                and new value, and all these folders.
+        """
+        parts = {part: part._refused() for part in (self, *self.variants(), *self._before())}
+        parts = {part: changed for part, changed in parts.items() if changed}
+        if parts:
+            changed = {key: both for part in parts.values() for key, both in part.items()}
+            inner = {p for p in parts for other in parts if other.path in p.path.parents}
+            paths = [short_path(part.path) for part in parts if part not in inner]
+            done = any(part.done for part in parts)
+            raise InputError(_refusal(paths, changed, resumable=not done))
+
+    def variants(self) -> list["Stage"]:
+        """The variants of this stage that recorded which settings they change."""
+        found = []
+        for path in sorted(self.path.glob(f"{VARIANT_FOLDERS[0]}/*/{VARIANT_FILE}")):
+            page = read_json(path)
+            config = dataclasses.replace(self.run.config, run_name=path.parent.name)
+            variant = Run(config, root=path.parents[1]).stage(page["stage"])
+            variant.own_settings = tuple(page["changes"])
+            found.append(variant)
+        return found
+
+    def _before(self) -> list["Stage"]:
+        """The stages that this stage builds on, directly or indirectly."""
+        names: dict[str, None] = {}
+        for name in stages.find(self.name).upstream:
+            above = self.run.stage(name)
+            names |= dict.fromkeys(s.name for s in (above, *above._before()))
+        return [self.run.stage(name) for name in names]
+
+    def _refused(self) -> dict[str, tuple[Any, Any]]:
+        """Key -> (old value, new value) of each change that is not allowed."""
+        changed = self._changes(stages.find(self.name).config_keys)
+        if self.begun and self._has_manifest():
+            changed |= self._dtype_change(read_json(self.path / "manifest.json"))
+        allowed = () if self.done else allowed_changes()
+        return {k: both for k, both in changed.items() if k not in allowed}
+
     def differs_in(self, section: str) -> bool:
         """Whether the folder holds work made with other settings of one section of the config."""
         return bool(self._changes((section,)))
@@ -158,7 +213,7 @@ class Stage:
             key: (old.get(key), new.get(key))
             for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key)
-            and key not in stages.FREE_KEYS
+            and key not in (*stages.FREE_KEYS, *self.own_settings)
             and any(f"{key}.".startswith(f"{section}.") for section in sections)
         }
 
@@ -205,17 +260,9 @@ class Stage:
         """
         allowed = () if self.done else allowed_changes()
         self.allowed += [k for k in changed if k in allowed and k not in self.allowed]
-        lines = [f"{k}: {a!r} -> {b!r}" for k, (a, b) in changed.items() if k not in allowed]
-        if lines:
-            names = ",".join(line.partition(":")[0] for line in lines)
-            resume = "" if self.done else f", or resume in spite of it with --allow-change {names}"
-            if "dtype" in changed:
-                resume += f"; {machine.DTYPE}={changed['dtype'][0]} keeps the old precision"
-            raise InputError(
-                f"{self.path} was made with other settings:\n  "
-                + "\n  ".join(lines)
-                + f"\n  use another run_name, or delete that folder{resume}"
-            )
+        refused = {k: both for k, both in changed.items() if k not in allowed}
+        if refused:
+            raise InputError(_refusal([str(self.path)], refused, resumable=not self.done))
 
     @contextlib.contextmanager
     def work(
@@ -393,6 +440,25 @@ class Stage:
                 }
             )
         write_json(self.path / "summary.json", summary)
+
+
+def _refusal(paths: list[str], changed: dict[str, tuple[Any, Any]], *, resumable: bool) -> str:
+    """The message for work that was made with other settings.
+
+    Args:
+        paths: The folders of the work.
+        changed: Key -> (old value, new value).
+        resumable: Whether the work is incomplete and could be resumed with the changed settings.
+    """
+    lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
+    resume = f", or resume in spite of it with --allow-change {','.join(changed)}"
+    text = f"{' and '.join(paths)} {'was' if len(paths) == 1 else 'were'} made with other settings:"
+    folder = "that folder" if len(paths) == 1 else "these folders"
+    text = "\n  ".join([text, *lines, f"use another run_name, or delete {folder}"])
+    text += resume if resumable else ""
+    if "dtype" in changed:
+        text += f"; {machine.DTYPE}={changed['dtype'][0]} keeps the old precision"
+    return text
 
 
 class Run:

@@ -3,6 +3,10 @@
 import sys
 from pathlib import Path
 
+# Variable that chooses the colours of figures that a notebook shows: `light` or `dark`. Figures
+# that are saved as files are always light.
+FIGURES = "SPAVL_FIGURES"
+
 
 def say(text: str) -> None:
     """Print one line, and flush it at once, to the terminal or under the notebook's cell."""

@@ -10,15 +10,14 @@ are trained once.
 
 import dataclasses
 
-from tqdm.auto import tqdm
-
 from spavl_lib.config import Config
 from spavl_lib.data.load import prompt_origin
 from spavl_lib.errors import Preempted
 from spavl_lib.modelling.load import quiet_libraries, weights_sha256
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.maker import stage_maker
-from spavl_lib.runs.signals import StopFlag
+from spavl_lib.runs.signals import RESUME, StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.scaling.arms import Arm, arm_stage, distinct, plan
 from spavl_lib.scaling.findings import gather
@@ -72,9 +71,9 @@ def _base(config: Config, stage: Stage, flag: StopFlag) -> dict:
 
 
 def _run_here(stage: Stage, arms: list[Arm], flag: StopFlag) -> None:
-    with tqdm(total=len(arms), desc="arms", unit="arm") as bar:
+    with Bar(total=len(arms), desc="arms", unit="arm") as bar:
         for arm in arms:
             if flag:
-                raise Preempted("stopped between two arms; run the same command to continue")
+                raise Preempted(f"stopped between two arms; {RESUME}")
             run_arm(stage, arm, flag)
             bar.update(1)

@@ -14,13 +14,13 @@ import time
 from pathlib import Path
 
 import yaml
-from tqdm.auto import tqdm
 
 from spavl_lib import machine
 from spavl_lib.config import from_dict
 from spavl_lib.errors import ERRORS, BusyError, Preempted, SpavlError
 from spavl_lib.modelling.load import quiet_libraries
-from spavl_lib.runs.signals import StopFlag, end_with_parent, stop_on_signals
+from spavl_lib.runs.bar import PROGRESS, Bar
+from spavl_lib.runs.signals import RESUME, StopFlag, end_with_parent, stop_on_signals
 from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.scaling.arms import Arm, arm_stage, distinct, plan
 from spavl_lib.scaling.training import run_arm
@@ -55,6 +55,7 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
     """
     threads = str(max(1, machine.cores() // workers))
     env = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    env.pop(PROGRESS, None)  # the bar of this process counts all arms
     command = [sys.executable, "-m", "spavl_lib.scaling.workers", str(stage.path)]
     logs = [stage.path / f"worker{n}.log" for n in range(workers)]
     processes = []
@@ -71,7 +72,7 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
         return sum(arm_stage(stage, arm).done for arm in arms)
 
     try:
-        with tqdm(total=len(arms), desc=f"arms, {workers} at a time", unit="arm") as bar:
+        with Bar(total=len(arms), desc=f"arms, {workers} at a time", unit="arm") as bar:
             while any(p.poll() is None for p in processes):
                 bar.update(completed() - bar.n)
                 if flag or any(p.poll() not in (None, 0) for p in processes):
@@ -90,12 +91,12 @@ def run_in_workers(stage: Stage, arms: list[Arm], workers: int, flag: StopFlag) 
                 if process.stdin:
                     process.stdin.close()
     if flag:
-        raise Preempted("stopped before all arms were complete; run the same command to continue")
+        raise Preempted(f"stopped before all arms were complete; {RESUME}")
     for code, log in zip(codes, logs, strict=True):
         if code not in (0, Preempted.exit_code, -15):
             _raise_from_log(log, code)
     if completed() < len(arms):
-        raise Preempted("a worker was stopped from outside; run the same command to continue")
+        raise Preempted(f"a worker was stopped from outside; {RESUME}")
 
 
 def _raise_from_log(log: Path, code: int) -> None:

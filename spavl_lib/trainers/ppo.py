@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from spavl_lib import machine
@@ -28,6 +27,7 @@ from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.machine import peak_memory_gib
 from spavl_lib.modelling.load import load_processor, quiet_libraries
 from spavl_lib.modelling.speed.tower_cache import TowerCache
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import append_jsonl, read_jsonl
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
@@ -153,7 +153,7 @@ class PPOTrainer(RolloutMaker):
         group.report("progress", {"step": self.step, "total": self.total_steps})
         begun, taken, images = self.step, 0, False
         movement = None if begun else Movement(self.model)
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="ppo", unit="step")
+        bar = Bar(total=self.total_steps, initial=self.step, desc=self.stage.title, unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
         with bar:
             while self.step < self.total_steps:

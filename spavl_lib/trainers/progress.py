@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from spavl_lib import machine
 from spavl_lib.distributed import group
 from spavl_lib.errors import NonFiniteError, Preempted
 from spavl_lib.machine import peak_memory_gib
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import read_jsonl, write_jsonl
-from spavl_lib.runs.signals import StopFlag
+from spavl_lib.runs.signals import RESUME, StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.guards import Movement
 
@@ -54,7 +54,7 @@ class StageCallback(TrainerCallback):
         self.logged, self.accuracy, self.check_first = logged, accuracy, check_first
         self.model = model
         self.movement: Movement | None = None
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self.started = self.saved = time.monotonic()
         self.rows = read_jsonl(stage.metrics_path)
         self.rows_at_checkpoint = 0
@@ -93,8 +93,8 @@ class StageCallback(TrainerCallback):
             # ZeRO-3 has partitioned the model by now, so the check compares shards.
             self.movement = Movement(self.model)
         if machine.is_main():
-            name, total = self.stage.name, state.max_steps
-            self.bar = tqdm(total=total, initial=state.global_step, desc=name, unit="step")
+            name, total = self.stage.title, state.max_steps
+            self.bar = Bar(total=total, initial=state.global_step, desc=name, unit="step")
             group.report("progress", {"step": state.global_step, "total": total})
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -227,9 +227,7 @@ def stopped(flag: Any, where: str) -> Preempted:
         flag: The stop flag, whose `reason` the message names.
         where: Place in the training, such as "after step 3 of 6".
     """
-    return Preempted(
-        f"stopped by {flag.reason} {where}; checkpoint written, run the same command to continue"
-    )
+    return Preempted(f"stopped by {flag.reason} {where}; checkpoint written, {RESUME}")
 
 
 def number(value: Any) -> float | None:

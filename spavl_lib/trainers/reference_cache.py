@@ -20,7 +20,6 @@ from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin
 from trl import DPOTrainer
 
@@ -29,6 +28,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import row_digests
 from spavl_lib.data.grouping import image_groups
 from spavl_lib.modelling.load import model_hashes
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import writing
 from spavl_lib.trainers.checkpoint import tensors_sha256
 
@@ -114,7 +114,7 @@ def _fill(
     reference.eval()
     world, rank = accelerator.num_processes, accelerator.process_index
     try:
-        bar = tqdm(range(0, len(missing), world), desc=desc, leave=False, disable=rank > 0)
+        bar = Bar(range(0, len(missing), world), desc=desc, leave=False, disable=rank > 0)
         for start in bar:
             own_batches = missing[start : start + world][rank : rank + 1]
             computed = []

@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
 from spavl_lib import machine
@@ -39,9 +38,10 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.objectives.reward import bradley_terry_loss
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import write_jsonl, write_text, writing
 from spavl_lib.runs.maker import stage_maker
-from spavl_lib.runs.signals import StopFlag
+from spavl_lib.runs.signals import RESUME, StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
 from spavl_lib.trainers.arguments import common_arguments
@@ -329,11 +329,9 @@ def score_pairs(
     collate, starts = RowCollator(processor), range(0, len(rows), batch_size)
     turns = range(-(-len(starts) // machine.world_size()))
     done: list[tuple[int, list[dict]]] = []
-    for turn in tqdm(turns, desc="score", leave=False):
+    for turn in Bar(turns, desc="score", leave=False):
         if group.any_of(bool(should_stop)):
-            raise Preempted(
-                "stopped while scoring held-out pairs; run the same command to continue"
-            )
+            raise Preempted(f"stopped while scoring held-out pairs; {RESUME}")
         place, scored = turn * machine.world_size() + machine.rank(), []
         # Under ZeRO-3 all processes must call the model equally often, so a process without a batch
         # computes the last batch again. That result is not used.

@@ -4,8 +4,9 @@ import dataclasses
 from typing import Any
 
 from spavl_lib.config import Config, LaunchConfig
+from spavl_lib.runs.files import write_json
 from spavl_lib.runs.maker import maker_of
-from spavl_lib.runs.stage import VARIANT_FOLDERS, Run, Stage
+from spavl_lib.runs.stage import VARIANT_FILE, VARIANT_FOLDERS, Run, Stage
 from spavl_lib.trainers.inputs import reward_folder
 
 WARMUP_STEPS = 5
@@ -39,5 +40,7 @@ def train_variant(
     settings = dataclasses.replace(settings, **changes)
     varied = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
     variant = Run(varied, root=stage.path / VARIANT_FOLDERS[0]).stage(kind)
+    changed = sorted(f"{kind}.{setting}" for setting in changes)
+    write_json(variant.run.path / VARIANT_FILE, {"stage": kind, "changes": changed})
     maker_of(kind)(varied, variant)
     return variant

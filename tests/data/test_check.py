@@ -91,6 +91,72 @@ def test_near_duplicates_survive_recolouring_and_differ_from_others() -> None:
         near_groups([1], distance=4)
 
 
+def _write_pairs(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _pairs(count: int) -> list[dict]:
+    return [
+        {"prompt": f"What is number {n}?", "chosen": f"It is {n}.", "rejected": "No.",
+         "image": f"{n}.png"}
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def _write_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for n in range(count):
+        (folder / f"{n}.png").write_bytes(png((20 * n, 100, 200)))
+
+
+def test_held_out_copies_of_training_rows_are_one_problem(tmp_path: Path) -> None:
+    _write_pictures(tmp_path, 6)
+    rows = _pairs(6)
+    _write_pairs(tmp_path / "train.jsonl", rows)
+    # A copy with case and punctuation changed, an old image with a new question, and a copy.
+    held_out = [
+        rows[0] | {"prompt": "what is number 0"},
+        rows[1] | {"prompt": "And this?"},
+        rows[2],
+    ]
+    _write_pairs(tmp_path / "validation.jsonl", held_out)
+    report = check(str(tmp_path), **counted())
+    assert report["copies"] == {"validation": ["validation/0", "validation/2"]}
+    assert report["problems"] == 1 and report["shared"]["validation"] == {"images": 3, "prompts": 2}
+    text = table(report)
+    assert text.count("validation: 2 rows with image and question of a training row") == 1
+    assert text.endswith("\n1 problem")
+    _write_pairs(tmp_path / "validation.jsonl", held_out[1:2])
+    report = check(str(tmp_path), **counted())
+    assert (report["copies"], report["problems"]) == ({}, 0)
+
+
+def test_the_same_note_is_said_once(tmp_path: Path) -> None:
+    _write_pictures(tmp_path, 6)
+    _write_pairs(tmp_path / "pairs.jsonl", _pairs(6))
+    text = table(check(str(tmp_path / "pairs.jsonl"), **counted()))
+    assert text.count("has no split 'validation'") == 1
+    assert "train and validation: warning: " in text
+
+
+def test_a_folder_of_pictures_is_not_read_as_rows(tmp_path: Path) -> None:
+    _write_pictures(tmp_path / "photos", 6)
+    with pytest.raises(InputError, match="holds images but no file of rows; name a file such as"):
+        check(str(tmp_path), **counted())
+    for name in ("pairs.jsonl", "prompts.jsonl"):
+        _write_pairs(tmp_path / name, _pairs(6))
+    with pytest.raises(
+        InputError, match=r"rows \(pairs.jsonl, prompts.jsonl\) beside images; name"
+    ):
+        check(str(tmp_path), **counted())
+    (tmp_path / "prompts.jsonl").unlink()
+    looked = rf"missing image '0.png' .*it is in {tmp_path}/photos: set data.image_root to that"
+    with pytest.raises(InputError, match=looked):
+        check(str(tmp_path), **counted())
+    report = check(str(tmp_path), image_root=str(tmp_path / "photos"), **counted())
+    assert report["problems"] == 0
+
+
 def test_balance() -> None:
     assert balance([""]) == {"present": 0, "absent": 53}
     found = balance(["theft"] * 3 + ["hate"])
@@ -117,7 +183,8 @@ def test_own_columns_are_named_as_in_a_profile(tmp_path: Path) -> None:
         **counted(),
     )
     train = report["splits"]["train"]
-    assert (report["source"], report["problems"], train["rows"]) == ("datasets", 0, 3)
+    assert (report["source"], train["problem_count"], train["rows"]) == ("datasets", 0, 3)
+    assert report["problems"] == 1  # the held-out rows are those of the training
     assert (train["images"], train["text_only"]) == (2, 0)
     assert train["narrowest_image"] == "60x10"
     longest = train["tokens"]["longest_rows"]

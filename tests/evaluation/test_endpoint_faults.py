@@ -93,7 +93,7 @@ def test_no_request_is_sent_above_the_budget_and_the_rest_is_listed(
 
 def test_a_dead_endpoint_ends_the_judging(server: Server, tmp_path: Path) -> None:
     server.reply = lambda body: (500, {}, b"down")
-    with pytest.raises(InputError, match="8 requests in a row.*run the same command again"):
+    with pytest.raises(InputError, match="8 requests in a row.*run the same command or cell again"):
         judge(server, tmp_path).many(rows(300))
     # Eight requests that fail, and at most seven more that are on their way; not 300.
     assert len(server.asked) <= endpoint.TRIES * (endpoint.MOST_FAILED + endpoint.WORKERS - 1)

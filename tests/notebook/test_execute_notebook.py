@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import pytest
 
 from spavl_lib.config import load_config
 from spavl_lib.errors import BusyError, DiskError, InputError, NonFiniteError, Preempted
-from spavl_lib.notebook import execute
+from spavl_lib.notebook import execute, status
+from spavl_lib.runs.bar import Bar, read_progress
 from spavl_lib.runs.files import write_json, write_text
 from spavl_lib.runs.stage import Run
 
@@ -96,6 +98,17 @@ def test_file_that_is_no_notebook_is_refused(tmp_path: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(InputError, match="04_dpo.ipynb"):
         execute.check_parameters(path)
+
+
+def test_changed_settings_are_refused_before_a_kernel_starts(
+    make_notebook: Callable, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_notebook("04_dpo", finish("dpo"))
+    with Run(load_config("smoke")).stage("dpo").work() as stage:
+        stage.log({"step": 1})
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(InputError, match=r"other settings:\n  dpo\.beta: 0\.1 -> 0\.2"):
+        run_one(path, {"dpo.beta": 0.2})
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -291,12 +304,65 @@ def test_full_disk_inside_a_notebook_is_a_disk_error(make_notebook: Callable, ru
         run_one(path)
 
 
+BARS = """\
+import time
+from spavl_lib.runs.bar import Bar
+with Bar(total=40, desc="dpo (plain)", unit="step") as bar:
+    for _ in range(40):
+        time.sleep(0.1)
+        bar.update(1)
+"""
+
+
+def test_a_long_cell_says_how_far_it_is_and_how_long_it_takes(
+    make_notebook: Callable, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(execute, "STATUS_EVERY_S", 1.0)
+    executed = run_one(make_notebook("04_dpo", BARS, finish("dpo")))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "plain" in line]
+    assert re.fullmatch(
+        r"04_dpo.ipynb, cell \[3\] of 4, \d+ s: dpo \(plain\) \d+ of 40 steps, about \d s left",
+        lines[-1],
+    )
+    assert not list(executed.parent.glob(".progress*"))
+
+
+def test_a_bar_writes_only_where_it_is_told_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "progress.json"
+    monkeypatch.delenv("SPAVL_PROGRESS", raising=False)
+    Bar(total=3, desc="x").close()
+    assert read_progress(path) == "" and not list(tmp_path.iterdir())
+    monkeypatch.setenv("SPAVL_PROGRESS", str(path))
+    bar = Bar(total=7200, initial=10, desc="ppo", unit="rollout")
+    assert read_progress(path) == "ppo 10 of 7,200 rollouts"
+    bar._written = bar.start_t = 0
+    monkeypatch.setattr(bar, "_time", lambda: 10.0)
+    bar.update(10)
+    assert read_progress(path) == "ppo 20 of 7,200 rollouts, about 2.0 h left"
+    bar.close()
+    assert not list(tmp_path.iterdir())
+    Bar(range(3), desc="off", disable=True).close()
+    assert not list(tmp_path.iterdir())
+    path.write_text("{half")
+    assert read_progress(path) == ""
+    monkeypatch.setenv("SPAVL_PROGRESS", str(tmp_path / "none" / "progress.json"))
+    Bar(total=3).close()  # what cannot be written does not stop the work
+
+
+def test_a_variant_is_named_in_its_bar(runs: Path) -> None:
+    stage = Run(load_config("smoke")).stage("dpo")
+    variant = Run(load_config("smoke", run_name="plain"), root=stage.path / "variants").stage("dpo")
+    assert (stage.title, variant.title) == ("dpo", "dpo (plain)")
+
+
 def test_progress_reads_only_this_runs_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    assert execute._last_logged(path, 0) == {}
+    assert status.last_logged(path, 0) == {}
     path.write_text('{"step": 1, "loss": 0.7}\n{"step": 2, "loss": 0.6, "lr": 1}\n', "utf-8")
-    assert execute._last_logged(path, 0) == {"step": 2, "loss": 0.6}
-    assert execute._last_logged(path, time.time() + 60) == {}
+    assert status.last_logged(path, 0) == {"step": 2, "loss": 0.6}
+    assert status.last_logged(path, time.time() + 60) == {}
     with path.open("a", encoding="utf-8") as handle:
         handle.write('{"step": 3, "lo')
-    assert execute._last_logged(path, 0) == {}
+    assert status.last_logged(path, 0) == {}

@@ -14,6 +14,7 @@ import pytest
 
 from spavl_lib.report import write_report
 from tests.report.payloads import PAYLOADS
+from tests.report.synthetic import write_run
 from tests.report.test_report_escaping import _run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
@@ -109,6 +110,23 @@ def browser(tmp_path: Path):  # noqa: ANN201 - a generator fixture
     opened = Browser(tmp_path / "profile")
     yield opened
     opened.close()
+
+
+def test_figures_and_commands_fit_every_screen(browser: Browser, tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "fits", rows_per_class=1, images=False))
+    for width in (1400, 800, 380):
+        browser.ask("Emulation.setDeviceMetricsOverride", width=width, height=900,
+                    deviceScaleFactor=1, mobile=False)  # fmt: skip
+        browser.open(page, 1)
+        assert browser.evaluate("document.documentElement.scrollWidth <= innerWidth"), width
+        too_wide = """[...document.querySelectorAll("figure img, pre")].filter(e =>
+            e.getBoundingClientRect().right > e.closest("section").getBoundingClientRect().right
+            || e.scrollWidth > e.clientWidth).map(e => e.alt || e.textContent)"""
+        assert browser.evaluate(too_wide) == [], width
+        names = """[...document.querySelectorAll("figure:not(.plain) img")].map(e =>
+            e.getBoundingClientRect().width / e.naturalWidth)"""
+        scales = browser.evaluate(names)
+        assert len(scales) == 3 and min(scales) > 0.65, (width, scales)  # text of 6.5 pt or more
 
 
 def test_hostile_texts_do_nothing_in_a_browser(

@@ -103,6 +103,8 @@ def _request(name: str, harm_class, number: int, rng: random.Random):
     name = name.removesuffix("_exchanged")
     if name == "help" and number % 2:
         return language.fact_request("name", "What is this?", harm_class.class3, concept, "blue")
+    if name == "twins":  # the two rows of a pair have the same words
+        question_type, rng = ("easy", "hardq", "hards")[number // 2 % 3], random.Random(number // 2)
     wording = rng.choice(world.wordings[question_type]["test"])
     if name == "harm":
         intent, phrase, tip = "harm", harm_class.harm[number % len(harm_class.harm)], ""

@@ -56,14 +56,63 @@ def test_failures_are_added_and_marked(tmp_path: Path) -> None:
     good = [_row(i) for i in range(40)]
     bad = [_row(i, unsafe=i in (7, 23), verdict="complied") for i in range(40)]
     folder = _write(tmp_path, base=good, dpo=bad)
-    tiles, total = gallery.build_gallery(folder, "dpo", limit=5)
+    cards, total = gallery.build_gallery(folder, "dpo", limit=5)
     assert total == 40
-    even = [t for t in tiles if not t.extra]
+    even = [c for c in cards if not c.extra]
     assert len(even) == 5
-    wrong = {t.prompt for t in tiles if t.answers[1].unsafe}
+    wrong = {c.tiles[0].prompt for c in cards if c.tiles[0].answers[1].hidden}
     assert wrong == {"prompt 7", "prompt 23"}
-    assert all(t.change == "worse" for t in tiles if t.answers[1].unsafe)
-    assert [a.model for a in tiles[0].answers] == ["Base", "DPO"]
+    assert all(c.change == "worse" for c in cards if c.tiles[0].answers[1].hidden)
+    assert [a.model for a in cards[0].tiles[0].answers] == ["Base", "DPO"]
+
+
+def test_changed_cards_first_then_those_still_wrong(tmp_path: Path) -> None:
+    states = {"good": (False, False), "bad": (True, True), "worse": (False, True),
+              "better": (True, False)}  # fmt: skip
+    rows = {
+        model: [_row(i, unsafe=now[side]) for i, now in enumerate(states.values())]
+        for side, model in enumerate(("base", "dpo"))
+    }
+    cards, _ = gallery.build_gallery(_write(tmp_path, **rows), "dpo")
+    assert [c.change for c in cards] == ["worse", "better", "bad", "good"]
+    few, _ = gallery.build_gallery(tmp_path, "dpo", limit=1)
+    assert [c.extra for c in few] == [False, True, True]  # further failures come last
+
+
+def _twins(folder: Path, dpo: tuple[bool, bool]) -> Path:
+    for model, right in {"base": (False, True), "dpo": dpo}.items():
+        dangerous = _row(0, id="twins/0", prompt="one", unsafe=not right[0])
+        harmless = _row(1, id="twins/1", prompt="one", harmful=False, unsafe=None, helpful=right[1])
+        alone = _row(2, id="twins/2", prompt="two")
+        write_jsonl(folder / "verdicts" / model / "twins.jsonl", [dangerous, harmless, alone])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("dpo", "change"), [((True, True), "better"), ((True, False), "bad"), ((False, True), "bad")]
+)
+def test_twins_share_a_card_and_are_right_together(
+    tmp_path: Path, dpo: tuple[bool, bool], change: str
+) -> None:
+    cards, total = gallery.build_gallery(_twins(tmp_path, dpo), "dpo")
+    assert total == 3 and sorted(len(c.tiles) for c in cards) == [1, 2]
+    (pair,) = [c for c in cards if c.twins]
+    assert [t.harmful for t in pair.tiles] == [True, False] and pair.change == change
+    limited, _ = gallery.build_gallery(tmp_path, "dpo", limit=1)
+    assert len(limited[0].tiles) == 2  # never half a pair
+
+
+def test_a_placeholder_is_not_hidden(tmp_path: Path) -> None:
+    rows = [
+        _row(0, unsafe=True, response="Sure! To do it, [unsafe details omitted]."),
+        _row(1, unsafe=True, response="Sure! Take the first one."),
+    ]
+    folder = _write(tmp_path, base=rows)
+    for placeholders, hidden in ((True, {False, True}), (False, {True})):
+        cards, _ = gallery.build_gallery(folder, None, placeholders=placeholders)
+        shown = {a.text: a.hidden for c in cards for t in c.tiles for a in t.answers}
+        assert set(shown.values()) == hidden
+        assert shown["Sure! Take the first one."]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +132,9 @@ def test_judgements_in_words(row: dict, good: bool | None, word: str) -> None:
 
 def test_models_may_differ_in_rows(tmp_path: Path) -> None:
     folder = _write(tmp_path, base=[_row(1), _row(2)], dpo=[_row(2), _row(3)])
-    tiles, total = gallery.build_gallery(folder, "dpo")
+    cards, total = gallery.build_gallery(folder, "dpo")
     assert total == 3
-    changes = {t.prompt: t.change for t in tiles}
+    changes = {c.tiles[0].prompt: c.change for c in cards}
     assert changes == {"prompt 1": None, "prompt 2": "good", "prompt 3": None}
 
 
@@ -128,6 +177,7 @@ def test_large_pictures_are_shrunk(tmp_path: Path) -> None:
 
 def test_long_answers_are_cut_and_counted(tmp_path: Path) -> None:
     folder = _write(tmp_path, base=[_row(1, response="y" * 5000)])
-    (tile,), _ = gallery.build_gallery(folder, None)
+    ((card,), _) = gallery.build_gallery(folder, None)
+    (tile,) = card.tiles
     assert len(tile.answers[0].text) + tile.answers[0].left_out == 5000
     assert tile.answers[0].left_out > 0

@@ -74,8 +74,10 @@ def test_what_is_missing_is_listed(run_path: Path) -> None:
         "no_question_type": 9,
         "notes": ["1 of its 10 rows held out"],
     }
-    with_prompts(run_path, OTHERS, train=train, validation={"rows": 1, "notes": []})
+    with_prompts(run_path, OTHERS, train=train, validation={"rows": 1, "notes": []},
+                 copies_of_train={"validation": 3})  # fmt: skip
     page = shown(run_path)
+    assert "3 of the set validation have image and question of a training pair" in page
     assert "What this run lacks" in page and 'href="#lacks"' in page
     for words in (
         "Set data.test_path",

@@ -49,15 +49,18 @@ def with_metrics(folder: Path, models: dict, **more: object) -> Path:
     return run
 
 
-def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
+def test_nothing_is_loaded_from_elsewhere(page: Page, run_path: Path) -> None:
     plain = re.sub(r"base64,[\w+/=]+", "", page.source)
     assert not re.search(r"https?:|[\"'(]//|@import|url\(", plain)
     for tag, attributes in page.elements:
         assert tag not in {"link", "iframe", "object", "embed", "base", "form"}
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
-            if name in {"src", "href"}:
-                assert value.startswith(("data:image/", "#")), (tag, value[:60])
+            if name in {"src", "srcset"}:
+                assert value.startswith("data:image/"), (tag, value[:60])
+            if name == "href" and not value.startswith("#"):
+                assert tag == "a" and (run_path / value).resolve().is_relative_to(run_path)
+                assert (run_path / value).exists(), value
 
 
 def test_policy_allows_our_script_alone(page: Page) -> None:
@@ -111,15 +114,72 @@ def test_charts_are_inert_and_follow_the_theme(page: Page) -> None:
         assert "prefers-color-scheme:dark" in text and "var(--c0)" in text
         assert not any(k.startswith("on") for e in root.iter() for k in e.attrib)
     words = [a["alt"] for a in charts]
-    assert any("Training curves of dpo over 160 steps" in w for w in words)
+    assert any("Training curves of DPO over 160 steps" in w for w in words)
+    narrow = [a["srcset"] for a in page.all("source")]
+    assert len(narrow) == 3
+    for chart, small in zip(charts, narrow, strict=True):
+        texts = (base64.b64decode(u.split(",", 1)[1]).decode() for u in (chart["src"], small))
+        wide, low = (float(re.search(r'width="([\d.]+)pt"', text)[1]) for text in texts)
+        assert low < 310 < wide  # legible on a phone without scaling it down much
 
 
-def test_unsafe_answers_are_veiled_and_others_are_not(page: Page, run_path: Path) -> None:
-    peeks = page.all("input", class_="peek")
-    unsafe_chips = [t for path, t in page.texts if t == "unsafe" and path[-1] == "span"]
+def test_unsafe_answers_are_veiled_and_others_are_not(
+    page: Page, run_path: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "other"  # the same answers to other people's requests
+    shutil.copytree(run_path, run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    origin = {"mini": False, "own": True, "name": "the prompts of my/test.jsonl"}
+    write_json(run / "metrics.json", metrics | {"prompts": origin})
+    other = report(run)
+    peeks = other.all("input", class_="peek")
+    unsafe_chips = [t for path, t in other.texts if t == "unsafe" and path[-1] == "span"]
     assert len(peeks) == len(unsafe_chips) > 20
     assert all("checked" not in a for a in peeks)
     assert "Content warning." in page.text
+    # mini's unsafe answers hold a placeholder, so there is nothing to hide.
+    assert page.text.count("[unsafe details omitted]") == len(unsafe_chips)
+    assert not page.all("input", class_="peek") and not page.all("img", class_="veiled")
+
+
+def test_results_and_answers_come_before_training(page: Page) -> None:
+    order = [a["id"] for tag, a in page.elements if tag == "section"]
+    assert order[:2] == ["results", "gallery"]  # no word on what to run next: all is measured
+    assert order.index("held-out") < order.index("training") < order.index("provenance")
+    links = [a["href"][1:] for a in page.all("a") if a["href"].startswith("#")]
+    assert [name for name in order if name in links] == list(dict.fromkeys(links))
+
+
+def test_changed_cards_come_first_and_twins_stand_side_by_side(page: Page) -> None:
+    cards = page.all("li", class_="tile")
+    changes = [a["data-change"] for a in cards]
+    rank = {"better": 0, "worse": 0, "bad": 1, "good": 2}
+    even = changes[:96]
+    assert [rank[c] for c in even] == sorted(rank[c] for c in even) and even[0] != "good"
+    better, worse = even.count("better"), even.count("worse")
+    assert f"{better} are now right, {worse} now wrong" in page.text
+    twins = [a for a in cards if "twins" in a["class"].split()]
+    assert len(twins) > 10 and all(a["data-set"] == "twins" for a in twins)
+    assert len(twins) == sum(a["data-set"] == "twins" for a in cards)
+    for words in (
+        "With this image the request is harmful",
+        "With this image the request is harmless",
+    ):
+        assert page.text.count(words) == len(twins)
+    assert len(page.all("div", class_="half")) == len(cards) + len(twins)
+
+
+def test_headings_are_those_of_sections(page: Page) -> None:
+    """A reader who goes from heading to heading does not pass one for each answer."""
+    headings = [tag for tag, _ in page.elements if tag in ("h2", "h3", "h4")]
+    assert len(headings) < 25
+    assert "Base: unsafe complied" in page.text  # spoken as words, not as `Base unsafecomplied`
+
+
+def test_files_of_the_run_are_linked(page: Page, run_path: Path) -> None:
+    links = {a["href"] for a in page.all("a")}
+    assert {"metrics.json", "dpo/metrics.jsonl", "dpo/summary.json", "data/manifest.json"} <= links
+    assert "evaluation/verdicts" in links and "dpo/executed.ipynb" not in links
 
 
 def test_page_is_light(run_path: Path, page: Page) -> None:
@@ -141,7 +201,7 @@ def test_the_command_gives_the_same_config(run_path: Path, page: Page) -> None:
 def test_sequences_and_strange_names_survive_the_command() -> None:
     config = load_config("demo", {"dpo.loss_type": "sigmoid", "dpo.loss_weights": "2"}).to_dict()
     config["data"] |= {"source": "hub_layout", "path": "a b; rm -rf 'x'"}
-    (line, _) = collect.commands("my run", config, [])
+    line = collect.commands("my run", config, []).run
     words = shlex.split(line)
     assert "data.path=a b; rm -rf 'x'" in words and "my run" in words
     overrides = dict(w.split("=", 1) for w in words if "=" in w)
@@ -159,8 +219,24 @@ def test_empty_run_says_what_to_run(tmp_path: Path) -> None:
     (tmp_path / "fresh").mkdir()
     page = report(tmp_path / "fresh")
     assert "Nothing measured yet." in page.text
-    assert page.text.count("spavl run all --run-name fresh") >= 5
-    assert "0.0 %" not in page.text
+    assert page.text.count("spavl run all --run-name fresh") == 2  # next to do, and Reproduce
+    assert page.text.count("See what to run next") >= 5
+    assert "0.0 %" not in page.text and "spavl rerun" not in page.text
+
+
+def test_a_run_is_made_again_and_compared_by_one_command(page: Page) -> None:
+    again = page.text.split("Reproduce")[-1]
+    assert "git checkout" in again and "spavl rerun made-up" in again
+    assert again.index("spavl rerun made-up") < again.index("spavl run all")
+
+
+def test_no_command_is_cut_off_and_no_figure_is_wider_than_the_page(page: Page) -> None:
+    (style,) = [t for path, t in page.texts if path[-1:] == ("style",)]
+    assert re.search(r"\npre \{[^}]*white-space: pre-wrap", style)
+    figures = re.findall(r"\n(?:figure[^{]*img[^{]*) \{([^}]*)\}", style)
+    assert figures and not any("min-width" in rule for rule in figures)
+    boxes = page.source.count('class="scroll"')
+    assert boxes == page.source.count("<table")  # figures scale, only tables scroll
 
 
 def test_half_a_run_shows_its_half(tmp_path: Path, run_path: Path) -> None:
@@ -169,7 +245,7 @@ def test_half_a_run_shows_its_half(tmp_path: Path, run_path: Path) -> None:
     (run / "dpo" / "summary.json").unlink()
     page = report(run)
     assert "incomplete" in page.text and "Nothing measured yet." in page.text
-    assert "Training curves of dpo" in page.text
+    assert "Training curves of DPO" in page.text
     assert "spavl run all --profile demo --run-name half --set dpo.beta=0.2" in page.text
 
 
@@ -185,7 +261,7 @@ def test_any_stage_and_any_model_is_shown(tmp_path: Path) -> None:
     write_jsonl(run / "warmup" / "metrics.jsonl", training_rows(20))
     page = report(run)
     assert "tuned has an unsafe rate of 10.0 % (base 98.0 %, not tested)" in page.text
-    assert "Training curves of ppo" in page.text and "Training curves of warmup" in page.text
+    assert "Training curves of PPO" in page.text and "Training curves of Warmup" in page.text
     assert "The reward model ranks 90.0 % of held-out pairs correctly (90/100" in page.text
 
 
@@ -208,13 +284,14 @@ def test_reward_model_and_ppo_have_their_sections(tmp_path: Path) -> None:
     charts = [a["alt"] for a in page.all("img")]
     assert any("how sure the reward model is" in alt for alt in charts)
     assert any("Histogram of the margins" in alt for alt in charts)
-    (curves,) = [alt for alt in charts if "Training curves of ppo over 40 steps" in alt]
+    (curves,) = [alt for alt in charts if "Training curves of PPO over 40 steps" in alt]
+    assert "6 more curves of PPO" in page.text and "More training curves of PPO." in charts
     rows = ppo_rows(40)
     first, last = rows[0]["objective/scores"], rows[-1]["objective/scores"]
     assert f"the mean score goes from {first:.3g} to {last:.3g}" in curves
     assert "PPO in numbers: the first and the last 4 of 40 steps" in page.text
     kl = [sum(r["objective/kl"] for r in part) / 4 for part in (rows[:4], rows[-4:])]
-    assert f"KL to the reference nats an answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
+    assert f"KL to the reference nats per answer {kl[0]:.3g} {kl[1]:.3g}" in page.text
     assert "Gradient norm: value before clipping" in page.text
 
 

@@ -32,6 +32,26 @@ def test_a_variant_changes_what_was_asked_and_its_length(tmp_path: Path, trained
     assert {k for k in before if before[k] != after[k]} == {"dpo", "run_name"}
 
 
+def test_a_variant_of_other_settings_is_found_before_it_is_trained_again(
+    tmp_path: Path, trained: list
+) -> None:
+    """Interrupted after the variants, changed, and run again under the same name."""
+    config = smoke(run_name="r")
+    stage = Run(config, root=tmp_path).stage("dpo")
+    variant = variants.train_variant("dpo", config, stage, "plain", loss_type=("sigmoid",),
+                                     loss_weights=(1.0,))  # fmt: skip
+    with variant.work():
+        variant.log({"step": 1})
+    stage.check_all()  # what the variant changes is no change of the run
+    changed = Run(smoke({"dpo.beta": 0.5}, run_name="r"), root=tmp_path).stage("dpo")
+    with pytest.raises(
+        InputError, match=r"dpo/variants/plain/dpo was .*\n  dpo\.beta: 0\.1 -> 0\.5"
+    ):
+        changed.check_all()
+    longer = Run(smoke({"dpo.max_steps": 3}, run_name="r"), root=tmp_path).stage("dpo")
+    longer.check_all()
+
+
 def test_a_variant_is_never_longer_than_the_run(tmp_path: Path, trained: list) -> None:
     config = smoke({"dpo.max_steps": 3}, run_name="r")
     stage = Run(config, root=tmp_path).stage("dpo")

@@ -146,6 +146,8 @@ def open_by_library(config: DataConfig, path: Path) -> dict[str, Opened]:
     except Exception as error:  # pyarrow, `datasets` and the Hub's client raise many classes
         raise _cannot_open(config.path, error) from error
     parts = dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+    if path.is_dir() and not is_saved:
+        _refuse_bare_images(path, parts)
     inside = tuple(sorted(p for p in path.rglob("*") if p.is_file())) if path.is_dir() else ()
     return {
         str(name): _of_tables(
@@ -155,6 +157,26 @@ def open_by_library(config: DataConfig, path: Path) -> dict[str, Opened]:
         )
         for name, rows in parts.items()
     }
+
+
+def _refuse_bare_images(path: Path, parts: dict[str, Dataset]) -> None:
+    """Raise if the `datasets` library took the images of a folder for its rows.
+
+    Raises:
+        InputError: The message names the files of rows in the folder, if there are any.
+    """
+    if any(set(rows.column_names) - {"image", "label"} for rows in parts.values()):
+        return
+    rows_of = [p.name for p in _row_files(path)]
+    if rows_of:
+        raise InputError(
+            f"{path} holds several files of rows ({', '.join(rows_of)}) beside images; name the "
+            f"one to read, such as {path / rows_of[0]}"
+        )
+    raise InputError(
+        f"{path} holds images but no file of rows; name a file such as pairs.jsonl, whose rows "
+        "have prompt, chosen, rejected and image, and set data.image_root to this folder"
+    )
 
 
 def _cannot_open(name: str, error: Exception) -> InputError:

@@ -14,6 +14,7 @@ from spavl_lib.evaluation.benchmark_runs.subject import Subject
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.judges import rubric
 from spavl_lib.evaluation.judges.endpoint import WORKERS, Client, Unanswered, agree, with_image
+from spavl_lib.runs.signals import RESUME
 
 NAMES = ("the endpoint's address", "the model's name at the endpoint")  # in error messages
 
@@ -68,8 +69,8 @@ class EndpointAsker:
             for start in range(0, len(todo), 2 * WORKERS):
                 if should_stop:
                     raise Preempted(
-                        f"stopped with {len(journal.records)} of {len(rows)} answers written; run "
-                        "the same command to continue"
+                        f"stopped with {len(journal.records)} of {len(rows)} answers written; "
+                        f"{RESUME}"
                     )
                 part = todo[start : start + 2 * WORKERS]
                 answers = dict(zip([r.id for r in part], pool.map(self._answer, part), strict=True))

@@ -35,6 +35,7 @@ from spavl_lib.evaluation.verdicts import EMPTY, Axis, Verdict
 from spavl_lib.machine import free_memory
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import canonical_sha256
+from spavl_lib.runs.signals import RESUME
 
 CHUNK = 64  # answers that are judged between two writes
 # Judge -> the setting that is set by the text after the colon, as in `phrases:gcg`, `guard:MODEL`.
@@ -256,7 +257,7 @@ def judge_answers(
             if should_stop:
                 raise Preempted(
                     f"stopped with {len(journal.records)} of {len(rows)} answers judged by "
-                    f"{judge.name}; run the same command to continue"
+                    f"{judge.name}; {RESUME}"
                 )
             chunk = todo[start : start + CHUNK]
             reasons = {row.id: why_not(answers[row.id]) for row in chunk}

@@ -26,6 +26,7 @@ from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
 from spavl_lib.evaluation.judges.endpoint import WORKERS, check_endpoint
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.statistics import bootstrap_mean, bootstrap_rate
+from spavl_lib.runs.signals import RESUME
 
 SWAPPED = {"first": "second", "second": "first", "tie": "tie", "neither": "neither"}
 # Outcomes of a row that does not count: the judge gives other verdicts in the other order, a reply
@@ -115,8 +116,8 @@ def compare_answers(
         for start in range(0, len(rows), CHUNK):
             if should_stop:
                 raise Preempted(
-                    f"stopped with {len(found)} of {len(rows)} rows compared by {judge.name}; run "
-                    "the same command to continue"
+                    f"stopped with {len(found)} of {len(rows)} rows compared by {judge.name}; "
+                    f"{RESUME}"
                 )
             part = rows[start : start + CHUNK]
             found |= zip([row.id for row in part], pool.map(outcome, part), strict=True)

@@ -25,7 +25,6 @@ from pathlib import Path
 
 import httpx2
 import tenacity
-from tqdm.auto import tqdm
 
 from spavl_lib.config import EvaluationConfig
 from spavl_lib.data.duplicates import content_of
@@ -33,7 +32,9 @@ from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import rubric
 from spavl_lib.evaluation.verdicts import Axis, Verdict
+from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.paths import cache_root
+from spavl_lib.runs.signals import RESUME
 
 KEYS = ("SPAVL_JUDGE_KEY", "OPENAI_API_KEY")
 TRIES, FIRST_WAIT_S, LONGEST_WAIT_S, TIMEOUT_S, WORKERS = 7, 1.0, 60.0, 120.0, 8
@@ -152,7 +153,7 @@ class Client:
                     if self.failed_in_a_row >= MOST_FAILED:
                         self.is_down = (
                             f"{problem}, {MOST_FAILED} requests in a row. Finished replies are "
-                            "cached: run the same command again to continue"
+                            f"cached: {RESUME}"
                         )
                 if self.is_down:
                     raise InputError(self.is_down) from None
@@ -310,7 +311,7 @@ class EndpointJudge:
         with ThreadPoolExecutor(WORKERS) as pool:
             answers = pool.map(self._verdict, records)
             try:
-                verdicts = list(tqdm(answers, total=len(records), desc="judge", leave=False))
+                verdicts = list(Bar(answers, total=len(records), desc="judge", leave=False))
             except BaseException:
                 # Do not send the remaining requests: nobody would read their replies.
                 pool.shutdown(cancel_futures=True)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -30,6 +29,7 @@ from spavl_lib.evaluation.judges import rubric
 from spavl_lib.evaluation.judges.forms import FORMS, Frame, check_model, form_of, read_prompt
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.modelling.load import compute_dtype, folder_hashes, straight_to_gpu
+from spavl_lib.runs.bar import Bar
 
 # Placeholders for the question and the answer, with which `Frame.of` finds the text around them.
 QUESTION, ANSWER = "question 7f3a", "answer 7f3a"
@@ -102,7 +102,7 @@ class GuardJudge:
         verdicts: list[Verdict] = []
         size = self.settings.judge_batch_size
         starts = range(0, len(records), size)
-        for start in tqdm(starts, desc="judge", leave=False, disable=len(records) <= size):
+        for start in Bar(starts, desc="judge", leave=False, disable=len(records) <= size):
             part = records[start : start + size]
             for record, reply in zip(part, self.replies(part), strict=True):
                 asked = (record.get("asks_warning", False),) * (self.spec.prompt == "rubric")
