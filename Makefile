@@ -117,7 +117,8 @@ format: setup  ## mend what `check` finds, as far as tools can
 	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
 
 lab: setup  ## JupyterLab, opened in notebooks/
-	$(BIN)/jupyter lab --preferred-dir=notebooks $(LAB_FLAGS)
+	JUPYTER_CONFIG_PATH="$(CURDIR)/scripts/jupyter:$$JUPYTER_CONFIG_PATH" \
+		$(BIN)/jupyter lab --preferred-dir=notebooks $(LAB_FLAGS)
 
 clean:  ## caches; keeps .venv and runs/
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

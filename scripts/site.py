@@ -69,9 +69,11 @@ def linked(text: str, page: Path, add: Callable[[Path], None], *, built: bool = 
         if label is None or target.startswith("#") or re.match(r"[a-z]+:", target):
             return match[0]
         path, mark, anchor = target.partition("#")
-        file = (page.parent / path).resolve()
-        file = file / "README.md" if file.is_dir() else file
-        if not (file.is_file() and file.is_relative_to(REPO)):
+        # A published copy of a notebook may hold the links of the notebook itself.
+        places = [folder / path for folder in (page.parent, REPO / site_path(page).parent)]
+        places += [place / "README.md" for place in places]
+        file = next((place.resolve() for place in places if place.is_file()), None)
+        if not (file and file.is_relative_to(REPO)):
             return label
         add(file)
         path = os.path.relpath(site_path(file), site_path(page).parent)
@@ -96,12 +98,12 @@ def gather(files: list[Path]) -> None:
             text = re.sub(r"^<!--.*?-->$", "", file.read_text(encoding="utf-8"), flags=re.M | re.S)
             place.write_text(linked(text, file, queue.append), encoding="utf-8")
         elif file.suffix == ".ipynb":
-            source = REPO / site_path(file)
             executed = REPO / "reports" / site_path(file)
-            notebook = nbformat.read(executed if executed.is_file() else source, 4)
+            file = executed if executed.is_file() else file
+            notebook = nbformat.read(file, 4)
             for cell in notebook.cells:
                 if cell.cell_type == "markdown":
-                    cell.source = linked(cell.source, source, queue.append, built=True)
+                    cell.source = linked(cell.source, file, queue.append, built=True)
             nbformat.write(notebook, place)
         else:
             shutil.copy(file, place)

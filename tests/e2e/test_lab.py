@@ -1,6 +1,7 @@
 """Every notebook in JupyterLab, as a reader runs it: `smoke` typed in, Run All, outputs, saved."""
 
 import re
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -79,7 +80,10 @@ def test_run_all(path: Path, lab: str, browser, checkout: Path, out: Path) -> No
     page.keyboard.press("Control+s")
     page.wait_for_function(SAVED)
     assert "image/png" in (checkout / "notebooks" / path.name).read_text(encoding="utf-8")
-    assert git("status", "--porcelain", cwd=checkout) == ""
+    deadline = time.monotonic() + 30
+    while (changed := git("status", "--porcelain", cwd=checkout)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert changed == ""
     header = {"Authorization": f"token {token}"}
     for kernel in page.request.get(f"{url}/api/kernels", headers=header).json():
         page.request.delete(f"{url}/api/kernels/{kernel['id']}", headers=header)
