@@ -119,6 +119,9 @@ def run(
     seed: Seed = None,
     run_name: RunName = "",
     allow_change: AllowChange = None,
+    lanes: Annotated[
+        int, typer.Option(min=1, help="With all: largest number of notebooks at a time.")
+    ] = 2,
 ) -> None:
     """Execute one notebook, or notebooks 01 to 06 and then the report.
 
@@ -138,7 +141,7 @@ def run(
     notebook = None if name == "all" else execute.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
-        _report(sequence.run_all(config, overrides, profile=profile))
+        _report(sequence.run_all(config, overrides, profile=profile, lanes=lanes))
         return
     executed = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
     _done(executed, execute.stage_of(notebook), config)

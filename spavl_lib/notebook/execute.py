@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -292,9 +293,10 @@ class _Execution:
         self._started = time.time()
         # papermill adds a cell with the parameters, so 1 is added here and to the bar's total.
         self._code_cells = sum(c["cell_type"] == "code" for c in cells) + 1
-        # `disable=None` hides the bar if there is no terminal.
+        # None hides the bar if there is no terminal. Beside another notebook, lines replace it.
+        hidden = multiprocessing.parent_process() is not None or None
         self._bar = tqdm(
-            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
+            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=hidden
         )
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
