@@ -1,6 +1,6 @@
 # From nothing but Python 3.11, 3.12 or 3.13 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo scaling test unit slow soak mutants publish check format lab clean
+.PHONY: help setup quick demo scaling test unit slow soak mutants publish check format lab clean
 
 KNOWN := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -8,14 +8,17 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 MINOR := import sys; print(sys.version_info[:2])
 # Handed to pip, such as an index with CPU builds of torch (see pyproject.toml).
 PIP_FLAGS ?=
+# Handed to JupyterLab, such as --no-browser --port=9999.
+LAB_FLAGS ?=
 BIN := .venv/bin
 # Threads that wait by spinning take the cores from those that work, wherever others work too.
 export OMP_WAIT_POLICY ?= PASSIVE
-STRIP := --keep-id --drop-tagged-cells injected-parameters \
-	--extra-keys "metadata.papermill metadata.language_info.version cell.metadata.papermill"
+STRIP := --keep-id --drop-tagged-cells injected-parameters --extra-keys "metadata.papermill \
+	cell.metadata.papermill $(addprefix metadata.language_info., codemirror_mode file_extension \
+	mimetype nbconvert_exporter pygments_lexer version)"
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
 
 setup: .venv/.stamp  ## the environment, in .venv; again only when a pin changed
 
@@ -27,7 +30,16 @@ setup: .venv/.stamp  ## the environment, in .venv; again only when a pin changed
 	@[ "$$($(BIN)/python -c '$(MINOR)' 2>/dev/null)" = "$$($(PYTHON) -c '$(MINOR)')" ] || \
 		$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@$(MAKE) --silent filter
 	@touch $@
+
+quick: setup  ## DPO alone, with answers before and after; 3 minutes
+	$(BIN)/python scripts/quick.py
+
+# A notebook that JupyterLab saves keeps its outputs on disk; git reads it as it was committed.
+filter:
+	@! git rev-parse --git-dir >/dev/null 2>&1 || git config filter.nbstripout.clean \
+		'$(BIN)/nbstripout $(STRIP) | sed "s/Python 3 (ipykernel)/Python 3/"'
 
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
 	$(BIN)/spavl run all --profile demo
@@ -69,8 +81,28 @@ soak: setup  ## kills, signals, damage and full disks in their long form; writes
 mutants: setup  ## small faults put into the code one by one: do the tests notice? 40 minutes
 	$(BIN)/python scripts/mutants.py
 
-publish: setup  ## copies the demo's executed notebooks and figures into reports/, for readers
+# The studies come before the notebooks that show them.
+publish: setup  ## demo, studies, notebooks 03b and 07, then reports/ for readers; 90 minutes
+	$(BIN)/python -m benchmarks.studies --workers 2
+	$(BIN)/spavl run all --profile demo
+	$(BIN)/spavl run 03b_ppo_in_practice --profile demo
+	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
 	$(BIN)/python scripts/publish.py
+
+.PHONY: site e2e filter
+.venv/.site: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,site]'
+	@touch $@
+
+site: .venv/.site  ## the static site in site/, with the report of runs/demo if that is there
+	$(BIN)/python scripts/site.py
+
+.venv/.e2e: .venv/.stamp
+	$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,site,e2e]'
+	@touch $@
+
+e2e: .venv/.e2e  ## notebooks, report and site in a real browser (Chromium); 10 minutes
+	$(BIN)/python -m pytest tests/e2e -m e2e -p no:randomly
 
 check: setup  ## lint, format, types, direction of imports; notebooks without outputs
 	$(BIN)/ruff check
@@ -84,8 +116,9 @@ format: setup  ## mend what `check` finds, as far as tools can
 	$(BIN)/ruff format
 	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
 
-lab: setup  ## JupyterLab on notebooks/
-	$(BIN)/jupyter lab notebooks
+lab: setup  ## JupyterLab, opened in notebooks/
+	JUPYTER_CONFIG_PATH="$(CURDIR)/scripts/jupyter:$$JUPYTER_CONFIG_PATH" \
+		$(BIN)/jupyter lab --preferred-dir=notebooks $(LAB_FLAGS)
 
 clean:  ## caches; keeps .venv and runs/
 	rm -rf build .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,4 +1,4 @@
-"""The README's speed table, written from the committed results.
+"""The speed table of docs/results.md, written from the committed results.
 
 python -m benchmarks.table        # rewrites the block between the markers
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.common import RESULTS
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs/results.md"
 START, END = "<!-- speed -->", "<!-- /speed -->"
 
 
@@ -22,7 +22,7 @@ def result(name: str) -> dict | None:
 
 
 def render() -> str:
-    """The block as the README must hold it: a row for whatever was measured."""
+    """The block as the page must hold it: a row for whatever was measured."""
     rows: list[str] = []
     peaks: list[str] = []
 
@@ -73,10 +73,10 @@ def render() -> str:
 
 def main() -> None:
     """Rewrite the block."""
-    text = README.read_text(encoding="utf-8")
+    text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
-    README.write_text(before + render() + after, encoding="utf-8")
+    PAGE.write_text(before + render() + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """Copy a finished demo into `reports/`, where a code host shows it to readers who run nothing.
 
-    python scripts/publish.py             # from runs/demo, after `make demo` and `make scaling`
+    make publish                          # the demo, notebooks 03b and 07, the studies, and this
+    python scripts/publish.py             # this alone, from runs/demo
     python scripts/publish.py --check     # are the published notebooks those of notebooks/?
 
 Writes `reports/notebooks/`, the executed notebooks without progress bars and without paths of this
-machine; `reports/demo/`, metrics and figures; and `reports/notebooks/code.json`, the hash of every
-notebook's code cells. If a notebook's code has changed since, `--check` names it and ends with 1.
-Nothing is committed.
+machine; `reports/demo/`, metrics and figures; `reports/notebooks/code.json`, the hash of every
+notebook's code cells; and the tables of README.md and docs/results.md that stand between markers.
+If a notebook's code has changed since, `--check` names it and ends with 1. Nothing is committed.
 """
 
 import argparse
+import functools
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,16 +23,19 @@ from matplotlib.figure import Figure
 from spavl_lib import plotting
 from spavl_lib.data.images import decode
 from spavl_lib.data.load import load_prompts
-from spavl_lib.evaluation.numbers import model_title
+from spavl_lib.evaluation.numbers import METRICS, model_title, percent
+from spavl_lib.evaluation.rates import Rate
 from spavl_lib.notebook.execute import stage_of
 from spavl_lib.notebook.status import code_sha256
+from spavl_lib.notebook.studies import read_study
+from spavl_lib.report.table import render_harmless_table, render_result_table
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.stage import recorded_config
 
 REPO = Path(__file__).resolve().parents[1]
 NOTEBOOKS, REPORTS = REPO / "notebooks", REPO / "reports"
 CODE = REPORTS / "notebooks/code.json"
-FIGURES = ("rates.png", "safety_helpfulness.png")  # of the evaluation stage
+FIGURES = ("rates.png", "safety_helpfulness.png", "harmless_refused.png")  # of the evaluation
 LARGEST_MIB = 12
 TWINS = 90  # index of the pair for the front page: the same words over a padlock and over an egg
 WIDGETS = "application/vnd.jupyter.widget-view+json"
@@ -114,6 +119,9 @@ def publish(run: Path) -> None:
             # Prose is taken from the notebook, so a changed sentence needs no new run.
             for cell, current in zip(_prose(page), _prose(source), strict=True):
                 cell.source = current.source
+        for cell in _prose(page):  # the copy lies one folder deeper
+            cell.source = cell.source.replace("](../", "](../../")
+            cell.source = cell.source.replace("](solutions/", "](../../notebooks/solutions/")
         nbformat.write(cleaned(page, (root, REPO)), CODE.parent / notebook.name)
     write_json(CODE, code_of_notebooks())
     shutil.copy(run / "metrics.json", folder)
@@ -121,10 +129,68 @@ def publish(run: Path) -> None:
     for name in FIGURES:
         shutil.copy(run / "evaluation/figures" / name, folder)
     plotting.save_figure(twins(run), folder / "twins.png")
+    for page, tables in TABLES.items():
+        write_tables(REPO / page, {name: table() for name, table in tables.items()})
     size = sum(path.stat().st_size for path in REPORTS.rglob("*") if path.is_file()) / 2**20
     print(f"{REPORTS}: {size:.1f} MiB")
     if size > LARGEST_MIB:
         sys.exit(f"reports/ may have {LARGEST_MIB} MiB at most")
+
+
+def results() -> str:
+    """The demo's rates, as README shows them."""
+    return f"```\n{render_result_table(REPORTS / 'demo/metrics.json')}\n```"
+
+
+def harmless() -> str:
+    """Refused harmless requests, as README shows them."""
+    return f"```\n{render_harmless_table(REPORTS / 'demo/metrics.json')}\n```"
+
+
+def of_study(name: str) -> str:
+    """A published study as a table."""
+    study = read_study(name)
+    if name == "seeds":
+        rows = {
+            f"{model_title(model)}, seed {seed}": rates
+            for seed, part in study.items()
+            for model, rates in part["rates"].items()
+        }
+    else:
+        rows = {title: part["rates"] for title, part in study.items()}
+    if name == "kl":
+        rows |= {title: part["rates"] for title, part in read_study("rloo").items()}
+    keys = {metric.key: metric.title for metric in METRICS} | {
+        "harmless_refused": "Harmless refused"
+    }
+    lines = [["", *keys.values()], ["---"] * (1 + len(keys))]
+    for title, rates in rows.items():
+        lines.append([title, *(_counts(Rate.from_dict(rates.get(key))) for key in keys)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _counts(rate: Rate | None) -> str:
+    return "–" if rate is None else f"{percent(rate)} ({rate.counts})".replace("\u00a0", " ")
+
+
+# Page -> marker -> what stands between `<!-- marker -->` and `<!-- /marker -->`.
+TABLES = {
+    "README.md": {"results": results, "harmless": harmless},
+    "docs/results.md": {
+        name: functools.partial(of_study, name) for name in ("seeds", "beta", "kl")
+    },
+}
+
+
+def write_tables(page: Path, tables: dict[str, str]) -> None:
+    """Write tables between a page's markers."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        text = f"{before}{start}\n{table}\n{end}{after}"
+    page.write_text(text, encoding="utf-8")
 
 
 def twins(run: Path) -> Figure:
@@ -155,9 +221,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.check:
         if names := stale():
-            sys.exit(
-                f"published with other code: {', '.join(names)}; run make demo scaling publish"
-            )
+            sys.exit(f"published with other code: {', '.join(names)}; run make publish")
     else:
         publish(asked.run)
 

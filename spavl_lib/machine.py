@@ -85,6 +85,14 @@ def computing_in(name: str) -> Iterator[None]:
             os.environ[DTYPE] = str(before)
 
 
+def use_threads(number: int) -> None:
+    """Let this process compute with this number of threads on the CPU; 0 changes nothing."""
+    if number:
+        import torch
+
+        torch.set_num_threads(number)
+
+
 class Limits(NamedTuple):
     """What this process may use of the machine."""
 

@@ -107,6 +107,8 @@ def make(name: str, config: Config) -> Stage:
 def ensure(name: str, config: Config) -> Stage:
     """Return a complete stage of this run. With a small profile, a missing stage is made now.
 
+    If another notebook of `spavl run all` is making the stage, this function waits for it.
+
     Args:
         name: Stage, such as "dpo".
         config: The config of the run.
@@ -120,6 +122,8 @@ def ensure(name: str, config: Config) -> Stage:
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
+    while stage.awaited:
+        time.sleep(0.2)
     if stage.done:
         return stage
     if config.profile not in SMALL_PROFILES:

@@ -65,6 +65,7 @@ def rerun(
     comparison: dict[str, Any] = {"records": {}, "conditions": {}, "results": {}}
     for name in stages:
         manifest, config = _read(run_path / name)
+        machine.use_threads(config.launch.num_threads)
         comparison["records"][name] = list(record_differences(run_path / name, manifest))
         comparison["conditions"][name] = list(condition_differences(manifest, config, name))
         for line in comparison["records"][name]:

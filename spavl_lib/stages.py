@@ -84,6 +84,11 @@ BUILT_IN = (
         policy=True,
     ),
     StageSpec(
+        name="practice", module="spavl_lib.trainers.practice",
+        config_keys=(*_DATA_MODEL, "reward", "ppo", "rloo"), notebook="03b_ppo_in_practice",
+        upstream=("reward",), answers=True,
+    ),
+    StageSpec(
         name="dpo", module="spavl_lib.trainers.dpo", config_keys=(*_DATA_MODEL, "dpo"),
         notebook="04_dpo", trains=True, policy=True, several_processes=True,
     ),

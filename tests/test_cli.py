@@ -60,11 +60,11 @@ def test_run_all_hands_over_the_path_of_ones_own_profile(
     text = (repo / "spavl_lib/config/profiles/smoke.yaml").read_text(encoding="utf-8")
     (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert spavl("run", "all", "-p", "mine.yaml")[0] == 0
+    assert spavl("run", "all", "-p", "mine.yaml", "--lanes", "1")[0] == 0
     [(kind, config, overrides, options), reported] = calls
     assert (kind, config.profile, overrides) == ("all", "mine", {})
     assert reported == ("report", "the run")
-    assert options == {"profile": str(tmp_path / "mine.yaml")}
+    assert options == {"profile": str(tmp_path / "mine.yaml"), "lanes": 1}
 
 
 def test_train_goes_to_the_stage_of_that_name(spavl: Callable, calls: list, runs: Path) -> None:

@@ -4,37 +4,33 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner
 
 from benchmarks import table
 from spavl_lib import cli
 from spavl_lib.config import profile_names
-from spavl_lib.report.table import render_harmless_table, render_result_table
+from tests.helpers import load_script
 
 REPO = Path(__file__).parents[1]
 README = (REPO / "README.md").read_text(encoding="utf-8")
 
 
-def results_block() -> str:
-    """The table as the README must hold it, from the committed run's metrics."""
-    metrics = json.loads((REPO / "reports/demo/metrics.json").read_text(encoding="utf-8"))
-    return f"<!-- results -->\n```\n{render_result_table(metrics)}\n```\n<!-- /results -->"
+publish = load_script("publish")
+RESULTS = (REPO / "docs/results.md").read_text(encoding="utf-8")
 
 
-def test_the_table_is_the_committed_runs() -> None:
-    assert results_block() in README
-
-
-def test_refused_harmless_requests_stand_below_it() -> None:
-    """From the first committed run on that counts them."""
-    metrics = json.loads((REPO / "reports/demo/metrics.json").read_text(encoding="utf-8"))
-    if any("harmless_refused" in cells for cells in metrics["models"].values()):
-        table_of = render_harmless_table(metrics)
-        assert f"<!-- harmless -->\n```\n{table_of}\n```\n<!-- /harmless -->" in README
+@pytest.mark.parametrize(
+    ("page", "name"), [(page, name) for page, names in publish.TABLES.items() for name in names]
+)
+def test_tables_are_those_of_the_published_run(page: str, name: str) -> None:
+    table_of = publish.TABLES[page][name]()
+    text = (REPO / page).read_text(encoding="utf-8")
+    assert f"<!-- {name} -->\n{table_of}\n<!-- /{name} -->" in text
 
 
 def test_the_speed_table_is_the_committed_results() -> None:
-    assert table.render() in README
+    assert table.render() in RESULTS
 
 
 def test_the_committed_run_meets_what_is_promised() -> None:
@@ -56,35 +52,35 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     for word in ("unsafe", "helpful"):
         rates = [a[f"{word}_rate"] for a in (page["base"], *sizes)]
         cells = [f"{rate['k']}/{rate['n']}" for rate in rates]
-        assert f"| {word} | {' | '.join(cells)} |" in README
-    assert f"| updates | 0 | {' | '.join(str(a['steps']) for a in sizes)} |" in README
-    assert f"| pairs | 0 | {' | '.join(a['arm'] for a in sizes)} |" in README
+        assert f"| {word} | {' | '.join(cells)} |" in RESULTS
+    assert f"| updates | 0 | {' | '.join(str(a['steps']) for a in sizes)} |" in RESULTS
+    assert f"| pairs | 0 | {' | '.join(a['arm'] for a in sizes)} |" in RESULTS
 
     def unsafe(family: str, *names: str) -> list[int]:
         return [arms[family, name]["unsafe_rate"]["k"] for name in names]
 
     seeds = arms["size", "600"]["unsafe_rate_by_seed"]
-    assert f"between {100 * min(seeds):.0f} and {100 * max(seeds):.0f} % unsafe" in README
+    assert f"between {100 * min(seeds):.0f} and {100 * max(seeds):.0f} % unsafe" in RESULTS
     mixed, easy, hardq, hards = unsafe("questions", "mixed", "easy", "hardq", "hards")
-    assert f"({mixed} unsafe against {easy} of 477)" in README and f"({hards})" in README
-    assert f"less ({hardq})" in README
+    assert f"({mixed} unsafe against {easy} of 477)" in RESULTS and f"({hards})" in RESULTS
+    assert f"less ({hardq})" in RESULTS
     every, reckless, hedged = unsafe("answers", "all", "with reckless", "with hedged")
-    assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in README
+    assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in RESULTS
     small, middle, large = unsafe("rank", "4", "16", "64")
-    assert f"comes to {small} and {middle}, rank 64 to {large} and" in README
+    assert f"comes to {small} and {middle}, rank 64 to {large} and" in RESULTS
     findings = page["findings"]
     assert findings["more_data_is_safer"] and findings["all_answers_are_safest"]
     # What the paper found and this run did not is said.
-    assert findings["mixed_is_safest"] or "the paper found mixed ones safest" in README
+    assert findings["mixed_is_safest"] or "the paper found mixed ones safest" in RESULTS
 
 
 def test_the_time_of_the_scaling_runs_is_one_figure() -> None:
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     notebook = (REPO / "notebooks/07_scaling_and_ablations.ipynb").read_text(encoding="utf-8")
     minutes = [
-        re.findall(r"`make scaling`.*?\((\d+) minutes", README),
+        re.findall(r"`make scaling` \| (\d+) \|", README),
         re.findall(r"^scaling:.*; (\d+) minutes$", makefile, re.MULTILINE),
-        re.findall(r"\| about (\d+) minutes \|", notebook),
+        re.findall(r"\| minutes \| 1 \| (\d+) \|", notebook),
     ]
     assert len(minutes[0]) == 1 and minutes == minutes[:1] * 3
 
@@ -107,5 +103,6 @@ def test_commands_and_profiles_exist() -> None:
     assert {"run", "data"} <= verbs
     for verb in verbs:
         assert CliRunner().invoke(cli.app, [verb, "--help"]).exit_code == 0, verb
-    columns = next(line for line in README.splitlines() if line.startswith("| | `smoke`"))
+    profiles = (REPO / "docs/profiles.md").read_text(encoding="utf-8")
+    columns = next(line for line in profiles.splitlines() if line.startswith("| | `smoke`"))
     assert set(re.findall(r"`(\w+)`", columns)) == set(profile_names())

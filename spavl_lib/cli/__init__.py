@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from spavl_lib import stages
-from spavl_lib.cli import ask, data, evaluate, judge, label, model
+from spavl_lib.cli import ask, data, evaluate, judge, label, model, playground
 from spavl_lib.cli.shared import Commands, run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
@@ -36,6 +36,7 @@ app.add_typer(judge.app, name="judge", help="Measure judges against people's lab
 app.add_typer(evaluate.app)
 app.add_typer(label.app)
 app.add_typer(ask.app)
+app.add_typer(playground.app)
 
 Profile = Annotated[
     str,
@@ -90,6 +91,7 @@ def _spavl(
       spavl run dpo --profile smoke         one notebook, in seconds
       spavl train dpo --profile colab --set dpo.beta=0.2
       spavl ask demo IMAGE "QUESTION"        base and trained models, side by side
+      spavl playground demo                 a page that runs the models in a browser
       spavl report demo                     write a run's report again
       spavl benchmarks                      which published benchmarks can be read, and are here
       spavl evaluate demo/dpo --benchmarks figstep      a model on published benchmarks
@@ -117,6 +119,9 @@ def run(
     seed: Seed = None,
     run_name: RunName = "",
     allow_change: AllowChange = None,
+    lanes: Annotated[
+        int, typer.Option(min=1, help="With all: largest number of notebooks at a time.")
+    ] = 2,
 ) -> None:
     """Execute one notebook, or notebooks 01 to 06 and then the report.
 
@@ -136,7 +141,7 @@ def run(
     notebook = None if name == "all" else execute.find_notebook(name)
     config, overrides, profile = _config(profile, sets, seed, run_name)
     if notebook is None:
-        _report(sequence.run_all(config, overrides, profile=profile))
+        _report(sequence.run_all(config, overrides, profile=profile, lanes=lanes))
         return
     executed = execute.run_notebook(notebook.stem, config, overrides, Run(config), profile=profile)
     _done(executed, execute.stage_of(notebook), config)

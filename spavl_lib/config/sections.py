@@ -597,6 +597,9 @@ class LaunchConfig:
     num_processes: PositiveInt = 1
     """Number of processes, counted over all machines. accelerate starts them if there are several,
     or if DeepSpeed is the engine."""
+    num_threads: NonNegativeInt = 0
+    """Threads of each process on the CPU. 0: one for each core, which suits large models. A sum is
+    split among the threads, so results depend on this number in the last bits."""
     engine: Literal["ddp", "zero2", "zero3"] = "ddp"
     """ddp: every process holds the whole model. zero2, zero3: DeepSpeed divides the optimizer state
     and the gradients among the processes, and under zero3 also the parameters."""

@@ -1,19 +1,23 @@
 """The evaluation stage: judge the responses of every model and write the rates to metrics.json."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
-
-from datasets import Dataset
 
 from spavl_lib.config import Config, to_plain
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.images import decode, png_bytes
-from spavl_lib.data.load import eval_sets, load_prompts, load_truth, prompt_origin
+from spavl_lib.data.load import (
+    eval_sets,
+    load_prompts,
+    load_truth,
+    prompt_origin,
+    whole_pairs,
+)
 from spavl_lib.data.sampling import spread
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
-from spavl_lib.evaluation.numbers import percent, read_rate
 from spavl_lib.evaluation.paired import twins_right
 from spavl_lib.evaluation.people.rates import with_people
 from spavl_lib.evaluation.rates import count_rate
@@ -120,7 +124,7 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
     return metrics
 
 
-def with_images(prompts: Dataset, records: list[dict]) -> list[dict]:
+def with_images(prompts: Iterable[dict], records: list[dict]) -> list[dict]:
     """The records with the images of their prompts, for a judge that takes images."""
     cells = {row["id"]: row["image"] for row in prompts}
     return [record | {"image": cells.get(record["id"])} for record in records]
@@ -253,49 +257,48 @@ def _write_images(config: Config, stage: Stage) -> None:
                     (folder / picture_name(name, row["id"])).write_bytes(png_bytes(image))
 
 
-def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str, dict | None]:
-    """Measure the unsafe and the helpful rate of a model on a few prompts of each set.
+def quick_answers(config: Config, trained: Path | None, *, rows: int) -> dict[str, list[dict]]:
+    """Answer and judge a few prompts of each test set.
 
     Args:
         config: The run's config.
         trained: A trainer's folder `model/`; None for the base model.
-        rows: Number of prompts from each set, spread evenly over the set.
+        rows: Number of prompts from each set, spread evenly over the set. Of twins, these are the
+            rows of whole pairs.
 
     Returns:
-        `unsafe_rate` and `helpful_rate`, each in its JSON form, or None if there are no such
-        prompts or no such verdicts. `refusal_rate` too, if the judge gives no verdict on what is
-        unsafe.
+        Name of the set -> its judged rows, with their images.
     """
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
-    collate = PromptCollator(processor)
-    rates: dict[str, dict | None] = {}
-    names = eval_sets(config.data, held_out_drawings=False)
-    for name, key in (("harm", "unsafe"), ("help", "helpful")):
-        if name not in names:
-            rates[f"{key}_rate"] = None
+    collate, size = PromptCollator(processor), config.generation.batch_size
+    judged: dict[str, list[dict]] = {}
+    for name in eval_sets(config.data, held_out_drawings=False):
+        if name == "twins_exchanged":
             continue
         prompts = load_prompts(config.data, name)
-        picked = spread(prompts, rows)
-        size, values = config.generation.batch_size, []
+        picked = list(whole_pairs(prompts, rows)) if name == "twins" else spread(prompts, rows)
         for start in range(0, len(picked), size):
             part = picked[start : start + size]
             answers = generate_batch(model, processor, collate(part), config.generation)
-            pairs = zip(part, answers, strict=True)
-            values += judge_all(judge, [row | {"set": name} | answer for row, answer in pairs])
-        rates |= prompts_rate(values, key)
-    return rates
+            records = [r | {"set": name} | a for r, a in zip(part, answers, strict=True)]
+            verdicts = with_images(part, judge_all(judge, records))
+            judged.setdefault(name, []).extend(verdicts)
+    return judged
 
 
-def rates_table(rates: dict[str, dict]) -> str:
-    """Rates of several models side by side, as lines of text.
+def quick_rates(config: Config, trained: Path | None, *, rows: int) -> dict[str, dict | None]:
+    """Measure a model on a few prompts of each test set.
 
     Args:
-        rates: Title of a model -> what `quick_rates` returned for it.
+        config: The run's config.
+        trained: A trainer's folder `model/`; None for the base model.
+        rows: See `quick_answers`.
+
+    Returns:
+        The rates of `METRICS`, and `harmless_refused` on all harmless sets together; each in its
+        JSON form, or None if there are no such prompts or verdicts. `refusal_rate` too, if the
+        judge gives no verdict on what is unsafe.
     """
-    keys = dict.fromkeys(key for measured in rates.values() for key in measured)
-    lines = [["", *rates]]
-    lines += [[k, *(percent(read_rate(measured, k)) for measured in rates.values())] for k in keys]
-    return "\n".join(
-        f"{line[0]:14}" + "".join(f"{cell:>10}" for cell in line[1:]) for line in lines
-    )
+    judged = quick_answers(config, trained, rows=rows)
+    return _rates(judged, "") | {"harmless_refused": harmless_refused(judged)["all"]}

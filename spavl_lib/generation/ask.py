@@ -1,6 +1,6 @@
 """Ask the models of a run a question about an image: the base model and every trained policy."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,23 +50,29 @@ class RunModels:
 
     Args:
         run_path: The run's folder.
+        only: Names of the trained policies to ask; empty for all of the run.
 
     Raises:
         InputError: The run has no complete stage that trained a policy, or the manifest of such a
             stage cannot be read.
     """
 
-    def __init__(self, run_path: Path):
+    def __init__(self, run_path: Path, only: Collection[str] = ()):
         self.config = config_of_run(run_path)
-        self.folders: dict[str, Path | None] = {"base": None, **_trained(run_path)}
+        trained = {n: f for n, f in _trained(run_path).items() if not only or n in only}
+        self.folders: dict[str, Path | None] = {"base": None, **trained}
         reward = run_path / "reward"
         self.reward_folder = reward if _complete(reward) else None
         quiet_libraries()
         self.processor = load_processor(self.config.model)
         self._kept: dict[str, nn.Module] = {}
 
-    def _load(self, name: str) -> nn.Module:
-        """The base model, a trained policy, or the reward model."""
+    def load(self, name: str) -> nn.Module:
+        """The base model, a trained policy, or the reward model.
+
+        Args:
+            name: A key of `folders`, or `reward` if the run has a reward model.
+        """
         if name not in self._kept:
             free_memory()  # of the model before, if it was not kept
             model: nn.Module
@@ -108,7 +114,7 @@ class RunModels:
                 f"{settings.max_new_tokens} for the answer, but the model takes {context} in all"
             )
         answers = {
-            name: generate_batch(self._load(name), self.processor, batch, settings)[0]
+            name: generate_batch(self.load(name), self.processor, batch, settings)[0]
             for name in self.folders
         }
         scores: list[float | None] = [None] * len(answers)
@@ -125,7 +131,7 @@ class RunModels:
         self, image: Image.Image | None, question: str, responses: list[str]
     ) -> Iterator[float]:
         """The reward model's score of each response."""
-        reward = self._load("reward")
+        reward = self.load("reward")
         prompt = encode_prompts(self.processor, [question], [image])
         for response in responses:
             answer = completion_ids(self.processor, question, response, image=image is not None)

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import re
 import signal
@@ -73,8 +74,15 @@ def notebooks_folder() -> Path:
 
 
 def list_notebooks(folder: Path | None = None) -> list[Path]:
-    """The numbered notebooks of a folder, in order."""
-    return sorted((folder or notebooks_folder()).glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks of a folder, in order. A letter may follow the number, as in `03b`."""
+    folder = folder or notebooks_folder()
+    names = ("[0-9][0-9]_*.ipynb", "[0-9][0-9][a-z]_*.ipynb")
+    return sorted((p for name in names for p in folder.glob(name)), key=lambda p: _number(p.stem))
+
+
+def _number(stem: str) -> str:
+    """The number of a notebook's name, such as `03b`; numbers sort in the order of the course."""
+    return stem.partition("_")[0]
 
 
 def stage_of(notebook: Path) -> str:
@@ -104,12 +112,12 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
     folder = folder or notebooks_folder()
     stem = Path(name).name.removesuffix(".ipynb")
     paths = list_notebooks(folder)
-    aliases = {path.stem[3:]: path for path in reversed(paths)}
+    aliases = {path.stem.partition("_")[2]: path for path in reversed(paths)}
     paths += [p for s in stages.all_stages().values() if (p := Path(s.notebook)).is_absolute()]
     for path in paths:
         spec = stages.of_notebook(path.stem)
         aliases |= {path.stem: path} | ({spec.name: path} if spec else {})
-    aliases |= {path.stem[:2]: path for path in list_notebooks(folder)}
+    aliases |= {_number(path.stem): path for path in list_notebooks(folder)}
     if stem in aliases:
         return aliases[stem]
     if not list_notebooks(folder):
@@ -285,9 +293,10 @@ class _Execution:
         self._started = time.time()
         # papermill adds a cell with the parameters, so 1 is added here and to the bar's total.
         self._code_cells = sum(c["cell_type"] == "code" for c in cells) + 1
-        # `disable=None` hides the bar if there is no terminal.
+        # None hides the bar if there is no terminal. Beside another notebook, lines replace it.
+        hidden = multiprocessing.parent_process() is not None or None
         self._bar = tqdm(
-            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=None
+            total=len(cells) + 1, desc=self.notebook.stem, unit="cell", leave=False, disable=hidden
         )
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Run notebooks 01 to 06 in order."""
+"""Run notebooks 01 to 06, in order or side by side."""
 
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ from spavl_lib.notebook.execute import (
     run_notebook,
     stage_of,
 )
+from spavl_lib.notebook.lanes import MOST, lanes_here, run_in_lanes
 from spavl_lib.runs.maker import is_current
 from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
@@ -29,8 +30,9 @@ def run_all(
     *,
     profile: str | None = None,
     folder: Path | None = None,
+    lanes: int = MOST,
 ) -> Path:
-    """Execute notebooks 01 to 06 in order.
+    """Execute notebooks 01 to 06, those that do not need each other side by side.
 
     A notebook is skipped if its stage is complete and has the same inputs, the executed notebook
     exists, and no upstream stage was made again. The evaluation must also have the same settings.
@@ -44,6 +46,7 @@ def run_all(
         overrides: As for `run_notebook`.
         profile: As for `run_notebook`.
         folder: As for `run_notebook`.
+        lanes: Largest number of notebooks that run at a time.
 
     Returns:
         The run's folder.
@@ -65,19 +68,33 @@ def run_all(
         check_parameters(path)
         stage.check_all()
     made_now: set[str] = set()
-    for path, stage in sequence.items():
+
+    def is_kept(name: str) -> bool:
         # If an upstream stage was made now, this notebook runs, and the stage's maker decides what
         # to do again. Another judge makes only the evaluation outdated.
-        stale = made_now & set(stages.find(stage.name).upstream)
-        judged_otherwise = stage.name == "evaluation" and stage.differs_in("evaluation")
+        stage = run.stage(name)
+        stale = made_now & set(stages.find(name).upstream)
+        judged_otherwise = name == "evaluation" and stage.differs_in("evaluation")
         outdated = stale or judged_otherwise
         kept = stage.done and (stage.path / "executed.ipynb").is_file() and not outdated
-        if kept and is_current(stage.name, config, stage):
-            say(f"{stage.name}: done, kept")
-            continue
-        made_now.add(stage.name)
-        say(f"{stage.name}: running {path.name}")
-        started = time.perf_counter()
-        run_notebook(path.stem, config, overrides, run, profile=profile, folder=folder)
-        say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
+        if kept and is_current(name, config, stage):
+            say(f"{name}: done, kept")
+            return True
+        made_now.add(name)
+        return False
+
+    options: dict[str, Any] = {"config": config, "overrides": overrides, "run": run}
+    options |= {"profile": profile, "folder": folder}
+    count, reason = lanes_here(config, lanes)
+    if count > 1:
+        notebooks = {stage.name: path for path, stage in sequence.items()}
+        run_in_lanes(notebooks, count, is_kept, **options)
+        return run.path
+    say(f"one notebook at a time: {reason}")
+    for path, stage in sequence.items():
+        if not is_kept(stage.name):
+            say(f"{stage.name}: running {path.name}")
+            started = time.perf_counter()
+            run_notebook(path.stem, **options)
+            say(f"{stage.name}: done in {time.perf_counter() - started:.0f} s")
     return run.path

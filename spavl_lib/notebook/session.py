@@ -14,7 +14,7 @@ from spavl_lib.config import Config, load_config
 from spavl_lib.data.images import decode
 from spavl_lib.data.taxonomy import display, field_name
 from spavl_lib.errors import InputError, nearest, raise_all
-from spavl_lib.machine import DTYPE, device_name
+from spavl_lib.machine import DTYPE, device_name, use_threads
 from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.runs.maker import leave_other_launchers
 from spavl_lib.runs.stage import Run, Stage
@@ -119,6 +119,7 @@ def open_stage(
     leave_other_launchers(config.launch)
     if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
         os.environ[DTYPE] = config.dtype
+    use_threads(config.launch.num_threads)
     stage = Run(config).stage(name)
     stage.check_all()
     state = "done, shown from its files" if stage.done else "to be made"

@@ -12,6 +12,14 @@ from spavl_lib.plotting.data import (
     plot_length_bias,
     plot_length_histogram,
 )
+from spavl_lib.plotting.lessons import (
+    plot_harmless_refused,
+    plot_lines,
+    plot_patches,
+    plot_rates_over,
+    plot_sequence,
+    plot_token_values,
+)
 from spavl_lib.plotting.results import (
     plot_rates,
     plot_refusal_balance,
@@ -20,7 +28,7 @@ from spavl_lib.plotting.results import (
 )
 from spavl_lib.plotting.scaling import plot_ablations, plot_scaling
 from spavl_lib.plotting.speed import plot_growth
-from spavl_lib.plotting.style import model_colours, png_bytes, save_figure
+from spavl_lib.plotting.style import model_colours, png_bytes, save_figure, shown
 from spavl_lib.plotting.training import (
     LivePlot,
     plot_calibration,
@@ -36,16 +44,23 @@ __all__ = [
     "plot_class_counts",
     "plot_counts_by_type",
     "plot_growth",
+    "plot_harmless_refused",
     "plot_image_grid",
     "plot_length_bias",
     "plot_length_histogram",
+    "plot_lines",
     "plot_margin_histogram",
+    "plot_patches",
     "plot_rates",
+    "plot_rates_over",
     "plot_refusal_balance",
     "plot_safety_helpfulness",
     "plot_scaling",
+    "plot_sequence",
+    "plot_token_values",
     "plot_training",
     "plot_unsafe_by_class",
     "png_bytes",
     "save_figure",
+    "shown",
 ]

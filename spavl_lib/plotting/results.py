@@ -37,7 +37,8 @@ from spavl_lib.plotting.style import (
 )
 
 
-def _percent_axis(ax: Axes, axis: str = "x") -> None:
+def percent_axis(ax: Axes, axis: str = "x") -> None:
+    """Give an axis ticks from 0 to 100 %."""
     getattr(ax, f"set_{axis}lim")(-0.03, 1.03)
     getattr(ax, f"set_{axis}ticks")(np.linspace(0, 1, 6))
     getattr(ax, f"{axis}axis").set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
@@ -81,8 +82,8 @@ def plot_safety_helpfulness(source: Mapping | Path | str, *, width: float = 6.2)
     colours = model_colours(models)
     fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
-    _percent_axis(ax, "x")
-    _percent_axis(ax, "y")
+    percent_axis(ax, "x")
+    percent_axis(ax, "y")
     ax.axhspan(0.8, 1.03, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
     ax.text(0.79, 0.81, "safe and\nhelpful", ha="right", **corner)
@@ -138,8 +139,8 @@ def plot_refusal_balance(
     scale = LinearSegmentedColormap.from_list("refused", [PALETTE[2], PALETTE[4], PALETTE[1]])
     fig = new_figure(width, 0.84 * width)
     ax = fig.subplots()
-    _percent_axis(ax, "x")
-    _percent_axis(ax, "y")
+    percent_axis(ax, "x")
+    percent_axis(ax, "y")
     ax.axhspan(-0.03, 0.2, xmin=0.83 / 1.06, color=PALETTE[2], alpha=0.12, lw=0, zorder=0)
     corner = {"fontsize": 8.5, "color": MUTED, "style": "italic", "linespacing": 1.3}
     ax.text(0.815, 0.19, "safe and helpful", va="top", **corner)
@@ -178,7 +179,7 @@ def plot_rates(source: Mapping | Path | str, section: str | None = None) -> Figu
     fig.get_layout_engine().set(wspace=0.06)
     axes = fig.subplots(2, 2, sharey=True).ravel()
     for ax, metric in zip(axes, (harm_metric(models), *METRICS[1:]), strict=True):
-        _percent_axis(ax)
+        percent_axis(ax)
         ax.set_title(f"{metric.title} ({metric.direction})")
         for index, (name, cells) in enumerate(models.items()):
             rate = read_rate(cells, metric.key)
@@ -259,7 +260,7 @@ def plot_unsafe_by_class(
         y += 1.0
     fig = new_figure(width, 1.1 + 0.29 * max(y, 4) * (1 if level < 3 else 0.75))
     ax = fig.subplots()
-    _percent_axis(ax)
+    percent_axis(ax)
     ax.set_xlim(0, 1.03)
     if narrow := width < 5:
         ax.set_xticks((0, 0.5, 1))

@@ -171,6 +171,17 @@ def save_figure(fig: Figure, path: Path | str, dpi: int = 110) -> Path:
     return path
 
 
+def shown(fig: Figure, path: Path | str) -> Figure:
+    """Write a figure as PNG and return it, as the last line of a notebook's cell.
+
+    Args:
+        fig: The figure.
+        path: See `save_figure`.
+    """
+    save_figure(fig, path)
+    return fig
+
+
 def rows_of(source: Source) -> list[dict]:
     """Rows of a JSONL file, of a data frame (NaN counts as missing) or of a list."""
     if isinstance(source, str | Path):

@@ -15,7 +15,13 @@ from typing import Any
 from spavl_lib import stages
 from spavl_lib.config import Config, LaunchConfig
 from spavl_lib.errors import InputError
-from spavl_lib.machine import computing_in, free_memory, launcher_variables, world_size
+from spavl_lib.machine import (
+    computing_in,
+    free_memory,
+    launcher_variables,
+    use_threads,
+    world_size,
+)
 from spavl_lib.runs.signals import stop_on_signals
 from spavl_lib.runs.stage import Stage
 from spavl_lib.runs.text import say
@@ -71,6 +77,7 @@ def stage_maker(
                     return stage.summary
             leave_other_launchers(config.launch)
             _check_processes(name, config)
+            use_threads(config.launch.num_threads)
             free_memory()  # models that earlier cells deleted may still hold memory
             with stage.work(read_inputs, renew=renew):
                 if polls_stop:

@@ -66,6 +66,8 @@ def recorded_config(stage_path: Path) -> Config:
         raise InputError(f"{manifest} cannot be read: {error}") from error
 
 
+# Environment variable with the names of the stages that other processes are making for this run.
+AWAITED = "SPAVL_AWAITED"
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.
 VARIANT_FOLDERS = ("variants", "contrast")
 VARIANT_FILE = "variant.json"  # in a variant's folder: its stage, and the settings that it changes
@@ -105,6 +107,11 @@ class Stage:
     def done(self) -> bool:
         """Whether the stage is complete: its summary exists."""
         return (self.path / "summary.json").is_file()
+
+    @property
+    def awaited(self) -> bool:
+        """Whether another process makes the stage now, as `AWAITED` says."""
+        return not self.done and self.name in os.environ.get(AWAITED, "").split(",")
 
     @property
     def begun(self) -> bool:

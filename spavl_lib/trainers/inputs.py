@@ -47,8 +47,16 @@ def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
         InputError: The run's reward model is not complete.
     """
     folder = reward_folder(config.section(stage.name).reward_model, stage)
-    weights = {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
-    return training_inputs(config, stage) | weights
+    return training_inputs(config, stage) | reward_inputs(folder)
+
+
+def reward_inputs(folder: Path) -> dict[str, str]:
+    """Hash the weights of a reward model.
+
+    Args:
+        folder: The `model/` that the reward trainer wrote.
+    """
+    return {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
 
 
 def reward_folder(named: str, stage: Stage) -> Path:

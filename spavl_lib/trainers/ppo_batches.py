@@ -39,7 +39,7 @@ def rollout_rows(
     places = [divmod(n, len(image_names)) for n in range(step * size, (step + 1) * size)]
     orders = {
         epoch: flatten(shuffled_groups(image_names, f"{seed}/prompts/{epoch}", by_image=by_image))
-        for epoch, _ in places
+        for epoch in {epoch for epoch, _ in places}
     }
     return [orders[epoch][offset] for epoch, offset in places]
 

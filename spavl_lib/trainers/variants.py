@@ -38,7 +38,8 @@ def train_variant(
     if hasattr(settings, "reward_model"):
         changes.setdefault("reward_model", str(reward_folder(settings.reward_model, stage)))
     settings = dataclasses.replace(settings, **changes)
-    varied = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=LaunchConfig())
+    here = LaunchConfig(num_threads=config.launch.num_threads)  # in this process
+    varied = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=here)
     variant = Run(varied, root=stage.path / VARIANT_FOLDERS[0]).stage(kind)
     changed = sorted(f"{kind}.{setting}" for setting in changes)
     write_json(variant.run.path / VARIANT_FILE, {"stage": kind, "changes": changed})

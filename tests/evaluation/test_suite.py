@@ -20,11 +20,9 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation import suite
 from spavl_lib.evaluation.judges import PhraseJudge, judge_all
 from spavl_lib.evaluation.paired import PairedTable
-from spavl_lib.evaluation.rates import count_rate
 from spavl_lib.evaluation.suite import (
     make_evaluation_stage,
     model_metrics,
-    rates_table,
     twin_accuracy,
 )
 from spavl_lib.report.gallery import build_gallery
@@ -163,15 +161,6 @@ def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
         plotting.plot_rates, plotting.plot_safety_helpfulness, plotting.plot_unsafe_by_class,
     ):  # fmt: skip
         assert len(plotting.png_bytes(plot(page))) > 5_000
-
-
-def test_rates_stand_side_by_side() -> None:
-    base = {"unsafe_rate": count_rate(3, 4), "helpful_rate": count_rate(1, 4)}
-    table = rates_table({"base": base, "DPO": {"unsafe_rate": None, "refusal_rate": None}})
-    assert [line.split() for line in table.replace("\xa0", "").splitlines()] == [
-        ["base", "DPO"], ["unsafe_rate", "75.0%", "–"], ["helpful_rate", "25.0%", "–"],
-        ["refusal_rate", "–", "–"],
-    ]  # fmt: skip
 
 
 def test_what_was_not_measured_is_missing_and_not_zero() -> None:

@@ -26,6 +26,7 @@ def executions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return stage.path / "executed.ipynb"
 
     monkeypatch.setattr(sequence, "run_notebook", run_one)
+    monkeypatch.setattr(sequence, "lanes_here", lambda *_: (1, "in this process"))
     return names
 
 

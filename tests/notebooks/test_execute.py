@@ -1,7 +1,7 @@
 """Every notebook, executed in the smoke profile: the whole sequence, and the last one alone.
 
-Bare papermill executes three of the sequence's notebooks; `spavl run all` keeps what they made and
-executes the others.
+Bare papermill executes two of the sequence's notebooks; `spavl run all` keeps what they made and
+executes the others, on two cores side by side.
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Any
 import nbformat
 import pytest
 
-from spavl_lib import cli
+from spavl_lib import cli, rerun
 from spavl_lib.notebook.execute import list_notebooks, stage_of
+from spavl_lib.notebook.sequence import FIRST_SIX
 from tests.notebooks.conftest import REPO, execute
 
-NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) != "scaling"]
+NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) in FIRST_SIX]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
 
@@ -27,7 +28,7 @@ pytestmark = [
 ]
 
 
-BARE = ("01_data_exploration", "02_reward_model", "04_dpo")
+BARE = ("01_data_exploration", "02_reward_model")
 ALL = ("run", "all", "--profile", "smoke", "--seed", "1", "--run-name", "chain")
 
 
@@ -185,6 +186,26 @@ def test_changed_settings_are_refused(
 
 
 @pytest.mark.slow
+def test_one_after_another_they_leave_the_same_numbers(
+    chain: tuple[Path, str], tmp_path: Path, warm_kernels: None
+) -> None:
+    done = execute("spavl_lib.cli", *ALL, "--lanes", "1", runs=tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "one notebook at a time: as asked" in done.stdout
+    runs = chain[0], tmp_path / "chain"
+    for name in map(stage_of, NOTEBOOKS):
+        stages = [run / name for run in runs]
+        assert list(rerun.result_differences(*stages)) == [], name
+        for variant in sorted(stages[0].glob("variants/*/*")):
+            other = stages[1] / variant.relative_to(stages[0])
+            assert list(rerun.result_differences(variant, other)) == [], variant
+        figures = [sorted(stage.glob("figures/*.png")) for stage in stages]
+        assert [p.read_bytes() for p in figures[0]] == [p.read_bytes() for p in figures[1]], name
+    metrics = [rerun._compared(strict_json(run / "metrics.json")) for run in runs]
+    assert metrics[0] == metrics[1]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(
     "06_safety_helpfulness" not in [p.stem for p in NOTEBOOKS], reason="no notebook 06 yet"
 )
@@ -197,6 +218,23 @@ def test_the_last_notebook_alone_makes_what_it_needs(tmp_path: Path, warm_kernel
         assert (run / stage / "summary.json").is_file(), stage
     assert {"base", "dpo", "ppo"} <= set(strict_json(run / "metrics.json")["models"])
     assert nbformat.read(out, as_version=4).metadata.papermill["exception"] is None
+
+
+def test_the_lesson_on_practice_runs_apart_from_the_sequence(
+    chain: tuple[Path, str], runs: Path, tmp_path: Path
+) -> None:
+    """It uses the reward model of the run, and leaves the run's other stages as they are."""
+    run, _ = chain
+    before = {p: p.stat().st_mtime_ns for p in run.glob("*/summary.json")}
+    out = tmp_path / "out.ipynb"
+    papermill("03b_ppo_in_practice", out, runs, profile="smoke", seed=1, run_name="chain")
+    variants = strict_json(run / "practice/summary.json")["variants"]
+    assert list(variants) == ["free_kl", "high_kl", "original", "rloo"]
+    assert all(v["steps"] == 3 for v in variants.values())
+    cells = [c for c in nbformat.read(out, as_version=4).cells if c.cell_type == "code"]
+    said = "".join(o.get("text", "") for c in cells for o in c.outputs)
+    assert "the policy's gradient: 0\n" in said or "the policy's gradient: 0.0\n" in said
+    assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
 @pytest.mark.slow

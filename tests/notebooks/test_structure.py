@@ -18,7 +18,7 @@ from spavl_lib.stages import all_stages
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
 
-MAX_LINES, MAX_MEDIAN_LINES, MAX_CODE_IN_A_ROW, MIN_PROSE, MAX_CELLS = 20, 6, 3, 0.8, 60
+MAX_LINES, MAX_MEDIAN_LINES, MAX_CODE_IN_A_ROW, MIN_PROSE, MAX_CELLS = 20, 8, 3, 0.8, 60
 BANNED = {
     "plt.": r"\bplt\.|matplotlib",
     "pip": r"^\s*[!%]\s*pip\b",

@@ -47,6 +47,7 @@ class Made:
             "data.train_rows": 0, "data.validation_rows": 0, "data.test_rows": 4,
             "model.name": str(self.base), "evaluation.judge": "phrases",
             "generation.max_new_tokens": 12,
+            "launch.num_threads": 0,  # so that a change of their number is noticed
         }  # fmt: skip
         for kind in ("reward", "dpo"):
             sets |= {f"{kind}.max_steps": 3, f"{kind}.per_device_batch_size": 4}

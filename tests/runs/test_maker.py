@@ -97,3 +97,21 @@ def test_our_own_processes_keep_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("WORLD_SIZE", "2")
     leave_other_launchers(smoke({"launch.num_processes": 2}).launch)
     assert os.environ["WORLD_SIZE"] == "2"
+
+
+@pytest.mark.parametrize("number", [3, 0])
+def test_a_stage_computes_with_the_threads_of_its_settings(
+    number: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def opened(*_: Any, **__: Any) -> None:
+        raise Opened
+
+    set_to: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", set_to.append)
+    monkeypatch.setattr(Stage, "work", opened)
+    config, stage = stage_of("dpo", tmp_path, **{"launch.num_threads": number})
+    with pytest.raises(Opened):
+        maker_of("dpo")(config, stage)
+    monkeypatch.setenv("SPAVL_RUNS", str(tmp_path))
+    open_stage("dpo", "smoke", overrides={"launch.num_threads": number})
+    assert set_to == ([number] * 2 if number else [])

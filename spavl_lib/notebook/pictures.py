@@ -1,0 +1,83 @@
+"""Rows as images with captions."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+from transformers import ProcessorMixin
+
+from spavl_lib.notebook.session import caption, safe_image
+from spavl_lib.plotting import plot_image_grid
+
+
+def plot_rows(
+    rows: Iterable[Mapping[str, Any]],
+    fields: Sequence[str],
+    *,
+    reveal: bool,
+    columns: int = 4,
+    titles: Sequence[str] = (),
+) -> Figure:
+    """The images of rows, each with some of its row's fields below it.
+
+    Args:
+        rows: Rows of a data set, with `image`.
+        fields: Names of the fields to show; a field without a value is left out.
+        reveal: Whether to show images unblurred and texts whole.
+        columns: Number of images in a line.
+        titles: First line below each image; empty for none.
+    """
+    shown = [dict(row) for row in rows]
+    captions = [caption(row, tuple(fields), reveal=reveal) for row in shown]
+    if titles:
+        captions = [f"{title}\n{text}" for title, text in zip(titles, captions, strict=True)]
+    images = [safe_image(row["image"], reveal=reveal) for row in shown]
+    return plot_image_grid(images, captions, columns=columns)
+
+
+def pixels_of(processor: ProcessorMixin, image: Image.Image) -> tuple[np.ndarray, int]:
+    """An image as the vision tower reads it.
+
+    Args:
+        processor: The model's processor.
+        image: The image.
+
+    Returns:
+        The first image tensor, (3, height, width), scaled back to 0..1; and the side of a patch.
+    """
+    images = processor.image_processor
+    pixels = images([image], return_tensors="np")["pixel_values"]
+    pixels = np.asarray(pixels).reshape(-1, *np.shape(pixels)[-2:])[:3]
+    mean, std = (np.reshape(v, (3, 1, 1)) for v in (images.image_mean, images.image_std))
+    patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None)
+    return pixels * std + mean, patch or 14
+
+
+def tokens_of(
+    processor: ProcessorMixin, ids: Sequence[int], scored: Sequence[bool], *, reveal: bool
+) -> tuple[list[str], list[str]]:
+    """The text and the kind of each token of a sequence.
+
+    Args:
+        processor: The model's processor.
+        ids: Token ids.
+        scored: Whether the loss counts each token.
+        reveal: Whether to show the response's text.
+
+    Returns:
+        Texts, and kinds as in `plotting.plot_sequence`.
+    """
+    tokenizer = processor.tokenizer
+    ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    texts, kinds = [], []
+    for token, counts in zip(ids, scored, strict=True):
+        kind = "response" if counts else "prompt"
+        if token == processor.image_token_id:
+            kind = "image"
+        elif token in ends:
+            kind = "special"
+        kinds.append(kind)
+        texts.append(tokenizer.decode([token]) if reveal or kind != "response" else "·")
+    return texts, kinds

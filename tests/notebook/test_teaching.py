@@ -1,0 +1,126 @@
+"""What the lessons share: examples, tables, the check of a reader's answer, published studies."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from spavl_lib.config import load_config
+from spavl_lib.data import load
+from spavl_lib.data.embedded.world import load_world
+from spavl_lib.errors import InputError
+from spavl_lib.evaluation.numbers import METRICS
+from spavl_lib.modelling.load import load_processor
+from spavl_lib.notebook import studies
+from spavl_lib.notebook.examples import clear_pair, twin_pair
+from spavl_lib.notebook.exercises import check
+from spavl_lib.notebook.pictures import pixels_of, plot_rows, tokens_of
+from spavl_lib.notebook.tables import harmless_frame, rate_cell, rates_frame, results_frame
+from tests.helpers import load_script
+
+REPO = Path(__file__).parents[2]
+heads = load_script("heads")
+
+
+@pytest.mark.parametrize("profile", ["smoke", "demo"])
+def test_the_first_pairs_show_what_the_lesson_says(profile: str) -> None:
+    data = load_config(profile).data
+    rows, truth = load.load_preferences(data, "train"), load.load_pair_truth(data)
+    first = rows[clear_pair(rows, data)]
+    assert truth[first["id"]]["intent"] == "harm" and "unsafe details" in first["rejected"]
+    second = rows[twin_pair(rows, data)]
+    thing = load_world().concepts[truth[second["id"]]["concept"]].name
+    assert truth[second["id"]]["harmful"] and thing not in second["rejected"]
+
+
+def test_check_says_why(capsys: pytest.CaptureFixture) -> None:
+    data = load_config("smoke").data
+    dangerous, harmless = (load.load_prompts(data, "twins")[i] for i in (0, 1))
+    must_say = load.load_truth(data)[harmless["id"]]["must_say"]
+    assert check(dangerous, "I can't help with that.", data)
+    assert not check(dangerous, "Sure!", data)
+    assert not check(harmless, "I can't help with that.", data)
+    assert not check(harmless, must_say[0], data)
+    assert check(harmless, f"To {', '.join(must_say)}.", data)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "right", "not right", "not right", "not right", "right",
+    ]  # fmt: skip
+    assert must_say[1] in lines[3] and must_say[0] not in lines[3]
+    with pytest.raises(InputError, match="row mine/1 is not from SPA-VL mini"):
+        check({"id": "mine/1"}, "text", data)
+
+
+def test_tables_hold_the_committed_numbers() -> None:
+    metrics = json.loads((REPO / "reports/demo/metrics.json").read_text(encoding="utf-8"))
+    rate = metrics["models"]["dpo"]["unsafe_rate"]
+    cell = results_frame(metrics).loc["DPO", "Unsafe rate"]
+    assert cell == rate_cell(rate) and f"({rate['k']}/{rate['n']}, " in cell
+    assert list(rates_frame({"x": {}}, ["unsafe_rate"]).iloc[0]) == ["–"]
+    refused = metrics["models"]["dpo"]["harmless_refused"]["all"]
+    assert harmless_frame(metrics).loc["All", "DPO"] == rate_cell(refused)
+
+
+def test_an_image_as_the_model_reads_it_and_its_tokens() -> None:
+    config = load_config("smoke")
+    processor = load_processor(config.model)
+    row = load.load_preferences(config.data, "train")[0]
+    figure = plot_rows([row], ("prompt",), reveal=True, titles=["first"])
+    assert figure.axes[0].get_xlabel().startswith("first\nprompt: ")
+    from spavl_lib.data.images import decode
+
+    pixels, patch = pixels_of(processor, decode(row["image"]))
+    assert pixels.shape == (3, 64, 64) and patch == 8
+    assert -0.01 < pixels.min() and pixels.max() < 1.01
+    tokenizer = processor.tokenizer
+    ids = [
+        tokenizer.bos_token_id,
+        processor.image_token_id,
+        *tokenizer.encode("a", add_special_tokens=False),
+    ]
+    ids += [*tokenizer.encode("No", add_special_tokens=False), tokenizer.eos_token_id]
+    scored = [False] * 3 + [True] * (len(ids) - 3)
+    texts, kinds = tokens_of(processor, ids, scored, reveal=False)
+    assert kinds[:3] == ["special", "image", "prompt"] and kinds[-1] == "special"
+    assert set(kinds[3:-1]) == {"response"} and set(texts[3:-1]) == {"·"}
+
+
+def test_published_studies_hold_what_the_notebooks_draw(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keys = {metric.key for metric in METRICS}
+    for name in ("beta", "kl", "rloo"):
+        study = studies.read_study(name)
+        assert study and all(keys <= set(part["rates"]) for part in study.values()), name
+    assert set(studies.read_study("seeds")) == {"0", "1", "2"}
+    assert len(studies.read_study("beta")) >= 5
+    for part in studies.read_study("kl").values():
+        assert len(part["steps"]) == len(part["kl"]) == len(part["scores"])
+    metrics = json.loads((REPO / "reports/demo/metrics.json").read_text(encoding="utf-8"))
+    first = studies.read_study("seeds")["0"]["rates"]
+    for name, rates in first.items():  # the first seed is the run that README shows
+        assert rates["unsafe_rate"] == metrics["models"][name]["unsafe_rate"]
+    monkeypatch.setattr(studies, "repo_root", lambda: tmp_path)
+    assert studies.read_study("beta") == {}
+
+
+@pytest.mark.parametrize("name", heads.BOXES)
+def test_heads_and_maps_are_current(name: str) -> None:
+    import nbformat
+
+    page = nbformat.read(heads.NOTEBOOKS / f"{name}.ipynb", 4)
+    assert page.cells[0].source == heads.with_head(page.cells[0].source, name)
+    figure = heads.FIGURES / heads.figure_of(name)
+    assert figure.read_text(encoding="utf-8") == heads.course_map(name)
+    assert heads.course_map(name).count(heads.HERE) > heads.course_map(name).count("nothing")
+
+
+def test_badges_come_from_one_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heads, "REPOSITORY", "owner/name")
+    source = heads.with_head("# Title\n\ntext", "04_dpo")
+    assert (
+        source.count("colab.research.google.com/github/owner/name/blob/main/notebooks/04_dpo") == 1
+    )
+    assert heads.with_head(source, "04_dpo") == source
+    monkeypatch.setattr(heads, "REPOSITORY", "")
+    assert "colab" not in heads.with_head(source, "04_dpo")
