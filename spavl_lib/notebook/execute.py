@@ -10,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
@@ -32,6 +31,7 @@ from spavl_lib.errors import (
     nearest,
 )
 from spavl_lib.notebook.status import (
+    failing_line,
     keep_failed,
     killed_with_this_process,
     last_logged,
@@ -478,7 +478,7 @@ def _error_to_raise(error: Exception, execution: _Execution) -> SpavlError | Non
             return DiskError(f"{execution.place}: {error.evalue}")
         return NotebookError(
             f"{execution.notebook.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}"
-            f"\n  at: {_failing_line(error)}"
+            f"\n  at: {failing_line(error)}"
         )
     if isinstance(error, _Stop) or execution.stop_signals:
         return execution.stop_error(f"stopped after {execution.place}; the same command resumes")
@@ -497,13 +497,3 @@ def _error_to_raise(error: Exception, execution: _Execution) -> SpavlError | Non
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return DiskError(f"cannot write {short_path(execution.stage.path)}: {error}")
     return None
-
-
-def _failing_line(error: Any) -> str:
-    """The line of the failing cell that raised the error; the cell's first line if unknown."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
-    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
-    lines = error.source.splitlines()
-    if numbers and int(numbers[-1]) <= len(lines):
-        return lines[int(numbers[-1]) - 1].strip()
-    return lines[0].strip() if lines else ""

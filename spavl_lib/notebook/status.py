@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -122,6 +123,16 @@ def note_notebook(stage: Stage, executed: Any, source: Path, parameters: dict[st
             "cell_times_s": times,
         }
     )
+
+
+def failing_line(error: Any) -> str:
+    """The line of the failing cell that raised the error; the cell's first line if unknown."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback))
+    numbers = re.findall(rf"Cell In\[{error.exec_count}\], line (\d+)", text)
+    lines = error.source.splitlines()
+    if numbers and int(numbers[-1]) <= len(lines):
+        return lines[int(numbers[-1]) - 1].strip()
+    return lines[0].strip() if lines else ""
 
 
 def last_logged(path: Path, since: float) -> dict[str, Any]:

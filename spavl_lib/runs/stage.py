@@ -36,7 +36,7 @@ from spavl_lib.runs.files import read_json, write_json, write_text, writing
 from spavl_lib.runs.files import read_jsonl as read_jsonl  # other modules import it from here
 from spavl_lib.runs.paths import repo_root, runs_root
 from spavl_lib.runs.signals import stop_on_signals
-from spavl_lib.runs.text import short_path
+from spavl_lib.runs.text import refusal, short_path
 
 
 def allowed_changes() -> tuple[str, ...]:
@@ -173,7 +173,7 @@ class Stage:
             inner = {p for p in parts for other in parts if other.path in p.path.parents}
             paths = [short_path(part.path) for part in parts if part not in inner]
             done = any(part.done for part in parts)
-            raise InputError(_refusal(paths, changed, resumable=not done))
+            raise InputError(refusal(paths, changed, resumable=not done))
 
     def variants(self) -> list["Stage"]:
         """The variants of this stage that recorded which settings they change."""
@@ -269,7 +269,7 @@ class Stage:
         self.allowed += [k for k in changed if k in allowed and k not in self.allowed]
         refused = {k: both for k, both in changed.items() if k not in allowed}
         if refused:
-            raise InputError(_refusal([str(self.path)], refused, resumable=not self.done))
+            raise InputError(refusal([str(self.path)], refused, resumable=not self.done))
 
     @contextlib.contextmanager
     def work(
@@ -447,25 +447,6 @@ class Stage:
                 }
             )
         write_json(self.path / "summary.json", summary)
-
-
-def _refusal(paths: list[str], changed: dict[str, tuple[Any, Any]], *, resumable: bool) -> str:
-    """The message for work that was made with other settings.
-
-    Args:
-        paths: The folders of the work.
-        changed: Key -> (old value, new value).
-        resumable: Whether the work is incomplete and could be resumed with the changed settings.
-    """
-    lines = [f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items()]
-    resume = f", or resume in spite of it with --allow-change {','.join(changed)}"
-    text = f"{' and '.join(paths)} {'was' if len(paths) == 1 else 'were'} made with other settings:"
-    folder = "that folder" if len(paths) == 1 else "these folders"
-    text = "\n  ".join([text, *lines, f"use another run_name, or delete {folder}"])
-    text += resume if resumable else ""
-    if "dtype" in changed:
-        text += f"; {machine.DTYPE}={changed['dtype'][0]} keeps the old precision"
-    return text
 
 
 class Run:
