@@ -351,7 +351,7 @@ class _Execution:
             logged = _last_logged(self.stage.metrics_path, self._started)
             if not self._bar.disable:
                 self._bar.set_postfix(logged)
-            elif time.time() - shown_at >= STATUS_EVERY_S:
+            elif time.time() - shown_at >= STATUS_EVERY_S and not self.stage.run.awaited:
                 shown_at = time.time()
                 values = "".join(f", {key} {value:.6g}" for key, value in logged.items())
                 say(f"{self.place} of {self._code_cells}, {shown_at - self._started:.0f} s{values}")
