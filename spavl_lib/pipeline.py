@@ -122,7 +122,7 @@ def ensure(name: str, config: Config) -> Stage:
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
-    while stage.awaited:
+    while name in stage.run.awaited:
         time.sleep(0.2)
     if stage.done:
         return stage

@@ -379,7 +379,7 @@ class _Execution:
             shown = ", ".join(filter(None, (progress, values)))
             if not self._bar.disable:
                 self._bar.set_postfix_str(shown)
-            elif time.time() - shown_at >= STATUS_EVERY_S:
+            elif time.time() - shown_at >= STATUS_EVERY_S and not self.stage.run.awaited:
                 shown_at = time.time()
                 at = f"{self.place} of {self._code_cells}, {shown_at - self._started:.0f} s"
                 say(f"{at}: {shown}" if shown else at)

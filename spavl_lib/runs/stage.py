@@ -66,7 +66,7 @@ def recorded_config(stage_path: Path) -> Config:
         raise InputError(f"{manifest} cannot be read: {error}") from error
 
 
-# Environment variable with the names of the stages that other processes are making for this run.
+# Environment variable of a notebook that started early: stages that others were making then.
 AWAITED = "SPAVL_AWAITED"
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.
 VARIANT_FOLDERS = ("variants", "contrast")
@@ -107,11 +107,6 @@ class Stage:
     def done(self) -> bool:
         """Whether the stage is complete: its summary exists."""
         return (self.path / "summary.json").is_file()
-
-    @property
-    def awaited(self) -> bool:
-        """Whether another process makes the stage now, as `AWAITED` says."""
-        return not self.done and self.name in os.environ.get(AWAITED, "").split(",")
 
     @property
     def begun(self) -> bool:
@@ -462,6 +457,12 @@ class Run:
     def stage(self, name: str) -> Stage:
         """The stage with this name, whether it is complete or not."""
         return Stage(self, name)
+
+    @property
+    def awaited(self) -> list[str]:
+        """Names of the stages that other notebooks of `spavl run all` are making now."""
+        names = os.environ.get(AWAITED, "").split(",")
+        return [name for name in names if name and not self.stage(name).done]
 
     def done_stages(self) -> list[Stage]:
         """The complete stages of this run."""

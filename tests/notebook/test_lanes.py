@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from spavl_lib import machine, stages
+from spavl_lib import machine, pipeline, stages
 from spavl_lib.config import load_config
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.notebook import lanes, sequence
 from spavl_lib.notebook.execute import NotebookError
 from spavl_lib.runs.files import read_json
+from spavl_lib.runs.stage import AWAITED, Run
 from tests.notebook.test_execute_notebook import FINISH, is_alive
 
 SIX = list(sequence.FIRST_SIX)
@@ -94,6 +96,21 @@ def test_one_notebook_at_a_time_has_a_reason(
     count, said = lanes.lanes_here(load_config("smoke", overrides), most)
     assert count == (1 if reason else 2)
     assert reason in said and bool(reason) == bool(said)
+
+
+def test_a_notebook_that_started_early_waits_for_the_stage(
+    runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("smoke")
+    run = Run(config)
+    monkeypatch.setenv(AWAITED, "dpo,reward")
+    assert run.awaited == ["dpo", "reward"]
+    timer = threading.Timer(0.5, lambda: run.stage("reward").finish({}))
+    timer.start()
+    monkeypatch.setattr(pipeline, "make", lambda *_: pytest.fail("it is made twice"))
+    assert pipeline.ensure("reward", config).done
+    assert run.awaited == ["dpo"]
+    timer.join()
 
 
 # --- real processes, with notebooks that only write, wait or fail -------------------------------
