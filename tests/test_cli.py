@@ -104,7 +104,7 @@ def test_a_done_command_says_what_comes_next(spavl: Callable, calls: list) -> No
     _, out, _ = spavl("train", "reward", "--profile", "smoke")
     assert "next: spavl run ppo --profile smoke" in out and "spavl ask" not in out
     run = Run(load_config("smoke"))
-    for name in ("ppo", "inference"):  # what is there already is not to be done
+    for name in ("ppo", "practice", "inference"):  # what is there already is not to be done
         (run.path / name).mkdir(parents=True)
         (run.path / name / "summary.json").write_text("{}")
     assert pipeline.next_commands("reward", run.config) == ["spavl report smoke"]

@@ -211,7 +211,7 @@ def test_sequences_and_strange_names_survive_the_command() -> None:
 def test_provenance_tells_settings_and_state(page: Page) -> None:
     assert "dpo.beta 0.2 0.1" in page.text
     assert "e4e029d3e4" in page.text and "uncommitted changes" in page.text
-    assert "Not run: reward, ppo, rloo, scaling." in page.text
+    assert "Not run: reward, ppo, rloo" in page.text
     assert "4 min 31 s" in page.text and "1.53 GiB" in page.text
 
 
