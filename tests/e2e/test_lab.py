@@ -19,6 +19,8 @@ CELLS = """() => {
     outputs: cell.model.outputs.toJSON(),
     text: cell.node.innerText,
     widgets: [...cell.node.querySelectorAll(".jupyter-widgets")].some((w) => w.offsetHeight),
+    cut: [...cell.node.querySelectorAll(".jupyter-button")]
+      .filter((b) => b.scrollWidth > b.clientWidth).map((b) => b.innerText),
   }));
 }"""
 FINISHED = f"""() => {{
@@ -70,6 +72,7 @@ def test_run_all(path: Path, lab: str, browser, checkout: Path, out: Path) -> No
     assert [o for o in outputs if "image/png" in o.get("data", {})]
     for cell in cells:
         assert not re.search("Error displaying|Loading widget", cell["text"]), cell["source"]
+        assert cell["cut"] == []
         assert cell["widgets"] or "_panel(" not in cell["source"], cell["source"]
     assert errors == []
     addresses = {urlsplit(address) for address in outside}
