@@ -62,7 +62,7 @@ def test_run_all(path: Path, lab: str, browser, checkout: Path, out: Path) -> No
     set_profile(page, "demo", "smoke")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function(FINISHED, timeout=400_000)
+    page.wait_for_function(FINISHED, timeout=600_000)
 
     cells = page.evaluate(CELLS)
     page.set_viewport_size({"width": 1400, "height": min(page.evaluate(TO_TOP) + 150, 16_000)})
