@@ -93,7 +93,8 @@ class LabelPanel:
     # --- the parts -------------------------------------------------------------------------------
 
     def _button(self, text: str, action: Callable[[], None], hint: str = "") -> widgets.Button:
-        button = widgets.Button(description=text, tooltip=hint)
+        wide_enough = widgets.Layout(width="auto")  # else long texts are cut
+        button = widgets.Button(description=text, tooltip=hint, layout=wide_enough)
         button.on_click(lambda _: self._try(action))
         return button
 

@@ -19,6 +19,8 @@ CELLS = """() => {
     outputs: cell.model.outputs.toJSON(),
     text: cell.node.innerText,
     widgets: [...cell.node.querySelectorAll(".jupyter-widgets")].some((w) => w.offsetHeight),
+    cut: [...cell.node.querySelectorAll(".jupyter-button")]
+      .filter((b) => b.scrollWidth > b.clientWidth).map((b) => b.innerText),
   }));
 }"""
 FINISHED = f"""() => {{
@@ -60,7 +62,7 @@ def test_run_all(path: Path, lab: str, browser, checkout: Path, out: Path) -> No
     set_profile(page, "demo", "smoke")
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.wait_for_function(FINISHED, timeout=400_000)
+    page.wait_for_function(FINISHED, timeout=600_000)
 
     cells = page.evaluate(CELLS)
     page.set_viewport_size({"width": 1400, "height": min(page.evaluate(TO_TOP) + 150, 16_000)})
@@ -70,6 +72,7 @@ def test_run_all(path: Path, lab: str, browser, checkout: Path, out: Path) -> No
     assert [o for o in outputs if "image/png" in o.get("data", {})]
     for cell in cells:
         assert not re.search("Error displaying|Loading widget", cell["text"]), cell["source"]
+        assert cell["cut"] == []
         assert cell["widgets"] or "_panel(" not in cell["source"], cell["source"]
     assert errors == []
     addresses = {urlsplit(address) for address in outside}
