@@ -11,6 +11,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 # Threads that wait by spinning take the cores from those that work, wherever others work too.
 export OMP_WAIT_POLICY ?= PASSIVE
+NOTEBOOKS := notebooks/*.ipynb notebooks/solutions/*.ipynb
 STRIP := --keep-id --drop-tagged-cells injected-parameters \
 	--extra-keys "metadata.papermill metadata.language_info.version cell.metadata.papermill"
 
@@ -85,12 +86,12 @@ check: setup  ## lint, format, types, direction of imports; notebooks without ou
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
+	@set -- $(NOTEBOOKS); [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
 
 format: setup  ## mend what `check` finds, as far as tools can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
+	@set -- $(NOTEBOOKS); [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
 
 lab: setup  ## JupyterLab on notebooks/
 	$(BIN)/jupyter lab notebooks

@@ -30,8 +30,6 @@ def open_solutions(
     Raises:
         InputError: As for `open_stage`.
     """
-    config, stage = open_stage(
-        name, profile, seed=seed, run_name=run_name, overrides=overrides
-    )
+    config, stage = open_stage(name, profile, seed=seed, run_name=run_name, overrides=overrides)
     inside = dataclasses.replace(config, run_name=FOLDER)
     return config, Run(inside, root=stage.run.path).stage(name)

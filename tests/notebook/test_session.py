@@ -63,7 +63,7 @@ def test_previews_are_cut_and_blurred_unless_revealed() -> None:
 def test_notebooks_reveal_the_embedded_set_alone(repo: Path) -> None:
     """Whatever they show of a row goes through a preview, which asks whose rows they are."""
     trained, measured = 'config.data.source == "mini"', 'origin["mini"]'
-    for path in sorted((repo / "notebooks").glob("*.ipynb")):
+    for path in sorted((repo / "notebooks").rglob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         # 05 and 06 show prompts of evaluation sets, which may be others than the training rows.
