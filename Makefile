@@ -16,6 +16,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 STRIP := --keep-id --drop-tagged-cells injected-parameters --extra-keys "metadata.papermill \
 	cell.metadata.papermill $(addprefix metadata.language_info., codemirror_mode file_extension \
 	mimetype nbconvert_exporter pygments_lexer version)"
+NOTEBOOKS := notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
@@ -109,12 +110,12 @@ check: setup  ## lint, format, types, direction of imports; notebooks without ou
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy
-	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
+	@set -- $(NOTEBOOKS); [ ! -e "$$1" ] || $(BIN)/nbstripout --verify $(STRIP) "$$@"
 
 format: setup  ## mend what `check` finds, as far as tools can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	@set -- notebooks/*.ipynb; [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
+	@set -- $(NOTEBOOKS); [ ! -e "$$1" ] || $(BIN)/nbstripout $(STRIP) "$$@"
 
 lab: setup  ## JupyterLab, opened in notebooks/
 	JUPYTER_CONFIG_PATH="$(CURDIR)/scripts/jupyter:$$JUPYTER_CONFIG_PATH" \

@@ -43,6 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
 # file, or a set of files whose tests share fixtures that take long to make. xdist's own groups
 # (`--dist loadgroup`) do not work with this pytest: it keeps node ids where xdist cannot mark them.
 GROUPS = {
+    "tests/notebooks/test_execute.py": "notebooks",
+    "tests/notebooks/test_solutions.py": "notebooks",
     "tests/reliability/test_code.py": "reliability",
     "tests/reliability/test_contract.py": "reliability",
     "tests/reliability/test_failures.py": "reliability",
@@ -52,7 +54,7 @@ GROUPS = {
 }
 # Groups that take minutes start first, so that both processes end at about the same time.
 LONGEST_FIRST = (
-    "tests/notebooks/test_execute.py", "reliability", "distributed", "tests/trainers/test_train",
+    "notebooks", "reliability", "distributed", "tests/trainers/test_train",
     "tests/golden/", "tests/reliability/", "tests/trainers/", "tests/scaling/", "tests/",
 )  # fmt: skip
 

@@ -130,7 +130,7 @@ def test_commands_are_read_whole_and_with_what_they_require() -> None:
 def test_harmful_content_is_announced() -> None:
     """On the README, and on top of every notebook that shows requests or answers."""
     assert re.search(r"content warning", text_of(REPO / "README.md"), re.IGNORECASE)
-    for path in sorted((REPO / "notebooks").glob("*.ipynb")):
+    for path in sorted((REPO / "notebooks").rglob("*.ipynb")):
         cells = json.loads(text_of(path))["cells"]
         code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         if "safe_text" in code or "safe_image" in code:

@@ -107,8 +107,12 @@ def find_notebook(name: str, folder: Path | None = None) -> Path:
         folder: Folder to search; None for `notebooks_folder()`.
 
     Raises:
-        InputError: There is no such notebook; the message suggests the most similar name.
+        InputError: There is no such notebook; the message suggests the most similar name. Or `name`
+            is the path of a solutions notebook.
     """
+    if Path(name).parent.name == "solutions":
+        command = f"papermill {name} out.ipynb -p profile demo"
+        raise InputError(f"{name} makes no stage, so `spavl run` does not run it: use {command}")
     folder = folder or notebooks_folder()
     stem = Path(name).name.removesuffix(".ipynb")
     paths = list_notebooks(folder)

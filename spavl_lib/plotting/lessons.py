@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from PIL import Image
 
 from spavl_lib.evaluation.numbers import HARMLESS_TITLES, model_title, models_of, read_metrics
@@ -57,6 +57,7 @@ def plot_lines(
         ends.append((xs[-1], ys[-1], name, colour))
     if log_x:
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     _label_ends(ax, ends)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

@@ -24,7 +24,7 @@ def cell_of(notebook: Path) -> str:
 
 
 def test_every_notebook_has_the_same_cell_before_it_imports_anything(repo: Path) -> None:
-    notebooks = sorted((repo / "notebooks").glob("*.ipynb"))
+    notebooks = sorted((repo / "notebooks").rglob("*.ipynb"))
     assert len({cell_of(path) for path in notebooks}) == 1
     for path in notebooks:
         code = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]

@@ -149,7 +149,7 @@ def test_figures_follow_the_theme_that_lab_shows(
 def test_notebooks_reveal_the_embedded_set_alone(repo: Path) -> None:
     """Whatever they show of a row goes through a preview, which asks whose rows they are."""
     trained, measured = 'config.data.source == "mini"', 'origin["mini"]'
-    for path in sorted((repo / "notebooks").glob("*.ipynb")):
+    for path in sorted((repo / "notebooks").rglob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
         # 05 and 06 show prompts of evaluation sets, which may be others than the training rows.

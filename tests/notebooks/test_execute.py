@@ -14,11 +14,9 @@ import nbformat
 import pytest
 
 from spavl_lib import cli, rerun
-from spavl_lib.notebook.execute import list_notebooks, stage_of
-from spavl_lib.notebook.sequence import FIRST_SIX
-from tests.notebooks.conftest import REPO, execute
+from spavl_lib.notebook.execute import stage_of
+from tests.notebooks.conftest import ALL, NOTEBOOKS, REPO, papermill
 
-NOTEBOOKS = [p for p in list_notebooks(REPO / "notebooks") if stage_of(p) in FIRST_SIX]
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
 
@@ -28,38 +26,9 @@ pytestmark = [
 ]
 
 
-BARE = ("01_data_exploration", "02_reward_model")
-ALL = ("run", "all", "--profile", "smoke", "--seed", "1", "--run-name", "chain")
-
-
-def papermill(notebook: str, output: Path, runs: Path, **parameters: object) -> None:
-    """Execute a notebook with the `papermill` command, as a reader without `spavl` does."""
-    words = [w for k, v in parameters.items() for w in ("-p", k, str(v))]
-    done = execute("papermill", f"notebooks/{notebook}.ipynb", str(output), *words, runs=runs)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("chain")
-
-
-@pytest.fixture(scope="module")
-def chain(runs: Path, warm_kernels: None) -> tuple[Path, str]:
-    """The sequence's run folder, and what `spavl run all` printed."""
-    run = runs / "chain"
-    for name in BARE:
-        stage = run / stage_of(Path(name))
-        stage.mkdir(parents=True)
-        papermill(name, stage / "executed.ipynb", runs, profile="smoke", seed=1, run_name="chain")
-    before = {p: p.stat().st_mtime_ns for p in run.glob("*/executed.ipynb")}
-    done = execute("spavl_lib.cli", *ALL, runs=runs)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for path in NOTEBOOKS:
-        kept = f"{stage_of(path)}: done, kept" in done.stdout
-        assert kept is (path.stem in BARE), done.stdout
-    assert {p: p.stat().st_mtime_ns for p in before} == before
-    return run, done.stdout
+def runs(chain_runs: Path) -> Path:
+    return chain_runs
 
 
 def run_all(*words: str, runs: Path, monkeypatch: pytest.MonkeyPatch) -> int:

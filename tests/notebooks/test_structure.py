@@ -16,6 +16,7 @@ from spavl_lib.notebook.execute import PARAMETERS
 from spavl_lib.stages import all_stages
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
+SOLUTIONS = FOLDER / "solutions"
 NOTEBOOKS = sorted(FOLDER.rglob("*.ipynb"))
 
 MAX_LINES, MAX_MEDIAN_LINES, MAX_CODE_IN_A_ROW, MIN_PROSE, MAX_CELLS = 20, 8, 3, 0.8, 60
@@ -121,12 +122,24 @@ def problems(path: Path) -> list[str]:
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="no notebooks/ in this checkout yet")
 def test_the_folder_holds_the_workbooks_notebooks_and_nothing_else() -> None:
-    assert NOTEBOOKS
-    assert {path.stem for path in NOTEBOOKS} <= {spec.notebook for spec in all_stages().values()}
-    assert {path.parent for path in NOTEBOOKS} == {FOLDER}
+    lessons = {path.stem for path in FOLDER.glob("*.ipynb")}
+    assert lessons and lessons <= {spec.notebook for spec in all_stages().values()}
+    assert {path.parent for path in NOTEBOOKS} == {FOLDER, SOLUTIONS}
+    kept = {path for path in SOLUTIONS.rglob("*") if ".ipynb_checkpoints" not in path.parts}
+    assert kept == {SOLUTIONS / f"{name}.ipynb" for name in lessons}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_make_strips_and_checks_all_of_them() -> None:
+    makefile = (FOLDER.parent / "Makefile").read_text(encoding="utf-8")
+    [patterns] = re.findall(r"^NOTEBOOKS := (.+)$", makefile, re.MULTILINE)
+    found = [path for pattern in patterns.split() for path in FOLDER.parent.glob(pattern)]
+    assert sorted(found) == NOTEBOOKS
+    assert makefile.count("set -- $(NOTEBOOKS);") == 2  # in `check` and in `format`
+
+
+@pytest.mark.parametrize(
+    "path", NOTEBOOKS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix(""))
+)
 def test_the_notebook_keeps_the_rules(path: Path) -> None:
     assert problems(path) == []
 

@@ -36,6 +36,12 @@ def test_lines_are_named_at_their_ends_and_names_do_not_overlap() -> None:
     assert ax.get_legend() is None
 
 
+def test_a_logarithmic_axis_has_plain_numbers() -> None:
+    fig = plotting.plot_lines({"one": ([100, 2000], [0.0, 1.0])}, "prompts", "rate", log_x=True)
+    fig.canvas.draw()
+    assert {"100", "1,000"} <= {t.get_text() for t in fig.axes[0].get_xticklabels()}
+
+
 def test_rates_over_a_setting_have_intervals_and_leave_out_what_is_missing() -> None:
     names = {"unsafe_rate": "unsafe", "helpful_rate": "helpful", "twin_accuracy": "twins"}
     fig = plotting.plot_rates_over(RATES, "beta", names)

@@ -36,11 +36,11 @@ def sources() -> Iterator[tuple[str, ast.AST]]:
     for folder in ("spavl_lib", "benchmarks", "scripts"):
         for path in sorted((REPO / folder).rglob("*.py")):
             yield str(path.relative_to(REPO)), ast.parse(path.read_text(encoding="utf-8"))
-    for path in sorted((REPO / "notebooks").glob("*.ipynb")):
+    for path in sorted((REPO / "notebooks").rglob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
         plain = [re.sub(r"^[%!].*$", "pass", text, flags=re.MULTILINE) for text in code]
-        yield path.name, ast.parse("\n".join(plain))
+        yield str(path.relative_to(REPO)), ast.parse("\n".join(plain))
 
 
 def offences(tree: ast.AST) -> Iterator[str]:
