@@ -15,7 +15,7 @@ import pytest
 
 from spavl_lib import cli, rerun
 from spavl_lib.notebook.execute import stage_of
-from tests.notebooks.conftest import ALL, NOTEBOOKS, REPO, papermill
+from tests.notebooks.conftest import ALL, NOTEBOOKS, REPO, execute, papermill
 
 RATES = ("unsafe_rate", "helpful_rate", "over_refusal_rate", "twin_accuracy")
 KEYS = {"profile", "run_name", "device", "models", "reward_model", "timing_s", "peak_memory_gib"}
