@@ -116,7 +116,7 @@ def test_a_package_adds_a_trainer(package: Path, runs: Path, spavl: Callable) ->
     assert spavl("report smoke")[0] == 0
     page = (runs / "smoke" / "report.html").read_text(encoding="utf-8")
     assert '<th scope="row">mine</th>' in page
-    assert "Training curves of mine over 6 steps" in page
+    assert "Training curves of Mine over 6 steps" in page
     assert "--set plugins.mine.steps=6" in page
 
 
