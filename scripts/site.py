@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,8 +148,7 @@ def fetch_packages() -> None:
             except (OSError, subprocess.CalledProcessError) as error:
                 print(f"{' '.join(command)} failed ({error}): no formulas, or no search from disk")
                 continue
-            with tarfile.open(archive) as packed:
-                packed.extractall(folder, filter="data")
+            subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
         for source, target in files.items():
             source, place = folder / "package" / source, PAGES / ASSETS / target
             if source.is_dir():
