@@ -34,12 +34,12 @@ from spavl_lib.notebook.status import (
     failing_line,
     keep_failed,
     killed_with_this_process,
-    last_logged,
     note_notebook,
+    progress_text,
     remove_leftovers,
     write_status,
 )
-from spavl_lib.runs.bar import PROGRESS, read_progress
+from spavl_lib.runs.bar import PROGRESS
 from spavl_lib.runs.files import DISK_ERRORS
 from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.stage import Run, Stage
@@ -369,18 +369,10 @@ class _Execution:
                 os.kill(self.kernel_pid, number)
 
     def _show_progress(self) -> None:
-        """Show how far the work of the cell is, until the notebook ends: in the bar, or as lines.
-
-        Shown are the state of the kernel's progress bar, with its time left, and the newest logged
-        values of the stage.
-        """
+        """Show how far the cell is, until the notebook ends: in the bar, or as lines."""
         shown_at = time.time()
         while not self._ended.wait(1):
-            logged = last_logged(self.stage.metrics_path, self._cell_began)
-            if progress := read_progress(self.progress_path):
-                logged.pop("step", None)
-            values = ", ".join(f"{key} {value:.6g}" for key, value in logged.items())
-            shown = ", ".join(filter(None, (progress, values)))
+            shown = progress_text(self.progress_path, self.stage.metrics_path, self._cell_began)
             if not self._bar.disable:
                 self._bar.set_postfix_str(shown)
             elif time.time() - shown_at >= STATUS_EVERY_S and not self.stage.run.awaited:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from spavl_lib.runs.bar import read_progress
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.stage import Stage
 
@@ -133,6 +134,21 @@ def failing_line(error: Any) -> str:
     if numbers and int(numbers[-1]) <= len(lines):
         return lines[int(numbers[-1]) - 1].strip()
     return lines[0].strip() if lines else ""
+
+
+def progress_text(progress: Path, metrics: Path, since: float) -> str:
+    """How far the work of a cell is: the kernel's bar with its time left, and the newest values.
+
+    Args:
+        progress: The file that the kernel's bars write.
+        metrics: The metrics file of the stage.
+        since: When the cell began, in seconds since the epoch.
+    """
+    logged, bar = last_logged(metrics, since), read_progress(progress)
+    if bar:
+        logged.pop("step", None)  # the bar shows it
+    values = ", ".join(f"{key} {value:.6g}" for key, value in logged.items())
+    return ", ".join(filter(None, (bar, values)))
 
 
 def last_logged(path: Path, since: float) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from spavl_lib.plotting.style import (
 # smaller share a tile.
 _SMALLEST = 6.0
 _LINE = 0.78  # font size divided by line height
-_OF_IMAGES = ("picture size", "image size")  # each distinct image counts once
+_OF_IMAGES = ("picture size", "image size")  # such columns count each distinct image once
 
 
 def _counts(source: Any, column: str) -> Counter:
@@ -158,7 +158,7 @@ def plot_counts_by_type(source: Any, column: str = "question_type", unit: str = 
     ax.grid(False, axis="y")
     ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
     ax.xaxis.set_major_formatter("{x:,.0f}")
-    ax.set_xlabel(unit or ("images" if column in _OF_IMAGES else "rows"))
+    ax.set_xlabel(unit or ("images" if column.startswith(_OF_IMAGES) else "rows"))
     ax.set_ylabel(field_name(column))
     return fig
 

@@ -416,7 +416,7 @@ def test_counts_by_type() -> None:
     names = ["direct question", "question with a pretext"]
     assert [t.get_text() for t in ax.get_yticklabels()] == names
     assert ax.get_xlabel() == "rows" and ax.get_ylabel() == "question type"
-    sizes = plotting.plot_counts_by_type({"64x64": 3}, "picture size").axes[0]
+    sizes = plotting.plot_counts_by_type({"64x64": 3}, "image size, pixels").axes[0]
     assert sizes.get_xlabel() == "images"  # the rows of an image count once
     assert plotting.plot_counts_by_type(rows, unit="pairs").axes[0].get_xlabel() == "pairs"
 
