@@ -138,19 +138,19 @@ def write_api() -> list:
 
 def fetch_packages() -> None:
     """Copy KaTeX and the search helper into the pages, from the cache or else from npm."""
-    NPM.mkdir(parents=True, exist_ok=True)
     for name, (version, files) in PACKAGES.items():
-        folder, archive = NPM / f"{name}-{version}", NPM / f"{name}-{version}.tgz"
-        if not folder.is_dir():
-            command = ["npm", "pack", "--silent", f"{name}@{version}"]
+        folder = NPM / f"{name}-{version}"
+        package = folder / "node_modules" / name
+        if not package.is_dir():
+            quiet = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--silent")
+            command = ["npm", "install", *quiet, "--prefix", str(folder), f"{name}@{version}"]
             try:
-                subprocess.run(command, cwd=NPM, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                print(f"{' '.join(command)} failed ({error}): no formulas, or no search from disk")
+                print(f"npm cannot install {name} ({error}): no formulas, or no search from disk")
                 continue
-            subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
         for source, target in files.items():
-            source, place = folder / "package" / source, PAGES / ASSETS / target
+            source, place = package / source, PAGES / ASSETS / target
             if source.is_dir():
                 shutil.copytree(
                     source, place, ignore=lambda _, all: [n for n in all if "woff2" not in n]
