@@ -152,9 +152,7 @@ def fetch_packages() -> None:
         for source, target in files.items():
             source, place = package / source, PAGES / ASSETS / target
             if source.is_dir():
-                shutil.copytree(
-                    source, place, ignore=lambda _, all: [n for n in all if "woff2" not in n]
-                )
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("*.ttf", "*.woff"))
             else:
                 place = place if place.suffix else place / source.name
                 place.parent.mkdir(parents=True, exist_ok=True)
