@@ -177,6 +177,8 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
     for wide in soup.select(".jp-OutputArea-output:has(pre, table)"):
         wide["tabindex"] = "0"  # the arrow keys scroll it
         wide["class"].append("wide")
+    for corner in soup.select("th:empty"):
+        corner.name = "td"
     for image in soup.select(".jp-OutputArea img"):
         image["alt"] = "Figure drawn by the code above"
     return str(soup)
