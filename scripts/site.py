@@ -177,6 +177,8 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
     for wide in soup.select(".jp-OutputArea-output:has(pre, table)"):
         wide["tabindex"] = "0"  # the arrow keys scroll it
         wide["class"].append("wide")
+    for frame in soup.select("table.dataframe, .dataframe tr"):
+        frame.attrs.clear()  # the theme styles tables without attributes
     for corner in soup.select("th:empty"):
         corner.name = "td"
     for image in soup.select(".jp-OutputArea img"):
