@@ -138,23 +138,21 @@ def write_api() -> list:
 
 def fetch_packages() -> None:
     """Copy KaTeX and the search helper into the pages, from the cache or else from npm."""
-    NPM.mkdir(parents=True, exist_ok=True)
     for name, (version, files) in PACKAGES.items():
-        folder, archive = NPM / f"{name}-{version}", NPM / f"{name}-{version}.tgz"
-        if not folder.is_dir():
-            command = ["npm", "pack", "--silent", f"{name}@{version}"]
+        folder = NPM / f"{name}-{version}"
+        package = folder / "node_modules" / name
+        if not package.is_dir():
+            quiet = ("--ignore-scripts", "--no-audit", "--no-fund", "--no-save", "--silent")
+            command = ["npm", "install", *quiet, "--prefix", str(folder), f"{name}@{version}"]
             try:
-                subprocess.run(command, cwd=NPM, check=True, stdout=subprocess.DEVNULL)
+                subprocess.run(command, check=True)
             except (OSError, subprocess.CalledProcessError) as error:
-                print(f"{' '.join(command)} failed ({error}): no formulas, or no search from disk")
+                print(f"npm cannot install {name} ({error}): no formulas, or no search from disk")
                 continue
-            subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True)
         for source, target in files.items():
-            source, place = folder / "package" / source, PAGES / ASSETS / target
+            source, place = package / source, PAGES / ASSETS / target
             if source.is_dir():
-                shutil.copytree(
-                    source, place, ignore=lambda _, all: [n for n in all if "woff2" not in n]
-                )
+                shutil.copytree(source, place, ignore=shutil.ignore_patterns("*.ttf", "*.woff"))
             else:
                 place = place if place.suffix else place / source.name
                 place.parent.mkdir(parents=True, exist_ok=True)
@@ -179,6 +177,10 @@ def on_page_content(html: str, page: Page, **_: object) -> str:
     for wide in soup.select(".jp-OutputArea-output:has(pre, table)"):
         wide["tabindex"] = "0"  # the arrow keys scroll it
         wide["class"].append("wide")
+    for frame in soup.select("table.dataframe, .dataframe tr"):
+        frame.attrs.clear()  # the theme styles tables without attributes
+    for corner in soup.select("th:empty"):
+        corner.name = "td"
     for image in soup.select(".jp-OutputArea img"):
         image["alt"] = "Figure drawn by the code above"
     return str(soup)

@@ -36,6 +36,8 @@ def test_a_page_fits_is_accessible_and_alone(
     page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(path.as_uri())
+    if name == "playground":
+        page.get_by_text("Answered in").wait_for(timeout=120_000)
     for width in (380, 800, 1400):
         page.set_viewport_size({"width": width, "height": 900})
         page.evaluate(LOADED)
