@@ -318,7 +318,8 @@ def test_pictures_of_one_name_are_each_shown_over_their_own_request(
         text = "".join(json.dumps(v) + "\n" for v in verdicts)
         write_text(evaluation.path / f"verdicts/base/{name}.jsonl", text)
     suite._write_images(run.config, evaluation)
-    tiles, _ = build_gallery(evaluation.path, None)
+    cards, _ = build_gallery(evaluation.path, None)
+    tiles = [tile for card in cards for tile in card.tiles]
     shown = [(tile.set_name, tile.image and _colour(tile.image)) for tile in tiles]
     expected = [(k[0], c and ImageColor.getrgb(c)) for k, c in colours.items()]
     assert sorted(shown, key=str) == sorted(expected, key=str)

@@ -74,6 +74,7 @@ ALLOWED = {
     "trainers/arguments.py": "which of transformers' two flags",
     "trainers/embedded_base.py": "the file format of the embedded model",
     "machine.py": "the function itself",
+    "report/playground/weights.py": "the file format of the playground's weights",
 }
 
 
@@ -169,7 +170,7 @@ def test_a_stage_is_not_continued_in_another_precision(
 
 def test_every_stage_in_which_models_compute_is_compared() -> None:
     named = {name for name, spec in stages.all_stages().items() if spec.computes}
-    assert named == {"reward", "dpo", "ppo", "rloo", "inference", "scaling"}
+    assert named == {"reward", "dpo", "ppo", "practice", "rloo", "inference", "scaling"}
 
 
 def test_stages_that_renew_their_result_are_compared_too(
