@@ -108,14 +108,15 @@ def test_a_notebook_runs_in_bf16(
     monkeypatch.setenv("SPAVL_RUNS", str(root))
     monkeypatch.chdir(repo)
     overrides = SHORT | {"model.adapter": adapter}
-    run_cells(path, profile="smoke", seed=1, run_name=adapter, overrides=overrides)
     stage = root / adapter / stage_of(path)
+    made_before = (stage / "summary.json").is_file()  # by a later notebook that came first
+    run_cells(path, profile="smoke", seed=1, run_name=adapter, overrides=overrides)
     assert read_json(stage / "manifest.json")["dtype"] == "bf16"
     assert (stage / "summary.json").is_file()
     if stage.name in DEFAULT:
         assert products == {torch.bfloat16}
     # 03: the first rollout, and the run. 03b: section 1, and three variants of PPO.
-    assert len(one_set_of_roles) >= {"ppo": 2, "practice": 4}.get(stage.name, 0)
+    assert made_before or len(one_set_of_roles) >= {"ppo": 2, "practice": 4}.get(stage.name, 0)
 
 
 def test_one_set_of_roles_fits_a_t4_and_two_do_not() -> None:

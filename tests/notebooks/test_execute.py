@@ -165,7 +165,7 @@ def test_one_after_another_they_leave_the_same_numbers(
     for name in map(stage_of, NOTEBOOKS):
         stages = [run / name for run in runs]
         assert list(rerun.result_differences(*stages)) == [], name
-        for variant in sorted(stages[0].glob("variants/*/*")):
+        for variant in sorted(p for p in stages[0].glob("variants/*/*") if p.is_dir()):
             other = stages[1] / variant.relative_to(stages[0])
             assert list(rerun.result_differences(variant, other)) == [], variant
         figures = [sorted(stage.glob("figures/*.png")) for stage in stages]
