@@ -141,12 +141,35 @@ def _no_test_writes_into_the_checkout(tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(autouse=True)
-def _no_test_leaves_another_number_of_threads() -> Iterator[None]:
-    """Sums are split among threads: with another number, runs compared to the last bit differ."""
-    names, torch = ("OMP_NUM_THREADS", "MKL_NUM_THREADS"), sys.modules.get("torch")
-    before = [os.environ.get(n) for n in names], torch and torch.get_num_threads()
+def _no_test_leaves_other_settings() -> Iterator[None]:
+    """A test that changes what one process shares changes the numbers of the tests after it.
+
+    Sums are split among threads; models load in the precision that $SPAVL_DTYPE or torch's default
+    says; and numbers differ with and without gradients or deterministic operations.
+    """
+
+    def settings() -> tuple[dict[str, str], tuple]:
+        names = {"OMP_NUM_THREADS", "MKL_NUM_THREADS"}
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in names or name.startswith("SPAVL_")
+        }
+        if not (torch := sys.modules.get("torch")):
+            return environment, ()
+        return environment, (
+            torch.get_num_threads(),
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(),
+            torch.are_deterministic_algorithms_enabled(),
+        )
+
+    environment, of_torch = settings()
     yield
-    assert before == ([os.environ.get(n) for n in names], torch and torch.get_num_threads())
+    now = settings()
+    assert now[0] == environment
+    assert not of_torch or now[1] == of_torch  # nothing to compare if this test imported torch
 
 
 @pytest.fixture
