@@ -122,8 +122,7 @@ def ensure(name: str, config: Config) -> Stage:
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
-    while name in stage.run.awaited:
-        time.sleep(0.2)
+    stage.run.wait_for(name)
     if stage.done:
         return stage
     if config.profile not in SMALL_PROFILES:
@@ -141,7 +140,8 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
 
     A small profile makes incomplete stages now. `inference` is an exception if the profile is not
     small or if training runs in child processes, which not every trainer supports: then it uses
-    the models that have been trained, and fails only if there is none.
+    the models that have been trained, and fails only if there is none. For `inference`, models that
+    another notebook of `spavl run all` is training are left out, except for the first.
 
     Args:
         name: Stage, such as "inference".
@@ -160,6 +160,8 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
                 f"{short_path(run.path)} holds no trained model yet; make one with:{commands}"
             )
         names = trained
+    if spec.any_trained:  # its maker waits for the others when it needs them
+        names = tuple(n for n in names if n == names[0] or n not in run.awaited)
     return [ensure(other, config) for other in names]
 
 

@@ -142,7 +142,7 @@ def _no_test_writes_into_the_checkout(tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(autouse=True)
 def _no_test_leaves_other_settings() -> Iterator[None]:
-    """What one process shares among its tests: a test that changes it changes the next ones' numbers.
+    """A test that changes what one process shares changes the numbers of the tests after it.
 
     Sums are split among threads; models load in the precision that $SPAVL_DTYPE or torch's default
     says; and numbers differ with and without gradients or deterministic operations.

@@ -68,6 +68,14 @@ HARMLESS_TITLES = {
     "held_out_twins": "Unseen drawings, twins",
     "all": "All",
 }
+# Titles of the evaluation sets.
+_SET_TITLES = {
+    "harm": "Harmful requests",
+    "help": "Harmless requests",
+    "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
+    "twins": "Twins",  # the same question about a dangerous image and about a harmless image
+    "twins_exchanged": "Twins with exchanged images",
+}
 # The families of arms that the scaling stage compares, and the rates that the stage measures for
 # each arm.
 SCALING_FAMILIES = {
@@ -187,6 +195,13 @@ def rate_text(rate: Mapping | None) -> str:
 def model_title(name: str) -> str:
     """A model's name for readers."""
     return _TITLES.get(name) or short(name, 24)
+
+
+def set_title(name: str) -> str:
+    """An evaluation set's name for readers. `NAME_twemoji` has drawings not seen in training."""
+    base, unseen, _ = name.partition("_twemoji")
+    title = _SET_TITLES.get(base) or short(base.replace("_", " ").capitalize())
+    return f"{title}, unseen drawings" if unseen else title
 
 
 def duration(seconds: float | None) -> str:

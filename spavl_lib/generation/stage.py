@@ -10,6 +10,7 @@ from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import eval_sets, load_prompts
 from spavl_lib.distributed import group
+from spavl_lib.errors import Preempted
 from spavl_lib.generation.generate import generate
 from spavl_lib.generation.vllm import VLLMModel
 from spavl_lib.modelling.load import (
@@ -22,7 +23,7 @@ from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_jsonl, write_json
 from spavl_lib.runs.maker import stage_maker
-from spavl_lib.runs.signals import StopFlag
+from spavl_lib.runs.signals import RESUME, StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.stages import policies
 
@@ -75,10 +76,10 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
         The summary. By set and model it holds the number of rows, the mean length of a response in
         tokens, and the number of unfinished responses.
     """
-    models = {"base": None} | {n: s.path / "model" for n, s in _trained_stages(stage).items()}
+    awaited = stage.run.awaited
+    trained = [name for name in policies() if stage.run.stage(name).done or name in awaited]
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
-    shared_inputs, inputs = _shared_inputs(config), _inputs(config, stage)
-    summary: dict = {"models": list(models), "inputs": inputs, "sets": {}}
+    shared_inputs = _shared_inputs(config)
     processor = load_processor(config.model)
     stage.note(processor=describe(processor))
     with group.main_first():
@@ -87,18 +88,26 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     limit = Limit("generation", context_length(config.model), sides=(), max_new_tokens=room)
     for rows in sets.values():
         without_unfit_rows(processor, rows, limit, "error")
-    for label, folder in models.items():
+    counts: dict[str, dict] = {}
+    # Models that another notebook is still training come last.
+    for label in sorted(["base", *trained], key=lambda name: name in awaited):
+        if label in awaited:
+            stage.run.wait_for(label, flag)
+        if label in awaited and flag:
+            raise Preempted(f"{flag.reason}: stopped before the answers of {label}; {RESUME}")
+        made = None if label == "base" else stage.run.stage(label)
+        weights_hash = made.summary["weights_sha256"] if made else None
         marker = stage.path / label / "weights.json"
         # The responses depend on the trained weights and, under "asked", on the prompts and on the
         # base model. All values are hashes.
-        weights = {"weights": inputs.get(f"{label}/weights"), "asked": shared_inputs}
+        weights = {"weights": weights_hash, "asked": shared_inputs}
         with group.main_first():
             if not marker.is_file() or json.loads(marker.read_text()) != weights:
                 for outdated in (stage.path / label).glob("*.jsonl*"):
                     outdated.unlink()
                 write_json(marker, weights)
         missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
-        model = load_answerer(config, folder) if missing else None
+        model = load_answerer(config, made and made.path / "model") if missing else None
         for name in names:
             target = marker.parent / f"{name}.jsonl"
             if name in missing:
@@ -109,9 +118,13 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
                 )  # fmt: skip
             else:
                 records = read_jsonl(target)
-            summary["sets"].setdefault(name, {})[label] = {
+            counts.setdefault(label, {})[name] = {
                 "rows": len(records),
                 "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
                 "unfinished": sum(not r["finished"] for r in records),
             }
-    return summary
+    inputs = _inputs(config, stage)
+    stage.note(inputs=inputs)  # those of models that were trained meanwhile too
+    models = ["base", *trained]
+    by_set = {name: {label: counts[label][name] for label in models} for name in names}
+    return {"models": models, "inputs": inputs, "sets": by_set}

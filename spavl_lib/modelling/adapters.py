@@ -4,7 +4,7 @@ The vision tower never trains.
 """
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -57,6 +57,19 @@ def lora_config(model: PreTrainedModel, config: ModelConfig) -> LoraConfig:
         modules_to_save=sorted(projectors) if config.train_projector else None,
         task_type="CAUSAL_LM",
     )
+
+
+def add_lora(model: PreTrainedModel, config: ModelConfig) -> PeftModel:
+    """Wrap a base model with new adapters, whose output is 0 until they are trained.
+
+    Args:
+        model: The base model; changed in place.
+        config: See `lora_config`.
+
+    Raises:
+        InputError: See `lora_config`.
+    """
+    return get_peft_model(model, lora_config(model, config))
 
 
 def freeze_for_full(model: PreTrainedModel, config: ModelConfig) -> None:

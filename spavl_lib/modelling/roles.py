@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,9 +24,9 @@ from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
 from spavl_lib.machine import free_memory
 from spavl_lib.modelling.adapters import (
+    add_lora,
     compute_as_masters,
     freeze_for_full,
-    lora_config,
     masters_in_fp32,
 )
 from spavl_lib.modelling.families import tower_of
@@ -55,6 +55,8 @@ class Roles(nn.Module):
 
     value_head: nn.Linear
     reward_head: nn.Linear
+    apart = False
+    """Whether no two roles share a module. They may then compute at the same time."""
 
     def __init__(self, forbidden_ids: tuple[int, ...]):
         super().__init__()
@@ -102,10 +104,10 @@ class Roles(nn.Module):
             score of each row at its last token (batch,), fp32.
 
         Raises:
-            RuntimeError: Another role's backward pass has not run yet.
+            RuntimeError: The roles share a base, and another role's backward pass has not run yet.
         """
         recording = torch.is_grad_enabled()
-        if recording and self._needs_backward not in (None, role):
+        if recording and not self.apart and self._needs_backward not in (None, role):
             raise RuntimeError(
                 f"forward of role {role!r} before backward of {self._needs_backward!r}, whose "
                 "gradient would be lost. Call backward, then `after_backward()`, and then the next "
@@ -204,6 +206,8 @@ class OneBase(Roles):
 class SeparateModels(Roles):
     """Full fine-tuning: four separate models."""
 
+    apart = True
+
     def __init__(
         self,
         policy: PreTrainedModel,
@@ -271,7 +275,7 @@ def load_roles(
             apply_sharing(vlm, config.share_prefix)
         return SeparateModels(policy, reference, value, reward, forbidden_ids)
     base = load_model(config)
-    vlm = get_peft_model(base, lora_config(base, config))
+    vlm = add_lora(base, config)
     for role in ("value", "reward"):
         load_reward_adapter(vlm, reward_folder, role, trainable=role == "value")
     size = base.config.get_text_config().hidden_size

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
 from spavl_lib.evaluation.numbers import HARMLESS_TITLES, model_title, models_of, read_metrics
@@ -58,6 +58,8 @@ def plot_lines(
     if log_x:
         ax.set_xscale("log")
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    elif all(isinstance(x, int) for xs, _ in series.values() for x in xs):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _label_ends(ax, ends)
     ax.set_xlabel(x_label)
     ax.set_ylabel(y_label)

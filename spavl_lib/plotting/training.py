@@ -314,6 +314,7 @@ def plot_margin_histogram(
     ax.axvline(0, color=INK, lw=1.2)
     ax.set_xlabel(label)
     ax.set_ylabel("pairs")
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     legend_above(ax, columns=2)
     return fig
 

@@ -15,7 +15,7 @@ from PIL import Image
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
 from spavl_lib.data.taxonomy import classes
-from spavl_lib.evaluation.numbers import model_title
+from spavl_lib.evaluation.numbers import model_title, set_title
 from spavl_lib.evaluation.text import cut, picture_name, short
 from spavl_lib.runs.files import read_jsonl
 
@@ -23,12 +23,6 @@ SET_ORDER = ("harm", "help", "look_alikes", "twins")
 # In this set the model gets the image of the other twin, but the gallery would show the row's own
 # image next to the response. So the gallery leaves this set out.
 _CONTROLS = ("twins_exchanged",)
-_SET_TITLES = {
-    "harm": "Harmful requests",
-    "help": "Harmless requests",
-    "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
-    "twins": "Twins",  # the same question about a dangerous image and about a harmless image
-}
 CHANGES = {
     "better": "Now right",
     "worse": "Now wrong",
@@ -91,11 +85,6 @@ class Card:
     def twins(self) -> bool:
         """Whether the card holds a pair of twins."""
         return len(self.tiles) == 2
-
-
-def set_title(name: str) -> str:
-    """A test set's name for readers."""
-    return _SET_TITLES.get(name) or short(name.replace("_", " ").capitalize())
 
 
 def _set_key(name: str) -> tuple:

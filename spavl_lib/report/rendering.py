@@ -7,7 +7,7 @@ import jinja2
 from markupsafe import Markup
 
 from spavl_lib.data.taxonomy import display
-from spavl_lib.evaluation.numbers import duration, percent
+from spavl_lib.evaluation.numbers import duration, percent, set_title
 from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.report import gallery
 
@@ -37,7 +37,7 @@ def environment() -> jinja2.Environment:
         "moment": lambda text: str(text or MISSING).replace("T", " ")[:16],
         "stage_title": stage_title,
     }
-    made.globals |= {"missing": MISSING, "set_title": gallery.set_title}
+    made.globals |= {"missing": MISSING, "set_title": set_title}
     made.globals["changes"] = gallery.CHANGES
     made.globals["style"] = Markup((HERE / "report.css").read_text(encoding="utf-8"))
     return made

@@ -464,6 +464,16 @@ class Run:
         names = os.environ.get(AWAITED, "").split(",")
         return [name for name in names if name and not self.stage(name).done]
 
+    def wait_for(self, name: str, flag: object = False) -> None:
+        """Wait as long as another notebook of `spavl run all` is making a stage.
+
+        Args:
+            name: Name of the stage.
+            flag: Stop flag; once truthy, this method returns.
+        """
+        while name in self.awaited and not flag:
+            time.sleep(0.2)
+
     def done_stages(self) -> list[Stage]:
         """The complete stages of this run."""
         return [s for s in map(self.stage, stages.stage_names()) if s.done]

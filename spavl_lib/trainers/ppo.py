@@ -13,6 +13,7 @@ to the formulas, and `ppo_records` builds the log rows and the summary.
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -250,10 +251,10 @@ class PPOTrainer(RolloutMaker):
     ) -> dict[str, float]:
         """Add up the gradients of a minibatch's losses over its micro-batches.
 
-        The sum does not depend on the size of the micro-batches. All backward passes of the policy
-        come before the first forward pass of the value model. With LoRA policy and value model
+        The sum does not depend on the size of the micro-batches. With LoRA policy and value model
         share one base, and switching the adapter between a forward pass and its backward pass would
-        lose the gradient.
+        lose the gradient. So all backward passes of the policy come before the first forward pass
+        of the value model, unless the two are separate models (`side_by_side`).
 
         Args:
             rollout: A rollout with advantages and returns.
@@ -269,7 +270,6 @@ class PPOTrainer(RolloutMaker):
             AssertionError: `first` is set, and the probability ratio is not 1.
             NonFiniteError: A loss is NaN or infinite.
         """
-        stats: dict[str, float] = {}
         mask, settings = rollout.mask, self.settings
         tokens = int(mask[rows].sum())
         places = self._micro_batches(
@@ -278,8 +278,9 @@ class PPOTrainer(RolloutMaker):
         micro_batches = ppo_batches.own_batches_in_step(
             [[rows[i] for i in part] for part in places]
         )
-        entropy_gradient = settings.entropy_coef > 0
-        for role, loss_of in (("policy", policy_loss), ("value", value_loss)):
+
+        def add_gradients(role: str, loss_of: Callable) -> dict[str, float]:
+            stats: dict[str, float] = {}
             for turn, (micro_batch, weight) in enumerate(micro_batches, 1):
                 batch = self._batch(rollout.prompts, rollout.responses, micro_batch)
                 # A loss is a mean over a micro-batch's tokens. Weighted by the micro-batch's share
@@ -287,7 +288,7 @@ class PPOTrainer(RolloutMaker):
                 share = weight * int(mask[micro_batch].sum()) / tokens
                 outputs = self._forward(
                     self.engine, role, rollout, micro_batch, batch, cache,
-                    entropy_gradient=entropy_gradient,
+                    entropy_gradient=settings.entropy_coef > 0,
                 )  # fmt: skip
                 loss, values = loss_of(rollout, micro_batch, outputs, settings)
                 if role == "policy" and first:
@@ -300,6 +301,12 @@ class PPOTrainer(RolloutMaker):
                     stats[key] = stats.get(key, 0.0) + value * share
             if role == "policy" and settings.sft_coef:
                 stats["loss/sft_avg"] = self._add_sft_gradient(rollout, rows, cache)
+            return stats
+
+        of_policy, of_value = self.side_by_side(
+            lambda: add_gradients("policy", policy_loss), lambda: add_gradients("value", value_loss)
+        )
+        stats = of_policy | of_value
         names = sorted(stats)
         sums = group.sum_of(torch.tensor([stats[n] for n in names], dtype=torch.float64))
         return dict(zip(names, sums.tolist(), strict=True))

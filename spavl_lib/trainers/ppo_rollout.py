@@ -6,6 +6,7 @@ and advantages are computed from these numbers.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
 from spavl_lib.modelling.roles import Roles, load_roles
+from spavl_lib.modelling.speed.side_by_side import SideBySide
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.ppo import KLController
 from spavl_lib.trainers import ppo_batches
@@ -82,6 +84,7 @@ class RolloutMaker:
         )
         self.dtype = compute_dtype()
         self.lockstep = False
+        self.side_by_side = SideBySide(self.model.apart and engine == "ddp")
 
     def prompts_of(self, step: int) -> list[int]:
         """Return the indices of the training rows that step `step` (from 0) rolls out."""
@@ -175,11 +178,16 @@ class RolloutMaker:
             if not rows:
                 continue
             batch = self._batch(rollout.prompts, rollout.responses, rows)
-            for role, names in COLUMNS.items():
-                outputs = self._forward(self.model, role, rollout, rows, batch, cache)
+            first, second = self.side_by_side(
+                *(
+                    functools.partial(self._measure_rows, rollout, rows, batch, cache, roles)
+                    for roles in (("policy", "reference"), ("value", "reward"))
+                )
+            )
+            for role, outputs in (first | second).items():
                 if role == "reward":
                     scores[rows] = outputs[0].float().cpu()
-                for name, value in zip(names, outputs, strict=False):
+                for name, value in zip(COLUMNS[role], outputs, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
         mask = rollout.mask
         # One process has filled each row, and the row is zero in all others. The sum over processes
@@ -187,6 +195,20 @@ class RolloutMaker:
         columns = {name: group.sum_of(values) * mask for name, values in columns.items()}
         rollout.columns = columns | {"scores": group.sum_of(scores)}
         check_finite(rollout, step + 1)
+
+    @torch.no_grad()
+    def _measure_rows(
+        self,
+        rollout: Rollout,
+        rows: list[int],
+        batch: dict[str, Tensor],
+        cache: TowerCache,
+        roles: tuple[str, ...],
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Outputs of some roles for the rows of a micro-batch; arguments as in `_forward`."""
+        return {
+            role: self._forward(self.model, role, rollout, rows, batch, cache) for role in roles
+        }
 
     def _micro_batches(self, prompts: list[Prompt], responses: list[list[int]]) -> list[list[int]]:
         """Divide rows into micro-batches."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import ProcessorMixin, Trainer, TrainingArguments, set_seed
 
@@ -27,7 +26,6 @@ from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.modelling.adapters import (
     assert_freeze_plan,
     freeze_for_full,
-    lora_config,
     masters_in_fp32,
 )
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
@@ -264,7 +262,7 @@ def build_model(config: Config) -> ScalarHeadModel:
         # Scores do not depend on the language-model head, so the head stays frozen.
         vlm.get_output_embeddings().requires_grad_(False)
     else:
-        vlm = get_peft_model(vlm, lora_config(vlm, config.model))
+        vlm = add_lora(vlm, config.model)
         if config.launch.engine == "ddp":
             masters_in_fp32(vlm)
     if config.model.gradient_checkpointing:

@@ -8,6 +8,7 @@ gets each distinct image of a batch once, and the cache works too.
 """
 
 import contextlib
+import threading
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +27,13 @@ class _Layers:
 
     def __getitem__(self, layer: int) -> Tensor:
         return self.kept[layer]
+
+
+class _Rows(threading.local):
+    """The rows of a batch. Each thread has its own: two roles may compute at the same time."""
+
+    images: Sequence[Hashable] = ()
+    inputs: Sequence[int] = ()  # for each image
 
 
 class TowerCache:
@@ -49,8 +57,7 @@ class TowerCache:
         self.towers = towers
         self.hits = self.misses = 0
         self._kept: dict[Hashable, dict[int, Tensor]] = {}
-        self._images: Sequence[Hashable] = []
-        self._inputs_per_image: list[int] = []
+        self._rows = _Rows()
 
     @contextlib.contextmanager
     def rollout(self) -> Iterator["TowerCache"]:
@@ -78,16 +85,16 @@ class TowerCache:
             images: A key for each row that has an image. Equal keys mean equal pixels.
             batch: The image tensors of these rows.
         """
-        self._images = images
-        self._inputs_per_image = self.family.tower_inputs(self.config, batch, len(images))
+        self._rows.images = images
+        self._rows.inputs = self.family.tower_inputs(self.config, batch, len(images))
         try:
             yield
         finally:
-            self._images = []
+            self._rows.images = []
 
     def _cached(self, forward: Any) -> Any:
         def cached(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not self._images:
+            if not self._rows.images:
                 return forward(pixel_values, *args, **kwargs)
             images = self._images_in(len(pixel_values))
             missing, start = {}, 0
@@ -116,13 +123,11 @@ class TowerCache:
         Raises:
             AssertionError: The number fits neither the images of all rows nor the distinct images.
         """
-        of_rows = list(zip(self._images, self._inputs_per_image, strict=True))
+        of_rows = list(zip(self._rows.images, self._rows.inputs, strict=True))
         for images in (of_rows, list(dict(of_rows).items())):
             if sum(number for _, number in images) == count:
                 return images
-        raise AssertionError(
-            f"the tower got {count} inputs, but the rows have {self._inputs_per_image}"
-        )
+        raise AssertionError(f"the tower got {count} inputs, but the rows have {self._rows.inputs}")
 
     @torch.no_grad()
     def _keep(
