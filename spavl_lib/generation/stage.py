@@ -107,7 +107,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
                     outdated.unlink()
                 write_json(marker, weights)
         missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
-        model = load_answerer(config, made and made.path / "model") if missing else None
+        model = load_answerer(config, made.path / "model" if made else None) if missing else None
         for name in names:
             target = marker.parent / f"{name}.jsonl"
             if name in missing:

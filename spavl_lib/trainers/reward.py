@@ -24,6 +24,7 @@ from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import Preempted
 from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.modelling.adapters import (
+    add_lora,
     assert_freeze_plan,
     freeze_for_full,
     masters_in_fp32,
