@@ -122,7 +122,7 @@ def ensure(name: str, config: Config) -> Stage:
     """
     stage = Run(config).stage(stages.find(name).name)
     stage.check_config()
-    stage.run.wait_for(name)
+    stage.wait_for(name)
     if stage.done:
         return stage
     if config.profile not in SMALL_PROFILES:

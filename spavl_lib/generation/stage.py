@@ -92,7 +92,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     # Models that another notebook is still training come last.
     for label in sorted(["base", *trained], key=lambda name: name in awaited):
         if label in awaited:
-            stage.run.wait_for(label, flag)
+            stage.wait_for(label, flag)
         if label in awaited and flag:
             raise Preempted(f"{flag.reason}: stopped before the answers of {label}; {RESUME}")
         made = None if label == "base" else stage.run.stage(label)

@@ -81,6 +81,7 @@ class Stage:
         self.run, self.name, self.path = run, name, run.path / name
         self.allowed: list[str] = []
         self.own_settings: tuple[str, ...] = ()  # in a variant, the settings that it changes
+        self._waited_s = 0.0
 
     @property
     def title(self) -> str:
@@ -395,9 +396,23 @@ class Stage:
             started: `time.perf_counter()` when the work began.
         """
         self.note(
-            wall_time_s=round(time.perf_counter() - started, 2),
+            wall_time_s=round(time.perf_counter() - started - self._waited_s, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
         )
+
+    def wait_for(self, name: str, flag: object = False) -> None:
+        """Wait as long as another notebook of `spavl run all` is making a stage of this run.
+
+        The time does not count as this stage's own.
+
+        Args:
+            name: Name of the other stage.
+            flag: Stop flag; once truthy, this method returns.
+        """
+        began = time.perf_counter()
+        while name in self.run.awaited and not flag:
+            time.sleep(0.2)
+        self._waited_s += time.perf_counter() - began
 
     def _remove_traces(self) -> None:
         """Remove the files that are written before the work, and folders that are then empty."""
@@ -463,16 +478,6 @@ class Run:
         """Names of the stages that other notebooks of `spavl run all` are making now."""
         names = os.environ.get(AWAITED, "").split(",")
         return [name for name in names if name and not self.stage(name).done]
-
-    def wait_for(self, name: str, flag: object = False) -> None:
-        """Wait as long as another notebook of `spavl run all` is making a stage.
-
-        Args:
-            name: Name of the stage.
-            flag: Stop flag; once truthy, this method returns.
-        """
-        while name in self.awaited and not flag:
-            time.sleep(0.2)
 
     def done_stages(self) -> list[Stage]:
         """The complete stages of this run."""

@@ -1,7 +1,12 @@
 """Answers: the same however batched, interrupted or resumed; every field kept, every line whole."""
 
+import functools
 import json
+import os
+import signal
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,7 +23,7 @@ from spavl_lib.generation import stage
 from spavl_lib.generation.generate import ahead, generate, generate_batch
 from spavl_lib.generation.stage import make_inference_stage
 from spavl_lib.runs.files import read_jsonl
-from spavl_lib.runs.stage import Run
+from spavl_lib.runs.stage import AWAITED, Run
 from tests.helpers import MINI, embedded_model, embedded_processor, files_of, smoke, spread
 
 GREEDY = GenerationConfig(batch_size=8, max_new_tokens=24)
@@ -288,6 +293,20 @@ def test_a_torn_line_within_a_finished_file_is_not_passed_over(tmp_path: Path) -
         read_jsonl(path)
 
 
+def after(condition: Callable[[], bool], act: Callable[[], object]) -> threading.Thread:
+    """A running thread that acts once a condition holds."""
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
 # --- the stage ----------------------------------------------------------------------------------
 
 
@@ -328,6 +347,51 @@ def test_the_inference_stage_asks_every_model_once(tmp_path: Path) -> None:
     other = smoke(changes | {"generation.max_new_tokens": 4}, run_name="r")
     with pytest.raises(InputError, match="generation.max_new_tokens: 3 -> 4"):
         make_inference_stage(other, Run(other, root=tmp_path).stage("inference"))
+
+
+def test_models_that_are_still_training_are_asked_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While another notebook trains DPO, base and PPO answer; the result is that of one by one."""
+    changes = {
+        "data.test_rows": 2, "generation.max_new_tokens": 3, "evaluation.held_out_drawings": False,
+        "model.adapter": "full",
+    }  # fmt: skip
+    config, found = smoke(changes, run_name="r"), {}
+    for name in ("straight", "awaiting"):
+        run = Run(config, root=tmp_path / name)
+        stage = run.stage("inference")
+        for policy in ("dpo", "ppo"):
+            embedded_model().save_pretrained(run.path / policy / "model")
+        run.stage("ppo").finish({"weights_sha256": "b" * 64})
+        finish = functools.partial(run.stage("dpo").finish, {"weights_sha256": "a" * 64})
+        if name == "straight":
+            finish()
+        else:
+            monkeypatch.setenv(AWAITED, "dpo")
+            answered = stage.path / "ppo/twins_exchanged.jsonl"
+            trained = after(answered.is_file, finish)
+        make_inference_stage(config, stage)
+        answers = {f: digest for f, digest in files_of(stage.path).items() if f.endswith("jsonl")}
+        found[name] = answers, stage.summary, stage.manifest["inputs"]
+    trained.join()
+    assert found["awaiting"][1]["models"] == ["base", "dpo", "ppo"]
+    assert found["awaiting"] == found["straight"]
+
+
+def test_a_stop_while_waiting_keeps_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"data.test_rows": 2, "generation.max_new_tokens": 3}
+    config = smoke(changes | {"evaluation.held_out_drawings": False}, run_name="r")
+    stage = Run(config, root=tmp_path).stage("inference")
+    monkeypatch.setenv(AWAITED, "dpo")
+    stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    asked = stage.path / "base/twins_exchanged.jsonl"
+    after(asked.is_file, stop)
+    with pytest.raises(Preempted, match="SIGTERM: stopped before the answers of dpo"):
+        make_inference_stage(config, stage)
+    assert asked.is_file() and not stage.done
 
 
 # --- batches made ahead -------------------------------------------------------------------------

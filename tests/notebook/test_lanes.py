@@ -18,7 +18,7 @@ from spavl_lib.config import load_config
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.notebook import lanes, sequence
 from spavl_lib.notebook.execute import NotebookError
-from spavl_lib.runs.files import read_json
+from spavl_lib.runs.files import read_json, write_text
 from spavl_lib.runs.stage import AWAITED, Run
 from tests.notebook.test_execute_notebook import FINISH, is_alive
 
@@ -111,6 +111,18 @@ def test_a_notebook_that_started_early_waits_for_the_stage(
     assert pipeline.ensure("reward", config).done
     assert run.awaited == ["dpo"]
     timer.join()
+
+
+def test_waiting_is_not_counted_as_work(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(load_config("smoke"))
+    monkeypatch.setenv(AWAITED, "ppo")
+    stage, began = run.stage("inference"), time.perf_counter()
+    threading.Timer(1.0, lambda: run.stage("ppo").finish({})).start()
+    with stage.work({}):
+        stage.wait_for("ppo")
+        assert time.perf_counter() - began >= 1.0
+        write_text(stage.path / "answers.jsonl", "")  # work to keep
+    assert stage.manifest["wall_time_s"] < 0.9
 
 
 # --- real processes, with notebooks that only write, wait or fail -------------------------------
