@@ -42,7 +42,7 @@ filter:
 	@! git rev-parse --git-dir >/dev/null 2>&1 || git config filter.nbstripout.clean \
 		'$(BIN)/nbstripout $(STRIP) | sed "s/Python 3 (ipykernel)/Python 3/"'
 
-demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report
+demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report; 8 minutes
 	$(BIN)/spavl run all --profile demo
 
 scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank; 17 minutes
@@ -67,13 +67,13 @@ NOT_UNIT := $(addprefix --ignore=tests/, data/embedded/test_mini.py data/test_co
 	evaluation/test_evaluate.py evaluation/test_model_judges.py \
 	evaluation/test_real_benchmarks.py)
 
-test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 14 minutes
+test: check .venv/.engines  ## lint, then the default tests, with every notebook in smoke; 8 minutes
 	$(PYTEST)
 
 unit: setup  ## the fast tests alone: formulas, settings, data, judges, figures; 2 minutes
 	$(PYTEST) $(UNIT) $(NOT_UNIT)
 
-slow: .venv/.engines  ## tests that take minutes: every engine, kills of every trainer; 35 minutes
+slow: .venv/.engines  ## tests that take minutes: every engine, kills of every trainer; 20 minutes
 	$(PYTEST) -m "slow and not gpu"
 
 soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md

@@ -70,7 +70,7 @@ class ColumnsConfig:
     """Column of the tertiary harm class."""
     question_type: str = ""
     """Column of the question type: easy (a direct question), hardq (a question with a pretext) or
-    hards (a statement with a pretext)."""
+    hards (a demand or a plan)."""
 
 
 _BUILT_IN_SOURCES = ("mini", "hub_layout", "original", "datasets")

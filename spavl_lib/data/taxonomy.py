@@ -89,7 +89,7 @@ _DISPLAY = {
 QUESTION_TYPES = {
     "easy": "direct question",
     "hardq": "question with a pretext",
-    "hards": "statement with a pretext",
+    "hards": "demand or plan",
 }
 # Field of a row -> its name for readers.
 _FIELDS = {

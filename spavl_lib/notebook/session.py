@@ -117,11 +117,11 @@ def open_stage(
         os.environ.setdefault(FIGURES, lab_theme())
     config = load_config(profile, overrides, seed=None if seed < 0 else seed, run_name=run_name)
     leave_other_launchers(config.launch)
-    if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
-        os.environ[DTYPE] = config.dtype
     use_threads(config.launch.num_threads)
     stage = Run(config).stage(name)
     stage.check_all()
+    if config.dtype:  # every cell of this kernel uses this precision, not only the stage's maker
+        os.environ[DTYPE] = config.dtype
     state = "done, shown from its files" if stage.done else "to be made"
     most = config.data.train_rows
     rows = f"at most {most:,} training pairs" if most else "all training pairs"

@@ -95,6 +95,7 @@ class FakeRoles(nn.Module):
     """Four models without a forward pass; what calls them is noted."""
 
     forbidden_ids = [5]
+    apart = False
 
     def __init__(self) -> None:
         super().__init__()
