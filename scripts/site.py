@@ -9,7 +9,6 @@ network. The build fetches KaTeX and a search helper with npm, once, into `build
 """
 
 import argparse
-import ast
 import os
 import re
 import shutil
@@ -119,11 +118,11 @@ def write_api() -> list:
     library, folder = REPO / "spavl_lib", PAGES / "api"
     folder.mkdir(parents=True)
     lines, nav = ["# API", ""], [{"Overview": "api/index.md"}]
+    table = (REPO / "docs" / "architecture.md").read_text(encoding="utf-8")
+    purpose = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|", table, flags=re.M))
     for init in sorted(library.glob("*/__init__.py")):
         name = init.parent.name
-        doc = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
-        first = doc.partition("\n")[0]
-        lines.append(f"- [spavl_lib.{name}]({name}.md)" + (f": {first}" if first else ""))
+        lines.append(f"- [spavl_lib.{name}]({name}.md): {purpose[name]}")
         page = f"# spavl_lib.{name}\n\n::: spavl_lib.{name}\n"
         (folder / f"{name}.md").write_text(page, encoding="utf-8")
         nav.append({name: f"api/{name}.md"})

@@ -144,7 +144,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         better.
 
     Raises:
-        The same errors as `train_reward`.
+        SpavlError: For the reasons that `train_reward` lists.
     """
     quiet_libraries()
     processor = load_processor(config.model)

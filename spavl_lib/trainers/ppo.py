@@ -61,8 +61,8 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         The stage's summary. It names no best step, because no held-out rows are measured.
 
     Raises:
-        The same errors as `train_reward`. `InputError` also if the reward model is missing
-        or has another base.
+        SpavlError: For the reasons that `train_reward` lists.
+        InputError: The reward model is missing or has another base.
     """
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()

@@ -209,7 +209,7 @@ def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None
         The stage's summary. It names no best step, because no held-out rows are measured.
 
     Raises:
-        The same errors as `train_ppo`.
+        SpavlError: For the reasons that `train_ppo` lists.
     """
     folder = reward_folder(config.rloo.reward_model, stage)
     if config.model.share_prefix == "require":
