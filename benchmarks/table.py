@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[1] / "docs/results.md"
 START, END = "<!-- speed -->", "<!-- /speed -->"
 
 
-LAYOUTS = {"pairs": "a question an image", "tree": "three questions an image"}
+LAYOUTS = {"pairs": "one question per image", "tree": "three questions per image"}
 
 
 def result(name: str) -> dict | None:
@@ -51,8 +51,8 @@ def render() -> str:
             add(name, reward[layout]["speedup"], reward[layout]["bound"])
         peaks.append(f"reward model {reward['peak_ratio']:.2f} of the plain one's")
     if step := found.get("ppo_step"):
-        add("PPO step against the original's shape, three questions an image", step["speedup"])
-        add("PPO step against the original's shape, a question an image", step["speedup_distinct"])
+        add("PPO step against the original's shape, three questions per image", step["speedup"])
+        add("PPO step against the original's shape, one question per image", step["speedup_distinct"])
     if memory := found.get("ppo_memory"):
         peaks.append(f"PPO on one base {memory['peak_ratio']:.2f} of the original's four models")
     if words := found.get("generate"):
