@@ -52,7 +52,10 @@ def render() -> str:
         peaks.append(f"reward model {reward['peak_ratio']:.2f} of the plain one's")
     if step := found.get("ppo_step"):
         add("PPO step against the original's shape, three questions per image", step["speedup"])
-        add("PPO step against the original's shape, one question per image", step["speedup_distinct"])
+        add(
+            "PPO step against the original's shape, one question per image",
+            step["speedup_distinct"],
+        )
     if memory := found.get("ppo_memory"):
         peaks.append(f"PPO on one base {memory['peak_ratio']:.2f} of the original's four models")
     if words := found.get("generate"):

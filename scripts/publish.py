@@ -2,12 +2,13 @@
 
     make publish                          # the demo, notebooks 03b and 07, the studies, and this
     python scripts/publish.py             # this alone, from runs/demo
+    python scripts/publish.py --prose     # only take over changed sentences; needs no run
     python scripts/publish.py --check     # are the published notebooks those of notebooks/?
 
 Writes `reports/notebooks/`, the executed notebooks without progress bars and without paths of this
 machine; `reports/demo/`, metrics and figures; `reports/notebooks/code.json`, the hash of every
 notebook's code cells; and the tables of README.md and docs/results.md that stand between markers.
-If a notebook's code has changed since, `--check` names it and ends with 1. Nothing is committed.
+If a notebook has changed since, `--check` names it and ends with 1. Nothing is committed.
 """
 
 import argparse
@@ -58,9 +59,46 @@ def code_of_notebooks() -> dict[str, str]:
 
 
 def stale() -> list[str]:
-    """Names of the notebooks whose published copy is missing or has other code."""
+    """Names of the notebooks whose published copy is missing, or has other code or sentences."""
     published = read_json(CODE) if CODE.is_file() else {}
-    return [name for name, digest in code_of_notebooks().items() if published.get(name) != digest]
+    return [
+        name
+        for name, digest in code_of_notebooks().items()
+        if published.get(name) != digest or not _same_prose(name)
+    ]
+
+
+def _same_prose(name: str) -> bool:
+    page, current = (nbformat.read(folder / name, 4) for folder in (CODE.parent, NOTEBOOKS))
+    before = [cell.source for cell in _prose(page)]
+    return take_prose(page, current) and before == [cell.source for cell in _prose(page)]
+
+
+def take_prose(page: nbformat.NotebookNode, source: nbformat.NotebookNode) -> bool:
+    """Take the sentences of a notebook into an executed copy, whose outputs stay.
+
+    Args:
+        page: The copy, to lie in `reports/notebooks`; changed in place.
+        source: The notebook, from `notebooks/`.
+
+    Returns:
+        Whether both have the same number of text cells. Otherwise nothing is changed.
+    """
+    pairs = _prose(page), _prose(source)
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    for cell, current in zip(*pairs, strict=True):  # the copy lies one folder deeper
+        cell.source = current.source.replace("](../", "](../../")
+        cell.source = cell.source.replace("](solutions/", "](../../notebooks/solutions/")
+    return True
+
+
+def publish_prose() -> None:
+    """Take changed sentences into the published notebooks whose code has not changed."""
+    for path in sorted(CODE.parent.glob("*.ipynb")):
+        page, source = nbformat.read(path, 4), nbformat.read(NOTEBOOKS / path.name, 4)
+        if code_of(page) == code_of(source) and take_prose(page, source):
+            nbformat.write(page, path)
 
 
 def cleaned(page: nbformat.NotebookNode, roots: Sequence[Path] = ()) -> nbformat.NotebookNode:
@@ -115,13 +153,8 @@ def publish(run: Path) -> None:
         page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
         if code_of(page) != code_of(source):
             sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
-        if len(_prose(page)) == len(_prose(source)):
-            # Prose is taken from the notebook, so a changed sentence needs no new run.
-            for cell, current in zip(_prose(page), _prose(source), strict=True):
-                cell.source = current.source
-        for cell in _prose(page):  # the copy lies one folder deeper
-            cell.source = cell.source.replace("](../", "](../../")
-            cell.source = cell.source.replace("](solutions/", "](../../notebooks/solutions/")
+        if not take_prose(page, source):
+            sys.exit(f"{executed} has other text cells than {notebook.name}: execute it again")
         nbformat.write(cleaned(page, (root, REPO)), CODE.parent / notebook.name)
     write_json(CODE, code_of_notebooks())
     shutil.copy(run / "metrics.json", folder)
@@ -217,12 +250,15 @@ def main() -> None:
     """Publish, or check."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, default=REPO / "runs/demo", help="the run's folder")
+    parser.add_argument("--prose", action="store_true", help="only take over changed sentences")
     parser.add_argument("--check", action="store_true", help="only say what is stale")
     asked = parser.parse_args()
+    if asked.prose:
+        publish_prose()
     if asked.check:
         if names := stale():
-            sys.exit(f"published with other code: {', '.join(names)}; run make publish")
-    else:
+            sys.exit(f"changed since they were published: {', '.join(names)}; run make publish")
+    elif not asked.prose:
         publish(asked.run)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tests.helpers import load_script
 
@@ -21,7 +21,7 @@ def test_every_notebook_is_published_and_stale_ones_are_named() -> None:
     for path in PUBLISHED:
         assert publish.code_of(nbformat.read(path, 4)) == hashes[path.name], path.name
     if names := publish.stale():
-        warnings.warn(f"published with other code: {', '.join(names)}", stacklevel=1)
+        warnings.warn(f"changed since they were published: {', '.join(names)}", stacklevel=1)
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.stem)
@@ -54,3 +54,15 @@ def test_what_is_left_out_of_a_notebook() -> None:
     kept = publish.cleaned(page, (publish.REPO,))
     assert [o.text for o in kept.cells[0].outputs] == ["saved runs"]
     assert kept.metadata == {} and kept.cells[0].metadata == {"tags": ["parameters"]}
+
+
+def test_changed_sentences_are_taken_over_and_outputs_stay() -> None:
+    code = new_code_cell("1 + 1", outputs=[new_output("stream", name="stdout", text="2")])
+    page = new_notebook(cells=[new_markdown_cell("Before."), code])
+    source = new_notebook(
+        cells=[new_markdown_cell("See [this](../docs/x.md)."), new_code_cell("1 + 1")]
+    )
+    assert publish.take_prose(page, source)
+    assert page.cells[0].source == "See [this](../../docs/x.md)." and page.cells[1] == code
+    source.cells.append(new_markdown_cell("More."))
+    assert not publish.take_prose(page, source)
