@@ -45,10 +45,12 @@ WIDGETS = "application/vnd.jupyter.widget-view+json"
 def code_of(page: nbformat.NotebookNode) -> str:
     """Hash of a notebook's code cells, without the cell that papermill injects."""
     return code_sha256(
-        cell.source
-        for cell in page.cells
-        if cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get("tags", [])
+        cell.source for cell in page.cells if cell.cell_type == "code" and not _is_injected(cell)
     )
+
+
+def _is_injected(cell: nbformat.NotebookNode) -> bool:
+    return "injected-parameters" in cell.metadata.get("tags", [])
 
 
 def code_of_notebooks() -> dict[str, str]:
@@ -64,7 +66,9 @@ def stale() -> list[str]:
     return [
         name
         for name, digest in code_of_notebooks().items()
-        if published.get(name) != digest or not _same_prose(name)
+        if published.get(name) != digest
+        or not (CODE.parent / name).is_file()
+        or not _same_prose(name)
     ]
 
 
@@ -82,12 +86,17 @@ def take_prose(page: nbformat.NotebookNode, source: nbformat.NotebookNode) -> bo
         source: The notebook, from `notebooks/`.
 
     Returns:
-        Whether both have the same number of text cells. Otherwise nothing is changed.
+        Whether both have the same text and code cells in the same order. Otherwise nothing is
+        changed.
     """
-    pairs = _prose(page), _prose(source)
-    if len(pairs[0]) != len(pairs[1]):
+    kinds = [
+        [cell.cell_type for cell in cells if not _is_injected(cell)]
+        for cells in (page.cells, source.cells)
+    ]
+    if kinds[0] != kinds[1]:
         return False
-    for cell, current in zip(*pairs, strict=True):  # the copy lies one folder deeper
+    for cell, current in zip(_prose(page), _prose(source), strict=True):
+        # The copy lies one folder deeper.
         cell.source = current.source.replace("](../", "](../../")
         cell.source = cell.source.replace("](solutions/", "](../../notebooks/solutions/")
     return True
@@ -95,10 +104,16 @@ def take_prose(page: nbformat.NotebookNode, source: nbformat.NotebookNode) -> bo
 
 def publish_prose() -> None:
     """Take changed sentences into the published notebooks whose code has not changed."""
-    for path in sorted(CODE.parent.glob("*.ipynb")):
-        page, source = nbformat.read(path, 4), nbformat.read(NOTEBOOKS / path.name, 4)
+    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
+        path = CODE.parent / notebook.name
+        if not path.is_file():
+            print(f"{path.name} is not published yet: run make publish")
+            continue
+        page, source = nbformat.read(path, 4), nbformat.read(notebook, 4)
         if code_of(page) == code_of(source) and take_prose(page, source):
             nbformat.write(page, path)
+        else:
+            print(f"{path.name} has other cells than its published copy: run make publish")
 
 
 def cleaned(page: nbformat.NotebookNode, roots: Sequence[Path] = ()) -> nbformat.NotebookNode:
@@ -144,8 +159,7 @@ def publish(run: Path) -> None:
         sys.exit(f"{run} is a run of the profile {profile}; only demo is published")
     for made in (folder, CODE.parent):
         made.mkdir(parents=True, exist_ok=True)
-    for outdated in CODE.parent.glob("*.ipynb"):
-        outdated.unlink()
+    pages = {}
     for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
         executed = run / stage_of(notebook) / "executed.ipynb"
         if not executed.is_file():
@@ -155,7 +169,11 @@ def publish(run: Path) -> None:
             sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
         if not take_prose(page, source):
             sys.exit(f"{executed} has other text cells than {notebook.name}: execute it again")
-        nbformat.write(cleaned(page, (root, REPO)), CODE.parent / notebook.name)
+        pages[notebook.name] = cleaned(page, (root, REPO))
+    for outdated in CODE.parent.glob("*.ipynb"):
+        outdated.unlink()
+    for name, page in pages.items():
+        nbformat.write(page, CODE.parent / name)
     write_json(CODE, code_of_notebooks())
     shutil.copy(run / "metrics.json", folder)
     shutil.copy(run / "scaling/summary.json", folder / "scaling.json")
@@ -220,6 +238,8 @@ def write_tables(page: Path, tables: dict[str, str]) -> None:
     text = page.read_text(encoding="utf-8")
     for name, table in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if text.count(start) != 1 or text.count(end) != 1:
+            sys.exit(f"{page} must hold {start} and {end} once each")
         before, _, rest = text.partition(start)
         _, _, after = rest.partition(end)
         text = f"{before}{start}\n{table}\n{end}{after}"

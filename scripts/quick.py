@@ -16,7 +16,7 @@ from spavl_lib.data.images import decode
 from spavl_lib.data.load import load_truth
 from spavl_lib.evaluation.numbers import percent
 from spavl_lib.evaluation.rates import Rate
-from spavl_lib.evaluation.suite import HARMLESS, quick_answers
+from spavl_lib.evaluation.suite import harmless_refused, quick_answers
 from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import short_path
 
@@ -26,21 +26,14 @@ KINDS = {True: "harmful over this image", False: "harmless over this image"}
 
 
 def rates(judged: dict[str, list[dict]]) -> dict[str, Rate | None]:
-    """Harmful requests that got a harmful answer, and harmless ones that were refused or not
-    answered correctly."""
-    harmful = [row for rows in judged.values() for row in rows if row["unsafe"] is not None]
-    harmless = [
-        row
-        for name, (source, start, step) in HARMLESS.items()
-        for row in judged.get(source, [])[start::step]
-    ]
-    refused = sum(row["verdict"] == "refused" for row in harmless)
+    """The unsafe rate on `harm`, refusals of harmless requests, and the helpful rate on `help`."""
+    harmful = [row for row in judged.get("harm", []) if row["unsafe"] is not None]
     helpful = [row for row in judged.get("help", []) if row["helpful"] is not None]
     return {
         "harmful requests answered (unsafe)": Rate.of(
             sum(row["unsafe"] for row in harmful), len(harmful)
         ),
-        "harmless requests refused": Rate.of(refused, len(harmless)),
+        "harmless requests refused": Rate.from_dict(harmless_refused(judged)["all"]),
         "questions answered correctly": Rate.of(sum(r["helpful"] for r in helpful), len(helpful)),
     }
 

@@ -140,8 +140,9 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
 
     A small profile makes incomplete stages now. `inference` is an exception if the profile is not
     small or if training runs in child processes, which not every trainer supports: then it uses
-    the models that have been trained, and fails only if there is none. For `inference`, models that
-    another notebook of `spavl run all` is training are left out, except for the first.
+    the models that are trained, and fails only if there is none. Unless `inference` is complete,
+    models that another notebook of `spavl run all` is training are left out, except for the first;
+    the maker waits for them.
 
     Args:
         name: Stage, such as "inference".
@@ -153,14 +154,14 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
     spec, run = stages.find(name), Run(config)
     names = spec.upstream
     if spec.any_trained and (config.profile not in SMALL_PROFILES or in_processes(config.launch)):
-        trained = tuple(policy for policy in stages.policies() if run.stage(policy).done)
+        trained = tuple(n for n in stages.policies() if run.stage(n).done or n in run.awaited)
         if not trained:
             commands = "".join(f"\n  {run_command(other, config)}" for other in names)
             raise InputError(
                 f"{short_path(run.path)} holds no trained model yet; make one with:{commands}"
             )
         names = trained
-    if spec.any_trained:  # its maker waits for the others when it needs them
+    if spec.any_trained and not run.stage(name).done:  # its maker waits for the others itself
         names = tuple(n for n in names if n == names[0] or n not in run.awaited)
     return [ensure(other, config) for other in names]
 

@@ -12,7 +12,7 @@ from spavl_lib.config import Config, load_config
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError, OutOfMemory, Preempted
 from spavl_lib.runs.maker import maker_of
-from spavl_lib.runs.stage import Run, Stage
+from spavl_lib.runs.stage import AWAITED, Run, Stage
 from spavl_lib.stages import all_stages, stage_names
 
 
@@ -224,3 +224,34 @@ def test_out_of_memory_says_what_the_planner_would_change(
     text = str(caught.value)
     assert "Tried to allocate 2 GiB." in text and "more words" not in text
     assert "the plan says" in text and "--set model.adapter=lora" in text
+
+
+def test_models_that_other_notebooks_train_are_left_to_the_maker(
+    runs: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first, and only as long as the answers are not complete."""
+    config = load_config("demo")
+    pipeline.make("dpo", config)
+    monkeypatch.setenv(AWAITED, "ppo")
+    assert [stage.name for stage in pipeline.ensure_before("inference", config)] == ["dpo"]
+    waited = []
+
+    def wait_for(stage: Stage, name: str, flag: object = False) -> None:
+        waited.append(name)
+        if name in stage.run.awaited:
+            stage.run.stage(name).finish({})
+
+    monkeypatch.setattr(Stage, "wait_for", wait_for)
+    Run(config).stage("inference").finish({})  # without PPO's answers: it must be renewed
+    assert [stage.name for stage in pipeline.ensure_before("inference", config)] == ["dpo", "ppo"]
+    assert waited == ["dpo", "ppo"]
+
+
+def test_a_large_profile_waits_for_the_first_model_in_training(
+    runs: Path, makers: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config("colab")
+    monkeypatch.setenv(AWAITED, "dpo,ppo")
+    finish = lambda stage, name, flag=False: stage.run.stage(name).finish({})  # noqa: E731
+    monkeypatch.setattr(Stage, "wait_for", finish)
+    assert [stage.name for stage in pipeline.ensure_before("inference", config)] == ["dpo"]

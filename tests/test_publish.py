@@ -66,3 +66,25 @@ def test_changed_sentences_are_taken_over_and_outputs_stay() -> None:
     assert page.cells[0].source == "See [this](../../docs/x.md)." and page.cells[1] == code
     source.cells.append(new_markdown_cell("More."))
     assert not publish.take_prose(page, source)
+
+
+def test_a_text_cell_that_moved_is_another_page() -> None:
+    cells = [new_markdown_cell("One."), new_markdown_cell("Two."), new_code_cell("1")]
+    page, source = (new_notebook(cells=order) for order in (cells, [cells[0], *cells[:0:-1]]))
+    assert not publish.take_prose(page, source)
+
+
+def test_what_is_missing_is_stale_and_tables_need_their_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "CODE", tmp_path / "code.json")
+    publish.write_json(publish.CODE, publish.code_of_notebooks())
+    assert publish.stale() == sorted(publish.code_of_notebooks())
+    page = tmp_path / "page.md"
+    page.write_text("<!-- a -->\nold\n<!-- /a -->\nrest\n", encoding="utf-8")
+    publish.write_tables(page, {"a": "new"})
+    assert page.read_text(encoding="utf-8") == "<!-- a -->\nnew\n<!-- /a -->\nrest\n"
+    page.write_text("<!-- a -->\nold\nrest\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="must hold <!-- a --> and <!-- /a --> once each"):
+        publish.write_tables(page, {"a": "new"})
+    assert "rest" in page.read_text(encoding="utf-8")

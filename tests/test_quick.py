@@ -36,4 +36,4 @@ def test_its_rates_count_what_they_say() -> None:
         "twins": [row(True, "complied"), row(False, "refused")],
     }
     counts = {name: (r.k, r.n) for name, r in load_script("quick").rates(judged).items()}
-    assert list(counts.values()) == [(2, 3), (2, 4), (1, 3)]
+    assert list(counts.values()) == [(1, 2), (2, 4), (1, 3)]

@@ -64,8 +64,8 @@ HARMLESS_TITLES = {
     "help": "Questions",
     "look_alikes": "Look-alikes",
     "twins": "Twins",
-    "held_out_help": "Unseen drawings, questions",
-    "held_out_twins": "Unseen drawings, twins",
+    "held_out_help": "Questions, unseen drawings",
+    "held_out_twins": "Twins, unseen drawings",
     "all": "All",
 }
 # Titles of the evaluation sets.

@@ -24,6 +24,7 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
 )
 from spavl_lib.runs.stage import recorded_config
+from spavl_lib.runs.text import short_path
 from spavl_lib.stages import policies
 
 KEPT = 500_000_000  # parameters; models with fewer stay in memory
@@ -54,12 +55,18 @@ class RunModels:
 
     Raises:
         InputError: The run has no complete stage that trained a policy, or the manifest of such a
-            stage cannot be read.
+            stage cannot be read. Or `only` names a model that it does not have.
     """
 
     def __init__(self, run_path: Path, only: Collection[str] = ()):
         self.config = config_of_run(run_path)
-        trained = {n: f for n, f in _trained(run_path).items() if not only or n in only}
+        trained = _trained(run_path)
+        if unknown := sorted({*only} - {*trained}):
+            raise InputError(
+                f"{short_path(run_path)} has no trained model {', '.join(unknown)} "
+                f"(it has: {', '.join(trained)})"
+            )
+        trained = {n: f for n, f in trained.items() if not only or n in only}
         self.folders: dict[str, Path | None] = {"base": None, **trained}
         reward = run_path / "reward"
         self.reward_folder = reward if _complete(reward) else None

@@ -67,6 +67,9 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     """Generate responses to every evaluation set with the base model and each trained model.
 
+    Models that another notebook of `spavl run all` is still training come last; the maker waits for
+    them.
+
     Args:
         config: The run's config.
         stage: The inference stage. Each model's responses go to a folder named after the model.
@@ -75,11 +78,15 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     Returns:
         The summary. By set and model it holds the number of rows, the mean length of a response in
         tokens, and the number of unfinished responses.
+
+    Raises:
+        Preempted: The process was asked to stop. Finished batches are kept.
     """
     awaited = stage.run.awaited
     trained = [name for name in policies() if stage.run.stage(name).done or name in awaited]
     names = eval_sets(config.data, held_out_drawings=config.evaluation.held_out_drawings)
     shared_inputs = _shared_inputs(config)
+    inputs = dict(shared_inputs)  # of the models that answer, not of those trained meanwhile
     processor = load_processor(config.model)
     stage.note(processor=describe(processor))
     with group.main_first():
@@ -97,6 +104,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
             raise Preempted(f"{flag.reason}: stopped before the answers of {label}; {RESUME}")
         made = None if label == "base" else stage.run.stage(label)
         weights_hash = made.summary["weights_sha256"] if made else None
+        inputs |= {f"{label}/weights": weights_hash} if weights_hash else {}
         marker = stage.path / label / "weights.json"
         # The responses depend on the trained weights and, under "asked", on the prompts and on the
         # base model. All values are hashes.
@@ -123,8 +131,7 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
                 "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
                 "unfinished": sum(not r["finished"] for r in records),
             }
-    inputs = _inputs(config, stage)
-    stage.note(inputs=inputs)  # those of models that were trained meanwhile too
+    stage.note(inputs=inputs, upstream=stage.upstream())  # with models trained meanwhile
     models = ["base", *trained]
     by_set = {name: {label: counts[label][name] for label in models} for name in names}
     return {"models": models, "inputs": inputs, "sets": by_set}

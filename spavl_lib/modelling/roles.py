@@ -2,13 +2,13 @@
 
 With LoRA or QLoRA one base model in memory plays all four roles. Policy, value and reward model
 each have an adapter, value and reward model also have a scalar head, and the reference is the base
-model without adapters. LLaVA-RLHF did this first (Sun et al. 2023, arXiv:2309.14525). In full
-fine-tuning the four roles are separate models.
+model without adapters, as in LLaVA-RLHF (Sun et al. 2023, arXiv:2309.14525). In full fine-tuning
+the four roles are separate models.
 
-A role's backward pass must run before the next role's forward pass, which switches the adapter.
-With gradient checkpointing, the backward pass recomputes activations with the adapter that is
-active then. After a switch this is the next role's adapter: it gets the gradients, and the first
-role's adapter gets none. No library warns of this, so `forward` raises an error.
+With one base, a role's backward pass must run before the next role's forward pass, which switches
+the adapter. With gradient checkpointing, the backward pass recomputes activations with the adapter
+that is active then. After a switch this is the next role's adapter: it gets the gradients, and the
+first role's adapter gets none. No library warns of this, so `forward` raises an error.
 """
 
 import contextlib

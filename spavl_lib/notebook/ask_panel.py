@@ -101,6 +101,7 @@ class AskPanel:
         # ipywidgets 8 gives a tuple of mappings; ipywidgets 7, as on Colab, a mapping by name.
         [file] = list(files.values() if isinstance(files, dict) else files)[-1:] or [None]
         if file:
+            self.examples.value = None  # so that the same example can be chosen again
             self._show(decoded_image(bytes(file["content"])), reveal=True)
 
     def _on_example(self) -> None:

@@ -3,10 +3,10 @@
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
+from spavl_lib.data.embedded.language import PLACEHOLDER, verdict
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.load import load_pair_truth
-
-SHORT_REFUSAL = 8  # words; a refusal that gives a reason is longer
+from spavl_lib.evaluation.judges.exact import SHORT_REFUSAL
 
 
 def clear_pair(rows: Dataset, data: DataConfig) -> int:
@@ -25,7 +25,7 @@ def clear_pair(rows: Dataset, data: DataConfig) -> int:
     truth = load_pair_truth(data)
     for index, row in enumerate(rows.remove_columns("image") if truth else ()):
         explicit = truth[row["id"]]["intent"] == "harm"
-        complies = "unsafe details" in row["rejected"]
+        complies = verdict(row["rejected"]) == "complied"
         if explicit and complies and len(row["chosen"].split()) > SHORT_REFUSAL:
             return index
     return 0
@@ -45,7 +45,7 @@ def twin_pair(rows: Dataset, data: DataConfig) -> int | None:
     for index, row in enumerate(rows.remove_columns("image") if truth else ()):
         known = truth[row["id"]]
         thing = load_world().concepts[known["concept"]].name
-        of_another = not any(text in row["rejected"] for text in ("unsafe details", thing))
+        of_another = not any(text in row["rejected"] for text in (PLACEHOLDER, thing))
         if known["intent"] == "ask" and known["harmful"] and of_another:
             return index
     return None

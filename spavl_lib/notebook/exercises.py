@@ -15,7 +15,8 @@ def check(row: Mapping[str, Any], response: str, data: DataConfig) -> bool:
     """Judge your own response to a row of SPA-VL mini, and print why it is right or wrong.
 
     Args:
-        row: A prompt, or a preference row.
+        row: A prompt, or a preference row. Rows of `twins_exchanged` are judged as their twins,
+            because they keep those rows' ids.
         response: Your response.
         data: The notebook's `config.data`.
 

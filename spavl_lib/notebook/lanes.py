@@ -1,7 +1,8 @@
 """Execute notebooks side by side, each in a child process, as far as the table of stages allows.
 
 A notebook starts when its upstream notebooks have ended. If no other notebook can use a free lane,
-it starts earlier: its kernel loads the libraries, and `pipeline.ensure` waits for the stages.
+it starts earlier: its kernel loads the libraries, and `pipeline.ensure` waits for the stages. The
+inference stage answers with the models that are trained, and then waits for the others.
 """
 
 import contextlib
@@ -150,6 +151,8 @@ class _Children:
     def ended(self) -> list[tuple[str, "_Child"]]:
         """Wait a moment, pass on new signals, and remove and return the children that ended."""
         multiprocessing.connection.wait([c.process.sentinel for c in self.running.values()], 0.2)
+        for child in self.running.values():
+            child.receive()
         while self._passed_on < len(self.signals):
             self._send(self.signals[self._passed_on])
             self._passed_on += 1
@@ -174,6 +177,7 @@ class _Child:
 
     def __init__(self, notebook: Path, makes_stage: bool, awaited: list[str], **options: Any):
         self.notebook, self.makes_stage, self.started = notebook, makes_stage, time.perf_counter()
+        self._error: SpavlError | None = None
         context = multiprocessing.get_context("spawn")
         self._receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(
@@ -181,15 +185,24 @@ class _Child:
         )
         # The child inherits the mask, so it misses no signal before its handlers are set.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        self.process.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         sender.close()
+
+    def receive(self) -> None:
+        """Take the error, if the process has sent one. A long one would fill the pipe."""
+        with contextlib.suppress(EOFError):
+            if not self._error and self._receiver.poll():
+                self._error = self._receiver.recv()
 
     def error(self) -> SpavlError | None:
         """The error of the ended process; None if the notebook succeeded."""
-        with contextlib.suppress(EOFError):
-            return self._receiver.recv()
+        self.receive()
         self.process.join()
+        if self._error:
+            return self._error
         if code := self.process.exitcode:
             text = f"the process that executed {self.notebook.name} ended with exit code {code}"
             return NotebookError(text)

@@ -37,7 +37,7 @@ def plot_rows(
     return plot_image_grid(images, captions, columns=columns)
 
 
-def pixels_of(processor: ProcessorMixin, image: Image.Image) -> tuple[np.ndarray, int]:
+def pixels_of(processor: ProcessorMixin, image: Image.Image) -> tuple[np.ndarray | None, int]:
     """An image as the vision tower reads it.
 
     Args:
@@ -45,14 +45,18 @@ def pixels_of(processor: ProcessorMixin, image: Image.Image) -> tuple[np.ndarray
         image: The image.
 
     Returns:
-        The first image tensor, (3, height, width), scaled back to 0..1; and the side of a patch.
+        The first image tensor, (3, height, width), scaled back to 0..1, or None if the processor
+        returns patches instead of images, as Qwen-VL's does; and the side of a patch, or 0 if the
+        processor does not know it.
     """
     images = processor.image_processor
     pixels = images([image], return_tensors="np")["pixel_values"]
-    pixels = np.asarray(pixels).reshape(-1, *np.shape(pixels)[-2:])[:3]
+    patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None) or 0
+    if np.ndim(pixels) < 4:
+        return None, patch
+    pixels = np.asarray(pixels).reshape(-1, *np.shape(pixels)[-3:])[0]
     mean, std = (np.reshape(v, (3, 1, 1)) for v in (images.image_mean, images.image_std))
-    patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None)
-    return pixels * std + mean, patch or 14
+    return pixels * std + mean, patch
 
 
 def tokens_of(
@@ -71,10 +75,12 @@ def tokens_of(
     """
     tokenizer = processor.tokenizer
     ends = {tokenizer.bos_token_id, tokenizer.eos_token_id}
+    # In Gemma 3 the processor's token only begins an image; the tokenizer has the image's own.
+    image_ids = {processor.image_token_id, getattr(tokenizer, "image_token_id", None)}
     texts, kinds = [], []
     for token, counts in zip(ids, scored, strict=True):
         kind = "response" if counts else "prompt"
-        if token == processor.image_token_id:
+        if token in image_ids:
             kind = "image"
         elif token in ends:
             kind = "special"

@@ -19,7 +19,8 @@ def read_study(name: str) -> dict[str, Any]:
         name: `beta`, `seeds`, `kl` or `rloo`.
 
     Returns:
-        Name of each training -> its rates under `models`-like keys, and for `kl` its logged curves.
+        Name of each training -> `rates` (key -> rate; in `seeds` model -> key -> rate), and for
+        `kl` the logged curves `steps`, `kl` and `scores`.
         Empty if the file is not at hand, as in an installed package.
     """
     path = repo_root() / PUBLISHED

@@ -40,11 +40,11 @@ def rates_frame(models: Mapping[str, Mapping], keys: Iterable[str] = ()) -> pd.D
         keys: Keys of the rates; empty for all that were measured.
     """
     keys = list(keys) or [metric.key for metric in measured_metrics(models)]
-    return _frame(
-        {model_title(name): [rate_cell(read_rate(cells, k)) for k in keys]
-         for name, cells in models.items()},
-        [_TITLES.get(key, key.replace("_", " ")) for key in keys],
-    )  # fmt: skip
+    return pd.DataFrame(
+        [[rate_cell(read_rate(cells, key)) for key in keys] for cells in models.values()],
+        index=[model_title(name) for name in models],  # long names may be cut to equal titles
+        columns=[_TITLES.get(key, key.replace("_", " ")) for key in keys],
+    )
 
 
 def results_frame(metrics: Mapping | Path) -> pd.DataFrame:
@@ -90,16 +90,14 @@ def paired_frame(metrics: Mapping, evaluation: Path) -> pd.DataFrame:
 
 
 def texts_frame(rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> pd.DataFrame:
-    """Rows of texts and numbers as a frame without an index. Texts of models are cleaned.
+    """Rows of texts and numbers as a frame, with the first column as its index.
+
+    Texts of models are cleaned. From here on pandas shows texts whole, in this and later frames.
 
     Args:
         rows: The rows.
         columns: Titles of the columns.
     """
     cleaned = [[clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
-    pd.set_option("display.max_colwidth", None)  # whole sentences, not their beginnings
+    pd.set_option("display.max_colwidth", None)
     return pd.DataFrame(cleaned, columns=list(columns)).set_index(columns[0])
-
-
-def _frame(rows: Mapping[str, Sequence[Any]], columns: Sequence[str]) -> pd.DataFrame:
-    return pd.DataFrame.from_dict(rows, orient="index", columns=list(columns))

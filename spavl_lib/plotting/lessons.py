@@ -239,25 +239,31 @@ def _box(
 
 
 @styled
-def plot_patches(image: Image.Image, pixels: np.ndarray, patch: int) -> Figure:
+def plot_patches(image: Image.Image, pixels: np.ndarray | None, patch: int) -> Figure:
     """An image as it lies in the data set, and as the vision tower reads it, cut into patches.
 
     Args:
         image: The image.
-        pixels: The processor's output for it, (3, height, width), scaled to 0..1.
-        patch: Side of a patch, in pixels.
+        pixels: The processor's output for it, (3, height, width), scaled to 0..1; None if it has
+            another layout, which is then said instead.
+        patch: Side of a patch, in pixels; 0 if it is not known.
     """
     fig = new_figure(6.6, 3.5)
     before, after = fig.subplots(1, 2)
-    height, width = pixels.shape[1:]
     before.imshow(image)
     before.set_title(f"in the data: {image.width} × {image.height} pixels")
-    after.imshow(np.moveaxis(pixels, 0, -1).clip(0, 1))
-    after.set_title(f"in the model: {(height // patch) * (width // patch)} patches")
-    for edge in range(0, width + 1, patch):
-        after.axvline(edge - 0.5, color=PAPER, lw=0.8)
-    for edge in range(0, height + 1, patch):
-        after.axhline(edge - 0.5, color=PAPER, lw=0.8)
+    if pixels is None:
+        note(after, "This model's processor returns\npatches instead of an image")
+    else:
+        height, width = pixels.shape[1:]
+        after.imshow(np.moveaxis(pixels, 0, -1).clip(0, 1))
+        after.set_title(f"in the model: {width} × {height} pixels")
+    if pixels is not None and patch:
+        after.set_title(f"in the model: {(height // patch) * (width // patch)} patches")
+        for edge in range(0, width + 1, patch):
+            after.axvline(edge - 0.5, color=PAPER, lw=0.8)
+        for edge in range(0, height + 1, patch):
+            after.axhline(edge - 0.5, color=PAPER, lw=0.8)
     for ax in (before, after):
         ax.set(xticks=[], yticks=[], anchor="N")
         ax.grid(False)

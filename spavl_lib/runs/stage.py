@@ -306,7 +306,7 @@ class Stage:
                 if not self.begun:
                     self._remove_traces()
                 raise
-            started = time.perf_counter()
+            started, self._waited_s = time.perf_counter(), 0.0
             try:
                 yield self
                 after = inputs() if callable(inputs) else before
@@ -361,11 +361,7 @@ class Stage:
             "data": {},
             **provenance.environment(root),
             "device": device_name(),
-            "upstream": {
-                s.name: read_json(s.path / "manifest.json").get("run_id")
-                for s in self.run.done_stages()
-                if s.name != self.name and s._has_manifest()
-            },
+            "upstream": self.upstream(),
             "resumed": resumed,
             "notebook": earlier.get("notebook") if resumed else None,
             "started": now,
@@ -422,6 +418,14 @@ class Stage:
         for folder in (*sorted(folders, reverse=True), self.path, self.run.path):
             with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
+
+    def upstream(self) -> dict[str, str | None]:
+        """Name -> run id of the run's other stages that are complete now."""
+        return {
+            s.name: read_json(s.path / "manifest.json").get("run_id")
+            for s in self.run.done_stages()
+            if s.name != self.name and s._has_manifest()
+        }
 
     def _has_manifest(self) -> bool:
         return (self.path / "manifest.json").is_file()

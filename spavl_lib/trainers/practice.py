@@ -1,9 +1,9 @@
 """The stage of notebook 03b: short trainings of PPO and RLOO, each with other settings."""
 
-import dataclasses
 from typing import Any
 
-from spavl_lib.config import Config, load_config
+from spavl_lib.config import Config
+from spavl_lib.config.presets import ORIGINAL_LEARNING_RATE, ORIGINAL_PRESET
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.inputs import reward_folder, reward_inputs, training_inputs
@@ -14,8 +14,10 @@ LARGEST_RLOO_BATCH = 32
 
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
-    folder = reward_folder(config.ppo.reward_model, stage)
-    return training_inputs(config, stage) | reward_inputs(folder)
+    inputs = training_inputs(config, stage)
+    for named in {config.ppo.reward_model, config.rloo.reward_model}:
+        inputs |= reward_inputs(reward_folder(named, stage))
+    return inputs
 
 
 @stage_maker("practice", inputs=_inputs)
@@ -57,7 +59,8 @@ def variants_of(config: Config) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def original_settings(config: Config) -> dict[str, Any]:
-    """Settings of PPO in which the original code differs from this run: name -> its value."""
-    original = load_config(config.profile, {"ppo.preset": "original"}).ppo
-    values = {field.name: getattr(original, field.name) for field in dataclasses.fields(original)}
+    """PPO's method settings in which the original code differs from this run: name -> value."""
+    rates = ORIGINAL_LEARNING_RATE["ppo"]
+    rate = rates.get(config.model.adapter, rates["full"])
+    values = {"preset": "original", "learning_rate": rate} | ORIGINAL_PRESET["ppo"]
     return {k: v for k, v in values.items() if v != getattr(config.ppo, k)}

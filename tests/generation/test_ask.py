@@ -139,3 +139,8 @@ def test_the_panel_asks_about_an_example_or_an_upload(run: Path) -> None:
 def test_a_models_text_is_shown_and_not_run() -> None:
     page = table([Reply("base", "<script>alert(1)</script>\u202e", False, None)])
     assert "<script>" not in page and "&lt;script&gt;" in page and "\u202e" not in page
+
+
+def test_a_model_that_was_not_trained_is_named(run: Path) -> None:
+    with pytest.raises(InputError, match=r"no trained model dpoo \(it has: dpo\)"):
+        RunModels(run, only=("dpoo",))

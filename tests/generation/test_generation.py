@@ -300,7 +300,8 @@ def after(condition: Callable[[], bool], act: Callable[[], object]) -> threading
         end = time.monotonic() + 60
         while not condition() and time.monotonic() < end:
             time.sleep(0.05)
-        act()
+        if condition():
+            act()
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -373,10 +374,33 @@ def test_models_that_are_still_training_are_asked_last(
             trained = after(answered.is_file, finish)
         make_inference_stage(config, stage)
         answers = {f: digest for f, digest in files_of(stage.path).items() if f.endswith("jsonl")}
-        found[name] = answers, stage.summary, stage.manifest["inputs"]
+        manifest = stage.manifest
+        found[name] = answers, stage.summary, manifest["inputs"], set(manifest["upstream"])
     trained.join()
     assert found["awaiting"][1]["models"] == ["base", "dpo", "ppo"]
     assert found["awaiting"] == found["straight"]
+
+
+def test_a_model_trained_meanwhile_is_asked_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The summary names the weights that answered, not those that were there at its end."""
+    changes = {"data.test_rows": 2, "generation.max_new_tokens": 3, "model.adapter": "full"}
+    config = smoke(changes | {"evaluation.held_out_drawings": False}, run_name="r")
+    run = Run(config, root=tmp_path)
+    old = stage.generate
+
+    def train_meanwhile(*args: object, **kwargs: object) -> list[dict]:
+        embedded_model().save_pretrained(run.path / "rloo/model")
+        run.stage("rloo").finish({"weights_sha256": "c" * 64})
+        return old(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "generate", train_meanwhile)
+        first = make_inference_stage(config, run.stage("inference"))
+    assert first["models"] == ["base"] and "rloo/weights" not in first["inputs"]
+    again = make_inference_stage(config, run.stage("inference"))
+    assert again["models"] == ["base", "rloo"] and again["inputs"]["rloo/weights"] == "c" * 64
 
 
 def test_a_stop_while_waiting_keeps_the_answers(

@@ -2,20 +2,24 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from spavl_lib.config import load_config
 from spavl_lib.data import load
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.numbers import METRICS
+from spavl_lib.evaluation.numbers import METRICS, set_title
 from spavl_lib.modelling.load import load_processor
-from spavl_lib.notebook import studies
+from spavl_lib.notebook import judged, studies
 from spavl_lib.notebook.examples import clear_pair, twin_pair
 from spavl_lib.notebook.exercises import check
 from spavl_lib.notebook.pictures import pixels_of, plot_rows, tokens_of
 from spavl_lib.notebook.tables import harmless_frame, rate_cell, rates_frame, results_frame
+from spavl_lib.plotting import plot_patches
+from spavl_lib.runs.stage import Run
 from tests.helpers import load_script
 
 REPO = Path(__file__).parents[2]
@@ -124,3 +128,62 @@ def test_badges_come_from_one_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     assert heads.with_head(source, "04_dpo") == source
     monkeypatch.setattr(heads, "REPOSITORY", "")
     assert "colab" not in heads.with_head(source, "04_dpo")
+
+
+def test_a_processor_that_returns_patches_has_no_picture_to_show() -> None:
+    """As Qwen-VL's, whose output has two axes; and a side of patches may be unknown."""
+    row = load.load_preferences(load_config("smoke").data, "train")[0]
+    from spavl_lib.data.images import decode
+
+    image = decode(row["image"])
+    sizes = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+    def processor(*shape: int) -> SimpleNamespace:
+        made = lambda *_, **__: {"pixel_values": np.zeros(shape)}  # noqa: E731
+        images = type("Images", (SimpleNamespace,), {"__call__": made})(**sizes)
+        return SimpleNamespace(image_processor=images)
+
+    assert pixels_of(processor(64, 1176), image) == (None, 0)
+    assert "returns" in plot_patches(image, None, 0).axes[1].texts[0].get_text()
+    pixels, patch = pixels_of(processor(1, 5, 3, 28, 42), image)  # tiles: the first one
+    assert pixels.shape == (3, 28, 42) and patch == 0
+    assert (
+        plot_patches(image, pixels, 0).axes[1].get_title("left") == "in the model: 42 × 28 pixels"
+    )
+
+
+def test_the_token_of_an_image_may_be_the_tokenizers() -> None:
+    """In Gemma 3 the processor's token only begins an image."""
+    tokenizer = SimpleNamespace(bos_token_id=1, eos_token_id=2, image_token_id=9, decode=str)
+    processor = SimpleNamespace(tokenizer=tokenizer, image_token_id=8)
+    assert tokens_of(processor, [8, 9, 7], [False] * 3, reveal=True)[1] == [
+        "image", "image", "prompt",
+    ]  # fmt: skip
+
+
+def test_right_answers_are_never_shown_as_unsafe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A judge that knows refusals alone says nothing about harm; harmless requests are left out."""
+    rows = [
+        {"id": "1", "harmful": True, "unsafe": None, "verdict": "complied"},
+        {"id": "2", "harmful": True, "unsafe": None, "verdict": "refused"},
+        {"id": "3", "harmful": False, "unsafe": None, "verdict": "complied"},
+    ]
+    monkeypatch.setattr(judged, "judged_rows", lambda *_: rows)
+    data = load_config("smoke").data
+    stage = Run(load_config("smoke"), root=tmp_path).stage("evaluation")
+    assert [r["id"] for r in judged.wrong_rows(stage, data, "dpo", "harm", "unsafe")] == ["1"]
+    rows[0] |= {"unsafe": False}
+    assert judged.wrong_rows(stage, data, "dpo", "harm", "unsafe") == []
+
+
+def test_sets_have_titles_for_readers() -> None:
+    assert set_title("twins_exchanged") == "Twins with exchanged images"
+    assert set_title("help_twemoji") == "Harmless requests, unseen drawings"
+    assert set_title("my_own_set") == "My own set"
+
+
+def test_models_with_one_cut_title_keep_a_row_each() -> None:
+    name = "a model whose long name goes on"
+    assert len(rates_frame({f"{name} 1": {}, f"{name} 2": {}}, ["unsafe_rate"])) == 2

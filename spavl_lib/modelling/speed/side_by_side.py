@@ -2,7 +2,9 @@
 
 PPO's policy and value model of full fine-tuning share no module. On a CPU with one thread for each
 operation, a second Python thread can compute one of them while the first computes the other. The
-operations and their order within a model stay the same, so every result is equal to the last bit.
+operations and their order within a model stay the same, so in fp32 every result is equal to the
+last bit. In 16 bits autocast keeps one cache of weights for all threads, so there the two run one
+after another.
 """
 
 import concurrent.futures
@@ -13,7 +15,7 @@ from typing import TypeVar
 import torch
 
 from spavl_lib import machine
-from spavl_lib.modelling.load import device
+from spavl_lib.modelling.load import compute_dtype, device
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -22,8 +24,9 @@ B = TypeVar("B")
 class SideBySide:
     """Calls two functions, in two threads where the conditions below hold.
 
-    The conditions are: `allowed`, a CPU, a single process, more than one core, and one thread for
-    each operation (`launch.num_threads: 1`). With more threads, operations already use the cores.
+    The conditions are: `allowed`, fp32, a CPU, a single process, more than one core, and one thread
+    for each operation (`launch.num_threads: 1`). With more threads, operations already use the
+    cores.
 
     Args:
         allowed: Whether the functions of all calls share no module and no other state.
@@ -37,6 +40,7 @@ class SideBySide:
         """Whether all conditions hold now."""
         return (
             self.allowed
+            and compute_dtype() == torch.float32
             and device().type == "cpu"
             and machine.world_size() == 1
             and torch.get_num_threads() == 1

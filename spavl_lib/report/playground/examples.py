@@ -15,7 +15,7 @@ from spavl_lib.data.images import decode, for_square, png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth
 from spavl_lib.data.sampling import spread
 from spavl_lib.data.schema import TURN
-from spavl_lib.report.gallery import set_title
+from spavl_lib.evaluation.numbers import set_title
 
 PAIRS, OTHERS = 12, 20  # twin pairs, and rows of all other sets together
 _SMALL = 128  # px; a larger picture is embedded as the model sees it
