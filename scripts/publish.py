@@ -198,8 +198,23 @@ def harmless() -> str:
     return f"```\n{render_harmless_table(REPORTS / 'demo/metrics.json')}\n```"
 
 
+def unseen() -> str:
+    """The demo's rates over drawings that no model was trained on, as README shows them."""
+    metrics = read_json(REPORTS / "demo/metrics.json")
+    of_unseen = {name: cells["held_out_drawings"] for name, cells in metrics["models"].items()}
+    return f"```\n{render_result_table(metrics | {'models': of_unseen})}\n```"
+
+
+def _over_known_drawings(model: str) -> dict:
+    """Refused harmless requests of the demo's model, without those over unseen drawings."""
+    refused = read_json(REPORTS / "demo/metrics.json")["models"][model]["harmless_refused"]
+    sets = [refused[name] for name in ("help", "look_alikes", "twins")]
+    rate = Rate.of(*(sum(counted[key] for counted in sets) for key in ("k", "n")))
+    return {"harmless_refused": rate and rate.to_dict()}
+
+
 def of_study(name: str) -> str:
-    """A published study as a table."""
+    """A published study as a table. Trainings of a study but `seeds` saw no unseen drawings."""
     study = read_study(name)
     if name == "seeds":
         rows = {
@@ -211,9 +226,10 @@ def of_study(name: str) -> str:
         rows = {title: part["rates"] for title, part in study.items()}
     if name == "kl":
         rows |= {title: part["rates"] for title, part in read_study("rloo").items()}
-    keys = {metric.key: metric.title for metric in METRICS} | {
-        "harmless_refused": "Harmless refused"
-    }
+        rows["as in the demo"] |= _over_known_drawings("ppo")
+    drawings = "with" if name == "seeds" else "without"
+    keys = {metric.key: metric.title for metric in METRICS}
+    keys["harmless_refused"] = f"Harmless refused, {drawings} unseen drawings"
     lines = [["", *keys.values()], ["---"] * (1 + len(keys))]
     for title, rates in rows.items():
         lines.append([title, *(_counts(Rate.from_dict(rates.get(key))) for key in keys)])
@@ -226,7 +242,7 @@ def _counts(rate: Rate | None) -> str:
 
 # Page -> marker -> what stands between `<!-- marker -->` and `<!-- /marker -->`.
 TABLES = {
-    "README.md": {"results": results, "harmless": harmless},
+    "README.md": {"results": results, "harmless": harmless, "unseen": unseen},
     "docs/results.md": {
         name: functools.partial(of_study, name) for name in ("seeds", "beta", "kl")
     },

@@ -107,7 +107,8 @@ def load_config(
             changes = flatten({name: preset | {"learning_rate": rate}}) | changes
     for key, value in changes.items():
         _set(page, key, value)
-    config = build(Config, {"profile": path.stem, **page}, source=str(path))
+    source = f"{path} with overrides" if overrides else str(path)  # an error may lie in either
+    config = build(Config, {"profile": path.stem, **page}, source=source)
     plugins = {name: to_plain(config.section(name)) for name in config.plugins}
     return dataclasses.replace(config, run_name=config.run_name or config.profile, plugins=plugins)
 

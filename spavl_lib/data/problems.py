@@ -1,6 +1,7 @@
 """Find the problems of rows, and refuse or leave out bad rows.
 
-Every problem is a line `FILE:ROW field: reason`.
+Every problem is a line `FILE:ROW field: reason`. ROW counts from 1; in JSON Lines and CSV it is the
+line of the file.
 """
 
 import bisect
@@ -258,4 +259,4 @@ class Shards:
     def __call__(self, index: int) -> str:
         """`FILE:ROW` of a row."""
         shard = bisect.bisect_right(self.starts, index) - 1
-        return f"{self.files[shard]}:{index - self.starts[shard]}"
+        return f"{self.files[shard]}:{index - self.starts[shard] + 1}"

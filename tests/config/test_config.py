@@ -249,7 +249,7 @@ def test_all_faults_are_listed_at_once(profile: Path) -> None:
     with pytest.raises(InputError) as refused:
         load_config(str(profile), overrides)
     assert str(refused.value).splitlines() == [
-        f"{profile}: 10 problems",
+        f"{profile} with overrides: 10 problems",
         "  data.train_rows must be greater than or equal to 0, got -3",
         "  model.adapter must be 'full', 'lora', 'qlora' or 'frozen', got 'lorra'; "
         "did you mean 'lora'?",

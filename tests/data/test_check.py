@@ -48,7 +48,7 @@ def test_every_kind_of_problem_is_listed(tmp_path: Path) -> None:
     assert report["problems"] == 3 == train["problem_count"]
     assert train["rows"] == 6 and train["duplicates"] == train["duplicate_rows"] == 1
     lines = " ".join(train["problems"])
-    assert ":1 chosen: empty" in lines and ":2 image: unreadable" in lines
+    assert ":2 chosen: empty" in lines and ":3 image: unreadable" in lines
     assert "train/5 chosen: " in lines and "more than 512" in lines
     assert train["no_class"] == 6 and len(train["unmatched"]["no_class"]) == 6
     assert "train: 3 problems" in table(report)

@@ -124,14 +124,16 @@ def check_case(config: Callable, damaged: set[int], file: str) -> None:
             return
         with pytest.raises(InputError) as caught:
             load_preferences(config(), "train")
-        named = {int(line.split(f"{file}:")[1].split(" ")[0]) for line in lines_of(caught.value)}
+        named = {
+            int(line.split(f"{file}:")[1].split(" ")[0]) - 1 for line in lines_of(caught.value)
+        }
         assert named == damaged
         if len(damaged) < ROWS:
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
                 loaded = read_preferences(config(on_bad_rows="skip"), "train")
             assert len(loaded.rows) == ROWS - len(damaged)
-            listed = {int(p.split(f"{file}:")[1].split(" ")[0]) for p in loaded.skipped}
+            listed = {int(p.split(f"{file}:")[1].split(" ")[0]) - 1 for p in loaded.skipped}
             assert listed == damaged
             assert any(f"{len(damaged)} of {ROWS} rows skipped" in str(w.message) for w in said)
     finally:

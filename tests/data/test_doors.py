@@ -290,7 +290,7 @@ def test_a_picture_that_is_not_found_is_an_error_of_its_row(tmp_path: Path, name
     with pytest.raises(InputError) as caught:
         load_preferences(own(path), "train")
     found = problems_of(caught.value)
-    assert all(line.startswith(f"{path}:1 ") for line in found) and any(says in x for x in found)
+    assert all(line.startswith(f"{path}:2 ") for line in found) and any(says in x for x in found)
 
 
 @pytest.mark.parametrize("name", ["image_path", "photo", "pixel_values"])
@@ -322,7 +322,7 @@ def test_a_mapped_column_that_does_not_exist_is_an_error(tmp_path: Path, field: 
 def test_the_originals_layout_loses_no_picture_either(tmp_path: Path, name: str) -> None:
     record = original_record(image=..., **{name: "0.png"})
     folder = write_original_folder(tmp_path, {"easy": [record]})
-    with pytest.raises(InputError, match=f"easy.json:0 image: none, but field '{name}' names one"):
+    with pytest.raises(InputError, match=f"easy.json:1 image: none, but field '{name}' names one"):
         load_preferences(original_config(folder), "train")
 
 
@@ -359,10 +359,10 @@ def test_a_system_column_is_refused_as_a_system_turn_is(
     with pytest.raises(InputError) as caught:
         load_preferences(own(path), "train")
     [line] = problems_of(caught.value)
-    assert line.startswith(f"{path}:1 prompt: ") and repr(column) in line
+    assert line.startswith(f"{path}:2 prompt: ") and repr(column) in line
     record = original_record(image=..., **{column: "Be mad."})
     folder = write_original_folder(tmp_path / "set", {"easy": [record]})
-    with pytest.raises(InputError, match=f"easy.json:0 prompt: .*'{column}'"):
+    with pytest.raises(InputError, match=f"easy.json:1 prompt: .*'{column}'"):
         load_preferences(original_config(folder), "train")
 
 
@@ -404,12 +404,12 @@ def test_cells_of_a_table_stay_the_text_that_they_are(tmp_path: Path, end: str) 
     [
         (
             "prompt,chosen,rejected\nQ?,Yes.,No.\nQ?,a,b,c\n",
-            ":1 record: 4 cells, but the header has 3",
+            ":3 record: 4 cells, but the header has 3",
         ),
-        ("prompt,chosen,rejected\nQ?,Yes.\n", ":0 record: 2 cells"),
+        ("prompt,chosen,rejected\nQ?,Yes.\n", ":2 record: 2 cells"),
         ("prompt,chosen,chosen\nQ?,a,b\n", "the column 'chosen' twice"),
         ('prompt,chosen,rejected\n"Q?,a,b\n', "not CSV: line 2"),
-        ("prompt;chosen;rejected\nQ?;a;b\n", ":0 chosen: missing"),
+        ("prompt;chosen;rejected\nQ?;a;b\n", ":2 chosen: missing"),
     ],
 )
 def test_a_misshapen_table_is_refused(tmp_path: Path, page: str, says: str) -> None:
@@ -638,17 +638,17 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         ([{"prompt": "Q?"}], "its rows belong to no evaluation set"),
         (
             [{"prompt": "Q?", "set": "harm"}, {"prompt": "R?"}],
-            ":1 set: expected harm, help, look_alikes, got None",
+            ":2 set: expected harm, help, look_alikes, got None",
         ),
         (
             [{"prompt": "Q?", "set": "harmful"}],
-            ":0 set: expected harm, help, look_alikes, got 'harmful'",
+            ":1 set: expected harm, help, look_alikes, got 'harmful'",
         ),
-        ([{"prompt": "", "set": "harm"}], ":0 prompt: empty"),
-        ([{"ask": "Q?", "set": "harm"}], ":0 prompt: missing"),
-        ([{"prompt": "Q?", "set": "harm", "image": "gone.png"}], ":0 image: missing image"),
-        ([{"prompt": "Q?", "set": "harm", "img": "gone.png"}], ":0 image: none, but column 'img'"),
-        ([{"prompt": "Q?", "set": "harm", "system": "Be mad."}], ":0 prompt: a system turn"),
+        ([{"prompt": "", "set": "harm"}], ":1 prompt: empty"),
+        ([{"ask": "Q?", "set": "harm"}], ":1 prompt: missing"),
+        ([{"prompt": "Q?", "set": "harm", "image": "gone.png"}], ":1 image: missing image"),
+        ([{"prompt": "Q?", "set": "harm", "img": "gone.png"}], ":1 image: none, but column 'img'"),
+        ([{"prompt": "Q?", "set": "harm", "system": "Be mad."}], ":1 prompt: a system turn"),
     ],
 )
 def test_bad_prompts_of_ones_own_are_refused(tmp_path: Path, rows: list[dict], says: str) -> None:
@@ -672,7 +672,7 @@ def test_the_originals_inference_lists_are_its_prompts(tmp_path: Path) -> None:
     (folder / record["image"]).write_bytes(png((90, 90, 90)))
     assert source_sha256(config, "harm") != before
     (folder / record["image"]).write_bytes(b"no picture")
-    with pytest.raises(InputError, match="infer_harm.json:0 image: unreadable"):
+    with pytest.raises(InputError, match="infer_harm.json:1 image: unreadable"):
         load_prompts(config, "harm")
 
 

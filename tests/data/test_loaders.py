@@ -173,7 +173,7 @@ def test_every_bad_row_of_a_parquet_file_is_listed_at_once(tmp_path: Path) -> No
         load_preferences(hub_config(folder), "train")
     found = [line.split("parquet:")[1] for line in problems_of(caught.value)]
     assert sorted(line.split(":")[0] for line in found) == [
-        "1 chosen", "2 prompt", "3 image", "4 rejected", "5 image", "6 image", "8 rejected",
+        "2 chosen", "3 prompt", "4 image", "5 rejected", "6 image", "7 image", "9 rejected",
     ]  # fmt: skip
     assert "7 problems" in str(caught.value)
 
@@ -210,9 +210,9 @@ def test_wrong_classes_are_listed(tmp_path: Path) -> None:
         load_preferences(hub_config(folder), "validation")
     found = [line.split("parquet:")[1] for line in problems_of(caught.value)]
     assert found == [
-        "1 class3: unknown class 'thievery'",
-        "2 class1: 'Misinformation Harms' is not the parent of 'theft'",
-        "3 class3: unknown class 'scams'",
+        "2 class3: unknown class 'thievery'",
+        "3 class1: 'Misinformation Harms' is not the parent of 'theft'",
+        "4 class3: unknown class 'scams'",
     ]
 
 
@@ -515,7 +515,7 @@ def test_a_bad_record_is_named_by_file_and_row(tmp_path: Path, name: str) -> Non
     with pytest.raises(InputError) as caught:
         load_preferences(original_config(folder), "train")
     (line,) = problems_of(caught.value)
-    assert line.startswith(f"{folder / 'easy.json'}:1 {message}")
+    assert line.startswith(f"{folder / 'easy.json'}:2 {message}")
 
 
 def test_all_bad_records_are_listed_in_one_error(tmp_path: Path) -> None:
@@ -531,8 +531,8 @@ def test_all_bad_records_are_listed_in_one_error(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_preferences(original_config(folder), "train")
     lines = problems_of(caught.value)
-    expected = {f"{folder / 'easy.json'}:{i} {BAD_RECORDS[n][1]}" for i, n in enumerate(kept)}
-    expected.add(f"{folder / 'hardq.json'}:0 id: 0 repeats {folder / 'easy.json'}:0")
+    expected = {f"{folder / 'easy.json'}:{i} {BAD_RECORDS[n][1]}" for i, n in enumerate(kept, 1)}
+    expected.add(f"{folder / 'hardq.json'}:1 id: 0 repeats {folder / 'easy.json'}:1")
     assert len(lines) == len(expected)
     for beginning in expected:
         assert sum(line.startswith(beginning) for line in lines) == 1, beginning

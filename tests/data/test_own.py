@@ -141,7 +141,7 @@ def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         load_preferences(own(folder / "train.parquet"), "train")
     [line] = problems_of(caught.value)
-    assert f"train.parquet:1 image: image path '{outside}' must be relative to" in line
+    assert f"train.parquet:2 image: image path '{outside}' must be relative to" in line
 
 
 BAD = {
@@ -164,7 +164,7 @@ def test_what_is_not_understood_is_named_by_file_and_row(tmp_path: Path, name: s
     with pytest.raises(InputError) as caught:
         load_preferences(own(folder), "train")
     lines = problems_of(caught.value)
-    assert all(line.startswith(f"{folder / 'train.json'}:1 ") for line in lines)
+    assert all(line.startswith(f"{folder / 'train.json'}:2 ") for line in lines)
     assert any(says in line for line in lines), lines
 
 

@@ -33,78 +33,79 @@ def line(**changes: object) -> bytes:
     return json.dumps(made).encode()
 
 
-# Lines between a good first and a good last one, and what is said of them: number in the file from
-# 0, field and the beginning of the reason. Nothing said: the line is good.
+# Lines between a good first and a good last one, and what is said of them: number of the line,
+# field and the beginning of the reason. Nothing said: the line is good.
 ROWS: dict[str, tuple[list[bytes], list[str]]] = {
     # syntax
-    "half a line": ([line()[:40]], ["1 record: not JSON: "]),
-    "two objects on a line": ([line() + line(id="c")], ["1 record: not JSON: Extra data"]),
-    "trailing comma": ([line()[:-1] + b",}"], ["1 record: not JSON: "]),
-    "single quotes": ([line().replace(b'"', b"'")], ["1 record: not JSON: "]),
-    "no comma": ([line().replace(b",", b"")], ["1 record: not JSON: "]),
-    "raw NUL": ([line(prompt="a?b").replace(b"?", b"\0")], ["1 record: not JSON: Invalid control"]),
+    "half a line": ([line()[:40]], ["2 record: not JSON: "]),
+    "two objects on a line": ([line() + line(id="c")], ["2 record: not JSON: Extra data"]),
+    "trailing comma": ([line()[:-1] + b",}"], ["2 record: not JSON: "]),
+    "single quotes": ([line().replace(b'"', b"'")], ["2 record: not JSON: "]),
+    "no comma": ([line().replace(b",", b"")], ["2 record: not JSON: "]),
+    "raw NUL": ([line(prompt="a?b").replace(b"?", b"\0")], ["2 record: not JSON: Invalid control"]),
     "carriage returns": ([line() + b"\r"], []),
     "blank lines": ([b"", b"  ", line(), b""], []),
-    "no object": ([b"[1, 2]"], ["1 record: expected an object, got list"]),
-    "a text": ([b'"x"'], ["1 record: expected an object, got str"]),
-    "null": ([b"null"], ["1 record: expected an object, got NoneType"]),
-    "nested too deep": ([b"[" * 100_000], ["1 record: not JSON: "]),
+    "bad after blank lines": ([b"", b"  ", line(chosen="")], ["4 chosen: empty"]),
+    "no object": ([b"[1, 2]"], ["2 record: expected an object, got list"]),
+    "a text": ([b'"x"'], ["2 record: expected an object, got str"]),
+    "null": ([b"null"], ["2 record: expected an object, got NoneType"]),
+    "nested too deep": ([b"[" * 100_000], ["2 record: not JSON: "]),
     "a field twice": (
-        [line()[:-1] + b', "chosen": "Another."}'], ["1 record: it has the field 'chosen' twice"],
+        [line()[:-1] + b', "chosen": "Another."}'], ["2 record: it has the field 'chosen' twice"],
     ),
     "several bad lines of several kinds": (
         [line()[:40], line(chosen=""), line(id="c", image="gone.png"), b"null"],
-        ["1 record: not JSON: ", "2 chosen: empty", "3 image: ", "4 record: expected an object"],
+        ["2 record: not JSON: ", "3 chosen: empty", "4 image: ", "5 record: expected an object"],
     ),
     # fields
-    "no chosen": ([line(chosen=GONE)], ["1 chosen: missing"]),
-    "no rejected": ([line(rejected=GONE)], ["1 rejected: missing"]),
-    "no prompt": ([line(prompt=GONE)], ["1 prompt: missing, and the answers"]),
-    "null chosen": ([line(chosen=None)], ["1 chosen: missing"]),
-    "null rejected": ([line(rejected=None)], ["1 rejected: missing"]),
-    "null prompt": ([line(prompt=None)], ["1 prompt: missing, and the answers"]),
-    "prompt is a number": ([line(prompt=7)], ["1 prompt: expected text, got int"]),
-    "chosen is a number": ([line(chosen=7.5)], ["1 chosen: expected text, got float"]),
-    "chosen is true": ([line(chosen=True)], ["1 chosen: expected text, got bool"]),
+    "no chosen": ([line(chosen=GONE)], ["2 chosen: missing"]),
+    "no rejected": ([line(rejected=GONE)], ["2 rejected: missing"]),
+    "no prompt": ([line(prompt=GONE)], ["2 prompt: missing, and the answers"]),
+    "null chosen": ([line(chosen=None)], ["2 chosen: missing"]),
+    "null rejected": ([line(rejected=None)], ["2 rejected: missing"]),
+    "null prompt": ([line(prompt=None)], ["2 prompt: missing, and the answers"]),
+    "prompt is a number": ([line(prompt=7)], ["2 prompt: expected text, got int"]),
+    "chosen is a number": ([line(chosen=7.5)], ["2 chosen: expected text, got float"]),
+    "chosen is true": ([line(chosen=True)], ["2 chosen: expected text, got bool"]),
     "prompt is a list of texts": (
-        [line(prompt=["What?"])], ["1 prompt: expected text in a turn, got str"],
+        [line(prompt=["What?"])], ["2 prompt: expected text in a turn, got str"],
     ),
-    "image is a number": ([line(image=3)], ["1 image: expected a path, got int"]),
-    "image is an object": ([line(image={"a": 1})], ["1 image: expected a path, got dict"]),
+    "image is a number": ([line(image=3)], ["2 image: expected a path, got int"]),
+    "image is an object": ([line(image={"a": 1})], ["2 image: expected a path, got dict"]),
     "no id": ([line(id=GONE)], []),
     "no image": ([line(image=GONE)], []),
     "a further field": ([line(note="x")], []),
     # values
-    "empty chosen": ([line(chosen="")], ["1 chosen: empty"]),
-    "blanks": ([line(rejected=" \n\t")], ["1 rejected: empty"]),
-    "nothing to be seen": ([line(chosen="\u200b\u200d\ufeff")], ["1 chosen: empty"]),
-    "empty prompt": ([line(prompt="")], ["1 prompt: empty"]),
-    "equal answers": ([line(rejected="A cat.")], ["1 rejected: equal to chosen"]),
-    "equal but for blanks": ([line(rejected=" A cat.\n")], ["1 rejected: equal to chosen"]),
-    "an id twice": ([line(), line(prompt="Who?")], ["2 id: b repeats "]),
-    "an id thrice": ([line(), line(), line()], ["2 id: b repeats ", "3 id: b repeats "]),
+    "empty chosen": ([line(chosen="")], ["2 chosen: empty"]),
+    "blanks": ([line(rejected=" \n\t")], ["2 rejected: empty"]),
+    "nothing to be seen": ([line(chosen="\u200b\u200d\ufeff")], ["2 chosen: empty"]),
+    "empty prompt": ([line(prompt="")], ["2 prompt: empty"]),
+    "equal answers": ([line(rejected="A cat.")], ["2 rejected: equal to chosen"]),
+    "equal but for blanks": ([line(rejected=" A cat.\n")], ["2 rejected: equal to chosen"]),
+    "an id twice": ([line(), line(prompt="Who?")], ["3 id: b repeats "]),
+    "an id thrice": ([line(), line(), line()], ["3 id: b repeats ", "4 id: b repeats "]),
     "an id with a slash": ([line(id="x/../b")], []),
-    "escaped NUL": ([line(chosen="a\0b")], ["1 chosen: holds a NUL character"]),
-    "half a surrogate pair": ([line(chosen="\ud800")], ["1 chosen: holds half a surrogate pair"]),
-    "record separator": ([line(rejected="a\x1eb")], ["1 rejected: holds a record separator"]),
+    "escaped NUL": ([line(chosen="a\0b")], ["2 chosen: holds a NUL character"]),
+    "half a surrogate pair": ([line(chosen="\ud800")], ["2 chosen: holds half a surrogate pair"]),
+    "record separator": ([line(rejected="a\x1eb")], ["2 rejected: holds a record separator"]),
     "over the limit": (
-        [line(chosen="y" * (MAX_CHARACTERS + 1))], [f"1 chosen: {MAX_CHARACTERS + 1:,} characters"],
+        [line(chosen="y" * (MAX_CHARACTERS + 1))], [f"2 chosen: {MAX_CHARACTERS + 1:,} characters"],
     ),
-    "10 MB": ([line(prompt="z" * 10_000_000)], ["1 prompt: 10,000,000 characters"]),
-    "both answers bad": ([line(chosen="", rejected=" ")], ["1 chosen: empty", "1 rejected: empty"]),
+    "10 MB": ([line(prompt="z" * 10_000_000)], ["2 prompt: 10,000,000 characters"]),
+    "both answers bad": ([line(chosen="", rejected=" ")], ["2 chosen: empty", "2 rejected: empty"]),
     # pictures
-    "missing file": ([line(image="gone.png")], ["1 image: "]),
-    "two pictures": ([line(image=["b.png", "b.png"])], ["1 image: 2 images"]),
+    "missing file": ([line(image="gone.png")], ["2 image: "]),
+    "two pictures": ([line(image=["b.png", "b.png"])], ["2 image: 2 images"]),
     "a mark without a picture": (
-        [line(image=None, prompt="<image>What?")], ["1 image: 1 <image> in the text"],
+        [line(image=None, prompt="<image>What?")], ["2 image: 1 <image> in the text"],
     ),
-    "two marks": ([line(prompt="<image><image>What?")], ["1 image: 2 <image> in the text"]),
-    "a folder": ([line(image="folder.png")], ["1 image: "]),
-    "web address": ([line(image="https://example.org/b.png")], ["1 image: "]),
-    "data address": ([line(image="data:image/png;base64,iVBORw0KGgo=")], ["1 image: "]),
-    "other case": ([line(image="B.PNG")], ["1 image: "]),
-    "remote share": ([line(image="\\\\host\\share\\b.png")], ["1 image: "]),
-    "above the folder": ([line(image="../b.png")], ["1 image: "]),
+    "two marks": ([line(prompt="<image><image>What?")], ["2 image: 2 <image> in the text"]),
+    "a folder": ([line(image="folder.png")], ["2 image: "]),
+    "web address": ([line(image="https://example.org/b.png")], ["2 image: "]),
+    "data address": ([line(image="data:image/png;base64,iVBORw0KGgo=")], ["2 image: "]),
+    "other case": ([line(image="B.PNG")], ["2 image: "]),
+    "remote share": ([line(image="\\\\host\\share\\b.png")], ["2 image: "]),
+    "above the folder": ([line(image="../b.png")], ["2 image: "]),
 }  # fmt: skip
 GOOD = (line(id="a", image="a.png"), line(id="z", image="z.png"))
 # Whole files of which no row can be told, and what is said.
@@ -162,7 +163,7 @@ def test_sixty_malformed_manifests(tmp_path: Path, record: Callable) -> None:
             read_preferences(own(folder), "train")
         assert str(folder) in str(caught.value)
     tried += 1 + len(FILES)
-    assert tried == 59
+    assert tried == 60
     record("D1", tried, tried, "manifests in JSON Lines")
 
 
@@ -188,16 +189,16 @@ def test_a_field_that_stands_twice_in_a_list_is_named_by_its_row(
         read_preferences(config, "train")
     said = problems_of(caught.value)
     assert len(said) == 2, said
-    assert said[0].endswith(f"{file}:0 record: it has the field 'from' twice")
-    assert said[1].endswith(f"{file}:1 record: it has the field 'chosen' twice")
+    assert said[0].endswith(f"{file}:1 record: it has the field 'from' twice")
+    assert said[1].endswith(f"{file}:2 record: it has the field 'chosen' twice")
 
 
 SHAPES: dict[str, tuple[Callable[[dict], dict], str]] = {
     "no bytes and no path": (
-        lambda r: r | {"image": {"bytes": b"", "path": ""}}, "parquet:1 image: ",
+        lambda r: r | {"image": {"bytes": b"", "path": ""}}, "parquet:2 image: ",
     ),
     "a path without bytes": (
-        lambda r: r | {"image": {"bytes": None, "path": "/etc/hostname"}}, "parquet:1 image: ",
+        lambda r: r | {"image": {"bytes": None, "path": "/etc/hostname"}}, "parquet:2 image: ",
     ),
     "columns in another order": (lambda r: dict(reversed(r.items())), ""),
     "answers under other names": (
@@ -233,4 +234,4 @@ def test_the_command_says_it_by_its_code(
         main(["train", "dpo", "-p", "smoke", *words])
     said = capsys.readouterr().err
     assert caught.value.code == 2
-    assert "train.jsonl:1 record: not JSON" in said and "train.jsonl:2 chosen: empty" in said
+    assert "train.jsonl:2 record: not JSON" in said and "train.jsonl:3 chosen: empty" in said

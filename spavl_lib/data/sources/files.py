@@ -91,11 +91,12 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         if not isinstance(records, list):
             kind = type(records).__name__
             raise InputError(f"{path}: expected a list of records, got {kind}")
-        yield from ((f"{path}:{i}", r) for i, r in enumerate(records))
+        yield from ((f"{path}:{i}", r) for i, r in enumerate(records, 1))
         return
     # splitlines() would also split at line separators inside a JSON string.
-    lines = (line for line in text.split("\n") if line.strip())
-    for number, line in enumerate(lines):
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             record = json.loads(line, object_pairs_hook=once)
         except (ValueError, RecursionError) as error:
@@ -113,7 +114,11 @@ def _read_csv(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
             repeated = sorted({name for name in header if header.count(name) > 1})
             if repeated:
                 raise InputError(f"{path}: its header has the column {repeated[0]!r} twice")
-            for number, cells in enumerate(row for row in rows if row):
+            before = rows.line_num
+            for cells in rows:
+                number, before = before + 1, rows.line_num  # a cell may hold line breaks
+                if not cells:
+                    continue
                 record: Any = dict(zip(header, cells, strict=False))
                 if len(cells) != len(header):
                     reason = f"{len(cells)} cells, but the header has {len(header)}"

@@ -127,9 +127,9 @@ def read_meta(path: Path) -> list[dict]:
         raise InputError(f"{path}: not JSON: {error}") from error
     if not isinstance(records, list):
         raise InputError(f"{path}: expected a list, got {type(records).__name__}")
-    for index, record in enumerate(records):
+    for number, record in enumerate(records, 1):
         if not isinstance(record, dict) or not isinstance(record.get("image"), str):
-            raise InputError(f"{path}:{index} image: missing")
+            raise InputError(f"{path}:{number} image: missing")
     return records
 
 

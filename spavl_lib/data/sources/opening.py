@@ -214,7 +214,7 @@ def _records(rows: Dataset, source: str) -> Iterator[tuple[str, dict]]:
     for table in batches(rows):
         carried = {n: [_stand_in(n, c) for c in table.column(n)] for n in pictures}
         for offset, row in enumerate(table.drop_columns(pictures).to_pylist()):
-            yield f"{source}:{index}", row | {n: cells[offset] for n, cells in carried.items()}
+            yield f"{source}:{index + 1}", row | {n: cells[offset] for n, cells in carried.items()}
             index += 1
 
 

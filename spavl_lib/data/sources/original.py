@@ -137,8 +137,8 @@ def load(
     places: list[str] = []
     for keyword in keywords or tuple(lists):
         path = folder / lists[keyword]
-        for index, record in enumerate(_read_list(path)):
-            place = f"{path}:{index}"
+        for number, record in enumerate(_read_list(path), 1):
+            place = f"{path}:{number}"
             row, lines = _row(record, place, image_root, TYPE_OF_KEYWORD.get(keyword, ""))
             if lines:
                 problems[len(parsed)] = lines
@@ -176,7 +176,7 @@ def load_prompts(path: Path, image_root: Path) -> Dataset:
     places: list[str] = []
     problems: Problems = {}
     for index, record in enumerate(_read_list(path)):
-        places.append(f"{path}:{index}")
+        places.append(f"{path}:{index + 1}")
         row, found = _row(record, places[-1], image_root, "", required=("id", "question"))
         if found:
             problems[index] = found
