@@ -2,6 +2,7 @@
 
 import functools
 import math
+import tempfile
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,9 @@ from spavl_lib.config.sections import SMOOTHED, DPOLoss
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import dpo, reward
 from tests.helpers import embedded_processor, mini_rows, smoke
+
+# A root of runs into which next to nothing is written.
+UNUSED = Path(tempfile.gettempdir()) / "spavl-unused"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = 4
@@ -46,7 +50,7 @@ def step(trainer: Any, rows: list[dict], cut: Sequence[int]) -> tuple[float, Ten
 
 def built(kind: str, **settings: Any) -> Any:
     config = smoke({"model.adapter": "frozen"} | settings, run_name="r")
-    stage = Run(config, root=Path("unused")).stage(kind)
+    stage = Run(config, root=UNUSED).stage(kind)
     rows = mini_rows().select(range(PAIRS))
     if kind == "reward":
         return reward.build_trainer(config, stage, embedded_processor(), rows)

@@ -7,6 +7,7 @@ arrives, or stands in `FREE` with its reason; a field that is in neither fails.
 
 import dataclasses
 import math
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,9 @@ from spavl_lib.trainers import dpo, ppo, reward, rloo
 from spavl_lib.trainers.inputs import limit_of
 from spavl_lib.trainers.reward import VLMRewardTrainer
 from tests.helpers import embedded_processor, mini_rows, smoke
+
+# A root of runs into which next to nothing is written.
+UNUSED = Path(tempfile.gettempdir()) / "spavl-unused"
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Seen = Callable[[Any], Any]
@@ -65,7 +69,7 @@ def changed(section: str, changes: dict[str, Any], **more: Any) -> tuple[Config,
     for name in changes:
         before, after = (getattr(getattr(c, section), name) for c in (plain, config))
         assert before != after, f"{section}.{name} is not changed, so nothing would be shown"
-    return config, Run(config, root=Path("unused")).stage(section)
+    return config, Run(config, root=UNUSED).stage(section)
 
 
 def assert_arrives(section: Any, table: dict[str, Seen], where: Any, free: dict[str, str]) -> None:
@@ -148,7 +152,7 @@ def test_whoever_loads_a_model_shares_prefixes_as_asked(
     changes = {"model.share_prefix": mode, "model.adapter": "lora"}
     config = smoke(changes, run_name="r")
     rows = mini_rows().select(range(2))
-    folder = Run(config, root=Path("unused")).stage("dpo")
+    folder = Run(config, root=UNUSED).stage("dpo")
     dpo.build_trainer(config, folder, embedded_processor(), rows, rows)
     reward.build_model(config)
     roles.load_roles(config.model, reward_folders["lora"], ())
@@ -352,7 +356,7 @@ def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_the_settings_of_vllm_arrive(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     config = smoke({f"rloo.{k}": v for k, v in changes.items()}, run_name="r")
-    stage = Run(config, root=Path("unused")).stage("rloo")
+    stage = Run(config, root=UNUSED).stage("rloo")
     arguments = rloo._arguments(config, stage, embedded_processor())
     for name, value in changes.items():
         assert RLOO_VLLM[name](arguments) == value, name
@@ -364,7 +368,7 @@ def test_what_trl_loads_itself_has_the_models_revision() -> None:
         ("full", "abc", {"revision": "abc"}), ("full", "", None), ("lora", "abc", None),
     ):  # fmt: skip
         config = smoke({"model.adapter": adapter, "model.revision": revision}, run_name="r")
-        stage = Run(config, root=Path("unused")).stage("rloo")
+        stage = Run(config, root=UNUSED).stage("rloo")
         arguments = rloo._arguments(config, stage, embedded_processor())
         assert arguments.model_init_kwargs == expected
         assert arguments.normalize_advantages is config.rloo.normalize_advantages
