@@ -1,17 +1,25 @@
-"""Run each distinct image of a batch through the vision tower once.
+"""Compute the visual features of each distinct image of a batch once.
 
-The outputs are kept as long as the batch's pixel tensor exists.
+A frozen tower's outputs are kept as long as the batch's pixel tensor exists.
 """
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+import dataclasses
+import functools
+import inspect
+import types
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from spavl_lib.modelling.families import tower_of
+
+HANDLE = "_vision_once"  # attribute of a wrapped backbone that holds its `VisionOnce`
 
 
 @dataclass(frozen=True)
@@ -22,134 +30,188 @@ class ImageGroups:
     """For each group the index of its first image, in order of appearance."""
     group: list[int]
     """For each image the number of its group, which is an index into `first`."""
-    pixels: Tensor
-    """The distinct images (groups, ...). The other dimensions are those of the batch."""
-    sizes: Tensor | None
-    """`image_sizes` of the distinct images (groups, 2); None if the model family has no sizes."""
-    outputs: dict = field(default_factory=dict)
-    """Outputs of the frozen tower for `pixels`, keyed by the tower's other arguments."""
+    arguments: dict[str, Tensor]
+    """Arguments of the backbone's `get_image_features` for the distinct images."""
+    kept: dict[tuple, dict] = field(default_factory=dict)
+    """Outputs of the frozen tower for the distinct images, by `VisionOnce.state`."""
 
 
-def group_images(pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
+def group_images(images: Sequence[Tensor], companions: Sequence[Tensor] = ()) -> ImageGroups:
     """Group equal images. All pixels are compared; checksums only select the candidates.
 
     Args:
-        pixels: Images (count, ...).
-        sizes: Heights and widths before preprocessing (count, 2), in pixels. Equal images also have
-            equal sizes. None if the model family has no sizes.
+        images: The images, of any shapes.
+        companions: Further tensors with one entry for each image, such as its size. Equal images
+            also have equal entries.
     """
     with torch.no_grad():
-        flat = pixels.detach().flatten(1)
-        sums = torch.stack(
-            [f.sum(1, dtype=torch.float64) for f in (flat, flat[:, ::7])], 1
-        ).tolist()
-        shapes = [()] * len(sums) if sizes is None else [tuple(s) for s in sizes.tolist()]
+        flat = [image.detach().flatten() for image in images]
+        sums = [torch.stack([f.sum(dtype=torch.float64), f[::7].sum(dtype=torch.float64)])
+                for f in flat]  # fmt: skip
+        checksums = torch.stack(sums).tolist()
+        others = [c.cpu().numpy() for c in companions]
         first: list[int] = []
         group: list[int] = []
         by_checksum: dict[tuple, list[int]] = {}
-        for i, checksum in enumerate(zip(map(tuple, sums), shapes, strict=True)):
-            candidates = by_checksum.setdefault(checksum, [])
-            equal = next((g for g in candidates if torch.equal(pixels[first[g]], pixels[i])), None)
+        for i, checksum in enumerate(checksums):
+            key = (*checksum, images[i].shape, *(c[i].tobytes() for c in others))
+            candidates = by_checksum.setdefault(key, [])
+            equal = next((g for g in candidates if torch.equal(images[first[g]], images[i])), None)
             if equal is None:
                 equal = len(first)
                 candidates.append(equal)
                 first.append(i)
             group.append(equal)
-    if len(first) == len(group):
-        return ImageGroups(first, group, pixels, sizes)
-    indices = torch.tensor(first, device=pixels.device)
-    distinct_sizes = None if sizes is None else sizes[indices.to(sizes.device)]
-    return ImageGroups(first, group, pixels[indices], distinct_sizes)
+    return ImageGroups(first, group, {})
 
 
-class VisionMemory:
-    """The groups and tower outputs of each pixel tensor, kept as long as the tensor exists.
+class VisionOnce:
+    """The wrapper of a backbone's `get_image_features`, and of its tower.
 
     Policy and reference get the same pixel tensor, and so do PPO's passes over a rollout. The
     frozen tower therefore runs in the first pass only. The projector runs in every pass, because it
-    trains.
+    trains. `images_run` counts the images that went through the tower.
     """
 
-    def __init__(self, tower: nn.Module):
-        self.tower = tower
+    def __init__(self, backbone: nn.Module):
+        self.backbone, self.tower = backbone, tower_of(backbone)
+        self.plain_features = backbone.get_image_features
+        self.signature = tuple(inspect.signature(type(backbone).get_image_features).parameters)[1:]
         self.known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self.serving: ImageGroups | None = None
+        self.outputs: dict | None = None
         self.images_run = 0
-        self.plain_forward = tower.forward
-        tower.forward = self.forward
+        self.plain_forward = self.tower.forward
 
-    def __deepcopy__(self, memo: dict) -> "VisionMemory":
+        # `generate` reads the signature of this method.
+        @functools.wraps(type(backbone).get_image_features)
+        def image_features(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return getattr(module, HANDLE).features(*args, **kwargs)
+
+        backbone.get_image_features = types.MethodType(image_features, backbone)
+        self.tower.forward = self.forward
+        setattr(backbone, HANDLE, self)
+
+    def __deepcopy__(self, memo: dict) -> "VisionOnce":
         other = type(self).__new__(type(self))
         memo[id(self)] = other
-        fresh = {"known": WeakIdKeyDictionary(), "serving": None}
+        fresh = {"known": WeakIdKeyDictionary(), "serving": None, "outputs": None}
         for name, value in vars(self).items():
             setattr(other, name, fresh[name] if name in fresh else copy.deepcopy(value, memo))
         return other
 
     def restore(self) -> None:
-        """Restore the tower's forward."""
-        del self.tower.forward
+        """Remove the wrappers."""
+        del self.backbone.get_image_features, self.tower.forward
+        delattr(self.backbone, HANDLE)
 
-    def of(self, pixels: Tensor, sizes: Tensor | None) -> ImageGroups:
-        """The groups of a batch's images, computed once per tensor.
+    def features(self, *args: Any, **kwargs: Any) -> Any:
+        """The backbone's features of every image, computed once for equal images.
 
         Args:
-            pixels: Images (count, ...).
-            sizes: Heights and widths before preprocessing (count, 2), in pixels; or None.
+            *args: Positional arguments of the backbone's method.
+            **kwargs: Keyword arguments of the backbone's method.
         """
+        kwargs |= dict(zip(self.signature, args, strict=False))
+        pixels = kwargs.get("pixel_values")
+        if (
+            not isinstance(pixels, Tensor)
+            or not len(pixels)
+            or kwargs.get("return_dict") is False
+            or (self.tower.training and any(active_dropout(m) for m in self.tower.modules()))
+        ):
+            return self.plain_features(**kwargs)
+        kwargs["return_dict"] = True
+        groups = self._groups(kwargs)
+        outputs = None if pixels.requires_grad else self._outputs(groups)
+        self.serving, self.outputs = groups, outputs
+        try:
+            features = self.plain_features(**kwargs | groups.arguments)
+        finally:
+            self.serving = self.outputs = None
+        if outputs is not None:
+            # transformers adds hooks in a tower's first pass, so the state is computed again.
+            groups.kept[self.state()] = outputs
+        if len(groups.first) == len(groups.group):
+            return features
+        pooled = features.pooler_output
+        if len(pooled) != len(groups.first):
+            return self.plain_features(**kwargs)
+        return BaseModelOutputWithPooling(pooler_output=[pooled[g] for g in groups.group])
+
+    def _groups(self, arguments: dict[str, Any]) -> ImageGroups:
+        """The groups of a batch's images, computed once per pixel tensor.
+
+        Args:
+            arguments: Arguments of the backbone's method. A tensor with one entry for each image
+                belongs to the images.
+        """
+        pixels: Tensor = arguments["pixel_values"]
+        companions = {
+            name: value
+            for name, value in arguments.items()
+            if isinstance(value, Tensor) and value is not pixels and value.ndim
+        }
         if pixels.is_inference():  # an inference tensor has no version counter
-            return group_images(pixels, sizes)
+            return _grouped(pixels, companions)
         state, groups = self.known.get(pixels, (None, None))
-        if state != (current := state_of([pixels])):
-            groups = group_images(pixels, sizes)
+        if state != (current := state_of([pixels, *companions.values()])):
+            groups = _grouped(pixels, companions)
             self.known[pixels] = (current, groups)
         return groups
 
-    @contextlib.contextmanager
-    def serve(self, groups: ImageGroups) -> Iterator[None]:
-        """A context in which the tower's outputs are kept in `groups`.
+    def _outputs(self, groups: ImageGroups) -> dict | None:
+        """What is kept of the tower for these images; None if nothing may be kept.
 
-        The caller gives `groups.pixels` to the tower.
+        The caller stores a new dictionary in `groups.kept` only after the pass, so that a pass
+        that was interrupted leaves nothing.
         """
-        self.serving = groups
-        try:
-            yield
-        finally:
-            self.serving = None
+        return groups.kept.get(self.state(), {}) if self.frozen() else None
 
     def frozen(self) -> bool:
-        """Whether the tower's output cannot change: no parameter trains, and no dropout is on."""
-        return not any(p.requires_grad for p in self.tower.parameters()) and not (
-            self.tower.training and any(active_dropout(m) for m in self.tower.modules())
-        )
+        """Whether no parameter of the tower trains, so that its output cannot change."""
+        return not any(p.requires_grad for p in self.tower.parameters())
 
-    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The tower's forward. A frozen tower's output is stored, and reused for equal calls."""
-        groups = self.serving
-        if groups is None or pixel_values.requires_grad or not self.frozen():
-            self.images_run += len(pixel_values)
-            return self.plain_forward(pixel_values, *args, **kwargs)
-        key = self._key(pixel_values, args, kwargs)
-        if key not in groups.outputs:
-            self.images_run += len(pixel_values)
-            with torch.no_grad():
-                output = self.plain_forward(pixel_values, *args, **kwargs)
-            # transformers adds hooks in a tower's first pass, so the key is computed again.
-            groups.outputs[key := self._key(pixel_values, args, kwargs)] = output
-        output = groups.outputs[key]
-        return type(output)(**output)  # a shallow copy, because the caller changes attributes
+    def state(self) -> tuple:
+        """What the tower's output depends on besides its input: its state, and autocast."""
+        device = next(self.tower.parameters()).device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        return (autocast, tower_state(self.tower))
 
-    def _key(self, pixels: Tensor, args: tuple, kwargs: dict) -> tuple:
-        """What the output depends on besides the pixels: other arguments, autocast and the tower.
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The tower's forward. A frozen tower's output is stored, and reused for equal calls.
 
         Args:
-            pixels: The images. Only their device counts.
-            args: The other positional arguments of the tower's forward.
-            kwargs: The keyword arguments of the tower's forward.
+            *args: Positional arguments of the tower's forward, the images first.
+            **kwargs: Keyword arguments of the tower's forward.
         """
-        device = pixels.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (repr(args), repr(sorted(kwargs.items())), autocast, tower_state(self.tower))
+        # Tensors depend on the images only, but a `TowerCache` may hand over a part of them.
+        inputs = [*args, *(value for _, value in sorted(kwargs.items()))]
+        key = tuple(x.shape if isinstance(x, Tensor) else repr(x) for x in inputs)
+        if self.outputs is not None and key in self.outputs:
+            output = self.outputs[key]
+        else:
+            self.images_run += len(self.serving.first) if self.serving else len(inputs[0])
+            if self.outputs is None:
+                return self.plain_forward(*args, **kwargs)
+            with torch.no_grad():
+                output = self.outputs[key] = self.plain_forward(*args, **kwargs)
+        return type(output)(**output)  # a shallow copy, because the caller changes attributes
+
+
+def _grouped(pixels: Tensor, companions: dict[str, Tensor]) -> ImageGroups:
+    """The groups of images.
+
+    Args:
+        pixels: Images (count, ...).
+        companions: Further tensor arguments of the backbone's method, by name.
+    """
+    along = {name: value for name, value in companions.items() if len(value) == len(pixels)}
+    groups = group_images(list(pixels), list(along.values()))
+    if len(groups.first) == len(groups.group):
+        return groups
+    chosen = {name: value[groups.first] for name, value in along.items()}
+    return dataclasses.replace(groups, arguments={"pixel_values": pixels[groups.first], **chosen})
 
 
 # Attributes of PEFT's layers that change the layers' output. Tensors are not listed here.
