@@ -257,7 +257,7 @@ def test_a_copy_has_its_own_wrapper() -> None:
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
 def test_other_families_say_so_and_stay_as_they_are(family: str) -> None:
     model = copy.deepcopy(tiny(family)[0])
-    with pytest.warns(UserWarning, match="not one of llava"):
+    with pytest.warns(UserWarning, match="no test has shown that"):
         assert share_prefix(model) is None
     assert "forward" not in vars(model.model)
     with pytest.raises(InputError, match="model.share_prefix"):
@@ -271,9 +271,15 @@ def with_holes(batch: dict, model: nn.Module) -> dict:
 
 
 def four_axes(batch: dict, model: nn.Module) -> dict:
+    """A causal mask of four axes, as a backbone may give."""
     length = batch["input_ids"].shape[1]
     mask = torch.zeros(len(batch["input_ids"]), 1, length, length, dtype=torch.float64)
     return {"attention_mask": mask.masked_fill(torch.ones(length, length).triu(1).bool(), -1e9)}
+
+
+def biased_scores(batch: dict, model: nn.Module) -> dict:
+    mask = four_axes(batch, model)["attention_mask"]
+    return {"attention_mask": mask - 0.5}
 
 
 def several_sequences(batch: dict, model: nn.Module) -> dict:
@@ -294,7 +300,7 @@ def dropout(batch: dict, model: nn.Module) -> dict:
     return {}
 
 
-CASES = ((with_holes, "holes"), (four_axes, "not .rows, length"),
+CASES = ((with_holes, "holes"), (biased_scores, "change scores"),
          (several_sequences, "position_ids"), (dropout, "dropout"))  # fmt: skip
 
 
@@ -349,6 +355,18 @@ def test_positions_of_any_steps_are_shared() -> None:
     handle.restore()
     with torch.no_grad():
         assert (changed - logps(model, batch)).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_mask_of_four_axes_is_shared(attention: str) -> None:
+    model, processor = model_and_processor("embedded", attention)
+    batch = collated(processor, rows_of())
+    batch |= four_axes(batch, model)
+    with torch.no_grad():
+        plain = logps(model, batch)
+        handle = share_prefix(model, strict=True)
+        assert (logps(model, batch) - plain).abs().max() < TOLERANCE
+    assert handle.stats["shared"] == 1
 
 
 def test_ids_with_one_vector_keep_their_own_gradients() -> None:

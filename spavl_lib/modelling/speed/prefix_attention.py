@@ -6,6 +6,7 @@ function, so no mask (packed, packed) is built and no unneeded score is computed
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from spavl_lib.modelling.speed.prefix_tree import PrefixTree
+from spavl_lib.modelling.speed.prefix_tree import PrefixTree, Segment
 
 PLANS = "shared_prefix_plan"  # name of the keyword argument that passes the plan to the layers
 PREFIX = "shared_prefix_"  # starts the name of each attention implementation that takes plans
@@ -54,30 +55,36 @@ class AttentionPlan:
 
     @classmethod
     def of(
-        cls, tree: PrefixTree, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+        cls,
+        tree: PrefixTree,
+        config: PreTrainedConfig,
+        given: Callable[[str, Segment, int], Tensor | None],
+        embeddings: Tensor,
     ) -> "AttentionPlan":
         """The plan for a tree.
 
         Args:
             tree: Layout of the packed row.
             config: The text model's config.
-            device: Device of the masks.
-            dtype: Dtype of the hidden states.
+            given: For a kind of layer, a segment, and the number of a row that contains it: the
+                mask (length, depth + length) that the backbone gave, True where a token attends.
+                None if the kind is causal.
+            embeddings: The packed row (1, packed, hidden), of the masks' device and dtype.
         """
         kernel, kinds = kernel_of(config), layer_kinds(config)
         masks: dict[str, tuple[Tensor | None, ...]] = {}
         for kind in set(kinds) if kernel != "flex_attention" else ():
+            window = config.sliding_window if kind == SLIDING else None
             of_kind: list[Tensor | None] = []
             for segment in tree.segments:
-                seen = None
-                if segment.depth or kernel == "eager":
-                    shape = (segment.length, segment.depth + segment.length)
-                    seen = torch.ones(shape, dtype=torch.bool, device=device).tril(segment.depth)
-                of_kind.append(None if seen is None else _as_kernels(seen, kernel, dtype))
+                seen = given(kind, segment, int(tree.sources[segment.start, 0]))
+                if seen is None:
+                    seen = _causal(segment, window, kernel, embeddings.device)
+                of_kind.append(None if seen is None else _in_form_of(kernel, seen, embeddings))
             masks[kind] = tuple(of_kind)
         return cls(tree, kernel, kinds, masks)
 
-    def placeholder(self, embeddings: Tensor) -> Any:
+    def placeholder(self, embeddings: Tensor, given: Any) -> Any:
         """The `attention_mask` argument of the text model.
 
         With sdpa and eager it is a placeholder of four dimensions, because transformers passes such
@@ -85,23 +92,44 @@ class AttentionPlan:
 
         Args:
             embeddings: The packed row (1, packed, hidden).
+            given: The argument for the batch. A dictionary has a mask for each kind of layer.
         """
         if self.kernel == "flex_attention":
             return block_mask(self.tree, embeddings.device)
-        return embeddings.new_zeros(1, 1, 1, 1)
+        mask = embeddings.new_zeros(1, 1, 1, 1)
+        return dict.fromkeys(given, mask) if isinstance(given, dict) else mask
 
 
-def _as_kernels(seen: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
+def _causal(
+    segment: Segment, window: int | None, kernel: str, device: torch.device
+) -> Tensor | None:
+    """A causal mask (length, depth + length); None if the kernel needs none.
+
+    Args:
+        segment: The segment of the queries.
+        window: Number of last tokens to which a token attends, itself included; None for all.
+        kernel: sdpa or eager.
+        device: Device of the mask.
+    """
+    stop = segment.depth + segment.length
+    narrow = window is not None and stop > window
+    if kernel == "sdpa" and not segment.depth and not narrow:
+        return None
+    seen = torch.ones(segment.length, stop, dtype=torch.bool, device=device).tril(segment.depth)
+    return seen.triu(segment.depth - window + 1) if narrow and window is not None else seen
+
+
+def _in_form_of(kernel: str, seen: Tensor, embeddings: Tensor) -> Tensor:
     """A mask in the form that a kernel takes.
 
     Args:
-        seen: (length, depth + length), True where a token attends.
         kernel: sdpa or eager.
-        dtype: Dtype of the hidden states.
+        seen: (length, depth + length), True where a token attends.
+        embeddings: Hidden states of the dtype in which eager adds a mask to scores.
     """
     if kernel == "eager":
-        blocked = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        seen = blocked.masked_fill(~seen, torch.finfo(dtype).min)
+        blocked = embeddings.new_zeros(seen.shape)
+        seen = blocked.masked_fill(~seen, torch.finfo(blocked.dtype).min)
     return seen[None, None]
 
 

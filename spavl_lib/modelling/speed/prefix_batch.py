@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from spavl_lib.modelling.speed.prefix_tree import PrefixTree
-from spavl_lib.modelling.speed.token_keys import equal_rows, hash_rows, mix
+from spavl_lib.modelling.speed.prefix_attention import layer_kinds
+from spavl_lib.modelling.speed.prefix_tree import PrefixTree, Segment
+from spavl_lib.modelling.speed.token_keys import close_blocks, equal_rows, hash_rows, mix
+
+BLOCKED = -1e4  # a number of a mask up to this one blocks, in every dtype
 
 
 class NotShared(Exception):
@@ -26,17 +29,24 @@ class TextBatch:
         ids: Token ids (rows, length). Two ids may have one embedding, but each has its own
             gradient, so that only tokens of one id are computed together.
         config: Config of the text model.
+        causal: Whether the text model's layers are causal if no mask is given.
 
     Raises:
         NotShared: The batch cannot be packed.
     """
 
-    def __init__(self, arguments: dict[str, Any], ids: Tensor | None, config: PreTrainedConfig):
-        self.arguments, self.config = arguments, config
+    def __init__(
+        self, arguments: dict[str, Any], ids: Tensor | None, config: PreTrainedConfig, causal: bool
+    ):
+        self.arguments = arguments
         self.embeddings: Tensor = arguments["inputs_embeds"]
         self.rows, self.length = self.embeddings.shape[:2]
         if ids is None or ids.shape != (self.rows, self.length):
             raise NotShared("the batch holds embeddings instead of token ids")
+        kinds = set(layer_kinds(config))
+        self.seen = self._seen(kinds)
+        if not causal and kinds - self.seen.keys():
+            raise NotShared("no mask is given, and the text model is not causal by itself")
         self.real = self._real()
         self.first, self.counts = self.real.argmax(1), self.real.sum(1)
         if (self.counts == 0).any():
@@ -46,23 +56,78 @@ class TextBatch:
             raise NotShared("the attention mask has holes")
         self.positions = self._positions()
         # What a text model gets for a token: integers, and rows of tensors.
-        on_device = torch.stack([hash_rows(self.embeddings), ids])
+        sights, self.reach = self._sights()
+        on_device = torch.stack([hash_rows(self.embeddings), ids, *sights])
         self.hashed, *self.numbers = on_device.cpu().numpy()
         if self.positions is not None:
             self.numbers += list(self.positions - self.positions.min((1, 2), keepdims=True))
 
+    def _seen(self, kinds: set[str]) -> dict[str, Tensor]:
+        """For each kind of layer the mask that was given, True where a token attends.
+
+        A mask has the shape (rows, length, length). A kind without a mask is causal, as is each
+        kind if the mask has the shape (rows, length).
+
+        Args:
+            kinds: The kinds of the text model's layers.
+        """
+        given = self.arguments.get("attention_mask")
+        if given is None or (isinstance(given, Tensor) and given.ndim == 2):
+            return {}
+        table = given if isinstance(given, dict) else dict.fromkeys(kinds, given)
+        seen = {}
+        for kind in kinds:
+            if (mask := table.get(kind)) is None:
+                continue
+            if not isinstance(mask, Tensor):
+                raise NotShared(f"the attention mask is a {type(mask).__name__}")
+            if mask.shape[1:] != (1, self.length, self.length):
+                raise NotShared(f"the attention mask has shape {tuple(mask.shape)}")
+            if mask.dtype != torch.bool:
+                attends = mask == 0
+                if not (attends | (mask <= BLOCKED)).all():
+                    raise NotShared("the attention mask holds numbers that change scores")
+                mask = attends
+            seen[kind] = mask[:, 0].expand(self.rows, -1, -1)
+        return seen
+
     def _real(self) -> np.ndarray:
         """A mask (rows, length), True for tokens and False for padding."""
         mask = self.arguments.get("attention_mask")
-        shape = (self.rows, self.length)
-        if mask is None:
-            return np.ones(shape, bool)
-        if not isinstance(mask, Tensor) or mask.shape != shape:
-            raise NotShared(
-                f"the attention mask has shape {tuple(getattr(mask, 'shape', ()))}, "
-                "not (rows, length)"
-            )
+        if self.seen:  # padding is what no token attends to
+            real = torch.stack([seen.any(1) for seen in self.seen.values()]).any(0)
+            return real.cpu().numpy()
+        if mask is None or isinstance(mask, dict):
+            return np.ones((self.rows, self.length), bool)
+        if mask.shape != (self.rows, self.length):
+            raise NotShared(f"the attention mask has shape {tuple(mask.shape)}")
         return mask.detach().cpu().numpy() > 0
+
+    def _sights(self) -> tuple[list[Tensor], np.ndarray | None]:
+        """What the given masks say about each token. They stay on the device, being large.
+
+        Returns:
+            For each mask a hash (rows, length), int64, of the tokens to which a token attends,
+            counted from the row's first token. Second, the index (rows, length), counted in the
+            same way, of the last of them in any mask; None without a mask.
+        """
+        device = self.embeddings.device
+        chance = torch.Generator().manual_seed(8)
+        # Sums of these numbers are exact in 64-bit floats, in any order of addition.
+        factors = torch.randint(1 << 38, (self.length,), generator=chance).double().to(device)
+        columns = torch.arange(self.length, device=device)
+        reach = torch.zeros(self.rows, self.length, dtype=torch.int64, device=device)
+        hashes = []
+        for seen in self.seen.values():
+            hashed = torch.zeros_like(reach)
+            for row, (first, count) in enumerate(zip(self.first, self.counts, strict=True)):
+                span = slice(int(first), int(first + count))
+                own = seen[row, span, span]
+                hashed[row, span] = (own.double() @ factors[:count]).long()
+                last = torch.where(own, columns[:count], 0).amax(1)
+                reach[row, span] = torch.maximum(reach[row, span], last)
+            hashes.append(hashed)
+        return hashes, reach.cpu().numpy() if hashes else None
 
     def _positions(self) -> np.ndarray | None:
         """Positions (axes, rows, length), int64, that start alike in every row; None if not given.
@@ -85,7 +150,24 @@ class TextBatch:
     def keys(self) -> list[np.ndarray]:
         """For each row the keys (tokens,) of its tokens, without padding."""
         keys = mix([self.hashed, *self.numbers])
-        return [keys[row, real] for row, real in enumerate(self.real)]
+        rows = [keys[row, real] for row, real in enumerate(self.real)]
+        if self.reach is None:
+            return rows
+        reach = [self.reach[row, real] for row, real in enumerate(self.real)]
+        return [close_blocks(*of_row) for of_row in zip(rows, reach, strict=True)]
+
+    def given_mask(self, kind: str, segment: Segment, row: int) -> Tensor | None:
+        """The part (length, depth + length) of a given mask that a segment needs.
+
+        Args:
+            kind: Kind of layer. None is returned if it has no mask.
+            segment: The segment.
+            row: Number of a row that contains the segment.
+        """
+        if kind not in self.seen:
+            return None
+        first, stop = int(self.first[row]), int(self.first[row]) + segment.depth + segment.length
+        return self.seen[kind][row, first + segment.depth : stop, first:stop]
 
     def sources(self, tree: PrefixTree) -> np.ndarray:
         """For each packed token (packed,) the place in the flattened batch that it is taken from.

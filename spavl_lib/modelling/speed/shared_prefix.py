@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import FAMILIES, family_of, packs_images
+from spavl_lib.modelling.families import family_of, packs_images
 from spavl_lib.modelling.speed.fused_lora import fuse_lora
 from spavl_lib.modelling.speed.prefix_attention import (
+    FULL,
     PLANS,
+    SLIDING,
     AttentionPlan,
     install,
     kernel_of,
@@ -42,7 +44,10 @@ from spavl_lib.modelling.speed.prefix_batch import NotShared, TextBatch
 from spavl_lib.modelling.speed.prefix_tree import build_tree
 from spavl_lib.modelling.speed.vision_once import VisionOnce, active_dropout
 
-TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+# Text models with rotary positions that tests/families tries.
+TEXT_MODELS = (
+    "cohere2", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3",
+)  # fmt: skip
 # Types of rotary embedding whose frequencies depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
 HANDLE = "_shared_prefix"  # attribute of backbone and text model that holds the `SharedPrefix`
@@ -57,9 +62,12 @@ class SharedPrefix:
 
     def __init__(self, backbone: nn.Module, *, strict: bool, min_shared: int):
         self.backbone, self.strict, self.min_shared = backbone, strict, min_shared
-        self.text: Any = text_model_of(backbone)
+        self.text = text_model_of(backbone)
         self.plain_forward = self.text.forward
         self.signature = tuple(inspect.signature(type(self.text).forward).parameters)[1:]
+        # In a few text models the backbone's mask alone decides who attends to whom.
+        attention = [m for m in self.text.modules() if hasattr(m, "layer_idx")]
+        self.causal = all(getattr(m, "is_causal", True) for m in attention)
         self.vision = VisionOnce(backbone)
         self.ids: Tensor | None = None
         self.warned: set[str] = set()
@@ -105,7 +113,7 @@ class SharedPrefix:
         self.stats["batches"] += 1
         try:
             self._check(kwargs)
-            return self._packed(TextBatch(kwargs, ids, self.text.config))
+            return self._packed(TextBatch(kwargs, ids, self.text.config, self.causal))
         except NotShared as reason:
             self._warn(str(reason))
             return self.plain_forward(**kwargs)
@@ -155,7 +163,7 @@ class SharedPrefix:
             raise NotShared("")
         inner = batch.packed(batch.sources(tree), tree)
         embeddings = inner["inputs_embeds"]
-        plan = AttentionPlan.of(tree, self.text.config, embeddings.device, embeddings.dtype)
+        plan = AttentionPlan.of(tree, self.text.config, batch.given_mask, embeddings)
         # In training a cache has no reader, although some backbones create one.
         cache = None if torch.is_grad_enabled() else inner.get("past_key_values")
         packed_cache = None if cache is None else DynamicCache()
@@ -163,7 +171,7 @@ class SharedPrefix:
         output = self.plain_forward(
             **inner
             | {
-                "attention_mask": plan.placeholder(embeddings),
+                "attention_mask": plan.placeholder(embeddings, inner.get("attention_mask")),
                 "past_key_values": packed_cache,
                 "use_cache": cache is not None,
                 PLANS: plan,
@@ -244,7 +252,7 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return model.base_model if hasattr(model, "lm_head") else model
 
 
-def text_model_of(backbone: nn.Module) -> nn.Module | None:
+def text_model_of(backbone: nn.Module) -> Any:
     """The text model inside a backbone; None if no module has one of the usual names."""
     return getattr(backbone, "language_model", None) or getattr(backbone, "text_model", None)
 
@@ -252,20 +260,23 @@ def text_model_of(backbone: nn.Module) -> nn.Module | None:
 def unsupported(backbone: nn.Module) -> str:
     """Why a backbone cannot share prefixes with equal results; empty if it can."""
     config = backbone.config
+    if others := set(layer_kinds(config.get_text_config())) - {FULL, SLIDING}:
+        return f"layers of kind {', '.join(sorted(others))} have one state for each whole row"
     if not family_of(config).shares_prefixes:
-        sharing = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
-        return f"{config.model_type} is not one of {', '.join(sharing)}, which give equal results"
+        return f"no test has shown that {config.model_type} gives equal results with it"
     if packs_images(config):
         return f"the tower {config.vision_config.model_type} lays all images into one row"
     text = config.get_text_config()
     if text.model_type not in TEXT_MODELS:
         return f"the text model {text.model_type} is not one of {', '.join(TEXT_MODELS)}"
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in BATCH_WIDE_ROPE:
-        return f"rotary positions of type {rope['rope_type']!r} depend on the longest row"
-    if set(layer_kinds(text)) != {"full_attention"}:
-        return "the text model uses sliding-window attention"
-    attention = kernel_of(text)
+    by_kind = [r for r in rope.values() if isinstance(r, dict)]
+    for parameters in by_kind or [rope]:
+        if (kind := parameters.get("rope_type", "default")) in BATCH_WIDE_ROPE:
+            return f"rotary positions of type {kind!r} depend on the longest row"
+    attention, kinds = kernel_of(text), set(layer_kinds(text))
+    if attention == "flex_attention" and kinds != {FULL}:
+        return "flex_attention is not combined with sliding-window layers"
     if attention not in ("eager", "sdpa", "flex_attention"):
         return f"attention {attention!r} does not support it (sdpa, eager and flex_attention do)"
     return ""

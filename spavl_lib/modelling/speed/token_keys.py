@@ -66,3 +66,28 @@ def mix(numbers: Iterable[np.ndarray]) -> np.ndarray:
         mixed = (mixed ^ array.view(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = mixed ^ (mixed >> np.uint64(29))
     return mixed.view(np.int64)
+
+
+def close_blocks(keys: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Make the keys of tokens that see each other depend on all of them.
+
+    Two rows then have such a block in common completely or not at all.
+
+    Args:
+        keys: Keys of a row (tokens,), int64.
+        reach: For each token the index of the last token that it attends to (tokens,).
+
+    Returns:
+        Keys (tokens,). Those of tokens to which no earlier token attends are unchanged.
+    """
+    places = np.arange(len(keys))
+    farthest = np.maximum.accumulate(np.maximum(reach, places))
+    closed = keys.copy()
+    start = 0
+    for end in np.flatnonzero(farthest == places).tolist():
+        if end > start:
+            block = slice(start, end + 1)
+            whole = np.full(end + 1 - start, hash(keys[block].tobytes()), np.int64)
+            closed[block] = mix([whole, keys[block]])
+        start = end + 1
+    return closed

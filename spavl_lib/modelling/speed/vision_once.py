@@ -137,7 +137,8 @@ class VisionOnce:
         pooled = features.pooler_output
         if len(pooled) != len(groups.first):
             return self.plain_features(**kwargs)
-        return BaseModelOutputWithPooling(pooler_output=[pooled[g] for g in groups.group])
+        of_all = pooled[groups.group] if isinstance(pooled, Tensor) else _each(pooled, groups.group)
+        return BaseModelOutputWithPooling(pooler_output=of_all)
 
     def _groups(self, arguments: dict[str, Any]) -> ImageGroups:
         """The groups of a batch's images, computed once per pixel tensor.
@@ -197,6 +198,16 @@ class VisionOnce:
             with torch.no_grad():
                 output = self.outputs[key] = self.plain_forward(*args, **kwargs)
         return type(output)(**output)  # a shallow copy, because the caller changes attributes
+
+
+def _each(features: Sequence[Tensor], group: list[int]) -> list[Tensor]:
+    """The features of every image.
+
+    Args:
+        features: Features of each distinct image.
+        group: For each image the index of its features.
+    """
+    return [features[g] for g in group]
 
 
 def _grouped(pixels: Tensor, companions: dict[str, Tensor]) -> ImageGroups:
