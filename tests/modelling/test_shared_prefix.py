@@ -254,16 +254,6 @@ def test_a_copy_has_its_own_wrapper() -> None:
 # --- what cannot be shared ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "idefics3"])
-def test_other_families_say_so_and_stay_as_they_are(family: str) -> None:
-    model = copy.deepcopy(tiny(family)[0])
-    with pytest.warns(UserWarning, match="no test has shown that"):
-        assert share_prefix(model) is None
-    assert "forward" not in vars(model.model)
-    with pytest.raises(InputError, match="model.share_prefix"):
-        share_prefix(model, strict=True)
-
-
 def with_holes(batch: dict, model: nn.Module) -> dict:
     mask = batch["attention_mask"].clone()
     mask[0, 5] = 0

@@ -1,5 +1,6 @@
 """The arguments of a text model, token by token: how rows compare, and how they are packed."""
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,15 @@ from spavl_lib.modelling.speed.prefix_attention import layer_kinds
 from spavl_lib.modelling.speed.prefix_tree import PrefixTree, Segment
 from spavl_lib.modelling.speed.token_keys import close_blocks, equal_rows, hash_rows, mix
 
+# Arguments of text models that this module packs.
+HANDLED = (
+    "inputs_embeds", "input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache",
+    "visual_pos_masks", "deepstack_visual_embeds",
+)  # fmt: skip
+# Arguments that attention functions read, whether or not they are in a text model's signature.
+PACKED_ROWS = (
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_bias",
+)  # fmt: skip
 BLOCKED = -1e4  # a number of a mask up to this one blocks, in every dtype
 
 
@@ -30,13 +40,19 @@ class TextBatch:
             gradient, so that only tokens of one id are computed together.
         config: Config of the text model.
         causal: Whether the text model's layers are causal if no mask is given.
+        names: Names of the arguments in the signature of the text model's forward.
 
     Raises:
         NotShared: The batch cannot be packed.
     """
 
     def __init__(
-        self, arguments: dict[str, Any], ids: Tensor | None, config: PreTrainedConfig, causal: bool
+        self,
+        arguments: dict[str, Any],
+        ids: Tensor | None,
+        config: PreTrainedConfig,
+        causal: bool,
+        names: Collection[str],
     ):
         self.arguments = arguments
         self.embeddings: Tensor = arguments["inputs_embeds"]
@@ -55,12 +71,49 @@ class TextBatch:
         if (self.real != ((columns >= first) & (columns < first + self.counts[:, None]))).any():
             raise NotShared("the attention mask has holes")
         self.positions = self._positions()
-        # What a text model gets for a token: integers, and rows of tensors.
+        self.visual: Tensor | None = None
+        levels = arguments.get("deepstack_visual_embeds")
+        self.levels: list[Tensor] = [] if levels is None else list(levels)
+        if (visual := arguments.get("visual_pos_masks")) is not None:
+            self.visual = visual if visual.ndim == 2 else visual[..., 0]
+            self.number = self.visual.flatten().cumsum(0) - 1  # index into each of `levels`
+        self.tensors = {"inputs_embeds": self.embeddings, **self._row_tensors(names)}
         sights, self.reach = self._sights()
-        on_device = torch.stack([hash_rows(self.embeddings), ids, *sights])
-        self.hashed, *self.numbers = on_device.cpu().numpy()
+        numbers = torch.stack([*self._hashes(), ids, *sights])
+        self.numbers = list(numbers.cpu().numpy())
         if self.positions is not None:
             self.numbers += list(self.positions - self.positions.min((1, 2), keepdims=True))
+
+    def _row_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Further arguments (rows, length, ...) of the text model.
+
+        Args:
+            names: Names in the signature of the text model's forward.
+        """
+        found = {}
+        for name, value in self.arguments.items():
+            is_tensor = isinstance(value, Tensor)
+            if name in HANDLED or value is None or not (is_tensor or value):
+                continue
+            if name in PACKED_ROWS:
+                raise NotShared(f"{name} is given")
+            if name not in names or name == "return_dict":
+                continue
+            if not is_tensor or value.shape[:2] != (self.rows, self.length):
+                raise NotShared(f"{name} is given")
+            found[name] = value
+        return found
+
+    def _hashes(self) -> list[Tensor]:
+        """Hashes (rows, length), int64, of the tensors that the text model gets for a token."""
+        shape = (self.rows, self.length)
+        hashes = [hash_rows(x.reshape(*shape, -1)) for x in self.tensors.values()]
+        if self.visual is not None:
+            hashes.append(self.visual.long())
+            for level in self.levels:
+                spread = torch.zeros_like(hashes[0])
+                hashes.append(spread.masked_scatter(self.visual, hash_rows(level)))
+        return hashes
 
     def _seen(self, kinds: set[str]) -> dict[str, Tensor]:
         """For each kind of layer the mask that was given, True where a token attends.
@@ -141,15 +194,16 @@ class TextBatch:
         axes = (given if given.ndim == 3 else given[None]).expand(-1, self.rows, -1)
         axes = axes.cpu().numpy().astype(np.int64)
         steps = np.diff(axes[0], axis=1)
-        if self.arguments.get("attention_mask") is None and (steps != 1).any():
-            # transformers takes each place where positions start anew for another sequence.
+        if self.arguments.get("attention_mask") is None and len(axes) != 3 and (steps != 1).any():
+            # transformers takes each place where positions start anew for another sequence. Of
+            # several axes the first of four counts for this.
             raise NotShared("position_ids do not count up one by one")
         start = axes[:, np.arange(self.rows), self.first, None]
         return axes - start + start.min(axis=1, keepdims=True)
 
     def keys(self) -> list[np.ndarray]:
         """For each row the keys (tokens,) of its tokens, without padding."""
-        keys = mix([self.hashed, *self.numbers])
+        keys = mix(self.numbers)
         rows = [keys[row, real] for row, real in enumerate(self.real)]
         if self.reach is None:
             return rows
@@ -184,8 +238,13 @@ class TextBatch:
         taken = sources[np.concatenate(tree.places)]
         one, other = real[real != taken], taken[real != taken]
         equal = all((n.ravel()[one] == n.ravel()[other]).all() for n in self.numbers)
-        on_device = [torch.from_numpy(x).to(self.embeddings.device) for x in (one, other)]
-        if not equal or not equal_rows(self.embeddings.flatten(0, 1), *on_device):
+        pair = [torch.from_numpy(x).to(self.embeddings.device) for x in (one, other)]
+        for tensor in self.tensors.values():
+            equal = equal and equal_rows(tensor.reshape(self.real.size, -1), *pair)
+        if self.visual is not None:
+            pair = [self.number[places[self.visual.flatten()[places]]] for places in pair]
+            equal = equal and all(equal_rows(level, *pair) for level in self.levels)
+        if not equal:
             raise NotShared("two different tokens have the same hash")
         return sources
 
@@ -197,7 +256,22 @@ class TextBatch:
             tree: The tree of the keys.
         """
         index = torch.from_numpy(sources).to(self.embeddings.device)
-        packed = self.arguments | {"inputs_embeds": _select(self.embeddings, index)}
+        shape = (self.rows, self.length)
+        packed = {
+            name: value  # no layer reads a tensor of rows that is not in the signature
+            for name, value in self.arguments.items()
+            if name in HANDLED or getattr(value, "shape", ())[:2] != shape
+        }
+        packed |= {
+            name: value.flatten(0, 1).index_select(0, index)[None]
+            for name, value in self.tensors.items()
+        }
+        if self.visual is not None:
+            visual = self.visual.flatten()[index]
+            number = self.number[index[visual]]
+            packed["visual_pos_masks"] = visual[None]
+            if self.levels:
+                packed["deepstack_visual_embeds"] = [x.index_select(0, number) for x in self.levels]
         if self.positions is None:
             positions = torch.from_numpy(tree.positions.copy())[None].to(index)
         else:
@@ -217,13 +291,3 @@ class TextBatch:
         places = np.zeros(self.real.shape, dtype=np.int64)
         places[self.real] = np.concatenate(tree.places)
         return torch.from_numpy(places.ravel()).to(self.embeddings.device)
-
-
-def _select(values: Tensor, index: Tensor) -> Tensor:
-    """Values (1, count, ...) at places of the flattened batch.
-
-    Args:
-        values: (rows, length, ...).
-        index: Places (count,).
-    """
-    return values.flatten(0, 1).index_select(0, index)[None]

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from spavl_lib.errors import InputError
-from spavl_lib.modelling.families import family_of, packs_images
+from spavl_lib.modelling.families import family_of
 from spavl_lib.modelling.speed.fused_lora import fuse_lora
 from spavl_lib.modelling.speed.prefix_attention import (
     FULL,
@@ -46,7 +46,8 @@ from spavl_lib.modelling.speed.vision_once import VisionOnce, active_dropout
 
 # Text models with rotary positions that tests/families tries.
 TEXT_MODELS = (
-    "cohere2", "gemma", "gemma2", "gemma3_text", "llama", "mistral", "qwen2", "qwen3",
+    "cohere2", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm4v_text", "llama", "mistral",
+    "qwen2", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_vl_text", "qwen3_vl_moe_text",
 )  # fmt: skip
 # Types of rotary embedding whose frequencies depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
@@ -113,7 +114,8 @@ class SharedPrefix:
         self.stats["batches"] += 1
         try:
             self._check(kwargs)
-            return self._packed(TextBatch(kwargs, ids, self.text.config, self.causal))
+            batch = TextBatch(kwargs, ids, self.text.config, self.causal, self.signature)
+            return self._packed(batch)
         except NotShared as reason:
             self._warn(str(reason))
             return self.plain_forward(**kwargs)
@@ -141,7 +143,7 @@ class SharedPrefix:
             raise NotShared("")  # the caller wants a cache that the text model makes
         if len(embeddings) == 1:
             raise NotShared("")
-        for name in ("output_hidden_states", "output_attentions"):
+        for name in ("output_hidden_states", "output_attentions", "output_router_logits"):
             if kwargs.get(name) or getattr(self.text.config, name, False):
                 raise NotShared(f"{name} is set")
         if self.text.training and any(active_dropout(m) for m in self.text.modules()):
@@ -259,22 +261,26 @@ def text_model_of(backbone: nn.Module) -> Any:
 
 def unsupported(backbone: nn.Module) -> str:
     """Why a backbone cannot share prefixes with equal results; empty if it can."""
-    config = backbone.config
-    if others := set(layer_kinds(config.get_text_config())) - {FULL, SLIDING}:
-        return f"layers of kind {', '.join(sorted(others))} have one state for each whole row"
+    config, text = backbone.config, backbone.config.get_text_config()
+    kinds = set(layer_kinds(text))
+    if others := sorted(kinds - {FULL, SLIDING}):
+        return f"layers of kind {', '.join(others)} keep one state for everything before a token"
+    if getattr(text, "cross_attention_layers", None):
+        return "the text model takes images by cross attention"
+    if text_model_of(backbone) is None or not hasattr(backbone, "get_image_features"):
+        return f"a {type(backbone).__name__} has no text model, or no method for image features"
     if not family_of(config).shares_prefixes:
         return f"no test has shown that {config.model_type} gives equal results with it"
-    if packs_images(config):
-        return f"the tower {config.vision_config.model_type} lays all images into one row"
-    text = config.get_text_config()
     if text.model_type not in TEXT_MODELS:
-        return f"the text model {text.model_type} is not one of {', '.join(TEXT_MODELS)}"
+        return (
+            f"no test has shown that the text model {text.model_type} gives equal results with it"
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     by_kind = [r for r in rope.values() if isinstance(r, dict)]
     for parameters in by_kind or [rope]:
         if (kind := parameters.get("rope_type", "default")) in BATCH_WIDE_ROPE:
             return f"rotary positions of type {kind!r} depend on the longest row"
-    attention, kinds = kernel_of(text), set(layer_kinds(text))
+    attention = kernel_of(text)
     if attention == "flex_attention" and kinds != {FULL}:
         return "flex_attention is not combined with sliding-window layers"
     if attention not in ("eager", "sdpa", "flex_attention"):

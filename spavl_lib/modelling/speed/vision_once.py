@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from spavl_lib.modelling.families import tower_of
 
@@ -32,6 +34,8 @@ class ImageGroups:
     """For each image the number of its group, which is an index into `first`."""
     arguments: dict[str, Tensor]
     """Arguments of the backbone's `get_image_features` for the distinct images."""
+    of_rows: list[int] | None = None
+    """The number of images of each row, where the backbone returns features by row."""
     kept: dict[tuple, dict] = field(default_factory=dict)
     """Outputs of the frozen tower for the distinct images, by `VisionOnce.state`."""
 
@@ -81,7 +85,14 @@ class VisionOnce:
         self.serving: ImageGroups | None = None
         self.outputs: dict | None = None
         self.images_run = 0
-        self.plain_forward = self.tower.forward
+        # Where a merger that trains lies inside the tower, the blocks before it are kept one by
+        # one. Nobody reads the other blocks' outputs if the last block is kept.
+        self.mergers = [m for name, m in self.tower.named_children() if "merger" in name]
+        blocks = list(getattr(self.tower, "blocks", ())) if self.mergers else []
+        self.parts = blocks or [self.tower]
+        deep = getattr(self.tower, "deepstack_visual_indexes", ()) if blocks else ()
+        self.read = {len(self.parts) - 1, *deep}
+        self.plain_forwards = [part.forward for part in self.parts]
 
         # `generate` reads the signature of this method.
         @functools.wraps(type(backbone).get_image_features)
@@ -89,7 +100,8 @@ class VisionOnce:
             return getattr(module, HANDLE).features(*args, **kwargs)
 
         backbone.get_image_features = types.MethodType(image_features, backbone)
-        self.tower.forward = self.forward
+        for number, part in enumerate(self.parts):
+            part.forward = functools.partial(self.run, number)
         setattr(backbone, HANDLE, self)
 
     def __deepcopy__(self, memo: dict) -> "VisionOnce":
@@ -102,7 +114,9 @@ class VisionOnce:
 
     def restore(self) -> None:
         """Remove the wrappers."""
-        del self.backbone.get_image_features, self.tower.forward
+        del self.backbone.get_image_features
+        for part in self.parts:
+            del part.forward
         delattr(self.backbone, HANDLE)
 
     def features(self, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +136,8 @@ class VisionOnce:
         ):
             return self.plain_features(**kwargs)
         kwargs["return_dict"] = True
-        groups = self._groups(kwargs)
+        if (groups := self._groups(kwargs)) is None:
+            return self.plain_features(**kwargs)
         outputs = None if pixels.requires_grad else self._outputs(groups)
         self.serving, self.outputs = groups, outputs
         try:
@@ -134,32 +149,67 @@ class VisionOnce:
             groups.kept[self.state()] = outputs
         if len(groups.first) == len(groups.group):
             return features
-        pooled = features.pooler_output
-        if len(pooled) != len(groups.first):
+        if len(features.pooler_output) != len(groups.first):
             return self.plain_features(**kwargs)
-        of_all = pooled[groups.group] if isinstance(pooled, Tensor) else _each(pooled, groups.group)
-        return BaseModelOutputWithPooling(pooler_output=of_all)
+        return _of_all_images(features, groups)
 
-    def _groups(self, arguments: dict[str, Any]) -> ImageGroups:
+    def _groups(self, arguments: dict[str, Any]) -> ImageGroups | None:
         """The groups of a batch's images, computed once per pixel tensor.
 
         Args:
-            arguments: Arguments of the backbone's method. A tensor with one entry for each image
-                belongs to the images.
+            arguments: Arguments of the backbone's method. The tensors among them belong to the
+                images.
+
+        Returns:
+            The groups; None if the tensors have an unknown form.
         """
         pixels: Tensor = arguments["pixel_values"]
         companions = {
             name: value
             for name, value in arguments.items()
-            if isinstance(value, Tensor) and value is not pixels and value.ndim
+            if isinstance(value, Tensor) and value is not pixels
         }
         if pixels.is_inference():  # an inference tensor has no version counter
-            return _grouped(pixels, companions)
+            return self._grouped(pixels, companions)
         state, groups = self.known.get(pixels, (None, None))
         if state != (current := state_of([pixels, *companions.values()])):
-            groups = _grouped(pixels, companions)
+            groups = self._grouped(pixels, companions)
             self.known[pixels] = (current, groups)
         return groups
+
+    def _grouped(self, pixels: Tensor, companions: dict[str, Tensor]) -> ImageGroups | None:
+        """Group images, whatever the form in which a family takes them.
+
+        Args:
+            pixels: Images (count, ...); the patches of all images (patches, ...) if `companions`
+                has `image_grid_thw`; or (rows, images, ...) if the backbone's method has a
+                `pixel_attention_mask`.
+            companions: Further tensor arguments of the backbone's method, by name.
+        """
+        names, of_rows = list(companions), None
+        if names == ["image_grid_thw"]:
+            images = pixels.split(companions["image_grid_thw"].prod(-1).tolist())
+        elif pixels.ndim == 5 and "pixel_attention_mask" in self.signature:
+            # A row with fewer images than others is filled up with images of zeros.
+            present = (pixels != 0).flatten(2).any(2)
+            of_rows = present.sum(1).tolist()
+            images = pixels[present]
+            companions = {name: value[present] for name, value in companions.items()}
+        else:
+            images = pixels
+        if any(not c.ndim or len(c) != len(images) for c in companions.values()):
+            return None
+        groups = group_images(list(images), list(companions.values()))
+        if len(groups.first) == len(groups.group):
+            return groups
+        chosen = {name: value[groups.first] for name, value in companions.items()}
+        if isinstance(images, tuple):
+            chosen["pixel_values"] = torch.cat([images[i] for i in groups.first])
+        else:
+            chosen["pixel_values"] = images[groups.first]
+        if of_rows is not None:  # one image in each row
+            chosen = {name: value[:, None] for name, value in chosen.items()}
+        return dataclasses.replace(groups, arguments=chosen, of_rows=of_rows)
 
     def _outputs(self, groups: ImageGroups) -> dict | None:
         """What is kept of the tower for these images; None if nothing may be kept.
@@ -167,62 +217,75 @@ class VisionOnce:
         The caller stores a new dictionary in `groups.kept` only after the pass, so that a pass
         that was interrupted leaves nothing.
         """
-        return groups.kept.get(self.state(), {}) if self.frozen() else None
-
-    def frozen(self) -> bool:
-        """Whether no parameter of the tower trains, so that its output cannot change."""
-        return not any(p.requires_grad for p in self.tower.parameters())
+        frozen = not any(
+            p.requires_grad
+            for module in modules_without(self.tower, self.mergers)
+            for p in module.parameters(recurse=False)
+        )
+        return groups.kept.get(self.state(), {}) if frozen else None
 
     def state(self) -> tuple:
         """What the tower's output depends on besides its input: its state, and autocast."""
         device = next(self.tower.parameters()).device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (autocast, tower_state(self.tower))
+        return (autocast, tower_state(self.tower, self.mergers))
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The tower's forward. A frozen tower's output is stored, and reused for equal calls.
+    def run(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a part of the tower. Outputs of a frozen part are stored, and reused.
 
         Args:
-            *args: Positional arguments of the tower's forward, the images first.
-            **kwargs: Keyword arguments of the tower's forward.
+            number: Index of the part.
+            *args: Positional arguments of the part's forward, the images or hidden states first.
+            **kwargs: Keyword arguments of the part's forward.
         """
-        # Tensors depend on the images only, but a `TowerCache` may hand over a part of them.
         inputs = [*args, *(value for _, value in sorted(kwargs.items()))]
-        key = tuple(x.shape if isinstance(x, Tensor) else repr(x) for x in inputs)
+        key = (number, *map(_description, inputs))
         if self.outputs is not None and key in self.outputs:
             output = self.outputs[key]
+            if output is None:
+                return args[0]
         else:
-            self.images_run += len(self.serving.first) if self.serving else len(inputs[0])
+            if number == 0:
+                self.images_run += len(self.serving.first) if self.serving else len(inputs[0])
+            plain = self.plain_forwards[number]
             if self.outputs is None:
-                return self.plain_forward(*args, **kwargs)
+                return plain(*args, **kwargs)
             with torch.no_grad():
-                output = self.outputs[key] = self.plain_forward(*args, **kwargs)
-        return type(output)(**output)  # a shallow copy, because the caller changes attributes
+                output = plain(*args, **kwargs)
+            self.outputs[key] = output if number in self.read or not args else None
+        # A shallow copy, because the caller changes attributes.
+        return type(output)(**output) if isinstance(output, ModelOutput) else output
 
 
-def _each(features: Sequence[Tensor], group: list[int]) -> list[Tensor]:
-    """The features of every image.
+def _description(value: Any) -> Any:
+    """What an argument of the tower adds to the images: a tensor depends on them alone.
+
+    Its shape counts, because a `TowerCache` may hand over a part of the images.
+    """
+    if isinstance(value, Tensor):
+        return value.shape
+    return tuple(map(_description, value)) if isinstance(value, list | tuple) else repr(value)
+
+
+def _of_all_images(features: Any, groups: ImageGroups) -> Any:
+    """The output of `get_image_features` for every image.
 
     Args:
-        features: Features of each distinct image.
-        group: For each image the index of its features.
+        features: The output for the distinct images.
+        groups: The groups of the images.
     """
-    return [features[g] for g in group]
-
-
-def _grouped(pixels: Tensor, companions: dict[str, Tensor]) -> ImageGroups:
-    """The groups of images.
-
-    Args:
-        pixels: Images (count, ...).
-        companions: Further tensor arguments of the backbone's method, by name.
-    """
-    along = {name: value for name, value in companions.items() if len(value) == len(pixels)}
-    groups = group_images(list(pixels), list(along.values()))
-    if len(groups.first) == len(groups.group):
-        return groups
-    chosen = {name: value[groups.first] for name, value in along.items()}
-    return dataclasses.replace(groups, arguments={"pixel_values": pixels[groups.first], **chosen})
+    pooled, group = features.pooler_output, groups.group
+    if isinstance(pooled, Tensor):
+        return BaseModelOutputWithPooling(pooler_output=pooled[group])
+    pooled = [pooled[g] for g in group]
+    if groups.of_rows is not None:
+        empty, images = pooled[0][:0], iter(pooled)
+        pooled = [torch.cat([empty, *itertools.islice(images, count)]) for count in groups.of_rows]
+    levels = getattr(features, "deepstack_features", None)
+    if levels is None:
+        return BaseModelOutputWithPooling(pooler_output=pooled)
+    levels = [[level[g] for g in group] for level in levels]
+    return type(features)(pooler_output=pooled, deepstack_features=levels)
 
 
 # Attributes of PEFT's layers that change the layers' output. Tensors are not listed here.
@@ -243,17 +306,24 @@ def state_of(tensors: Iterable[Tensor]) -> tuple:
     )
 
 
-def tower_state(tower: nn.Module) -> tuple:
+def modules_without(tower: nn.Module, children: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules of a tower, without some of its children and without all that is inside them."""
+    left_out = {module for child in children for module in child.modules()}
+    return [module for module in tower.modules() if module not in left_out]
+
+
+def tower_state(tower: nn.Module, without: Iterable[nn.Module] = ()) -> tuple:
     """Everything that a frozen tower's output depends on, besides its input.
 
     Args:
         tower: The tower. If it has PEFT's layers, the result also holds their active adapters.
+        without: Children on which the output does not depend.
     """
     # This function runs in every pass of the model, so it walks over the modules only once.
     tensors: dict[int, Tensor] = {}
     switches: list[object] = []
     forwards: list[object] = []
-    for module in tower.modules():
+    for module in modules_without(tower, without):
         values = vars(module)
         for held in (module._parameters, module._buffers):
             tensors.update((id(tensor), tensor) for tensor in held.values() if tensor is not None)
