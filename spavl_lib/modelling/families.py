@@ -221,9 +221,9 @@ class Sharing(Family):
 
 
 for _model_type in (
-    "aya_vision", "cohere2_vision", "gemma3", "gemma4", "glm4v", "idefics2", "idefics3", "internvl",
-    "llava_onevision", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm",
-    "vipllava",
+    "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm46v", "glm4v",
+    "idefics2", "idefics3", "internvl", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
 ):  # fmt: skip
     register_family(_model_type)(Sharing)
 

@@ -16,7 +16,8 @@ from spavl_lib.modelling.families import FAMILIES, family_of
 from spavl_lib.modelling.speed import prefix_attention, prefix_batch, shared_prefix
 from spavl_lib.modelling.speed.prefix_batch import TextBatch
 from spavl_lib.modelling.speed.shared_prefix import SharedPrefix, share_prefix
-from tests.families.tiny import BUILDERS, REFUSED, batch_of, build, words
+from tests.conftest import REPO
+from tests.families.tiny import BUILDERS, IMAGE, REFUSED, batch_of, build, words
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -33,6 +34,10 @@ ONE_CASE_EACH = [(name, CASES[7 * i % len(CASES)]) for i, name in enumerate(SHAR
 EVERY_CASE = [
     (name, case) for name in SHARING for case in CASES if (name, case) not in ONE_CASE_EACH
 ]
+
+
+# Images that a batch holds for each image of a row, if not one.
+PIECES = {"internvl": 2, "idefics2": 2, "idefics3": 2, "smolvlm": 2}
 
 
 def rows_of(other_question: int = 7) -> list[tuple[int, list[int], list[int]]]:
@@ -138,6 +143,45 @@ def test_the_default_cases_meet_every_choice() -> None:
         assert {case[dimension] for case in tried} == {case[dimension] for case in CASES}
 
 
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "idefics3", "gemma3"])
+def test_a_row_without_an_image(name: str) -> None:
+    """Idefics fills such a row up with an image of zeros."""
+    tiny = build(name)
+    batch, responses = batch_of(tiny, rows_of(), "right")
+    others, missing = batch_of(tiny, rows_of()[1:], "right")[0], batch["input_ids"][0] == IMAGE
+    batch["input_ids"][0, missing] = torch.tensor(words(20, int(missing.sum())))
+    for key in ("mm_token_type_ids", "token_type_ids"):
+        if key in batch:
+            batch[key][0] = 0
+    for key in batch.keys() - {"input_ids", "attention_mask", tiny.types}:
+        if name == "idefics3":
+            batch[key][0] = 0
+        else:
+            batch[key] = others[key]
+    with torch.no_grad():
+        plain = token_logps(tiny.model, batch, responses)
+        handle = share_prefix(tiny.model, strict=True, min_shared=4)
+        shared = token_logps(tiny.model, batch, responses)
+    assert (shared - plain).abs().max() < TOLERANCE
+    assert handle.stats["shared"] == 1
+    assert handle.vision.images_run == 3 * PIECES.get(name, 1)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_vl"])
+def test_under_autocast(name: str) -> None:
+    """Half precision rounds, but nothing else differs, and prefixes are shared."""
+    tiny = build(name)
+    batch, responses = batch_of(tiny, rows_of(), "left")
+    with torch.no_grad():
+        exact = token_logps(tiny.model, batch, responses)
+        with torch.autocast("cpu", torch.bfloat16):
+            plain = token_logps(tiny.model, batch, responses)
+            handle = share_prefix(tiny.model, strict=True, min_shared=4)
+            shared = token_logps(tiny.model, batch, responses)
+    assert handle.stats["shared"] == 1
+    assert (shared - exact).norm() < 1.5 * (plain - exact).norm() < 0.1 * exact.norm()
+
+
 # --- does the comparison notice what is taken away? ---------------------------------------------
 
 PLAIN_CASE = ("sdpa", "lora", "right", "")
@@ -232,10 +276,6 @@ def test_an_image_passes_the_tower_once(name: str) -> None:
     with torch.no_grad():
         assert (changed - logps()).abs().max() < NOTICED / 5  # larger weights, larger rounding
     assert min((moved - first).abs().max(), (changed - moved).abs().max()) > NOTICED
-
-
-# Images that a batch holds for each image of a row, if not one.
-PIECES = {"internvl": 2, "idefics2": 2, "idefics3": 2, "smolvlm": 2}
 
 
 # --- generation ---------------------------------------------------------------------------------
@@ -343,10 +383,24 @@ def test_no_mask_is_not_always_causal() -> None:
         tiny.model(**{k: v for k, v in batch.items() if k != "token_type_ids"}, use_cache=False)
 
 
+# --- the page -----------------------------------------------------------------------------------
+
+
+def test_the_docs_list_the_families_that_share() -> None:
+    page = (REPO / "docs/families.md").read_text(encoding="utf-8")
+    listed = page.partition("## Shared prefixes")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in listed.splitlines() if line.startswith("| ")][1:]
+    named = [name.strip(" `") for row in rows for name in row.split(",")]
+    sharing = [name for name, family in FAMILIES.known.items() if family.shares_prefixes]
+    assert sorted(named) == sorted(sharing)
+    tried = {build(name).model.config.model_type for name in SHARING}
+    assert tried == set(sharing)
+
+
 # --- every case ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "case"), EVERY_CASE, ids=lambda x: "-".join(x) if x else None)
+@pytest.mark.parametrize(("name", "case"), EVERY_CASE, ids=str)
 def test_every_family_in_every_case(name: str, case: tuple) -> None:
     check(name, case)

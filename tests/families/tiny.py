@@ -300,16 +300,39 @@ def qwen3_5() -> Tiny:
     return patched(hf.Qwen3_5ForConditionalGeneration(config))
 
 
-def glm4v() -> Tiny:
-    """GLM-4V."""
+def glm(name: str) -> Tiny:
+    """A model of the GLM-4V family.
+
+    Args:
+        name: Its classes' names begin with it.
+    """
     rope = ROPE | {"partial_rotary_factor": 1.0}
-    config = hf.Glm4vConfig(
-        text_config=TEXT | {"rope_parameters": rope},
-        vision_config=QWEN_TOWER | dict(depth=2, image_size=32), image_token_id=IMAGE,
-        video_token_id=VIDEO, image_start_token_id=START, image_end_token_id=END,
-        video_start_token_id=7, video_end_token_id=8,
+    tower = hf.Glm4vVisionConfig(**QWEN_TOWER | dict(depth=2, image_size=32))
+    text = hf.Glm4vTextConfig(**TEXT, rope_parameters=rope)
+    config = getattr(hf, f"{name}Config")(
+        text_config=text, vision_config=tower, image_token_id=IMAGE, video_token_id=VIDEO,
+        image_start_token_id=START, image_end_token_id=END, video_start_token_id=7,
+        video_end_token_id=8,
     )  # fmt: skip
-    return patched(hf.Glm4vForConditionalGeneration(config))
+    return patched(getattr(hf, f"{name}ForConditionalGeneration")(config))
+
+
+def glm4v() -> Tiny:
+    """GLM-4.1V."""
+    return glm("Glm4v")
+
+
+def glm46v() -> Tiny:
+    """GLM-4.6V."""
+    return glm("Glm46V")
+
+
+def deepseek_vl() -> Tiny:
+    """DeepSeek-VL."""
+    config = hf.DeepseekVLConfig(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=siglip(), image_token_id=IMAGE
+    )
+    return square(hf.DeepseekVLForConditionalGeneration(config), [IMAGE] * 16)
 
 
 def internvl() -> Tiny:
@@ -435,8 +458,8 @@ BUILDERS: dict[str, Callable[[], Tiny]] = {
     for build in (
         llava, llava_sliding, llava_next, llava_onevision, pixtral, mistral3, vipllava, aya_vision,
         cohere2_vision, qwen2_vl, qwen2_5_vl, qwen2_5_vl_sliding, qwen3_vl, qwen3_vl_moe, glm4v,
-        internvl, idefics2, idefics3, smolvlm, gemma3, paligemma, paligemma2, gemma4,
-        gemma4_causal, qwen3_5, mllama,
+        glm46v, deepseek_vl, internvl, idefics2, idefics3, smolvlm, gemma3, paligemma, paligemma2,
+        gemma4, gemma4_causal, qwen3_5, mllama,
     )
 }  # fmt: skip
 REFUSED = ("qwen3_5", "mllama")

@@ -35,7 +35,7 @@ def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
         return tuple(kinds)
     # Other text models without `layer_types` ignore a `sliding_window` in their config.
     window = config.model_type == "mistral" and config.sliding_window
-    return (SLIDING if window else FULL,) * config.num_hidden_layers
+    return (SLIDING if window else FULL,) * getattr(config, "num_hidden_layers", 0)
 
 
 @dataclass(frozen=True)

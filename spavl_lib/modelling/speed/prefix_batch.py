@@ -82,7 +82,7 @@ class TextBatch:
         numbers = torch.stack([*self._hashes(), ids, *sights])
         self.numbers = list(numbers.cpu().numpy())
         if self.positions is not None:
-            self.numbers += list(self.positions - self.positions.min((1, 2), keepdims=True))
+            self.numbers += list(self.positions)
 
     def _row_tensors(self, names: Collection[str]) -> dict[str, Tensor]:
         """Further arguments (rows, length, ...) of the text model.
@@ -195,8 +195,8 @@ class TextBatch:
         axes = axes.cpu().numpy().astype(np.int64)
         steps = np.diff(axes[0], axis=1)
         if self.arguments.get("attention_mask") is None and len(axes) != 3 and (steps != 1).any():
-            # transformers takes each place where positions start anew for another sequence. Of
-            # several axes the first of four counts for this.
+            # Without a mask transformers takes any other step for the start of another sequence.
+            # Only in positions of three axes (time, height, width) it does not look for one.
             raise NotShared("position_ids do not count up one by one")
         start = axes[:, np.arange(self.rows), self.first, None]
         return axes - start + start.min(axis=1, keepdims=True)

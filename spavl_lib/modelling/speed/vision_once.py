@@ -87,8 +87,9 @@ class VisionOnce:
         self.images_run = 0
         # Where a merger that trains lies inside the tower, the blocks before it are kept one by
         # one. Nobody reads the other blocks' outputs if the last block is kept.
-        self.mergers = [m for name, m in self.tower.named_children() if "merger" in name]
-        blocks = list(getattr(self.tower, "blocks", ())) if self.mergers else []
+        blocks = list(getattr(self.tower, "blocks", ()))
+        inside = [m for name, m in self.tower.named_children() if "merger" in name]
+        blocks, self.mergers = (blocks, inside) if blocks and inside else ([], [])
         self.parts = blocks or [self.tower]
         deep = getattr(self.tower, "deepstack_visual_indexes", ()) if blocks else ()
         self.read = {len(self.parts) - 1, *deep}
@@ -139,12 +140,13 @@ class VisionOnce:
         if (groups := self._groups(kwargs)) is None:
             return self.plain_features(**kwargs)
         outputs = None if pixels.requires_grad else self._outputs(groups)
+        new = not outputs
         self.serving, self.outputs = groups, outputs
         try:
             features = self.plain_features(**kwargs | groups.arguments)
         finally:
             self.serving = self.outputs = None
-        if outputs is not None:
+        if outputs and new:
             # transformers adds hooks in a tower's first pass, so the state is computed again.
             groups.kept[self.state()] = outputs
         if len(groups.first) == len(groups.group):
@@ -169,7 +171,8 @@ class VisionOnce:
             for name, value in arguments.items()
             if isinstance(value, Tensor) and value is not pixels
         }
-        if pixels.is_inference():  # an inference tensor has no version counter
+        # An inference tensor has no version counter, and a graph serves one backward pass.
+        if pixels.is_inference() or pixels.requires_grad:
             return self._grouped(pixels, companions)
         state, groups = self.known.get(pixels, (None, None))
         if state != (current := state_of([pixels, *companions.values()])):
@@ -197,7 +200,7 @@ class VisionOnce:
             companions = {name: value[present] for name, value in companions.items()}
         else:
             images = pixels
-        if any(not c.ndim or len(c) != len(images) for c in companions.values()):
+        if not len(images) or any(not c.ndim or len(c) != len(images) for c in companions.values()):
             return None
         groups = group_images(list(images), list(companions.values()))
         if len(groups.first) == len(groups.group):
@@ -214,8 +217,8 @@ class VisionOnce:
     def _outputs(self, groups: ImageGroups) -> dict | None:
         """What is kept of the tower for these images; None if nothing may be kept.
 
-        The caller stores a new dictionary in `groups.kept` only after the pass, so that a pass
-        that was interrupted leaves nothing.
+        The caller adds a new dictionary to `groups.kept` after the pass only, so that a pass that
+        was interrupted leaves nothing.
         """
         frozen = not any(
             p.requires_grad
