@@ -59,6 +59,7 @@ class TextBatch:
         self.rows, self.length = self.embeddings.shape[:2]
         if ids is None or ids.shape != (self.rows, self.length):
             raise NotShared("the batch holds embeddings instead of token ids")
+        self.ids = ids
         kinds = set(layer_kinds(config))
         self.seen = self._seen(kinds)
         if not causal and kinds - self.seen.keys():
