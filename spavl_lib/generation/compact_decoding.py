@@ -15,6 +15,8 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from spavl_lib.modelling.families import family_of, packs_images
+from spavl_lib.modelling.speed.prefix_attention import FULL, layer_kinds
 from spavl_lib.modelling.speed.shared_prefix import backbone_of, unsupported
 
 ROOM = 32  # tokens by which a buffer grows
@@ -90,9 +92,17 @@ class GrowingLayer(DynamicLayer):
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` gives the same responses as `model.generate`.
 
-    It does if the model's positions count up one by one, no generation setting of the model changes
-    the logits, and DeepSpeed ZeRO-3 does not partition the weights.
+    It does in families with `decodes_compactly` whose layers attend to all earlier tokens, if no
+    generation setting of the model changes the logits, and DeepSpeed ZeRO-3 does not partition the
+    weights.
     """
+    backbone = backbone_of(model)
+    known = (
+        family_of(backbone.config).decodes_compactly
+        and not packs_images(backbone.config)
+        and set(layer_kinds(backbone.config.get_text_config())) == {FULL}
+        and not unsupported(backbone)
+    )
     settings = model.generation_config.to_diff_dict()  # settings that differ from the defaults
     idle = all(
         value is None
@@ -102,7 +112,7 @@ def can_decode(model: PreTrainedModel) -> bool:
         or (name in IDLE_AT_ZERO and value == 0)
         for name, value in settings.items()
     )
-    return idle and not unsupported(backbone_of(model)) and not is_deepspeed_zero3_enabled()
+    return known and idle and not is_deepspeed_zero3_enabled()
 
 
 @torch.no_grad()

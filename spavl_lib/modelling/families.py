@@ -38,7 +38,10 @@ class Family:
     """Names of the module between tower and language model. It is trained without LoRA."""
     shares_prefixes: bool = False
     """Whether a packed row was shown to give the same numbers as separate rows. The backbone needs
-    a `language_model` with rotary positions, `get_image_features`, and `config.image_token_id`."""
+    a `language_model` or `text_model` with rotary positions, and `get_image_features`."""
+    decodes_compactly: bool = False
+    """Whether `generation.compact_decoding` was shown to give the responses of `generate`. It
+    counts positions one by one."""
     picks_hidden_states: bool = False
     """Whether the model reads only the tower's hidden states at `config.vision_feature_layer`. If
     so, stored hidden states can replace a run of the tower."""
@@ -134,7 +137,7 @@ def tower_of(model: nn.Module) -> nn.Module:
 class Llava(Family):
     """LLaVA-1.5."""
 
-    shares_prefixes = picks_hidden_states = True
+    shares_prefixes = picks_hidden_states = decodes_compactly = True
 
     @classmethod
     def prepare_processor(cls, processor: ProcessorMixin) -> ProcessorMixin:
@@ -169,7 +172,7 @@ class Llava(Family):
 class LlavaNext(Family):
     """LLaVA-NeXT, which cuts large images into tiles."""
 
-    shares_prefixes = picks_hidden_states = True
+    shares_prefixes = picks_hidden_states = decodes_compactly = True
 
     @classmethod
     def tower_inputs(cls, config: Any, batch: dict[str, Tensor], rows: int) -> list[int]:
@@ -194,6 +197,7 @@ class LlavaNext(Family):
 class PaliGemma(Family):
     """PaliGemma 1 and 2."""
 
+    shares_prefixes = True
     refused = (
         "PaliGemma sees its prompt in both directions and has no chat template, so the batches "
         "here do not fit it"
@@ -208,6 +212,20 @@ class Mllama(Family):
         "Mllama takes images by cross attention with a mask for every token, which the batches "
         "here do not hold"
     )
+
+
+class Sharing(Family):
+    """Families with common names of their parts, in which tests showed sharing to be exact."""
+
+    shares_prefixes = True
+
+
+for _model_type in (
+    "aya_vision", "cohere2_vision", "deepseek_vl", "gemma3", "gemma4", "glm46v", "glm4v",
+    "idefics2", "idefics3", "internvl", "llava_onevision", "mistral3", "qwen2_5_vl", "qwen2_vl",
+    "qwen3_vl", "qwen3_vl_moe", "smolvlm", "vipllava",
+):  # fmt: skip
+    register_family(_model_type)(Sharing)
 
 
 def _of_the_hub(processor: ProcessorMixin) -> bool:

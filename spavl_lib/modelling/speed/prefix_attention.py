@@ -1,25 +1,41 @@
 """Attention over a packed tree: a segment attends only to its ancestors and to itself.
 
-With `sdpa` and `eager` the segments are computed one after another, so no mask (packed, packed) is
-built and no unneeded score is computed. With `flex_attention` one kernel call gets the tree as a
-block mask.
+With `sdpa` and `eager` the segments are computed one after another by the family's own attention
+function, so no mask (packed, packed) is built and no unneeded score is computed. With
+`flex_attention` one kernel call gets the tree as a block mask.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedConfig
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from spavl_lib.modelling.speed.prefix_tree import PrefixTree
+from spavl_lib.modelling.speed.prefix_tree import PrefixTree, Segment
 
 PLANS = "shared_prefix_plan"  # name of the keyword argument that passes the plan to the layers
 PREFIX = "shared_prefix_"  # starts the name of each attention implementation that takes plans
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def kernel_of(config: PreTrainedConfig) -> str:
+    """The attention implementation of a text model's config, wrapped or not."""
+    return config._attn_implementation.removeprefix(PREFIX)
+
+
+def layer_kinds(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The kind of each layer of a text model, as transformers names kinds."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return tuple(kinds)
+    # Other text models without `layer_types` ignore a `sliding_window` in their config.
+    window = config.model_type == "mistral" and config.sliding_window
+    return (SLIDING if window else FULL,) * getattr(config, "num_hidden_layers", 0)
 
 
 @dataclass(frozen=True)
@@ -29,42 +45,92 @@ class AttentionPlan:
     tree: PrefixTree
     kernel: str
     """sdpa, eager or flex_attention."""
-    masks: tuple[Tensor | None, ...]
-    """For each segment a mask (length, depth + length), True where a token attends. None for a root
-    segment, whose attention is plain causal. Empty with flex_attention."""
+    kinds: tuple[str, ...]
+    """The kind of each layer."""
+    masks: dict[str, tuple[Tensor | None, ...]]
+    """For each kind of layer, and for each segment, a mask (1, 1, length, depth + length): bool
+    for sdpa (True where a token attends), of the model's dtype for eager (0 where a token attends,
+    else the smallest number). None if the attention is plain causal and the kernel knows that.
+    Empty with flex_attention."""
 
     @classmethod
     def of(
-        cls, tree: PrefixTree, config: PreTrainedConfig, device: torch.device
+        cls,
+        tree: PrefixTree,
+        config: PreTrainedConfig,
+        given: Callable[[str, Segment, int], Tensor | None],
+        embeddings: Tensor,
     ) -> "AttentionPlan":
         """The plan for a tree.
 
         Args:
             tree: Layout of the packed row.
-            config: The text model's config, which names the attention implementation.
-            device: Device of the masks.
+            config: The text model's config.
+            given: For a kind of layer, a segment, and the number of a row that contains it: the
+                mask (length, depth + length) that the backbone gave, True where a token attends.
+                None if the kind is causal.
+            embeddings: The packed row (1, packed, hidden), of the masks' device and dtype.
         """
-        kernel = config._attn_implementation.removeprefix(PREFIX)
-        masks = []
-        for segment in tree.segments if kernel != "flex_attention" else ():
-            shape = (segment.length, segment.depth + segment.length)
-            whole = torch.ones(shape, dtype=torch.bool, device=device)
-            masks.append(None if not segment.depth else whole.tril(segment.depth))
-        return cls(tree, kernel, tuple(masks))
+        kernel, kinds = kernel_of(config), layer_kinds(config)
+        masks: dict[str, tuple[Tensor | None, ...]] = {}
+        for kind in set(kinds) if kernel != "flex_attention" else ():
+            window = config.sliding_window if kind == SLIDING else None
+            of_kind: list[Tensor | None] = []
+            for segment in tree.segments:
+                seen = given(kind, segment, int(tree.sources[segment.start, 0]))
+                if seen is None:
+                    seen = _causal(segment, window, kernel, embeddings.device)
+                of_kind.append(None if seen is None else _in_form_of(kernel, seen, embeddings))
+            masks[kind] = tuple(of_kind)
+        return cls(tree, kernel, kinds, masks)
 
-    def mask(self, ids: Tensor, dtype: torch.dtype) -> Any:
+    def placeholder(self, embeddings: Tensor, given: Any) -> Any:
         """The `attention_mask` argument of the text model.
 
         With sdpa and eager it is a placeholder of four dimensions, because transformers passes such
         a mask on without building its own.
 
         Args:
-            ids: Token ids (1, packed).
-            dtype: The text model's dtype.
+            embeddings: The packed row (1, packed, hidden).
+            given: The argument for the batch. A dictionary has a mask for each kind of layer.
         """
         if self.kernel == "flex_attention":
-            return block_mask(self.tree, ids.device)
-        return torch.zeros(1, 1, 1, 1, dtype=dtype, device=ids.device)
+            return block_mask(self.tree, embeddings.device)
+        mask = embeddings.new_zeros(1, 1, 1, 1)
+        return dict.fromkeys(given, mask) if isinstance(given, dict) else mask
+
+
+def _causal(
+    segment: Segment, window: int | None, kernel: str, device: torch.device
+) -> Tensor | None:
+    """A causal mask (length, depth + length); None if the kernel needs none.
+
+    Args:
+        segment: The segment of the queries.
+        window: Number of last tokens to which a token attends, itself included; None for all.
+        kernel: sdpa or eager.
+        device: Device of the mask.
+    """
+    stop = segment.depth + segment.length
+    narrow = window is not None and stop > window
+    if kernel == "sdpa" and not segment.depth and not narrow:
+        return None
+    seen = torch.ones(segment.length, stop, dtype=torch.bool, device=device).tril(segment.depth)
+    return seen.triu(segment.depth - window + 1) if narrow and window is not None else seen
+
+
+def _in_form_of(kernel: str, seen: Tensor, embeddings: Tensor) -> Tensor:
+    """A mask in the form that a kernel takes.
+
+    Args:
+        kernel: sdpa or eager.
+        seen: (length, depth + length), True where a token attends.
+        embeddings: Hidden states of the dtype in which eager adds a mask to scores.
+    """
+    if kernel == "eager":
+        blocked = embeddings.new_zeros(seen.shape)
+        seen = blocked.masked_fill(~seen, torch.finfo(blocked.dtype).min)
+    return seen[None, None]
 
 
 def install(config: PreTrainedConfig) -> None:
@@ -76,7 +142,7 @@ def install(config: PreTrainedConfig) -> None:
 
 def uninstall(config: PreTrainedConfig) -> None:
     """Undo `install`."""
-    config._attn_implementation = config._attn_implementation.removeprefix(PREFIX)
+    config._attn_implementation = kernel_of(config)
 
 
 def block_mask(tree: PrefixTree, device: torch.device) -> Any:
@@ -110,58 +176,6 @@ def mask_function(tree: PrefixTree, device: torch.device) -> Any:
     return attends
 
 
-def _by_segment(
-    plan: AttentionPlan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None
-) -> Tensor:
-    """Compute attention one segment at a time.
-
-    Args:
-        plan: Layout, masks and kernel.
-        query: (1, heads, packed, head_dim).
-        key: (1, heads, packed, head_dim).
-        value: (1, heads, packed, head_dim).
-        scaling: Factor of the scores; None for 1 / sqrt(head_dim).
-
-    Returns:
-        (1, heads, packed, head_dim).
-    """
-    lengths = [s.length for s in plan.tree.segments]
-    queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
-    attend = functional.scaled_dot_product_attention if plan.kernel == "sdpa" else _eager
-    out = []
-    for i, segment in enumerate(plan.tree.segments):
-        branch = (*segment.ancestors, i)
-        k = torch.cat([keys[j] for j in branch], 2) if segment.ancestors else keys[i]
-        v = torch.cat([values[j] for j in branch], 2) if segment.ancestors else values[i]
-        mask = plan.masks[i]
-        out.append(attend(queries[i], k, v, attn_mask=mask, is_causal=mask is None, scale=scaling))
-    return torch.cat(out, 2)
-
-
-def _eager(
-    query: Tensor, key: Tensor, value: Tensor, *, attn_mask: Tensor | None, is_causal: bool,
-    scale: float | None,
-) -> Tensor:  # fmt: skip
-    """Compute attention as transformers' eager implementations do, with the softmax in fp32.
-
-    Args:
-        query: (1, heads, length, head_dim).
-        key: (1, heads, depth + length, head_dim).
-        value: (1, heads, depth + length, head_dim).
-        attn_mask: (length, depth + length), True where a token attends. None if `is_causal`.
-        is_causal: Whether a token attends to itself and to earlier tokens.
-        scale: Factor of the scores; None for 1 / sqrt(head_dim).
-    """
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if is_causal:
-        size = query.shape[2]
-        attn_mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
-    assert attn_mask is not None
-    scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return weights @ value
-
-
 def _attention(kernel: str) -> Any:
     def forward(
         module: nn.Module,
@@ -169,25 +183,27 @@ def _attention(kernel: str) -> Any:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        # Scaling, caps of the scores and grouped keys are left to the family's own function.
+        plain = (
+            sdpa_attention_forward
+            if kernel == "sdpa"
+            else sys.modules[type(module).__module__].eager_attention_forward
+        )
         plan = kwargs.pop(PLANS, None)
         if plan is None:
-            plain = (
-                sdpa_attention_forward
-                if kernel == "sdpa"
-                else sys.modules[type(module).__module__].eager_attention_forward
-            )
-            return plain(
-                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout,
-                **kwargs,
-            )  # fmt: skip
-        groups = query.shape[1] // key.shape[1]
-        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-        out = _by_segment(plan, query, key, value, scaling)
-        return out.transpose(1, 2).contiguous(), None
+            return plain(module, query, key, value, attention_mask, **kwargs)
+        masks = plan.masks[plan.kinds[module.layer_idx]]
+        lengths = [s.length for s in plan.tree.segments]
+        queries, keys, values = (x.split(lengths, dim=2) for x in (query, key, value))
+        out = []
+        for i, segment in enumerate(plan.tree.segments):
+            branch = (*segment.ancestors, i)
+            k = torch.cat([keys[j] for j in branch], 2) if segment.ancestors else keys[i]
+            v = torch.cat([values[j] for j in branch], 2) if segment.ancestors else values[i]
+            out.append(plain(module, queries[i], k, v, masks[i], **kwargs)[0])
+        return torch.cat(out, 1), None
 
     return forward
 
