@@ -195,7 +195,6 @@ class SharedPrefix:
             output.past_key_values = cache
         return output
 
-
     def _looked_up(self, embeddings: Tensor, ids: Tensor) -> Tensor:
         """The packed embeddings, with those of text looked up again if the table is trained.
 
