@@ -66,7 +66,7 @@ HARMLESS_TITLES = {
     "twins": "Twins",
     "held_out_help": "Questions, unseen drawings",
     "held_out_twins": "Twins, unseen drawings",
-    "all": "All",
+    "all": "Together",
 }
 # Titles of the evaluation sets.
 _SET_TITLES = {

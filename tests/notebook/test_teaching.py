@@ -62,7 +62,7 @@ def test_tables_hold_the_committed_numbers() -> None:
     assert cell == rate_cell(rate) and f"({rate['k']}/{rate['n']}, " in cell
     assert list(rates_frame({"x": {}}, ["unsafe_rate"]).iloc[0]) == ["–"]
     refused = metrics["models"]["dpo"]["harmless_refused"]["all"]
-    assert harmless_frame(metrics).loc["All", "DPO"] == rate_cell(refused)
+    assert harmless_frame(metrics).loc["Together", "DPO"] == rate_cell(refused)
 
 
 def test_an_image_as_the_model_reads_it_and_its_tokens() -> None:
