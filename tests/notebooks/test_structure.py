@@ -25,6 +25,7 @@ BANNED = {
     "pip": r"^\s*[!%]\s*pip\b",
     "df.style": r"\.style\b",
     "display(HTML": r"display\s*\(\s*(HTML|Markdown)\b",
+    "del": r"^del ",  # the cell could not run a second time, as after an interruption
 }
 
 
@@ -232,6 +233,7 @@ LONG = "\n".join(f"x{i} = {i}" for i in range(21))
         (code("%pip install x"), "has pip"),
         (code("df.style.bar()"), "has df.style"),
         (code("display(HTML(text))"), "has display(HTML"),
+        (code("del a"), "has del"),
     ],
 )
 def test_each_rule_bites(good: Path, change: Callable, says: str) -> None:
