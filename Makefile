@@ -38,9 +38,11 @@ quick: setup  ## DPO alone, with answers before and after; 3 minutes
 	$(BIN)/python scripts/quick.py
 
 # A notebook that JupyterLab saves keeps its outputs on disk; git reads it as it was committed.
+# `git status` comes first, without the filter: it notes which files of a fresh clone are unchanged.
 filter:
-	@! git rev-parse --git-dir >/dev/null 2>&1 || git config filter.nbstripout.clean \
-		'$(BIN)/nbstripout $(STRIP) | sed "s/Python 3 (ipykernel)/Python 3/"'
+	@! git rev-parse --git-dir >/dev/null 2>&1 || { git status >/dev/null; \
+		git config filter.nbstripout.clean \
+		'$(BIN)/nbstripout $(STRIP) | sed "s/Python 3 (ipykernel)/Python 3/"'; }
 
 demo: setup  ## notebooks 01 to 06 on the small embedded model, then the report; 8 minutes
 	$(BIN)/spavl run all --profile demo

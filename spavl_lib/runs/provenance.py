@@ -19,6 +19,9 @@ LONGEST_LINE = 1000  # characters of a line of `source.diff`
 GUARDED = ("torch", "transformers", "trl", "peft")
 
 
+GIT_TIMEOUT_S = 120
+
+
 def canonical_sha256(value: Any) -> str:
     """Hex digest of a JSON value; the order of keys does not change it."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -32,10 +35,13 @@ def environment(root: Path) -> dict:
         root: The checkout in which git is called.
     """
     commit = _git(root, "rev-parse", "HEAD")
-    diff = _git(root, "diff", "HEAD") if commit else ""
+    # `status` comes first: it notes in git's index which files are unchanged. Without that, each
+    # call would read the notebooks of a fresh clone again, through a slow filter.
+    status = _git(root, "status", "--porcelain") if commit else ""
+    diff = _git(root, "diff", "HEAD") if status else ""
     return {
         "git_commit": commit or None,
-        "git_dirty": bool(_git(root, "status", "--porcelain")) if commit else None,
+        "git_dirty": bool(status) if commit and status is not None else None,
         "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "code_sha256": code_sha256(),
         "versions": versions(),
@@ -51,21 +57,22 @@ def git_diff(root: Path) -> str:
     Lines over `LONGEST_LINE` characters are shortened: a notebook that was run and saved holds
     figures in such lines. The manifest has the hash of the whole patch.
     """
-    lines = _git(root, "diff", "HEAD").split("\n")
+    lines = (_git(root, "diff", "HEAD") or "").split("\n")
     return "\n".join(
         line if len(line) <= LONGEST_LINE else f"{line[:80]} [... {len(line):,} characters]"
         for line in lines
     )
 
 
-def _git(root: Path, *args: str) -> str:
-    """What a git command prints; empty if it fails."""
+def _git(root: Path, *args: str) -> str | None:
+    """What a git command prints; None if it fails or takes longer than `GIT_TIMEOUT_S`."""
     try:
         completed = subprocess.run(
-            ["git", *args], cwd=root, capture_output=True, text=True, timeout=10, check=True
-        )
+            ["git", *args],
+            cwd=root, capture_output=True, text=True, timeout=GIT_TIMEOUT_S, check=True,
+        )  # fmt: skip
     except (OSError, ValueError, subprocess.SubprocessError):
-        return ""
+        return None
     return completed.stdout.strip()
 
 

@@ -171,6 +171,35 @@ def test_a_saved_figure_does_not_fill_the_record_of_changes(tmp_path: Path) -> N
     assert len(patch) < 1000 and "[... 200,001 characters]" in patch
 
 
+def test_a_fresh_clone_is_read_once_through_a_slow_filter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files as old as git's index could have changed since, so git reads them; `status` ends it."""
+
+    def git(*words: str) -> None:
+        subprocess.run(["git", *words], cwd=tmp_path, check=True, capture_output=True)
+
+    (tmp_path / "04_dpo.ipynb").write_text("beta = 0.1\n")
+    (tmp_path / ".gitattributes").write_text("*.ipynb filter=strip\n")
+    git("init", "-q")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "first")
+    calls = tmp_path.parent / f"{tmp_path.name}-calls"
+    git("config", "filter.strip.clean", f"echo >> {calls}; cat")
+    for path in (tmp_path / ".git/index", tmp_path / "04_dpo.ipynb"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    first = provenance.environment(tmp_path)
+    read = len(calls.read_text()) if calls.is_file() else 0
+    assert first["git_dirty"] is False and first["git_commit"]
+    assert provenance.environment(tmp_path) == first
+    assert (len(calls.read_text()) if calls.is_file() else 0) == read
+    (tmp_path / "04_dpo.ipynb").write_text("beta = 0.2\n")
+    changed = provenance.environment(tmp_path)
+    assert changed["git_dirty"] is True and changed["git_diff_sha256"]
+    monkeypatch.setattr(provenance, "GIT_TIMEOUT_S", 1e-9)
+    assert provenance.environment(tmp_path)["git_dirty"] is None  # not known is not clean
+
+
 def test_stage_keys_name_real_stages_and_settings() -> None:
     values = load_config("smoke").to_dict()
     for spec in all_stages().values():
