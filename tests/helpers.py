@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,6 +32,8 @@ from spavl_lib.modelling.load import load_model, load_processor
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Stage
 
+# A root of runs into which next to nothing is written.
+UNUSED = Path(tempfile.gettempdir()) / "spavl-unused"
 MINI = DataConfig(source="mini", train_rows=0, validation_rows=0, test_rows=0)
 # Of llava-hf/llava-1.5-7b-hf: neither BOS nor EOS is in it.
 STOCK_LLAVA_TEMPLATE = (

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from spavl_lib import machine
-from spavl_lib.config.presets import ORIGINAL_LEARNING_RATE, ORIGINAL_PRESET
+from spavl_lib.config.presets import ORIGINAL_PRESET, original_preset
 from spavl_lib.config.sections import Config
 from spavl_lib.config.validation import all_keys, build, flatten, input_error, to_plain, unknown_key
 from spavl_lib.errors import InputError, nearest
@@ -100,11 +100,10 @@ def load_config(
     changes |= named
     chosen = flatten(page) | changes
     _refuse_old_names(chosen, str(path))
-    for name, preset in ORIGINAL_PRESET.items():
+    for name in ORIGINAL_PRESET:
         if chosen.get(f"{name}.preset") == "original":
-            rates = ORIGINAL_LEARNING_RATE[name]
-            rate = rates.get(str(chosen.get("model.adapter")), rates["full"])
-            changes = flatten({name: preset | {"learning_rate": rate}}) | changes
+            preset = original_preset(name, str(chosen.get("model.adapter")))
+            changes = flatten({name: preset}) | changes
     for key, value in changes.items():
         _set(page, key, value)
     source = f"{path} with overrides" if overrides else str(path)  # an error may lie in either

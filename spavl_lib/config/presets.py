@@ -29,3 +29,14 @@ ORIGINAL_LEARNING_RATE = {
     "dpo": {"full": 1e-6, "lora": 2e-5, "qlora": 2e-5},
     "ppo": {"full": 5e-7, "lora": 1e-6, "qlora": 1e-6},
 }
+
+
+def original_preset(section: str, adapter: str) -> dict[str, Any]:
+    """Settings that `preset: original` sets in a section, with the learning rate of an adapter.
+
+    Args:
+        section: Key of `ORIGINAL_PRESET`.
+        adapter: `model.adapter`.
+    """
+    rates = ORIGINAL_LEARNING_RATE[section]
+    return ORIGINAL_PRESET[section] | {"learning_rate": rates.get(adapter, rates["full"])}

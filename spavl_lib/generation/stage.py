@@ -100,8 +100,8 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     for label in sorted(["base", *trained], key=lambda name: name in awaited):
         if label in awaited:
             stage.wait_for(label, flag)
-        if label in awaited and flag:
-            raise Preempted(f"{flag.reason}: stopped before the answers of {label}; {RESUME}")
+            if flag:
+                raise Preempted(f"{flag.reason}: stopped before the answers of {label}; {RESUME}")
         made = None if label == "base" else stage.run.stage(label)
         weights_hash = made.summary["weights_sha256"] if made else None
         inputs |= {f"{label}/weights": weights_hash} if weights_hash else {}

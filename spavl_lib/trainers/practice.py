@@ -3,7 +3,7 @@
 from typing import Any
 
 from spavl_lib.config import Config
-from spavl_lib.config.presets import ORIGINAL_LEARNING_RATE, ORIGINAL_PRESET
+from spavl_lib.config.presets import original_preset
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.inputs import reward_folder, reward_inputs, training_inputs
@@ -60,7 +60,5 @@ def variants_of(config: Config) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def original_settings(config: Config) -> dict[str, Any]:
     """PPO's method settings in which the original code differs from this run: name -> value."""
-    rates = ORIGINAL_LEARNING_RATE["ppo"]
-    rate = rates.get(config.model.adapter, rates["full"])
-    values = {"preset": "original", "learning_rate": rate} | ORIGINAL_PRESET["ppo"]
+    values = {"preset": "original"} | original_preset("ppo", config.model.adapter)
     return {k: v for k, v in values.items() if v != getattr(config.ppo, k)}

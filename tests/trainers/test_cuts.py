@@ -2,10 +2,8 @@
 
 import functools
 import math
-import tempfile
 import typing
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +13,7 @@ from torch import Tensor
 from spavl_lib.config.sections import SMOOTHED, DPOLoss
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import dpo, reward
-from tests.helpers import embedded_processor, mini_rows, smoke
-
-# A root of runs into which next to nothing is written.
-UNUSED = Path(tempfile.gettempdir()) / "spavl-unused"
+from tests.helpers import UNUSED, embedded_processor, mini_rows, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAIRS = 4

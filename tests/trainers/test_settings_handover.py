@@ -7,7 +7,6 @@ arrives, or stands in `FREE` with its reason; a field that is in neither fails.
 
 import dataclasses
 import math
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,10 +32,7 @@ from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.trainers import dpo, ppo, reward, rloo
 from spavl_lib.trainers.inputs import limit_of
 from spavl_lib.trainers.reward import VLMRewardTrainer
-from tests.helpers import embedded_processor, mini_rows, smoke
-
-# A root of runs into which next to nothing is written.
-UNUSED = Path(tempfile.gettempdir()) / "spavl-unused"
+from tests.helpers import UNUSED, embedded_processor, mini_rows, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 Seen = Callable[[Any], Any]

@@ -65,7 +65,10 @@ class SharedPrefix:
         self.backbone, self.strict, self.min_shared = backbone, strict, min_shared
         self.text = text_model_of(backbone)
         self.plain_forward = self.text.forward
-        self.signature = tuple(inspect.signature(type(self.text).forward).parameters)[1:]
+        self.signature, self.backbone_signature = (
+            tuple(inspect.signature(type(module).forward).parameters)[1:]
+            for module in (self.text, backbone)
+        )
         # In a few text models the backbone's mask alone decides who attends to whom.
         attention = [m for m in self.text.modules() if hasattr(m, "layer_idx")]
         self.causal = all(getattr(m, "is_causal", True) for m in attention)
@@ -215,9 +218,9 @@ class SharedPrefix:
 
 def _note_ids(backbone: nn.Module, args: tuple, kwargs: dict) -> None:
     """A backbone's hook that notes the token ids, which the text model does not get."""
-    names = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
-    given = kwargs | dict(zip(names, args, strict=False))
-    getattr(backbone, HANDLE).ids = given.get("input_ids")
+    handle = getattr(backbone, HANDLE)
+    given = kwargs | dict(zip(handle.backbone_signature, args, strict=False))
+    handle.ids = given.get("input_ids")
 
 
 def share_prefix(
