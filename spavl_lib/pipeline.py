@@ -138,7 +138,8 @@ def ensure(name: str, config: Config) -> Stage:
 def ensure_before(name: str, config: Config) -> list[Stage]:
     """Return the complete stages that a stage builds on.
 
-    A small profile makes incomplete stages now. `inference` is an exception if the profile is not
+    The reward stage is left out if the config names other reward models for all that need one. A
+    small profile makes incomplete stages now. `inference` is an exception if the profile is not
     small or if training runs in child processes, which not every trainer supports: then it uses
     the models that are trained, and fails only if there is none. Unless `inference` is complete,
     models that another notebook of `spavl run all` is training are left out, except for the first;

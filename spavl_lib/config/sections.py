@@ -276,20 +276,20 @@ class DPOConfig:
     beta: PositiveFloat = 0.1
     """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
     loss_type: tuple[DPOLoss, ...] = ("sigmoid", "sft")
-    """Names of trl losses to add up, and of cdpo, simpo and orpo, which are this library's. sft is
-    the cross-entropy of the chosen responses, a mean over all their tokens in an optimizer step; it
-    keeps chosen responses from becoming less likely. MPO is sigmoid, bco_pair and sft with weights
-    0.8, 0.2 and 1; ORPO is sft and orpo with weights 1 and lambda. If all of them are among simpo,
-    orpo and sft, no reference model is used, and the logged rewards are beta times the
-    log-probabilities."""
+    """Names of losses to add up: those of trl, cdpo (a sum of two of them), and simpo and orpo of
+    this library. sft is the cross-entropy of the chosen responses, a mean over all their tokens in
+    an optimizer step; it keeps chosen responses from becoming less likely. MPO is sigmoid, bco_pair
+    and sft with weights 0.8, 0.2 and 1; ORPO is sft and orpo with weights 1 and lambda. If all of
+    them are among simpo, orpo and sft, no reference model is used, and the logged rewards are beta
+    times the mean log-probability of a response's tokens."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight per loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is wrong, for the losses robust, cdpo, exo_pair, aot
     and aot_unpaired."""
-    simpo_margin: NonNegativeFloat = 0.5
+    simpo_margin: NonNegativeFloat | None = None
     """By how much the chosen response's reward must be higher in the loss simpo (the paper's
-    gamma). SimPO needs a beta of about 2, because its rewards are means over tokens."""
+    gamma); null: 0.5. SimPO needs a beta of about 2, because its rewards are means over tokens."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate. A small model needs a higher one than a large model."""
     lr_scheduler: Scheduler = "cosine"
@@ -329,7 +329,12 @@ class DPOConfig:
         if not self.label_smoothing and (needing := sorted(losses & NEEDS_SMOOTHING)):
             yield f"{' and '.join(needing)} need label_smoothing above 0, such as 0.001 or 0.1"
         if self.cache_reference and not self.with_reference:
-            yield f"cache_reference has no effect: {list(self.loss_type)} need no reference"
+            yield (
+                f"cache_reference has no effect, because {list(self.loss_type)} need no reference; "
+                "set it to false"
+            )
+        if self.simpo_margin is not None and "simpo" not in losses:
+            yield f"simpo_margin has no effect on {list(self.loss_type)}: only simpo uses it"
         if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
             yield (
                 f"{' and '.join(ranked)} rank the pairs of one forward pass, so "
@@ -340,6 +345,11 @@ class DPOConfig:
     def with_reference(self) -> bool:
         """Whether a loss reads the reference's log-probabilities."""
         return not set(self.loss_type) <= REFERENCE_FREE
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a training step runs the reference model."""
+        return self.with_reference and not self.cache_reference
 
     @property
     def global_batch_size(self) -> int:

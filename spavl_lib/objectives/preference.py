@@ -1,7 +1,8 @@
 """Losses on pairs that trl does not have with images: cDPO, SimPO and ORPO.
 
-Each takes log-probabilities of responses, and gives the loss of each pair, not reduced. The last
-two need no reference model.
+Each gives the loss of each pair in nats, not reduced. The last two need no reference model. The
+trainer computes cDPO as a sum of two of trl's losses, and the tests compare the sum with
+`cdpo_loss`.
 """
 
 import torch

@@ -72,6 +72,7 @@ LOGGED = (
 # their sum grows with the square root of this number.
 LONG_ANSWER = 256
 OWN = {"simpo", "orpo"}  # losses that trl does not have
+SIMPO_MARGIN = 0.5
 
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
@@ -86,7 +87,7 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
     loss_weights: list[float]
     losses: tuple[tuple[str, float], ...] = ()
     """Name and weight of every loss, also of those that trl does not have."""
-    simpo_margin: float = 0.0
+    simpo_margin: float = SIMPO_MARGIN
     with_reference: bool = True
     """False if no loss reads the reference. trl then gets 0 for its log-probabilities."""
 
@@ -108,31 +109,59 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
             zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
             inputs = inputs | dict.fromkeys(NAMES, zeros)
         own = [(name, weight) for name, weight in weights if name in OWN]
+        needs = own or not self.with_reference
         try:
-            with _log_probabilities(model) if own else contextlib.nullcontext([]) as seen:
+            with _log_probabilities(model) if needs else contextlib.nullcontext([]) as seen:
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.loss_types, self.loss_weights = whole
+        means = _means(seen[0], inputs["completion_mask"]) if needs else None
         for name, weight in own:
-            added = weight * self._own_loss(name, seen[0], inputs["completion_mask"])
+            added = weight * self._own_loss(name, *means)
             loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
+        if not self.with_reference:
+            self._log_rewards(*means)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
 
-    def _own_loss(self, name: str, logps: Tensor, mask: Tensor) -> Tensor:
+    def _own_loss(self, name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
         """The mean of a loss of `OWN` over a micro-batch's pairs.
 
         Args:
             name: Name of the loss.
-            logps: Log-probabilities (responses, tokens), 0 where a token does not count; the
-                chosen responses come first.
-            mask: The batch's `completion_mask` (responses, 1 + tokens).
+            chosen: Mean log-probability of a token of each chosen response (pairs,), in nats.
+            rejected: The same of the rejected responses.
         """
-        tokens = mask[:, 1:].sum(1).clamp(min=1)
-        means = (logps[:, 1 - mask.shape[1] :].sum(1) / tokens).chunk(2)
         if name == "simpo":
-            return simpo_loss(*means, beta=self.beta, margin=self.simpo_margin).mean()
-        return orpo_loss(*means).mean()
+            return simpo_loss(chosen, rejected, beta=self.beta, margin=self.simpo_margin).mean()
+        return orpo_loss(chosen, rejected).mean()
+
+    def _log_rewards(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Replace the rewards that trl logs for this micro-batch: without a reference, it would
+        log sums over tokens, which are lower for longer responses. Takes what `_own_loss` takes."""
+        first, second = (
+            self.accelerator.gather(self.beta * x.detach()) for x in (chosen, rejected)
+        )
+        values = {
+            "chosen": first, "rejected": second, "margins": first - second,
+            "accuracies": (first > second).float(),
+        }  # fmt: skip
+        logged = self._metrics["train" if self.model.training else "eval"]
+        for name, value in values.items():
+            logged[f"rewards/{name}"][-1] = value.mean().item()
+
+
+def _means(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean log-probability of a token of each chosen and each rejected response, (pairs,) each.
+
+    Args:
+        logps: Log-probabilities (responses, tokens), 0 where a token does not count; the chosen
+            responses come first.
+        mask: The batch's `completion_mask` (responses, 1 + tokens).
+    """
+    tokens = mask[:, 1:].sum(1).clamp(min=1)
+    chosen, rejected = (logps[:, 1 - mask.shape[1] :].sum(1) / tokens).chunk(2)
+    return chosen, rejected
 
 
 def stock_losses(losses: list[tuple[str, float]], smoothing: float) -> list[tuple[str, float]]:
@@ -227,8 +256,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
     if not config.dpo.with_reference:
-        # trl builds a reference for full fine-tuning in any case; its memory is freed here.
-        trainer.precompute_ref_logps, trainer.ref_model = True, None
+        leave_out_reference(trainer)
     cached = config.dpo.beta if config.dpo.cache_reference else 0.0
     first = functools.partial(check_reference, beta=cached) if config.dpo.with_reference else None
     trainer.report_to_stage(
@@ -308,7 +336,8 @@ def build_trainer(
     for model in filter(None, (trainer.model, trainer.ref_model)):
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
-    trainer.losses, trainer.simpo_margin = losses, dpo.simpo_margin
+    trainer.losses = losses
+    trainer.simpo_margin = SIMPO_MARGIN if dpo.simpo_margin is None else dpo.simpo_margin
     trainer.with_reference = dpo.with_reference
     trainer.group_by_image = config.data.group_by_image
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
@@ -316,6 +345,11 @@ def build_trainer(
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer
+
+
+def leave_out_reference(trainer: CheckedDPOTrainer) -> None:
+    """Train without a reference model. The memory of a reference that was built is freed."""
+    trainer.precompute_ref_logps, trainer.ref_model = True, None
 
 
 def use_cached_reference(
@@ -378,6 +412,8 @@ def _card(config: Config, summary: dict) -> str:
             f"{summary['train_rows']} pairs",
             f"{summary['steps']} steps of {summary['global_batch_size']}",
             f"losses {list(dpo.loss_type)} weighted {list(dpo.loss_weights)}",
+            *([f"label smoothing {dpo.label_smoothing}"] if dpo.label_smoothing else []),
+            *([] if dpo.with_reference else ["no reference model"]),
             f"beta {dpo.beta}",
             f"peak rate {dpo.learning_rate}",
         ],
