@@ -137,10 +137,16 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
         return orpo_loss(chosen, rejected).mean()
 
     def _log_rewards(self, chosen: Tensor, rejected: Tensor) -> None:
-        """Replace the rewards that trl logs for this micro-batch: without a reference, it would
-        log sums over tokens, which are lower for longer responses. Takes what `_own_loss` takes."""
+        """Replace the rewards that trl has logged for this micro-batch.
+
+        Without a reference trl's are sums over tokens, which are lower for longer responses.
+
+        Args:
+            chosen: As for `_own_loss`.
+            rejected: As for `_own_loss`.
+        """
         first, second = (
-            self.accelerator.gather(self.beta * x.detach()) for x in (chosen, rejected)
+            self.accelerator.gather(self.beta * means.detach()) for means in (chosen, rejected)
         )
         values = {
             "chosen": first, "rejected": second, "margins": first - second,

@@ -58,7 +58,12 @@ def test_the_loss_is_the_formulas(name: str, adapter: str, share: str) -> None:
                 parameter += 0.03 * torch.randn_like(parameter)
         logps = sequence_logps(trainer.model(**inputs).logits, batch["input_ids"], mask)
     assert (logps - reference).abs().max() > 0.1
+    if name != "cdpo":
+        dpo.leave_out_reference(trainer)
+    calls: list[int] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
     found = trainer.compute_loss(trainer.model, dict(batch))
+    assert len(calls) == 1 + (name == "cdpo" and adapter == "lora")  # with the adapters off
     wanted = expected(name, logps, reference, mask)
     assert found.item() == pytest.approx(wanted, rel=1e-5)
     found.backward()
@@ -76,11 +81,32 @@ def test_a_training_ends_and_learns(name: str, adapter: str, tmp_path: Path) -> 
     stage = Run(config, root=tmp_path).stage("dpo")
     summary = train_dpo(config, stage)
     losses = [row["loss"] for row in read_jsonl(stage.metrics_path) if "loss" in row]
+    card = (stage.path / "model/README.md").read_text(encoding="utf-8")
+    assert ("no reference model" in card) == (name != "cdpo")
     assert summary["steps"] == 8 and losses[-1] < losses[0]  # every step sees the same pairs
     assert "eval_loss" in summary["validation"]
 
 
-def test_a_cached_reference_that_nothing_reads_is_refused() -> None:
+def test_rewards_without_a_reference_are_means(tmp_path: Path) -> None:
+    """trl itself would log sums over the tokens."""
+    config = smoke({"dpo.max_steps": 1, "data.train_rows": 2} | SETTINGS["simpo"], run_name="r")
+    stage = Run(config, root=tmp_path).stage("dpo")
+    train_dpo(config, stage)
+    row = read_jsonl(stage.metrics_path)[0]
+    margin = row["rewards/chosen"] - row["rewards/rejected"]
+    assert row["rewards/margins"] == pytest.approx(margin, abs=1e-5)
+    # The responses have more than two tokens, so sums times beta would be far lower.
+    assert row["logps/chosen"] < row["rewards/chosen"] < 0
+
+
+def test_plans_know_that_there_is_no_reference() -> None:
+    cdpo, orpo = (smoke({"model.adapter": "full"} | SETTINGS[n]).dpo for n in ("cdpo", "orpo"))
+    assert cdpo.runs_reference and not orpo.runs_reference
+
+
+def test_settings_that_nothing_reads_are_refused() -> None:
+    with pytest.raises(InputError, match="simpo_margin has no effect"):
+        smoke({"dpo.simpo_margin": 0.3} | SETTINGS["orpo"])
     with pytest.raises(InputError, match="cache_reference has no effect"):
         smoke({"dpo.cache_reference": True} | SETTINGS["orpo"])
     assert smoke(SETTINGS["cdpo"] | {"dpo.cache_reference": True}).dpo.with_reference
