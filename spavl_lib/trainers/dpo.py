@@ -108,17 +108,16 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
         if not self.with_reference:
             zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
             inputs = inputs | dict.fromkeys(NAMES, zeros)
-        own = [(name, weight) for name, weight in weights if name in OWN]
-        needs = own or not self.with_reference
         try:
-            with _log_probabilities(model) if needs else contextlib.nullcontext([]) as seen:
+            with _log_probabilities(model) as seen:
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.loss_types, self.loss_weights = whole
-        means = _means(seen[0], inputs["completion_mask"]) if needs else None
-        for name, weight in own:
-            added = weight * self._own_loss(name, *means)
-            loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
+        means = _means(seen[0], inputs["completion_mask"])
+        for name, weight in weights:
+            if name in OWN:
+                added = weight * self._own_loss(name, *means)
+                loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
         if not self.with_reference:
             self._log_rewards(*means)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
