@@ -28,6 +28,7 @@ DPOLoss = Literal[
 RANKED = {"aot", "aot_unpaired"}
 # Without label smoothing exo_pair is undefined, and robust and cdpo are the same as sigmoid.
 NEEDS_SMOOTHING = {"cdpo", "exo_pair", "robust"}
+SIMPO_MARGIN = 0.5
 REFERENCE_FREE = {"simpo", "orpo", "sft"}  # losses that do not read the reference
 SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
@@ -287,9 +288,9 @@ class DPOConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is wrong, for the losses robust, cdpo, exo_pair, aot
     and aot_unpaired."""
-    simpo_margin: NonNegativeFloat | None = None
+    simpo_margin: NonNegativeFloat = SIMPO_MARGIN
     """By how much the chosen response's reward must be higher in the loss simpo (the paper's
-    gamma); null: 0.5. SimPO needs a beta of about 2, because its rewards are means over tokens."""
+    gamma). SimPO needs a beta of about 2, because its rewards are means over tokens."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate. A small model needs a higher one than a large model."""
     lr_scheduler: Scheduler = "cosine"
@@ -333,7 +334,7 @@ class DPOConfig:
                 f"cache_reference has no effect, because {list(self.loss_type)} need no reference; "
                 "set it to false"
             )
-        if self.simpo_margin is not None and "simpo" not in losses:
+        if self.simpo_margin != SIMPO_MARGIN and "simpo" not in losses:
             yield f"simpo_margin has no effect on {list(self.loss_type)}: only simpo uses it"
         if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
             yield (

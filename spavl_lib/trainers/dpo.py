@@ -72,7 +72,6 @@ LOGGED = (
 # their sum grows with the square root of this number.
 LONG_ANSWER = 256
 OWN = {"simpo", "orpo"}  # losses that trl does not have
-SIMPO_MARGIN = 0.5
 
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
@@ -87,7 +86,7 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
     loss_weights: list[float]
     losses: tuple[tuple[str, float], ...] = ()
     """Name and weight of every loss, also of those that trl does not have."""
-    simpo_margin: float = SIMPO_MARGIN
+    simpo_margin: float = 0.5
     with_reference: bool = True
     """False if no loss reads the reference. trl then gets 0 for its log-probabilities."""
 
@@ -342,7 +341,7 @@ def build_trainer(
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
     trainer.losses = losses
-    trainer.simpo_margin = SIMPO_MARGIN if dpo.simpo_margin is None else dpo.simpo_margin
+    trainer.simpo_margin = dpo.simpo_margin
     trainer.with_reference = dpo.with_reference
     trainer.group_by_image = config.data.group_by_image
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
