@@ -112,13 +112,13 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
                 loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.loss_types, self.loss_weights = whole
-        means = _means(seen[0], inputs["completion_mask"])
-        for name, weight in weights:
-            if name in OWN:
-                added = weight * self._own_loss(name, *means)
-                loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
-        if not self.with_reference:
-            self._log_rewards(*means)
+        own = [(name, weight) for name, weight in weights if name in OWN]
+        if own or not self.with_reference:
+            means = _means(seen[0], inputs["completion_mask"])
+            added = sum(weight * self._own_loss(name, *means) for name, weight in own)
+            loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
+            if not self.with_reference:
+                self._log_rewards(*means)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
 
