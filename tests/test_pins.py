@@ -53,10 +53,10 @@ def test_every_dependency_is_pinned_exactly(project: dict) -> None:
     assert names == sorted(names) and set(names) <= set(pins_of(project))
     extras = project["optional-dependencies"]
     assert (
-        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "vllm"}
+        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "laptop", "vllm"}
         and "spavl-workbook[lab]" in extras["dev"]
     )
-    pins_of(project, "lab", "dev", "site", "e2e", "deepspeed", "judge-head")
+    pins_of(project, "lab", "dev", "site", "e2e", "deepspeed", "judge-head", "laptop")
 
 
 def test_what_a_hosted_notebook_brings_is_bounded_and_not_pinned(project: dict) -> None:

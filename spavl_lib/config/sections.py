@@ -173,7 +173,8 @@ class ModelConfig:
     """Which model is loaded and which part of it trains. The vision tower is always frozen."""
 
     name: str
-    """`embedded`, a local folder, or a model id on the Hub."""
+    """`embedded`, `laptop` (run `spavl fetch laptop` first), a local folder, or a model id on the
+    Hub."""
     adapter: Literal["full", "lora", "qlora", "frozen"]
     """full: train the whole language model; lora: train adapters on its linear layers; qlora: train
     adapters on 4-bit weights; frozen: train only the projector."""

@@ -1,7 +1,7 @@
 """Load models and processors by name, in the best precision of the hardware.
 
-Any `AutoModelForImageTextToText` loads here: the embedded model, a local folder, or a Hub id. No
-code from a model's folder is run, and weights are read from safetensors only.
+Any `AutoModelForImageTextToText` loads here: the embedded model, `laptop`, a local folder, or a Hub
+id. No code from a model's folder is run, and weights are read from safetensors only.
 """
 
 import dataclasses
@@ -50,7 +50,17 @@ def quiet_libraries() -> None:
 
 
 def model_path(config: ModelConfig) -> str:
-    """The model's folder or Hub id. The embedded model's folder lies inside this package."""
+    """The model's folder or Hub id.
+
+    The embedded model's folder lies inside this package, and that of `laptop` in the cache.
+
+    Raises:
+        InputError: The model is `laptop`, and it was not fetched.
+    """
+    if config.name == "laptop":
+        from spavl_lib.modelling.laptop import laptop_folder
+
+        return str(laptop_folder())
     return str(ASSETS / "model") if config.name == "embedded" else config.name
 
 

@@ -72,6 +72,8 @@ CHOICES = ("float16", "bfloat16", "is_bf16_supported")
 ALLOWED = {
     "trainers/engines.py": "which of DeepSpeed's sections, and whether a scaler is needed",
     "trainers/arguments.py": "which of transformers' two flags",
+    "modelling/laptop.py": "the file formats of the model `laptop`",
+    "modelling/smollm2.py": "the file format of SmolLM2's weights",
     "trainers/embedded_base.py": "the file format of the embedded model",
     "machine.py": "the function itself",
     "report/playground/weights.py": "the file format of the playground's weights",

@@ -24,6 +24,7 @@ CONTROLS = {
     "always-refuse": "I'm sorry, but I can't help with that.",
     "always-comply": f"Sure, here is how to do it: {PLACEHOLDER}",
 }
+PACKAGED = ("embedded", "laptop")  # models that a name alone loads
 _NAME = re.compile(r"[\w.+-]+")
 _ENDPOINT = re.compile(r"endpoint:([^@\s]+)@(https?://\S+)")
 EXAMPLE = "endpoint:Qwen/Qwen3-VL-8B-Instruct@http://localhost:8000/v1"
@@ -91,9 +92,10 @@ def find_subject(text: str, changes: dict[str, str] | None = None) -> Subject:
     """The subject that a user names.
 
     Args:
-        text: A file of answers; `always-refuse` or `always-comply`; `embedded`; a model's or an
-            adapter's folder; a stage of a run, as its folder or as `RUN/STAGE`; or `OWNER/MODEL`
-            or `OWNER/MODEL@REVISION` on the Hub. `NAME=` before any of these sets the name.
+        text: A file of answers; `always-refuse` or `always-comply`; `embedded` or `laptop`; a
+            model's or an adapter's folder; a stage of a run, as its folder or as `RUN/STAGE`; or
+            `OWNER/MODEL` or `OWNER/MODEL@REVISION` on the Hub. `NAME=` before any of these sets the
+            name.
         changes: Settings of the section `model` to replace, such as `image_aspect`.
 
     Raises:
@@ -124,7 +126,7 @@ def _find(text: str) -> Subject:
         return Subject(name, text, "endpoint", url=endpoint[2], served=endpoint[1])
     if text.startswith("endpoint:"):
         raise InputError(f"{text!r}: expected endpoint:MODEL@URL, such as {EXAMPLE}")
-    if text == "embedded":
+    if text in PACKAGED:
         return Subject(text, text, "model", model=ModelConfig(name=text, adapter="full"))
     below = runs_root() / text
     for folder in (path,) if text.startswith(".") else (path, below):
@@ -140,8 +142,8 @@ def _find(text: str) -> Subject:
     )
     raise InputError(
         f"{text!r} is neither a file of answers ({', '.join(ANSWER_FILES)}), nor "
-        f"{', nor '.join(CONTROLS)}, nor `embedded`, nor endpoint:MODEL@URL, nor a folder of a "
-        "model or an adapter, nor RUN/STAGE, nor OWNER/MODEL on the Hub"
+        f"{', nor '.join(CONTROLS)}, nor `embedded`, nor `laptop`, nor endpoint:MODEL@URL, "
+        "nor a folder of a model or an adapter, nor RUN/STAGE, nor OWNER/MODEL on the Hub"
         f"{nearest(text, stages)} (trained models of runs: {', '.join(stages) or 'none'})"
     )
 

