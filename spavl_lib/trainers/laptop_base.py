@@ -32,6 +32,7 @@ from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.generation.generate import generate_batch
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
+from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.trainers import checkpoint as ckpt
@@ -461,6 +462,7 @@ def build(
         InputError: SmolLM2 was not fetched, or `work` belongs to other settings.
         DiskError: There is no space or no permission.
     """
+    quiet_libraries()
     base = smollm2.smollm2_folder()
     processor = laptop.build_processor(base)
     torch.manual_seed(seed)
