@@ -65,34 +65,33 @@ def test_a_killed_training_ends_as_one_that_ran_through(
 def test_the_trained_part_loads_again_and_holds_what_was_trained(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = {}
-
-    def keep(tuned: torch.nn.Module) -> dict:
-        trained["logits"] = logits_of(tuned.merge_and_unload(), base)
-        return tensors
-
-    def logits_of(model: torch.nn.Module, base: Path) -> torch.Tensor:
-        processor = laptop.build_processor(base)
-        examples = laptop_base.training_examples(random.Random(0), REPLIES)
-        batch = laptop_base.batch_of(processor, examples)
-        batch.pop("labels")
-        with torch.no_grad():
-            return model.float().eval()(**batch).logits
-
-    original, tensors = laptop_base.trained_tensors, {}
-
-    def first(tuned: torch.nn.Module) -> dict:
-        tensors.update({k: v.clone() for k, v in original(tuned).items()})
-        return keep(tuned)
-
-    monkeypatch.setattr(laptop_base, "trained_tensors", first)
-    REPLIES = [laptop_base.Example("One?", "1"), laptop_base.Example("Two?", "2", finished=False)]
-    laptop_base.build(tmp_path / "work", laptop.TRAINED, **STEPS)
-    model, _ = laptop.load(base, laptop.TRAINED / laptop.PART)
-    torch.testing.assert_close(logits_of(model, base), trained["logits"], rtol=0, atol=0.05)
-    assert {k for k in tensors if k.endswith(laptop.LORA_B)} and any(
-        t.abs().max() > 0 for k, t in tensors.items() if k.endswith(laptop.LORA_B)
+    processor = laptop.build_processor(base)
+    replies = [laptop_base.Example("One?", "1"), laptop_base.Example("Two?", "2", finished=False)]
+    batch = laptop_base.batch_of(
+        processor, laptop_base.training_examples(random.Random(0), replies)
     )
+    batch.pop("labels")
+    real = batch["attention_mask"].bool()
+
+    def logits_of(model: torch.nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model.float().eval()(**batch).logits[real]
+
+    trained = {}
+    original = laptop_base.trained_tensors
+
+    def watched(tuned: torch.nn.Module) -> dict:
+        trained["logits"], trained["tensors"] = logits_of(tuned), original(tuned)
+        return trained["tensors"]
+
+    monkeypatch.setattr(laptop_base, "trained_tensors", watched)
+    laptop_base.build(tmp_path / "work", laptop.TRAINED, **STEPS)
+    adapters = [t for k, t in trained["tensors"].items() if k.endswith(laptop.LORA_B)]
+    assert adapters and all(t.abs().max() > 0 for t in adapters)
+    untrained = logits_of(laptop.build_model(base, processor))
+    model, _ = laptop.load(base, laptop.TRAINED / laptop.PART)
+    left = (logits_of(model) - trained["logits"]).abs().mean()  # rounding to int8
+    assert left < 0.05 * (untrained - trained["logits"]).abs().mean()
     folder, made = laptop.assemble()
     assert made and "not aligned" in (folder / "README.md").read_text(encoding="utf-8")
 
