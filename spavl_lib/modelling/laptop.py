@@ -6,6 +6,7 @@ part. `assemble` joins the two, and writes an ordinary folder into the cache, wh
 loads without this package.
 """
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,6 +38,7 @@ TRAIN_COMMAND = "python -m spavl_lib.trainers.laptop_base"
 IMAGE_SIZE, PATCH_SIZE = 64, 16  # pixels
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
 LORA_A, LORA_B, SCALE = ".lora_A", ".lora_B", ".scale"
+FACTS = "facts"  # key of the file's metadata
 # SmolLM2's template adds up strings. This macro makes a string of a message with an image.
 CONTENT = (
     "{% macro content(message) %}"
@@ -256,7 +258,8 @@ def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) ->
     with writing(path, sum(t.nbytes for t in stored.values())):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(stored, temporary, metadata=facts)
+            # safetensors writes several values in a random order, and the file would differ.
+            save_file(stored, temporary, metadata={FACTS: json.dumps(facts, sort_keys=True)})
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -272,8 +275,8 @@ def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, "pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            facts = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            facts = json.loads(file.metadata()[FACTS])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); get the file again") from error
     tensors = {
         name: tensor.float() * stored.get(name + SCALE, 1)

@@ -33,6 +33,7 @@ from spavl_lib.generation.generate import generate_batch
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
 from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.trainers import checkpoint as ckpt
@@ -463,6 +464,7 @@ def build(
         DiskError: There is no space or no permission.
     """
     quiet_libraries()
+    settle_threads()
     base = smollm2.smollm2_folder()
     processor = laptop.build_processor(base)
     torch.manual_seed(seed)
