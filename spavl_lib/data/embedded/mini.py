@@ -28,7 +28,7 @@ from typing import Any
 import datasets
 from datasets import Dataset, Features, Image, Value
 
-from spavl_lib.data.embedded import language, scenes, world
+from spavl_lib.data.embedded import drawings, language, scenes, world
 from spavl_lib.data.embedded.language import Request
 from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, HarmClass, load_world
 from spavl_lib.data.images import png_bytes
@@ -70,12 +70,15 @@ class Scene:
     canvas: tuple[int, int]
     flip: bool
     image_name: str
+    drawing: str
+    """Style of the drawing; see `drawings.py`."""
 
-    def png(self, drawing: str = "noto") -> bytes:
-        """The image as a PNG file."""
+    def png(self, drawing: str = "") -> bytes:
+        """The image as a PNG file, if `drawing` is given in that style."""
         image = scenes.render(
-            self.concept, self.composition, self.canvas, flip=self.flip, drawing=drawing
-        )
+            self.concept, self.composition, self.canvas, flip=self.flip,
+            drawing=drawing or self.drawing,
+        )  # fmt: skip
         return png_bytes(image)
 
 
@@ -107,14 +110,21 @@ class _Maker:
         self.used: set[tuple] = set()
         self.turn: dict[str, int] = {}
 
-    def scene(self, concept: str, image_name: str) -> Scene:
+    def scene(self, concept: str, image_name: str, *, twin: str = "") -> Scene:
+        """A scene that was not drawn before; with `twin`, in a style that has both concepts."""
+        # A generator of its own: which styles there are changes nothing but the drawings.
+        choose = random.Random(f"{SEED}/{self.split}/{image_name}/drawing")
+        shared = drawings.styles_for(twin or concept, self.split)
+        drawing = choose.choice(
+            [s for s in drawings.styles_for(concept, self.split) if s in shared]
+        )
         while True:
             composition = self.rng.choice(scenes.compositions(self.split))
             canvas, flip = self.rng.choice(scenes.CANVASES), self.rng.random() < 0.5
             key = (concept, composition, canvas, flip)
             if key not in self.used:
                 self.used.add(key)
-                return Scene(concept, composition, canvas, flip, image_name)
+                return Scene(concept, composition, canvas, flip, image_name, drawing)
 
     def _next(self, pool: str, options: list) -> Any:
         """The next option of a pool. The options take turns, so all are used about equally."""
@@ -299,8 +309,9 @@ def _test_rows(maker: _Maker) -> dict[str, list[Row]]:
         for k in range(2):
             question_type = "easy" if k == 0 else other
             pair = f"{_slug(harm_class.class3)}_{k}"
-            risky = maker.scene(harm_class.risky[k], f"twins_{pair}_risky.png")
-            safe = replace(risky, concept=harm_class.safe[k], image_name=f"twins_{pair}_safe.png")
+            first, second = harm_class.risky[k], harm_class.safe[k]
+            risky = maker.scene(first, f"twins_{pair}_risky.png", twin=second)
+            safe = replace(risky, concept=second, image_name=f"twins_{pair}_safe.png")
             over_risky = maker.request("ask", harm_class, risky, question_type)
             over_safe = language.with_concept(over_risky, safe.concept)
             refusal = language.answer(over_risky, "careful", maker.rng)
@@ -350,8 +361,8 @@ def _counted(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     return rows
 
 
-def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
-    """Rows with the columns that the real set has on the Hub."""
+def _columns(rows: list[Row], kind: str, drawing: str = "") -> Dataset:
+    """Rows with the columns of the real set. `drawing` replaces the style of each scene."""
     images: dict[str, bytes] = {}
     for row in rows:
         if row.scene.image_name not in images:
@@ -378,8 +389,8 @@ def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
 def _key() -> str:
     """A hash of everything that the built files depend on."""
     digest = hashlib.sha256()
-    code = [*(str(module.__file__) for module in (scenes, language, world)), __file__]
-    for path in (world.ASSETS / "world.yaml", CARD, *map(Path, code)):
+    code = [*(str(module.__file__) for module in (scenes, drawings, language, world)), __file__]
+    for path in (world.ASSETS / "world.yaml", drawings.PAGE, CARD, *map(Path, code)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -403,18 +414,18 @@ def write_mini(folder: Path) -> None:
     datasets.disable_progress_bars()
     rows = mini_rows()
     files = {
-        "data/train": ("train", rows["train"], "noto"),
-        "validation/validation": ("validation", rows["validation"], "noto"),
-        "validation/twins": ("validation", rows["twins"], "noto"),
+        "data/train": ("train", rows["train"], ""),
+        "validation/validation": ("validation", rows["validation"], ""),
+        "validation/twins": ("validation", rows["twins"], ""),
     }
     for name in TEST_SETS:
-        files[f"test/{name}"] = ("test", rows[name], "noto")
-        files[f"test_twemoji/{name}"] = ("test", rows[name], "twemoji")
+        files[f"test/{name}"] = ("test", rows[name], "")
+        files[f"test_twemoji/{name}"] = ("test", rows[name], drawings.UNSEEN)
     chosen_on = development_rows()
     for name in ("validation", "twins"):
-        files[f"{DEVELOPMENT}/validation/{name}"] = ("validation", chosen_on[name], "noto")
+        files[f"{DEVELOPMENT}/validation/{name}"] = ("validation", chosen_on[name], "")
     for name in TEST_SETS:
-        files[f"{DEVELOPMENT}/test/{name}"] = ("test", chosen_on[name], "noto")
+        files[f"{DEVELOPMENT}/test/{name}"] = ("test", chosen_on[name], "")
     for stem, (kind, part, drawing) in files.items():
         path = folder / f"{stem}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -472,9 +483,9 @@ def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
 
 
 def _truth(rows: dict[str, list[Row]]) -> dict[str, dict]:
-    """Row id -> the request's labels, and the name of its pair of twins."""
+    """Row id -> the request's labels, its pair of twins, and how the image was drawn."""
     return {
-        f"{name}/{i}": row.request.to_dict() | {"pair": row.pair}
+        f"{name}/{i}": row.request.to_dict() | {"pair": row.pair, "drawing": row.scene.drawing}
         for name, part in rows.items()
         for i, row in enumerate(part)
     }
