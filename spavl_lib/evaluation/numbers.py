@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
@@ -65,6 +66,7 @@ HARMLESS_TITLES = {
     "look_alikes": "Look-alikes",
     "twins": "Twins",
     "held_out_help": "Questions, unseen drawings",
+    "held_out_look_alikes": "Look-alikes, unseen drawings",
     "held_out_twins": "Twins, unseen drawings",
     "all": "Together",
 }
@@ -198,8 +200,8 @@ def model_title(name: str) -> str:
 
 
 def set_title(name: str) -> str:
-    """An evaluation set's name for readers. `NAME_twemoji` has drawings not seen in training."""
-    base, unseen, _ = name.partition("_twemoji")
+    """An evaluation set's name for readers."""
+    base, unseen = set_parts(name)
     title = _SET_TITLES.get(base) or short(base.replace("_", " ").capitalize())
     return f"{title}, unseen drawings" if unseen else title
 

@@ -64,6 +64,22 @@ def styles_of(concept: str) -> tuple[str, ...]:
     return ("noto", *(style.key for style in trained if concept in style.icons))
 
 
+def set_parts(name: str) -> tuple[str, str]:
+    """Divide an evaluation set's name into the set, and the unseen style of its drawings.
+
+    Args:
+        name: Such as `help` or `help_twemoji`.
+
+    Returns:
+        The name without the style, and the style; it is empty if models are trained on the
+        drawings.
+    """
+    for style in (UNSEEN, CHOSEN_ON):
+        if name.endswith(f"_{style}"):
+            return name.removesuffix(f"_{style}"), style
+    return name, ""
+
+
 @functools.cache
 def only_in_test(concept: str) -> frozenset[str]:
     """Styles in which a concept is never shown in the preference data, except in the test sets.

@@ -420,12 +420,14 @@ def write_mini(folder: Path) -> None:
     }
     for name in TEST_SETS:
         files[f"test/{name}"] = ("test", rows[name], "")
-        files[f"test_twemoji/{name}"] = ("test", rows[name], drawings.UNSEEN)
+        files[f"test_{drawings.UNSEEN}/{name}"] = ("test", rows[name], drawings.UNSEEN)
     chosen_on = development_rows()
     for name in ("validation", "twins"):
         files[f"{DEVELOPMENT}/validation/{name}"] = ("validation", chosen_on[name], "")
     for name in TEST_SETS:
         files[f"{DEVELOPMENT}/test/{name}"] = ("test", chosen_on[name], "")
+        unseen = f"{DEVELOPMENT}/test_{drawings.CHOSEN_ON}/{name}"
+        files[unseen] = ("test", chosen_on[name], drawings.CHOSEN_ON)
     for stem, (kind, part, drawing) in files.items():
         path = folder / f"{stem}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -485,7 +487,12 @@ def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
 def _truth(rows: dict[str, list[Row]]) -> dict[str, dict]:
     """Row id -> the request's labels, its pair of twins, and how the image was drawn."""
     return {
-        f"{name}/{i}": row.request.to_dict() | {"pair": row.pair, "drawing": row.scene.drawing}
+        f"{name}/{i}": row.request.to_dict()
+        | {
+            "pair": row.pair,
+            "drawing": row.scene.drawing,
+            "new_pair": row.scene.drawing in drawings.only_in_test(row.scene.concept),
+        }
         for name, part in rows.items()
         for i, row in enumerate(part)
     }

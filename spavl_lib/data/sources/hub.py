@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value, concatenate_datasets
 
+from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.images import ImageError, image_cell
 from spavl_lib.data.problems import Loaded, Problems, Shards, find_problems, without_bad_rows
 from spavl_lib.data.schema import (
@@ -105,9 +106,9 @@ class HubLayout(Source):
 
 def _prompt_files(name: str) -> tuple[str, str]:
     """An evaluation set's name in its files, and the pattern of the files."""
-    base, twemoji, _ = name.partition("_twemoji")
+    base, style = set_parts(name)
     base = base.removesuffix("_exchanged")
-    return base, f"test{twemoji}/{base}-*.parquet"
+    return base, f"test{style and '_'}{style}/{base}-*.parquet"
 
 
 def fetch(repo: str, revision: str, *, answers: bool) -> Path:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from spavl_lib.data.embedded.drawings import CHOSEN_ON, UNSEEN
 from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder
 from spavl_lib.data.sources.base import EVAL_SETS, register_source
 from spavl_lib.data.sources.hub import HubLayout
@@ -14,6 +15,11 @@ class Mini(HubLayout):
 
     eval_sets = EVAL_SETS
     held_out_drawings = EVAL_SETS[:4]
+
+    @property
+    def unseen_style(self) -> str:  # type: ignore[override]
+        """The test rows' unseen style is never measured while settings are chosen."""
+        return CHOSEN_ON if self.config.measure_on == "development" else UNSEEN
 
     @property
     def folder(self) -> Path:
