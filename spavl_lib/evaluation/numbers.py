@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spavl_lib.data.embedded.drawings import set_parts
+from spavl_lib.data.embedded.drawings import set_parts, styles
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
@@ -77,6 +77,11 @@ _SET_TITLES = {
     "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
     "twins": "Twins",  # the same question about a dangerous image and about a harmless image
     "twins_exchanged": "Twins with exchanged images",
+}
+_STYLE_TITLES = {
+    "noto": "Noto Emoji",
+    "new_pairs": "Not in training in this style",
+    "twemoji": "Twemoji, unseen",
 }
 # The families of arms that the scaling stage compares, and the rates that the stage measures for
 # each arm.
@@ -204,6 +209,18 @@ def set_title(name: str) -> str:
     base, unseen = set_parts(name)
     title = _SET_TITLES.get(base) or short(base.replace("_", " ").capitalize())
     return f"{title}, unseen drawings" if unseen else title
+
+
+def style_title(key: str) -> str:
+    """The name for readers of a style of drawings, or of another key of `per_drawing`."""
+    if key in styles():
+        return styles()[key].name
+    known = {
+        "noto": "Noto Emoji",
+        "twemoji": "Twemoji, unseen",
+        "new_pairs": "New in the test sets",
+    }
+    return known.get(key, key)
 
 
 def duration(seconds: float | None) -> str:
