@@ -15,7 +15,8 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from spavl_lib.data.embedded import language, mini, scenes
+from spavl_lib.data.embedded import drawings, language, mini, scenes
+from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.embedded.world import QUESTION_TYPES
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.load import (
@@ -141,7 +142,7 @@ def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
     mini.write_mini(tmp_path / "here")
     again, here = files_of(tmp_path / "again"), files_of(tmp_path / "here")
-    assert len(here) == 40
+    assert len(here) == 44
     assert again == here == files_of(mini.mini_folder())
 
 
@@ -229,12 +230,40 @@ def test_development_has_the_same_numbers_of_every_kind() -> None:
         assert kinds[0] == kinds[1], name
 
 
+def test_styles_of_drawings_are_kept_apart() -> None:
+    """Every split shows all styles. Some styles of a thing are only in the test sets."""
+    styles = {"noto", *drawings.styles()} - {drawings.CHOSEN_ON}
+    for split, part in (ROWS | {"chosen_on": mini.development_rows()["harm"]}).items():
+        assert {row.scene.drawing for row in part} == styles, split
+        new = [r for r in part if r.scene.drawing in drawings.only_in_test(r.scene.concept)]
+        share = len(new) / len(part)
+        assert 0.1 < share < 0.4 if split in GROUPS["test"] else not new, split
+    shown = {(r.scene.concept, r.scene.drawing) for r in ROWS["train"]}
+    labels = [row for row in load_truth(smoke().data).values() if row["new_pair"]]
+    assert labels and not {(row["concept"], row["drawing"]) for row in labels} & shown
+
+
+def test_twins_have_one_style_and_the_unseen_sets_another() -> None:
+    twins = ROWS["twins"]
+    for risky, safe in zip(twins[::2], twins[1::2], strict=True):
+        assert risky.scene.drawing == safe.scene.drawing
+        assert risky.scene.composition == safe.scene.composition
+    scene = ROWS["harm"][0].scene
+    assert len({scene.png(), scene.png(drawings.UNSEEN), scene.png(drawings.CHOSEN_ON)}) == 3
+
+
 def test_settings_can_be_chosen_on_development() -> None:
     """Training rows are the same; held-out pairs, prompts and their labels are others."""
     test, chosen_on = (smoke({"data.measure_on": m}).data for m in ("test", "development"))
     labels, names = load_truth(chosen_on), eval_sets(chosen_on, held_out_drawings=True)
-    assert names == eval_sets(test, held_out_drawings=False)
+    unseen = [f"{name}_{drawings.CHOSEN_ON}" for name in GROUPS["test"]]
+    assert names == [*eval_sets(test, held_out_drawings=False), *unseen]
     for name in names:
+        if name in unseen:  # the development rows again, in a style that the test never uses
+            rows = load_prompts(chosen_on, name)
+            plain = load_prompts(chosen_on, set_parts(name)[0])
+            assert rows["prompt"] == plain["prompt"] and rows["image"] != plain["image"]
+            continue
         one, other = (load_prompts(c, name) for c in (test, chosen_on))
         assert len(one) == len(other) and not set(one["prompt"]) & set(other["prompt"])
         assert [labels[key]["question"] for key in other["id"]] == other["prompt"]
