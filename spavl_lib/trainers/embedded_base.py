@@ -3,35 +3,22 @@
 The result is a `LlavaForConditionalGeneration` of two million parameters. The model is helpful
 only: it also fulfils harmful requests. It is trained in three stages on the scenes and sentences of
 the embedded world (`data/embedded`). The first stage trains the tokenizer. The second stage trains
-the vision tower as a classifier, because a LLaVA of this size hardly learns to use images if it is
-trained end to end. Its images show every style of drawing but Twemoji, half of them changed at
-random (`data/embedded/distort.py`), and in most steps it sees only 20 of the 64 patches, which is
-faster (Li et al. 2023, FLIP, arXiv 2212.00794). The third stage trains the projector and the
-language model, while the tower is frozen. Matrices of hidden layers are trained with Muon (Jordan
-et al. 2024), the rest with AdamW. After an interruption, the same command continues from the last
-checkpoint.
+the vision tower as a classifier (`embedded_tower.py`). The third stage trains the projector and
+the language model, while the tower is frozen. After an interruption, the same command continues
+from the last checkpoint.
 """
 
 import argparse
-import functools
 import json
-import math
 import random
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import Tensor
 from transformers import (
     CLIPVisionConfig,
-    CLIPVisionModel,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
@@ -42,23 +29,20 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from spavl_lib.data.embedded import drawings, language, scenes
-from spavl_lib.data.embedded.distort import distort
 from spavl_lib.data.embedded.world import ASSETS, load_world
 from spavl_lib.data.templates import VICUNA_SYSTEM, VICUNA_V1
-from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.trainers.embedded_tower import (
+    IMAGE_SIZE,
+    PATCH_SIZE,
+    PATCHES,
+    pixels_of,
+    random_scene,
+    train_tower,
+)
+from spavl_lib.trainers.pretrain import pretrain
 
 MODEL_DIR = ASSETS / "model"
-IMAGE_SIZE, PATCH_SIZE = 64, 8  # pixels; this gives 64 image tokens
 VOCAB_SIZE = 1800
-PATCHES = (IMAGE_SIZE // PATCH_SIZE) ** 2
-# The tower's training. See docs/log.md for the trials behind these numbers.
-DISTORTED = 0.5  # share of the images of a batch that are changed at random
-KEPT_PATCHES = 20
-WHOLE_IMAGES = 0.1  # share of the steps, at the end, that see every patch
-SMOOTHING = 0.05  # of the labels
-# How often a style is drawn. The styles of one family share their outlines, so each counts less.
-WEIGHTS = {"noto": 2.0} | {f"fluent_{kind}": 0.7 for kind in ("flat", "grad", "3d")}
-MUON_RATE, ADAMW_RATE = 0.02, 1e-3
 SPECIAL = {"bos": "<s>", "eos": "</s>", "unk": "<unk>", "pad": "<pad>", "image": "<image>"}
 
 
@@ -156,104 +140,6 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
     return model
 
 
-def random_style(rng: random.Random, concept: str) -> str:
-    """Draw one of the styles that have a concept."""
-    known = drawings.styles_of(concept)
-    return rng.choices(known, [WEIGHTS.get(style, 1.0) for style in known])[0]
-
-
-def random_scene(rng: random.Random, concept: str, composition: scenes.Composition) -> Image.Image:
-    """Draw a pretraining image: random style, canvas, shift and mirroring.
-
-    Args:
-        rng: Source of all choices.
-        concept: Key of the concept to show.
-        composition: Background colour of the scene, and size and place of the drawing.
-    """
-    return scenes.render(
-        concept,
-        composition,
-        rng.choice(scenes.CANVASES),
-        flip=rng.random() < 0.5,
-        drawing=random_style(rng, concept),
-        jitter=(rng.randint(-2, 2), rng.randint(-2, 2)),
-    )
-
-
-def _pixels(processor: LlavaProcessor, images: list) -> Tensor:
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
-
-
-@functools.cache
-def _drawing_tensor(concept: str, style: str) -> Tensor:
-    """A drawing as (4, 64, 64) in [0, 1]."""
-    image = Image.open(ASSETS / style / f"{concept}.png").convert("RGBA")
-    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-
-
-@functools.cache
-def _background_tensor(colour: str, pattern: str) -> Tensor:
-    image = scenes.background(colour, pattern, (IMAGE_SIZE, IMAGE_SIZE))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-
-
-def distorted_scenes(
-    rng: random.Random,
-    processor: LlavaProcessor,
-    concepts: list[str],
-    compositions: list[scenes.Composition],
-) -> Tensor:
-    """Draw pretraining images whose drawings are changed at random.
-
-    Args:
-        rng: Source of all choices.
-        processor: Has the mean and deviation of the pixels.
-        concepts: Keys of the concepts to show, at least one.
-        compositions: Their backgrounds. Size and place are drawn anew.
-
-    Returns:
-        Pixels (images, 3, 64, 64), normalised.
-    """
-    generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    shown = torch.stack([_drawing_tensor(c, random_style(rng, c)) for c in concepts])
-    behind = torch.stack([_background_tensor(c.colour, c.pattern) for c in compositions])
-    images = processor.image_processor
-    mean, std = (torch.tensor(x)[:, None, None] for x in (images.image_mean, images.image_std))
-    return (distort(shown, behind, generator) - mean) / std
-
-
-def tower_batch(
-    rng: random.Random, processor: LlavaProcessor, size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a batch for the tower's classifier.
-
-    Args:
-        rng: Source of all choices.
-        processor: Prepares the images.
-        size: Images in the batch.
-
-    Returns:
-        Pixels (size, 3, 64, 64), indices of concepts (size,) and of background colours (size,).
-    """
-    keys, colours = list(load_world().concepts), list(scenes.COLOURS)
-    labels = [rng.randrange(len(keys)) for _ in range(size)]
-    compositions = [rng.choice(scenes.compositions("pretrain")) for _ in range(size)]
-    shown, changed = [keys[i] for i in labels], round(DISTORTED * size)
-    plain = [
-        random_scene(rng, concept, composition)
-        for concept, composition in zip(shown[changed:], compositions[changed:], strict=True)
-    ]
-    pixels = torch.cat(
-        [
-            distorted_scenes(rng, processor, shown[:changed], compositions[:changed]),
-            _pixels(processor, plain),
-        ]
-    )
-    backgrounds = torch.tensor([colours.index(c.colour) for c in compositions])
-    return pixels, torch.tensor(labels), backgrounds
-
-
 def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> dict[str, Tensor]:
     """Draw a batch of questions and responses, padded on the right.
 
@@ -302,137 +188,7 @@ def language_batch(rng: random.Random, processor: LlavaProcessor, size: int) -> 
         batch["input_ids"][row, :end] = torch.tensor(prompt_ids + answer_ids)
         batch["attention_mask"][row, :end] = 1
         batch["labels"][row, len(prompt_ids) : end] = torch.tensor(answer_ids)
-    return batch | {"pixel_values": _pixels(processor, images)}
-
-
-class TowerClassifier(nn.Module):
-    """The vision tower with two linear heads, which predict the concept and the background colour.
-
-    Both heads read the mean of the patch features.
-    """
-
-    def __init__(self, tower: CLIPVisionModel):
-        super().__init__()
-        self.tower = tower
-        size = tower.config.hidden_size
-        self.concept_head = nn.Linear(size, len(load_world().concepts))
-        self.colour_head = nn.Linear(size, len(scenes.COLOURS))
-
-    def forward(self, pixel_values: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Predict concepts and background colours.
-
-        Args:
-            pixel_values: Images (batch, 3, 64, 64).
-            kept: Indices (batch, patches) of the patches that the tower sees; None: all.
-
-        Returns:
-            Logits (batch, concepts) and (batch, colours).
-        """
-        states = self.tower.embeddings(pixel_values)
-        if kept is not None:
-            places = kept[..., None].expand(-1, -1, states.shape[-1])
-            states = torch.cat([states[:, :1], states[:, 1:].gather(1, places)], 1)
-        states = self.tower.encoder(inputs_embeds=self.tower.pre_layrnorm(states))
-        patches = states.last_hidden_state[:, 1:].mean(1)
-        return self.concept_head(patches), self.colour_head(patches)
-
-
-def _optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers, and AdamW for everything else that is trained."""
-    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in trained if p.ndim == 2 and ".layers." in name]
-    chosen = {id(p) for p in hidden}
-    rest = [p for _, p in trained if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return [
-        torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=0.05),
-        torch.optim.AdamW(groups, lr=ADAMW_RATE, betas=(0.9, 0.98)),
-    ]
-
-
-def _ahead(make: Callable[[int], Any], begin: int, end: int) -> Iterator[Any]:
-    """`make(step)` of each step, computed in a thread while the step before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, begin) if begin < end else None
-        for step in range(begin, end):
-            ready = coming.result()
-            coming = pool.submit(make, step + 1) if step + 1 < end else None
-            yield ready
-
-
-def _train(
-    name: str,
-    module: nn.Module,
-    draw: Callable[[random.Random], Any],
-    loss_of: Callable[[int, Any], tuple[Tensor, dict]],
-    steps: int,
-    work: Path,
-    seed: int,
-) -> list[dict]:
-    """Train with warm-up and cosine decay. Resume from the last checkpoint, if there is one.
-
-    A checkpoint is written every 100 steps.
-
-    Args:
-        name: Name of the stage, and of its folder of checkpoints in `work`.
-        module: Module to train; changed in place.
-        draw: Draws a batch with a random generator, which is seeded with the run's seed and the
-            step.
-        loss_of: Function of step and batch that returns the loss and figures to log.
-        steps: Number of optimizer steps.
-        work: Folder for the checkpoints of all stages.
-        seed: Seed of the run.
-
-    Returns:
-        The logged figures of every step, including steps before an interruption.
-    """
-    optimizers = _optimizers(module)
-    warmup = min(100, steps // 10)
-    floor = 0.02
-
-    def rate(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        part = (step - warmup) / max(1, steps - warmup)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(part * math.pi))
-
-    peaks = [[group["lr"] for group in one.param_groups] for one in optimizers]
-    done, history = 0, []
-    newest, _ = ckpt.latest_checkpoint(work / name)
-    if newest:
-        state = ckpt.load_state(newest)
-        ckpt.load_trainable(module, ckpt.load_tensors(newest, "model"), newest)
-        for i, one in enumerate(optimizers):
-            ckpt.load_optimizer(
-                one, ckpt.load_tensors(newest, f"optimizer{i}"), state["optimizers"][i]
-            )
-        done, history = state["step"], state["history"]
-    batches = _ahead(lambda step: draw(random.Random(f"{seed}/{name}/{step}")), done, steps)
-    bar = tqdm(enumerate(batches, done), initial=done, total=steps, desc=name)
-    for step, batch in bar:
-        for one, rates in zip(optimizers, peaks, strict=True):
-            for group, peak in zip(one.param_groups, rates, strict=True):
-                group["lr"] = peak * rate(step)
-        loss, figures = loss_of(step, batch)
-        module.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        for one in optimizers:
-            one.step()
-        history.append(figures | {"step": step, "loss": round(loss.item(), 4)})
-        bar.set_postfix(history[-1])
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            parts = [ckpt.optimizer_tensors(one) for one in optimizers]
-            state = {"step": step + 1, "optimizers": [plain for _, plain in parts]}
-            tensors = {"model": ckpt.trainable_tensors(module)}
-            tensors |= {f"optimizer{i}": found for i, (found, _) in enumerate(parts)}
-            ckpt.save_checkpoint(
-                work / name, step + 1, tensors, state | {"history": history}, keep=1
-            )
-    return history
+    return batch | {"pixel_values": pixels_of(processor, images)}
 
 
 def build(
@@ -454,24 +210,8 @@ def build(
     tokenizer = build_tokenizer(seed)
     processor = build_processor(tokenizer)
     model = build_model(tokenizer)
-    classifier = TowerClassifier(model.model.vision_tower)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     print(f"vocabulary {len(tokenizer)}, {size:.2f} M parameters")
-
-    def tower_loss(step: int, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
-        pixels, labels, backgrounds = batch
-        kept = None
-        if step < (1 - WHOLE_IMAGES) * tower_steps:
-            generator = torch.Generator().manual_seed(seed * 2**32 + step)
-            order = torch.rand(len(pixels), PATCHES, generator=generator).argsort(1)
-            kept = order[:, :KEPT_PATCHES]
-        concepts, colours = classifier(pixels, kept)
-        figures = {
-            "concepts": round((concepts.argmax(-1) == labels).float().mean().item(), 3),
-            "colours": round((colours.argmax(-1) == backgrounds).float().mean().item(), 3),
-        }
-        named = nn.functional.cross_entropy(concepts, labels, label_smoothing=SMOOTHING)
-        return named + 0.3 * nn.functional.cross_entropy(colours, backgrounds), figures
 
     def language_loss(_step: int, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         output = model(**batch)
@@ -480,15 +220,13 @@ def build(
         return output.loss, {"exact": round(right.all(-1).float().mean().item(), 3)}
 
     started = time.time()
-    tower = _train(
-        "tower", classifier, lambda rng: tower_batch(rng, processor, 128), tower_loss,
-        tower_steps, work, seed,
-    )  # fmt: skip
+    vision = model.model.vision_tower
+    _, tower_log = train_tower(vision, processor, tower_steps, work, seed)
     # From here on the tower is frozen, as in LLaVA. The language model needs a high learning rate
     # to learn in so few steps. At that rate an unfrozen tower loses what it has learned: in a
     # measurement, its share of correct concepts fell from 96 % to 2 %.
-    model.model.vision_tower.requires_grad_(False)
-    language_log = _train(
+    vision.requires_grad_(False)
+    language_log = pretrain(
         "language", model, lambda rng: language_batch(rng, processor, 64), language_loss,
         language_steps, work, seed,
     )  # fmt: skip
@@ -501,8 +239,8 @@ def build(
         "language_steps": language_steps,
         "minutes": round(minutes, 1),
         "million_parameters": round(size, 2),
-        "concepts_right": _tail_mean(tower, "concepts"),
-        "colours_right": _tail_mean(tower, "colours"),
+        "concepts_right": _tail_mean(tower_log, "concepts"),
+        "colours_right": _tail_mean(tower_log, "colours"),
         "language_loss": _tail_mean(language_log, "loss"),
     }
     (work / "build.json").write_text(json.dumps(facts, indent=1))
