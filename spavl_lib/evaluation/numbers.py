@@ -213,14 +213,7 @@ def set_title(name: str) -> str:
 
 def style_title(key: str) -> str:
     """The name for readers of a style of drawings, or of another key of `per_drawing`."""
-    if key in styles():
-        return styles()[key].name
-    known = {
-        "noto": "Noto Emoji",
-        "twemoji": "Twemoji, unseen",
-        "new_pairs": "New in the test sets",
-    }
-    return known.get(key, key)
+    return styles()[key].name if key in styles() else _STYLE_TITLES.get(key, key)
 
 
 def duration(seconds: float | None) -> str:
