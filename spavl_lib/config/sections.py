@@ -85,6 +85,7 @@ _READERS = {
     "image_root": ("datasets", "original", "hub_layout"),
     "keywords": ("original",),
     "measure_on": ("mini",),
+    "uncertain_share": ("mini",),
 }
 
 
@@ -124,6 +125,9 @@ class DataConfig:
     measure_on: Literal["test", "development"] = "test"
     """Held-out rows to measure on. test: the pairs and prompts that are reported; development:
     other rows of the same kind and number, for choosing settings. Only mini has these rows."""
+    uncertain_share: Share = 0.0
+    """Share of mini's training images whose drawing is distorted, so that a model may not recognise
+    the thing. The responses stay. Only mini has such images."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a

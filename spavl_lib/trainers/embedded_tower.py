@@ -4,20 +4,18 @@ A LLaVA of two million parameters hardly learns to use images if it is trained e
 tower first learns to tell the 116 things apart, in many styles and in changed colours and shapes.
 """
 
-import functools
 import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, LlavaProcessor
 
 from spavl_lib.data.embedded import drawings, scenes
-from spavl_lib.data.embedded.distort import distort
-from spavl_lib.data.embedded.world import ASSETS, load_world
+from spavl_lib.data.embedded.distort import background_tensor, distort, drawing_tensor
+from spavl_lib.data.embedded.world import load_world
 from spavl_lib.trainers.pretrain import pretrain
 
 IMAGE_SIZE, PATCH_SIZE = 64, 8  # pixels; this gives 64 image tokens
@@ -87,20 +85,6 @@ def pixels_of(processor: LlavaProcessor, images: list[Image.Image]) -> Tensor:
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-@functools.cache
-def _drawing_tensor(concept: str, style: str) -> Tensor:
-    """A drawing as (4, 64, 64) in [0, 1]."""
-    image = Image.open(ASSETS / style / f"{concept}.png").convert("RGBA")
-    image = image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-
-
-@functools.cache
-def _background_tensor(colour: str, pattern: str) -> Tensor:
-    image = scenes.background(colour, pattern, (IMAGE_SIZE, IMAGE_SIZE))
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
-
-
 def distorted_scenes(
     rng: random.Random,
     processor: LlavaProcessor,
@@ -121,8 +105,8 @@ def distorted_scenes(
         Pixels (images, 3, 64, 64), normalised.
     """
     generator = torch.Generator().manual_seed(rng.randrange(2**31))
-    shown = torch.stack([_drawing_tensor(c, random_style(rng, c, styles)) for c in concepts])
-    behind = torch.stack([_background_tensor(c.colour, c.pattern) for c in compositions])
+    shown = torch.stack([drawing_tensor(c, random_style(rng, c, styles)) for c in concepts])
+    behind = torch.stack([background_tensor(c.colour, c.pattern) for c in compositions])
     images = processor.image_processor
     mean, std = (torch.tensor(x)[:, None, None] for x in (images.image_mean, images.image_std))
     return (distort(shown, behind, generator) - mean) / std

@@ -18,9 +18,16 @@ LOWEST_RATE = 0.02  # of the peak, at the end
 
 
 def _optimizers(module: nn.Module, *, muon: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers, and AdamW for everything else that is trained."""
+    """Muon for the matrices of hidden layers and projector, and AdamW for everything else.
+
+    The projector needs Muon: with AdamW the language model named all things, but never learned the
+    background colours, which are a small part of the tower's features.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    hidden = [p for name, p in trained if muon and p.ndim == 2 and ".layers." in name]
+    inner = (".layers.", "projector")
+    hidden = [
+        p for name, p in trained if muon and p.ndim == 2 and any(part in name for part in inner)
+    ]
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in trained if id(p) not in chosen]
     groups = [

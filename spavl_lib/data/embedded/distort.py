@@ -5,16 +5,37 @@ pixels of one drawing. All functions take drawings as (batch, 4, height, width),
 blue and opacity in [0, 1], and a generator that decides everything.
 """
 
+import functools
 import math
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from spavl_lib.data.embedded import scenes
+from spavl_lib.data.embedded.drawings import SIDE
+from spavl_lib.data.embedded.world import ASSETS
 
 # Rows: brightness, and the two axes of colour (YIQ of the NTSC standard). A rotation in the plane
 # of the last two changes the hue and leaves the brightness.
 _YIQ = torch.tensor([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 _RGB = torch.linalg.inv(_YIQ)
+
+
+@functools.cache
+def drawing_tensor(concept: str, style: str) -> Tensor:
+    """A drawing as (4, 64, 64) in [0, 1]."""
+    image = Image.open(ASSETS / style / f"{concept}.png").convert("RGBA")
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
+
+
+@functools.cache
+def background_tensor(colour: str, pattern: str) -> Tensor:
+    """A background as (3, 64, 64) in [0, 1]."""
+    image = scenes.background(colour, pattern, (SIDE, SIDE))
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 255
 
 
 class _Dice:
@@ -116,3 +137,22 @@ def distort(drawings: Tensor, backgrounds: Tensor, generator: Generator) -> Tens
     dice = _Dice(len(drawings), generator)
     noise = torch.randn(images.shape, generator=generator) * dice.between(0, 0.06)[:, None]
     return (images + noise).clamp(0, 1)
+
+
+def distorted_image(
+    concept: str, style: str, composition: scenes.Composition, seed: int
+) -> Image.Image:
+    """A scene of 64 x 64 px whose drawing is changed at random.
+
+    Args:
+        concept: Key of a concept in `world.yaml`.
+        style: Style of the drawing.
+        composition: The background. Size and place are drawn anew.
+        seed: Decides every change.
+    """
+    shown, behind = (
+        drawing_tensor(concept, style),
+        background_tensor(composition.colour, composition.pattern),
+    )
+    [image] = distort(shown[None], behind[None], torch.Generator().manual_seed(seed))
+    return Image.fromarray((255 * image).round().byte().permute(1, 2, 0).numpy())

@@ -235,7 +235,7 @@ def sample_pretraining(rng: random.Random, colour: str) -> tuple[Request, str]:
     concept = world.concepts[rng.choice(list(world.concepts))]
     kind = rng.random()
     if kind < 0.42:
-        fact = rng.choices(("name", "kind", "use", "colour"), (4, 2, 2, 2))[0]
+        fact = rng.choices(("name", "kind", "use", "colour"), (4, 2, 2, 4))[0]
         wording = rng.choice(world.facts[fact]["pretrain"])
         request = fact_request(fact, wording, harm_class.class3, concept, colour)
     else:

@@ -29,6 +29,7 @@ import datasets
 from datasets import Dataset, Features, Image, Value
 
 from spavl_lib.data.embedded import drawings, language, scenes, world
+from spavl_lib.data.embedded.distort import distorted_image
 from spavl_lib.data.embedded.language import Request
 from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, HarmClass, load_world
 from spavl_lib.data.images import png_bytes
@@ -352,6 +353,29 @@ def development_rows() -> dict[str, list[Row]]:
     """
     maker = _Maker("development")
     return _counted({"validation": list(_validation_rows(maker)), **_test_rows(maker)})
+
+
+@functools.cache
+def uncertain_images(share: float) -> dict[str, bytes]:
+    """Training images with distorted drawings, as PNG files by image name.
+
+    Args:
+        share: Share of the training images, between 0 and 1. A larger share has the images of
+            every smaller one.
+    """
+    scenes_of = {row.scene.image_name: row.scene for row in mini_rows()["train"]}
+    names = sorted(scenes_of)
+    random.Random(f"{SEED}/uncertain").shuffle(names)
+    chosen = names[: round(share * len(names))]
+    return {
+        name: png_bytes(
+            distorted_image(
+                scenes_of[name].concept, scenes_of[name].drawing, scenes_of[name].composition,
+                random.Random(f"{SEED}/uncertain/{name}").randrange(2**31),
+            )
+        )
+        for name in chosen
+    }  # fmt: skip
 
 
 def _counted(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:

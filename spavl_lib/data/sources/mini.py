@@ -1,10 +1,15 @@
 """SPA-VL mini as a source: the embedded data set, built on first use in the Hub's layout."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import datasets
+from datasets import Dataset, Features
+
 from spavl_lib.data.embedded.drawings import CHOSEN_ON, UNSEEN
-from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder
+from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder, uncertain_images
+from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sources.base import EVAL_SETS, register_source
 from spavl_lib.data.sources.hub import HubLayout
 
@@ -34,6 +39,21 @@ class Mini(HubLayout):
         """
         chosen_on = self.config.measure_on == "development" and split != "train"
         return self.folder / DEVELOPMENT if chosen_on else self.folder
+
+    def preferences(self, split: str) -> Loaded:
+        """As for every source. `data.uncertain_share` replaces training images."""
+        loaded, share = super().preferences(split), self.config.uncertain_share
+        if split != "train" or not share:
+            return loaded
+        rows, uncertain = loaded.rows, uncertain_images(share)
+        cells = [
+            cell | {"bytes": uncertain.get(cell["path"], cell["bytes"])} for cell in rows["image"]
+        ]
+        images = Dataset.from_dict(
+            {"image": cells}, features=Features({"image": rows.features["image"]})
+        )
+        changed = datasets.concatenate_datasets([rows.remove_columns("image"), images], axis=1)
+        return dataclasses.replace(loaded, rows=changed.select_columns(rows.column_names))
 
     def truth(self) -> dict[str, dict]:
         """Row id -> ground-truth labels of the row."""

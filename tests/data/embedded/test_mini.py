@@ -252,6 +252,28 @@ def test_twins_have_one_style_and_the_unseen_sets_another() -> None:
     assert len({scene.png(), scene.png(drawings.UNSEEN), scene.png(drawings.CHOSEN_ON)}) == 3
 
 
+def test_a_share_of_the_training_images_is_distorted() -> None:
+    plain, some, more = (
+        load_preferences(smoke({"data.uncertain_share": share, "data.train_rows": 0}).data, "train")
+        for share in (0.0, 0.25, 0.5)
+    )
+    assert plain.column_names == some.column_names and plain["prompt"] == some["prompt"]
+    images = [[cell["bytes"] for cell in rows["image"]] for rows in (plain, some, more)]
+    names = [cell["path"] for cell in plain["image"]]
+    changed = [
+        {n for n, a, b in zip(names, images[0], other, strict=True) if a != b}
+        for other in images[1:]
+    ]
+    assert len(changed[0]) == 265 and len(changed[1]) == 530 and changed[0] < changed[1]
+    by_name = dict(zip(names, images[2], strict=True))
+    assert all(by_name[n] == b for n, b in zip(names, images[2], strict=True))  # one a picture
+    held_out = [load_preferences(smoke(c).data, "validation")["image"]
+                for c in ({}, {"data.uncertain_share": 0.5})]  # fmt: skip
+    assert held_out[0] == held_out[1]
+    with pytest.raises(InputError, match="uncertain_share is set, but source = 'hub_layout'"):
+        smoke({"data.uncertain_share": 0.5, "data.source": "hub_layout", "data.path": "x"})
+
+
 def test_settings_can_be_chosen_on_development() -> None:
     """Training rows are the same; held-out pairs, prompts and their labels are others."""
     test, chosen_on = (smoke({"data.measure_on": m}).data for m in ("test", "development"))
