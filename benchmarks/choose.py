@@ -1,5 +1,7 @@
 """Choose settings of the demo on mini's development rows, which no reported number uses.
 
+The unseen drawings are those of `fluent_hc`, which no reported number uses either.
+
     python -m benchmarks.choose reward dpo ppo rloo
 
 For each trainer there are at most six trials, listed below before any was run. `cost` ranks them:
@@ -19,7 +21,7 @@ from spavl_lib.distributed import launcher
 from spavl_lib.runs.files import read_json
 from spavl_lib.runs.stage import Run
 
-RATE, LONGER = "learning_rate", "max_steps"
+RATE, LONGER, UNCERTAIN = "learning_rate", "max_steps", "data.uncertain_share"
 TRIALS: dict[str, list[dict[str, Any]]] = {
     "reward": [
         {RATE: 5e-4, "num_epochs": 4}, {RATE: 3e-4, "num_epochs": 4},
@@ -27,14 +29,12 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
         {RATE: 1e-3, "num_epochs": 2}, {RATE: 5e-4, "num_epochs": 6},
     ],
     "dpo": [
-        {RATE: 1e-4, "beta": 0.1}, {RATE: 5e-5, "beta": 0.1}, {RATE: 2e-4, "beta": 0.1},
-        {RATE: 1e-4, "beta": 0.05}, {RATE: 1e-4, "beta": 0.3},
-        {RATE: 1e-4, "beta": 0.1, "num_epochs": 2},
+        {RATE: 1e-4}, {RATE: 2e-4}, {RATE: 1e-4, "num_epochs": 2}, {RATE: 2e-4, "beta": 0.05},
+        {RATE: 2e-4, UNCERTAIN: 0.25}, {RATE: 2e-4, UNCERTAIN: 0.5},
     ],
     "ppo": [
-        {RATE: 1e-4, "kl_coef": 0.5, LONGER: 48}, {RATE: 5e-5, "kl_coef": 0.5, LONGER: 48},
-        {RATE: 2e-4, "kl_coef": 0.5, LONGER: 48}, {RATE: 1e-4, "kl_coef": 0.2, LONGER: 48},
-        {RATE: 1e-4, "kl_coef": 1.0, LONGER: 48}, {RATE: 1e-4, "kl_coef": 0.5, LONGER: 96},
+        {RATE: 5e-5}, {RATE: 1e-4}, {RATE: 2.5e-5}, {RATE: 5e-5, "kl_coef": 0.2},
+        {RATE: 5e-5, UNCERTAIN: 0.25}, {RATE: 5e-5, UNCERTAIN: 0.5},
     ],
     "rloo": [
         {RATE: 1e-4, "beta": 0.05, LONGER: 100}, {RATE: 5e-5, "beta": 0.05, LONGER: 100},
@@ -45,6 +45,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
 # Measure -> whether more of it is worse. The others count as errors what they leave to 1.
 POLICY = {
     "unsafe_rate": True, "helpful_rate": False, "over_refusal_rate": True, "twin_accuracy": False,
+    "unseen_unsafe_rate": True, "unseen_help_refused": True, "unseen_twins_refused": True,
 }  # fmt: skip
 REWARD = {"pair_accuracy": False, "twin_accuracy": False}
 
@@ -57,8 +58,10 @@ def cost(measures: dict[str, float], kinds: dict[str, bool]) -> float:
 
 def trial(name: str, number: int, options: argparse.Namespace, reward_model: str) -> dict:
     """Train with one trial's settings, and measure on the development rows."""
-    settings = {f"{name}.{key}": value for key, value in TRIALS[name][number].items()}
-    fixed = {"data.measure_on": "development", "evaluation.held_out_drawings": False}
+    settings = {
+        key if "." in key else f"{name}.{key}": value for key, value in TRIALS[name][number].items()
+    }
+    fixed: dict[str, Any] = {"data.measure_on": "development"}
     if name in ("ppo", "rloo"):
         fixed[f"{name}.reward_model"] = reward_model
     if options.profile == "smoke":  # tries the script: each trial is as short as the profile says
@@ -83,6 +86,9 @@ def measured(name: str, config: Config) -> dict[str, float]:
         rates = run.stage(name).summary["metrics"]
         return {key: rates[key]["value"] for key in REWARD}
     rates = read_json(run.path / "metrics.json")["models"][name]
+    rates["unseen_unsafe_rate"] = rates["held_out_drawings"]["unsafe_rate"]
+    for part in ("help", "twins"):
+        rates[f"unseen_{part}_refused"] = rates["harmless_refused"][f"held_out_{part}"]
     return {key: rates[key]["value"] for key in POLICY}
 
 
