@@ -69,8 +69,7 @@ def trial(name: str, number: int, options: argparse.Namespace, reward_model: str
     config = load_config(options.profile, fixed | settings, run_name=f"choose-{name}-{number}")
     run = Run(config)
     for stage in (name,) if name == "reward" else (name, "inference", "evaluation"):
-        if not run.stage(stage).done:
-            launcher.make(stage, config, run.stage(stage))
+        launcher.make(stage, config, run.stage(stage))  # keeps what is complete
     seconds = read_json(run.stage(name).path / "manifest.json")["wall_time_s"]
     measures = measured(name, config)
     kinds = REWARD if name == "reward" else POLICY

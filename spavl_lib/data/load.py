@@ -8,13 +8,13 @@ from typing import Any
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
-from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.sampling import of_sources, of_types, subset
 from spavl_lib.data.schema import (
     QUESTION_TYPES,
     features,
 )
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
 from spavl_lib.data.sources.base import (
     EVAL_SETS,

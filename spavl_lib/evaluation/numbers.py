@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spavl_lib.data.embedded.drawings import set_parts, styles
+from spavl_lib.data.embedded.drawings import styles
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short

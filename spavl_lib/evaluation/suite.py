@@ -6,7 +6,7 @@ from pathlib import Path
 
 from spavl_lib.config import Config, to_plain
 from spavl_lib.data.collate import PromptCollator
-from spavl_lib.data.embedded.drawings import set_parts
+from spavl_lib.data.embedded.drawings import styles
 from spavl_lib.data.images import decode, png_bytes
 from spavl_lib.data.load import (
     eval_sets,
@@ -16,6 +16,7 @@ from spavl_lib.data.load import (
     whole_pairs,
 )
 from spavl_lib.data.sampling import spread
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import judge_all, make_judge
@@ -209,9 +210,10 @@ def per_drawing(verdicts: dict[str, list[dict]], truth: dict[str, dict]) -> dict
             labels = truth.get(row["id"], {})
             if "drawing" in labels:
                 add(labels["drawing"], name, row)
-                if labels["new_pair"]:
+                if labels.get("new_pair"):
                     add("new_pairs", name, row)
-    groups = dict(sorted(groups.items(), key=lambda group: group[0] == "new_pairs"))
+    order = {key: place for place, key in enumerate(("noto", *styles(), "new_pairs"))}
+    groups = {key: groups[key] for key in sorted(groups, key=lambda key: order.get(key, -1))}
     style = next((style for name in verdicts if (style := set_parts(name)[1])), "")
     for name in ("harm", *HARMLESS) if groups else ():
         start, step = HARMLESS.get(name, (0, 1))

@@ -193,7 +193,8 @@ def plot_per_drawing(source: Any) -> Figure:
         for name, cells in models_of(read_metrics(source)).items()
         if cells.get("per_drawing")
     }
-    fig = new_figure(10, 1.6 + 0.2 * max((len(c) for c in counted.values()), default=1) * 4)
+    rows = max((len(cells) for cells in counted.values()), default=1)
+    fig = new_figure(10, 1.6 + 0.2 * rows * (1 + len(counted)))
     if not counted:
         note(fig.subplots(), "Nothing measured by style")
         return fig

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.evaluation.numbers import model_title, set_title
 from spavl_lib.evaluation.text import cut, picture_name, short

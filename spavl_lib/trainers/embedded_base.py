@@ -30,6 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from spavl_lib.data.embedded import drawings, language, scenes
 from spavl_lib.data.embedded.world import ASSETS, load_world
+from spavl_lib.data.set_names import CHOSEN_ON
 from spavl_lib.data.templates import VICUNA_SYSTEM, VICUNA_V1
 from spavl_lib.trainers.embedded_tower import (
     IMAGE_SIZE,
@@ -228,7 +229,7 @@ def build(
     vision.requires_grad_(False)
     language_log = pretrain(
         "language", model, lambda rng: language_batch(rng, processor, 64), language_loss,
-        language_steps, work, seed,
+        language_steps, work, seed, rate=1.5e-3,
     )  # fmt: skip
     minutes = (time.time() - started) / 60
     model.to(torch.float16).save_pretrained(output)
@@ -252,11 +253,6 @@ def _tail_mean(log: list[dict], key: str) -> float:
     """Mean of a logged figure over the last 20 steps."""
     last = [row[key] for row in log[-20:]]
     return round(sum(last) / len(last), 4)
-
-
-def _credits() -> str:
-    trained = (style for key, style in drawings.styles().items() if key != drawings.CHOSEN_ON)
-    return "; ".join(f"{style.name} ({style.licence})" for style in trained)
 
 
 def model_card(facts: dict) -> str:
@@ -283,12 +279,12 @@ Trained from scratch by `python -m spavl_lib.trainers.embedded_base --seed {fact
 tower as a classifier for {facts["tower_steps"]} steps of 128 scenes, half of them distorted (last
 steps: {facts["concepts_right"]:.1%} of things and {facts["colours_right"]:.1%} of background
 colours right), then projector and language model for {facts["language_steps"]} steps of 64 rows
-over the frozen tower (final loss {facts["language_loss"]} nats a token). Its pictures share no
-composition, and its questions no wording, with any split of SPA-VL mini. What it scores there is
-measured by every run of the workbook. Weights are stored in fp16.
+over the frozen tower (final loss {facts["language_loss"]} nats a token). Its undistorted pictures
+share no composition, and its questions no wording, with any split of SPA-VL mini. What it scores
+there is measured by every run of the workbook. Weights are stored in fp16.
 
-Pictures: Noto Emoji (Apache-2.0); {_credits()}.
-Twemoji and `{drawings.CHOSEN_ON}` are not among them.
+Pictures: {drawings.credits()}.
+Twemoji and `{CHOSEN_ON}` are not among them.
 """
 
 
@@ -299,7 +295,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=MODEL_DIR)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tower-steps", type=int, default=3200)
-    parser.add_argument("--language-steps", type=int, default=1100)
+    parser.add_argument("--language-steps", type=int, default=1400)
     args = parser.parse_args()
     build(
         args.work,

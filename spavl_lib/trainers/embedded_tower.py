@@ -215,6 +215,6 @@ def train_tower(
 
     log = pretrain(
         "tower", classifier, lambda rng: tower_batch(rng, processor, BATCH, recipe), loss_of,
-        steps, work, seed, recipe.muon,
+        steps, work, seed, rate=1e-3, muon=recipe.muon,
     )  # fmt: skip
     return classifier, log

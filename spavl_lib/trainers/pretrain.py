@@ -13,28 +13,21 @@ from tqdm.auto import tqdm
 
 from spavl_lib.trainers import checkpoint as ckpt
 
-MUON_RATE, ADAMW_RATE, DECAY = 0.02, 1e-3, 0.05
+MUON_RATE, DECAY = 0.02, 0.05  # peak learning rate of Muon; weight decay
 LOWEST_RATE = 0.02  # of the peak, at the end
 
 
-def _optimizers(module: nn.Module, *, muon: bool) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of hidden layers and projector, and AdamW for everything else.
-
-    The projector needs Muon: with AdamW the language model named all things, but never learned the
-    background colours, which are a small part of the tower's features.
-    """
+def _optimizers(module: nn.Module, rate: float, *, muon: bool) -> list[torch.optim.Optimizer]:
+    """With `muon`, Muon for the matrices of hidden layers; AdamW for everything else."""
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    inner = (".layers.", "projector")
-    hidden = [
-        p for name, p in trained if muon and p.ndim == 2 and any(part in name for part in inner)
-    ]
+    hidden = [p for name, p in trained if muon and p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in trained if id(p) not in chosen]
     groups = [
         {"params": [p for p in rest if p.ndim > 1], "weight_decay": DECAY},
         {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    others = torch.optim.AdamW(groups, lr=ADAMW_RATE, betas=(0.9, 0.98))
+    others = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     return (
         [torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=DECAY), others] if hidden else [others]
     )
@@ -58,7 +51,9 @@ def pretrain(
     steps: int,
     work: Path,
     seed: int,
-    muon: bool = True,
+    *,
+    rate: float,
+    muon: bool = False,
 ) -> list[dict]:
     """Train with warm-up and cosine decay. Resume from the last checkpoint, if there is one.
 
@@ -73,16 +68,17 @@ def pretrain(
         steps: Number of optimizer steps.
         work: Folder for the checkpoints of all stages.
         seed: Seed of the run.
+        rate: Peak learning rate of AdamW.
         muon: Whether matrices of hidden layers are trained with Muon (Jordan et al. 2024, *Muon:
             An optimizer for hidden layers in neural networks*) instead of AdamW.
 
     Returns:
         The logged figures of every step, including steps before an interruption.
     """
-    optimizers = _optimizers(module, muon=muon)
+    optimizers = _optimizers(module, rate, muon=muon)
     warmup = min(100, steps // 10)
 
-    def rate(step: int) -> float:
+    def part_of_peak(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
         part = (step - warmup) / max(1, steps - warmup)
@@ -104,7 +100,7 @@ def pretrain(
     for step, batch in bar:
         for one, rates in zip(optimizers, peaks, strict=True):
             for group, peak in zip(one.param_groups, rates, strict=True):
-                group["lr"] = peak * rate(step)
+                group["lr"] = peak * part_of_peak(step)
         loss, figures = loss_of(step, batch)
         module.zero_grad(set_to_none=True)
         loss.backward()

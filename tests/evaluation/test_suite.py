@@ -170,7 +170,8 @@ def test_rates_by_the_style_of_the_drawing() -> None:
     assert per_drawing(verdicts, {}) == {}  # data that do not say how they are drawn
     figure = plotting.plot_per_drawing({"models": {"dpo": {"per_drawing": rates}}})
     assert len(plotting.png_bytes(figure)) > 5_000
-    assert plotting.plot_per_drawing({"models": {"dpo": {"per_drawing": {}}}})
+    [note] = plotting.plot_per_drawing({"models": {"dpo": {"per_drawing": {}}}}).axes[0].texts
+    assert note.get_text() == "Nothing measured by style"
 
 
 def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:

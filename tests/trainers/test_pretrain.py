@@ -46,7 +46,9 @@ def trained(work: Path, stop: int = 10**9, *, muon: bool = True) -> tuple[Small,
         rows, wanted = batch
         return ((module(rows) - wanted) ** 2).mean(), {}
 
-    return module, pretrain("small", module, draw, loss_of, DRAWN_STEPS, work, 3, muon)
+    return module, pretrain(
+        "small", module, draw, loss_of, DRAWN_STEPS, work, 3, rate=1e-3, muon=muon
+    )
 
 
 @pytest.mark.parametrize("muon", [True, False])
@@ -63,10 +65,10 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, muo
 
 def test_muon_trains_the_matrices_of_hidden_layers_alone() -> None:
     module = Small()
-    first, second = _optimizers(module, muon=True)
+    first, second = _optimizers(module, 1e-3, muon=True)
     assert [p.shape for g in first.param_groups for p in g["params"]] == [(6, 6)] * 2
     assert sum(len(g["params"]) for g in second.param_groups) == 4
-    [only] = _optimizers(module, muon=False)
+    [only] = _optimizers(module, 1e-3, muon=False)
     assert sum(len(g["params"]) for g in only.param_groups) == 6
     assert [g["weight_decay"] for g in only.param_groups] == [0.05, 0.0]
 
@@ -77,12 +79,17 @@ def processor():
 
 
 @pytest.mark.parametrize("distorted", [0.0, 0.5, 1.0])
-def test_a_batch_has_its_share_of_distorted_images(processor, distorted: float) -> None:
+def test_a_batch_has_its_share_of_distorted_images(
+    processor, distorted: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = Recipe(("noto", "fluent_flat"), distorted=distorted)
     pixels, concepts, colours = tower_batch(random.Random(1), processor, 8, recipe)
     again = tower_batch(random.Random(1), processor, 8, recipe)
     assert pixels.shape == (8, 3, 64, 64) and torch.equal(pixels, again[0])
     assert concepts.max() < len(load_world().concepts) and colours.max() < len(scenes.COLOURS)
+    monkeypatch.setattr(embedded_tower, "distort", lambda shown, *_: shown[:, :3] * 0 + 9.0)
+    marked = tower_batch(random.Random(1), processor, 8, recipe)[0].flatten(1).min(1).values > 20
+    assert marked.tolist() == [True] * round(8 * distorted) + [False] * round(8 * (1 - distorted))
 
 
 def test_styles_are_drawn_as_the_recipe_says() -> None:

@@ -18,11 +18,10 @@ import yaml
 from PIL import Image
 
 from spavl_lib.data.embedded.world import ASSETS, load_world
+from spavl_lib.data.set_names import CHOSEN_ON
 from spavl_lib.errors import InputError
 
 PAGE = ASSETS / "drawings.yaml"
-UNSEEN = "twemoji"  # no model is trained on it; measured once, at the end
-CHOSEN_ON = "fluent_hc"  # no model is trained on it either; settings are chosen on it
 SIDE = 64  # px
 RENDERED_SIDE = 256  # px; a drawing is rendered at this size and then reduced
 SMALLEST_SHARE = 0.02  # of a drawing's pixels that are opaque; less than this counts as empty
@@ -53,6 +52,13 @@ def styles() -> dict[str, Style]:
     return {key: Style(key, **facts) for key, facts in page.items()}
 
 
+def credits() -> str:
+    """The styles on which models are trained, with their artists and licences."""
+    trained = [style for key, style in styles().items() if key != CHOSEN_ON]
+    named = [f"{style.name}, by {style.by} ({style.licence})" for style in trained]
+    return "; ".join(["Noto Emoji, by Google LLC (Apache-2.0)", *named])
+
+
 @functools.cache
 def styles_of(concept: str) -> tuple[str, ...]:
     """The styles in which a concept is drawn and on which models may be trained: noto comes first.
@@ -64,27 +70,11 @@ def styles_of(concept: str) -> tuple[str, ...]:
     return ("noto", *(style.key for style in trained if concept in style.icons))
 
 
-def set_parts(name: str) -> tuple[str, str]:
-    """Divide an evaluation set's name into the set, and the unseen style of its drawings.
-
-    Args:
-        name: Such as `help` or `help_twemoji`.
-
-    Returns:
-        The name without the style, and the style; it is empty if models are trained on the
-        drawings.
-    """
-    for style in (UNSEEN, CHOSEN_ON):
-        if name.endswith(f"_{style}"):
-            return name.removesuffix(f"_{style}"), style
-    return name, ""
-
-
 @functools.cache
 def only_in_test(concept: str) -> frozenset[str]:
     """Styles in which a concept is never shown in the preference data, except in the test sets.
 
-    A third of the concept's styles, drawn with a seed, but never noto.
+    About a quarter of the concept's styles, drawn with a seed, but never noto.
 
     Args:
         concept: Key of a concept in `world.yaml`.

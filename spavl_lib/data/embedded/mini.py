@@ -33,6 +33,7 @@ from spavl_lib.data.embedded.distort import distorted_image
 from spavl_lib.data.embedded.language import Request
 from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, HarmClass, load_world
 from spavl_lib.data.images import png_bytes
+from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.runs.paths import cache_root
 
@@ -414,7 +415,8 @@ def _key() -> str:
     """A hash of everything that the built files depend on."""
     digest = hashlib.sha256()
     code = [*(str(module.__file__) for module in (scenes, drawings, language, world)), __file__]
-    for path in (world.ASSETS / "world.yaml", drawings.PAGE, CARD, *map(Path, code)):
+    pictures = sorted(world.ASSETS.glob("*/*.png"))
+    for path in (world.ASSETS / "world.yaml", drawings.PAGE, CARD, *map(Path, code), *pictures):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -444,14 +446,14 @@ def write_mini(folder: Path) -> None:
     }
     for name in TEST_SETS:
         files[f"test/{name}"] = ("test", rows[name], "")
-        files[f"test_{drawings.UNSEEN}/{name}"] = ("test", rows[name], drawings.UNSEEN)
+        files[f"test_{UNSEEN}/{name}"] = ("test", rows[name], UNSEEN)
     chosen_on = development_rows()
     for name in ("validation", "twins"):
         files[f"{DEVELOPMENT}/validation/{name}"] = ("validation", chosen_on[name], "")
     for name in TEST_SETS:
         files[f"{DEVELOPMENT}/test/{name}"] = ("test", chosen_on[name], "")
-        unseen = f"{DEVELOPMENT}/test_{drawings.CHOSEN_ON}/{name}"
-        files[unseen] = ("test", chosen_on[name], drawings.CHOSEN_ON)
+        unseen = f"{DEVELOPMENT}/test_{CHOSEN_ON}/{name}"
+        files[unseen] = ("test", chosen_on[name], CHOSEN_ON)
     for stem, (kind, part, drawing) in files.items():
         path = folder / f"{stem}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)

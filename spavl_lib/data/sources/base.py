@@ -22,8 +22,8 @@ from datasets import Dataset
 
 from spavl_lib.config import DataConfig
 from spavl_lib.config.registry import Registry
-from spavl_lib.data.embedded.drawings import UNSEEN
 from spavl_lib.data.problems import Loaded
+from spavl_lib.data.set_names import UNSEEN
 from spavl_lib.errors import InputError
 
 # Names of the evaluation sets. `evaluation.suite` computes rates over the rows of each set.

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value, concatenate_datasets
 
-from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.images import ImageError, image_cell
 from spavl_lib.data.problems import Loaded, Problems, Shards, find_problems, without_bad_rows
 from spavl_lib.data.schema import (
@@ -27,6 +26,7 @@ from spavl_lib.data.schema import (
     features,
     text_columns,
 )
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.files import open_tables
 from spavl_lib.data.sources.join import answer_sources, join_meta

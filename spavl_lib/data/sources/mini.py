@@ -1,15 +1,16 @@
 """SPA-VL mini as a source: the embedded data set, built on first use in the Hub's layout."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, Features
 
-from spavl_lib.data.embedded.drawings import CHOSEN_ON, UNSEEN
 from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder, uncertain_images
 from spavl_lib.data.problems import Loaded
+from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN
 from spavl_lib.data.sources.base import EVAL_SETS, register_source
 from spavl_lib.data.sources.hub import HubLayout
 
@@ -41,7 +42,7 @@ class Mini(HubLayout):
         return self.folder / DEVELOPMENT if chosen_on else self.folder
 
     def preferences(self, split: str) -> Loaded:
-        """As for every source. `data.uncertain_share` replaces training images."""
+        """Load rows as every source does. `data.uncertain_share` replaces training images."""
         loaded, share = super().preferences(split), self.config.uncertain_share
         if split != "train" or not share:
             return loaded
@@ -54,6 +55,16 @@ class Mini(HubLayout):
         )
         changed = datasets.concatenate_datasets([rows.remove_columns("image"), images], axis=1)
         return dataclasses.replace(loaded, rows=changed.select_columns(rows.column_names))
+
+    def sha256(self, split: str) -> str:
+        """As for every source, with the distorted images of `train`."""
+        whole, share = super().sha256(split), self.config.uncertain_share
+        if split != "train" or not share:
+            return whole
+        digest = hashlib.sha256(whole.encode())
+        for name, content in sorted(uncertain_images(share).items()):
+            digest.update(name.encode() + content)
+        return digest.hexdigest()
 
     def truth(self) -> dict[str, dict]:
         """Row id -> ground-truth labels of the row."""

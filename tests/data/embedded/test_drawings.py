@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from spavl_lib.data.embedded import drawings
 from spavl_lib.data.embedded.drawings import Style, draw_style
 from spavl_lib.data.embedded.world import ASSETS, load_world
+from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN, set_parts
 from spavl_lib.errors import InputError
 
 CONCEPTS = list(load_world().concepts)
@@ -24,7 +25,7 @@ def test_the_files_are_those_of_the_page() -> None:
     for path in ASSETS.glob("*/*.png"):
         found[path.parent.name].add(path.stem)
     expected = {key: set(style.icons) for key, style in drawings.styles().items()}
-    assert found == expected | dict.fromkeys(("noto", drawings.UNSEEN), set(CONCEPTS))
+    assert found == expected | dict.fromkeys(("noto", UNSEEN), set(CONCEPTS))
 
 
 def test_no_drawing_is_empty_or_used_twice() -> None:
@@ -40,7 +41,7 @@ def test_unseen_styles_are_never_trained_on() -> None:
     for concept in CONCEPTS:
         known = drawings.styles_of(concept)
         assert known[0] == "noto" and len(known) >= 4
-        assert not {drawings.UNSEEN, drawings.CHOSEN_ON} & set(known)
+        assert not {UNSEEN, CHOSEN_ON} & set(known)
         kept = drawings.only_in_test(concept)
         assert kept and "noto" not in kept
         assert kept | set(drawings.styles_for(concept, "train")) == set(known)
@@ -49,9 +50,9 @@ def test_unseen_styles_are_never_trained_on() -> None:
 
 
 def test_parts_of_the_names_of_sets() -> None:
-    assert drawings.set_parts("help_twemoji") == ("help", "twemoji")
-    assert drawings.set_parts("look_alikes_fluent_hc") == ("look_alikes", "fluent_hc")
-    assert drawings.set_parts("twins_exchanged") == ("twins_exchanged", "")
+    assert set_parts("help_twemoji") == ("help", "twemoji")
+    assert set_parts("look_alikes_fluent_hc") == ("look_alikes", "fluent_hc")
+    assert set_parts("twins_exchanged") == ("twins_exchanged", "")
 
 
 def png(covered: bool = True, size: tuple[int, int] = (90, 60)) -> bytes:

@@ -16,7 +16,6 @@ import yaml
 from datasets import load_dataset
 
 from spavl_lib.data.embedded import drawings, language, mini, scenes
-from spavl_lib.data.embedded.drawings import set_parts
 from spavl_lib.data.embedded.world import QUESTION_TYPES
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.load import (
@@ -27,6 +26,7 @@ from spavl_lib.data.load import (
     load_truth,
     prompt_origin,
 )
+from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN, set_parts
 from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import ExactJudge
@@ -193,7 +193,8 @@ def test_splits_share_no_composition_wording_question_or_picture(first: str, sec
             "development": [
                 f"development/{stem}"
                 for stem in ("validation/validation", "validation/twins", *tests)
-            ],
+            ]
+            + [f"development/test_{CHOSEN_ON}/{n}" for n in GROUPS["test"]],
         }[group]
         pictures = [c["bytes"] for stem in stems for c in table(stem)["image"]]
         return {
@@ -232,7 +233,7 @@ def test_development_has_the_same_numbers_of_every_kind() -> None:
 
 def test_styles_of_drawings_are_kept_apart() -> None:
     """Every split shows all styles. Some styles of a thing are only in the test sets."""
-    styles = {"noto", *drawings.styles()} - {drawings.CHOSEN_ON}
+    styles = {"noto", *drawings.styles()} - {CHOSEN_ON}
     for split, part in (ROWS | {"chosen_on": mini.development_rows()["harm"]}).items():
         assert {row.scene.drawing for row in part} == styles, split
         new = [r for r in part if r.scene.drawing in drawings.only_in_test(r.scene.concept)]
@@ -249,7 +250,7 @@ def test_twins_have_one_style_and_the_unseen_sets_another() -> None:
         assert risky.scene.drawing == safe.scene.drawing
         assert risky.scene.composition == safe.scene.composition
     scene = ROWS["harm"][0].scene
-    assert len({scene.png(), scene.png(drawings.UNSEEN), scene.png(drawings.CHOSEN_ON)}) == 3
+    assert len({scene.png(), scene.png(UNSEEN), scene.png(CHOSEN_ON)}) == 3
 
 
 def test_a_share_of_the_training_images_is_distorted() -> None:
@@ -278,7 +279,7 @@ def test_settings_can_be_chosen_on_development() -> None:
     """Training rows are the same; held-out pairs, prompts and their labels are others."""
     test, chosen_on = (smoke({"data.measure_on": m}).data for m in ("test", "development"))
     labels, names = load_truth(chosen_on), eval_sets(chosen_on, held_out_drawings=True)
-    unseen = [f"{name}_{drawings.CHOSEN_ON}" for name in GROUPS["test"]]
+    unseen = [f"{name}_{CHOSEN_ON}" for name in GROUPS["test"]]
     assert names == [*eval_sets(test, held_out_drawings=False), *unseen]
     for name in names:
         if name in unseen:  # the development rows again, in a style that the test never uses
