@@ -22,7 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from spavl_lib.config import Config, DataConfig, load_config
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import load_preferences
 from spavl_lib.data.sampling import spread as spread  # other tests import it from here
 from spavl_lib.errors import InputError

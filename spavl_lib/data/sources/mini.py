@@ -8,7 +8,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, Features
 
-from spavl_lib.data.embedded.mini import DEVELOPMENT, TRUTH, mini_folder, uncertain_images
+from spavl_lib.data.embedded.mini import uncertain_images
+from spavl_lib.data.embedded.mini_files import DEVELOPMENT, TRUTH, mini_folder
 from spavl_lib.data.problems import Loaded
 from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN
 from spavl_lib.data.sources.base import EVAL_SETS, register_source

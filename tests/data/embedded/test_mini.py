@@ -15,7 +15,7 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from spavl_lib.data.embedded import drawings, language, mini, scenes
+from spavl_lib.data.embedded import drawings, language, mini, mini_files, scenes
 from spavl_lib.data.embedded.world import QUESTION_TYPES
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.load import (
@@ -47,7 +47,7 @@ COLUMNS = {
 
 def table(stem: str) -> dict[str, list]:
     """One parquet file, as columns."""
-    (path,) = mini.mini_folder().glob(f"{stem}-*.parquet")
+    (path,) = mini_files.mini_folder().glob(f"{stem}-*.parquet")
     return parquet.read_table(path).to_pydict()
 
 
@@ -96,7 +96,7 @@ def test_class_strings_are_verbatim_and_of_one_branch() -> None:
 
 
 def test_meta_files_join_every_training_row() -> None:
-    folder = mini.mini_folder() / "meta_files"
+    folder = mini_files.mini_folder() / "meta_files"
     info = json.loads((folder / "image_info/meta.json").read_text(encoding="utf-8"))
     assert len(info) == 1060
     columns = table("data/train")
@@ -113,7 +113,7 @@ def test_meta_files_join_every_training_row() -> None:
 
 def test_hub_loader_reads_the_folder_by_its_card(tmp_path: Path) -> None:
     """`load_dataset(folder)` as a user would call it, every config and split of the card."""
-    folder, cache = mini.mini_folder(), str(tmp_path)
+    folder, cache = mini_files.mini_folder(), str(tmp_path)
     card = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     names = [c["config_name"] for c in yaml.safe_load(card)["configs"]]
     assert names[:4] == ["default", "validation", "test", "test_twemoji"]
@@ -135,23 +135,25 @@ def test_hub_loader_reads_the_folder_by_its_card(tmp_path: Path) -> None:
 
 def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     """In another process, with another hash seed: no set's order, no clock, no path gets in."""
-    code = f"from pathlib import Path; from spavl_lib.data.embedded import mini; " \
-        f"mini.write_mini(Path({str(tmp_path / 'again')!r}))"  # fmt: skip
+    code = f"from pathlib import Path; from spavl_lib.data.embedded import mini_files; " \
+        f"mini_files.write_mini(Path({str(tmp_path / 'again')!r}))"  # fmt: skip
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
-    mini.write_mini(tmp_path / "here")
+    mini_files.write_mini(tmp_path / "here")
     again, here = files_of(tmp_path / "again"), files_of(tmp_path / "here")
     assert len(here) == 44
-    assert again == here == files_of(mini.mini_folder())
+    assert again == here == files_of(mini_files.mini_folder())
 
 
 def test_the_cache_is_built_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPAVL_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(mini, "write_mini", lambda folder: (calls.append(folder), folder.mkdir()))
-    first = mini.mini_folder()
-    assert mini.mini_folder() == first and len(calls) == 1
+    monkeypatch.setattr(
+        mini_files, "write_mini", lambda folder: (calls.append(folder), folder.mkdir())
+    )
+    first = mini_files.mini_folder()
+    assert mini_files.mini_folder() == first and len(calls) == 1
     assert calls[0] != first and list(tmp_path.iterdir()) == [first]  # made aside, then renamed
 
 
@@ -316,7 +318,7 @@ def test_no_picture_is_drawn_twice_within_a_split() -> None:
 
 
 def truth() -> dict[str, dict]:
-    path = mini.mini_folder() / "meta_files/truth.json"
+    path = mini_files.mini_folder() / "meta_files/truth.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 
