@@ -5,7 +5,7 @@ tower first learns to tell the 116 things apart, in many styles and in changed c
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -216,5 +216,6 @@ def train_tower(
     log = pretrain(
         "tower", classifier, lambda rng: tower_batch(rng, processor, BATCH, recipe), loss_of,
         steps, work, seed, rate=1e-3, muon=recipe.muon,
+        settings=asdict(recipe) | {"styles": list(recipe.styles)},
     )  # fmt: skip
     return classifier, log

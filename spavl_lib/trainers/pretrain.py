@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from spavl_lib.errors import InputError
 from spavl_lib.trainers import checkpoint as ckpt
 
 MUON_RATE, DECAY = 0.02, 0.05  # peak learning rate of Muon; weight decay
@@ -54,6 +55,7 @@ def pretrain(
     *,
     rate: float,
     muon: bool = False,
+    settings: dict[str, Any] | None = None,
 ) -> list[dict]:
     """Train with warm-up and cosine decay. Resume from the last checkpoint, if there is one.
 
@@ -71,6 +73,10 @@ def pretrain(
         rate: Peak learning rate of AdamW.
         muon: Whether matrices of hidden layers are trained with Muon (Jordan et al. 2024, *Muon:
             An optimizer for hidden layers in neural networks*) instead of AdamW.
+        settings: Further settings, in JSON types, with which a training must be resumed.
+
+    Raises:
+        InputError: The checkpoint in `work` was made with other settings.
 
     Returns:
         The logged figures of every step, including steps before an interruption.
@@ -84,11 +90,17 @@ def pretrain(
         part = (step - warmup) / max(1, steps - warmup)
         return LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(part * math.pi))
 
+    made_with = {"seed": seed, "steps": steps, "rate": rate, "muon": muon} | (settings or {})
     peaks = [[group["lr"] for group in one.param_groups] for one in optimizers]
     done, history = 0, []
     newest, _ = ckpt.latest_checkpoint(work / name)
     if newest:
         state = ckpt.load_state(newest)
+        if state.get("made_with") != made_with:
+            raise InputError(
+                f"{newest} was made with {state.get('made_with')}, but this training has "
+                f"{made_with}; choose another --work folder, or delete {work / name}"
+            )
         ckpt.load_trainable(module, ckpt.load_tensors(newest, "model"), newest)
         for i, one in enumerate(optimizers):
             ckpt.load_optimizer(
@@ -112,6 +124,7 @@ def pretrain(
         if (step + 1) % 100 == 0 or step + 1 == steps:
             parts = [ckpt.optimizer_tensors(one) for one in optimizers]
             state = {"step": step + 1, "optimizers": [plain for _, plain in parts]}
+            state["made_with"] = made_with
             tensors = {"model": ckpt.trainable_tensors(module)}
             tensors |= {f"optimizer{i}": found for i, (found, _) in enumerate(parts)}
             ckpt.save_checkpoint(

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from spavl_lib.data.embedded import drawings, scenes
 from spavl_lib.data.embedded.world import load_world
+from spavl_lib.errors import InputError
 from spavl_lib.trainers import embedded_base, embedded_tower
 from spavl_lib.trainers.embedded_tower import PATCHES, Recipe, TowerClassifier, tower_batch
 from spavl_lib.trainers.pretrain import _optimizers, pretrain
@@ -61,6 +62,13 @@ def test_an_interrupted_training_goes_on_to_the_same_weights(tmp_path: Path, muo
     for name, value in whole.state_dict().items():
         assert torch.equal(value, parts.state_dict()[name]), name
         assert not torch.equal(value, Small().state_dict()[name]), name
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, stop=117)
+    with pytest.raises(InputError, match="'muon': True.*'muon': False.*--work"):
+        trained(tmp_path, muon=False)
 
 
 def test_muon_trains_the_matrices_of_hidden_layers_alone() -> None:
