@@ -58,7 +58,14 @@ def arms(profile: str) -> list[Arm]:
         *(Arm("seeds", str(s), f"seed{s}" if s else first, whole, seed=s) for s in SEEDS),
         *(Arm("beta", f"{b:g}", f"beta{b:g}", ("dpo",), QUICK | {"dpo.beta": b}) for b in BETAS),
         Arm("kl", "as in the demo", first, whole, seed=0),
-        Arm("kl", "KL costs nothing", "free_kl", ("ppo",), QUICK | FREE, needs_reward=True),
+        Arm(
+            "kl",
+            "no KL penalty, no cross-entropy",
+            "free_kl",
+            ("ppo",),
+            QUICK | FREE,
+            needs_reward=True,
+        ),
         Arm(
             "rloo",
             f"RLOO, {RLOO_STEPS} steps",

@@ -86,6 +86,22 @@ def test_ensure_makes_or_names_what_comes_before(runs: Path, makers: list[str]) 
     assert makers == ["dpo", "reward", "ppo", "inference", "evaluation"]
 
 
+@pytest.mark.parametrize(
+    "named, made",
+    [((), ["reward", "practice"]), (("ppo",), ["reward", "practice"]),
+     (("ppo", "rloo"), ["practice"])],
+)  # fmt: skip
+def test_a_named_reward_model_replaces_the_runs(
+    runs: Path, makers: list[str], named: tuple[str, ...], made: list[str]
+) -> None:
+    changes = {f"{name}.reward_model": "/a/folder" for name in named}
+    pipeline.make("practice", load_config("smoke", changes))
+    assert makers == made
+    with pytest.raises(InputError) as caught:
+        pipeline.ensure("practice", load_config("colab", changes, run_name="other"))
+    assert [line.split()[2] for line in str(caught.value).splitlines()[1:]] == made
+
+
 def test_every_maker_and_trainer_is_there() -> None:
     for name in stage_names():
         assert maker_of(name).__wrapped__.__module__ == all_stages()[name].module

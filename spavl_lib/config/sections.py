@@ -21,12 +21,15 @@ from spavl_lib.machine import Dtype
 
 DPOLoss = Literal[
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot",
-    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "cdpo", "simpo",
+    "orpo",
 ]  # fmt: skip
 # Losses that sort and compare the log-ratios of all pairs of one forward pass.
 RANKED = {"aot", "aot_unpaired"}
-# Without label smoothing exo_pair is undefined, and robust is the same as sigmoid.
-NEEDS_SMOOTHING = {"exo_pair", "robust"}
+# Without label smoothing exo_pair is undefined, and robust and cdpo are the same as sigmoid.
+NEEDS_SMOOTHING = {"cdpo", "exo_pair", "robust"}
+SIMPO_MARGIN = 0.5
+REFERENCE_FREE = {"simpo", "orpo", "sft"}  # losses that do not read the reference
 SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
 Linear = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -278,13 +281,20 @@ class DPOConfig:
     beta: PositiveFloat = 0.1
     """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
     loss_type: tuple[DPOLoss, ...] = ("sigmoid", "sft")
-    """Names of trl losses to add up. sft is the cross-entropy of the chosen responses, a mean over
-    all their tokens in an optimizer step; it keeps chosen responses from becoming less likely."""
+    """Names of losses to add up: those of trl, cdpo (a sum of two of them), and simpo and orpo of
+    this library. sft is the cross-entropy of the chosen responses, a mean over all their tokens in
+    an optimizer step; it keeps chosen responses from becoming less likely. MPO is sigmoid, bco_pair
+    and sft with weights 0.8, 0.2 and 1; ORPO is sft and orpo with weights 1 and lambda. If all of
+    them are among simpo, orpo and sft, no reference model is used, and the logged rewards are beta
+    times the mean log-probability of a response's tokens."""
     loss_weights: tuple[float, ...] = (1.0, 1.0)
     """One weight per loss."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Assumed share of pairs whose preference is wrong, for the losses robust, exo_pair, aot and
-    aot_unpaired."""
+    """Assumed share of pairs whose preference is wrong, for the losses robust, cdpo, exo_pair, aot
+    and aot_unpaired."""
+    simpo_margin: NonNegativeFloat = SIMPO_MARGIN
+    """By how much the chosen response's reward must be higher in the loss simpo (the paper's
+    gamma). SimPO needs a beta of about 2, because its rewards are means over tokens."""
     learning_rate: NonNegativeFloat = 2e-5
     """Peak learning rate. A small model needs a higher one than a large model."""
     lr_scheduler: Scheduler = "cosine"
@@ -323,11 +333,28 @@ class DPOConfig:
             )
         if not self.label_smoothing and (needing := sorted(losses & NEEDS_SMOOTHING)):
             yield f"{' and '.join(needing)} need label_smoothing above 0, such as 0.001 or 0.1"
+        if self.cache_reference and not self.with_reference:
+            yield (
+                f"cache_reference has no effect, because {list(self.loss_type)} need no reference; "
+                "set it to false"
+            )
+        if self.simpo_margin != SIMPO_MARGIN and "simpo" not in losses:
+            yield f"simpo_margin has no effect on {list(self.loss_type)}: only simpo uses it"
         if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
             yield (
                 f"{' and '.join(ranked)} rank the pairs of one forward pass, so "
                 "gradient_accumulation_steps must be 1; set a larger per_device_batch_size"
             )
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether a loss reads the reference's log-probabilities."""
+        return not set(self.loss_type) <= REFERENCE_FREE
+
+    @property
+    def runs_reference(self) -> bool:
+        """Whether a training step runs the reference model."""
+        return self.with_reference and not self.cache_reference
 
     @property
     def global_batch_size(self) -> int:

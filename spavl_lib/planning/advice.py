@@ -102,7 +102,7 @@ def _changes(kind: str, config: Config) -> list[Change]:
         Change(
             "--set dpo.cache_reference=true",
             lambda c: section(c, cache_reference=True)
-            if full and kind == "dpo" and not c.dpo.cache_reference else None,
+            if full and kind == "dpo" and c.dpo.runs_reference else None,
         ),
         *(
             Change(

@@ -163,7 +163,7 @@ def _static(kind: str, config: Config, shape: Shape, cpu: bool) -> dict[str, flo
             "weights": (half if deepspeed else FP32) * copies * everything / whole,
             "masters": FP32 * count / share if deepspeed else 0.0,
         }
-        frozen_copies = {"dpo": 0 if config.dpo.cache_reference else 1, "reward": 0, "ppo": 2}[kind]
+        frozen_copies = {"dpo": int(config.dpo.runs_reference), "reward": 0, "ppo": 2}[kind]
         memory["reference"] = half * frozen_copies * everything / whole
         if not cpu and not deepspeed:  # autocast keeps 16-bit copies during a forward pass
             memory["autocast copies"] = 2.0 * copies * shape.linears
@@ -250,7 +250,7 @@ def _step_peak(
     # The moments of a step as (activations, logits, gradients). During the backward pass
     # activations are freed while gradients are added.
     moments = [(held, logits, (policy if accumulates else 0.0) + head_gradient)]
-    if kind == "dpo" and not config.dpo.cache_reference:
+    if kind == "dpo" and config.dpo.runs_reference:
         moments.append((held + transient, 0.0, earlier_gradients))
     for layers_left in range(shape.layers, 0, -1):
         new_gradients = head_gradient + per_layer * (shape.layers - layers_left + 1)

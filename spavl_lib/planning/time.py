@@ -72,7 +72,7 @@ def step_time(
         seconds = _rollout_time(config, shape, device, *passes_of(typical), chosen, rate, new)
         return seconds, _steps(kind, config, lengths)
     forward, backward = passes_of(lengths.mean if lengths else tokens)
-    passes = forward + backward + (forward if kind == "dpo" else 0.0)
+    passes = forward + backward + (forward if kind == "dpo" and config.dpo.with_reference else 0.0)
     batches = max(1, batches_per_step(kind, config) // launch.num_processes)
     return passes * batches / rate, _steps(kind, config, lengths)
 

@@ -2,19 +2,20 @@
 
     spavl train dpo --profile demo
 
-trl computes the losses. This package builds the batches (BOS, EOS, one image slot) and chooses the
-trainable parameters. It checks the first steps, and it writes checkpoints from which a run resumes
-with identical results.
+trl computes the losses, except for SimPO and ORPO, which it does not have with images. This package
+builds the batches (BOS, EOS, one image slot) and chooses the trainable parameters. It checks the
+first steps, and it writes checkpoints from which a run resumes with identical results.
 """
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 from trl import DPOConfig as TRLConfig
 from trl import DPOTrainer
@@ -41,6 +42,7 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.modelling.speed.completion_head import score_completions_only
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
+from spavl_lib.objectives.preference import orpo_loss, simpo_loss
 from spavl_lib.runs.files import let_others_read, read_jsonl, write_json, write_text, writing
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.signals import StopFlag
@@ -57,7 +59,7 @@ from spavl_lib.trainers.export_card import model_card
 from spavl_lib.trainers.inputs import limit_of, load_rows, training_inputs
 from spavl_lib.trainers.probe import reference_probe
 from spavl_lib.trainers.progress import best_step, drop_stock_callbacks, number
-from spavl_lib.trainers.reference_cache import cache_key, with_reference
+from spavl_lib.trainers.reference_cache import NAMES, cache_key, with_reference
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -69,6 +71,7 @@ LOGGED = (
 # Tokens of a long response. The rounding errors of single tokens are independent, so the error of
 # their sum grows with the square root of this number.
 LONG_ANSWER = 256
+OWN = {"simpo", "orpo"}  # losses that trl does not have
 
 
 class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
@@ -79,7 +82,13 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
     step's pairs.
     """
 
+    loss_types: list[str]
     loss_weights: list[float]
+    losses: tuple[tuple[str, float], ...] = ()
+    """Name and weight of every loss, also of those that trl does not have."""
+    simpo_margin: float = 0.5
+    with_reference: bool = True
+    """False if no loss reads the reference. trl then gets 0 for its log-probabilities."""
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args: Any, **kwargs: Any) -> Any:
         """Compute this micro-batch's part of the step's loss.
@@ -88,17 +97,105 @@ class CheckedDPOTrainer(WholeStepMixin, CheckedMixin, DPOTrainer):
             NonFiniteError: In training, the part is NaN or infinite.
         """
         of_pairs, of_tokens = self.shares(inputs, model.training)
-        whole = self.loss_weights
-        self.loss_weights = [
-            weight * (of_tokens if name == "sft" else of_pairs)
-            for name, weight in zip(self.loss_types, whole, strict=True)
+        weights = [
+            (name, weight * (of_tokens if name == "sft" else of_pairs))
+            for name, weight in self.losses
         ]
+        theirs = stock_losses(weights, self.label_smoothing)
+        whole = self.loss_types, self.loss_weights
+        self.loss_types, self.loss_weights = [n for n, _ in theirs], [w for _, w in theirs]
+        if not self.with_reference:
+            zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
+            inputs = inputs | dict.fromkeys(NAMES, zeros)
         try:
-            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            with _log_probabilities(model) as seen:
+                loss = super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.loss_weights = whole
+            self.loss_types, self.loss_weights = whole
+        means = _means(seen[0], inputs["completion_mask"])
+        for name, weight in weights:
+            if name in OWN:
+                added = weight * self._own_loss(name, *means)
+                loss = (loss[0] + added, *loss[1:]) if isinstance(loss, tuple) else loss + added
+        if not self.with_reference:
+            self._log_rewards(*means)
         self.check_loss(model, loss[0] if isinstance(loss, tuple) else loss)
         return loss
+
+    def _own_loss(self, name: str, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """The mean of a loss of `OWN` over a micro-batch's pairs.
+
+        Args:
+            name: Name of the loss.
+            chosen: Mean log-probability of a token of each chosen response (pairs,), in nats.
+            rejected: The same of the rejected responses.
+        """
+        if name == "simpo":
+            return simpo_loss(chosen, rejected, beta=self.beta, margin=self.simpo_margin).mean()
+        return orpo_loss(chosen, rejected).mean()
+
+    def _log_rewards(self, chosen: Tensor, rejected: Tensor) -> None:
+        """Replace the rewards that trl has logged for this micro-batch.
+
+        Without a reference trl's are sums over tokens, which are lower for longer responses.
+
+        Args:
+            chosen: As for `_own_loss`.
+            rejected: As for `_own_loss`.
+        """
+        first, second = (
+            self.accelerator.gather(self.beta * means.detach()) for means in (chosen, rejected)
+        )
+        values = {
+            "chosen": first, "rejected": second, "margins": first - second,
+            "accuracies": (first > second).float(),
+        }  # fmt: skip
+        logged = self._metrics["train" if self.model.training else "eval"]
+        for name, value in values.items():
+            logged[f"rewards/{name}"][-1] = value.mean().item()
+
+
+def _means(logps: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean log-probability of a token of each chosen and each rejected response, (pairs,) each.
+
+    Args:
+        logps: Log-probabilities (responses, tokens), 0 where a token does not count; the chosen
+            responses come first.
+        mask: The batch's `completion_mask` (responses, 1 + tokens).
+    """
+    tokens = mask[:, 1:].sum(1).clamp(min=1)
+    chosen, rejected = (logps[:, 1 - mask.shape[1] :].sum(1) / tokens).chunk(2)
+    return chosen, rejected
+
+
+def stock_losses(losses: list[tuple[str, float]], smoothing: float) -> list[tuple[str, float]]:
+    """The losses that trl computes: those it has, and two whose sum is cDPO's.
+
+    With the label smoothing e, cdpo is 2 (1 - e) sigmoid - (1 - 2 e) robust.
+
+    Args:
+        losses: Name and weight of every loss.
+        smoothing: Label smoothing, without which cdpo is sigmoid.
+    """
+    found = []
+    for name, weight in losses:
+        if name == "cdpo":
+            found.append(("sigmoid", 2 * (1 - smoothing) * weight))
+            found.append(("robust", -(1 - 2 * smoothing) * weight))
+        elif name not in OWN:
+            found.append((name, weight))
+    return found or [("sft", 0.0)]  # trl wants a loss
+
+
+@contextlib.contextmanager
+def _log_probabilities(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the log-probabilities of the model's forward passes; the policy's come first."""
+    seen: list[Tensor] = []
+    hook = model.register_forward_hook(lambda _module, _args, output: seen.append(output.log_probs))
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def check_reference(logs: dict, *, beta: float = 0.0) -> None:
@@ -162,10 +259,13 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
+    if not config.dpo.with_reference:
+        leave_out_reference(trainer)
     cached = config.dpo.beta if config.dpo.cache_reference else 0.0
+    first = functools.partial(check_reference, beta=cached) if config.dpo.with_reference else None
     trainer.report_to_stage(
         stage, flag, logged=LOGGED, live=live,
-        check_first=functools.partial(check_reference, beta=cached),
+        check_first=first,
     )  # fmt: skip
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
     evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
@@ -202,12 +302,14 @@ def build_trainer(
         fine-tuning the reference model is a frozen copy of the base.
     """
     dpo = config.dpo
+    losses = tuple(zip(dpo.loss_type, dpo.loss_weights, strict=True))
+    stock = stock_losses(list(losses), dpo.label_smoothing)
     arguments = TRLConfig(
         **common_arguments("dpo", config, stage),
         per_device_eval_batch_size=dpo.per_device_batch_size,
         beta=dpo.beta,
-        loss_type=list(dpo.loss_type),
-        loss_weights=list(dpo.loss_weights),
+        loss_type=[name for name, _ in stock],
+        loss_weights=[weight for _, weight in stock],
         label_smoothing=dpo.label_smoothing,
         # trl must not truncate, because truncation could drop image tokens or the EOS. The collator
         # raises an error for a row that is too long.
@@ -238,12 +340,20 @@ def build_trainer(
     for model in filter(None, (trainer.model, trainer.ref_model)):
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
+    trainer.losses = losses
+    trainer.simpo_margin = dpo.simpo_margin
+    trainer.with_reference = dpo.with_reference
     trainer.group_by_image = config.data.group_by_image
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
         train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
     drop_stock_callbacks(trainer)
     return trainer
+
+
+def leave_out_reference(trainer: CheckedDPOTrainer) -> None:
+    """Train without a reference model. The memory of a reference that was built is freed."""
+    trainer.precompute_ref_logps, trainer.ref_model = True, None
 
 
 def use_cached_reference(
@@ -306,6 +416,8 @@ def _card(config: Config, summary: dict) -> str:
             f"{summary['train_rows']} pairs",
             f"{summary['steps']} steps of {summary['global_batch_size']}",
             f"losses {list(dpo.loss_type)} weighted {list(dpo.loss_weights)}",
+            *([f"label smoothing {dpo.label_smoothing}"] if dpo.label_smoothing else []),
+            *([] if dpo.with_reference else ["no reference model"]),
             f"beta {dpo.beta}",
             f"peak rate {dpo.learning_rate}",
         ],

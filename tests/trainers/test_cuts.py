@@ -22,6 +22,7 @@ CUTS = [(4,), (2, 2), (1, 1, 1, 1), (3, 1)]
 LOSSES = {
     "sigmoid+sft": (("sigmoid", "sft"), (1.0, 1.0)),
     "ipo+sft": (("ipo", "sft"), (0.5, 2.0)),
+    "orpo+sft": (("orpo", "sft"), (0.3, 1.0)),
 }
 
 

@@ -82,9 +82,10 @@ def assert_arrives(section: Any, table: dict[str, Seen], where: Any, free: dict[
 
 DPO: dict[str, Seen] = COMMON | {
     "beta": lambda t: t.beta,
-    "loss_type": lambda t: tuple(t.loss_types),
-    "loss_weights": lambda t: tuple(t.loss_weights),
+    "loss_type": lambda t: tuple(name for name, _ in t.losses),
+    "loss_weights": lambda t: tuple(weight for _, weight in t.losses),
     "label_smoothing": lambda t: t.label_smoothing,
+    "simpo_margin": lambda t: t.simpo_margin,
     "max_length": lambda t: t.data_collator.max_length,
     "eval_steps": lambda t: t.args.eval_steps if t.args.eval_strategy == "steps" else None,
 }
@@ -93,7 +94,8 @@ DPO_FREE = PRESET_IS_FREE | {
     "cache_reference": "calls `use_cached_reference`; tested in test_reference_cache.py",
 }
 DPO_CHANGES = COMMON_CHANGES | {
-    "beta": 0.37, "loss_type": ("robust", "sft"), "loss_weights": (0.7, 0.2), "max_length": 333,
+    "beta": 0.37, "loss_type": ("robust", "sft", "simpo"), "loss_weights": (0.7, 0.2, 0.4),
+    "simpo_margin": 0.9, "max_length": 333,
     "eval_steps": 8, "label_smoothing": 0.2,
 }  # fmt: skip
 ELSEWHERE = {
@@ -409,7 +411,7 @@ SCALE = {
     "reward": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
                "max_length", "save_steps"),
     "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
-            "max_length", "cache_reference", "save_steps", "eval_steps"),
+            "max_length", "cache_reference", "simpo_margin", "save_steps", "eval_steps"),
     "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
             "max_length", "num_epochs", "kl_horizon", "reward_model", "save_steps"),
 }  # fmt: skip
