@@ -2,7 +2,7 @@
 
 The unseen drawings are those of `fluent_hc`, which no reported number uses either.
 
-    python -m benchmarks.choose reward dpo ppo rloo
+    python -m benchmarks.choose reward dpo ppo rloo --workers 2
 
 For each trainer there are at most six trials, listed below before any was run. `cost` ranks them:
 the mean of the rates of errors, each with the same weight. The lowest cost wins, and of equal ones
@@ -96,6 +96,8 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("trainers", nargs="+", choices=list(TRIALS))
     options.add_argument("--profile", default="demo", help="smoke tries the script")
+    options.add_argument("--workers", type=int, default=1, help="processes side by side")
+    options.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a trial, for a worker
     options.add_argument("--trials", type=int, default=6, help="only the first so many")
     options.add_argument("--results", type=Path, default=common.RESULTS)
     asked = options.parse_args()
@@ -103,7 +105,14 @@ def main() -> None:
     found = read_json(file)["metrics"] if file.is_file() else {}
     for name in asked.trainers:
         best = found.get("reward", {}).get("model", "")
-        pages = [trial(name, n, asked, best) for n in range(min(asked.trials, len(TRIALS[name])))]
+        if asked.one is not None:
+            trial(name, asked.one, asked, best)
+            return
+        numbers = range(min(asked.trials, len(TRIALS[name])))
+        command = ["benchmarks.choose", name, "--profile", asked.profile]
+        command += ["--results", str(asked.results), "--one"]
+        common.side_by_side([[*command, str(n)] for n in numbers], asked.workers)
+        pages = [trial(name, n, asked, best) for n in numbers]  # complete: this only reads them
         first = min(range(len(pages)), key=lambda n: pages[n]["cost"])
         found[name] = {"chosen": pages[first]["settings"], "trials": pages}
         if name == "reward":

@@ -10,10 +10,7 @@ an arm that is complete is not trained again.
 
 import argparse
 import json
-import os
 import random
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -93,25 +90,14 @@ def main() -> None:
 
     if asked.one:
         name, seed = asked.one[0], int(asked.one[1])
-        write_json(
-            place(name, seed) / "found.json", train(name, seed, asked.steps, place(name, seed))
-        )
+        place(name, seed).mkdir(parents=True, exist_ok=True)
+        found = train(name, seed, asked.steps, place(name, seed))
+        write_json(place(name, seed) / "found.json", found)
         return
     wanted = [(name, seed) for seed in SEEDS for name in ARMS]
     waiting = [arm for arm in wanted if not (place(*arm) / "found.json").is_file()]
-    command = [sys.executable, "-m", "benchmarks.tower_styles", "--steps", str(asked.steps)]
-    running: list[subprocess.Popen] = []
-    while waiting or running:
-        while waiting and len(running) < 2:
-            name, seed = waiting.pop(0)
-            place(name, seed).mkdir(parents=True, exist_ok=True)
-            words = [*command, "--work", str(asked.work), "--one", name, str(seed)]
-            running.append(subprocess.Popen(words, env=os.environ | {"OMP_NUM_THREADS": "1"}))
-        time.sleep(1)
-        for worker in [w for w in running if w.poll() is not None]:
-            running.remove(worker)
-            if worker.returncode:
-                sys.exit("a training failed; see above, and repeat the command to go on")
+    command = ["benchmarks.tower_styles", "--steps", str(asked.steps), "--work", str(asked.work)]
+    common.side_by_side([[*command, "--one", name, str(seed)] for name, seed in waiting], workers=2)
     page: dict = {}
     for name, seed in wanted:
         page.setdefault(name, []).append(read_json(place(name, seed) / "found.json"))

@@ -128,7 +128,7 @@ def test_left_out_patches_do_not_count(processor) -> None:
 
 @pytest.mark.slow
 def test_a_whole_build_is_a_model_in_the_hubs_layout(tmp_path: Path) -> None:
-    sizes = {"tower_steps": 3, "language_steps": 2}
+    sizes = {"tower_steps": 3, "facts_steps": 2, "language_steps": 2}
     embedded_base.build(tmp_path / "work", tmp_path / "model", seed=0, **sizes)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
     assert model.dtype == torch.float16
