@@ -33,8 +33,7 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
         {RATE: 2e-4, UNCERTAIN: 0.25}, {RATE: 2e-4, UNCERTAIN: 0.5},
     ],
     "ppo": [
-        {RATE: 5e-5}, {RATE: 1e-4}, {RATE: 2.5e-5}, {RATE: 5e-5, "kl_coef": 0.2},
-        {RATE: 5e-5, UNCERTAIN: 0.25}, {RATE: 5e-5, UNCERTAIN: 0.5},
+        {RATE: 5e-5}, {RATE: 1e-4}, {RATE: 5e-5, "kl_coef": 0.2}, {RATE: 5e-5, UNCERTAIN: 0.25},
     ],
     "rloo": [
         {RATE: 1e-4, "beta": 0.05, LONGER: 100}, {RATE: 5e-5, "beta": 0.05, LONGER: 100},

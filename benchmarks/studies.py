@@ -132,11 +132,12 @@ def main() -> None:
     if unknown := [name for name in asked.studies if name not in known]:
         options.error(f"unknown study {unknown[0]!r} (known: {', '.join(known)})")
     wanted = [i for i, arm in enumerate(every) if arm.study in (asked.studies or known)]
-    # The first seed has the reward model that others use, so it comes alone.
-    needs_first = any(every[i].needs_reward for i in wanted)
-    first, rest = [i for i in wanted if every[i].run_name == asked.profile][:1], wanted
-    for part in ([0] if needs_first and not first else first, rest):
-        command = ["benchmarks.studies", "--profile", asked.profile, "--one"]
+    # The run of the first seed has the reward model that others use.
+    needed = [0] if any(every[i].needs_reward for i in wanted) else []
+    runs = {every[i].run_name: i for i in reversed([*needed, *wanted])}
+    command = ["benchmarks.studies", "--profile", asked.profile, "--one"]
+    for needing in (False, True):
+        part = sorted(i for i in runs.values() if every[i].needs_reward == needing)
         common.side_by_side([[*command, str(i)] for i in part], asked.workers)
     page = read_json(asked.output) if asked.output.is_file() else {}
     for index in wanted:
