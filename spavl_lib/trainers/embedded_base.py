@@ -4,8 +4,8 @@ The result is a `LlavaForConditionalGeneration` of two million parameters. The m
 only: it also fulfils harmful requests. It is trained in three stages on the scenes and sentences of
 the embedded world (`data/embedded`). The first stage trains the tokenizer. The second stage trains
 the vision tower as a classifier (`embedded_tower.py`). The third stage trains the projector and
-the language model, while the tower is frozen. After an interruption, the same command continues
-from the last checkpoint.
+the language model, while the tower is frozen: first on questions of names and colours, then on all
+kinds of questions. After an interruption, the same command continues from the last checkpoint.
 """
 
 import argparse
