@@ -168,11 +168,11 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
 
 
 def _upstream(stage: Stage) -> tuple[str, ...]:
-    """Stages that a stage builds on. A reward model that the config names replaces the run's."""
+    """Stages that a stage builds on. Without `uses_run_reward` the reward stage is left out."""
     spec, config = stages.find(stage.name), stage.run.config
-    sections = [config.section(name) for name in ("ppo", "rloo") if name in spec.config_keys]
-    replaced = bool(sections) and all(section.reward_model for section in sections)
-    return tuple(name for name in spec.upstream if not (replaced and name == "reward"))
+    sections = [config.section(n) for n in ("ppo", "rloo", "grpo") if n in spec.config_keys]
+    needless = bool(sections) and not any(section.uses_run_reward for section in sections)
+    return tuple(name for name in spec.upstream if not (needless and name == "reward"))
 
 
 def _missing(stage: Stage) -> list[str]:

@@ -84,6 +84,11 @@ BUILT_IN = (
         policy=True,
     ),
     StageSpec(
+        name="grpo", module="spavl_lib.trainers.grpo",
+        config_keys=(*_DATA_MODEL, "reward", "grpo"), upstream=("reward",), trains=True,
+        policy=True,
+    ),
+    StageSpec(
         name="practice", module="spavl_lib.trainers.practice",
         config_keys=(*_DATA_MODEL, "reward", "ppo", "rloo"), notebook="03b_ppo_in_practice",
         upstream=("reward",), answers=True,
@@ -111,7 +116,8 @@ BUILT_IN = (
 # Settings that may change after a stage was made, because no result depends on them.
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
-    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
+    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "grpo.save_steps",
+    "dpo.save_steps",
     "scaling.workers", "generation.cache",
 )  # fmt: skip
 _registered: dict[str, StageSpec] = {}

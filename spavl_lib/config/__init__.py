@@ -16,6 +16,8 @@ from spavl_lib.config.sections import (
     DPOConfig,
     EvaluationConfig,
     GenerationConfig,
+    GroupConfig,
+    GRPOConfig,
     LaunchConfig,
     ModelConfig,
     PPOConfig,
@@ -27,7 +29,8 @@ from spavl_lib.config.validation import defaults, flatten, section, to_plain
 
 __all__ = [
     "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
-    "EvaluationConfig", "GenerationConfig", "LaunchConfig", "ModelConfig", "PPOConfig",
-    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "defaults", "flatten",
-    "from_dict", "load_config", "profile_argument", "profile_names", "section", "to_plain",
+    "EvaluationConfig", "GRPOConfig", "GenerationConfig", "GroupConfig", "LaunchConfig",
+    "ModelConfig", "PPOConfig", "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names",
+    "defaults", "flatten", "from_dict", "load_config", "profile_argument", "profile_names",
+    "section", "to_plain",
 ]  # fmt: skip

@@ -446,11 +446,16 @@ class PPOConfig:
                 f"{self.rollout_batch_size} prompts: some would be empty"
             )
 
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return not self.reward_model
 
-@section("rloo")
-class RLOOConfig:
-    """REINFORCE leave-one-out against the reward model (Ahmadian et al. 2024): like PPO, but with
-    no value model. Every optimizer step samples new responses."""
+
+@section()
+class GroupConfig:
+    """What RLOO and GRPO share. Every optimizer step samples new responses, several for each
+    prompt, and no value model is trained."""
 
     max_steps: NonNegativeInt
     """Optimizer steps; 0: train for `num_epochs` instead."""
@@ -461,7 +466,7 @@ class RLOOConfig:
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of responses in one optimizer step."""
     num_generations: Annotated[int, Field(ge=2)] = 4
-    """Responses per prompt; each is compared with the mean score of the others."""
+    """Responses per prompt; each is compared with the others."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training prompts, used when `max_steps` is 0."""
     learning_rate: NonNegativeFloat = 1e-5
@@ -474,14 +479,17 @@ class RLOOConfig:
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    beta: NonNegativeFloat = 0.05
-    """KL coefficient: score subtracted per nat of KL to the reference."""
-    normalize_advantages: bool = True
-    """Scale the advantages of a step's responses to mean 0 and variance 1."""
     temperature: PositiveFloat = 1.0
     """Divisor of the logits, in sampling and in every log-probability."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Amount subtracted from the score of a response that did not end with EOS."""
+    """Amount subtracted from the reward model's score of a response that did not end with EOS."""
+    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("model",)
+    """Rewards to add up. model: the reward model's score; judge: 1 for a response that the judge of
+    `evaluation` approves of, else 0; length: minus the response's tokens as a share of
+    `max_new_tokens`; anything else names a Python function, as file.py:function or
+    package.module:function, with the arguments of trl's reward functions."""
+    reward_weights: tuple[float, ...] = (1.0,)
+    """One weight per reward."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty: the reward model of this run."""
     use_vllm: bool = False
@@ -505,13 +513,65 @@ class RLOOConfig:
                 f"per_device_batch_size x gradient_accumulation_steps = {self.global_batch_size} "
                 f"must be a multiple of num_generations = {self.num_generations}"
             )
+        if len(self.rewards) != len(self.reward_weights):
+            yield (
+                f"reward_weights needs one weight per reward: there are {len(self.rewards)} "
+                f"rewards {list(self.rewards)} and {len(self.reward_weights)} weights"
+            )
+        yield from _repeated("rewards", self.rewards)
+        for name in self.rewards:
+            if name not in ("model", "judge", "length") and ":" not in name:
+                yield (
+                    f"rewards: {name!r} is none of model, judge and length; a function of your own "
+                    "is named file.py:function"
+                )
+        if self.reward_model and "model" not in self.rewards:
+            yield f"reward_model has no effect on rewards = {list(self.rewards)}; leave it empty"
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:
             yield "vllm_mode = 'server' needs vllm_server_base_url"
 
     @property
     def global_batch_size(self) -> int:
-        """Responses in one optimizer step; RLOO trains in a single process."""
+        """Responses in one optimizer step; these methods train in a single process."""
         return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return "model" in self.rewards and not self.reward_model
+
+
+@section("rloo")
+class RLOOConfig(GroupConfig):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): like PPO, but with no value model. Each
+    response is compared with the mean reward of the other responses to its prompt."""
+
+    beta: NonNegativeFloat = 0.05
+    """KL coefficient: score subtracted per nat of KL to the reference."""
+    normalize_advantages: bool = True
+    """Scale the advantages of a step's responses to mean 0 and variance 1."""
+
+
+@section("grpo")
+class GRPOConfig(GroupConfig):
+    """Group relative policy optimisation (Shao et al. 2024). Each response is compared with the
+    mean and the standard deviation of its group, and the KL penalty is a part of the loss."""
+
+    per_device_batch_size: PositiveInt = 16
+    """Responses per device and forward pass."""
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0: train for `num_epochs` instead."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response in tokens."""
+    beta: NonNegativeFloat = 0.04
+    """KL coefficient; the default is the paper's."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
+    """How the loss is averaged. grpo: first over the tokens of each response, as in the paper;
+    dapo, the default of trl: over all tokens of a step; dr_grpo: divided by `max_new_tokens`, so
+    that length has no influence; bnpo: over the tokens of a forward pass."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """group: divide by the standard deviation of the group's rewards, as in the paper; batch: by
+    that of all rewards of a step; none: do not divide."""
 
 
 @section("generation")
@@ -677,6 +737,7 @@ class Config:
     ppo: PPOConfig
     rloo: RLOOConfig
     generation: GenerationConfig
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)

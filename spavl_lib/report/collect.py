@@ -174,6 +174,7 @@ _FILES = {
     "dpo": "responses of DPO",
     "ppo": "responses of PPO",
     "rloo": "responses of RLOO",
+    "grpo": "responses of GRPO",
     "verdicts": "verdict on every response",
     "figures": "figures",
     "config.yaml": "settings",
