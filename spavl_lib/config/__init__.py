@@ -18,8 +18,10 @@ from spavl_lib.config.sections import (
     GenerationConfig,
     GroupConfig,
     GRPOConfig,
+    KTOConfig,
     LaunchConfig,
     ModelConfig,
+    OnlineDPOConfig,
     PPOConfig,
     RewardConfig,
     RLOOConfig,
@@ -28,9 +30,9 @@ from spavl_lib.config.sections import (
 from spavl_lib.config.validation import defaults, flatten, section, to_plain
 
 __all__ = [
-    "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
-    "EvaluationConfig", "GRPOConfig", "GenerationConfig", "GroupConfig", "LaunchConfig",
-    "ModelConfig", "PPOConfig", "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names",
+    "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig", "EvaluationConfig",
+    "GRPOConfig", "GenerationConfig", "GroupConfig", "KTOConfig", "LaunchConfig", "ModelConfig",
+    "OnlineDPOConfig", "PPOConfig", "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names",
     "defaults", "flatten", "from_dict", "load_config", "profile_argument", "profile_names",
     "section", "to_plain",
 ]  # fmt: skip

@@ -362,6 +362,51 @@ class DPOConfig:
         return self.per_device_batch_size * self.gradient_accumulation_steps
 
 
+@section("kto")
+class KTOConfig:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024). It trains on single responses, each
+    of which is good or bad; here these are the chosen and the rejected responses of the pairs."""
+
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0: train for `num_epochs` instead."""
+    per_device_batch_size: Annotated[int, Field(ge=2)] = 16
+    """Responses per device and forward pass. Each prompt is also paired with the response of
+    another row of the batch, to estimate the KL divergence; hence at least 2."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches in one optimizer step, counted over all devices."""
+    num_epochs: NonNegativeFloat = 1.0
+    """Passes over the responses, used when `max_steps` is 0."""
+    beta: PositiveFloat = 0.1
+    """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
+    desirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of chosen responses."""
+    undesirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of rejected responses."""
+    learning_rate: NonNegativeFloat = 2e-5
+    """Peak learning rate. A small model needs a higher one than a large model."""
+    lr_scheduler: Scheduler = "cosine"
+    """Name of a transformers schedule."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    max_length: NonNegativeInt = 0
+    """Longest sequence in tokens, prompt and image included; 0 for the model's context."""
+    save_steps: PositiveInt = 50
+    """Steps between checkpoints."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield one sentence for each set of values that contradict each other."""
+        yield from _nothing_to_train(self)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Responses in one optimizer step."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+
 @section("ppo")
 class PPOConfig:
     """Proximal policy optimisation against the reward model (Ouyang et al. 2022)."""
@@ -574,6 +619,33 @@ class GRPOConfig(GroupConfig):
     that of all rewards of a step; none: do not divide."""
 
 
+@section("online_dpo")
+class OnlineDPOConfig:
+    """DPO on the policy's own responses, which the reward model ranks (Guo et al. 2024). In every
+    round the policy of that time answers prompts several times, and the best and the worst response
+    to a prompt are a pair. Losses, rates and batch sizes are those of `dpo`."""
+
+    rounds: PositiveInt = 4
+    """Rounds of sampling, each followed by one pass over its pairs."""
+    prompts: NonNegativeInt = 0
+    """Prompts of a round, each round other ones while there are enough; 0: all training prompts."""
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Responses per prompt."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the logits in sampling."""
+    missing_eos_penalty: NonNegativeFloat = 1.0
+    """Amount subtracted from the score of a response that did not end with EOS."""
+    reward_model: str = ""
+    """`model/` folder of a reward model; empty: the reward model of this run."""
+
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return not self.reward_model
+
+
 @section("generation")
 class GenerationConfig:
     """How responses are generated for inference and evaluation."""
@@ -738,6 +810,8 @@ class Config:
     rloo: RLOOConfig
     generation: GenerationConfig
     grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    kto: KTOConfig = dataclasses.field(default_factory=KTOConfig)
+    online_dpo: OnlineDPOConfig = dataclasses.field(default_factory=OnlineDPOConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)

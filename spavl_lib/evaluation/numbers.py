@@ -20,6 +20,8 @@ _TITLES = {
     "ppo": "PPO",
     "rloo": "RLOO",
     "grpo": "GRPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
     "rlhf": "RLHF",
     "sft": "SFT",
 }

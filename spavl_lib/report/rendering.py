@@ -17,6 +17,8 @@ _STAGE_TITLES = {
     "ppo": "PPO",
     "rloo": "RLOO",
     "grpo": "GRPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
     "reward": "Reward model",
 }
 

@@ -316,7 +316,7 @@ class WholeStepMixin:
             device: Device, which transformers passes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([(1, *_pairs_and_tokens(batch)) for batch in batches])
+        counts = torch.tensor([(1, *self.count(batch)) for batch in batches])
         self.in_step = group.sum_of(counts.sum(0)).tolist() if batches else None
         return batches, items
 
@@ -334,15 +334,15 @@ class WholeStepMixin:
         if self.in_step is None or not training:
             return 1.0, 1.0
         batches, *totals = self.in_step
-        own = _pairs_and_tokens(inputs)
+        own = self.count(inputs)
         of_pairs, of_tokens = (n * batches / max(t, 1) for n, t in zip(own, totals, strict=True))
         return of_pairs, of_tokens
 
-
-def _pairs_and_tokens(inputs: dict) -> tuple[int, int]:
-    """Count a batch's pairs, and the scored tokens in the chosen half of `completion_mask`."""
-    mask = inputs["completion_mask"]
-    return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
+    @staticmethod
+    def count(inputs: dict) -> tuple[int, int]:
+        """Count a batch's pairs, and the scored tokens in the chosen half of `completion_mask`."""
+        mask = inputs["completion_mask"]
+        return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:

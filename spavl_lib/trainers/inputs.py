@@ -94,8 +94,12 @@ def limit_of(config: Config, name: str) -> Limit:
 
     Args:
         config: Uses `model` and the trainer's section.
-        name: Name of the trainer's section: reward, dpo, ppo, rloo or grpo.
+        name: Name of the trainer's section: reward, dpo, ppo, rloo, grpo, kto or
+            online_dpo.
     """
+    if name == "online_dpo":  # its own responses are shorter than `dpo.max_length` needs to be
+        sampling = config.online_dpo.max_new_tokens
+        return Limit(name, context_length(config.model), 0, (), sampling)
     section, context = config.section(name), context_length(config.model)
     if name not in ("ppo", "rloo", "grpo"):
         return Limit(name, context, section.max_length)

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from spavl_lib import pipeline
 from spavl_lib.config import Config
 from spavl_lib.data.images import decode
 from spavl_lib.data.load import load_pair_truth
@@ -18,7 +17,7 @@ from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.stages import policies
+from spavl_lib.stages import find, policies
 from spavl_lib.trainers import group
 from spavl_lib.trainers.grpo import GRPO, train_grpo
 from spavl_lib.trainers.inputs import policy_inputs
@@ -287,7 +286,7 @@ def test_without_the_reward_model_no_reward_stage_is_needed(
     stage, summary = train(config, tmp_path / "runs", method)
     assert summary["steps"] == 1 and "rewards" not in summary
     assert not stage.run.stage("reward").path.exists()
-    assert pipeline._upstream(stage) == ()
+    assert find(method).builds_on(config) == ()
     changed = policy_inputs(config, stage)
     rules.write_text(rules.read_text() + "\n")
     assert policy_inputs(config, stage) != changed, "a changed rule is another input"
