@@ -9,7 +9,7 @@ import torch
 
 from spavl_lib.config import Config
 from spavl_lib.data.images import decode
-from spavl_lib.data.load import load_pair_truth
+from spavl_lib.data.load import load_pair_truth, load_preferences
 from spavl_lib.data.templates import encode_prompts, render
 from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.evaluation.judges import ExactJudge
@@ -225,10 +225,10 @@ def short(completion_ids, **_):
 def broken(id, **_):
     if "ROW" in id:
         raise KeyError("colour")
-    return [0.5] * len(id)
+    return list(range(len(id)))
 
 def nan(id, **_):
-    return [float("nan") if i == "ROW" else 0.5 for i in id]
+    return [float("nan") if i == "ROW" else number for number, i in enumerate(id)]
 
 def few(id, **_):
     return [0.5]
@@ -241,8 +241,14 @@ def words(id, **_):
 @pytest.fixture
 def rules(tmp_path: Path) -> Path:
     path = tmp_path / "rules.py"
-    path.write_text(RULES.replace("ROW", mini_rows()[3]["id"]))
+    path.write_text(RULES.replace("ROW", drawn_row()))
     return path
+
+
+def drawn_row() -> str:
+    """Id of a row on which `settings` trains."""
+    config = settings("lora", "", rewards=["length"])
+    return load_preferences(config.data, "train")["id"][5]
 
 
 @both
@@ -296,18 +302,18 @@ def test_without_the_reward_model_no_reward_stage_is_needed(
     ("rule", "message"),
     [
         ("broken", r"rules.py:broken raised KeyError: 'colour' \(row ROW\)"),
-        ("few", "returned 1 values for 4 responses"),
+        ("few", "returned 1 values for 8 responses"),
         ("words", "returned 'good'; .* must return a finite number"),
     ],
 )
 def test_a_wrong_rule_names_the_row(rule: str, message: str, tmp_path: Path, rules: Path) -> None:
-    config = settings("lora", "", rewards=[f"{rules}:{rule}"], more={"data.train_rows": 4})
-    with pytest.raises(InputError, match=message.replace("ROW", mini_rows()[3]["id"])):
+    config = settings("lora", "", rewards=[f"{rules}:{rule}"])
+    with pytest.raises(InputError, match=message.replace("ROW", drawn_row())):
         train(config, tmp_path / "runs")
 
 
 def test_a_reward_that_is_no_number_stops_the_run(tmp_path: Path, rules: Path) -> None:
-    with pytest.raises(NonFiniteError, match=f"'nan' is not finite on rows {mini_rows()[3]['id']}"):
+    with pytest.raises(NonFiniteError, match=f"'nan' is not finite on rows {drawn_row()}"):
         train(settings("lora", "", rewards=[f"{rules}:nan"]), tmp_path / "runs")
 
 
