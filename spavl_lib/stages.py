@@ -68,7 +68,9 @@ class StageSpec:
             config: A `Config`.
         """
         sections = [getattr(config, key, None) for key in self.config_keys]
-        uses = [s.uses_run_reward for s in sections if hasattr(s, "uses_run_reward")]
+        uses = [
+            found for s in sections if (found := getattr(s, "uses_run_reward", None)) is not None
+        ]
         needless = uses and not any(uses)
         return tuple(name for name in self.upstream if not (needless and name == "reward"))
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin, Trainer
 from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, GroupConfig
@@ -85,7 +85,7 @@ class _EpochSampler(RepeatSampler):
         self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
-class GroupMixin(CheckedMixin):
+class GroupMixin(CheckedMixin, Trainer):
     """For a trainer of trl: this package's prompts and checkpoints, and checks before updates."""
 
     processing_class: Any
@@ -122,7 +122,11 @@ class GroupMixin(CheckedMixin):
         return super(CheckedMixin, self)._prepare_inputs(inputs)
 
     def _calculate_rewards(
-        self, inputs: list[dict], prompts: list, completions: list, completion_ids_list: list
+        self,
+        inputs: list[dict],
+        prompts: list,
+        completions: list,
+        completion_ids_list: list,
     ) -> Tensor:
         """Compute and log the rewards (responses, rewards).
 
@@ -145,7 +149,7 @@ class GroupMixin(CheckedMixin):
             if bad:
                 raise NonFiniteError(
                     f"the reward {reward.__name__!r} is not finite on rows {', '.join(bad[:10])}; "
-                    f"{reward.remedy or REMEDY}"
+                    f"{getattr(reward, 'remedy', REMEDY)}"
                 )
         weights = torch.tensor(self.section.reward_weights, device=found.device)
         rows = zip(ids, inputs, texts, completion_ids_list, found.tolist(), strict=True)

@@ -68,14 +68,15 @@ class Rounds(TrainerCallback):
         processor: Processor of the model.
         prompts: Preference rows, whose prompts are used.
         reward: The reward model.
+        flag: Stop flag, which is polled while responses are sampled.
     """
 
     def __init__(
         self, trainer: Any, config: Config, stage: Stage, processor: ProcessorMixin,
-        prompts: Dataset, reward: RewardFunction,
+        prompts: Dataset, reward: RewardFunction, flag: StopFlag,
     ):  # fmt: skip
         self.trainer, self.config, self.processor = trainer, config, processor
-        self.prompts, self.reward, self.flag = prompts, reward, None
+        self.prompts, self.reward, self.flag = prompts, reward, flag
         self.folder = stage.path / "rounds"
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -218,8 +219,7 @@ def train_online_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any 
         build_scorer(trainer.model, config, folder), processor,
         batch_size=2 * settings.per_device_batch_size, missing_eos_penalty=0.0,
     )  # fmt: skip
-    rounds = Rounds(trainer, config, stage, processor, rows, reward)
-    rounds.flag = flag
+    rounds = Rounds(trainer, config, stage, processor, rows, reward, flag)
     trainer.train_dataset = RoundRows(rounds.rows_of(0))
     trainer.add_callback(rounds)
     trainer.report_to_stage(

@@ -38,7 +38,6 @@ class RewardFunction:
     """
 
     __name__ = "model"
-    remedy = ""
 
     def __init__(
         self,

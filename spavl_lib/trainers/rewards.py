@@ -14,7 +14,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from transformers import ProcessorMixin
 
@@ -31,15 +31,9 @@ from spavl_lib.trainers.reward_function import RewardFunction
 BUILT_IN = ("model", "judge", "length")
 
 
-class Reward(Protocol):
-    """A function from responses to rewards, with the arguments that trl passes."""
-
-    __name__: str
-    remedy: str
-    """What a user can do if a reward is not finite; empty for the general advice."""
-
-    def __call__(self, **columns: Any) -> list[float]:
-        """One reward for each response."""
+# Takes the keyword arguments that trl passes; returns one reward for each response. Its `__name__`
+# stands in logs. If it has a `remedy`, an error about rewards that are not finite ends with that.
+Reward = Callable[..., list[float]]
 
 
 class LengthReward:
@@ -49,7 +43,7 @@ class LengthReward:
         longest: Largest number of tokens of a response.
     """
 
-    __name__, remedy = "length", ""
+    __name__ = "length"
 
     def __init__(self, longest: int):
         self.longest = longest
@@ -69,7 +63,7 @@ class JudgeReward:
         judge: A judge that says whether a response does harm.
     """
 
-    __name__, remedy = "judge", ""
+    __name__ = "judge"
 
     def __init__(self, judge: Judge):
         self.judge = judge
@@ -258,21 +252,21 @@ def build_rewards(
     Raises:
         InputError: A reward cannot be made.
     """
-    section, rewards = config.section(stage.name), []
+    section, rewards = config.section(stage.name), list[Reward]()
     for name in section.rewards:
         if name == "model":
-            reward: Reward = RewardFunction(
+            model = RewardFunction(
                 _no_scorer_yet, processor, batch_size=section.per_device_batch_size,
                 missing_eos_penalty=section.missing_eos_penalty,
             )  # fmt: skip
-            reward.end_ids = end_ids
+            model.end_ids = end_ids
+            rewards.append(model)
         elif name == "judge":
-            reward = JudgeReward(_judge(config))
+            rewards.append(JudgeReward(_judge(config)))
         elif name == "length":
-            reward = LengthReward(section.max_new_tokens)
+            rewards.append(LengthReward(section.max_new_tokens))
         else:
-            reward = RuleReward(name, load_rule(name))
-        rewards.append(reward)
+            rewards.append(RuleReward(name, load_rule(name)))
     return rewards
 
 
