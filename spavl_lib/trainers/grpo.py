@@ -32,5 +32,18 @@ GRPO = GroupMethod(CheckedGRPOTrainer, _arguments)
 
 @stage_maker("grpo", inputs=policy_inputs, polls_stop=True)
 def train_grpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
-    """Train by GRPO; see `train_group`."""
+    """Train by GRPO, and save the policy.
+
+    Args:
+        config: Uses `data`, `model`, `grpo` and `seed`, and `evaluation` if a judge is a reward.
+        stage: See `train_reward`.
+        flag: See `train_reward`.
+        live: See `train_reward`.
+
+    Returns:
+        The stage's summary. It names no best step, because no held-out rows are measured.
+
+    Raises:
+        SpavlError: For the reasons that `train_ppo` lists.
+    """
     return train_group(GRPO, config, stage, flag, live)

@@ -32,5 +32,18 @@ RLOO = GroupMethod(CheckedRLOOTrainer, _arguments)
 
 @stage_maker("rloo", inputs=policy_inputs, polls_stop=True)
 def train_rloo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None) -> dict:
-    """Train by RLOO; see `train_group`."""
+    """Train by RLOO, and save the policy.
+
+    Args:
+        config: Uses `data`, `model`, `rloo` and `seed`, and `evaluation` if a judge is a reward.
+        stage: See `train_reward`.
+        flag: See `train_reward`.
+        live: See `train_reward`.
+
+    Returns:
+        The stage's summary. It names no best step, because no held-out rows are measured.
+
+    Raises:
+        SpavlError: For the reasons that `train_ppo` lists.
+    """
     return train_group(RLOO, config, stage, flag, live)
