@@ -181,6 +181,9 @@ class ModelConfig:
     """Commit on the Hub; empty: the newest."""
     train_projector: bool = True
     """Train the multimodal projector, as SPA-VL does."""
+    projector_learning_rate: NonNegativeFloat = 0.0
+    """Peak learning rate of the projector; 0: that of the trainer. With LoRA, LLaVA trains it at a
+    tenth of the adapters' rate."""
     lora_rank: PositiveInt = 32
     """Rank of the adapters."""
     lora_alpha: PositiveInt = 64
@@ -202,6 +205,8 @@ class ModelConfig:
         """Yield one sentence for each set of values that contradict each other."""
         if self.adapter == "frozen" and not self.train_projector:
             yield "adapter = 'frozen' without train_projector, so nothing would be trained"
+        if self.projector_learning_rate and not self.train_projector:
+            yield "projector_learning_rate has no effect without train_projector; set it to 0"
 
     @property
     def with_lora(self) -> bool:

@@ -391,6 +391,7 @@ def finish_trainer(trainer: Any, config: Config, stage: Stage) -> None:
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
         train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
+    trainer.projector_rate = config.model.projector_learning_rate
     drop_stock_callbacks(trainer)
 
 

@@ -24,6 +24,7 @@ from spavl_lib.data.grouping import ImageGroupedSampler
 from spavl_lib.data.sampling import spread
 from spavl_lib.distributed import group, settings
 from spavl_lib.errors import NonFiniteError
+from spavl_lib.modelling.adapters import separate_projector
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
@@ -76,6 +77,14 @@ class CheckedMixin:
     image_sampler: ImageGroupedSampler | None = None
     reporter: StageCallback | None = None
     reference: dict | None = None
+    projector_rate: float = 0.0
+    """Peak learning rate of the projector; 0 for that of the other parameters."""
+
+    def create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
+        """Create transformers' optimizer, in which the projector may have its own rate."""
+        optimizer = super().create_optimizer(model)
+        separate_projector(optimizer, self.model, self.projector_rate)
+        return optimizer
 
     def create_accelerator_and_postprocess(self: Trainer) -> None:
         """On a CPU, add the loss scaler that fp16 needs. accelerate adds none there, silently."""

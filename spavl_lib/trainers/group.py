@@ -387,6 +387,7 @@ def build_trainer(
             reward.score = build_scorer(trainer.model, config, folder)
     trainer.section, trainer.stage, trainer.rewards, trainer.ends = section, stage, rewards, ends
     trainer.checkpoints = stage.path / "checkpoints"
+    trainer.projector_rate = config.model.projector_learning_rate
     drop_stock_callbacks(trainer)
     return trainer
 

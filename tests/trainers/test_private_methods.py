@@ -30,6 +30,7 @@ OVERRIDDEN = {
         "_get_train_sampler": ("train_dataset",),
         "_prepare_inputs": ("inputs",),
         "create_accelerator_and_postprocess": (),
+        "create_optimizer": ("model",),
         "training_step": ("model", "inputs", "num_items_in_batch"),
         "_clip_grad_norm": ("model",),
         "_get_grad_norm": ("model", "grad_norm"),
