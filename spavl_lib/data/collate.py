@@ -77,13 +77,28 @@ class PreferenceCollator:
             response and on its EOS.
 
         Raises:
+            InputError: As in `batch_of`.
+        """
+        return self.batch_of(rows, "chosen", "rejected")
+
+    def batch_of(self, rows: list[dict], *columns: str) -> dict[str, Tensor]:
+        """Make a batch with the responses in some columns: those of the first column come first.
+
+        Args:
+            rows: Rows with prompt, image and responses.
+            columns: Names of the columns.
+
+        Returns:
+            As `__call__`, with as many sequences for each row as there are columns.
+
+        Raises:
             InputError: A row is longer than `max_length`, its image cannot be used, or the prompt's
                 tokens change when the response follows (see `completion_ids`).
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
         sequences, masks, too_long = [], [], []
-        for side in ("chosen", "rejected"):
+        for side in columns:
             for row, head, image in zip(rows, prompts.ids, images, strict=True):
                 try:
                     tail = completion_ids(
@@ -108,11 +123,12 @@ class PreferenceCollator:
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
         for name, rows_of in prompts.token_types.items():  # the tokens of a response have type 0
-            doubled = [*rows_of, *rows_of]
+            doubled = [*rows_of] * len(columns)
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch[name] = pad_rows(types, 0, self.padding_side)
         return batch | {
-            k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in prompts.vision.items()
+            k: torch.cat([v] * len(columns)) if isinstance(v, Tensor) else v
+            for k, v in prompts.vision.items()
         }
 
 

@@ -16,7 +16,17 @@ from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
 
-_TITLES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rlhf": "RLHF", "sft": "SFT"}
+_TITLES = {
+    "base": "Base",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "rloo": "RLOO",
+    "grpo": "GRPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
+    "rlhf": "RLHF",
+    "sft": "SFT",
+}
 
 
 @dataclass(frozen=True)

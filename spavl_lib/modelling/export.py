@@ -28,7 +28,7 @@ def export(stage: Path, target: Path, form: str = "merged") -> dict[str, Any]:
     """Write the policy of a complete stage.
 
     Args:
-        stage: A run's `dpo/`, `ppo/` or `rloo/`.
+        stage: A run's `dpo/`, `ppo/`, `rloo/` or `grpo/`.
         target: A new or empty folder.
         form: `merged` writes one model. `vllm` writes `base/` with the trained projector, and
             `adapter/` with LoRA.

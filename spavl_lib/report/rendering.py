@@ -12,7 +12,15 @@ from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.report import gallery
 
 HERE = Path(__file__).parent
-_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}
+_STAGE_TITLES = {
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "rloo": "RLOO",
+    "grpo": "GRPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
+    "reward": "Reward model",
+}
 
 
 def stage_title(name: str) -> str:
