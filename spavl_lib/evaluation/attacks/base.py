@@ -96,11 +96,15 @@ class Attack:
                 has an unknown entry, or the model is missing.
         """
         budget = self._budget(budget)
-        unlabelled = [row["id"] for row in rows if row["id"] not in truth]
+        unlabelled = [
+            row["id"] for row in rows
+            if truth.get(row["id"], {}).get("question") != row["prompt"]
+        ]  # fmt: skip
         if unlabelled:
             raise InputError(
-                f"attack {self.name}: {_listed(unlabelled)} without ground-truth labels, so no "
-                "judge could be exact; use the test sets of SPA-VL mini and their load_truth"
+                f"attack {self.name}: {_listed(unlabelled)} without ground-truth labels of this "
+                "prompt, so no judge could be exact; use the test sets of SPA-VL mini as they were "
+                "loaded, and the load_truth of the same config"
             )
         lost = [row["id"] for row in rows if not self.keeps_truth(truth[row["id"]])]
         if lost:
