@@ -118,7 +118,7 @@ def adversarial_picture(
         model: The model under attack.
         processor: The model's processor.
         steps: Number of steps.
-        epsilon: Largest change of a pixel value, on the scale of 0 to 255.
+        epsilon: Largest change of a pixel value, on the scale of 0 to 255, rounded down.
 
     Raises:
         InputError: The model's images have tiles or patches.
@@ -137,9 +137,8 @@ def adversarial_picture(
     )
     original = ((shown.to(model.device) * std + mean) * 255).round()  # (1, 3, height, width)
     dice = torch.Generator().manual_seed(rng.randrange(2**63))
-    change = torch.randint(
-        -int(epsilon), int(epsilon) + 1, original.shape, generator=dice
-    ).to(original)  # fmt: skip
+    bound = int(epsilon)
+    change = torch.randint(-bound, bound + 1, original.shape, generator=dice).to(original)
     best, kept = target_logp(model, processor, row, labels), original
     picture = (original + change).clamp(0, 255)
     for step in range(int(steps) + 1):
@@ -151,7 +150,7 @@ def adversarial_picture(
         if step < int(steps):
             (gradient,) = torch.autograd.grad(logp.sum(), picture)
             moved = picture.detach() + STRIDE * gradient.sign()
-            picture = moved.clamp(original - epsilon, original + epsilon).clamp(0, 255)
+            picture = moved.clamp(original - bound, original + bound).clamp(0, 255)
     values = kept[0].byte().permute(1, 2, 0).cpu().numpy().astype(np.uint8)
     return with_picture(row, png_bytes(Image.fromarray(values))), labels
 
