@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import completion_ids, encode_prompts
+from spavl_lib.data.templates import completion_ids, encode_prompts, prefill_ids
 from spavl_lib.errors import InputError
 
 
@@ -139,20 +139,23 @@ class PromptCollator:
     processor: ProcessorMixin
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """Make a batch of prompt rows.
+        """Make a batch of prompt rows. A row's `prefill` follows its prompt, as the response does.
 
         Returns:
             `input_ids` and `attention_mask`, each (rows, length), int64, and the image tensors.
 
         Raises:
-            InputError: An image cannot be used.
+            InputError: An image cannot be used, or see `completion_ids`.
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        given = [prefill_ids(self.processor, row) for row in rows]
+        ids = [prompt + first for prompt, first in zip(prompts.ids, given, strict=True)]
         batch = {
-            "input_ids": pad_rows(prompts.ids, self.processor.tokenizer.pad_token_id, "left"),
-            "attention_mask": pad_rows([[1] * len(p) for p in prompts.ids], 0, "left"),
+            "input_ids": pad_rows(ids, self.processor.tokenizer.pad_token_id, "left"),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, "left"),
         }
-        for name, types in prompts.token_types.items():
+        for name, rows_of in prompts.token_types.items():  # the tokens of a response have type 0
+            types = [t + [0] * len(first) for t, first in zip(rows_of, given, strict=True)]
             batch[name] = pad_rows(types, 0, "left")
         return batch | prompts.vision

@@ -188,6 +188,22 @@ def completion_ids(
     return [*answer, end]
 
 
+def prefill_ids(processor: ProcessorMixin, row: dict) -> list[int]:
+    """Token ids of the words that begin a row's response; empty if the row gives none.
+
+    Args:
+        processor: The model's processor.
+        row: A prompt row. `prefill` holds the words, if there are any.
+
+    Raises:
+        InputError: See `completion_ids`.
+    """
+    if not row.get("prefill"):
+        return []
+    image = row.get("image") is not None
+    return completion_ids(processor, row["prompt"], row["prefill"], image=image)[:-1]
+
+
 def conversation(
     processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
 ) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from transformers import ProcessorMixin
 from spavl_lib import machine
 from spavl_lib.config import GenerationConfig, ModelConfig
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import end_ids, prompt_ids
+from spavl_lib.data.templates import end_ids, prefill_ids, prompt_ids
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import load_model, model_path
 
@@ -66,7 +66,7 @@ class VLLMModel:
 
         Args:
             processor: The model's processor.
-            rows: Prompt rows in the schema of `data.schema`.
+            rows: Prompt rows in the schema of `data.schema`, some perhaps with a `prefill`.
             config: Length and sampling.
             seed: Seed of sampling.
 
@@ -75,8 +75,9 @@ class VLLMModel:
             ended before it reached `max_new_tokens`.
         """
         prompts = []
-        for row, image in zip(rows, decode_images(rows), strict=True):
-            ids = prompt_ids(processor, row["prompt"], image=image is not None)
+        given = [prefill_ids(processor, row) for row in rows]
+        for row, image, first in zip(rows, decode_images(rows), given, strict=True):
+            ids = [*prompt_ids(processor, row["prompt"], image=image is not None), *first]
             data = {} if image is None else {"multi_modal_data": {"image": image}}
             prompts.append({"prompt_token_ids": ids} | data)
         ends = end_ids(processor)  # vLLM adds the end tokens of the model's generation config
@@ -92,7 +93,10 @@ class VLLMModel:
             lora = importlib.import_module("vllm.lora.request")
             request = lora.LoRARequest("trained", 1, str(self.adapter))
         outputs = self.engine.generate(prompts, sampling, lora_request=request, use_tqdm=False)
-        return [_answer(o.outputs[0], processor, ends) for o in outputs]
+        return [
+            _answer(o.outputs[0], processor, ends, first)
+            for o, first in zip(outputs, given, strict=True)
+        ]
 
 
 def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]:
@@ -125,11 +129,13 @@ def _processor_of(folder: Path) -> ProcessorMixin:
     return AutoProcessor.from_pretrained(folder)
 
 
-def _answer(output: Any, processor: ProcessorMixin, ends: tuple[int, ...]) -> dict:
+def _answer(
+    output: Any, processor: ProcessorMixin, ends: tuple[int, ...], given: list[int]
+) -> dict:
     ids = list(output.token_ids)
     finished = output.finish_reason == "stop"
     stopped_by = getattr(output, "stop_reason", None)  # a token id, or None for EOS
     if ids and (ids[-1] in ends or ids[-1] == stopped_by):
         ids.pop()
-    text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    text = processor.tokenizer.decode([*given, *ids], skip_special_tokens=True).strip()
     return {"response": text, "num_tokens": len(ids), "finished": finished}

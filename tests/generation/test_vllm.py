@@ -78,6 +78,21 @@ def test_prompts_are_ids_with_one_bos_and_one_image_token(vllm: list, tmp_path: 
     assert with_image == 2
 
 
+def test_a_prefilled_answer_ends_the_prompt_and_begins_the_response(
+    vllm: list, tmp_path: Path
+) -> None:
+    first, second = (dict(r) for r in mini_rows().select(range(2)))
+    rows = [first | {"prefill": "To do"}, second]
+    config = GenerationConfig(batch_size=8, backend="vllm", max_new_tokens=7)
+    model = load_answerer(smoke({"generation.backend": "vllm", "model.adapter": "lora"}), None)
+    processor = embedded_processor()
+    records = generate(model, processor, rows, config, tmp_path / "a.jsonl")
+    assert [r["response"] for r in records] == ["To doNo.", "No."]  # the engine wrote no space
+    [(prompts, _, _)] = vllm[0].asked
+    asked = [processor.tokenizer.decode(prompt["prompt_token_ids"]) for prompt in prompts]
+    assert {text.rpartition("ASSISTANT:")[2] for text in asked} == {" To do", ""}
+
+
 def test_an_adapter_goes_by_name_only_with_a_frozen_projector(vllm: list, tmp_path: Path) -> None:
     frozen = adapter(tmp_path / "frozen" / "model", projector=False)
     assert served(LORA, frozen) == (model_path(LORA), frozen)

@@ -78,6 +78,17 @@ def test_facts_of_one_split_are_not_another_facts_of_another() -> None:
         assert not by_split[first] & by_split[second]
 
 
+def test_paraphrases_are_in_no_split() -> None:
+    kinds = WORLD.facts | WORLD.wordings
+    assert set(WORLD.paraphrases) == set(kinds)
+    known = {plain(w) for splits in kinds.values() for part in splits.values() for w in part}
+    new = [plain(w) for part in WORLD.paraphrases.values() for w in part]
+    assert len(set(new)) == len(new) > 15 and not known & set(new)
+    for name, part in WORLD.paraphrases.items():
+        assert len(part) > 1
+        assert all(w.count("{vp}") == (name in QUESTION_TYPES) for w in part)
+
+
 def test_test_look_alikes_are_new() -> None:
     seen, held_out, development = (
         {plain(phrase) for phrase, _ in WORLD.look_alikes[split]}
