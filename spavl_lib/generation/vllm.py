@@ -171,13 +171,13 @@ def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]
         InputError: The adapter belongs to another base.
     """
     if trained is None:
-        return served_base(config), None
+        return served_base(model_path(config)), None
     merged = trained.parent / MERGED
     if not (trained / "adapter_config.json").is_file():
         return _with_vllm_names(trained, merged), None
     check_adapter(trained, config)
     if not PeftConfig.from_pretrained(trained).modules_to_save:
-        return served_base(config), trained
+        return served_base(model_path(config)), trained
     if not (merged / "processor_config.json").is_file():  # this file is written last
         model = PeftModel.from_pretrained(load_model(config), trained).merge_and_unload()
         model.save_pretrained(merged)
@@ -187,14 +187,17 @@ def served(config: ModelConfig, trained: Path | None) -> tuple[str, Path | None]
     return str(merged), None
 
 
-def served_base(config: ModelConfig) -> str:
-    """The base model for vLLM: its folder or Hub id, or a copy with the names that vLLM reads.
+def served_base(name: str) -> str:
+    """A base model for vLLM: its folder or Hub id, or a copy with the names that vLLM reads.
 
     The copy lies in the cache folder, under a hash of the model's files.
+
+    Args:
+        name: Folder or Hub id. Files of the Hub have the names that vLLM reads.
     """
-    folder = Path(model_path(config))
-    if not folder.is_dir():
-        return config.name  # files of the Hub have the names that vLLM reads
+    folder = Path(name)
+    if not folder.is_dir() or has_vllm_names(folder):
+        return name
     hashes = json.dumps(folder_hashes(folder), sort_keys=True)
     digest = hashlib.sha256(hashes.encode()).hexdigest()[:16]
     return _with_vllm_names(folder, cache_root() / "vllm" / digest)

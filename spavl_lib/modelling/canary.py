@@ -192,8 +192,7 @@ def _in_new_process(folder: Path, rows: list[dict], expected: list[dict]) -> lis
     """
     with tempfile.TemporaryDirectory(prefix="spavl-canary-") as scratch:
         asked, answered = Path(scratch) / "asked.json", Path(scratch) / "answered.json"
-        cells = [r | {"image": r["image"] and base64.b64encode(r["image"]).decode()} for r in rows]
-        write_json(asked, {"rows": cells, "expected": expected})
+        write_json(asked, to_json(rows, expected))
         package = str(Path(spavl_lib.__file__).parents[1])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         done = subprocess.run(
@@ -205,6 +204,12 @@ def _in_new_process(folder: Path, rows: list[dict], expected: list[dict]) -> lis
             last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
             raise InputError(f"the export in {folder} does not load in a new process: {last}")
         return read_json(answered)
+
+
+def to_json(rows: list[dict], expected: list[dict]) -> dict[str, list]:
+    """The prompts and the expected answers in the form that `main` reads."""
+    cells = [r | {"image": r["image"] and base64.b64encode(r["image"]).decode()} for r in rows]
+    return {"rows": cells, "expected": expected}
 
 
 def main(folder: Path, asked: Path, answered: Path) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import BatchFeature, ProcessorMixin
 from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
+from trl.trainer import rloo_trainer
 from trl.trainer.utils import RepeatSampler
 
 from spavl_lib.config import Config, RLOOConfig
@@ -58,6 +59,7 @@ from spavl_lib.trainers.inputs import load_rows, policy_inputs, reward_folder
 from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rollout import forbidden_token_ids
+from spavl_lib.trainers.vllm_sampling import vllm_sampler
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl",
@@ -249,7 +251,7 @@ def check_vllm(rloo: RLOOConfig) -> None:
         )
     if not importlib.util.find_spec("vllm"):
         raise InputError(
-            "rloo.use_vllm needs the vllm package; run pip install vllm, or set it to false"
+            "rloo.use_vllm needs the vllm package (docs/vllm.md); install it, or set it to false"
         )
 
 
@@ -295,16 +297,17 @@ def build_trainer(
     if not lora:
         policy = policy.float()  # the master weights must be fp32, as in DPO
         freeze_for_full(policy, config.model)
-    trainer = CheckedRLOOTrainer(
-        model=policy,
-        reward_funcs=reward,
-        args=_arguments(config, stage, processor),
-        train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
-            lambda batch: _for_trl(processor, batch)
-        ),
-        processing_class=processor,
-        peft_config=lora_config(policy, config.model) if lora else None,
-    )
+    with vllm_sampler(rloo_trainer):
+        trainer = CheckedRLOOTrainer(
+            model=policy,
+            reward_funcs=reward,
+            args=_arguments(config, stage, processor),
+            train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
+                lambda batch: _for_trl(processor, batch)
+            ),
+            processing_class=processor,
+            peft_config=lora_config(policy, config.model) if lora else None,
+        )
     if lora:
         train_in_fp32(trainer.model)
     elif trainer.ref_model is not None:
