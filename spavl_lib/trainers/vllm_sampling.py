@@ -1,7 +1,8 @@
 """Sampling with vLLM in trl's group trainers: weights, prompts and images as vLLM reads them.
 
-trl's own sampler gives vLLM three things that do not work with LLaVA. It pushes the tower's weights
-under names that vLLM does not know. It hands over prompts whose image tokens are expanded already;
+trl's own sampler gives vLLM four things that do not work with LLaVA. It pushes the tower's weights
+under names that vLLM does not know, and with them the projector of a reward model that shares the
+policy's base. It hands over prompts whose image tokens are expanded already;
 inside the training process vLLM expands them a second time without a warning
 (huggingface/trl#6294). And vLLM prepares the images with the base model's own processor.
 """
@@ -12,6 +13,7 @@ from itertools import groupby
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from torch import Tensor
 from trl.generation.vllm_generation import VLLMGeneration
 
 from spavl_lib.errors import InputError
@@ -36,6 +38,12 @@ class VLLMSampler(VLLMGeneration):
         vision = getattr(self.model.config, "vision_config", None)
         name = super()._fix_param_name_to_vllm(name, extra_prefixes)
         return vllm_name(name, getattr(vision, "model_type", ""))
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        # The reward model may be an adapter on the same base, with a projector of its own.
+        for name, parameter in super()._iter_named_params():
+            if ".modules_to_save." not in name:
+                yield name, parameter
 
     def generate(
         self,

@@ -212,6 +212,8 @@ def test_precision_and_revision_are_those_of_the_run(
 ) -> None:
     monkeypatch.setenv("SPAVL_DTYPE", "fp16")
     config = ModelConfig(**vars(LORA) | {"name": "owner/model", "revision": "c0ffee"})
-    options = VLLMModel(config).engine.options
+    model = VLLMModel(config)
+    options = model.engine.options
     assert (options["dtype"], options["revision"]) == ("float16", "c0ffee")
+    model.close()
     assert "revision" not in VLLMModel(LORA).engine.options
