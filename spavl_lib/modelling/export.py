@@ -65,10 +65,7 @@ def export(
     config = from_dict(yaml.safe_load((stage / "config.yaml").read_text(encoding="utf-8")))
     if form == "vllm" and not (stage / "model" / "adapter_config.json").is_file():
         raise InputError(f"{stage} trained no adapter; use --form merged")
-    options = f"--dtype {DTYPES[dtype_name()]}"
-    if form == "vllm":
-        rank = max_lora_rank(config.model.lora_rank)
-        options += f" --enable-lora --max-lora-rank {rank} --lora-modules policy={target}/adapter"
+    serve = _serve(config, target, form)
     # Merge into 16-bit weights: merged 4-bit weights would be rounded a second time.
     adapter = "lora" if config.model.adapter == "qlora" else config.model.adapter
     model = dataclasses.replace(config.model, adapter=adapter)
@@ -80,7 +77,7 @@ def export(
         "base": target / "base", "adapter": target / "adapter",
     }  # fmt: skip
     written: dict[str, Any] = {name: str(folder) for name, folder in folders.items()}
-    written["serve"] = f"vllm serve {target if form == 'merged' else target / 'base'} {options}"
+    written["serve"] = serve
     if prompts:
         free_memory()
         try:
@@ -89,6 +86,20 @@ def export(
             shutil.rmtree(target)  # nobody shall serve it
             raise
     return written
+
+
+def _serve(config: Config, target: Path, form: str) -> str:
+    """The command that serves an export with vLLM, in the precision of its weights.
+
+    vLLM would serve weights in fp32 as bf16, and give other answers.
+    """
+    base = f"vllm serve {target if form == 'merged' else target / 'base'}"
+    command = f"{base} --dtype {DTYPES[dtype_name()]}"
+    if form == "merged":
+        return command
+    rank = max_lora_rank(config.model.lora_rank)
+    adapter = f"--lora-modules policy={target / 'adapter'}"
+    return f"{command} --enable-lora --max-lora-rank {rank} {adapter}"
 
 
 def _prompts(config: Config) -> list[dict]:
@@ -225,6 +236,16 @@ answer = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 """
+# The commands start in the export's folder.
+_SERVE = """
+## How to serve it
+
+From the export's folder; OpenAI's client sends images as data URLs:
+
+```bash
+{commands}
+```
+"""
 _KNOWS = """
 The embedded model knows drawings of about a hundred things and a few kinds of questions. What it
 says about a photo, or to another question, means nothing.
@@ -232,13 +253,17 @@ says about a photo, or to another question, means nothing.
 
 
 def _card(stage: Path, config: Config, form: str) -> str:
-    """The stage's model card, with a sentence on the export and, for one model, how to use it."""
+    """The stage's model card, with a sentence on the export, and how to use and serve it."""
     card = stage / "model" / "README.md"
     text = card.read_text(encoding="utf-8") if card.is_file() else f"# {stage.name}\n"
+    commands = _serve(config, Path(), form)
+    if form == "merged":
+        commands += "\ntransformers serve .    # needs: pip install 'transformers[serving]'"
     return (
         text.replace("library_name: peft\n", "").rstrip("\n")
         + f"\n\nExported as `{form}` by `spavl model export {stage.name}`, base model "
         f"`{config.model.name}`, data `{config.data.source}`.\n"
         + (_USE if form == "merged" else "")
+        + _SERVE.format(commands=commands)
         + (_KNOWS if config.model.name == "embedded" else "")
     )

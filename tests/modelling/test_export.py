@@ -86,7 +86,10 @@ def test_the_card_shows_how_to_ask_the_model(
     export(
         stage, tmp_path / "vllm", "vllm", check=False
     )  # whose base alone is not the trained model
-    assert "```python" not in (tmp_path / "vllm/base/README.md").read_text()
+    other = (tmp_path / "vllm/base/README.md").read_text()
+    assert "```python" not in other
+    assert "vllm serve . --dtype float32\ntransformers serve ." in card
+    assert "vllm serve base --dtype float32 --enable-lora --max-lora-rank 8 " in other
 
 
 def test_others_may_read_what_is_exported(stage: Path, tmp_path: Path) -> None:
