@@ -10,7 +10,7 @@ inside the training process vLLM expands them a second time without a warning
 import contextlib
 from collections.abc import Iterator
 from itertools import groupby
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,8 @@ from spavl_lib.modelling.for_vllm import vllm_name
 
 class VLLMSampler(VLLMGeneration):
     """trl's sampler, with the weights' names, the prompts and the images that vLLM needs."""
+
+    model: Any
 
     def _init_vllm(self) -> None:
         # trl asks the model only where it was loaded from, and for its 4-bit layers.
@@ -100,7 +102,7 @@ def one_token_an_image(ids: list[int], image_token: int, images: int) -> list[in
 
 
 @contextlib.contextmanager
-def vllm_sampler(trainer_module: ModuleType) -> Iterator[None]:
+def vllm_sampler(trainer_module: Any) -> Iterator[None]:
     """Let a trainer of trl that is built in this block sample with `VLLMSampler`.
 
     Args:
