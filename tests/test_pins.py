@@ -53,7 +53,7 @@ def test_every_dependency_is_pinned_exactly(project: dict) -> None:
     assert names == sorted(names) and set(names) <= set(pins_of(project))
     extras = project["optional-dependencies"]
     assert (
-        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "drawings", "vllm"}
+        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "drawings"}
         and "spavl-workbook[lab]" in extras["dev"]
     )
     pins_of(project, "lab", "dev", "site", "e2e", "deepspeed", "judge-head")

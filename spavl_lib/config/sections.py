@@ -675,8 +675,11 @@ class GenerationConfig:
     is used. dynamic: transformers' cache that grows with the response. static: transformers' cache
     that is allocated at full size."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates. vllm is optional and needs Linux with a GPU; prompts and the format of
-    records are the same."""
+    """Engine that generates. vllm is optional and needs Linux; prompts and the format of records
+    are the same."""
+    vllm_memory: PositiveShare = 0.9
+    """Share of the GPU's memory that vLLM takes; without a GPU, of the machine's memory. Only for
+    backend vllm."""
 
 
 @section("evaluation")

@@ -25,7 +25,7 @@ from spavl_lib.data.templates import end_ids, prefill_ids, until_end
 from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted
 from spavl_lib.generation.compact_decoding import can_decode, decode
-from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.generation.vllm import VLLMModel, derived_seed
 from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import write_jsonl, write_text
 from spavl_lib.runs.signals import RESUME
@@ -103,7 +103,7 @@ def generate(
         my_rows = [[rows[i] for i in batches[number]] for number in mine]
         prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
         for number, batch in zip(mine, ahead(prepare, my_rows, should_stop), strict=False):
-            indices, batch_seed = batches[number], _batch_seed(seed, number)
+            indices, batch_seed = batches[number], derived_seed(seed, number)
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, batch, config, seed=batch_seed)
             else:
@@ -252,10 +252,6 @@ def _batches(rows: list[dict], size: int) -> list[list[int]]:
         for i in group
     ]
     return [order[i : i + size] for i in range(0, len(order), size)]
-
-
-def _batch_seed(seed: int, number: int) -> int:
-    return int(hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:8], 16)
 
 
 # --- partial files --------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -56,6 +57,7 @@ from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_ten
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rewards import Reward, build_rewards, check_rewards
 from spavl_lib.trainers.rollout import forbidden_token_ids
+from spavl_lib.trainers.vllm_sampling import vllm_sampler
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl",
@@ -72,6 +74,8 @@ class GroupMethod:
     """trl's trainer with `GroupMixin`."""
     arguments: Callable[[Any, dict[str, Any]], Any]
     """Makes trl's arguments from the method's section of the config and the common arguments."""
+    module: ModuleType
+    """The module of trl's trainer, in which trl looks its vLLM sampler up."""
 
 
 class _EpochSampler(RepeatSampler):
@@ -319,7 +323,7 @@ def check_vllm(name: str, section: GroupConfig) -> None:
         )
     if not importlib.util.find_spec("vllm"):
         raise InputError(
-            f"{name}.use_vllm needs the vllm package; run pip install vllm, or set it to false"
+            f"{name}.use_vllm needs the vllm package (docs/vllm.md); install it, or set it to false"
         )
 
 
@@ -363,16 +367,17 @@ def build_trainer(
         policy = policy.float()  # the master weights must be fp32, as in DPO
         freeze_for_full(policy, config.model)
     rewards = build_rewards(config, stage, processor, ends)
-    trainer = method.trainer(
-        model=policy,
-        reward_funcs=rewards,
-        args=method.arguments(section, _arguments(config, stage, processor)),
-        train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
-            lambda batch: _for_trl(processor, batch)
-        ),
-        processing_class=processor,
-        peft_config=lora_config(policy, config.model) if lora else None,
-    )
+    with vllm_sampler(method.module):
+        trainer = method.trainer(
+            model=policy,
+            reward_funcs=rewards,
+            args=method.arguments(section, _arguments(config, stage, processor)),
+            train_dataset=rows.select_columns(["id", "prompt", "image"]).with_transform(
+                lambda batch: _for_trl(processor, batch)
+            ),
+            processing_class=processor,
+            peft_config=lora_config(policy, config.model) if lora else None,
+        )
     if lora:
         train_in_fp32(trainer.model)
     elif trainer.ref_model is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import GRPOConfig as TRLConfig
 from trl import GRPOTrainer
+from trl.trainer import grpo_trainer
 
 from spavl_lib.config import Config, GRPOConfig
 from spavl_lib.runs.maker import stage_maker
@@ -27,7 +28,7 @@ def _arguments(grpo: GRPOConfig, common: dict[str, Any]) -> TRLConfig:
     return TRLConfig(**common, loss_type=grpo.loss_type, scale_rewards=grpo.scale_rewards)
 
 
-GRPO = GroupMethod(CheckedGRPOTrainer, _arguments)
+GRPO = GroupMethod(CheckedGRPOTrainer, _arguments, grpo_trainer)
 
 
 @stage_maker("grpo", inputs=policy_inputs, polls_stop=True)

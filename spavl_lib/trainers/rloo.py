@@ -10,6 +10,7 @@ from typing import Any
 
 from trl import RLOOConfig as TRLConfig
 from trl import RLOOTrainer
+from trl.trainer import rloo_trainer
 
 from spavl_lib.config import Config, RLOOConfig
 from spavl_lib.runs.maker import stage_maker
@@ -27,7 +28,7 @@ def _arguments(rloo: RLOOConfig, common: dict[str, Any]) -> TRLConfig:
     return TRLConfig(**common, normalize_advantages=rloo.normalize_advantages)
 
 
-RLOO = GroupMethod(CheckedRLOOTrainer, _arguments)
+RLOO = GroupMethod(CheckedRLOOTrainer, _arguments, rloo_trainer)
 
 
 @stage_maker("rloo", inputs=policy_inputs, polls_stop=True)

@@ -466,7 +466,7 @@ def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     """Changed, each reaches `generate`, the batches, or the choice of an engine."""
     changes = {
         "batch_size": 3, "max_new_tokens": 9, "do_sample": True, "temperature": 0.7, "top_p": 0.8,
-        "cache": "static", "backend": "vllm",
+        "cache": "static", "backend": "vllm", "vllm_memory": 0.4,
     }  # fmt: skip
     assert changes.keys() == {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig(**changes)
@@ -485,7 +485,7 @@ def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stage, "VLLMModel", lambda *args: made.append(args))
     whole = smoke({f"generation.{k}": v for k, v in changes.items()})
     stage.load_answerer(whole, Path("trained"))
-    assert made == [(whole.model, Path("trained"))]
+    assert made == [(whole.model, Path("trained"), 0.4)]
 
 
 def test_one_thread_alone_encodes(
