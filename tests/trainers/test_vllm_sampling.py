@@ -1,4 +1,4 @@
-"""RLOO and GRPO with vLLM against a stand-in for the engine: what it loads, is pushed, and is asked."""
+"""RLOO and GRPO with vLLM against a stand-in for the engine: what it loads, gets and is asked."""
 
 from pathlib import Path
 from types import SimpleNamespace
