@@ -37,10 +37,11 @@ def _optimizers(module: nn.Module, rate: float, *, muon: bool) -> list[torch.opt
 def _ahead(make: Callable[[int], Any], begin: int, end: int) -> Iterator[Any]:
     """`make(step)` of each step, computed in a thread while the step before is used."""
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(make, begin) if begin < end else None
+        coming = [pool.submit(make, step) for step in range(begin, min(begin + 1, end))]
         for step in range(begin, end):
-            ready = coming.result()
-            coming = pool.submit(make, step + 1) if step + 1 < end else None
+            ready = coming.pop().result()
+            if step + 1 < end:
+                coming.append(pool.submit(make, step + 1))
             yield ready
 
 
