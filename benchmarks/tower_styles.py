@@ -9,7 +9,6 @@ an arm that is complete is not trained again.
 """
 
 import argparse
-import json
 import random
 import time
 from dataclasses import asdict
@@ -81,7 +80,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     options.add_argument("--steps", type=int, default=800)
     options.add_argument("--work", type=Path, default=Path("runs/.tower_styles"))
-    options.add_argument("--output", type=Path, default=common.RESULTS / "tower_styles.json")
+    options.add_argument("--results", type=Path, default=common.RESULTS)
     options.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # an arm and a seed
     asked = options.parse_args()
 
@@ -101,8 +100,7 @@ def main() -> None:
     page: dict = {}
     for name, seed in wanted:
         page.setdefault(name, []).append(read_json(place(name, seed) / "found.json"))
-    write_json(asked.output, page)
-    print(json.dumps(page))
+    common.finish("tower_styles", page, results=asked.results)
 
 
 if __name__ == "__main__":
