@@ -92,6 +92,13 @@ _READERS = {
 }
 
 
+def unread_by(source: str) -> set[str]:
+    """Names of the settings of `data` that a built-in source does not read."""
+    if source not in _BUILT_IN_SOURCES:
+        return set()
+    return {name for name, readers in _READERS.items() if source not in readers}
+
+
 @section("data")
 class DataConfig:
     """Which preference pairs are read, and how."""

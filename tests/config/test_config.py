@@ -443,3 +443,16 @@ def test_every_setting_is_read_by_some_code() -> None:
     fields = {f.name for cls in sections() if cls is not Config for f in dataclasses.fields(cls)}
     assert fields - read - READ_ELSEWHERE.keys() == set()
     assert "no_such_field" not in read and len(fields) > 100
+
+
+def test_another_source_leaves_the_profiles_own_settings_behind(tmp_path: Path) -> None:
+    """The demo distorts images of mini. Rows of one's own must not stumble over that."""
+    assert load_config("demo").data.uncertain_share > 0
+    own = {"data.source": "datasets", "data.path": "rows.jsonl"}
+    assert load_config("demo", own).data.uncertain_share == 0
+    page = tmp_path / "mine.yaml"
+    page.write_text("base: demo\ndata: {source: datasets, path: rows.jsonl}\n", encoding="utf-8")
+    assert load_config(str(page)).data == load_config("demo", own).data
+    with pytest.raises(InputError, match="uncertain_share is set, but source = 'datasets'"):
+        load_config("demo", own | {"data.uncertain_share": 0.5})
+    assert load_config("demo", {"data.source": "mini"}).data.uncertain_share > 0

@@ -138,7 +138,7 @@ def test_the_reward_is_the_reward_models_score(
         with torch.no_grad():
             penalty = 0.0 if answer[-1] == eos else config.rloo.missing_eos_penalty
             expected.append(model(**batch).item() - penalty)
-    assert got == pytest.approx(expected, abs=1e-5)
+    assert got == pytest.approx(expected, abs=5e-5)
     assert max(expected) - min(expected) > 0.01
     assert trainable == {n for n, p in trainer.model.named_parameters() if p.requires_grad}
 

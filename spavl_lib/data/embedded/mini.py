@@ -99,7 +99,13 @@ class _Maker:
         self.turn: dict[str, int] = {}
 
     def scene(self, concept: str, image_name: str, *, twin: str = "") -> Scene:
-        """A scene that was not drawn before; with `twin`, in a style that has both concepts."""
+        """A scene that was not drawn before.
+
+        Args:
+            concept: Key of the concept to show.
+            image_name: Name of the image, which also decides the style of the drawing.
+            twin: Key of another concept that must have a drawing in the same style; empty for none.
+        """
         # A generator of its own: which styles there are changes nothing but the drawings.
         choose = random.Random(f"{SEED}/{self.split}/{image_name}/drawing")
         shared = drawings.styles_for(twin or concept, self.split)

@@ -73,7 +73,13 @@ def _drawing(concept: str, drawing: str, side: int, flip: bool) -> Image.Image:
 
 @functools.cache
 def background(colour: str, pattern: str, canvas: tuple[int, int]) -> Image.Image:
-    """A background of one of `COLOURS` and `PATTERNS`; the image is shared, so do not change it."""
+    """A background. The image is shared, so do not change it.
+
+    Args:
+        colour: Key of `COLOURS`.
+        pattern: One of `PATTERNS`.
+        canvas: Width and height in pixels.
+    """
     base = COLOURS[colour]
     second = tuple(int(0.72 * v + (0 if sum(base) > 300 else 60)) for v in base)
     image = Image.new("RGB", canvas, base)
