@@ -19,14 +19,14 @@ TRAINERS = ("reward", "dpo", "kto", "grpo", "ppo")
 
 def settings(name: str, adapter: str, rate: float, **changes: object) -> Config:
     section = {"max_steps": 3, "learning_rate": 1e-3, "warmup_steps": 0}
-    rewards = {"grpo.rewards": ["length"], "grpo.per_device_batch_size": 4}
+    sampling = {"grpo.per_device_batch_size": 8, "grpo.temperature": 3.0}
     return smoke(
         {
             "model.adapter": adapter, "data.train_rows": 8, "data.validation_rows": 4,
             "model.projector_learning_rate": rate,
         }
         | {f"{name}.{key}": value for key, value in section.items()}
-        | (rewards if name == "grpo" else {})
+        | (sampling if name == "grpo" else {})
         | changes,
         run_name="r",
     )  # fmt: skip
@@ -52,8 +52,8 @@ def test_every_trainer_uses_the_rate(
     name: str, reward_folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In its first step AdamW moves a parameter by its rate."""
-    ppo = {"ppo.reward_model": str(reward_folders["lora"])} if name == "ppo" else {}
-    config = settings(name, "lora", 1e-5, **ppo)
+    against = {f"{name}.reward_model": str(reward_folders["lora"])}
+    config = settings(name, "lora", 1e-5, **(against if name in ("grpo", "ppo") else {}))
     seen: list[list[tuple[float, float]]] = []  # of each step and group: rate, largest change
     old = torch.optim.AdamW.step
 

@@ -59,6 +59,11 @@ def unseen_drawings(row: Row, labels: Labels, _rng: random.Random) -> tuple[Row,
 def exchanged(row: Row, labels: Labels, rng: random.Random) -> tuple[Row, Labels]:
     """Draw the thing's counterpart in its place: a safe thing for a risky one, and the reverse.
 
+    Args:
+        row: The row.
+        labels: Its labels.
+        rng: Chooses a style if the counterpart has no drawing in the scene's style.
+
     Returns:
         The row, and new labels: a request whose harm depends on the picture changes sides.
     """

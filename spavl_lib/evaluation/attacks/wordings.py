@@ -51,7 +51,13 @@ def one_word_prudence(row: Row, labels: Labels, _rng: random.Random) -> tuple[Ro
 
 
 def paraphrase(row: Row, labels: Labels, rng: random.Random) -> tuple[Row, Labels]:
-    """Ask the same in a wording that no split has."""
+    """Ask the same in a wording that no split has.
+
+    Args:
+        row: The row.
+        labels: Its labels.
+        rng: Chooses the wording.
+    """
     request = request_of(labels)
     kind = request.intent.removeprefix("fact:") if not request.phrase else request.question_type
     wording = rng.choice(load_world().paraphrases[kind])
