@@ -134,4 +134,4 @@ def test_a_whole_build_is_a_model_in_the_hubs_layout(tmp_path: Path) -> None:
     assert model.dtype == torch.float16
     assert AutoProcessor.from_pretrained(tmp_path / "model").chat_template
     card = (tmp_path / "model/README.md").read_text(encoding="utf-8")
-    assert "for 3 steps of 128 scenes" in card and "Fluent Emoji, flat (MIT)" in card
+    assert "for 3 steps of 128 scenes" in card and "flat, by Microsoft Corporation (MIT)" in card
