@@ -29,6 +29,7 @@ RANKED = {"aot", "aot_unpaired"}
 # Without label smoothing exo_pair is undefined, and robust and cdpo are the same as sigmoid.
 NEEDS_SMOOTHING = {"cdpo", "exo_pair", "robust"}
 SIMPO_MARGIN = 0.5
+REWARDS = ("model", "judge", "length")  # rewards of RLOO and GRPO that are not functions of a user
 REFERENCE_FREE = {"simpo", "orpo", "sft"}  # losses that do not read the reference
 SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
@@ -581,7 +582,7 @@ class GroupConfig:
             )
         yield from _repeated("rewards", self.rewards)
         for name in self.rewards:
-            if name not in ("model", "judge", "length") and ":" not in name:
+            if name not in REWARDS and ":" not in name:
                 yield (
                     f"rewards: {name!r} is none of model, judge and length; a function of your own "
                     "is named file.py:function"

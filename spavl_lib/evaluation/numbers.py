@@ -16,7 +16,7 @@ from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
 
-_TITLES = {
+MODEL_TITLES = {
     "base": "Base",
     "dpo": "DPO",
     "ppo": "PPO",
@@ -212,7 +212,7 @@ def rate_text(rate: Mapping | None) -> str:
 
 def model_title(name: str) -> str:
     """A model's name for readers."""
-    return _TITLES.get(name) or short(name, 24)
+    return MODEL_TITLES.get(name) or short(name, 24)
 
 
 def set_title(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from transformers import ProcessorMixin
 
 from spavl_lib.config import Config
+from spavl_lib.config.sections import REWARDS
 from spavl_lib.data.load import load_pair_truth
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import Judge, axes_of, check_judge, judge_records, make_judge
@@ -27,9 +28,6 @@ from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers.inputs import reward_folder
 from spavl_lib.trainers.reward_function import RewardFunction
-
-BUILT_IN = ("model", "judge", "length")
-
 
 # Takes the keyword arguments that trl passes; returns one reward for each response. Its `__name__`
 # stands in logs. If it has a `remedy`, an error about rewards that are not finite ends with that.
@@ -218,7 +216,7 @@ def check_rewards(config: Config, stage: Stage) -> None:
             check_reward_model(config.model, reward_folder(section.reward_model, stage))
         elif name == "judge":
             _judge(config)
-        elif name not in BUILT_IN:
+        elif name not in REWARDS:
             load_rule(name)
 
 
