@@ -2,8 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from spavl_lib.errors import InputError
+from spavl_lib.generation.generate import ahead
 from spavl_lib.trainers import checkpoint as ckpt
 
 MUON_RATE, DECAY = 0.02, 0.05  # peak learning rate of Muon; weight decay
@@ -32,17 +32,6 @@ def _optimizers(module: nn.Module, rate: float, *, muon: bool) -> list[torch.opt
     return (
         [torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=DECAY), others] if hidden else [others]
     )
-
-
-def _ahead(make: Callable[[int], Any], begin: int, end: int) -> Iterator[Any]:
-    """`make(step)` of each step, computed in a thread while the step before is used."""
-    with ThreadPoolExecutor(1) as pool:
-        coming = [pool.submit(make, step) for step in range(begin, min(begin + 1, end))]
-        for step in range(begin, end):
-            ready = coming.pop().result()
-            if step + 1 < end:
-                coming.append(pool.submit(make, step + 1))
-            yield ready
 
 
 def pretrain(
@@ -108,7 +97,8 @@ def pretrain(
                 one, ckpt.load_tensors(newest, f"optimizer{i}"), state["optimizers"][i]
             )
         done, history = state["step"], state["history"]
-    batches = _ahead(lambda step: draw(random.Random(f"{seed}/{name}/{step}")), done, steps)
+    steps_left = range(done, steps)
+    batches = ahead(lambda step: draw(random.Random(f"{seed}/{name}/{step}")), steps_left, False)
     bar = tqdm(enumerate(batches, done), initial=done, total=steps, desc=name)
     for step, batch in bar:
         for one, rates in zip(optimizers, peaks, strict=True):
