@@ -1,0 +1,90 @@
+"""The methods of the arena: what each is, how it is trained, and how it answers."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spavl_lib import stages
+from spavl_lib.config import Config, load_config
+from spavl_lib.errors import InputError, nearest
+from spavl_lib.runs.stage import Run
+
+FILE = Path(__file__).with_name("methods.yaml")
+WAYS = ("plain", "safety_prompt", "best_of_n")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of `methods.yaml`."""
+
+    name: str
+    title: str
+    source: str
+    """Paper or model that it comes from."""
+    stage: str = ""
+    """Stage that trains it; empty if the base model answers."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Dotted name -> value of the settings that differ from the profile's."""
+    answers: str = "plain"
+    """plain: greedy decoding; safety_prompt: a sentence about safety stands before the question;
+    best_of_n: of eight samples, the one with the best score of the reward model."""
+
+    @property
+    def uses_reward(self) -> bool:
+        """Whether it needs a reward model."""
+        return self.answers == "best_of_n" or (
+            bool(self.stage) and "reward" in stages.find(self.stage).upstream
+        )
+
+
+@functools.cache
+def methods() -> dict[str, Method]:
+    """Name -> method, in the order of the file."""
+    rows = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    return {name: Method(name, **row) for name, row in rows.items()}
+
+
+def find_method(name: str) -> Method:
+    """The method of a name.
+
+    Raises:
+        InputError: There is no such method. The message names the most similar one.
+    """
+    known = methods()
+    if name not in known:
+        raise InputError(
+            f"there is no method {name!r} (known: {', '.join(known)}){nearest(name, known)}"
+        )
+    return known[name]
+
+
+def config_of(method: Method, seed: int, profile: str, **changes: Any) -> Config:
+    """The config of a method's run, `arena-METHOD-SEED`.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile, such as demo.
+        changes: Settings of the run that do not belong to the method, with `__` for a dot.
+
+    Raises:
+        InputError: The method's settings do not fit the profile.
+    """
+    settings = dict(method.settings)
+    if method.uses_reward and method.stage:
+        settings[f"{method.stage}.reward_model"] = str(reward_folder(seed, profile))
+    settings |= {key.replace("__", "."): value for key, value in changes.items()}
+    return load_config(profile, settings, seed=seed, run_name=f"arena-{method.name}-{seed}")
+
+
+def reward_config(seed: int, profile: str) -> Config:
+    """The config of the run that trains the reward model of a seed."""
+    return load_config(profile, seed=seed, run_name=f"arena-reward-{seed}")
+
+
+def reward_folder(seed: int, profile: str) -> Path:
+    """The folder of the reward model that all methods of a seed use."""
+    return Run(reward_config(seed, profile)).stage("reward").path / "model"
