@@ -93,7 +93,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         cells: Cells, in any order.
 
     Returns:
-        `methods` and `attacks` with their titles; `cells`: method -> attack -> rates with
+        `methods` and `attacks` with their titles; `metrics`: method -> attack -> rates with
         intervals, `seeds`, and `against`: the difference to DPO's unsafe rate with its p-value,
         adjusted by Holm's method over the whole table; `not_understood`: attacks whose carrier the
         base does not understand, with the base's helpful rate; and `training` of each method.
@@ -115,7 +115,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             for name in (NONE, *ATTACKS)
             if any(name in by_attack for by_attack in found.values())
         },
-        "cells": found,
+        "metrics": found,
         "not_understood": {
             attack: cell["helpful"]
             for attack, cell in base.items()

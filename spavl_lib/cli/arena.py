@@ -36,7 +36,9 @@ def run(
     minutes: Annotated[
         float, typer.Option(help="After so many minutes nothing new is begun.")
     ] = 100,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of each set; 0: all.")] = 0,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each set under an attack; 0: all.")
+    ] = 106,
 ) -> None:
     """Fill the table of methods and attacks; what is complete is kept.
 
@@ -52,6 +54,34 @@ def run(
         workers=workers, minutes=minutes, rows=rows,
     )  # fmt: skip
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def choose(
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.", show_default="all")
+    ] = "",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the trials.", show_default="benchmarks/results/laboratory"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(help="After so many minutes nothing new is begun.")
+    ] = 100,
+) -> None:
+    """Choose one setting of each method on mini's development rows, of three values each.
+
+    \b
+    Example:
+      spavl arena choose --methods dpo,kto
+    """
+    from spavl_lib.arena.run import choose_settings
+
+    chosen = choose_settings(methods, profile=profile, output=out, workers=workers, minutes=minutes)
+    for name, value in chosen.items():
+        typer.echo(f"{name:14} {value}")
 
 
 @app.command(name="list")
