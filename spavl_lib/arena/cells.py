@@ -212,7 +212,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         what the cell rests on.
     """
     attack = None if name == NONE else find_attack(name)
-    is_test = subject.data.measure_on == "test"
+    on_test = subject.data.measure_on == "test"
+    has_kl = name == NONE and on_test and bool(subject.method.stage)
     started = time.process_time()
     sets, examples = {}, []
     for part, attacked in attacked_sets(subject, attack, rows).items():
@@ -235,7 +236,7 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         "method": subject.method.name, "attack": name, "seed": subject.seed, "sets": sets,
         "examples": examples, "calls": attack.calls() if attack else 1,
         "training": subject.cost, "cpu_seconds": round(time.process_time() - started, 1),
-        "kl": kl_to_base(subject, sets) if name == NONE and subject.method.stage and is_test else None,
+        "kl": kl_to_base(subject, sets) if has_kl else None,
         "rests_on": rests_on(subject, attack, rows),
     }  # fmt: skip
 
