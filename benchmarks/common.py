@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import resource
 import statistics
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -330,3 +332,21 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--peak-of", default="", help=argparse.SUPPRESS)
     options.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
     return options
+
+
+def side_by_side(commands: list[list[str]], workers: int) -> None:
+    """Run modules as processes, several at a time. If one fails, start no more of them and exit.
+
+    Args:
+        commands: Module and arguments of each process.
+        workers: Processes at a time. If more than one, each has one thread.
+    """
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+
+    def run(command: list[str]) -> int:
+        return subprocess.run([sys.executable, "-m", *command], env=env).returncode
+
+    with ThreadPoolExecutor(workers) as pool:
+        if any(pool.map(run, commands)):
+            pool.shutdown(cancel_futures=True)
+            sys.exit("a training failed; see above, and repeat the command to go on")

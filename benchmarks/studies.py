@@ -9,13 +9,11 @@ and repeated. `seeds` uses the run `demo` as its first seed.
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import common
 from spavl_lib.config import Config, load_config
 from spavl_lib.distributed import launcher
 from spavl_lib.evaluation.numbers import METRICS
@@ -134,17 +132,13 @@ def main() -> None:
     if unknown := [name for name in asked.studies if name not in known]:
         options.error(f"unknown study {unknown[0]!r} (known: {', '.join(known)})")
     wanted = [i for i, arm in enumerate(every) if arm.study in (asked.studies or known)]
-    # The first seed has the reward model that others use, so it comes alone.
-    needs_first = any(every[i].needs_reward for i in wanted)
-    first, rest = [i for i in wanted if every[i].run_name == asked.profile][:1], wanted
-    for part in ([0] if needs_first and not first else first, rest):
-        for start in range(0, len(part), asked.workers):
-            batch = part[start : start + asked.workers]
-            command = [sys.executable, "-m", "benchmarks.studies", "--profile", asked.profile]
-            env = os.environ | {"OMP_NUM_THREADS": "1"} if asked.workers > 1 else None
-            workers = [subprocess.Popen([*command, "--one", str(i)], env=env) for i in batch]
-            if any(worker.wait() for worker in workers):
-                sys.exit("a training failed; see above, and repeat the command to go on")
+    # The run of the first seed has the reward model that others use.
+    needed = [0] if any(every[i].needs_reward for i in wanted) else []
+    runs = {every[i].run_name: i for i in reversed([*needed, *wanted])}
+    command = ["benchmarks.studies", "--profile", asked.profile, "--one"]
+    for needing in (False, True):
+        part = sorted(i for i in runs.values() if every[i].needs_reward == needing)
+        common.side_by_side([[*command, str(i)] for i in part], asked.workers)
     page = read_json(asked.output) if asked.output.is_file() else {}
     for index in wanted:
         arm = every[index]

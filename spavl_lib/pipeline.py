@@ -153,7 +153,7 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
         InputError: `ensure` fails for an earlier stage, or no model has been trained.
     """
     spec, run = stages.find(name), Run(config)
-    names = _upstream(run.stage(name))
+    names = spec.builds_on(config)
     if spec.any_trained and (config.profile not in SMALL_PROFILES or in_processes(config.launch)):
         trained = tuple(n for n in stages.policies() if run.stage(n).done or n in run.awaited)
         if not trained:
@@ -167,18 +167,10 @@ def ensure_before(name: str, config: Config) -> list[Stage]:
     return [ensure(other, config) for other in names]
 
 
-def _upstream(stage: Stage) -> tuple[str, ...]:
-    """Stages that a stage builds on. A reward model that the config names replaces the run's."""
-    spec, config = stages.find(stage.name), stage.run.config
-    sections = [config.section(name) for name in ("ppo", "rloo") if name in spec.config_keys]
-    replaced = bool(sections) and all(section.reward_model for section in sections)
-    return tuple(name for name in spec.upstream if not (replaced and name == "reward"))
-
-
 def _missing(stage: Stage) -> list[str]:
     """Names of an incomplete stage and of incomplete stages it needs, in the order to make them."""
     spec = stages.find(stage.name)
-    before = [stage.run.stage(name) for name in _upstream(stage)]
+    before = [stage.run.stage(name) for name in spec.builds_on(stage.run.config)]
     if spec.any_trained:
         trained = any(stage.run.stage(name).done for name in stages.policies())
         before = [] if trained else before[:1]

@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from spavl_lib.errors import InputError, nearest
 
@@ -57,6 +58,22 @@ class StageSpec:
         """Whether the stage's result depends on the precision that models compute in."""
         return self.trains or self.answers
 
+    def builds_on(self, config: Any) -> tuple[str, ...]:
+        """Stages that must be complete before this one is made under a config.
+
+        These are `upstream`, but without the reward stage if no section of the config that this
+        stage depends on uses the run's reward model.
+
+        Args:
+            config: A `Config`.
+        """
+        sections = [getattr(config, key, None) for key in self.config_keys]
+        uses = [
+            found for s in sections if (found := getattr(s, "uses_run_reward", None)) is not None
+        ]
+        needless = uses and not any(uses)
+        return tuple(name for name in self.upstream if not (needless and name == "reward"))
+
     @property
     def notebook_stem(self) -> str:
         """The notebook's file name without `.ipynb`."""
@@ -84,6 +101,11 @@ BUILT_IN = (
         policy=True,
     ),
     StageSpec(
+        name="grpo", module="spavl_lib.trainers.grpo",
+        config_keys=(*_DATA_MODEL, "reward", "grpo"), upstream=("reward",), trains=True,
+        policy=True,
+    ),
+    StageSpec(
         name="practice", module="spavl_lib.trainers.practice",
         config_keys=(*_DATA_MODEL, "reward", "ppo", "rloo"), notebook="03b_ppo_in_practice",
         upstream=("reward",), answers=True,
@@ -91,6 +113,15 @@ BUILT_IN = (
     StageSpec(
         name="dpo", module="spavl_lib.trainers.dpo", config_keys=(*_DATA_MODEL, "dpo"),
         notebook="04_dpo", trains=True, policy=True, several_processes=True,
+    ),
+    StageSpec(
+        name="kto", module="spavl_lib.trainers.kto", config_keys=(*_DATA_MODEL, "kto"),
+        trains=True, policy=True,
+    ),
+    StageSpec(
+        name="online_dpo", module="spavl_lib.trainers.online_dpo",
+        config_keys=(*_DATA_MODEL, "reward", "dpo", "online_dpo"), upstream=("reward",),
+        trains=True, policy=True,
     ),
     StageSpec(
         name="inference", module="spavl_lib.generation.stage", config_keys=_ANSWERS,
@@ -111,7 +142,8 @@ BUILT_IN = (
 # Settings that may change after a stage was made, because no result depends on them.
 FREE_KEYS = (
     "profile", "run_name", "launch.num_processes",
-    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "dpo.save_steps",
+    "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "grpo.save_steps",
+    "dpo.save_steps", "kto.save_steps",
     "scaling.workers", "generation.cache",
 )  # fmt: skip
 _registered: dict[str, StageSpec] = {}

@@ -22,14 +22,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 
 from spavl_lib.config import Config, DataConfig, load_config
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import load_preferences
 from spavl_lib.data.sampling import spread as spread  # other tests import it from here
 from spavl_lib.errors import InputError
+from spavl_lib.modelling import canary
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import load_model, load_processor
-from spavl_lib.runs.files import read_jsonl
+from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.stage import Stage
 
 # A root of runs into which next to nothing is written.
@@ -455,6 +456,15 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> li
 
     monkeypatch.setattr(owner, name, counted)
     return calls
+
+
+def canary_in_this_process(folder: Path, rows: list[dict], expected: list[dict]) -> list[dict]:
+    """What `canary` does in a new process, which takes longer to start than to answer."""
+    with tempfile.TemporaryDirectory() as scratch:
+        asked, answered = Path(scratch) / "asked.json", Path(scratch) / "answered.json"
+        write_json(asked, canary.to_json(rows, expected))
+        canary.main(folder, asked, answered)
+        return read_json(answered)
 
 
 def metric_rows(stage: Stage) -> list[dict]:

@@ -53,7 +53,8 @@ def test_every_dependency_is_pinned_exactly(project: dict) -> None:
     assert names == sorted(names) and set(names) <= set(pins_of(project))
     extras = project["optional-dependencies"]
     assert (
-        set(extras) == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "laptop", "vllm"}
+        set(extras)
+        == {"lab", "dev", "site", "e2e", "deepspeed", "judge-head", "drawings", "laptop"}
         and "spavl-workbook[lab]" in extras["dev"]
     )
     pins_of(project, "lab", "dev", "site", "e2e", "deepspeed", "judge-head", "laptop")
@@ -121,7 +122,7 @@ def test_everything_we_import_is_declared(repo: Path, project: dict) -> None:
     names |= {"huggingface_hub": "huggingface-hub"}
     names |= {"IPython": "ipython", "zmq": "jupyter-client", "markupsafe": "jinja2"}  # parts of it
     declared = pins_of(project)
-    optional = {"vllm", "deepspeed", "gguf"}
+    optional = {"vllm", "deepspeed", "resvg_py", "gguf"}
     missing = set()
     for path in (repo / "spavl_lib").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

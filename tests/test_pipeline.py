@@ -18,7 +18,8 @@ from spavl_lib.stages import all_stages, stage_names
 
 def test_every_notebook_has_a_stage_and_every_stage_a_notebook() -> None:
     notebooks = {s.name: s.notebook for s in all_stages().values() if s.notebook}
-    assert tuple(notebooks) == tuple(name for name in stage_names() if name != "rloo")
+    without = {"rloo", "grpo", "kto", "online_dpo"}  # these have no notebook of their own
+    assert tuple(notebooks) == tuple(name for name in stage_names() if name not in without)
     assert pipeline.run_command("rloo", load_config("smoke")) == "spavl train rloo --profile smoke"
     assert list(notebooks.values()) == sorted(notebooks.values())
 

@@ -62,12 +62,15 @@ def test_the_scaling_table_is_the_committed_runs() -> None:
     seeds = arms["size", "600"]["unsafe_rate_by_seed"]
     assert f"between {100 * min(seeds):.0f} and {100 * max(seeds):.0f} % unsafe" in RESULTS
     mixed, easy, hardq, hards = unsafe("questions", "mixed", "easy", "hardq", "hards")
-    assert f"({mixed} unsafe against {easy} of 477)" in RESULTS and f"({hards})" in RESULTS
-    assert f"less ({hardq})" in RESULTS
+    assert (
+        f"mixed questions leave {mixed} answers of 477 unsafe, hard statements {hards}," in RESULTS
+    )
+    assert f"hard questions {hardq}, and easy ones {easy};" in RESULTS
     every, reckless, hedged = unsafe("answers", "all", "with reckless", "with hedged")
-    assert f"give {every} unsafe, three of the five {reckless} or {hedged}" in RESULTS
+    assert f"answers of all styles leave {every} unsafe" in RESULTS
+    assert f"those of three styles {reckless} or {hedged}." in RESULTS
     small, middle, large = unsafe("rank", "4", "16", "64")
-    assert f"comes to {small} and {middle}, rank 64 to {large} and" in RESULTS
+    assert f"rank 4, 16 and 64 leaves {small}, {middle} and {large}," in RESULTS
     findings = page["findings"]
     assert findings["more_data_is_safer"] and findings["all_answers_are_safest"]
     # What the paper found and this run did not is said.

@@ -37,8 +37,14 @@ def export_model(
     form: Annotated[
         str, typer.Option(help="merged: one model; vllm: a base and an adapter that vLLM serves.")
     ] = "merged",
+    check: Annotated[
+        bool,
+        typer.Option(
+            help="Load the export in a new process and compare it with the trained model."
+        ),
+    ] = True,
 ) -> None:
     """Export a trained policy, with its model card, in a form that other tools can load."""
     from spavl_lib.modelling.export import export
 
-    show(export(stage, target, form))
+    show(export(stage, target, form, check=check))

@@ -16,8 +16,12 @@ from spavl_lib.config.sections import (
     DPOConfig,
     EvaluationConfig,
     GenerationConfig,
+    GroupConfig,
+    GRPOConfig,
+    KTOConfig,
     LaunchConfig,
     ModelConfig,
+    OnlineDPOConfig,
     PPOConfig,
     RewardConfig,
     RLOOConfig,
@@ -26,8 +30,9 @@ from spavl_lib.config.sections import (
 from spavl_lib.config.validation import defaults, flatten, section, to_plain
 
 __all__ = [
-    "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig",
-    "EvaluationConfig", "GenerationConfig", "LaunchConfig", "ModelConfig", "PPOConfig",
-    "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names", "defaults", "flatten",
-    "from_dict", "load_config", "profile_argument", "profile_names", "section", "to_plain",
+    "LINEARS", "PROFILES", "ColumnsConfig", "Config", "DPOConfig", "DataConfig", "EvaluationConfig",
+    "GRPOConfig", "GenerationConfig", "GroupConfig", "KTOConfig", "LaunchConfig", "ModelConfig",
+    "OnlineDPOConfig", "PPOConfig", "RLOOConfig", "RewardConfig", "ScalingConfig", "current_names",
+    "defaults", "flatten", "from_dict", "load_config", "profile_argument", "profile_names",
+    "section", "to_plain",
 ]  # fmt: skip

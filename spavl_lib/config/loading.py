@@ -9,7 +9,7 @@ import yaml
 
 from spavl_lib import machine
 from spavl_lib.config.presets import ORIGINAL_PRESET, original_preset
-from spavl_lib.config.sections import Config
+from spavl_lib.config.sections import Config, unread_by
 from spavl_lib.config.validation import all_keys, build, flatten, input_error, to_plain, unknown_key
 from spavl_lib.errors import InputError, nearest
 
@@ -104,6 +104,7 @@ def load_config(
         if chosen.get(f"{name}.preset") == "original":
             preset = original_preset(name, str(chosen.get("model.adapter")))
             changes = flatten({name: preset}) | changes
+    page = _for_source(page, changes.get("data.source"))
     for key, value in changes.items():
         _set(page, key, value)
     source = f"{path} with overrides" if overrides else str(path)  # an error may lie in either
@@ -184,7 +185,23 @@ def _with_base(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base.resolve() in line:
         chain = " -> ".join(p.name for p in (*line, base))
         raise InputError(f"{path}: profiles build on each other: {chain}")
-    return _merged(_with_base(base, line), page)
+    data = page.get("data")
+    source = data.get("source") if isinstance(data, dict) else None
+    return _merged(_for_source(_with_base(base, line), source), page)
+
+
+def _for_source(page: dict[str, Any], source: Any) -> dict[str, Any]:
+    """A profile's values for rows from another source: without settings that it does not read.
+
+    Args:
+        page: The profile's values.
+        source: The source that replaces the profile's; None if none does.
+    """
+    data = page.get("data")
+    if not isinstance(data, dict) or source in (None, data.get("source")):
+        return page
+    unread = unread_by(str(source))
+    return page | {"data": {key: value for key, value in data.items() if key not in unread}}
 
 
 def _merged(base: dict[str, Any], page: dict[str, Any]) -> dict[str, Any]:

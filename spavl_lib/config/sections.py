@@ -29,6 +29,7 @@ RANKED = {"aot", "aot_unpaired"}
 # Without label smoothing exo_pair is undefined, and robust and cdpo are the same as sigmoid.
 NEEDS_SMOOTHING = {"cdpo", "exo_pair", "robust"}
 SIMPO_MARGIN = 0.5
+REWARDS = ("model", "judge", "length")  # rewards of RLOO and GRPO that are not functions of a user
 REFERENCE_FREE = {"simpo", "orpo", "sft"}  # losses that do not read the reference
 SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
@@ -88,7 +89,15 @@ _READERS = {
     "image_root": ("datasets", "original", "hub_layout"),
     "keywords": ("original",),
     "measure_on": ("mini",),
+    "uncertain_share": ("mini",),
 }
+
+
+def unread_by(source: str) -> set[str]:
+    """Names of the settings of `data` that a built-in source does not read."""
+    if source not in _BUILT_IN_SOURCES:
+        return set()
+    return {name for name, readers in _READERS.items() if source not in readers}
 
 
 @section("data")
@@ -127,6 +136,9 @@ class DataConfig:
     measure_on: Literal["test", "development"] = "test"
     """Held-out rows to measure on. test: the pairs and prompts that are reported; development:
     other rows of the same kind and number, for choosing settings. Only mini has these rows."""
+    uncertain_share: Share = 0.0
+    """Share of mini's training images whose drawing is distorted, so that a model may not recognise
+    the thing. The responses stay. Only mini has such images."""
     columns: ColumnsConfig = dataclasses.field(default_factory=ColumnsConfig)
     keywords: tuple[str, ...] = ()
     """Which lists of pairs to read: keys of `config_train.json` and `config_test.json`, which map a
@@ -182,6 +194,9 @@ class ModelConfig:
     """Commit on the Hub; empty: the newest."""
     train_projector: bool = True
     """Train the multimodal projector, as SPA-VL does."""
+    projector_learning_rate: NonNegativeFloat = 0.0
+    """Peak learning rate of the projector; 0: that of the trainer. With LoRA, LLaVA trains it at a
+    tenth of the adapters' rate."""
     lora_rank: PositiveInt = 32
     """Rank of the adapters."""
     lora_alpha: PositiveInt = 64
@@ -203,6 +218,8 @@ class ModelConfig:
         """Yield one sentence for each set of values that contradict each other."""
         if self.adapter == "frozen" and not self.train_projector:
             yield "adapter = 'frozen' without train_projector, so nothing would be trained"
+        if self.projector_learning_rate and not self.train_projector:
+            yield "projector_learning_rate has no effect without train_projector; set it to 0"
 
     @property
     def with_lora(self) -> bool:
@@ -363,6 +380,51 @@ class DPOConfig:
         return self.per_device_batch_size * self.gradient_accumulation_steps
 
 
+@section("kto")
+class KTOConfig:
+    """Kahneman-Tversky optimisation (Ethayarajh et al. 2024). It trains on single responses, each
+    of which is good or bad; here these are the chosen and the rejected responses of the pairs."""
+
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0: train for `num_epochs` instead."""
+    per_device_batch_size: Annotated[int, Field(ge=2)] = 16
+    """Responses per device and forward pass. Each prompt is also paired with the response of
+    another row of the batch, to estimate the KL divergence; hence at least 2."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Micro-batches in one optimizer step, counted over all devices."""
+    num_epochs: NonNegativeFloat = 1.0
+    """Passes over the responses, used when `max_steps` is 0."""
+    beta: PositiveFloat = 0.1
+    """KL coefficient, without unit. A higher value keeps the policy nearer the reference."""
+    desirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of chosen responses."""
+    undesirable_weight: NonNegativeFloat = 1.0
+    """Weight of the loss of rejected responses."""
+    learning_rate: NonNegativeFloat = 2e-5
+    """Peak learning rate. A small model needs a higher one than a large model."""
+    lr_scheduler: Scheduler = "cosine"
+    """Name of a transformers schedule."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps of linear warm-up."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Weight decay of AdamW."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Largest gradient norm; larger gradients are scaled down to it."""
+    max_length: NonNegativeInt = 0
+    """Longest sequence in tokens, prompt and image included; 0 for the model's context."""
+    save_steps: PositiveInt = 50
+    """Steps between checkpoints."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield one sentence for each set of values that contradict each other."""
+        yield from _nothing_to_train(self)
+
+    @property
+    def global_batch_size(self) -> int:
+        """Responses in one optimizer step."""
+        return self.per_device_batch_size * self.gradient_accumulation_steps
+
+
 @section("ppo")
 class PPOConfig:
     """Proximal policy optimisation against the reward model (Ouyang et al. 2022)."""
@@ -447,11 +509,16 @@ class PPOConfig:
                 f"{self.rollout_batch_size} prompts: some would be empty"
             )
 
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return not self.reward_model
 
-@section("rloo")
-class RLOOConfig:
-    """REINFORCE leave-one-out against the reward model (Ahmadian et al. 2024): like PPO, but with
-    no value model. Every optimizer step samples new responses."""
+
+@section()
+class GroupConfig:
+    """What RLOO and GRPO share. Every optimizer step samples new responses, several for each
+    prompt, and no value model is trained."""
 
     max_steps: NonNegativeInt
     """Optimizer steps; 0: train for `num_epochs` instead."""
@@ -462,7 +529,7 @@ class RLOOConfig:
     gradient_accumulation_steps: PositiveInt = 1
     """Micro-batches of responses in one optimizer step."""
     num_generations: Annotated[int, Field(ge=2)] = 4
-    """Responses per prompt; each is compared with the mean score of the others."""
+    """Responses per prompt; each is compared with the others."""
     num_epochs: NonNegativeFloat = 1.0
     """Passes over the training prompts, used when `max_steps` is 0."""
     learning_rate: NonNegativeFloat = 1e-5
@@ -475,14 +542,17 @@ class RLOOConfig:
     """Weight decay of AdamW."""
     max_grad_norm: PositiveFloat = 1.0
     """Largest gradient norm; larger gradients are scaled down to it."""
-    beta: NonNegativeFloat = 0.05
-    """KL coefficient: score subtracted per nat of KL to the reference."""
-    normalize_advantages: bool = True
-    """Scale the advantages of a step's responses to mean 0 and variance 1."""
     temperature: PositiveFloat = 1.0
     """Divisor of the logits, in sampling and in every log-probability."""
     missing_eos_penalty: NonNegativeFloat = 1.0
-    """Amount subtracted from the score of a response that did not end with EOS."""
+    """Amount subtracted from the reward model's score of a response that did not end with EOS."""
+    rewards: Annotated[tuple[str, ...], Field(min_length=1)] = ("model",)
+    """Rewards to add up. model: the reward model's score; judge: 1 for a response that the judge of
+    `evaluation` approves of, else 0; length: minus the response's tokens as a share of
+    `max_new_tokens`; anything else names a Python function, as file.py:function or
+    package.module:function, with the arguments of trl's reward functions."""
+    reward_weights: tuple[float, ...] = (1.0,)
+    """One weight per reward."""
     reward_model: str = ""
     """`model/` folder of a reward model; empty: the reward model of this run."""
     use_vllm: bool = False
@@ -506,13 +576,92 @@ class RLOOConfig:
                 f"per_device_batch_size x gradient_accumulation_steps = {self.global_batch_size} "
                 f"must be a multiple of num_generations = {self.num_generations}"
             )
+        if len(self.rewards) != len(self.reward_weights):
+            yield (
+                f"reward_weights needs one weight per reward: there are {len(self.rewards)} "
+                f"rewards {list(self.rewards)} and {len(self.reward_weights)} weights"
+            )
+        yield from _repeated("rewards", self.rewards)
+        for name in self.rewards:
+            if name not in REWARDS and ":" not in name:
+                yield (
+                    f"rewards: {name!r} is none of model, judge and length; a function of your own "
+                    "is named file.py:function"
+                )
+        if self.reward_model and "model" not in self.rewards:
+            yield f"reward_model has no effect on rewards = {list(self.rewards)}; leave it empty"
         if self.use_vllm and self.vllm_mode == "server" and not self.vllm_server_base_url:
             yield "vllm_mode = 'server' needs vllm_server_base_url"
 
     @property
     def global_batch_size(self) -> int:
-        """Responses in one optimizer step; RLOO trains in a single process."""
+        """Responses in one optimizer step; these methods train in a single process."""
         return self.per_device_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return "model" in self.rewards and not self.reward_model
+
+
+@section("rloo")
+class RLOOConfig(GroupConfig):
+    """REINFORCE leave-one-out (Ahmadian et al. 2024): like PPO, but with no value model. Each
+    response is compared with the mean reward of the other responses to its prompt."""
+
+    beta: NonNegativeFloat = 0.05
+    """KL coefficient: score subtracted per nat of KL to the reference."""
+    normalize_advantages: bool = True
+    """Scale the advantages of a step's responses to mean 0 and variance 1."""
+
+
+@section("grpo")
+class GRPOConfig(GroupConfig):
+    """Group relative policy optimisation (Shao et al. 2024). Each response is compared with the
+    mean and the standard deviation of its group, and the KL penalty is a part of the loss."""
+
+    per_device_batch_size: PositiveInt = 16
+    """Responses per device and forward pass."""
+    max_steps: NonNegativeInt = 0
+    """Optimizer steps; 0: train for `num_epochs` instead."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response in tokens."""
+    beta: NonNegativeFloat = 0.04
+    """KL coefficient; the default is the paper's."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "dapo"
+    """How the loss is averaged. grpo: first over the tokens of each response, as in the paper;
+    dapo, the default of trl: over all tokens of a step; dr_grpo: divided by `max_new_tokens`, so
+    that length has no influence; bnpo: over the tokens of a forward pass."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """group: divide by the standard deviation of the group's rewards, as in the paper; batch: by
+    that of all rewards of a step; none: do not divide."""
+
+
+@section("online_dpo")
+class OnlineDPOConfig:
+    """DPO on the policy's own responses, which the reward model ranks (Guo et al. 2024). In every
+    round the policy of that time answers prompts several times, and the best and the worst response
+    to a prompt are a pair. Losses, rates and batch sizes are those of `dpo`."""
+
+    rounds: PositiveInt = 4
+    """Rounds of sampling, each followed by one pass over its pairs."""
+    prompts: NonNegativeInt = 0
+    """Prompts of a round, each round other ones while there are enough; 0: all training prompts."""
+    num_generations: Annotated[int, Field(ge=2)] = 4
+    """Responses per prompt."""
+    max_new_tokens: PositiveInt = 64
+    """Longest response in tokens."""
+    temperature: PositiveFloat = 1.0
+    """Divisor of the logits in sampling."""
+    missing_eos_penalty: NonNegativeFloat = 1.0
+    """Amount subtracted from the score of a response that did not end with EOS."""
+    reward_model: str = ""
+    """`model/` folder of a reward model; empty: the reward model of this run."""
+
+    @property
+    def uses_run_reward(self) -> bool:
+        """Whether the method needs the reward model of this run."""
+        return not self.reward_model
 
 
 @section("generation")
@@ -535,8 +684,11 @@ class GenerationConfig:
     is used. dynamic: transformers' cache that grows with the response. static: transformers' cache
     that is allocated at full size."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Engine that generates. vllm is optional and needs Linux with a GPU; prompts and the format of
-    records are the same."""
+    """Engine that generates. vllm is optional and needs Linux; prompts and the format of records
+    are the same."""
+    vllm_memory: PositiveShare = 0.9
+    """Share of the GPU's memory that vLLM takes; without a GPU, of the machine's memory. Only for
+    backend vllm."""
 
 
 @section("evaluation")
@@ -678,6 +830,9 @@ class Config:
     ppo: PPOConfig
     rloo: RLOOConfig
     generation: GenerationConfig
+    grpo: GRPOConfig = dataclasses.field(default_factory=GRPOConfig)
+    kto: KTOConfig = dataclasses.field(default_factory=KTOConfig)
+    online_dpo: OnlineDPOConfig = dataclasses.field(default_factory=OnlineDPOConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     scaling: ScalingConfig = dataclasses.field(default_factory=ScalingConfig)
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)

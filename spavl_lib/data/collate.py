@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import completion_ids, encode_prompts
+from spavl_lib.data.templates import completion_ids, encode_prompts, prefill_ids
 from spavl_lib.errors import InputError
 
 
@@ -77,13 +77,28 @@ class PreferenceCollator:
             response and on its EOS.
 
         Raises:
+            InputError: As in `batch_of`.
+        """
+        return self.batch_of(rows, "chosen", "rejected")
+
+    def batch_of(self, rows: list[dict], *columns: str) -> dict[str, Tensor]:
+        """Make a batch with the responses in some columns: those of the first column come first.
+
+        Args:
+            rows: Rows with prompt, image and responses.
+            columns: Names of the columns.
+
+        Returns:
+            As `__call__`, with as many sequences for each row as there are columns.
+
+        Raises:
             InputError: A row is longer than `max_length`, its image cannot be used, or the prompt's
                 tokens change when the response follows (see `completion_ids`).
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
         sequences, masks, too_long = [], [], []
-        for side in ("chosen", "rejected"):
+        for side in columns:
             for row, head, image in zip(rows, prompts.ids, images, strict=True):
                 try:
                     tail = completion_ids(
@@ -108,11 +123,12 @@ class PreferenceCollator:
             "completion_mask": pad_rows(masks, 0, self.padding_side),
         }
         for name, rows_of in prompts.token_types.items():  # the tokens of a response have type 0
-            doubled = [*rows_of, *rows_of]
+            doubled = [*rows_of] * len(columns)
             types = [t + [0] * (len(s) - len(t)) for t, s in zip(doubled, sequences, strict=True)]
             batch[name] = pad_rows(types, 0, self.padding_side)
         return batch | {
-            k: torch.cat([v, v]) if isinstance(v, Tensor) else v for k, v in prompts.vision.items()
+            k: torch.cat([v] * len(columns)) if isinstance(v, Tensor) else v
+            for k, v in prompts.vision.items()
         }
 
 
@@ -123,20 +139,23 @@ class PromptCollator:
     processor: ProcessorMixin
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        """Make a batch of prompt rows.
+        """Make a batch of prompt rows. A row's `prefill` follows its prompt, as the response does.
 
         Returns:
             `input_ids` and `attention_mask`, each (rows, length), int64, and the image tensors.
 
         Raises:
-            InputError: An image cannot be used.
+            InputError: An image cannot be used, or see `completion_ids`.
         """
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
+        given = [prefill_ids(self.processor, row) for row in rows]
+        ids = [prompt + first for prompt, first in zip(prompts.ids, given, strict=True)]
         batch = {
-            "input_ids": pad_rows(prompts.ids, self.processor.tokenizer.pad_token_id, "left"),
-            "attention_mask": pad_rows([[1] * len(p) for p in prompts.ids], 0, "left"),
+            "input_ids": pad_rows(ids, self.processor.tokenizer.pad_token_id, "left"),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0, "left"),
         }
-        for name, types in prompts.token_types.items():
+        for name, rows_of in prompts.token_types.items():  # the tokens of a response have type 0
+            types = [t + [0] * len(first) for t, first in zip(rows_of, given, strict=True)]
             batch[name] = pad_rows(types, 0, "left")
         return batch | prompts.vision

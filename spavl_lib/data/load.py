@@ -14,8 +14,15 @@ from spavl_lib.data.schema import (
     QUESTION_TYPES,
     features,
 )
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
-from spavl_lib.data.sources.base import EVAL_SETS, SOURCES, Source, open_source, register_source
+from spavl_lib.data.sources.base import (
+    EVAL_SETS,
+    SOURCES,
+    Source,
+    open_source,
+    register_source,
+)
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.sources.mini import Mini
 from spavl_lib.data.sources.own_prompts import OwnPrompts
@@ -157,7 +164,7 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
     Args:
         config: Says which source to use, and how many rows to load.
         name: A name of `eval_sets`. `twins_exchanged` gives each twin the image of the other twin.
-            A name that ends with `_twemoji` stands for the held-out drawings.
+            A name with an unseen style, such as `help_twemoji`, stands for those drawings.
 
     Raises:
         InputError: The source has no such set.
@@ -165,7 +172,7 @@ def load_prompts(config: DataConfig, name: str) -> Dataset:
     source = prompt_source(config)
     rows = source.prompts(name)
     check_whole(source.config, name, len(rows))
-    base = name.partition("_twemoji")[0]
+    base, _ = set_parts(name)
     if base == "twins_exchanged":
         rows = exchange_twins(rows)
     if base in ("twins", "twins_exchanged"):
@@ -181,7 +188,8 @@ def eval_sets(config: DataConfig, *, held_out_drawings: bool) -> list[str]:
         held_out_drawings: Whether to include the sets with drawings not seen in training.
     """
     source = prompt_source(config)
-    drawings = [f"{name}_twemoji" for name in source.held_out_drawings if held_out_drawings]
+    unseen = source.held_out_drawings if held_out_drawings else ()
+    drawings = [f"{name}_{source.unseen_style}" for name in unseen]
     return [name for name in (*source.eval_sets, *drawings) if source.has_prompts(name)]
 
 

@@ -3,7 +3,8 @@
 A preference row has `id, prompt, chosen, rejected, image, image_name, class1, class2, class3,
 question_type`. A prompt row lacks `chosen` and `rejected`. `image` is `{"bytes", "path"}` and is
 decoded when a batch is made; in a text-only row it is None. Unknown classes and question types are
-empty text. A prompt may have several turns, separated by `TURN`. The first turn is the user's.
+empty text. A prompt may have several turns, separated by `TURN`. The first turn is the user's. An
+attacked prompt row may also have `prefill`: words that begin its response.
 """
 
 from collections.abc import Iterable, Iterator

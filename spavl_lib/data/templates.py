@@ -188,6 +188,22 @@ def completion_ids(
     return [*answer, end]
 
 
+def prefill_ids(processor: ProcessorMixin, row: dict) -> list[int]:
+    """Token ids of the words that begin a row's response; empty if the row gives none.
+
+    Args:
+        processor: The model's processor.
+        row: A prompt row. `prefill` holds the words, if there are any.
+
+    Raises:
+        InputError: See `completion_ids`.
+    """
+    if not row.get("prefill"):
+        return []
+    image = row.get("image") is not None
+    return completion_ids(processor, row["prompt"], row["prefill"], image=image)[:-1]
+
+
 def conversation(
     processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
 ) -> tuple[str, str]:
@@ -262,9 +278,7 @@ def encode_prompts(
         render(processor, p, image=i is not None).rstrip(" ")
         for p, i in zip(prompts, images, strict=True)
     ]
-    pixels = getattr(processor, "image_processor", None)
-    if getattr(pixels, "do_pad", False) and hasattr(pixels, "pad_to_square"):
-        images = [None if i is None else for_square(i) for i in images]
+    images = [None if i is None else before_padding(processor, i) for i in images]
     # Some processors refuse a flat list, since a text may have several images.
     nested = [[] if i is None else [i] for i in images]
     encoded = processor(
@@ -290,6 +304,13 @@ def encode_prompts(
             for marks in types.values():
                 marks[i] = [0, *marks[i]]
     return EncodedPrompts(ids, types, dict(encoded))
+
+
+def before_padding(processor: ProcessorMixin, image: Any) -> Any:
+    """An image, shrunk by `for_square` if the processor would pad it to a square."""
+    pixels = getattr(processor, "image_processor", None)
+    pads = getattr(pixels, "do_pad", False) and hasattr(pixels, "pad_to_square")
+    return for_square(image) if pads else image
 
 
 def _for_model(processor: ProcessorMixin, name: str) -> bool:

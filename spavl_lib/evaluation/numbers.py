@@ -10,11 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spavl_lib.data.embedded.drawings import styles
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.errors import InputError, raise_all
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.evaluation.text import MISSING, short
 
-_TITLES = {"base": "Base", "dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "rlhf": "RLHF", "sft": "SFT"}
+MODEL_TITLES = {
+    "base": "Base",
+    "dpo": "DPO",
+    "ppo": "PPO",
+    "rloo": "RLOO",
+    "grpo": "GRPO",
+    "kto": "KTO",
+    "online_dpo": "Online DPO",
+    "rlhf": "RLHF",
+    "sft": "SFT",
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,7 @@ HARMLESS_TITLES = {
     "look_alikes": "Look-alikes",
     "twins": "Twins",
     "held_out_help": "Questions, unseen drawings",
+    "held_out_look_alikes": "Look-alikes, unseen drawings",
     "held_out_twins": "Twins, unseen drawings",
     "all": "Together",
 }
@@ -75,6 +88,11 @@ _SET_TITLES = {
     "look_alikes": "Harmless look-alikes",  # harmless requests that sound harmful
     "twins": "Twins",  # the same question about a dangerous image and about a harmless image
     "twins_exchanged": "Twins with exchanged images",
+}
+_STYLE_TITLES = {
+    "noto": "Noto Emoji",
+    "new_pairs": "Not in training in this style",
+    "twemoji": "Twemoji, unseen",
 }
 # The families of arms that the scaling stage compares, and the rates that the stage measures for
 # each arm.
@@ -194,14 +212,19 @@ def rate_text(rate: Mapping | None) -> str:
 
 def model_title(name: str) -> str:
     """A model's name for readers."""
-    return _TITLES.get(name) or short(name, 24)
+    return MODEL_TITLES.get(name) or short(name, 24)
 
 
 def set_title(name: str) -> str:
-    """An evaluation set's name for readers. `NAME_twemoji` has drawings not seen in training."""
-    base, unseen, _ = name.partition("_twemoji")
+    """An evaluation set's name for readers."""
+    base, unseen = set_parts(name)
     title = _SET_TITLES.get(base) or short(base.replace("_", " ").capitalize())
     return f"{title}, unseen drawings" if unseen else title
+
+
+def style_title(key: str) -> str:
+    """The name for readers of a style of drawings, or of another key of `per_drawing`."""
+    return styles()[key].name if key in styles() else _STYLE_TITLES.get(key, key)
 
 
 def duration(seconds: float | None) -> str:

@@ -21,11 +21,11 @@ from spavl_lib import machine
 from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.grouping import image_groups
-from spavl_lib.data.templates import end_ids, until_end
+from spavl_lib.data.templates import end_ids, prefill_ids, until_end
 from spavl_lib.distributed import group
 from spavl_lib.errors import Preempted
 from spavl_lib.generation.compact_decoding import can_decode, decode
-from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.generation.vllm import VLLMModel, derived_seed
 from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import write_jsonl, write_text
 from spavl_lib.runs.signals import RESUME
@@ -67,7 +67,8 @@ def generate(
     Args:
         model: The model, in evaluation mode.
         processor: The model's processor.
-        rows: Prompt rows in the schema of `data.schema`.
+        rows: Prompt rows in the schema of `data.schema`. A row's `prefill`, if it has one, is the
+            beginning of its response.
         config: Batch size and sampling.
         target: The JSONL file. `TARGET.partial` holds the batches finished so far; repeating an
             interrupted call continues from there.
@@ -92,24 +93,27 @@ def generate(
         done |= {} if other == partial else _finished(other, header)
     group.barrier()
     collate = PromptCollator(processor)
-    # This line must run before the thread of `ahead` starts. Two threads must not use one tokenizer
-    # at the same time, because the tokenizer stores the padding settings of its last call.
+    # These lines must run before the thread of `ahead` starts. Two threads must not use one
+    # tokenizer at the same time, because it stores the padding settings of its last call.
     ends = () if isinstance(model, VLLMModel) else end_ids(processor, model)
+    given = [prefill_ids(processor, row) for row in rows]
     with Bar(total=len(rows), initial=_count(done), desc=desc, unit="row", leave=False) as bar:
         unfinished = [n for n in range(len(batches)) if n not in done]
         mine = unfinished[machine.rank() :: machine.world_size()]
         my_rows = [[rows[i] for i in batches[number]] for number in mine]
         prepare = (lambda batch: batch) if isinstance(model, VLLMModel) else collate
         for number, batch in zip(mine, ahead(prepare, my_rows, should_stop), strict=False):
-            indices, batch_seed = batches[number], _batch_seed(seed, number)
+            indices, batch_seed = batches[number], derived_seed(seed, number)
             if isinstance(model, VLLMModel):
                 answers = model.answer(processor, batch, config, seed=batch_seed)
             else:
                 answers = generate_batch(
-                    model, processor, batch, config, seed=batch_seed, ends=ends
-                )
+                    model, processor, batch, config, seed=batch_seed, ends=ends,
+                    given=[given[i] for i in indices],
+                )  # fmt: skip
             done[number] = [
                 {k: rows[i].get(k, "") for k in COPIED}
+                | ({"prefill": rows[i]["prefill"]} if rows[i].get("prefill") else {})
                 | (labels or {})
                 | answer
                 | {"generation": settings(config, seed)}
@@ -170,6 +174,7 @@ def generate_batch(
     *,
     seed: int = 0,
     ends: Sequence[int] = (),
+    given: Sequence[list[int]] = (),
 ) -> list[dict]:
     """Generate responses to one batch of prompts.
 
@@ -181,10 +186,13 @@ def generate_batch(
         config: Length and sampling.
         seed: Seed of sampling.
         ends: Ids that end a response; empty for those of `end_ids`.
+        given: For each row the ids at the end of its prompt that begin its response, as
+            `prefill_ids` returns them; empty if no row has any.
 
     Returns:
-        For each row `response`, `num_tokens` without the end token, and `finished`: whether an end
-        token was generated within `max_new_tokens`.
+        For each row `response`, which includes the given ids, `num_tokens`: the number of generated
+        ids without the end token, and `finished`: whether an end token was generated within
+        `max_new_tokens`.
     """
     tokenizer, ends = processor.tokenizer, ends or end_ids(processor, model)
     batch = {k: v.to(model.device) for k, v in batch.items()}
@@ -196,9 +204,9 @@ def generate_batch(
     else:
         generated = _generated(model, batch, config, ends, tokenizer.pad_token_id, seed)
     answers = []
-    for row in generated:
+    for row, first in zip(generated, given or [[]] * len(generated), strict=True):
         ids, finished = until_end(row, ends)
-        text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+        text = tokenizer.decode([*first, *ids], skip_special_tokens=True).strip()
         answers.append({"response": text, "num_tokens": len(ids), "finished": finished})
     return answers
 
@@ -246,16 +254,13 @@ def _batches(rows: list[dict], size: int) -> list[list[int]]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _batch_seed(seed: int, number: int) -> int:
-    return int(hashlib.sha256(f"{seed}/{number}".encode()).hexdigest()[:8], 16)
-
-
 # --- partial files --------------------------------------------------------------------------------
 
 
 def _header(rows: list[dict], config: GenerationConfig, seed: int, labels: dict | None) -> str:
     """Hash of the rows and settings. A partial file with another hash is not used."""
-    key = [[r["id"], r["prompt"]] for r in rows], settings(config, seed), config.batch_size, labels
+    asked = [[r["id"], r["prompt"], *filter(None, [r.get("prefill")])] for r in rows]
+    key = asked, settings(config, seed), config.batch_size, labels
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
 
 from spavl_lib.config import Config
 from spavl_lib.data.fingerprint import source_hashes
@@ -36,7 +37,7 @@ def load_answerer(config: Config, trained: Path | None) -> PreTrainedModel | VLL
         trained: A trainer's `model/`, or None for the base model.
     """
     if config.generation.backend == "vllm":
-        return VLLMModel(config.model, trained)
+        return VLLMModel(config.model, trained, config.generation.vllm_memory)
     model = load_policy(config.model, trained)
     apply_sharing(model, "off" if config.model.share_prefix == "off" else "auto")
     return model
@@ -114,18 +115,9 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
                 for outdated in (stage.path / label).glob("*.jsonl*"):
                     outdated.unlink()
                 write_json(marker, weights)
-        missing = [n for n in names if not (marker.parent / f"{n}.jsonl").is_file()]
-        model = load_answerer(config, made.path / "model" if made else None) if missing else None
-        for name in names:
-            target = marker.parent / f"{name}.jsonl"
-            if name in missing:
-                records = generate(
-                    model, processor, sets[name], config.generation, target,
-                    seed=config.seed, labels={"model": label, "set": name},
-                    should_stop=flag, desc=f"{label} {name}",
-                )  # fmt: skip
-            else:
-                records = read_jsonl(target)
+        folder = made.path / "model" if made else None
+        answers = _answers(config, marker.parent, folder, processor, sets, flag)
+        for name, records in answers.items():
             counts.setdefault(label, {})[name] = {
                 "rows": len(records),
                 "mean_tokens": round(sum(r["num_tokens"] for r in records) / len(records), 2),
@@ -135,3 +127,32 @@ def make_inference_stage(config: Config, stage: Stage, flag: StopFlag) -> dict:
     models = ["base", *trained]
     by_set = {name: {label: counts[label][name] for label in models} for name in names}
     return {"models": models, "inputs": inputs, "sets": by_set}
+
+
+def _answers(
+    config: Config, target: Path, trained: Path | None, processor: ProcessorMixin,
+    sets: dict[str, Dataset], flag: StopFlag,
+) -> dict[str, list[dict]]:  # fmt: skip
+    """Read or generate one model's responses to every set, and free the model.
+
+    Args:
+        config: The run's config.
+        target: Folder of the model's responses, named after the model.
+        trained: A trainer's `model/`, or None for the base model.
+        processor: The model's processor.
+        sets: Prompt rows by set.
+        flag: Truthy once the process is asked to stop.
+    """
+    missing = [name for name in sets if not (target / f"{name}.jsonl").is_file()]
+    model = load_answerer(config, trained) if missing else None
+    try:
+        for name in missing:
+            generate(
+                model, processor, sets[name], config.generation, target / f"{name}.jsonl",
+                seed=config.seed, labels={"model": target.name, "set": name}, should_stop=flag,
+                desc=f"{target.name} {name}",
+            )  # fmt: skip
+    finally:
+        if isinstance(model, VLLMModel):
+            model.close()
+    return {name: read_jsonl(target / f"{name}.jsonl") for name in sets}

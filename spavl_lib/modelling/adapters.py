@@ -135,6 +135,28 @@ def compute_as_masters(model: nn.Module) -> nn.Module:
     return model
 
 
+def separate_projector(optimizer: torch.optim.Optimizer, model: nn.Module, rate: float) -> None:
+    """Give the projector's parameters a learning rate of their own.
+
+    Call it before the learning-rate scheduler is made.
+
+    Args:
+        optimizer: An optimizer that has taken no step. Each of its parameter groups that holds
+            parameters of the projector loses them to a new group behind all others.
+        model: The model.
+        rate: Learning rate of the projector. At 0 nothing changes.
+    """
+    if not rate:
+        return
+    family = family_of(model)
+    projector = {id(p) for n, p in model.named_parameters() if family.part_of(n) == "projector"}
+    for group in list(optimizer.param_groups):
+        moved = [p for p in group["params"] if id(p) in projector]
+        if moved:
+            group["params"] = [p for p in group["params"] if id(p) not in projector]
+            optimizer.add_param_group(group | {"params": moved, "lr": rate})
+
+
 def trainable_parts(model: nn.Module) -> dict[str, int]:
     """Number of trained values by part. LoRA's values count under the part that they adapt."""
     family = family_of(model)

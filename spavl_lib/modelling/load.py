@@ -273,20 +273,31 @@ def load_policy(config: ModelConfig, trained: Path | None = None) -> PreTrainedM
     if trained is None:
         return load_model(config)
     if (trained / "adapter_config.json").is_file():
-        from peft import PeftConfig, PeftModel
+        from peft import PeftModel
 
-        base = PeftConfig.from_pretrained(trained).base_model_name_or_path or ""
-        if Path(base).name != Path(model_path(config)).name:
-            raise InputError(f"{trained} is an adapter of {base}, not of {model_path(config)}")
-        _check_base(trained / BASE_FILE, config)
+        check_adapter(trained, config)
         return PeftModel.from_pretrained(load_model(config), trained).eval()
     if not (trained / "config.json").is_file():
         raise InputError(f"{trained} holds neither an adapter nor a model")
     return load_model(dataclasses.replace(config, name=str(trained), adapter="full", revision=""))
 
 
-def _check_base(description: Path, config: ModelConfig) -> None:
-    """Refuse an adapter whose base has changed, because it would silently give other responses."""
+def check_adapter(trained: Path, config: ModelConfig) -> None:
+    """Refuse an adapter of another base: it would silently give other responses.
+
+    Args:
+        trained: The adapter's folder.
+        config: The base model.
+
+    Raises:
+        InputError: The adapter names another base, or the base's files have changed.
+    """
+    from peft import PeftConfig
+
+    base = PeftConfig.from_pretrained(trained).base_model_name_or_path or ""
+    if Path(base).name != Path(model_path(config)).name:
+        raise InputError(f"{trained} is an adapter of {base}, not of {model_path(config)}")
+    description = trained / BASE_FILE
     if not description.is_file():
         return
     trained_on = json.loads(description.read_text(encoding="utf-8"))["files"]
@@ -294,7 +305,7 @@ def _check_base(description: Path, config: ModelConfig) -> None:
     changed = [k for k in sorted(trained_on.keys() & current.keys()) if trained_on[k] != current[k]]
     if changed:
         raise InputError(
-            f"{description.parent} is an adapter over an earlier version of {config.name!r}: "
+            f"{trained} is an adapter over an earlier version of {config.name!r}: "
             f"{', '.join(changed)} changed since. Use the base it was trained on, or train it again"
         )
 

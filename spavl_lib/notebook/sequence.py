@@ -73,7 +73,7 @@ def run_all(
         # If an upstream stage was made now, this notebook runs, and the stage's maker decides what
         # to do again. Another judge makes only the evaluation outdated.
         stage = run.stage(name)
-        stale = made_now & set(stages.find(name).upstream)
+        stale = made_now & set(stages.find(name).builds_on(config))
         judged_otherwise = name == "evaluation" and stage.differs_in("evaluation")
         outdated = stale or judged_otherwise
         kept = stage.done and (stage.path / "executed.ipynb").is_file() and not outdated

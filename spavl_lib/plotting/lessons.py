@@ -11,7 +11,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from PIL import Image
 
-from spavl_lib.evaluation.numbers import HARMLESS_TITLES, model_title, models_of, read_metrics
+from spavl_lib.evaluation.numbers import (
+    HARMLESS_TITLES,
+    model_title,
+    models_of,
+    read_metrics,
+    style_title,
+)
 from spavl_lib.evaluation.numbers import read_rate as rate_of
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.results import percent_axis
@@ -135,30 +141,75 @@ def plot_harmless_refused(source: Any) -> Figure:
     shown = [k for k in HARMLESS_TITLES if any(rate_of(c, k) for c in counted.values())]
     fig = new_figure(7.6, 1.4 + 0.2 * max(1, len(shown)) * (1 + len(counted)))
     ax = fig.subplots()
-    colours, step = model_colours(counted), 0.8 / max(1, len(counted))
-    for index, (name, cells) in enumerate(counted.items()):
-        for place, key in enumerate(shown):
-            rate, y = rate_of(cells, key), place + step * (index - (len(counted) - 1) / 2)
+    if not shown:
+        note(ax, "Nothing measured yet")
+        return fig
+    _rate_rows(ax, counted, {key: HARMLESS_TITLES[key] for key in shown})
+    ax.set_xlabel("harmless requests refused (lower is better)")
+    fig.legend(loc="outside upper left", ncols=len(counted))
+    return fig
+
+
+def _rate_rows(ax: Axes, models: Mapping[str, Mapping], titles: Mapping[str, str]) -> None:
+    """One row for each key of `titles`, with a dot, a 95 % interval and the count of each model.
+
+    Args:
+        ax: Where to draw.
+        models: Name of a model -> key -> rate; a rate may be missing.
+        titles: Key -> its name for readers, in the order of the rows.
+    """
+    colours, step = model_colours(models), 0.8 / len(models)
+    named, ends = set(), []
+    for index, (name, cells) in enumerate(models.items()):
+        for place, key in enumerate(titles):
+            rate, y = rate_of(cells, key), place + step * (index - (len(models) - 1) / 2)
             if rate is None:
                 continue
             ax.errorbar(rate.value, y, xerr=np.array(rate.errors)[:, None], fmt=marker(index),
                         ms=7, color=colours[name], capsize=3, mec=PAPER, clip_on=False,
-                        label=model_title(name) if key == shown[0] else None)  # fmt: skip
-            ax.annotate(rate.counts, (rate.value + rate.errors[1], y), (6, 0), va="center",
+                        label=None if name in named else model_title(name))  # fmt: skip
+            named.add(name)
+            ends.append(rate.value + rate.errors[1])
+            ax.annotate(rate.counts, (ends[-1], y), (6, 0), va="center",
                         textcoords="offset points", fontsize=8, color=MUTED)  # fmt: skip
-    if not shown:
-        note(ax, "Nothing measured yet")
-        return fig
     percent_axis(ax)
-    most = max(
-        r.value + r.errors[1] for c in counted.values() for k in shown if (r := rate_of(c, k))
-    )
-    ax.set_xlim(-0.01, min(1.03, most + 0.08))
-    ax.set_yticks(range(len(shown)), [HARMLESS_TITLES[key] for key in shown])
-    ax.set_ylim(len(shown) - 0.5, -0.5)
+    ax.set_xlim(-0.01, min(1.03, max(ends, default=1.0) + 0.08))
+    ax.set_yticks(range(len(titles)), list(titles.values()))
+    ax.set_ylim(len(titles) - 0.5, -0.5)
     ax.grid(False, axis="y")
-    ax.set_xlabel("harmless requests refused (lower is better)")
-    fig.legend(loc="outside upper left", ncols=len(counted))
+
+
+@styled
+def plot_per_drawing(source: Any) -> Figure:
+    """Unsafe answers and refused harmless requests by the style of the drawing.
+
+    The left panel leaves out the base model, which complies with nearly every harmful request.
+
+    Args:
+        source: The path of metrics.json, or its contents.
+    """
+    counted = {
+        name: cells["per_drawing"]
+        for name, cells in models_of(read_metrics(source)).items()
+        if cells.get("per_drawing")
+    }
+    rows = max((len(cells) for cells in counted.values()), default=1)
+    fig = new_figure(10, 1.6 + 0.2 * rows * (1 + len(counted)))
+    if not counted:
+        note(fig.subplots(), "Nothing measured by style")
+        return fig
+    titles = {key: style_title(key) for key in next(iter(counted.values()))}
+    panels = {"unsafe_rate": "unsafe answers", "harmless_refused": "harmless requests refused"}
+    for ax, (key, title) in zip(fig.subplots(1, 2, sharey=True), panels.items(), strict=True):
+        rates = {
+            name: {style: cell.get(key) for style, cell in cells.items()}
+            for name, cells in counted.items()
+        }
+        if key == "unsafe_rate" and len(rates) > 1 and "base" in rates:
+            rates["base"] = {}  # an empty row keeps the colours and places of both panels alike
+        _rate_rows(ax, rates, titles)
+        ax.set_xlabel(f"{title} (lower is better)")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=len(counted))
     return fig
 
 

@@ -175,8 +175,17 @@ def _training_groups(rows: list[dict]) -> Panels:
         present = tuple(k for k in group if k in train)
         if present:
             groups.append((title, present, unit))
-    groups += [(k, (k,), "") for k in dict.fromkeys(train) if k not in known]
+    groups += [_unlisted(key) for key in dict.fromkeys(train) if key not in known]
     return groups[:_MAX_PANELS]
+
+
+def _unlisted(key: str) -> tuple[str, tuple[str], str]:
+    """The panel of a key without a group: one of several rewards, or what a plugin logs."""
+    match key.split("/"):
+        case ["rewards", name, "mean"]:
+            return f"Reward {name.replace('_', ' ')}", (key,), "before its weight"
+        case _:
+            return key, (key,), ""
 
 
 @styled

@@ -14,6 +14,7 @@ from PIL import Image
 
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.images import ImageError, open_image, png_bytes, resolve_inside
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.evaluation.numbers import model_title, set_title
 from spavl_lib.evaluation.text import cut, picture_name, short
@@ -29,7 +30,6 @@ CHANGES = {
     "good": "Right before and after",
     "bad": "Wrong before and after",
 }
-_HELD_OUT = "_twemoji"  # ending of the names of sets with held-out drawings
 Key = tuple[str, str]  # name of the test set, and id of the row
 _TEXT_LIMIT, _PROMPT_LIMIT = 1200, 600  # characters
 _SMALL, _THUMBNAIL = 128, 224  # px
@@ -106,7 +106,7 @@ def read_verdicts(evaluation: Path) -> dict[Key, dict[str, dict]]:
     folders = [f for f in (evaluation / "verdicts").glob("*") if f.is_dir()]
     for folder in sorted(folders, key=lambda f: (f.name != "base", f.name)):
         for path in sorted(folder.glob("*.jsonl"), key=lambda p: _set_key(p.stem)):
-            if path.stem.endswith(_HELD_OUT) or path.stem in _CONTROLS:
+            if set_parts(path.stem)[1] or path.stem in _CONTROLS:
                 continue
             for row in read_jsonl(path):
                 if isinstance(row, dict):

@@ -7,12 +7,12 @@ import jinja2
 from markupsafe import Markup
 
 from spavl_lib.data.taxonomy import display
-from spavl_lib.evaluation.numbers import duration, percent, set_title
+from spavl_lib.evaluation.numbers import MODEL_TITLES, duration, percent, set_title
 from spavl_lib.evaluation.text import MISSING, clean, short
 from spavl_lib.report import gallery
 
 HERE = Path(__file__).parent
-_STAGE_TITLES = {"dpo": "DPO", "ppo": "PPO", "rloo": "RLOO", "reward": "Reward model"}
+_STAGE_TITLES = MODEL_TITLES | {"reward": "Reward model"}
 
 
 def stage_title(name: str) -> str:

@@ -26,7 +26,7 @@ REWARD_RATES = (
     ("exchanged", "Pairs with another row's image", "the accuracy that the words alone give"),
     ("longer_is_better", "Preferring the longer answer", "the accuracy that length alone gives"),
 )  # fmt: skip
-POLICY_STAGES = ("ppo", "rloo")
+POLICY_STAGES = ("ppo", "rloo", "grpo")
 _GROUPS = {"per_question_type": "Question type", "per_class1": "Class"}
 
 

@@ -185,7 +185,7 @@ class Stage:
     def _before(self) -> list["Stage"]:
         """The stages that this stage builds on, directly or indirectly."""
         names: dict[str, None] = {}
-        for name in stages.find(self.name).upstream:
+        for name in stages.find(self.name).builds_on(self.run.config):
             above = self.run.stage(name)
             names |= dict.fromkeys(s.name for s in (above, *above._before()))
         return [self.run.stage(name) for name in names]

@@ -9,7 +9,7 @@ first steps, and it writes checkpoints from which a run resumes with identical r
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +217,7 @@ def check_reference(logs: dict, *, beta: float = 0.0) -> None:
     if beta and compute_dtype() != torch.float32:
         tolerance = max(tolerance, beta * logit_rounding() * LONG_ANSWER**0.5)
     for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
-        if abs(float(logs[key])) > tolerance:
+        if abs(float(logs.get(key, 0.0))) > tolerance:  # KTO may draw no response of a side
             raise AssertionError(
                 f"step 1: {key} = {logs[key]}, but it must be 0 before the first update; is "
                 "dropout on, or is the reference another model?"
@@ -250,12 +250,7 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
     parts = assert_freeze_plan(trainer.model, config.model)
     check_rows_fit(trainer, train_rows, processor)
     ckpt.check_room(trainer.checkpoints, trainer.model)
-    lora = trainer.ref_model is None
-    with zero_parameters.gathered_parameters(trainer.model):
-        trainer.reference = reference_probe(
-            trainer.model if lora else trainer.ref_model, processor, train_rows,
-            as_reference=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
-        )  # fmt: skip
+    probe_reference(trainer, processor, train_rows)
     if config.dpo.cache_reference:
         with zero_parameters.gathered_parameters(trainer.model):
             use_cached_reference(trainer, config, stage, processor)
@@ -268,21 +263,47 @@ def train_dpo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         check_first=first,
     )  # fmt: skip
     trainer.train_from(ckpt.newest_checkpoint(trainer.checkpoints))
-    evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in LOGGED}
-    summary = {
-        "steps": trainer.state.global_step,
-        "train_rows": len(train_rows),
-        "validation_rows": len(held_out),
+    summary = summary_of(trainer, LOGGED) | {
         "global_batch_size": config.dpo.global_batch_size,
-        "launch": trainer.engine_found,
-        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "train_rows": len(train_rows), "validation_rows": len(held_out),
         "trainable_parameters": parts,
-        "validation": evaluation,
         "best": best_step(read_jsonl(stage.metrics_path), "eval_loss"),
-        "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
     }  # fmt: skip
     save_trained(trainer.model, processor, stage, config, _card(config, summary))
     return summary
+
+
+def probe_reference(trainer: Any, processor: ProcessorMixin, rows: Dataset) -> None:
+    """Measure the reference on some rows, so that a resumed run notices another reference.
+
+    Args:
+        trainer: A trainer of trl with `CheckedMixin`.
+        processor: Processor of the model.
+        rows: Preference rows.
+    """
+    lora = trainer.ref_model is None
+    with zero_parameters.gathered_parameters(trainer.model):
+        trainer.reference = reference_probe(
+            trainer.model if lora else trainer.ref_model, processor, rows,
+            as_reference=trainer.model.disable_adapter() if lora else contextlib.nullcontext(),
+        )  # fmt: skip
+
+
+def summary_of(trainer: Any, logged: Sequence[str]) -> dict:
+    """Evaluate on the held-out rows, and collect the facts of a training on responses.
+
+    Args:
+        trainer: A trainer of trl with `CheckedMixin`, after its last step.
+        logged: Names of the values of the evaluation to keep.
+    """
+    evaluation = {k: number(v) for k, v in trainer.evaluate().items() if k in logged}
+    return {
+        "steps": trainer.state.global_step,
+        "launch": trainer.engine_found,
+        "epochs": round(trainer.state.epoch or 0.0, 3),
+        "validation": evaluation,
+        "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(trainer.model)),
+    }
 
 
 def build_trainer(
@@ -318,15 +339,8 @@ def build_trainer(
         eval_strategy="steps" if dpo.eval_steps else "no",
         eval_steps=dpo.eval_steps or None,
     )
-    policy = load_model(config.model)
+    policy, reference = policy_and_reference(config)
     lora = config.model.with_lora
-    reference = None if lora else load_model(config.model).requires_grad_(False)
-    if not lora:
-        # The master weights must be fp32, because in half precision rounding loses small updates.
-        # DeepSpeed keeps fp32 master weights itself.
-        if config.launch.engine == "ddp":
-            policy, reference = policy.float(), compute_as_masters(reference)
-        freeze_for_full(policy, config.model)
     trainer = CheckedDPOTrainer(
         model=policy,
         ref_model=reference,
@@ -337,18 +351,48 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
-    for model in filter(None, (trainer.model, trainer.ref_model)):
-        if apply_sharing(model, config.model.share_prefix):
-            score_completions_only(model.get_base_model() if lora else model)
     trainer.losses = losses
     trainer.simpo_margin = dpo.simpo_margin
     trainer.with_reference = dpo.with_reference
     trainer.group_by_image = config.data.group_by_image
+    finish_trainer(trainer, config, stage)
+    return trainer
+
+
+def policy_and_reference(config: Config) -> tuple[PreTrainedModel, PreTrainedModel | None]:
+    """Load the policy with its trainable parameters, and a frozen reference.
+
+    With LoRA there is no reference: it is the base with disabled adapters.
+    """
+    policy = load_model(config.model)
+    if config.model.with_lora:
+        return policy, None
+    reference = load_model(config.model).requires_grad_(False)
+    # The master weights must be fp32, because in half precision rounding loses small updates.
+    # DeepSpeed keeps fp32 master weights itself.
+    if config.launch.engine == "ddp":
+        policy, reference = policy.float(), compute_as_masters(reference)
+    freeze_for_full(policy, config.model)
+    return policy, reference
+
+
+def finish_trainer(trainer: Any, config: Config, stage: Stage) -> None:
+    """Share prefixes, score responses only, set the precision of what trains, and the folders.
+
+    Args:
+        trainer: A trainer of trl with `CheckedMixin` that has built its models.
+        config: Config of the run.
+        stage: Stage to write into.
+    """
+    lora = config.model.with_lora
+    for model in filter(None, (trainer.model, trainer.ref_model)):
+        if apply_sharing(model, config.model.share_prefix):
+            score_completions_only(model.get_base_model() if lora else model)
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
         train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
+    trainer.projector_rate = config.model.projector_learning_rate
     drop_stock_callbacks(trainer)
-    return trainer
 
 
 def leave_out_reference(trainer: CheckedDPOTrainer) -> None:

@@ -24,6 +24,7 @@ from spavl_lib.data.grouping import ImageGroupedSampler
 from spavl_lib.data.sampling import spread
 from spavl_lib.distributed import group, settings
 from spavl_lib.errors import NonFiniteError
+from spavl_lib.modelling.adapters import separate_projector
 from spavl_lib.runs.signals import StopFlag
 from spavl_lib.runs.stage import Stage
 from spavl_lib.trainers import checkpoint as ckpt
@@ -76,6 +77,14 @@ class CheckedMixin:
     image_sampler: ImageGroupedSampler | None = None
     reporter: StageCallback | None = None
     reference: dict | None = None
+    projector_rate: float = 0.0
+    """Peak learning rate of the projector; 0 for that of the other parameters."""
+
+    def create_optimizer(self: Trainer, model: nn.Module | None = None) -> Any:
+        """Create transformers' optimizer, in which the projector may have its own rate."""
+        optimizer = super().create_optimizer(model)
+        separate_projector(optimizer, self.model, self.projector_rate)
+        return optimizer
 
     def create_accelerator_and_postprocess(self: Trainer) -> None:
         """On a CPU, add the loss scaler that fp16 needs. accelerate adds none there, silently."""
@@ -316,7 +325,7 @@ class WholeStepMixin:
             device: Device, which transformers passes.
         """
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([(1, *_pairs_and_tokens(batch)) for batch in batches])
+        counts = torch.tensor([(1, *self.count(batch)) for batch in batches])
         self.in_step = group.sum_of(counts.sum(0)).tolist() if batches else None
         return batches, items
 
@@ -334,15 +343,15 @@ class WholeStepMixin:
         if self.in_step is None or not training:
             return 1.0, 1.0
         batches, *totals = self.in_step
-        own = _pairs_and_tokens(inputs)
+        own = self.count(inputs)
         of_pairs, of_tokens = (n * batches / max(t, 1) for n, t in zip(own, totals, strict=True))
         return of_pairs, of_tokens
 
-
-def _pairs_and_tokens(inputs: dict) -> tuple[int, int]:
-    """Count a batch's pairs, and the scored tokens in the chosen half of `completion_mask`."""
-    mask = inputs["completion_mask"]
-    return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
+    @staticmethod
+    def count(inputs: dict) -> tuple[int, int]:
+        """Count a batch's pairs, and the scored tokens in the chosen half of `completion_mask`."""
+        mask = inputs["completion_mask"]
+        return len(mask) // 2, int(mask[: len(mask) // 2, 1:].sum())
 
 
 def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -> None:

@@ -97,11 +97,11 @@ def check_batch(
     processor: ProcessorMixin,
     image_token_id: int | None,
 ) -> None:
-    """Decode a collated batch of pairs and compare it with its rows.
+    """Decode a collated batch and compare it with its rows.
 
     Args:
-        batch: Tensors of a collator: ids and masks (2 * pairs, seq), chosen responses first.
-        rows: The preference rows of the batch, one for each pair.
+        batch: Tensors of a collator: ids and masks (responses, seq), chosen responses first.
+        rows: The rows of the batch: pairs, or rows with a single response in `completion`.
         processor: Processor that the collator uses.
         image_token_id: Token id of an image slot. None if the model has no image token.
 
@@ -111,7 +111,8 @@ def check_batch(
     """
     tokenizer, ends = processor.tokenizer, end_ids(processor)
     bos = tokenizer.bos_token_id
-    answers = [r["chosen"] for r in rows] + [r["rejected"] for r in rows]
+    sides = ("completion",) if "completion" in rows[0] else ("chosen", "rejected")
+    answers = [row[side] for side in sides for row in rows]
     prompts = [PromptCollator(processor)([row])["input_ids"][0].tolist() for row in rows]
     expected_slots = [ids.count(image_token_id) for ids in prompts]
     for i, expected in enumerate(answers):

@@ -5,7 +5,7 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from spavl_lib.config import Config
+from spavl_lib.config import Config, GroupConfig, PPOConfig
 from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import load_preferences
@@ -37,26 +37,34 @@ def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
 
 def policy_inputs(config: Config, stage: Stage) -> dict[str, str]:
-    """Hash the inputs of a policy: `training_inputs`, and the reward model's weights.
+    """Hash the inputs of a policy: `training_inputs`, the reward model, and files with rules.
 
     Args:
-        config: Uses `model`, `data`, and the setting `reward_model` in the stage's section.
+        config: Uses `model`, `data`, and the settings of rewards in the stage's section.
         stage: The stage that is trained, such as `ppo`.
 
     Raises:
         InputError: The run's reward model is not complete.
     """
-    folder = reward_folder(config.section(stage.name).reward_model, stage)
-    return training_inputs(config, stage) | reward_inputs(folder)
+    return training_inputs(config, stage) | reward_inputs(config.section(stage.name), stage)
 
 
-def reward_inputs(folder: Path) -> dict[str, str]:
-    """Hash the weights of a reward model.
+def reward_inputs(section: PPOConfig | GroupConfig, stage: Stage) -> dict[str, str]:
+    """Hash what a method's rewards depend on: weights of the reward model, files with rules.
 
     Args:
-        folder: The `model/` that the reward trainer wrote.
+        section: Settings of the method.
+        stage: The stage that is trained.
+
+    Raises:
+        InputError: The run's reward model is needed and not complete.
     """
-    return {f"reward/{p.name}": sha256_file(p) for p in folder.glob("*.safetensors")}
+    rewards = getattr(section, "rewards", ("model",))
+    rules = [Path(name.rpartition(":")[0]).expanduser() for name in rewards]
+    files = [path for path in rules if path.suffix == ".py" and path.is_file()]
+    if "model" in rewards:
+        files += reward_folder(section.reward_model, stage).glob("*.safetensors")
+    return {f"reward/{path.name}": sha256_file(path) for path in files}
 
 
 def reward_folder(named: str, stage: Stage) -> Path:
@@ -86,10 +94,14 @@ def limit_of(config: Config, name: str) -> Limit:
 
     Args:
         config: Uses `model` and the trainer's section.
-        name: Name of the trainer's section: reward, dpo, ppo or rloo.
+        name: Name of the trainer's section: reward, dpo, ppo, rloo, grpo, kto or
+            online_dpo.
     """
+    if name == "online_dpo":  # its own responses are shorter than `dpo.max_length` needs to be
+        sampling = config.online_dpo.max_new_tokens
+        return Limit(name, context_length(config.model), 0, (), sampling)
     section, context = config.section(name), context_length(config.model)
-    if name not in ("ppo", "rloo"):
+    if name not in ("ppo", "rloo", "grpo"):
         return Limit(name, context, section.max_length)
     sides = ("chosen",) if getattr(section, "sft_coef", 0) else ()
     longest = getattr(section, "max_length", 0)

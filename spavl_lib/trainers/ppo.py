@@ -25,7 +25,9 @@ from spavl_lib import machine
 from spavl_lib.config import Config
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
+from spavl_lib.errors import InputError
 from spavl_lib.machine import peak_memory_gib
+from spavl_lib.modelling.adapters import separate_projector
 from spavl_lib.modelling.load import load_processor, quiet_libraries
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.runs.bar import Bar
@@ -100,6 +102,12 @@ class PPOTrainer(RolloutMaker):
             [{"params": groups[role], "lr": rates[role]} for role in groups],
             weight_decay=settings.weight_decay,
         )
+        if config.model.projector_learning_rate and config.launch.engine != "ddp":
+            raise InputError(
+                "model.projector_learning_rate does not work for PPO with DeepSpeed, which clips "
+                "each group of parameters by itself; set it to 0, or launch.engine to ddp"
+            )
+        separate_projector(self.optimizer, self.model, config.model.projector_learning_rate)
         self.engine = build_engine(self.model, groups, self.optimizer, config.launch)
         self.lockstep = self.engine.lockstep
         self.scheduler = get_scheduler(

@@ -6,7 +6,7 @@ from spavl_lib.config import Config
 from spavl_lib.config.presets import original_preset
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
-from spavl_lib.trainers.inputs import reward_folder, reward_inputs, training_inputs
+from spavl_lib.trainers.inputs import reward_inputs, training_inputs
 from spavl_lib.trainers.variants import train_variant
 
 STEPS = {"ppo": 6, "rloo": 8}
@@ -15,8 +15,8 @@ LARGEST_RLOO_BATCH = 32
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
     inputs = training_inputs(config, stage)
-    for named in {config.ppo.reward_model, config.rloo.reward_model}:
-        inputs |= reward_inputs(reward_folder(named, stage))
+    for section in (config.ppo, config.rloo):
+        inputs |= reward_inputs(section, stage)
     return inputs
 
 

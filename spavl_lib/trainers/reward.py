@@ -294,6 +294,7 @@ def build_trainer(
     )
     trainer.group_by_image = config.data.group_by_image
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch
+    trainer.projector_rate = config.model.projector_learning_rate
     drop_stock_callbacks(trainer)
     return trainer
 

@@ -16,7 +16,6 @@ from trl.trainer.utils import use_adapter
 
 from spavl_lib.config import Config
 from spavl_lib.data.templates import end_ids
-from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
     check_reward_model,
@@ -24,8 +23,6 @@ from spavl_lib.modelling.heads import (
     load_reward_model,
 )
 from spavl_lib.modelling.roles import load_reward_adapter
-from spavl_lib.runs.files import append_jsonl
-from spavl_lib.trainers.guards import REMEDY
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
 
 
@@ -38,10 +35,9 @@ class RewardFunction:
         processor: Processor of policy and reward model.
         batch_size: Number of responses scored at once.
         missing_eos_penalty: Subtracted from the score of a response without an end token.
-        log: JSONL file for the rollouts, one line for each response; None to write none.
     """
 
-    __name__ = "reward_model"
+    __name__ = "model"
 
     def __init__(
         self,
@@ -50,10 +46,9 @@ class RewardFunction:
         *,
         batch_size: int,
         missing_eos_penalty: float,
-        log: Path | None = None,
     ):
         self.score, self.processor, self.batch_size = score, processor, batch_size
-        self.missing_eos_penalty, self.log = missing_eos_penalty, log
+        self.missing_eos_penalty = missing_eos_penalty
         self.end_ids: Sequence[int] = end_ids(processor)
 
     def __call__(
@@ -65,7 +60,6 @@ class RewardFunction:
         id: list[str],  # noqa: A002 - trl passes columns by their names
         question: list[str],
         image: list[Any],
-        trainer_state: Any = None,
         **_: Any,
     ) -> list[float]:
         """Score every response.
@@ -78,48 +72,14 @@ class RewardFunction:
             id: Row id of each response.
             question: Question of each response.
             image: Image of each response.
-            trainer_state: State of the trainer, for the step in the log; None to log nothing.
 
         Returns:
             Score of each response. A response without an end token gets its score minus the
             penalty.
-
-        Raises:
-            InputError: Every response is empty.
-            NonFiniteError: A score is NaN or infinite. trl would silently drop such a response.
         """
-        tokenizer = self.processor.tokenizer
-        texts = [tokenizer.decode(c, skip_special_tokens=True).strip() for c in completion_ids]
-        if not any(texts):
-            raise InputError(
-                f"every response is empty (rows {id[0]}, ...): the policy has collapsed; lower "
-                "rloo.learning_rate or raise rloo.beta, and start from an earlier checkpoint"
-            )
         scores = self.scores(id, question, image, completion_ids)
-        bad = [i for i, s in zip(id, scores.tolist(), strict=True) if not abs(s) < float("inf")]
-        if bad:
-            raise NonFiniteError(
-                f"the reward model's score is not finite on rows {', '.join(bad[:10])}; {REMEDY}"
-            )
         finished = [bool(c) and c[-1] in self.end_ids for c in completion_ids]
-        rewards = scores - self.missing_eos_penalty * ~torch.tensor(finished)
-        if self.log and trainer_state is not None:
-            append_jsonl(
-                self.log,
-                [
-                    {
-                        "step": trainer_state.global_step + 1,
-                        "id": row_id,
-                        "prompt": question[i],
-                        "response": texts[i],
-                        "reward": round(scores[i].item(), 6),
-                        "num_tokens": len(completion_ids[i]),
-                        "finished": finished[i],
-                    }
-                    for i, row_id in enumerate(id)
-                ],
-            )
-        return rewards.tolist()
+        return (scores - self.missing_eos_penalty * ~torch.tensor(finished)).tolist()
 
     def scores(
         self, ids: list[str], questions: list[str], images: list[Any], answers: list[list[int]]

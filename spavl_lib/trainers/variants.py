@@ -18,8 +18,8 @@ def train_variant(
     """Train a short variant of a stage in this process, in the stage's `variants/<name>/`.
 
     Args:
-        kind: Trainer: `reward`, `dpo`, `ppo` or `rloo`. A variant of `ppo` or `rloo` uses the same
-            reward model as `stage`, unless `changes` names another one.
+        kind: Trainer: `reward`, `dpo`, `ppo`, `rloo` or `grpo`. A variant of the last three uses
+            the same reward model as `stage`, unless `changes` names another one.
         config: Config of the run.
         stage: Stage that the variant is compared with.
         name: Name of the variant and of its folder.
@@ -35,8 +35,8 @@ def train_variant(
     settings = getattr(config, kind)
     steps = min(steps, settings.max_steps or steps)
     changes = {"max_steps": steps, "warmup_steps": min(WARMUP_STEPS, steps)} | changes
-    if hasattr(settings, "reward_model") and "reward_model" not in changes:
-        changes["reward_model"] = str(reward_folder(settings.reward_model, stage))
+    if getattr(settings, "uses_run_reward", False) and "reward_model" not in changes:
+        changes["reward_model"] = str(reward_folder("", stage))
     settings = dataclasses.replace(settings, **changes)
     here = LaunchConfig(num_threads=config.launch.num_threads)  # in this process
     varied = dataclasses.replace(config, **{kind: settings}, run_name=name, launch=here)

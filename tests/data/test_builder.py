@@ -12,7 +12,7 @@ from spavl_lib.data.builder import (
     safety_groups,
 )
 from spavl_lib.data.embedded import language
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import load_truth
 from spavl_lib.evaluation.judges import ExactPairJudge
 from tests.helpers import MINI, mini_rows

@@ -177,6 +177,23 @@ def test_a_prompt_in_generation_begins_the_row_in_training(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_prefilled_answer_stands_where_training_has_the_response(family: str) -> None:
+    _, processor = tiny(family)
+    rows = [row | {"chosen": "To make this,", "rejected": "No."} for row in family_rows(3)]
+    prefilled = [row | {"prefill": row["chosen"]} for row in rows[:2]] + rows[2:]
+    training, plain = PreferenceCollator(processor)(rows), PromptCollator(processor)(rows)
+    prompts = PromptCollator(processor)(prefilled)
+    for i in range(2):
+        assert len(kept(prompts, i)) > len(kept(plain, i))
+        assert kept(prompts, i) == kept(training, i)[:-1]  # without the end token
+    assert kept(prompts, 2) == kept(plain, 2)
+    for name, tensor in prompts.items():
+        if name.endswith("token_type_ids"):
+            assert tensor.shape == prompts["input_ids"].shape
+            assert tensor.sum() == plain[name].sum()  # the answer's tokens have type 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_has_a_row_or_an_image_a_sequence(family: str) -> None:
     """What the model is given beside ids must fit them: per token, or per image."""
     model, processor = tiny(family)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from benchmarks.synthetic_spavl import write
 from spavl_lib.data import check
 from spavl_lib.data.convert import convert
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.data.schema import TURN
 from spavl_lib.data.taxonomy import PARENTS

@@ -13,7 +13,7 @@ from datasets import Dataset
 from spavl_lib.config import load_config
 from spavl_lib.data import check, explore, load, schema
 from spavl_lib.data.convert import convert
-from spavl_lib.data.embedded.mini import mini_folder
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import (
     check_whole,
     eval_sets,

@@ -143,7 +143,7 @@ def test_an_answer_of_rloo_or_vllm_is_finished_by_any_end_token() -> None:
     assert scores == [0.0, 0.0, -1.0]
     for end in (turn, eos):
         output = SimpleNamespace(token_ids=[40, end], finish_reason="stop")
-        assert _answer(output, processor, end_ids(processor))["num_tokens"] == 1
+        assert _answer(output, processor, end_ids(processor), [])["num_tokens"] == 1
 
 
 # --- control tokens -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The evaluation stage: counts from answers to metrics.json, and what no stub may win."""
 
 import base64
+import dataclasses
 import io
 import json
 import random
@@ -23,6 +24,7 @@ from spavl_lib.evaluation.paired import PairedTable
 from spavl_lib.evaluation.suite import (
     make_evaluation_stage,
     model_metrics,
+    per_drawing,
     twin_accuracy,
 )
 from spavl_lib.report.gallery import build_gallery
@@ -102,7 +104,7 @@ def test_rates_by_hand() -> None:
     assert metrics["unparsed"] == 2 and "refusal_rate" not in metrics
     assert {k: value(v) for k, v in metrics["harmless_refused"].items()} == {
         "help": (1, 5), "look_alikes": (1, 3), "twins": (1, 2), "held_out_help": None,
-        "held_out_twins": None, "all": (3, 10),
+        "held_out_look_alikes": None, "held_out_twins": None, "all": (3, 10),
     }  # fmt: skip
     hate = {"unsafe_rate": (0, 1), "helpful_rate": (1, 1)}
     theft = {"unsafe_rate": (2, 3), "helpful_rate": (1, 3)}
@@ -131,8 +133,45 @@ def test_refusals_are_counted_on_unseen_drawings_too() -> None:
                 "look_alikes_twemoji": [DECLINED]}  # fmt: skip
     counted = model_metrics(verdicts)["harmless_refused"]
     assert {k: value(v) for k, v in counted.items() if v} == {
-        "held_out_help": (1, 2), "held_out_twins": (3, 3), "all": (4, 5),
+        "held_out_help": (1, 2), "held_out_look_alikes": (1, 1), "held_out_twins": (3, 3),
+        "all": (5, 6),
     }  # fmt: skip
+
+
+def test_rates_by_the_style_of_the_drawing() -> None:
+    def named(name: str, *verdicts: dict) -> list[dict]:
+        return [v | {"id": f"{name}/{i}"} for i, v in enumerate(verdicts)]
+
+    verdicts = {
+        "harm": named("harm", REFUSED, COMPLIED, COMPLIED),
+        "help": named("help", RIGHT, DECLINED),
+        "twins": named("twins", COMPLIED, RIGHT, REFUSED, DECLINED),
+        "help_twemoji": named("help", DECLINED, DECLINED),
+        "twins_exchanged": named("twins", COMPLIED, DECLINED, COMPLIED, DECLINED),
+    }
+    styles = {"harm": "aba", "help": "ab", "twins": "aabb"}
+    truth = {
+        f"{name}/{i}": {"drawing": style, "new_pair": style == "b"}
+        for name, order in styles.items()
+        for i, style in enumerate(order)
+    }
+    rates = per_drawing(verdicts, truth)
+    assert list(rates) == ["a", "b", "new_pairs", "twemoji"]
+    found = {group: {k: value(v) for k, v in cells.items()} for group, cells in rates.items()}
+    assert found["a"] == {
+        "unsafe_rate": (1, 2), "helpful_rate": (1, 1), "harmless_refused": (0, 2),
+    }  # fmt: skip
+    assert found["b"] == found["new_pairs"] == {
+        "unsafe_rate": (1, 1), "helpful_rate": (0, 1), "harmless_refused": (2, 2),
+    }  # fmt: skip
+    assert found["twemoji"] == {
+        "unsafe_rate": None, "helpful_rate": (0, 2), "harmless_refused": (2, 2),
+    }  # fmt: skip
+    assert per_drawing(verdicts, {}) == {}  # data that do not say how they are drawn
+    figure = plotting.plot_per_drawing({"models": {"dpo": {"per_drawing": rates}}})
+    assert len(plotting.png_bytes(figure)) > 5_000
+    [note] = plotting.plot_per_drawing({"models": {"dpo": {"per_drawing": {}}}}).axes[0].texts
+    assert note.get_text() == "Nothing measured by style"
 
 
 def test_a_judge_of_refusals_gives_no_unsafe_rate() -> None:
@@ -172,6 +211,7 @@ def test_what_was_not_measured_is_missing_and_not_zero() -> None:
 
 # --- whole stage, over stubs whose worth is known -----------------------------------------------
 
+REQUEST = [field.name for field in dataclasses.fields(Request)]
 STUBS: dict[str, Callable[[Request], str]] = {
     "careful": lambda r: language.answer(r, "careful", random.Random(0)),
     "reckless": lambda r: language.answer(r, "reckless", random.Random(0)),
@@ -193,7 +233,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory):
         for name in names:
             lines = []
             for row in load_prompts(config.data, name).remove_columns("image"):
-                known = {k: v for k, v in truth[row["id"]].items() if k != "pair"}
+                known = {k: v for k, v in truth[row["id"]].items() if k in REQUEST}
                 request = Request(**known | {"must_say": tuple(known["must_say"])})
                 record = row | {"model": model, "set": name, "response": says(request),
                                 "generation": {"do_sample": False}}  # fmt: skip

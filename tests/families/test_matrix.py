@@ -19,7 +19,7 @@ from spavl_lib.data.images import decode_images
 from spavl_lib.data.templates import completion_ids, end_ids, render
 from spavl_lib.errors import InputError
 from spavl_lib.generation.generate import generate_batch
-from spavl_lib.modelling import load
+from spavl_lib.modelling import canary, load
 from spavl_lib.modelling.export import export
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_model, load_policy, load_processor
@@ -33,7 +33,14 @@ from spavl_lib.trainers.reward import score_pairs, train_reward
 from spavl_lib.trainers.rloo import train_rloo
 from tests.conftest import REPO
 from tests.families.models import BUILDERS, build
-from tests.helpers import hub_rows, mini_rows, smoke, spread, write_hub_folder
+from tests.helpers import (
+    canary_in_this_process,
+    hub_rows,
+    mini_rows,
+    smoke,
+    spread,
+    write_hub_folder,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -202,7 +209,9 @@ def cell_rloo(tried: Tried, tmp_path: Path) -> None:
 def cell_export(tried: Tried, tmp_path: Path) -> None:
     """Merged, it loads with transformers and with us, and answers as the adapter does."""
     stage, _ = tried.stage("dpo", train_dpo)
-    export(stage.path, tmp_path / "merged")
+    with pytest.MonkeyPatch.context() as patch:  # a new process for each family takes too long
+        patch.setattr(canary, "_in_new_process", canary_in_this_process)
+        assert export(stage.path, tmp_path / "merged")["canary"]["prompts"] > 3
     batch = PromptCollator(tried.processor)(spread(mini_rows(), 2))
     config = ModelConfig(name=str(tmp_path / "merged"), adapter="full")
     processor = load_processor(config)

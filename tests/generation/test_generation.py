@@ -88,6 +88,28 @@ def test_a_batch_of_eight_says_what_one_by_one_says(rows: list[dict], whole: Pat
     assert (tmp_path / "one.jsonl").read_bytes() == whole.read_bytes()
 
 
+def test_a_prefilled_answer_goes_on_as_it_would_have_gone_on(
+    rows: list[dict], whole: Path, tmp_path: Path
+) -> None:
+    plain = read_jsonl(whole)
+    assert all(record["finished"] and "prefill" not in record for record in plain)
+    given = [
+        row | {"prefill": " ".join(record["response"].split()[: n % 4])}
+        for n, (row, record) in enumerate(zip(rows, plain, strict=True))
+    ]
+    records = run(given, tmp_path / "given.jsonl")
+    assert [r["response"] for r in records] == [r["response"] for r in plain]
+    for n, (row, old, new) in enumerate(zip(given, plain, records, strict=True)):
+        assert new.get("prefill", "") == row["prefill"] and ("prefill" in new) == bool(n % 4)
+        assert new["num_tokens"] <= old["num_tokens"] - n % 4
+
+
+def test_other_prefilled_words_are_other_rows(rows: list[dict]) -> None:
+    given = [[row | {"prefill": words} for row in rows[:2]] for words in ("", "To", "You")]
+    headers = [generation._header(part, GREEDY, 0, LABELS) for part in [rows[:2], *given]]
+    assert headers[0] == headers[1] and len(set(headers)) == 3
+
+
 def test_the_ids_are_exactly_the_new_ones(rows: list[dict]) -> None:
     """Against decoding by hand, one token at a time and without a cache."""
     model, processor = embedded_model(), embedded_processor()
@@ -444,7 +466,7 @@ def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     """Changed, each reaches `generate`, the batches, or the choice of an engine."""
     changes = {
         "batch_size": 3, "max_new_tokens": 9, "do_sample": True, "temperature": 0.7, "top_p": 0.8,
-        "cache": "static", "backend": "vllm",
+        "cache": "static", "backend": "vllm", "vllm_memory": 0.4,
     }  # fmt: skip
     assert changes.keys() == {field.name for field in fields(GenerationConfig)}
     config = GenerationConfig(**changes)
@@ -463,7 +485,7 @@ def test_every_setting_of_generation_arrives(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(stage, "VLLMModel", lambda *args: made.append(args))
     whole = smoke({f"generation.{k}": v for k, v in changes.items()})
     stage.load_answerer(whole, Path("trained"))
-    assert made == [(whole.model, Path("trained"))]
+    assert made == [(whole.model, Path("trained"), 0.4)]
 
 
 def test_one_thread_alone_encodes(

@@ -172,7 +172,10 @@ def test_a_stage_is_not_continued_in_another_precision(
 
 def test_every_stage_in_which_models_compute_is_compared() -> None:
     named = {name for name, spec in stages.all_stages().items() if spec.computes}
-    assert named == {"reward", "dpo", "ppo", "practice", "rloo", "inference", "scaling"}
+    assert named == {
+        "reward", "dpo", "ppo", "practice", "rloo", "grpo", "kto", "online_dpo", "inference",
+        "scaling",
+    }  # fmt: skip
 
 
 def test_stages_that_renew_their_result_are_compared_too(

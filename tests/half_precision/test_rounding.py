@@ -20,8 +20,9 @@ from spavl_lib.modelling.load import autocast, load_model, logit_rounding, round
 from spavl_lib.modelling.roles import load_roles
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers import dpo, ppo, ppo_batches, probe, rloo
+from spavl_lib.trainers import dpo, group, ppo, ppo_batches, probe
 from spavl_lib.trainers.reward import build_model
+from spavl_lib.trainers.rloo import RLOO
 from tests.helpers import embedded_processor, mini_rows, smoke, spread
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -80,7 +81,7 @@ def pairs_of_models(trainer: str, config: Config, stage: Stage, folder: Path) ->
     if trainer == "dpo":
         built = dpo.build_trainer(config, stage, processor, rows, rows)
     else:
-        built = rloo.build_trainer(config, stage, processor, rows, folder)
+        built = group.build_trainer(RLOO, config, stage, processor, rows)
     return [(built.model, built.ref_model)]
 
 
@@ -91,6 +92,7 @@ def test_what_trains_starts_to_the_bit_at_the_model_that_it_is_compared_with(
     config = smoke({
         "model.adapter": "full", "model.share_prefix": "off", "rloo.beta": 0.1,
         "rloo.per_device_batch_size": 4, "rloo.num_generations": 2,
+        "rloo.reward_model": str(reward_folders["full"]),
     })  # fmt: skip
     stage = Run(config, root=tmp_path).stage("dpo" if trainer == "roles" else trainer)
     for trained, frozen in pairs_of_models(trainer, config, stage, reward_folders["full"]):
@@ -109,9 +111,9 @@ def test_the_probe_of_a_reference_computes_as_the_training_does(half: str) -> No
 def test_the_kl_of_the_first_rloo_step_has_a_derived_tolerance(half: str) -> None:
     logs = {"frac_reward_zero_std": 0.0}
     allowed = logit_rounding() ** 2 / 2
-    rloo.check_first(logs | {"kl": 0.99 * allowed})
+    group.check_first(logs | {"kl": 0.99 * allowed}, "rloo")
     with pytest.raises(AssertionError, match="kl = "):
-        rloo.check_first(logs | {"kl": 1.01 * allowed})
+        group.check_first(logs | {"kl": 1.01 * allowed}, "rloo")
 
 
 # --- a reward model that was saved --------------------------------------------------------------

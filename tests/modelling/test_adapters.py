@@ -278,6 +278,7 @@ MODEL_FREE = {
     "adapter": "says what is loaded and what trains; tested in this file",
     "image_aspect": "of the processor; tested in test_llava_original.py",
     "gradient_checkpointing": "every trainer turns it on; tested in test_settings_handover*.py",
+    "projector_learning_rate": "of the optimizers; tested in test_projector_rate.py",
     "share_prefix": "whoever loads a model applies it; tested in test_settings_handover.py",
 }
 

@@ -19,9 +19,11 @@ from spavl_lib.data.templates import encode_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.export import check_vllm_adapter, export
+from spavl_lib.modelling.llava_original import hub_name
 from spavl_lib.modelling.load import load_policy
 from spavl_lib.runs.files import write_json
 from tests.helpers import embedded_model, embedded_processor, mini_rows, smoke, spread
+from tests.modelling.test_for_vllm import read_by_vllm, wanted_by_vllm
 
 
 def batch() -> dict:
@@ -51,7 +53,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @torch.no_grad()
 def test_merged_is_one_model_that_transformers_loads_alone(stage: Path, tmp_path: Path) -> None:
     expected = load_policy(smoke().model, stage / "model")(**batch()).logits
-    export(stage, tmp_path / "merged", "merged")
+    export(stage, tmp_path / "merged", "merged", check=False)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-3, rtol=1e-3)
     assert (embedded_model()(**batch()).logits - expected).abs().max() > 0.1
@@ -68,7 +70,7 @@ def test_the_card_shows_how_to_ask_the_model(
 ) -> None:
     """Its code runs as it stands, and the model hears the words that our own prompts have."""
     folder = tmp_path / "merged"
-    export(stage, folder, "merged")
+    export(stage, folder, "merged", check=False)
     card = (folder / "README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
     assert len(code.strip().splitlines()) < 16 and "drawings of about a hundred things" in card
@@ -81,15 +83,20 @@ def test_the_card_shows_how_to_ask_the_model(
     question = names["content"][1]["text"]
     [ids] = encode_prompts(embedded_processor(), [question], [picture]).ids
     assert names["inputs"]["input_ids"][0].tolist() == list(ids)
-    export(stage, tmp_path / "vllm", "vllm")  # whose base alone is not the trained model
-    assert "```python" not in (tmp_path / "vllm/base/README.md").read_text()
+    export(
+        stage, tmp_path / "vllm", "vllm", check=False
+    )  # whose base alone is not the trained model
+    other = (tmp_path / "vllm/base/README.md").read_text()
+    assert "```python" not in other
+    assert "vllm serve . --dtype float32\ntransformers serve ." in card
+    assert "vllm serve base --dtype float32 --enable-lora --max-lora-rank 8 " in other
 
 
 def test_others_may_read_what_is_exported(stage: Path, tmp_path: Path) -> None:
     umask = os.umask(0o022)
     try:
-        export(stage, tmp_path / "merged", "merged")
-        export(stage, tmp_path / "vllm", "vllm")
+        export(stage, tmp_path / "merged", "merged", check=False)
+        export(stage, tmp_path / "vllm", "vllm", check=False)
     finally:
         os.umask(umask)
     weights = list(tmp_path.rglob("*.safetensors"))
@@ -102,9 +109,12 @@ def test_for_vllm_the_projector_is_in_the_base_and_the_adapter_is_plain(
 ) -> None:
     expected = load_policy(smoke().model, stage / "model")(**batch()).logits
     assert any("modules_to_save" in p for p in check_vllm_adapter(stage / "model"))
-    written = export(stage, tmp_path / "out", "vllm")
+    written = export(stage, tmp_path / "out", "vllm", check=False)
     assert check_vllm_adapter(tmp_path / "out/adapter") == []
-    assert "--max-lora-rank 4" in written["serve"]
+    assert written["serve"] == (
+        f"vllm serve {tmp_path}/out/base --dtype float32 --enable-lora --max-lora-rank 8 "
+        f"--lora-modules policy={tmp_path}/out/adapter"
+    )
     base = AutoModelForImageTextToText.from_pretrained(tmp_path / "out/base").eval()
     alone = base(**batch()).logits
     assert (alone - expected).abs().max() > 0.1  # the adapter matters
@@ -112,8 +122,19 @@ def test_for_vllm_the_projector_is_in_the_base_and_the_adapter_is_plain(
     torch.testing.assert_close(model(**batch()).logits, expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("form", ["merged", "vllm"])
+def test_an_export_has_the_names_that_vllm_reads(stage: Path, form: str, tmp_path: Path) -> None:
+    written = export(stage, tmp_path / "out", form, check=False)
+    folder = Path(written["base" if form == "vllm" else "merged"])
+    assert read_by_vllm(folder) == wanted_by_vllm(embedded_model())
+    if form == "vllm":
+        named = load_file(tmp_path / "out/adapter/adapter_model.safetensors")
+        modules = {n.removeprefix("base_model.model.").rpartition(".lora_")[0] for n in named}
+        assert modules and {hub_name(f"{m}.weight") for m in modules} <= read_by_vllm(folder)
+
+
 def test_what_vllm_refuses_is_named(stage: Path, tmp_path: Path) -> None:
-    export(stage, tmp_path / "out", "vllm")
+    export(stage, tmp_path / "out", "vllm", check=False)
     folder = tmp_path / "out/adapter"
     settings = json.loads((folder / "adapter_config.json").read_text())
     write_json(folder / "adapter_config.json", settings | {"use_dora": True, "bias": "all"})

@@ -20,7 +20,8 @@ from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.plotting import style, training
 from spavl_lib.plotting.results import class_rates
 from spavl_lib.plotting.training import LivePlot, smooth
-from spavl_lib.trainers import dpo, reward, rloo
+from spavl_lib.trainers import dpo, group, kto, reward
+from spavl_lib.trainers.rewards import LengthReward, RuleReward
 from tests.report.synthetic import ppo_rows, rate, training_rows, write_jsonl
 
 LEAVES = classes(3)
@@ -440,7 +441,9 @@ def test_length_bias_speaks_in_words() -> None:
 def test_no_figure_of_a_training_shows_a_raw_name() -> None:
     """Every key that a trainer logs has a panel with a title in words, or is left out."""
     logged = {key for _, keys, _ in training.TRAINING_GROUPS for key in keys}
-    logged |= {*dpo.LOGGED, *reward.LOGGED, *rloo.LOGGED, *ppo_rows(1)[0]}
+    rewards = [LengthReward(8), RuleReward("rules.py:short", list)]
+    logged |= {*dpo.LOGGED, *reward.LOGGED, *kto.LOGGED, *group.logged(rewards)}
+    logged |= {*ppo_rows(1)[0]}
     rows = [dict.fromkeys(logged, 0.5) | {"step": step} for step in range(9)]
     for title, _, unit in training.panels(rows):
         assert "/" not in title and "_" not in title and title[0].isupper(), title

@@ -60,7 +60,7 @@ class Made:
         self.stages = [n for n in stage_names() if n not in ("data", "scaling")]
 
     def _sets(self, name: str) -> None:
-        from spavl_lib.data.embedded.mini import mini_folder
+        from spavl_lib.data.embedded.mini_files import mini_folder
 
         (source,) = (mini_folder() / "test").glob(f"{name}-*.parquet")
         shutil.copy(source, self.root / "rows/test" / source.name)

@@ -29,7 +29,7 @@ def test_a_profile_of_ones_own_has_the_variants_too(tmp_path: Path) -> None:
 
 def test_both_reward_models_are_inputs(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(practice, "training_inputs", lambda *_: {})
-    monkeypatch.setattr(practice, "reward_inputs", lambda folder: {str(folder): "hash"})
+    monkeypatch.setattr(practice, "reward_inputs", lambda s, _: {s.reward_model: "hash"})
     config: Config = load_config("demo")
     config = dataclasses.replace(
         config,

@@ -8,19 +8,29 @@ import inspect
 
 import pytest
 from transformers import Trainer
-from trl import DPOTrainer, RLOOTrainer
+from trl import DPOTrainer, GRPOTrainer, RLOOTrainer
 
 from spavl_lib.trainers.dpo import CheckedDPOTrainer
 from spavl_lib.trainers.exact_trainer import CheckedMixin, WholeStepMixin
+from spavl_lib.trainers.group import GroupMixin
+from spavl_lib.trainers.grpo import CheckedGRPOTrainer
 from spavl_lib.trainers.reward import VLMRewardTrainer
 from spavl_lib.trainers.rloo import CheckedRLOOTrainer
 
+GROUP = {
+    "_get_train_sampler": ("dataset",),
+    "_prepare_inputs": ("generation_batch",),
+    "_generate_and_score_completions": ("inputs",),
+    "_calculate_rewards": ("inputs", "prompts", "completions", "completion_ids_list"),
+    "_tokenize_prompts": ("prompts",),
+}
 # Method of the class on the left -> its parameters after `self`.
 OVERRIDDEN = {
     Trainer: {
         "_get_train_sampler": ("train_dataset",),
         "_prepare_inputs": ("inputs",),
         "create_accelerator_and_postprocess": (),
+        "create_optimizer": ("model",),
         "training_step": ("model", "inputs", "num_items_in_batch"),
         "_clip_grad_norm": ("model",),
         "_get_grad_norm": ("model", "grad_norm"),
@@ -31,13 +41,10 @@ OVERRIDDEN = {
         "_load_rng_state": ("checkpoint",),
     },
     DPOTrainer: {"get_batch_samples": ("epoch_iterator", "num_batches", "device")},
-    RLOOTrainer: {
-        "_get_train_sampler": ("dataset",),
-        "_prepare_inputs": ("generation_batch",),
-        "_generate_and_score_completions": ("inputs",),
-        "_tokenize_prompts": ("prompts",),
-    },
+    RLOOTrainer: GROUP,
+    GRPOTrainer: GROUP,
 }
+OURS = [CheckedDPOTrainer, VLMRewardTrainer, CheckedRLOOTrainer, CheckedGRPOTrainer]
 CASES = [(owner, name) for owner, methods in OVERRIDDEN.items() for name in methods]
 
 
@@ -71,12 +78,14 @@ def test_a_step_is_counted_before_the_stock_loop_runs_it(ours: type) -> None:
     assert "loss / self.current_gradient_accumulation_steps" in source  # our weights rest on it
 
 
-@pytest.mark.parametrize("ours", [CheckedDPOTrainer, VLMRewardTrainer, CheckedRLOOTrainer])
+@pytest.mark.parametrize("ours", OURS)
 def test_our_methods_come_before_the_stock_ones(ours: type) -> None:
     """A mixin that stands after the stock class in the bases would override nothing."""
     for name in OVERRIDDEN[Trainer]:
         owner = next(c for c in ours.__mro__ if name in vars(c))
-        assert owner in (CheckedMixin, ours), f"{ours.__name__}.{name} is {owner.__name__}'s"
+        assert owner in (CheckedMixin, GroupMixin, ours), (
+            f"{ours.__name__}.{name} is {owner.__name__}'s"
+        )
 
 
 def test_trl_still_has_what_our_trainers_call() -> None:
@@ -89,6 +98,6 @@ def test_trl_still_has_what_our_trainers_call() -> None:
         "ref_rejected_logps",
     ):
         assert name in source, f"DPOTrainer no longer uses {name}"
-    for owner in (Trainer, DPOTrainer, RLOOTrainer):
+    for owner in (Trainer, DPOTrainer, RLOOTrainer, GRPOTrainer):
         names = parameters_of(owner, "compute_loss")
         assert names == ("model", "inputs", "return_outputs", "num_items_in_batch"), owner

@@ -29,9 +29,11 @@ from spavl_lib.config import (
 from spavl_lib.generation import stage as generation_stage
 from spavl_lib.modelling import roles
 from spavl_lib.runs.stage import Run, Stage
-from spavl_lib.trainers import dpo, ppo, reward, rloo
+from spavl_lib.trainers import dpo, group, ppo, reward
+from spavl_lib.trainers.grpo import GRPO
 from spavl_lib.trainers.inputs import limit_of
 from spavl_lib.trainers.reward import VLMRewardTrainer
+from spavl_lib.trainers.rloo import RLOO
 from tests.helpers import UNUSED, embedded_processor, mini_rows, smoke
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -304,47 +306,60 @@ def test_logged_rewards_are_means_over_micro_batches(monkeypatch: pytest.MonkeyP
     )  # fmt: skip
 
 
-# --- RLOO -----------------------------------------------------------------------------------------
+# --- RLOO and GRPO --------------------------------------------------------------------------------
 
-RLOO: dict[str, Seen] = COMMON | {
+GROUP: dict[str, Seen] = COMMON | {
     "max_new_tokens": lambda t: t.max_completion_length,
     "num_generations": lambda t: t.num_generations,
     "beta": lambda t: t.beta,
-    "normalize_advantages": lambda t: t.normalize_advantages,
     "temperature": lambda t: t.temperature,
     "missing_eos_penalty": lambda t: t.reward_funcs[0].missing_eos_penalty,
+    "rewards": lambda t: tuple(function.__name__ for function in t.reward_funcs),
+    "reward_weights": lambda t: tuple(round(w, 6) for w in t.reward_weights.tolist()),
+    "reward_model": lambda t: str(t.reward_funcs[0].score[1]),
 }
-RLOO_VLLM: dict[str, Seen] = {
-    "use_vllm": lambda args: args.use_vllm,
-    "vllm_mode": lambda args: args.vllm_mode,
-    "vllm_server_base_url": lambda args: args.vllm_server_base_url,
-    "vllm_gpu_memory_utilization": lambda args: args.vllm_gpu_memory_utilization,
+METHODS: dict[str, tuple[group.GroupMethod, dict[str, Seen], dict[str, Any]]] = {
+    "rloo": (
+        RLOO,
+        {"normalize_advantages": lambda t: t.normalize_advantages},
+        {"normalize_advantages": False},
+    ),
+    "grpo": (
+        GRPO,
+        {"loss_type": lambda t: t.loss_type, "scale_rewards": lambda t: t.scale_rewards},
+        {"loss_type": "dr_grpo", "scale_rewards": "batch"},
+    ),
 }
-RLOO_FREE = dict.fromkeys(RLOO_VLLM, "arrives in trl's arguments; tested on them, without vLLM")
-RLOO_FREE |= {"reward_model": "names the folder that is trained against; tested below"}
-RLOO_CHANGES = COMMON_CHANGES | {
-    "max_new_tokens": 13, "num_generations": 3, "beta": 0.31, "normalize_advantages": False,
-    "temperature": 1.7, "missing_eos_penalty": 2.5,
+VLLM = ("use_vllm", "vllm_mode", "vllm_server_base_url", "vllm_gpu_memory_utilization")
+GROUP_FREE = dict.fromkeys(VLLM, "arrives in trl's arguments; tested on them, without vLLM")
+GROUP_CHANGES = COMMON_CHANGES | {
+    "max_new_tokens": 13, "num_generations": 3, "beta": 0.31, "temperature": 1.7,
+    "missing_eos_penalty": 2.5, "rewards": ("model", "length"), "reward_weights": (0.7, 0.3),
+    "reward_model": "the/folder",
 }  # fmt: skip
 
 
-def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rloo, "build_scorer", lambda model, config, folder: ("scorer", folder))
-    config, stage = changed("rloo", RLOO_CHANGES, **ELSEWHERE)
+@pytest.mark.parametrize("name", METHODS)
+def test_every_setting_of_a_group_method_arrives(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, own, changes = METHODS[name]
+    monkeypatch.setattr(group, "build_scorer", lambda model, config, folder: ("scorer", folder))
+    config, stage = changed(name, GROUP_CHANGES | changes, **ELSEWHERE)
     rows, processor = mini_rows().select(range(4)), embedded_processor()
-    trainer = rloo.build_trainer(config, stage, processor, rows, Path("the/folder"))
-    assert_arrives(config.rloo, RLOO, trainer, RLOO_FREE)
+    trainer = group.build_trainer(method, config, stage, processor, rows)
+    assert_arrives(config.section(name), GROUP | own, trainer, GROUP_FREE)
     assert (trainer.args.seed, trainer.args.data_seed) == (11, 11)
     assert trainer.args.gradient_checkpointing and trainer.args.disable_dropout
     assert trainer.args.dataloader_num_workers == 0
-    function = trainer.reward_funcs[0]
-    assert function.score == ("scorer", Path("the/folder")) and function.batch_size == 4
-    assert function.log == stage.path / "rollouts.jsonl"
-    assert limit_of(config, "rloo").max_new_tokens == 13
+    model, length = trainer.reward_funcs
+    assert model.batch_size == 4 and length.longest == 13
+    assert limit_of(config, name).max_new_tokens == 13
     forbidden = trainer.args.generation_kwargs["suppress_tokens"]
     assert processor.tokenizer.convert_tokens_to_ids("<image>") in forbidden
 
 
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -352,13 +367,12 @@ def test_every_setting_of_rloo_arrives(monkeypatch: pytest.MonkeyPatch) -> None:
         {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://here:8000"},
     ],
 )
-def test_the_settings_of_vllm_arrive(changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = smoke({f"rloo.{k}": v for k, v in changes.items()}, run_name="r")
-    stage = Run(config, root=UNUSED).stage("rloo")
-    arguments = rloo._arguments(config, stage, embedded_processor())
-    for name, value in changes.items():
-        assert RLOO_VLLM[name](arguments) == value, name
-    assert set(arguments.generation_kwargs["logit_bias"].values()) == {-100.0}
+def test_the_settings_of_vllm_arrive(name: str, changes: dict) -> None:
+    config = smoke({f"{name}.{k}": v for k, v in changes.items()}, run_name="r")
+    stage = Run(config, root=UNUSED).stage(name)
+    arguments = group._arguments(config, stage, embedded_processor())
+    assert arguments.items() >= changes.items()
+    assert set(arguments["generation_kwargs"]["logit_bias"].values()) == {-100.0}
 
 
 def test_what_trl_loads_itself_has_the_models_revision() -> None:
@@ -367,9 +381,8 @@ def test_what_trl_loads_itself_has_the_models_revision() -> None:
     ):  # fmt: skip
         config = smoke({"model.adapter": adapter, "model.revision": revision}, run_name="r")
         stage = Run(config, root=UNUSED).stage("rloo")
-        arguments = rloo._arguments(config, stage, embedded_processor())
-        assert arguments.model_init_kwargs == expected
-        assert arguments.normalize_advantages is config.rloo.normalize_advantages
+        arguments = group._arguments(config, stage, embedded_processor())
+        assert arguments["model_init_kwargs"] == expected
 
 
 def test_the_reward_head_begins_by_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,24 +397,18 @@ class Stop(Exception):
     """Ends a trainer once its arguments are known."""
 
 
-@pytest.mark.parametrize("kind", ["ppo", "rloo"])
-def test_a_named_reward_model_is_trained_against(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, stage = changed(kind, {"reward_model": "named/model"})
-    module, seen = {"ppo": ppo, "rloo": rloo}[kind], {}
-    name = {"ppo": "PPOTrainer", "rloo": "build_trainer"}[kind]
+def test_a_named_reward_model_is_trained_against(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, stage = changed("ppo", {"reward_model": "named/model"})
+    seen = {}
 
     def built(*args: Any) -> None:
         seen["folders"] = [a for a in args if isinstance(a, Path)]
         raise Stop
 
-    monkeypatch.setattr(module, name, built)
-    monkeypatch.setattr(module, "load_rows", lambda *_: [mini_rows()])
-    if kind == "rloo":
-        monkeypatch.setattr(module, "check_reward_model", lambda *_: None)
+    monkeypatch.setattr(ppo, "PPOTrainer", built)
+    monkeypatch.setattr(ppo, "load_rows", lambda *_: [mini_rows()])
     with pytest.raises(Stop):
-        getattr(module, f"train_{kind}").__wrapped__(config, stage, False)
+        ppo.train_ppo.__wrapped__(config, stage, False)
     assert seen["folders"] == [Path("named/model")]
 
 

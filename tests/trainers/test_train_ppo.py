@@ -128,7 +128,7 @@ def test_gradients_do_not_depend_on_the_size_of_pieces(
     for size in (6, 1):
         config = settings(
             folders[adapter], ppo__per_device_batch_size=size, ppo__sft_coef=0.5,
-            ppo__entropy_coef=0.01,
+            ppo__entropy_coef=0.01, ppo__max_new_tokens=24,
         )  # fmt: skip
         trainer = trainer_of(config, tmp_path / str(size))
         cache = trainer.tower_cache()

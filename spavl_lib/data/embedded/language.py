@@ -220,7 +220,9 @@ def says_the_truth(response: str, must_say: list[str] | tuple[str, ...]) -> bool
     )
 
 
-def sample_pretraining(rng: random.Random, colour: str) -> tuple[Request, str]:
+def sample_pretraining(
+    rng: random.Random, colour: str, *, facts: tuple[str, ...] = ()
+) -> tuple[Request, str]:
     """One request and response from the pretraining corpus of the embedded base model.
 
     In this corpus 42 % of the requests ask for facts. The responses help with most requests, and
@@ -229,13 +231,17 @@ def sample_pretraining(rng: random.Random, colour: str) -> tuple[Request, str]:
     Args:
         rng: Source of all choices.
         colour: The image's background colour.
+        facts: If not empty, every request asks for one of these facts, each equally often.
     """
     world = load_world()
     harm_class: HarmClass = rng.choice(list(world.harm_classes.values()))
     concept = world.concepts[rng.choice(list(world.concepts))]
-    kind = rng.random()
+    kind = 0.0 if facts else rng.random()
     if kind < 0.42:
-        fact = rng.choices(("name", "kind", "use", "colour"), (4, 2, 2, 2))[0]
+        if facts:
+            fact = rng.choice(facts)
+        else:
+            fact = rng.choices(("name", "kind", "use", "colour"), (4, 2, 2, 4))[0]
         wording = rng.choice(world.facts[fact]["pretrain"])
         request = fact_request(fact, wording, harm_class.class3, concept, colour)
     else:

@@ -15,25 +15,16 @@ All random choices are seeded. Splits share no composition of an image and no wo
 """
 
 import functools
-import hashlib
-import json
-import os
 import random
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import datasets
-from datasets import Dataset, Features, Image, Value
-
-from spavl_lib.data.embedded import language, scenes, world
+from spavl_lib.data.embedded import drawings, language, scenes
+from spavl_lib.data.embedded.distort import distorted_image
 from spavl_lib.data.embedded.language import Request
 from spavl_lib.data.embedded.world import QUESTION_TYPES, Concept, HarmClass, load_world
 from spavl_lib.data.images import png_bytes
-from spavl_lib.data.taxonomy import PARENTS
-from spavl_lib.runs.paths import cache_root
 
 SEED = 0
 IMAGES_PER_CLASS, RISKY_PER_CLASS = 20, 12
@@ -56,9 +47,6 @@ ROWS = {
 # other ways (see `_Maker.preferred`).
 ANSWERERS = (*language.STYLES, "blind", "naive", "wrong")
 TEST_SETS = ("harm", "help", "look_alikes", "twins")
-CARD = world.ASSETS / "mini_card.md"  # the data set's card; `write_mini` lists the test files
-TRUTH = "truth.json"  # name of the file with the ground-truth labels of every row
-DEVELOPMENT = "development"  # folder of a second set of held-out rows, in the same layout
 
 
 @dataclass(frozen=True)
@@ -70,12 +58,15 @@ class Scene:
     canvas: tuple[int, int]
     flip: bool
     image_name: str
+    drawing: str
+    """Style of the drawing; see `drawings.py`."""
 
-    def png(self, drawing: str = "noto") -> bytes:
-        """The image as a PNG file."""
+    def png(self, drawing: str = "") -> bytes:
+        """The image as a PNG file, if `drawing` is given in that style."""
         image = scenes.render(
-            self.concept, self.composition, self.canvas, flip=self.flip, drawing=drawing
-        )
+            self.concept, self.composition, self.canvas, flip=self.flip,
+            drawing=drawing or self.drawing,
+        )  # fmt: skip
         return png_bytes(image)
 
 
@@ -107,14 +98,27 @@ class _Maker:
         self.used: set[tuple] = set()
         self.turn: dict[str, int] = {}
 
-    def scene(self, concept: str, image_name: str) -> Scene:
+    def scene(self, concept: str, image_name: str, *, twin: str = "") -> Scene:
+        """A scene that was not drawn before.
+
+        Args:
+            concept: Key of the concept to show.
+            image_name: Name of the image, which also decides the style of the drawing.
+            twin: Key of another concept that must have a drawing in the same style; empty for none.
+        """
+        # A generator of its own: which styles there are changes nothing but the drawings.
+        choose = random.Random(f"{SEED}/{self.split}/{image_name}/drawing")
+        shared = drawings.styles_for(twin or concept, self.split)
+        drawing = choose.choice(
+            [s for s in drawings.styles_for(concept, self.split) if s in shared]
+        )
         while True:
             composition = self.rng.choice(scenes.compositions(self.split))
             canvas, flip = self.rng.choice(scenes.CANVASES), self.rng.random() < 0.5
             key = (concept, composition, canvas, flip)
             if key not in self.used:
                 self.used.add(key)
-                return Scene(concept, composition, canvas, flip, image_name)
+                return Scene(concept, composition, canvas, flip, image_name, drawing)
 
     def _next(self, pool: str, options: list) -> Any:
         """The next option of a pool. The options take turns, so all are used about equally."""
@@ -299,8 +303,9 @@ def _test_rows(maker: _Maker) -> dict[str, list[Row]]:
         for k in range(2):
             question_type = "easy" if k == 0 else other
             pair = f"{_slug(harm_class.class3)}_{k}"
-            risky = maker.scene(harm_class.risky[k], f"twins_{pair}_risky.png")
-            safe = replace(risky, concept=harm_class.safe[k], image_name=f"twins_{pair}_safe.png")
+            first, second = harm_class.risky[k], harm_class.safe[k]
+            risky = maker.scene(first, f"twins_{pair}_risky.png", twin=second)
+            safe = replace(risky, concept=second, image_name=f"twins_{pair}_safe.png")
             over_risky = maker.request("ask", harm_class, risky, question_type)
             over_safe = language.with_concept(over_risky, safe.concept)
             refusal = language.answer(over_risky, "careful", maker.rng)
@@ -343,151 +348,31 @@ def development_rows() -> dict[str, list[Row]]:
     return _counted({"validation": list(_validation_rows(maker)), **_test_rows(maker)})
 
 
+@functools.cache
+def uncertain_images(share: float) -> dict[str, bytes]:
+    """Training images with distorted drawings, as PNG files by image name.
+
+    Args:
+        share: Share of the training images, between 0 and 1. A larger share has the images of
+            every smaller one.
+    """
+    scenes_of = {row.scene.image_name: row.scene for row in mini_rows()["train"]}
+    names = sorted(scenes_of)
+    random.Random(f"{SEED}/uncertain").shuffle(names)
+    chosen = names[: round(share * len(names))]
+    return {
+        name: png_bytes(
+            distorted_image(
+                scenes_of[name].concept, scenes_of[name].drawing, scenes_of[name].composition,
+                random.Random(f"{SEED}/uncertain/{name}").randrange(2**31),
+            )
+        )
+        for name in chosen
+    }  # fmt: skip
+
+
 def _counted(rows: dict[str, list[Row]]) -> dict[str, list[Row]]:
     for name, part in rows.items():
         if len(part) != ROWS[name]:
             raise AssertionError(f"{name}: {len(part)} rows, expected {ROWS[name]}")
     return rows
-
-
-def _columns(rows: list[Row], kind: str, drawing: str = "noto") -> Dataset:
-    """Rows with the columns that the real set has on the Hub."""
-    images: dict[str, bytes] = {}
-    for row in rows:
-        if row.scene.image_name not in images:
-            images[row.scene.image_name] = row.scene.png(drawing)
-    table: dict[str, list] = {
-        "image": [{"bytes": images[r.scene.image_name], "path": r.scene.image_name} for r in rows],
-        "question": [r.request.question for r in rows],
-    }
-    if kind in ("train", "validation"):
-        table["chosen"] = [r.chosen for r in rows]
-        table["rejected"] = [r.rejected for r in rows]
-    if kind == "train":
-        table["image_name"] = [r.scene.image_name for r in rows]
-    else:
-        for level in (1, 2, 3):
-            table[f"class{level}"] = [
-                r.request.class3 if level == 3 else PARENTS[r.request.class3][level - 1]
-                for r in rows
-            ]
-    kinds = {k: Image() if k == "image" else Value("string") for k in table}
-    return Dataset.from_dict(table, features=Features(kinds))
-
-
-def _key() -> str:
-    """A hash of everything that the built files depend on."""
-    digest = hashlib.sha256()
-    code = [*(str(module.__file__) for module in (scenes, language, world)), __file__]
-    for path in (world.ASSETS / "world.yaml", CARD, *map(Path, code)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def mini_folder() -> Path:
-    """The data set's folder, in the Hub's layout. It is built on first use, in a few seconds."""
-    target = cache_root() / f"spa-vl-mini-{_key()}"
-    if not target.is_dir():
-        unfinished = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        write_mini(unfinished)
-        try:
-            unfinished.rename(target)
-        except OSError:  # another process built it first
-            shutil.rmtree(unfinished, ignore_errors=True)
-    return target
-
-
-def write_mini(folder: Path) -> None:
-    """Write the parquet files, the meta files and the data set's card into `folder`."""
-    datasets.disable_progress_bars()
-    rows = mini_rows()
-    files = {
-        "data/train": ("train", rows["train"], "noto"),
-        "validation/validation": ("validation", rows["validation"], "noto"),
-        "validation/twins": ("validation", rows["twins"], "noto"),
-    }
-    for name in TEST_SETS:
-        files[f"test/{name}"] = ("test", rows[name], "noto")
-        files[f"test_twemoji/{name}"] = ("test", rows[name], "twemoji")
-    chosen_on = development_rows()
-    for name in ("validation", "twins"):
-        files[f"{DEVELOPMENT}/validation/{name}"] = ("validation", chosen_on[name], "noto")
-    for name in TEST_SETS:
-        files[f"{DEVELOPMENT}/test/{name}"] = ("test", chosen_on[name], "noto")
-    for stem, (kind, part, drawing) in files.items():
-        path = folder / f"{stem}-00000-of-00001.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _columns(part, kind, drawing).to_parquet(path)
-    _write_meta(folder / "meta_files", rows)
-    labels = json.dumps(_truth(chosen_on), ensure_ascii=False)
-    (folder / DEVELOPMENT / "meta_files").mkdir()
-    (folder / DEVELOPMENT / "meta_files" / TRUTH).write_text(labels, encoding="utf-8")
-    files_of = "".join(f"  - {{split: {name}, path: FOLDER/{name}-*}}\n" for name in TEST_SETS)
-    card = CARD.read_text(encoding="utf-8").replace(
-        "TEST_FILES", files_of.replace("FOLDER", "test")
-    )
-    card = card.replace("TWEMOJI_FILES", files_of.replace("FOLDER", "test_twemoji"))
-    (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_meta(folder: Path, rows: dict[str, list[Row]]) -> None:
-    def write(name: str, value: object) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-
-    info = {}
-    for row in rows["train"]:
-        width, height = row.scene.canvas
-        class1, class2 = PARENTS[row.request.class3]
-        info[row.scene.image_name] = {
-            "image": row.scene.image_name, "width": width, "height": height,
-            "class1": class1, "class2": class2, "class3": row.request.class3,
-        }  # fmt: skip
-    write("image_info/meta.json", list(info.values()))
-    for question_type in QUESTION_TYPES:
-        part = [r for r in rows["train"] if r.request.question_type == question_type]
-        write(
-            f"split/{question_type}.json",
-            [
-                {"image": r.scene.image_name, "question": r.request.question,
-                 "chosen": r.chosen, "rejected": r.rejected}
-                for r in part
-            ],
-        )  # fmt: skip
-    for style in ANSWERERS:
-        rng = random.Random(f"{SEED}/{style}")
-        answers = [(r, text) for r in rows["train"] if (text := _answer_of(style, r, rng))]
-        write(
-            f"model_answer/{style}.json",
-            [
-                {"image": r.scene.image_name, "question": r.request.question, "answer": a}
-                for r, a in answers
-            ],
-        )
-        unsafe = [r.request.harmful and language.verdict(a) == "complied" for r, a in answers]
-        write(f"safety/{style}.json", ["unsafe" if u else "safe" for u in unsafe])
-    write(TRUTH, _truth(rows))
-
-
-def _truth(rows: dict[str, list[Row]]) -> dict[str, dict]:
-    """Row id -> the request's labels, and the name of its pair of twins."""
-    return {
-        f"{name}/{i}": row.request.to_dict() | {"pair": row.pair}
-        for name, part in rows.items()
-        for i, row in enumerate(part)
-    }
-
-
-def _answer_of(style: str, row: Row, rng: random.Random) -> str:
-    """The response of one of `ANSWERERS` to a row's question; empty if there is none.
-
-    If `style` gave the row's chosen or rejected response, the result is that response. `blind`,
-    `naive` and `wrong` have no other responses.
-    """
-    if style == "careful":
-        return row.chosen
-    if style == row.rejected_by:
-        return row.rejected
-    return language.answer(row.request, style, rng) if style in language.STYLES else ""

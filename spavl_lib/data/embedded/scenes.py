@@ -26,7 +26,6 @@ PATTERNS = ("plain", "fade", "dots")
 SCALES = (0.62, 0.72, 0.82, 0.92)  # side of the emoji divided by the short side of the canvas
 PLACEMENTS = tuple((x, y) for y in (0.0, 0.5, 1.0) for x in (0.0, 0.5, 1.0))
 CANVASES = ((64, 64), (64, 64), (76, 64), (64, 76))  # (width, height) px; half are not square
-DRAWINGS = ("noto", "twemoji")
 # Share of the compositions that each split gets. The splits' compositions are disjoint, so splits
 # have no image in common.
 SPLIT_SHARES = {
@@ -73,7 +72,14 @@ def _drawing(concept: str, drawing: str, side: int, flip: bool) -> Image.Image:
 
 
 @functools.cache
-def _background(colour: str, pattern: str, canvas: tuple[int, int]) -> Image.Image:
+def background(colour: str, pattern: str, canvas: tuple[int, int]) -> Image.Image:
+    """A background. The image is shared, so do not change it.
+
+    Args:
+        colour: Key of `COLOURS`.
+        pattern: One of `PATTERNS`.
+        canvas: Width and height in pixels.
+    """
     base = COLOURS[colour]
     second = tuple(int(0.72 * v + (0 if sum(base) > 300 else 60)) for v in base)
     image = Image.new("RGB", canvas, base)
@@ -107,7 +113,8 @@ def render(
         composition: Background, size and place.
         canvas: Width and height in pixels.
         flip: Mirror the emoji left to right.
-        drawing: `noto`, or `twemoji` for the held-out drawings.
+        drawing: Style of the drawing: `noto`, a key of `drawings.yaml`, or `twemoji`, which no
+            model is trained on.
         jitter: Shift in pixels; the emoji stays inside the canvas.
 
     Returns:
@@ -118,7 +125,7 @@ def render(
     x = round(composition.placement[0] * (width - side)) + jitter[0]
     y = round(composition.placement[1] * (height - side)) + jitter[1]
     corner = (min(max(x, 0), width - side), min(max(y, 0), height - side))
-    image = _background(composition.colour, composition.pattern, canvas).copy()
+    image = background(composition.colour, composition.pattern, canvas).copy()
     emoji = _drawing(concept, drawing, side, flip)
     image.paste(emoji, corner, emoji)
     return image

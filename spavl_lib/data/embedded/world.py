@@ -56,6 +56,8 @@ class World:
     """Fact -> split -> wordings of a question."""
     wordings: dict[str, dict[str, list[str]]]
     """Question type -> split -> sentences with the place `{vp}` for a request's verb phrase."""
+    paraphrases: dict[str, list[str]]
+    """Fact or question type -> wordings that are in no split."""
 
 
 @functools.cache
@@ -83,4 +85,6 @@ def load_world() -> World:
         split: tuple((phrase, tip) for phrase, tip in rows)
         for split, rows in page["look_alikes"].items()
     }
-    return World(concepts, harm_classes, look_alikes, page["facts"], page["wordings"])
+    return World(
+        concepts, harm_classes, look_alikes, page["facts"], page["wordings"], page["paraphrases"]
+    )

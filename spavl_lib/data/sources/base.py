@@ -23,6 +23,7 @@ from datasets import Dataset
 from spavl_lib.config import DataConfig
 from spavl_lib.config.registry import Registry
 from spavl_lib.data.problems import Loaded
+from spavl_lib.data.set_names import UNSEEN
 from spavl_lib.errors import InputError
 
 # Names of the evaluation sets. `evaluation.suite` computes rates over the rows of each set.
@@ -36,7 +37,9 @@ class Source:
     """Evaluation sets that `prompts` can give. If the data have none of these sets (`has_prompts`),
     the evaluation sets of SPA-VL mini are used."""
     held_out_drawings: tuple[str, ...] = ()
-    """Evaluation sets that also exist as `NAME_twemoji`, with drawings not seen in training."""
+    """Evaluation sets that also exist with drawings in a style not seen in training."""
+    unseen_style: str = UNSEEN
+    """That style; the sets are called `NAME_STYLE`."""
 
     def __init__(self, config: DataConfig):
         self.config = config

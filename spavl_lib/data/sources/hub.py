@@ -26,6 +26,7 @@ from spavl_lib.data.schema import (
     features,
     text_columns,
 )
+from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.sources.base import Source, register_source
 from spavl_lib.data.sources.files import open_tables
 from spavl_lib.data.sources.join import answer_sources, join_meta
@@ -105,9 +106,9 @@ class HubLayout(Source):
 
 def _prompt_files(name: str) -> tuple[str, str]:
     """An evaluation set's name in its files, and the pattern of the files."""
-    base, twemoji, _ = name.partition("_twemoji")
+    base, style = set_parts(name)
     base = base.removesuffix("_exchanged")
-    return base, f"test{twemoji}/{base}-*.parquet"
+    return base, f"test{style and '_'}{style}/{base}-*.parquet"
 
 
 def fetch(repo: str, revision: str, *, answers: bool) -> Path:

@@ -32,7 +32,7 @@ class OwnPrompts(Source):
         super().__init__(
             dataclasses.replace(
                 config, source="datasets", path=config.test_path, test_path="", subset="",
-                keywords=(),
+                keywords=(), measure_on="test", uncertain_share=0.0,
             )
         )  # fmt: skip
 

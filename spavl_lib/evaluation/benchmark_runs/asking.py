@@ -19,7 +19,7 @@ from spavl_lib.evaluation.benchmark_runs.subject import Subject
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.benchmarks.answers import match_answers, read_answers
 from spavl_lib.generation.generate import ahead, generate_batch, settings
-from spavl_lib.generation.vllm import VLLMModel
+from spavl_lib.generation.vllm import VLLMModel, derived_seed
 from spavl_lib.machine import free_memory
 from spavl_lib.modelling.load import (
     context_length,
@@ -107,7 +107,7 @@ class Asker:
             assert config is not None
             processor = load_processor(config)
             if self.config.backend == "vllm":
-                self._loaded = VLLMModel(config, trained), processor
+                self._loaded = VLLMModel(config, trained, self.config.vllm_memory), processor
             else:
                 model = load_policy(config, trained)
                 apply_sharing(model, "off" if config.share_prefix == "off" else "auto")
@@ -116,6 +116,8 @@ class Asker:
 
     def close(self) -> None:
         """Drop the model, so that a judge can use its memory."""
+        if self._loaded and isinstance(self._loaded[0], VLLMModel):
+            self._loaded[0].close()
         self._loaded = None
         free_memory()
 
@@ -177,8 +179,7 @@ class Asker:
     ) -> list[dict[str, Any]]:
         if not rows:
             return []
-        key = f"{self.seed}/{rows[0].id}"
-        seed = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+        seed = derived_seed(self.seed, rows[0].id)
         if isinstance(model, VLLMModel):
             return model.answer(processor, batch, self.config, seed=seed)
         return generate_batch(model, processor, batch, self.config, seed=seed)

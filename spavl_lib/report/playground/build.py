@@ -10,6 +10,7 @@ from markupsafe import Markup
 from torch import nn
 
 from spavl_lib import machine
+from spavl_lib.data.embedded.drawings import credits
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.templates import end_ids
 from spavl_lib.errors import InputError
@@ -83,6 +84,7 @@ def render(run_path: Path) -> str:
         refusals=info["refusals"],
         parameters=parameters,
         things=len(load_world().concepts),
+        credits=credits(),
         max_new=config.generation.max_new_tokens,
         sampled=config.generation.do_sample,
         notes=notes,

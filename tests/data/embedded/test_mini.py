@@ -15,7 +15,7 @@ import pytest
 import yaml
 from datasets import load_dataset
 
-from spavl_lib.data.embedded import language, mini, scenes
+from spavl_lib.data.embedded import drawings, language, mini, mini_files, scenes
 from spavl_lib.data.embedded.world import QUESTION_TYPES
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.load import (
@@ -26,6 +26,7 @@ from spavl_lib.data.load import (
     load_truth,
     prompt_origin,
 )
+from spavl_lib.data.set_names import CHOSEN_ON, UNSEEN, set_parts
 from spavl_lib.data.taxonomy import PARENTS, classes
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.judges import ExactJudge
@@ -46,7 +47,7 @@ COLUMNS = {
 
 def table(stem: str) -> dict[str, list]:
     """One parquet file, as columns."""
-    (path,) = mini.mini_folder().glob(f"{stem}-*.parquet")
+    (path,) = mini_files.mini_folder().glob(f"{stem}-*.parquet")
     return parquet.read_table(path).to_pydict()
 
 
@@ -95,7 +96,7 @@ def test_class_strings_are_verbatim_and_of_one_branch() -> None:
 
 
 def test_meta_files_join_every_training_row() -> None:
-    folder = mini.mini_folder() / "meta_files"
+    folder = mini_files.mini_folder() / "meta_files"
     info = json.loads((folder / "image_info/meta.json").read_text(encoding="utf-8"))
     assert len(info) == 1060
     columns = table("data/train")
@@ -112,7 +113,7 @@ def test_meta_files_join_every_training_row() -> None:
 
 def test_hub_loader_reads_the_folder_by_its_card(tmp_path: Path) -> None:
     """`load_dataset(folder)` as a user would call it, every config and split of the card."""
-    folder, cache = mini.mini_folder(), str(tmp_path)
+    folder, cache = mini_files.mini_folder(), str(tmp_path)
     card = (folder / "README.md").read_text(encoding="utf-8").split("---")[1]
     names = [c["config_name"] for c in yaml.safe_load(card)["configs"]]
     assert names[:4] == ["default", "validation", "test", "test_twemoji"]
@@ -134,23 +135,25 @@ def test_hub_loader_reads_the_folder_by_its_card(tmp_path: Path) -> None:
 
 def test_building_again_gives_the_same_bytes(tmp_path: Path) -> None:
     """In another process, with another hash seed: no set's order, no clock, no path gets in."""
-    code = f"from pathlib import Path; from spavl_lib.data.embedded import mini; " \
-        f"mini.write_mini(Path({str(tmp_path / 'again')!r}))"  # fmt: skip
+    code = f"from pathlib import Path; from spavl_lib.data.embedded import mini_files; " \
+        f"mini_files.write_mini(Path({str(tmp_path / 'again')!r}))"  # fmt: skip
     seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
     environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(Path.cwd())}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
-    mini.write_mini(tmp_path / "here")
+    mini_files.write_mini(tmp_path / "here")
     again, here = files_of(tmp_path / "again"), files_of(tmp_path / "here")
-    assert len(here) == 40
-    assert again == here == files_of(mini.mini_folder())
+    assert len(here) == 44
+    assert again == here == files_of(mini_files.mini_folder())
 
 
 def test_the_cache_is_built_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPAVL_CACHE", str(tmp_path))
     calls = []
-    monkeypatch.setattr(mini, "write_mini", lambda folder: (calls.append(folder), folder.mkdir()))
-    first = mini.mini_folder()
-    assert mini.mini_folder() == first and len(calls) == 1
+    monkeypatch.setattr(
+        mini_files, "write_mini", lambda folder: (calls.append(folder), folder.mkdir())
+    )
+    first = mini_files.mini_folder()
+    assert mini_files.mini_folder() == first and len(calls) == 1
     assert calls[0] != first and list(tmp_path.iterdir()) == [first]  # made aside, then renamed
 
 
@@ -192,7 +195,8 @@ def test_splits_share_no_composition_wording_question_or_picture(first: str, sec
             "development": [
                 f"development/{stem}"
                 for stem in ("validation/validation", "validation/twins", *tests)
-            ],
+            ]
+            + [f"development/test_{CHOSEN_ON}/{n}" for n in GROUPS["test"]],
         }[group]
         pictures = [c["bytes"] for stem in stems for c in table(stem)["image"]]
         return {
@@ -229,12 +233,62 @@ def test_development_has_the_same_numbers_of_every_kind() -> None:
         assert kinds[0] == kinds[1], name
 
 
+def test_styles_of_drawings_are_kept_apart() -> None:
+    """Every split shows all styles. Some styles of a thing are only in the test sets."""
+    styles = {"noto", *drawings.styles()} - {CHOSEN_ON}
+    for split, part in (ROWS | {"chosen_on": mini.development_rows()["harm"]}).items():
+        assert {row.scene.drawing for row in part} == styles, split
+        new = [r for r in part if r.scene.drawing in drawings.only_in_test(r.scene.concept)]
+        share = len(new) / len(part)
+        assert 0.1 < share < 0.4 if split in GROUPS["test"] else not new, split
+    shown = {(r.scene.concept, r.scene.drawing) for r in ROWS["train"]}
+    labels = [row for row in load_truth(smoke().data).values() if row["new_pair"]]
+    assert labels and not {(row["concept"], row["drawing"]) for row in labels} & shown
+
+
+def test_twins_have_one_style_and_the_unseen_sets_another() -> None:
+    twins = ROWS["twins"]
+    for risky, safe in zip(twins[::2], twins[1::2], strict=True):
+        assert risky.scene.drawing == safe.scene.drawing
+        assert risky.scene.composition == safe.scene.composition
+    scene = ROWS["harm"][0].scene
+    assert len({scene.png(), scene.png(UNSEEN), scene.png(CHOSEN_ON)}) == 3
+
+
+def test_a_share_of_the_training_images_is_distorted() -> None:
+    plain, some, more = (
+        load_preferences(smoke({"data.uncertain_share": share, "data.train_rows": 0}).data, "train")
+        for share in (0.0, 0.25, 0.5)
+    )
+    assert plain.column_names == some.column_names and plain["prompt"] == some["prompt"]
+    images = [[cell["bytes"] for cell in rows["image"]] for rows in (plain, some, more)]
+    names = [cell["path"] for cell in plain["image"]]
+    changed = [
+        {n for n, a, b in zip(names, images[0], other, strict=True) if a != b}
+        for other in images[1:]
+    ]
+    assert len(changed[0]) == 265 and len(changed[1]) == 530 and changed[0] < changed[1]
+    by_name = dict(zip(names, images[2], strict=True))
+    assert all(by_name[n] == b for n, b in zip(names, images[2], strict=True))  # one a picture
+    held_out = [load_preferences(smoke(c).data, "validation")["image"]
+                for c in ({}, {"data.uncertain_share": 0.5})]  # fmt: skip
+    assert held_out[0] == held_out[1]
+    with pytest.raises(InputError, match="uncertain_share is set, but source = 'hub_layout'"):
+        smoke({"data.uncertain_share": 0.5, "data.source": "hub_layout", "data.path": "x"})
+
+
 def test_settings_can_be_chosen_on_development() -> None:
     """Training rows are the same; held-out pairs, prompts and their labels are others."""
     test, chosen_on = (smoke({"data.measure_on": m}).data for m in ("test", "development"))
     labels, names = load_truth(chosen_on), eval_sets(chosen_on, held_out_drawings=True)
-    assert names == eval_sets(test, held_out_drawings=False)
+    unseen = [f"{name}_{CHOSEN_ON}" for name in GROUPS["test"]]
+    assert names == [*eval_sets(test, held_out_drawings=False), *unseen]
     for name in names:
+        if name in unseen:  # the development rows again, in a style that the test never uses
+            rows = load_prompts(chosen_on, name)
+            plain = load_prompts(chosen_on, set_parts(name)[0])
+            assert rows["prompt"] == plain["prompt"] and rows["image"] != plain["image"]
+            continue
         one, other = (load_prompts(c, name) for c in (test, chosen_on))
         assert len(one) == len(other) and not set(one["prompt"]) & set(other["prompt"])
         assert [labels[key]["question"] for key in other["id"]] == other["prompt"]
@@ -264,7 +318,7 @@ def test_no_picture_is_drawn_twice_within_a_split() -> None:
 
 
 def truth() -> dict[str, dict]:
-    path = mini.mini_folder() / "meta_files/truth.json"
+    path = mini_files.mini_folder() / "meta_files/truth.json"
     return json.loads(path.read_text(encoding="utf-8"))
 
 

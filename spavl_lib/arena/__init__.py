@@ -1,0 +1,1 @@
+"""The arena: methods of alignment against attacks, measured on the embedded world."""

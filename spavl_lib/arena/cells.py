@@ -1,0 +1,357 @@
+"""A cell of the arena: one method under one attack with one seed, measured on the test rows.
+
+A cell is a JSON file, `METHOD/ATTACK.SEED.json`. It names the rows that went wrong, so that rates,
+intervals over groups of rows, and paired tests can be computed from the files alone.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+
+from spavl_lib.arena.methods import Method, config_of, reward_config, reward_folder
+from spavl_lib.config import Config, DataConfig, GenerationConfig, load_config
+from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.images import decode_images
+from spavl_lib.data.load import load_prompts, load_truth
+from spavl_lib.data.sampling import spread
+from spavl_lib.data.templates import completion_ids
+from spavl_lib.distributed import launcher
+from spavl_lib.errors import InputError
+from spavl_lib.evaluation.attacks import Attack, best_of, find_attack
+from spavl_lib.evaluation.attacks.base import Attacked, Row
+from spavl_lib.evaluation.judges import ExactJudge, judge_all
+from spavl_lib.generation.generate import generate
+from spavl_lib.modelling.heads import load_reward_model
+from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
+from spavl_lib.objectives.logps import sequence_logps
+from spavl_lib.runs import provenance
+from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.stage import Run
+from spavl_lib.trainers.reward_function import RewardFunction, Scorer
+
+NONE = "none"  # the column without an attack
+SETS = ("harm", "help", "look_alikes", "twins")
+WHITE_BOX_ROWS = 20  # rows of harm and of help for attacks that use gradients
+SAMPLES = 4  # of the method best_of_n
+SHOWN = 3  # answers of each kind of error that a cell keeps
+
+
+@dataclass
+class Subject:
+    """A method's model, ready to answer."""
+
+    method: Method
+    value: Any
+    """Value of the method's setting that is chosen."""
+    config: Config
+    data: DataConfig
+    """Selects the rows on which it is measured."""
+    seed: int
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    folder: Path
+    """Folder for the answers."""
+    reward: RewardFunction | None
+    cost: dict[str, float]
+    """Seconds and peak memory of the training."""
+
+    def answers(self, rows: Sequence[Row], name: str, samples: int) -> list[list[Row]]:
+        """Answer rows.
+
+        Args:
+            rows: Prompt rows, attacked or not.
+            name: Name for the files of answers.
+            samples: Responses to each row; with several they are sampled at temperature 1.
+
+        Returns:
+            For each sample the records of all rows, in order.
+        """
+        if self.method.answers == "safety_prompt":
+            rows = [row | {"prompt": f"{self.value} {row['prompt']}"} for row in rows]
+        rounds = []
+        for number in range(samples):
+            if self.method.answers == "best_of_n":
+                rounds.append(self._best(rows, f"{name}.{number}", number))
+            else:
+                rounds.append(self._generate(rows, f"{name}.{number}", samples > 1, number))
+        return rounds
+
+    def _generate(self, rows: Sequence[Row], name: str, sample: bool, number: int) -> list[Row]:
+        plain = self.config.generation
+        sampling = GenerationConfig(
+            batch_size=plain.batch_size, max_new_tokens=plain.max_new_tokens, do_sample=sample
+        )
+        return generate(
+            self.model, self.processor, rows, sampling, self.folder / f"{name}.jsonl",
+            seed=self.seed + 1000 * number, desc=name,
+        )  # fmt: skip
+
+    def _best(self, rows: Sequence[Row], name: str, number: int) -> list[Row]:
+        assert self.reward is not None
+        rounds = [
+            self._generate(rows, f"{name}.{i}", True, number * SAMPLES + i) for i in range(SAMPLES)
+        ]
+        images = decode_images(rows)
+        scores = []
+        for records in rounds:
+            ids = [
+                completion_ids(self.processor, row["prompt"], r["response"], image=True)
+                for row, r in zip(rows, records, strict=True)
+            ]
+            scores.append(
+                self.reward.scores(
+                    [row["id"] for row in rows], [row["prompt"] for row in rows], images, ids
+                )
+            )
+        best = torch.stack(scores).argmax(0).tolist()
+        return [rounds[pick][i] for i, pick in enumerate(best)]
+
+
+def subject_of(
+    method: Method, seed: int, profile: str, *, trial: Any = None, measure_on: str = "test"
+) -> Subject:
+    """Train a method, unless its run is complete, and load its model.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+        trial: Value of the method's setting; None for the chosen one.
+        measure_on: `data.measure_on`.
+    """
+    quiet_libraries()
+    value = method.chosen if trial is None else trial
+    config = config_of(method, value, seed, profile)
+    data = load_config(profile, {"data.measure_on": measure_on}).data
+    run = Run(config)
+    if method.uses_reward:
+        _make("reward", reward_config(seed, profile))
+    cost, trained = {}, None
+    if method.stage:
+        trained = _make(method.stage, config)
+        manifest = read_json(trained / "manifest.json")
+        cost = {"seconds": manifest["wall_time_s"] + manifest.get("wall_time_before_s", 0.0),
+                "peak_memory_gib": manifest["peak_memory_gib"]}  # fmt: skip
+    processor = load_processor(config.model)
+    reward = None
+    if method.answers == "best_of_n":
+        model = load_reward_model(config.model, reward_folder(seed, profile))
+        reward = RewardFunction(
+            Scorer(model), processor, batch_size=config.generation.batch_size,
+            missing_eos_penalty=0.0,
+        )  # fmt: skip
+    policy = load_policy(config.model, trained and trained / "model").eval()
+    answers = run.path / "arena" / measure_on
+    return Subject(method, value, config, data, seed, policy, processor, answers, reward, cost)
+
+
+def _make(name: str, config: Config) -> Path:
+    stage = Run(config).stage(name)
+    if not stage.done:
+        launcher.make(name, config, stage)
+    return stage.path
+
+
+def attacked_sets(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Attacked]:
+    """The test sets under an attack.
+
+    Args:
+        subject: The model, for attacks that use its weights.
+        attack: The attack; None for the plain rows.
+        rows: Rows of each set under an attack; 0 for all. Without an attack all rows are used.
+
+    Returns:
+        Set -> its rows. Attacks that use gradients get a part of `harm` and `help` alone.
+    """
+    truth, found = load_truth(subject.data), {}
+    white = attack is not None and attack.needs_weights
+    for name in SETS:
+        prompts = load_prompts(subject.data, name)
+        if white and name not in ("harm", "help"):
+            continue
+        if attack is None:
+            found[name] = Attacked(list(prompts), {row["id"]: truth[row["id"]] for row in prompts})
+            continue
+        count = min(WHITE_BOX_ROWS, rows or WHITE_BOX_ROWS) if white else rows
+        picked = _picked(prompts, count, pairs=name == "twins")
+        kept = [row for row in picked if attack.keeps_truth(truth[row["id"]])]
+        if name == "twins" and len(kept) < len(picked):
+            continue  # a pair without one of its rows says nothing
+        if kept:
+            weights = {"model": subject.model, "processor": subject.processor} if white else {}
+            found[name] = attack(kept, truth, seed=subject.seed, **weights)
+    return found
+
+
+def _picked(prompts: Dataset, count: int, *, pairs: bool) -> list[Row]:
+    if not count or count >= len(prompts):
+        return list(prompts)
+    if not pairs:
+        return list(spread(prompts, count))
+    return list(prompts.select(range(min(len(prompts), count - count % 2))))
+
+
+def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
+    """Attack a model, judge its answers, and return the cell.
+
+    Args:
+        subject: The model.
+        name: Name of the attack, or `none`.
+        rows: As for `attacked_sets`.
+
+    Returns:
+        `sets`: for each set the ids of its rows, and those that are `unsafe`, `refused` and
+        `unhelpful`; `examples`: a few answers that went wrong; `calls`: model calls for a row; and
+        what the cell rests on.
+    """
+    attack = None if name == NONE else find_attack(name)
+    on_test = subject.data.measure_on == "test"
+    has_kl = name == NONE and on_test and bool(subject.method.stage)
+    started = time.process_time()
+    sets, examples = {}, []
+    for part, attacked in attacked_sets(subject, attack, rows).items():
+        judge = ExactJudge(attacked.truth)
+        rounds = [
+            judge_all(judge, records)
+            for records in subject.answers(attacked.rows, f"{name}/{part}", attacked.samples)
+        ]
+        judged = best_of(rounds) if len(rounds) > 1 else rounds[0]
+        sets[part] = {
+            "rows": [row["id"] for row in judged],
+            "groups": [attacked.truth[row["id"]].get("concept", row["id"]) for row in judged],
+            "harmful": [row["id"] for row in judged if row["harmful"]],
+            "unsafe": [row["id"] for row in judged if row["unsafe"]],
+            "refused": [row["id"] for row in judged if row["verdict"] == "refused"],
+            "unhelpful": [row["id"] for row in judged if row["helpful"] is False],
+        }
+        examples += _examples(part, judged)
+    return {
+        "method": subject.method.name, "attack": name, "seed": subject.seed, "sets": sets,
+        "examples": examples, "calls": attack.calls() if attack else 1,
+        "training": subject.cost, "cpu_seconds": round(time.process_time() - started, 1),
+        "kl": kl_to_base(subject, sets) if has_kl else None,
+        "rests_on": rests_on(subject, attack, rows),
+    }  # fmt: skip
+
+
+def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
+    kinds = {
+        "unsafe": [row for row in judged if row["unsafe"]],
+        "refused": [r for r in judged if not r["harmful"] and r["verdict"] == "refused"],
+        "unhelpful": [r for r in judged if r["helpful"] is False and r["verdict"] != "refused"],
+    }
+    return [
+        {"kind": kind, "set": part} | {key: row[key] for key in ("id", "prompt", "response")}
+        for kind, rows in kinds.items()
+        for row in rows[:SHOWN]
+    ]
+
+
+def rests_on(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Any]:
+    """What a cell's numbers depend on, and by what it is decided whether a cell is still valid."""
+    method = subject.method
+    return {
+        "profile": subject.config.profile, "rows": rows if attack else 0,
+        "method": method.settings | ({method.setting: subject.value} if method.setting else {}),
+        "answers": method.answers, "attacked_rows": method.attacked_rows,
+        "budget": dict(attack.budget) if attack else {},
+        "model": model_hashes(subject.config.model),
+        "versions": provenance.versions(),
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def kl_to_base(subject: Subject, sets: dict[str, dict]) -> dict[str, float]:
+    """KL divergence of a policy from the base, by one sample for each harmful and harmless prompt.
+
+    Args:
+        subject: The policy.
+        sets: The cell's sets; the rows of `harm` and `help` are used.
+
+    Returns:
+        `value` in nats per response, and `rows`, the number of samples.
+    """
+    base = load_policy(subject.config.model).eval()
+    collate, total, count = PreferenceCollator(subject.processor), 0.0, 0
+    for part in ("harm", "help"):
+        wanted = set(sets[part]["rows"])
+        rows = [r for r in load_prompts(subject.data, part) if r["id"] in wanted]
+        records = subject._generate(rows, f"kl/{part}", True, 0)
+        full = [row | {"own": r["response"]} for row, r in zip(rows, records, strict=True)]
+        size = subject.config.generation.batch_size
+        for start in range(0, len(full), size):
+            batch = collate.batch_of(full[start : start + size], "own")
+            mask = batch.pop("completion_mask").bool()
+            logps = [
+                sequence_logps(model(**batch).logits, batch["input_ids"], mask)
+                for model in (subject.model, base)
+            ]
+            total += float((logps[0] - logps[1]).sum())
+            count += len(mask)
+    return {"value": round(total / count, 4), "rows": count}
+
+
+def path_of(output: Path, method: str, attack: str, seed: int) -> Path:
+    """The file of a cell."""
+    return output / method / f"{attack}.{seed}.json"
+
+
+def is_current(path: Path, rest: dict[str, Any]) -> bool:
+    """Whether a cell's file exists and rests on the same things.
+
+    Args:
+        path: The file.
+        rest: What `rests_on` returns now.
+    """
+    if not path.is_file():
+        return False
+    try:
+        return _digest(read_json(path)["rests_on"]) == _digest(rest)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is no cell of the arena: {error}; delete it") from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(sorted(_flat(value))).encode()).hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, dict):
+        return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}/{key}")]
+    return [(prefix, str(value))]
+
+
+def make_cells(
+    method: Method, seed: int, attacks: Sequence[str], output: Path, profile: str, *, rows: int = 0
+) -> list[Path]:
+    """Make the cells of a method and a seed that are missing or rest on something else.
+
+    Args:
+        method: The method.
+        seed: Its seed.
+        attacks: Names of attacks, or `none`.
+        output: Folder of the cells.
+        profile: Name of the profile.
+        rows: As for `attacked_sets`.
+
+    Returns:
+        The files that were written.
+    """
+    subject, written = subject_of(method, seed, profile), []
+    for name in attacks:
+        path = path_of(output, method.name, name, seed)
+        attack = None if name == NONE else find_attack(name)
+        if is_current(path, rests_on(subject, attack, rows)):
+            continue
+        cell = measure(subject, name, rows=rows)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, cell)
+        written.append(path)
+    return written

@@ -1,0 +1,187 @@
+"""Fill the arena's table: a process for each method and seed or trial, several at a time."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from spavl_lib.arena import choose
+from spavl_lib.arena.cells import NONE, make_cells
+from spavl_lib.arena.methods import CHOSEN, find_method, methods
+from spavl_lib.arena.table import build_table, read_cells
+from spavl_lib.errors import InputError
+from spavl_lib.evaluation.attacks import ATTACKS, find_attack
+from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.paths import repo_root
+from spavl_lib.runs.text import say
+
+CELLS = "benchmarks/results/laboratory"
+TABLE = "laboratory.json"
+TRIAL = "trial"
+ROWS = 106  # of each set under an attack
+
+
+def names_of(asked: str, known: Sequence[str]) -> list[str]:
+    """Names from a text with commas; all known names for an empty text."""
+    return [part.strip() for part in asked.split(",") if part.strip()] or list(known)
+
+
+def run_arena(
+    asked_methods: str,
+    asked_attacks: str,
+    seeds: Sequence[int],
+    *,
+    profile: str = "demo",
+    output: Path | None = None,
+    workers: int = 2,
+    minutes: float = 100,
+    rows: int = ROWS,
+) -> Path:
+    """Make all cells that are missing, then the table.
+
+    After `minutes` no further method and seed is begun, and repeating the call goes on. A cell that
+    is complete is kept, and so is a training.
+
+    Args:
+        asked_methods: Names with commas; empty for all.
+        asked_attacks: Names with commas, with `none` for the plain rows; empty for all.
+        seeds: Seeds of the trainings.
+        profile: Name of the profile.
+        output: Folder of the cells.
+        workers: Processes at a time, each with one thread if there are several.
+        minutes: See above.
+        rows: Rows of each set under an attack; 0 for all.
+
+    Returns:
+        The table's file.
+
+    Raises:
+        InputError: A method or an attack is unknown, or a process failed.
+    """
+    output = output or repo_root() / CELLS
+    names = names_of(asked_methods, list(methods()))
+    attacks = names_of(asked_attacks, [NONE, *ATTACKS])
+    for name in names:
+        find_method(name)
+    for name in attacks:
+        if name != NONE:
+            find_attack(name)
+    words = [",".join(attacks), str(output), profile, str(rows)]
+    units = [(name, seed) for seed in seeds for name in names]
+    _side_by_side(units, words, workers, minutes)
+    return make_table(output)
+
+
+def choose_settings(
+    asked_methods: str,
+    *,
+    profile: str = "demo",
+    output: Path | None = None,
+    workers: int = 2,
+    minutes: float = 100,
+) -> dict[str, Any]:
+    """Make the trials that are missing, and choose the value of each method's setting.
+
+    The arena uses a chosen value if `output` is the usual folder.
+
+    Args:
+        asked_methods: As for `run_arena`.
+        profile: As for `run_arena`.
+        output: As for `run_arena`.
+        workers: As for `run_arena`.
+        minutes: As for `run_arena`.
+
+    Returns:
+        Method -> chosen value.
+    """
+    output = output or repo_root() / CELLS
+    names = names_of(asked_methods, list(methods()))
+    units = choose.units(names)
+    _side_by_side(units, [TRIAL, str(output), profile, "0"], workers, minutes)
+    chosen = choose.choose(output)
+    if output == repo_root() / CELLS:
+        write_json(CHOSEN, read_json(CHOSEN) | chosen)
+    return chosen
+
+
+def make_table(output: Path) -> Path:
+    """Write the table of all cells of a folder beside it, or into it if it is not the usual one.
+
+    Args:
+        output: Folder of the cells.
+
+    Returns:
+        The table's file.
+    """
+    path = output.parent / TABLE if output.name == Path(CELLS).name else output / TABLE
+    packages = ("torch", "transformers", "trl")
+    page = {
+        "name": "laboratory",
+        "device": f"CPU {platform.machine()}, 1 thread",
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    write_json(path, page | build_table(read_cells(output)))
+    return path
+
+
+def _side_by_side(
+    units: list[tuple[str, int]], words: list[str], workers: int, minutes: float
+) -> None:
+    """Run a process for each unit, and begin none after `minutes`.
+
+    Args:
+        units: Method, and seed or number of the trial.
+        words: The other arguments of each process.
+        workers: Processes at a time.
+        minutes: See above.
+
+    Raises:
+        InputError: A process failed.
+    """
+    ends = time.monotonic() + 60 * minutes
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+    waiting = list(units)
+    running: dict[tuple[str, int], subprocess.Popen] = {}
+    try:
+        while waiting or running:
+            # The reward model of a seed is made by the first process that needs it.
+            made = [unit for unit in running if find_method(unit[0]).uses_reward]
+            for unit in list(waiting):
+                blocked = find_method(unit[0]).uses_reward and made
+                if len(running) < workers and not blocked and time.monotonic() < ends:
+                    waiting.remove(unit)
+                    say(f"{unit[0]}, {words[0] if words[0] == TRIAL else 'seed'} {unit[1]}: begun")
+                    command = [sys.executable, "-m", __name__, unit[0], str(unit[1]), *words]
+                    running[unit] = subprocess.Popen(command, env=env)
+                    made += [unit] if find_method(unit[0]).uses_reward else []
+            if not running:
+                say(f"{len(waiting)} of {len(units)} left; repeat the command")
+                break
+            time.sleep(0.5)
+            for unit, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[unit]
+                    if process.returncode:
+                        raise InputError(
+                            f"{unit[0]}, {unit[1]}: the process failed; see its message above"
+                        )
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    _name, _number, _attacks, _output, _profile, _rows = sys.argv[1:]
+    if _attacks == TRIAL:
+        choose.make_trial(find_method(_name), int(_number), Path(_output), _profile)
+    else:
+        make_cells(
+            find_method(_name), int(_number), _attacks.split(","), Path(_output), _profile,
+            rows=int(_rows),
+        )  # fmt: skip

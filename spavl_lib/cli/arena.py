@@ -1,0 +1,97 @@
+"""The commands `spavl arena ...`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spavl_lib.cli.shared import Commands
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _arena() -> None:
+    """Measure methods of alignment against attacks, on the embedded world."""
+
+
+@app.command()
+def run(
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.", show_default="all")
+    ] = "",
+    attacks: Annotated[
+        str,
+        typer.Option(
+            help="Attacks, separated by commas; none for the rows as they are.", show_default="all"
+        ),
+    ] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the cells.", show_default="benchmarks/results/laboratory"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(help="After so many minutes nothing new is begun.")
+    ] = 100,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each set under an attack; 0: all.")
+    ] = 106,
+) -> None:
+    """Fill the table of methods and attacks; what is complete is kept.
+
+    \b
+    Examples:
+      spavl arena run --methods base,dpo --attacks none,one_word
+      spavl arena run --seeds 0,1,2
+    """
+    from spavl_lib.arena.run import run_arena
+
+    path = run_arena(
+        methods, attacks, [int(seed) for seed in seeds.split(",")], profile=profile, output=out,
+        workers=workers, minutes=minutes, rows=rows,
+    )  # fmt: skip
+    typer.echo(f"wrote {path}")
+
+
+@app.command()
+def choose(
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.", show_default="all")
+    ] = "",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the trials.", show_default="benchmarks/results/laboratory"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(help="After so many minutes nothing new is begun.")
+    ] = 100,
+) -> None:
+    """Choose one setting of each method on mini's development rows, of three values each.
+
+    \b
+    Example:
+      spavl arena choose --methods dpo,kto
+    """
+    from spavl_lib.arena.run import choose_settings
+
+    chosen = choose_settings(methods, profile=profile, output=out, workers=workers, minutes=minutes)
+    for name, value in chosen.items():
+        typer.echo(f"{name:14} {value}")
+
+
+@app.command(name="list")
+def list_all() -> None:
+    """List the methods and the attacks."""
+    from spavl_lib.arena.methods import methods
+    from spavl_lib.evaluation.attacks import ATTACKS
+
+    for method in methods().values():
+        typer.echo(f"{method.name:14} {method.title}: {method.source}")
+    typer.echo("")
+    for attack in ATTACKS.values():
+        typer.echo(f"{attack.name:20} {attack.changes}")
