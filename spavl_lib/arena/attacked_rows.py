@@ -1,5 +1,6 @@
 """SPA-VL mini with attacked training rows, for the method that is trained on attacks."""
 
+import dataclasses
 import hashlib
 import os
 import random
@@ -46,7 +47,8 @@ def attacked_folder(data: DataConfig) -> Path:
 
 def _attack(folder: Path, data: DataConfig) -> None:
     truth = load_pair_truth(data)
-    rows = list(load_preferences(data, "train"))
+    # `data.extra_path` is added to the attacked rows when they are read.
+    rows = list(load_preferences(dataclasses.replace(data, extra_path=""), "train"))
     rng = random.Random(SEED)
     picked = rng.sample(range(len(rows)), round(SHARE * len(rows)))
     attack_of = {index: TRAINED_ON[i % len(TRAINED_ON)] for i, index in enumerate(picked)}

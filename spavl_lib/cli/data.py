@@ -55,6 +55,12 @@ def check(
     revision: Annotated[
         str, typer.Option(help="Commit, if PATH is a name on the Hub.", show_default="the newest")
     ] = "",
+    extra: Annotated[
+        str,
+        typer.Option(
+            help="File of further pairs, as data.extra_path names it.", show_default=False
+        ),
+    ] = "",
     columns: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,7 +91,7 @@ def check(
         processor, max_length = load_counter(model, max_length)
     report = check(
         path, source=source, image_root=image_root, revision=revision, columns=columns or (),
-        model=model, processor=processor, max_length=max_length,
+        extra=extra, model=model, processor=processor, max_length=max_length,
     )  # fmt: skip
     if json_file:
         write_json(json_file, report)

@@ -40,9 +40,10 @@ def evaluate(
             help="Judges, separated by commas: phrases (refusals only), phrases:gcg, guard:MODEL, "
             "endpoint:MODEL (with --set evaluation.judge_url=URL), head:FILE (which `spavl judge "
             "fit` wrote), reference (right answers, if a benchmark has them), grade:MODEL (an "
-            "endpoint's grades from 1 to 10), or a judge of another package."
+            "endpoint's grades from 1 to 10), or a judge of another package.",
+            show_default="phrases, and reference for everyday",
         ),
-    ] = "phrases",
+    ] = "",
     pairs: Annotated[
         str,
         typer.Option(
@@ -115,6 +116,7 @@ def evaluate(
 
     \b
     Examples:
+      spavl evaluate laptop --benchmarks everyday
       spavl evaluate embedded --benchmarks figstep:tiny --judge phrases
       spavl evaluate base=embedded demo/dpo --benchmarks figstep,xstest --limit 50
       spavl evaluate answers.jsonl --benchmarks mm_safetybench --judge phrases,phrases:gcg
@@ -156,7 +158,7 @@ def evaluate(
         evaluated = evaluate_subjects(
             [find_subject(text, sections["model"]) for text in subjects],
             _names(benchmarks),
-            _names(judge),
+            _names(judge) or _usual_judges(_names(benchmarks)),
             folder,
             options,
             should_stop=flag,
@@ -215,3 +217,11 @@ def _sections(sets: dict[str, str]) -> dict[str, dict[str, str]]:
             f"--set {', '.join(wrong)}: expected settings of generation, model or evaluation"
         )
     return sections
+
+
+def _usual_judges(benchmarks: list[str]) -> list[str]:
+    """The judges that the benchmarks name, each once."""
+    from spavl_lib.evaluation.benchmarks import open_benchmark
+
+    named = [open_benchmark(spec.partition(":")[0]).judges for spec in benchmarks]
+    return list(dict.fromkeys(judge for judges in named for judge in judges))

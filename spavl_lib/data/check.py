@@ -40,6 +40,7 @@ def check(
     image_root: str = "",
     revision: str = "",
     columns: Sequence[str] = (),
+    extra: str = "",
     model: str = "",
     processor: ProcessorMixin | None = None,
     max_length: int = 0,
@@ -55,6 +56,7 @@ def check(
         revision: Commit, tag or branch, only for a name on the Hub.
         columns: Items `FIELD=COLUMN`: FIELD is a field of `data.columns`, and COLUMN is the column
             of your data that holds the field.
+        extra: File of further pairs, as `data.extra_path` names it; empty: none.
         model: Name of the processor's model, for the report.
         processor: Counts tokens. None skips this count.
         max_length: Largest number of tokens of a sequence; 0 means no limit.
@@ -72,7 +74,7 @@ def check(
         InputError: There is nothing to read, or a whole file is damaged.
     """
     config = config_for(
-        path, source=source, image_root=image_root, revision=revision, columns=columns
+        path, source=source, image_root=image_root, revision=revision, columns=columns, extra=extra
     )
     if config.source == "hub_layout" and not Path(path).exists():
         config = dataclasses.replace(config, path=str(folder_of(config)))
@@ -107,6 +109,7 @@ def config_for(
     image_root: str = "",
     revision: str = "",
     columns: Sequence[str] = (),
+    extra: str = "",
 ) -> DataConfig:
     """The config that reads all rows of a path and skips bad rows instead of raising.
 
@@ -116,6 +119,7 @@ def config_for(
         image_root: As for `check`.
         revision: As for `check`.
         columns: As for `check`.
+        extra: As for `check`.
     """
     folder = Path(path).expanduser()
     if not source:
@@ -125,7 +129,7 @@ def config_for(
     return DataConfig(
         source=source, path="" if source == "mini" else path, image_root=image_root,
         revision=revision, columns=_columns(columns), train_rows=0, validation_rows=0, test_rows=0,
-        on_bad_rows="skip",
+        on_bad_rows="skip", extra_path=extra,
     )  # fmt: skip
 
 

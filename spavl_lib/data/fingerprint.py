@@ -10,13 +10,15 @@ from datasets import Dataset
 from spavl_lib.config import DataConfig
 from spavl_lib.data.load import prompt_source
 from spavl_lib.data.sources.base import open_source
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.errors import InputError
 
 
 def source_sha256(config: DataConfig, split: str) -> str:
     """Hash of the names and bytes of all files that a split is read from, including images.
 
-    The source `datasets` also hashes the settings that divide the files into splits.
+    The source `datasets` also hashes the settings that divide the files into splits. The pairs of
+    `data.extra_path` count too.
 
     Args:
         config: Names the source. The number of rows that it selects does not change the hash.
@@ -26,7 +28,9 @@ def source_sha256(config: DataConfig, split: str) -> str:
         InputError: The data do not exist.
     """
     has_pairs = split in ("train", "validation")
-    return (open_source(config) if has_pairs else prompt_source(config)).sha256(split)
+    digest = (open_source(config) if has_pairs else prompt_source(config)).sha256(split)
+    extra = ExtraPairs(config).sha256(split) if has_pairs and config.extra_path else ""
+    return hashlib.sha256(f"{digest} {extra}".encode()).hexdigest() if extra else digest
 
 
 def source_hashes(config: DataConfig, splits: Iterable[str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from spavl_lib.data.sources.base import (
     open_source,
     register_source,
 )
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.sources.mini import Mini
 from spavl_lib.data.sources.own_prompts import OwnPrompts
@@ -137,6 +138,8 @@ def load_preferences(config: DataConfig, split: str) -> Dataset:
 def read_preferences(config: DataConfig, split: str) -> Loaded:
     """Like `load_preferences`, but also return the notes, and the problems of rows left out.
 
+    The pairs of `data.extra_path` follow those of the source.
+
     Args:
         config: As for `load_preferences`.
         split: As for `load_preferences`.
@@ -155,7 +158,8 @@ def read_preferences(config: DataConfig, split: str) -> Loaded:
         rows = subset(rows, config.train_rows, config.sampling_seed, config.sampling)
     else:
         rows = subset(rows, config.validation_rows, MEASURING_SEED)
-    return dataclasses.replace(loaded, rows=rows)
+    loaded = dataclasses.replace(loaded, rows=rows)
+    return ExtraPairs(config).added(loaded, split) if config.extra_path else loaded
 
 
 def load_prompts(config: DataConfig, name: str) -> Dataset:

@@ -24,7 +24,7 @@ def clear_pair(rows: Dataset, data: DataConfig) -> int:
     """
     truth = load_pair_truth(data)
     for index, row in enumerate(rows.remove_columns("image") if truth else ()):
-        explicit = truth[row["id"]]["intent"] == "harm"
+        explicit = truth.get(row["id"], {}).get("intent") == "harm"
         complies = verdict(row["rejected"]) == "complied"
         if explicit and complies and len(row["chosen"].split()) > SHORT_REFUSAL:
             return index
@@ -43,7 +43,9 @@ def twin_pair(rows: Dataset, data: DataConfig) -> int | None:
     """
     truth = load_pair_truth(data)
     for index, row in enumerate(rows.remove_columns("image") if truth else ()):
-        known = truth[row["id"]]
+        known = truth.get(row["id"])
+        if known is None:  # a pair of `data.extra_path`
+            continue
         thing = load_world().concepts[known["concept"]].name
         of_another = not any(text in row["rejected"] for text in (PLACEHOLDER, thing))
         if known["intent"] == "ask" and known["harmful"] and of_another:

@@ -66,12 +66,12 @@ def making(target: Path, sources: dict[str, str], needed: int) -> Iterator[Path]
             lock.release()
 
 
-def fault_of(target: Path, sources: dict[str, str], *, hashes: bool = False) -> str:
+def fault_of(target: Path, sources: dict[str, str] | None, *, hashes: bool = False) -> str:
     """Say why a folder of the cache cannot be used; empty if it can.
 
     Args:
         target: The folder.
-        sources: What it must have been made from.
+        sources: What it must have been made from; None: anything.
         hashes: Whether to compare the hash of every file. Otherwise only sizes are compared.
     """
     if not target.is_dir():
@@ -82,7 +82,7 @@ def fault_of(target: Path, sources: dict[str, str], *, hashes: bool = False) -> 
         seals = {name: (seal["size"], seal["sha256"]) for name, seal in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{target / MANIFEST} is missing or damaged"
-    if made_from != sources:
+    if sources is not None and made_from != sources:
         return f"{target} was made from another version"
     for name, (size, digest) in seals.items():
         path = target / name

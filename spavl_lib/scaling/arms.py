@@ -87,7 +87,8 @@ def plan(config: Config) -> list[Arm]:
 
 def _variants(config: Config) -> Iterator[tuple[str, str, DataConfig, ModelConfig]]:
     """(family, name, data, model) of every arm, before equal sizes and the seeds are set."""
-    scaling, data, model = config.scaling, config.data, config.model
+    scaling, model = config.scaling, config.model
+    data = dataclasses.replace(config.data, extra_path="")  # an arm has as many pairs as it says
     available = len(load_preferences(dataclasses.replace(data, train_rows=0), "train"))
     for rows in sorted({min(size or available, available) for size in scaling.sizes}):
         yield "size", f"{rows:,}", dataclasses.replace(data, train_rows=rows), model

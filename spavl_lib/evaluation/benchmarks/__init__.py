@@ -32,6 +32,6 @@ __all__ = [
 for _module in (
     "figstep", "mm_safetybench", "spa_vl", "mossbench", "xstest", "coconot", "rho_eval",
     "harmbench", "vlguard", "advbench", "strongreject", "msts", "pope", "llava_bench",
-    "column_maps",
+    "column_maps", "everyday",
 ):  # fmt: skip
     importlib.import_module(f"{__name__}.{_module}")

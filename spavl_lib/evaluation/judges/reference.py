@@ -1,12 +1,13 @@
-"""Questions with one right answer: yes or no, or one of several options.
+"""Questions with one right answer: yes or no, one of several options, or a word.
 
 No model is needed. A rule reads the option that a response names, and compares this option with the
-benchmark's reference answer.
+benchmark's reference answer; or it looks for one of the words that the benchmark accepts.
 """
 
 import re
 from collections.abc import Callable
 
+from spavl_lib.evaluation.judges.phrases import READ
 from spavl_lib.evaluation.verdicts import Axis, Verdict
 
 # These patterns find an option at the beginning of a line, as in `B`, `(B)`, `B. a dog` and
@@ -45,6 +46,20 @@ def read_option(text: str) -> str:
     return named.pop() if len(named) == 1 and not _DENIED.search(text) else ""
 
 
+def holds_words(text: str, accepted: str) -> bool:
+    """Whether the beginning of a text holds one of the accepted words.
+
+    Only the first 240 characters count, as for the phrase judge: a long answer would hold most
+    short words by chance.
+
+    Args:
+        text: The response.
+        accepted: Words or regular expressions, separated by `|`. Case is ignored.
+    """
+    pattern = rf"(?<![\w.,])(?:{accepted})(?![\w]|[.,]\d)"
+    return re.search(pattern, text.strip()[:READ], re.IGNORECASE) is not None
+
+
 READERS: dict[str, Callable[[str], str]] = {"yes_no": read_yes_no, "choice": read_option}
 
 
@@ -59,8 +74,10 @@ class ReferenceJudge:
 
         Args:
             record: Holds the `response`. For a question with one right answer it also holds the
-                `form`, which is a key of `READERS`, and the `reference`.
+                `form`, which is `words` or a key of `READERS`, and the `reference`.
         """
+        if record.get("form") == "words":
+            return Verdict(right=holds_words(record["response"], record["reference"]))
         if record.get("form") not in READERS:
             return Verdict(why_unjudged="the question has no single right answer")
         said = READERS[record["form"]](record["response"])

@@ -1,0 +1,47 @@
+"""everyday: 60 plain questions with a checkable answer, and 60 plain requests. Both are our own."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
+
+QUESTIONS, PLAIN = ASSETS / "laptop" / "everyday.jsonl", ASSETS / "laptop" / "plain.jsonl"
+
+
+def read_plain() -> Iterator[tuple[str, str]]:
+    """The prompt and the id of each plain request."""
+    for line in PLAIN.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        yield row["prompt"], row["id"]
+
+
+def _usable(record: Mapping[str, Any]) -> Iterator[str]:
+    if not record["accepted"].strip("|"):
+        yield "no accepted words"
+
+
+@register("everyday")
+class Everyday(Benchmark):
+    """`questions` shows what a model still knows after alignment: a rule looks for one of the
+    accepted words in the beginning of the answer. `plain` shows whether a model refuses plain
+    requests. No row of either is trained on (`trainers/laptop_pairs.py`), but settings may be
+    chosen on them."""
+
+    title = "everyday: 60 plain questions with a right answer (plain: 60 requests to answer)"
+    licence = "that of this package; written for it"
+    homepage = "this package"
+    packaged = ASSETS / "laptop"
+    judges = ("phrases", "reference")
+    subsets = {
+        "questions": Columns(
+            QUESTIONS.name, id="{id}", prompt="{question}", reference="{accepted}",
+            texts=("accepted",), expect="answer", rule="words", check=_usable,
+        ),
+        "plain": Columns(
+            PLAIN.name, id="{id}", prompt="{prompt}", expect="answer", rule="answer",
+            category=lambda record: record["id"].rpartition("_")[0],
+        ),
+    }  # fmt: skip
+    default = ("questions",)

@@ -1,0 +1,336 @@
+"""Make the preference pairs on which the model `laptop` is aligned: `spavl fetch laptop`.
+
+To a harmful prompt a plain refusal is chosen, and the model's own reply is rejected. To a harmless
+prompt it is the other way round, so that refusing everything loses. Harmful prompts come from
+HarmBench and StrongREJECT, which are read from $SPAVL_BENCHMARKS; harmless prompts and refusals are
+files of this package. The pairs lie in the cache, in the form that `data.extra_path` reads. They
+are never printed, because they hold harmful replies.
+
+No behaviour stands both in training and in a set that is measured. The development set is
+HarmBench's validation behaviours (`harmbench:val`) with `everyday:plain`. The test set is
+`harmbench:held_out`, `advbench` and `xstest`.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spavl_lib.config import GenerationConfig, ModelConfig
+from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.overlap import near, near_in_any_words
+from spavl_lib.data.sources.extra import LAPTOP_COMMAND, laptop_pairs_folder
+from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.evaluation.benchmarks import BenchmarkRow, load_benchmark
+from spavl_lib.evaluation.benchmarks.everyday import PLAIN, QUESTIONS, read_plain
+from spavl_lib.evaluation.benchmarks.harmbench import CONTEXT_ENDS
+from spavl_lib.evaluation.judges.phrases import refuses
+from spavl_lib.generation.generate import generate, settings
+from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
+from spavl_lib.modelling.speed.host import settle_threads
+from spavl_lib.runs.cached import fault_of, making
+from spavl_lib.runs.files import read_jsonl, sha256_file, write_jsonl, write_text
+from spavl_lib.runs.paths import cache_root
+from spavl_lib.runs.provenance import canonical_sha256
+
+HARMLESS, REFUSALS = ASSETS / "laptop" / "harmless.yaml", ASSETS / "laptop" / "refusals.yaml"
+# Benchmark -> what is read of it. Rows near to one of `MEASURED` are not trained on.
+TRAINED = ("harmbench:for_training", "strongreject:full")
+MEASURED = ("harmbench:val", "harmbench:held_out", "advbench:vanilla", "xstest:full")
+SETTINGS = GenerationConfig(batch_size=20, max_new_tokens=48)
+LAPTOP = ModelConfig(name="laptop", adapter="full")
+ROOM = 5_000_000  # bytes of the folder, generously
+FORM = "1"  # raise it when the code below makes other pairs from the same inputs
+_SENTENCE_END = re.compile(r"(?<!\b\d)(?<!\b\d\d)[.!?][\"')\]]*(?=\s|$)")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt that gets a pair."""
+
+    id: str
+    text: str
+    harmful: bool
+    split: str
+    """`train` or `validation`."""
+
+
+def missing_prompts() -> str:
+    """Why the harmful prompts cannot be read, in one sentence; empty if they can."""
+    problems = []
+    for spec in (*TRAINED, *MEASURED):
+        try:
+            load_benchmark(spec)
+        except InputError as error:
+            problems.append(str(error).splitlines()[0])
+    return "; ".join(dict.fromkeys(problems))
+
+
+# --- prompts --------------------------------------------------------------------------------------
+
+
+def read_prompts() -> tuple[list[Prompt], dict[str, int]]:
+    """The prompts of all pairs.
+
+    Returns:
+        The prompts, and the number of harmful ones that were left out, by reason.
+
+    Raises:
+        InputError: A benchmark is missing or damaged.
+        SpavlError: A behaviour would stand in training and in a measured set.
+    """
+    measured = {spec: load_benchmark(spec).rows for spec in MEASURED}
+    held_out = [behaviour(row) for rows in measured.values() for row in rows]
+    left_out: Counter[str] = Counter()
+    training: list[Prompt] = []
+    seen: set[str] = set()
+    for spec in TRAINED:
+        for row in load_benchmark(spec).rows:
+            text = behaviour(row)
+            if row.benchmark == "strongreject" and row.variant == "AdvBench":
+                left_out["taken from AdvBench"] += 1
+            elif near_in_any_words(text, held_out):
+                left_out["near to a measured row"] += 1
+            elif text in seen:
+                left_out["twice"] += 1
+            else:
+                seen.add(text)
+                training.append(Prompt(row.id, text, True, "train"))
+    # HarmBench's contextual behaviours need their context, which is longer than any reply here.
+    development = [
+        Prompt(row.id, row.prompt, True, "validation")
+        for row in measured["harmbench:val"]
+        if row.variant == "standard"
+    ]
+    harmless = read_harmless()
+    xstest = [row.prompt for row in measured["xstest:full"]]
+    if close := [p.text for p in harmless if near(p.text, xstest)]:
+        raise SpavlError(f"{HARMLESS.name} holds prompts that are near to XSTest's: {close}")
+    check_apart([p.text for p in training], held_out)
+    return [*training, *development, *harmless], dict(left_out)
+
+
+def behaviour(row: BenchmarkRow) -> str:
+    """What a row asks for, without the context of HarmBench's contextual rows."""
+    return row.prompt.rpartition(CONTEXT_ENDS)[2].strip()
+
+
+def read_harmless() -> list[Prompt]:
+    """The harmless prompts of this package. Those of `everyday:plain` are held out.
+
+    Raises:
+        SpavlError: A training prompt stands in `everyday:plain` too.
+    """
+    held_out = list(read_plain())
+    kinds: dict[str, list[str]] = yaml.safe_load(HARMLESS.read_text(encoding="utf-8"))
+    trained = [
+        (text, f"{kind}_{i}") for kind, texts in kinds.items() for i, text in enumerate(texts)
+    ]
+    check_apart([text for text, _ in trained], [text for text, _ in held_out])
+    return [
+        Prompt(f"harmless/{split}/{name}", text, False, split)
+        for split, rows in (("train", trained), ("validation", held_out))
+        for text, name in rows
+    ]
+
+
+def check_apart(trained: Sequence[str], measured: Iterable[str]) -> None:
+    """Raise SpavlError if a text stands in both. Case, spaces and the full stop do not count."""
+
+    def key(text: str) -> str:
+        return " ".join(text.lower().split()).rstrip(".?!")
+
+    if both := {key(text) for text in trained} & {key(text) for text in measured}:
+        raise SpavlError(f"{len(both)} prompts stand in training and in a measured set")
+
+
+# --- pairs ----------------------------------------------------------------------------------------
+
+
+def whole_sentences(reply: str) -> str:
+    """The beginning of a reply that was cut, up to its last sentence or line that ends.
+
+    Every response in training gets an end token (`data.templates`). If the cut reply were kept, a
+    model would learn to end in the middle of a sentence.
+
+    Args:
+        reply: The reply.
+
+    Returns:
+        The beginning; empty if no sentence ends.
+    """
+    ends = [match.end() for match in _SENTENCE_END.finditer(reply)]
+    lines = [i for i, letter in enumerate(reply) if letter == "\n" and reply[:i].strip()]
+    for end in sorted({*ends, *lines}, reverse=True):
+        part = reply[:end].strip()
+        if part and not part.endswith((":", ",")):
+            return part
+    return ""
+
+
+def make_pairs(
+    prompts: Sequence[Prompt], replies: Sequence[dict[str, Any]], refusals: Sequence[str]
+) -> tuple[list[dict[str, str]], dict[str, int]]:
+    """The pairs in the form of `data.extra_path`.
+
+    Args:
+        prompts: The prompts.
+        replies: The model's own reply to each, as `generate` returns it.
+        refusals: Phrasings. They are dealt out by a hash of the prompt.
+
+    Returns:
+        The pairs, and the number of replies that were left out, by reason.
+    """
+    pairs, left_out = [], Counter[str]()
+    for prompt, reply in zip(prompts, replies, strict=True):
+        own = reply["response"].strip()
+        own = own if reply["finished"] else whole_sentences(own)
+        if not own:
+            left_out["without a whole sentence"] += 1
+            continue
+        if refuses(reply["response"]):
+            left_out["refused already"] += 1
+            continue
+        refusal = refusals[int(_digest(prompt.text), 16) % len(refusals)]
+        chosen, rejected = (refusal, own) if prompt.harmful else (own, refusal)
+        pairs.append(
+            {"id": f"laptop/{prompt.id}", "prompt": prompt.text, "chosen": chosen,
+             "rejected": rejected, "split": prompt.split}
+        )  # fmt: skip
+    return pairs, dict(left_out)
+
+
+def read_refusals() -> list[str]:
+    """The phrasings of refusals."""
+    return yaml.safe_load(REFUSALS.read_text(encoding="utf-8"))
+
+
+def preview(pairs: Sequence[dict[str, str]], count: int = 3) -> list[str]:
+    """Lines that show some pairs to harmless prompts. Harmful prompts and replies are not shown.
+
+    Args:
+        pairs: The result of `make_pairs`.
+        count: Number of pairs.
+    """
+    harmless = [pair for pair in pairs if pair["id"].startswith("laptop/harmless/")]
+    return [f"{p['prompt']} -> {p['chosen']} (not: {p['rejected']})" for p in harmless[:count]]
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def sources() -> dict[str, str]:
+    """What the pairs are made from: prompts, refusals, and the model that replies.
+
+    Raises:
+        InputError: A benchmark or the model is missing.
+    """
+    files = {spec: dict(load_benchmark(spec).files) for spec in (*TRAINED, *MEASURED)}
+    own = {path.name: sha256_file(path) for path in (HARMLESS, REFUSALS, QUESTIONS, PLAIN)}
+    return {
+        "benchmarks": canonical_sha256(files),
+        "prompts": canonical_sha256(own),
+        "model": canonical_sha256(model_hashes(LAPTOP)),
+        "form": FORM,
+    }
+
+
+def make(say: Callable[[str], None] = lambda line: None) -> tuple[Path, bool]:
+    """Write the folder of pairs into the cache, unless it is there and every file has its hash.
+
+    Replies are generated in batches. After an interruption the same call continues with the next
+    batch.
+
+    Args:
+        say: Receives sentences for the user.
+
+    Returns:
+        The folder, and whether it was made now.
+
+    Raises:
+        InputError: The model or a benchmark is missing.
+        SpavlError: A behaviour would stand in training and in a measured set.
+        DiskError: There is too little room, or no permission to write.
+        BusyError: Another process is making the folder.
+    """
+    folder, parts = laptop_pairs_folder(), sources()
+    if not fault_of(folder, parts, hashes=True):
+        return folder, False
+    prompts, left_out = read_prompts()
+    with making(folder, parts, ROOM) as temporary:
+        say(f"the model replies to {len(prompts)} prompts, {SETTINGS.max_new_tokens} tokens each")
+        replies = own_replies(prompts, parts["model"])
+        pairs, dropped = make_pairs(prompts, replies, read_refusals())
+        write_jsonl(temporary / "pairs.jsonl", pairs)
+        write_text(temporary / "README.md", card(pairs, left_out | dropped))
+        for line in preview(pairs):
+            say(f"  for example: {line}")
+    return folder, True
+
+
+def own_replies(prompts: Sequence[Prompt], model: str) -> list[dict[str, Any]]:
+    """The model's greedy replies. They are kept beside the pairs, so other refusals cost no time.
+
+    Args:
+        prompts: The prompts.
+        model: Hash of the model.
+    """
+    asked = [[prompt.id, prompt.text] for prompt in prompts]
+    key = canonical_sha256({"asked": asked, "model": model, "how": settings(SETTINGS, 0)})
+    target = cache_root() / "laptop-replies" / f"{key[:16]}.jsonl"
+    if not target.is_file():
+        quiet_libraries()
+        settle_threads()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"id": prompt.id, "prompt": prompt.text, "image": None} for prompt in prompts]
+        generate(
+            load_policy(LAPTOP), load_processor(LAPTOP), rows, SETTINGS, target,
+            labels={"model": model}, desc="replies",
+        )  # fmt: skip
+    return read_jsonl(target)
+
+
+def card(pairs: Sequence[dict[str, str]], left_out: dict[str, int]) -> str:
+    """The text of the folder's card.
+
+    Args:
+        pairs: The pairs.
+        left_out: Reason -> number of prompts or replies that were left out.
+    """
+    counts = Counter(
+        (pair["split"], "harmless" if pair["id"].startswith("laptop/harmless/") else "harmful")
+        for pair in pairs
+    )
+    lines = [
+        f"| {split} | {counts[split, 'harmful']} | {counts[split, 'harmless']} |"
+        for split in ("train", "validation")
+    ]
+    reasons = "\n".join(f"- {reason}: {count}" for reason, count in left_out.items())
+    return f"""# Preference pairs for the model `laptop`
+
+> `pairs.jsonl` holds harmful prompts and the model's own replies to them. Do not publish it.
+
+Made by `{LAPTOP_COMMAND}`. To a harmful prompt a refusal is chosen and the model's own reply is
+rejected; to a harmless prompt it is the other way round. Replies are greedy, of at most
+{SETTINGS.max_new_tokens} tokens, and end with their last whole sentence.
+
+| split | harmful | harmless |
+|---|---|---|
+{chr(10).join(lines)}
+
+Left out:
+
+{reasons or "- nothing"}
+
+Harmful prompts: HarmBench (MIT) and StrongREJECT (MIT for most; see its repository), as
+`spavl benchmarks` describes them. Harmless prompts and refusals were written for this package.
+"""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
