@@ -108,4 +108,4 @@ def test_commands_and_profiles_exist() -> None:
         assert CliRunner().invoke(cli.app, [verb, "--help"]).exit_code == 0, verb
     profiles = (REPO / "docs/profiles.md").read_text(encoding="utf-8")
     columns = next(line for line in profiles.splitlines() if line.startswith("| | `smoke`"))
-    assert set(re.findall(r"`(\w+)`", columns)) == set(profile_names())
+    assert set(re.findall(r"`([\w-]+)`", columns)) == set(profile_names())

@@ -244,7 +244,7 @@ def doctor() -> None:
     typer.echo("profiles")
     verdicts = {name: examination.cannot_run(name) for name in profile_names()}
     for name, reasons in verdicts.items():
-        typer.echo(f"  {name:<9}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
+        typer.echo(f"  {name:<11}{'no: ' + '; '.join(reasons) if reasons else 'yes'}")
     if all(verdicts.values()):
         raise typer.Exit(1)
 

@@ -18,7 +18,10 @@ from spavl_lib.runs.paths import repo_root, runs_root
 
 # For each shipped profile the needed main memory, and the needed memory of one CUDA GPU, in GiB. 0
 # means that no GPU is needed.
-NEEDS = {"smoke": (2, 0), "demo": (4, 0), "colab": (8, 16), "full": (32, 80)}
+NEEDS = {
+    "smoke": (2, 0), "demo": (4, 0), "laptop": (6, 0), "laptop-hub": (8, 8), "colab": (8, 16),
+    "full": (32, 80),
+}  # fmt: skip
 # Machines and GPUs report a little less memory than their nominal size, so this share of the needed
 # memory is enough.
 REPORTED_SHARE = 0.9

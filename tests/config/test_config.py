@@ -21,7 +21,7 @@ from spavl_lib.config import (
 )
 from spavl_lib.errors import InputError
 
-SHIPPED = ["colab", "demo", "full", "smoke"]
+SHIPPED = ["colab", "demo", "full", "laptop", "laptop-hub", "smoke"]
 
 
 def leaves(values: dict, prefix: str = "") -> dict[str, object]:

@@ -1,0 +1,216 @@
+"""The pairs of the profile `laptop`: prompts kept apart, replies trimmed, a folder in the cache."""
+
+import csv
+import functools
+import itertools
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spavl_lib.config import ModelConfig, load_config
+from spavl_lib.data.embedded.language import verdict
+from spavl_lib.data.load import load_preferences
+from spavl_lib.data.overlap import near, near_in_any_words, overlap
+from spavl_lib.data.sources.extra import laptop_pairs_folder
+from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.evaluation.benchmarks import load_benchmark
+from spavl_lib.evaluation.judges.phrases import refuses
+from spavl_lib.trainers import laptop_base, laptop_pairs
+
+# Invented rows in the columns of the published files; nothing in them is harmful.
+HARMBENCH = ("BehaviorID", "Behavior", "FunctionalCategory", "ContextString", "SemanticCategory")
+VERBS = ("Paint", "Polish", "Rent", "Fold", "Carve", "Weigh", "Borrow", "Rinse")
+THINGS = ("cellos", "canoes", "lamps", "kettles", "sofas", "tents", "gongs", "hats")
+
+
+def table(path: Path, header: tuple[str, ...], rows: list[tuple]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerows([header, *rows])
+
+
+@pytest.fixture
+def benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with small files of the four benchmarks, and a cache of its own."""
+    root = tmp_path / "benchmarks"
+
+    def behaviours(start: int, kinds: str) -> list[tuple]:
+        made = itertools.islice(itertools.product(VERBS, THINGS), start, None)
+        return [
+            (f"{verb}_{thing}", f"{verb} {thing} number {start + i}", kind, "C" * 9, "s")
+            if kind == "contextual"
+            else (f"{verb}_{thing}", f"{verb} {thing} number {start + i}", kind, "", "s")
+            for i, (kind, (verb, thing)) in enumerate(zip(kinds.split(), made, strict=False))
+        ]
+
+    test = "standard " * 10 + "contextual copyright"
+    for name, rows in (("test", behaviours(0, test)), ("val", behaviours(16, "standard " * 3))):
+        table(root / f"harmbench/harmbench_behaviors_text_{name}.csv", HARMBENCH, rows)
+    table(
+        root / "strongreject/strongreject_dataset.csv",
+        ("category", "source", "forbidden_prompt"),
+        [("Violence", "custom", "Juggle nine oranges backwards"),
+         ("Violence", "AdvBench", "Whistle loudly"),
+         ("Violence", "custom", "Knit a huge scarf from seaweed please")],
+    )  # fmt: skip
+    table(root / "advbench/harmful_behaviors.csv", ("goal", "target"),
+          [("Knit a huge scarf from seaweed", "Sure")])  # fmt: skip
+    table(root / "xstest/xstest_prompts.csv", ("id", "prompt", "type", "label"),
+          [(1, "Can gravel sing?", "t", "safe")])  # fmt: skip
+    monkeypatch.setenv("SPAVL_BENCHMARKS", str(root))
+    monkeypatch.setenv("SPAVL_CACHE", str(tmp_path / "cache"))
+    changed = functools.partial(load_benchmark, allow_changed=True)
+    monkeypatch.setattr(laptop_pairs, "load_benchmark", changed)
+    return root
+
+
+@pytest.fixture
+def replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A stand-in for the model. Returns the sizes of the calls that it got."""
+    calls: list[int] = []
+
+    def generate(model, processor, rows, config, target: Path, **others: object) -> None:
+        calls.append(len(rows))
+        said = {0: ("Yes. And th", False), 1: ("I cannot help.", True), 2: ("no end", False)}
+        lines = [said.get(i, (f"Reply {i}.", True)) for i in range(len(rows))]
+        records = [{"response": text, "finished": done} for text, done in lines]
+        target.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+
+    monkeypatch.setattr(laptop_pairs, "LAPTOP", ModelConfig(name="embedded", adapter="full"))
+    monkeypatch.setattr(laptop_pairs, "generate", generate)
+    monkeypatch.setattr(laptop_pairs, "load_policy", lambda config: None)
+    monkeypatch.setattr(laptop_pairs, "load_processor", lambda config: None)
+    return calls
+
+
+def test_prompts_are_kept_apart_from_measured_rows(benchmarks: Path) -> None:
+    prompts, left_out = laptop_pairs.read_prompts()
+    harmful = [p.text for p in prompts if p.harmful and p.split == "train"]
+    held_out, rest = (
+        [row.prompt for row in laptop_pairs.load_benchmark(f"harmbench:{name}").rows]
+        for name in ("held_out", "for_training")
+    )
+    assert (len(held_out), len(rest)) == (5, 5) and not set(held_out) & set(rest)
+    assert not set(harmful) & set(held_out)
+    assert all(not near_in_any_words(text, held_out) for text in harmful)
+    assert "Juggle nine oranges backwards" in harmful
+    assert not any("seaweed" in text or "Whistle" in text for text in harmful)
+    assert left_out["taken from AdvBench"] == 1 and left_out["near to a measured row"] >= 1
+    assert sum(p.harmful and p.split == "validation" for p in prompts) == 3
+
+
+def test_a_prompt_in_two_parts_is_refused() -> None:
+    with pytest.raises(SpavlError, match="1 prompts stand in training and in a measured set"):
+        laptop_pairs.check_apart(["Fold a  hat."], ["fold a hat"])
+
+
+def test_the_folder_is_made_once_and_read_by_the_profile(
+    benchmarks: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    folder, made = laptop_pairs.make(lines.append)
+    assert made and folder == laptop_pairs_folder()
+    assert laptop_pairs.make() == (folder, False) and len(replies) == 1
+    pairs = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
+    assert len(pairs) == replies[0] - 2  # one refused already, one holds no whole sentence
+    harmful = [p for p in pairs if "harmless" not in p["id"]]
+    assert all(refuses(p["chosen"]) and not refuses(p["rejected"]) for p in harmful)
+    assert all(refuses(p["rejected"]) for p in pairs if p not in harmful)
+    assert harmful[0]["rejected"] == "Yes."
+    shown = "\n".join(lines)
+    assert not any(p["prompt"] in shown or p["rejected"] in shown for p in harmful[1:])
+    card = (folder / "README.md").read_text()
+    assert "refused already: 1" in card and "without a whole sentence: 1" in card
+    data = load_config("laptop", {"data.train_rows": 8, "data.validation_rows": 8}).data
+    rows = load_preferences(data, "train")
+    assert len(rows) == 8 + sum(p["split"] == "train" for p in pairs)
+
+    # Other refusals make other pairs, but the model is not asked again.
+    monkeypatch.setattr(laptop_pairs, "FORM", "other")
+    assert laptop_pairs.make() == (folder, True) and len(replies) == 1
+    (folder / "pairs.jsonl").write_text("{}\n")
+    assert laptop_pairs.make() == (folder, True)
+
+
+@pytest.mark.parametrize(
+    ("reply", "whole"),
+    [
+        ("One. Two is cut", "One."),
+        ("It costs 3.5 euros and", ""),
+        ("1. Wash it.\n2. Dry", "1. Wash it."),
+        ("Things to bring:\n- a hat\n- a coa", "Things to bring:\n- a hat"),
+        ("Here it is:\n", ""),
+        ('He said "Stop!" and', 'He said "Stop!"'),
+        ("no end at all", ""),
+    ],
+)
+def test_a_cut_reply_ends_with_its_last_sentence(reply: str, whole: str) -> None:
+    assert laptop_pairs.whole_sentences(reply) == whole
+
+
+def test_overlap_ignores_the_words_of_every_request() -> None:
+    assert overlap("How do I fold a map?", "How do I fly a kite?") == 0
+    assert near("How do I fold a map?", ["How can I fold the map?"])
+    assert overlap("What is this?", "What is this?") == 1
+    assert not near_in_any_words("Fold a map", ["Sing a song"])
+
+
+# --- the files of this package --------------------------------------------------------------------
+
+
+def test_every_refusal_is_one_and_names_no_topic() -> None:
+    refusals = laptop_pairs.read_refusals()
+    assert len(set(refusals)) == len(refusals) >= 40
+    assert all(refuses(text) and verdict(text) == "refused" for text in refusals)
+    assert max(len(text.split()) for text in refusals) <= 16
+
+
+def test_harmless_prompts_are_many_and_apart_from_what_is_measured() -> None:
+    prompts = laptop_pairs.read_harmless()
+    trained = [p.text for p in prompts if p.split == "train"]
+    plain = [p.text for p in prompts if p.split == "validation"]
+    assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts) >= 320
+    assert len(plain) == 60
+    kinds = yaml.safe_load(laptop_pairs.HARMLESS.read_text(encoding="utf-8"))
+    assert (
+        len(kinds["alarming"]) + sum("alarming" in p.id for p in prompts if p.text in plain) == 60
+    )
+    questions = [row.prompt for row in load_benchmark("everyday").rows]
+    for text in (*trained, *laptop_base.REQUESTS):
+        assert not near(text, questions), text
+    assert [text for text in trained if near(text, plain)] == []
+
+
+@pytest.mark.skipif(
+    not os.environ.get("SPAVL_BENCHMARKS") or bool(laptop_pairs.missing_prompts()),
+    reason="$SPAVL_BENCHMARKS has not all of harmbench, strongreject, advbench and xstest",
+)
+def test_the_published_prompts() -> None:
+    prompts, left_out = laptop_pairs.read_prompts()
+    assert sum(p.harmful and p.split == "train" for p in prompts) == 330
+    assert sum(p.harmful and p.split == "validation" for p in prompts) == 41
+    assert left_out == {"taken from AdvBench": 25, "near to a measured row": 38}
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_the_command_says_which_prompts_are_missing(
+    spavl: Callable, benchmarks: Path, replies: list[int]
+) -> None:
+    (benchmarks / "xstest/xstest_prompts.csv").unlink()
+    code, _, err = spavl("fetch", "laptop", "--pairs")
+    assert code == InputError.exit_code and err.count("\n") == 1
+    assert "xstest" in err and "spavl fetch laptop --pairs" in err
+    code, _, err = spavl("fetch", "laptop", "--pairs", "--index-url", "https://mirror.example")
+    assert code == InputError.exit_code and "--pairs downloads nothing" in err
+
+
+def test_the_command_makes_the_pairs(spavl: Callable, benchmarks: Path, replies: list[int]) -> None:
+    code, out, err = spavl("fetch", "laptop", "--pairs")
+    assert code == 0, err
+    assert f"made: {laptop_pairs_folder()}" in out and "done: --profile laptop" in out
