@@ -129,10 +129,7 @@ def test_a_done_command_says_what_comes_next(spavl: Callable, calls: list) -> No
         ("run dpo --profile smoke --run-name a/b", "plain folder name"),
         ("run dpo --profile smoke --seed x", "--seed"),
         ("run dpo --profil smoke", "--profile"),
-        (
-            "run dpo",
-            "--profile' / '-p'. One of colab, demo, full, laptop, laptop-hub, smoke, or the path of a YAML",
-        ),
+        ("run dpo", "'-p'. One of colab, demo, full, laptop, laptop-hub, smoke, or the path of a"),
         ("run", "'name'. A notebook, such as dpo, 04 or 04_dpo, or all."),
         ("rnu dpo --profile smoke", "'run'"),
         ("train dop --profile smoke", "did you mean 'dpo'"),

@@ -232,7 +232,7 @@ def test_the_list_shows_what_is_at_hand(
     write_fixture(tmp_path / "mossbench", "mossbench", "bad_no_image")
     write_fixture(tmp_path / "strongreject", "strongreject", "bad_category")
     states = {state.name: state for state in list_benchmarks(tmp_path)}
-    assert list(states) == sorted(BENCHMARKS.names()) and len(states) == 24
+    assert list(states) == sorted(BENCHMARKS.names()) and len(states) == 25
     assert states["xstest"].rows == {"full": 3} and states["xstest"].pins == "changed"
     assert states["mossbench"].images_missing == 1 and states["mossbench"].rows == {"full": 3}
     assert "category is 'Gardening'" in states["strongreject"].problems[0]

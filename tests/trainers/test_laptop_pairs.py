@@ -4,7 +4,6 @@ import csv
 import functools
 import itertools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.benchmarks import load_benchmark
 from spavl_lib.evaluation.judges.phrases import refuses
 from spavl_lib.trainers import laptop_base, laptop_pairs
+from tests.evaluation.benchmark_files import needs_real_files
 
 # Invented rows in the columns of the published files; nothing in them is harmful.
 HARMBENCH = ("BehaviorID", "Behavior", "FunctionalCategory", "ContextString", "SemanticCategory")
@@ -185,11 +185,10 @@ def test_harmless_prompts_are_many_and_apart_from_what_is_measured() -> None:
     assert [text for text in trained if near(text, plain)] == []
 
 
-@pytest.mark.skipif(
-    not os.environ.get("SPAVL_BENCHMARKS") or bool(laptop_pairs.missing_prompts()),
-    reason="$SPAVL_BENCHMARKS has not all of harmbench, strongreject, advbench and xstest",
-)
+@needs_real_files
 def test_the_published_prompts() -> None:
+    if missing := laptop_pairs.missing_prompts():
+        pytest.skip(missing)
     prompts, left_out = laptop_pairs.read_prompts()
     assert sum(p.harmful and p.split == "train" for p in prompts) == 330
     assert sum(p.harmful and p.split == "validation" for p in prompts) == 41
