@@ -39,7 +39,7 @@ def _divided(reader: Reader, *, held_out: bool) -> Iterator[Record]:
         hashlib.sha256(f"held out {record.fields['BehaviorID']}".encode()).digest()
         for record in records
     ]
-    drawn = set(sorted(keys)[: min(HELD_OUT, len(keys) // 2)])
+    drawn = set(sorted(keys)[: min(HELD_OUT, (len(keys) + 1) // 2)])
     for record, key in zip(records, keys, strict=True):
         if (key in drawn) == held_out:
             yield record
