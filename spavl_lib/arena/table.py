@@ -166,7 +166,7 @@ def _test(grouped: Mapping, found: dict) -> None:
                 second += other[2]
             if ids:
                 key = f"{method}/{attack}"
-                p_values[key] = mcnemar(first, second, groups).p_value
+                p_values[key] = mcnemar(first, second, groups).mid_p
                 differences[key] = paired_difference(first, second, groups).to_dict()
     adjusted = holm(p_values) if p_values else {}
     for key, difference in differences.items():
