@@ -126,7 +126,7 @@ def subject_of(method: Method, seed: int, profile: str) -> Subject:
     config = config_of(method, seed, profile)
     run = Run(config)
     if method.uses_reward:
-        _make("reward", reward_config(seed, profile))
+        _make("reward", reward_config(method, seed, profile))
     cost, trained = {}, None
     if method.stage:
         trained = _make(method.stage, config)
@@ -136,7 +136,7 @@ def subject_of(method: Method, seed: int, profile: str) -> Subject:
     processor = load_processor(config.model)
     reward = None
     if method.answers == "best_of_n":
-        model = load_reward_model(config.model, reward_folder(seed, profile))
+        model = load_reward_model(config.model, reward_folder(method, seed, profile))
         reward = RewardFunction(
             Scorer(model), processor, batch_size=config.generation.batch_size,
             missing_eos_penalty=0.0,
@@ -248,6 +248,8 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
 def rests_on(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Any]:
     """What a cell's numbers depend on, and by what it is decided whether a cell is still valid."""
     settings = {"method": subject.method.settings, "answers": subject.method.answers}
+    if subject.method.reward_settings:
+        settings["reward"] = subject.method.reward_settings
     return {
         "profile": subject.config.profile, "rows": rows, **settings,
         "budget": dict(attack.budget) if attack else {},

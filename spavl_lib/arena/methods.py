@@ -28,6 +28,8 @@ class Method:
     """Stage that trains it; empty if the base model answers."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted name -> value of the settings that differ from the profile's."""
+    reward_settings: dict[str, Any] = field(default_factory=dict)
+    """As `settings`, for the reward model; empty if it uses the one that methods share."""
     answers: str = "plain"
     """plain: greedy decoding; safety_prompt: a sentence about safety stands before the question;
     best_of_n: of eight samples, the one with the best score of the reward model."""
@@ -75,16 +77,26 @@ def config_of(method: Method, seed: int, profile: str, **changes: Any) -> Config
     """
     settings = dict(method.settings)
     if method.uses_reward and method.stage:
-        settings[f"{method.stage}.reward_model"] = str(reward_folder(seed, profile))
+        settings[f"{method.stage}.reward_model"] = str(reward_folder(method, seed, profile))
     settings |= {key.replace("__", "."): value for key, value in changes.items()}
     return load_config(profile, settings, seed=seed, run_name=f"arena-{method.name}-{seed}")
 
 
-def reward_config(seed: int, profile: str) -> Config:
-    """The config of the run that trains the reward model of a seed."""
-    return load_config(profile, seed=seed, run_name=f"arena-reward-{seed}")
+def reward_config(method: Method, seed: int, profile: str) -> Config:
+    """The config of the run that trains a method's reward model.
+
+    All methods without `reward_settings` share the run of a seed.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
+    own = f"{method.name}-" if method.reward_settings else ""
+    name = f"arena-reward-{own}{seed}"
+    return load_config(profile, method.reward_settings, seed=seed, run_name=name)
 
 
-def reward_folder(seed: int, profile: str) -> Path:
-    """The folder of the reward model that all methods of a seed use."""
-    return Run(reward_config(seed, profile)).stage("reward").path / "model"
+def reward_folder(method: Method, seed: int, profile: str) -> Path:
+    """The folder of a method's reward model; arguments as in `reward_config`."""
+    return Run(reward_config(method, seed, profile)).stage("reward").path / "model"
