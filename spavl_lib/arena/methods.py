@@ -98,5 +98,11 @@ def reward_config(method: Method, seed: int, profile: str) -> Config:
 
 
 def reward_folder(method: Method, seed: int, profile: str) -> Path:
-    """The folder of a method's reward model; arguments as in `reward_config`."""
+    """The folder of a method's reward model.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
     return Run(reward_config(method, seed, profile)).stage("reward").path / "model"

@@ -482,9 +482,10 @@ class PPOConfig:
     """Number of responses after which `kl_coef` has changed by about 20 % at most."""
     cost_limit: float | None = None
     """Largest mean cost of the responses (Dai et al. 2023), in the unit of the cost head: above 0 a
-    response counts as harmful. While the mean cost is above the limit, the Lagrange multiplier
-    grows. none: costs are not used."""
-    lagrange_learning_rate: NonNegativeFloat = 0.1
+    response counts as harmful. Harmless prompts lower the mean, so a useful limit is usually below
+    0. While the mean cost is above the limit, the Lagrange multiplier grows. none: costs are not
+    used."""
+    lagrange_learning_rate: NonNegativeFloat = 0.05
     """Change of the multiplier's logarithm per rollout, for each unit that the mean cost is above
     the limit."""
     lagrange_initial: PositiveFloat = 1.0
