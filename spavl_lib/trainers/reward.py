@@ -246,7 +246,12 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         "train_rows": len(train_rows),
         "validation_rows": len(held_out),
         "launch": trainer.engine_found,
-        "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
+        "trainable_parameters": parts
+        | {
+            name: zero_parameters.numel(head.weight)
+            for name, head in (("score", model.score), ("cost", model.cost))
+            if head is not None
+        },
         "metrics": metrics,
         "final_loss": number(
             next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)

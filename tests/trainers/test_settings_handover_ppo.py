@@ -369,7 +369,7 @@ def test_a_steered_coefficient_prices_the_next_rollout(
 def test_the_multiplier_follows_the_mean_cost_and_is_kept_in_checkpoints(
     built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # where the fixture's stage is written
+    monkeypatch.setitem(changed.__globals__, "UNUSED", tmp_path)  # the root of the stage
     trainer = built(COSTS | {"rollout_batch_size": 4, "per_device_batch_size": 4})
     monkeypatch.setattr(ppo_rollout, "sample", lambda m, b, seeds, **_: [[40, 41]] * len(seeds))
     monkeypatch.setattr(trainer, "minibatch", lambda *_, **__: TAKEN | {"loss": 0.0})
