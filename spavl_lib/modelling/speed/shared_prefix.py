@@ -51,7 +51,7 @@ TEXT_MODELS = (
 )  # fmt: skip
 # Types of rotary embedding whose frequencies depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
-# Rows without a common prefix are packed too, for the sake of their padding, if they have at least so
+# Rows without a common prefix are packed too, which saves their padding, if they have at least so
 # many tokens on average. Each row costs an attention call, which short rows do not earn back.
 LONG_ROWS = 128
 HANDLE = "_shared_prefix"  # attribute of backbone and text model that holds the `SharedPrefix`
