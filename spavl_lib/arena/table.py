@@ -93,7 +93,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         cells: Cells, in any order.
 
     Returns:
-        `methods` and `attacks` with their titles; `cells`: method -> attack -> rates with
+        `methods` and `attacks` with their titles; `metrics`: method -> attack -> rates with
         intervals, `seeds`, and `against`: the difference to DPO's unsafe rate with its p-value,
         adjusted by Holm's method over the whole table; `not_understood`: attacks whose carrier the
         base does not understand, with the base's helpful rate; and `training` of each method.
@@ -115,7 +115,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             for name in (NONE, *ATTACKS)
             if any(name in by_attack for by_attack in found.values())
         },
-        "cells": found,
+        "metrics": found,
         "not_understood": {
             attack: cell["helpful"]
             for attack, cell in base.items()
@@ -166,7 +166,7 @@ def _test(grouped: Mapping, found: dict) -> None:
                 second += other[2]
             if ids:
                 key = f"{method}/{attack}"
-                p_values[key] = mcnemar(first, second, groups).p_value
+                p_values[key] = mcnemar(first, second, groups).mid_p
                 differences[key] = paired_difference(first, second, groups).to_dict()
     adjusted = holm(p_values) if p_values else {}
     for key, difference in differences.items():
