@@ -67,11 +67,19 @@ def test_every_figure_is_a_small_whole_png(name: str) -> None:
 def test_no_text_covers_another(name: str) -> None:
     fig = FIGURES[name]()
     fig.draw_without_rendering()
+    outside = {  # matplotlib keeps labels of ticks beyond the limits, and does not draw them
+        id(tick.label1)
+        for ax in fig.axes
+        for axis in (ax.xaxis, ax.yaxis)
+        for tick in axis.get_major_ticks()
+        if not min(axis.get_view_interval()) <= tick.get_loc() <= max(axis.get_view_interval())
+    }
     boxes = [
         (t.get_text(), t.get_window_extent())
         for t in fig.findobj(matplotlib.text.Text)
         if t.get_text().strip() and t.get_visible() and not t.get_rotation() % 90
-    ]
+        and id(t) not in outside
+    ]  # fmt: skip
     for i, (one, first) in enumerate(boxes):
         for other, second in boxes[i + 1 :]:
             wide = min(first.x1, second.x1) - max(first.x0, second.x0)
@@ -131,7 +139,8 @@ def test_the_worst_attack_is_named_and_its_arrow_ends_at_its_rates() -> None:
     assert f"worst: {TABLE['attacks'][worst]}" in [t.get_text() for t in second.texts]
     cell = TABLE["metrics"]["dpo"][worst]
     end = (cell["helpful"]["value"], 1 - cell["unsafe"]["value"])
-    thick = [t for t in second.texts if t.arrow_patch and t.arrow_patch.get_linewidth() > 1.5]
+    arrows = [t for t in second.texts if getattr(t, "arrow_patch", None)]
+    thick = [t for t in arrows if t.arrow_patch.get_linewidth() > 1.5]
     assert [t.xy for t in thick] == [pytest.approx(end)]
 
 

@@ -91,12 +91,12 @@ def test_a_reader_sorts_filters_and_opens(path: Path, tmp_path: Path) -> None:
     try:
         assert browser.open(path, 1) == ([], [], [])
         assert browser.evaluate(f"{shown}.length") == 20  # without those not understood
-        choose = "(s => {{ s.value = '{}'; s.dispatchEvent(new Event('change')); }})"
+        choose = "(s => {{ s.value = '{}'; s.dispatchEvent(new Event('change')); return 1; }})"
         browser.evaluate(f"{choose.format('dpo')}(document.getElementById('filter-method'))")
         assert browser.evaluate("document.getElementById('row-count').textContent") == (
             "4 of 25 rows"
         )
-        click = "document.querySelector('th[data-sort=unsafe] button').click()"
+        click = "document.querySelector('th[data-sort=unsafe] button').click(); 1"
         for direction in ("ascending", "descending"):
             browser.evaluate(click)
             values = browser.evaluate(f"{shown}.map(r => Number(r.dataset.unsafe))")
@@ -104,7 +104,7 @@ def test_a_reader_sorts_filters_and_opens(path: Path, tmp_path: Path) -> None:
             state = "document.querySelector('th[data-sort=unsafe]').getAttribute('aria-sort')"
             assert browser.evaluate(state) == direction
         browser.evaluate(f"{choose.format('')}(document.getElementById('filter-method'))")
-        browser.evaluate("document.querySelector('th[data-sort=against] button').click()")
+        browser.evaluate("document.querySelector('th[data-sort=against] button').click(); 1")
         last = browser.evaluate(f"{shown}.slice(-5).map(r => 'against' in r.dataset)")
         assert last == [False] * 5  # DPO itself, and the cell without a test
         browser.evaluate("document.querySelectorAll('button.open').forEach(b => b.click()); 1")
