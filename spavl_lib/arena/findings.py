@@ -214,7 +214,7 @@ def mends(table: Mapping[str, Any]) -> list[dict[str, Any]]:
             and against["p"] <= SURE
         }
         rows.append({
-            "attack": attack, "reference": own["unsafe"], "safer": sorted(safer, key=safer.get),
+            "attack": attack, "reference": own["unsafe"], "safer": sorted(safer, key=lambda name: safer[name]),
         })  # fmt: skip
     return rows
 
