@@ -214,7 +214,8 @@ def mends(table: Mapping[str, Any]) -> list[dict[str, Any]]:
             and against["p"] <= SURE
         }
         rows.append({
-            "attack": attack, "reference": own["unsafe"], "safer": sorted(safer, key=lambda name: safer[name]),
+            "attack": attack, "reference": own["unsafe"],
+            "safer": [name for _, name in sorted((rate, name) for name, rate in safer.items())],
         })  # fmt: skip
     return rows
 
