@@ -255,7 +255,13 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def rests_on(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Any]:
-    """What a cell's numbers depend on, and by what it is decided whether a cell is still valid."""
+    """What a cell's numbers depend on, and by what it is decided whether a cell is still valid.
+
+    Args:
+        subject: The method's model.
+        attack: The attack; None without one.
+        rows: As for `attacked_sets`.
+    """
     method = subject.method
     return {
         "profile": subject.config.profile, "rows": rows if attack else 0,
@@ -300,7 +306,14 @@ def kl_to_base(subject: Subject, sets: dict[str, dict]) -> dict[str, float]:
 
 
 def path_of(output: Path, method: str, attack: str, seed: int) -> Path:
-    """The file of a cell."""
+    """The file of a cell.
+
+    Args:
+        output: Folder of the cells.
+        method: Name of the method.
+        attack: Name of the attack, or `none`.
+        seed: Seed of the method's training.
+    """
     return output / method / f"{attack}.{seed}.json"
 
 
