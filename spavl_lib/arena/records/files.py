@@ -235,7 +235,8 @@ def read_metrics(record: Record) -> dict[str, Any]:
         page = read_json(path)
         by_seed = [page["seeds"][str(seed)] for seed in SEEDS]
         for seed in by_seed:
-            float(seed["cpu_seconds"]), float(seed["first_cpu_seconds"])
+            for kind in KINDS:
+                _ = seed["first_counts"][kind]["k"], seed["first_counts"][kind]["n"]
         summary = summarise(by_seed)
         _ = [page["base"]["helpful"][key] for key in ("k", "n")]
         _ = page["versions"], page["machine"], page["model"], page["record_sha256"]

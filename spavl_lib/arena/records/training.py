@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import spavl_lib
 from spavl_lib.arena.records.files import Record, read_record
 from spavl_lib.errors import InputError
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
@@ -44,14 +45,14 @@ def code_of(record: Record) -> Iterator[Path | None]:
         return
     with tempfile.TemporaryDirectory(prefix="spavl-patch-") as scratch:
         tree = Path(scratch) / "tree"
-        patch = str(record.patch.absolute())
         try:
-            _git(repo_root(), "worktree", "add", "--detach", str(tree), "HEAD")
-            _git(tree, "apply", patch)
+            try:
+                _git(repo_root(), "worktree", "add", "--detach", str(tree), "HEAD")
+                _git(tree, "apply", str(record.patch.absolute()))
+            except (OSError, subprocess.CalledProcessError) as error:
+                reason = str(getattr(error, "stderr", "") or error).strip()
+                raise InputError(f"{record.patch} does not apply to HEAD: {reason}") from error
             yield tree
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = str(getattr(error, "stderr", "") or error).strip()
-            raise InputError(f"{record.patch} does not apply to HEAD: {reason}") from error
         finally:
             with contextlib.suppress(OSError, subprocess.CalledProcessError):
                 _git(repo_root(), "worktree", "remove", "--force", str(tree))
@@ -72,11 +73,11 @@ def train(record: Record, seed: int, runs: Path, code: Path | None = None) -> di
         code: Checkout whose library trains; None for the library of this process.
 
     Returns:
-        `cpu_seconds` of all stages that are trained, `log` (lines of text), and `model`, the folder
-        of the policy.
+        `cpu_seconds` of all stages that are trained, `log` (lines of text), `model`, the folder of
+        the policy, and `library`, the folder of the code that trained.
 
     Raises:
-        InputError: The training failed.
+        InputError: The training failed, or used other code.
     """
     result = runs / "result.json"
     words = ["-m", __name__, str(record.folder.absolute()), str(seed), str(result)]
@@ -85,7 +86,13 @@ def train(record: Record, seed: int, runs: Path, code: Path | None = None) -> di
     completed = subprocess.run([sys.executable, *words], env=env, cwd=code)
     if completed.returncode or not result.is_file():
         raise InputError(f"{record.folder.name}, seed {seed}: the training failed; see above")
-    return read_json(result)
+    trained = read_json(result)
+    if code and not Path(trained["library"]).is_relative_to(code.resolve()):
+        raise InputError(
+            f"{record.folder.name} trained with {trained['library']}, without its patch; unset "
+            "PYTHONPATH and PYTHONSAFEPATH"
+        )
+    return trained
 
 
 def train_here(record: Record, seed: int) -> dict[str, Any]:
@@ -120,7 +127,10 @@ def train_here(record: Record, seed: int) -> dict[str, Any]:
     for name in record.trained_stages:
         log += log_of(name, read_jsonl(run.stage(name).metrics_path))
     model = run.stage(record.stage).path / "model"
-    return {"cpu_seconds": round(spent, 1), "log": log, "model": str(model)}
+    return {
+        "cpu_seconds": round(spent, 1), "log": log, "model": str(model),
+        "library": str(Path(spavl_lib.__file__).resolve().parent),
+    }  # fmt: skip
 
 
 def log_of(stage: str, rows: list[dict[str, Any]]) -> list[str]:

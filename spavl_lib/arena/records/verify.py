@@ -23,7 +23,7 @@ from spavl_lib.arena.records.leaderboard import LEADERBOARD, leaderboard
 from spavl_lib.arena.records.training import code_of, train
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
 from spavl_lib.runs import provenance
-from spavl_lib.runs.files import read_json, write_json, write_text
+from spavl_lib.runs.files import write_json, write_text
 from spavl_lib.runs.text import say
 
 # Largest mean rates over the seeds. `helpful_loss`: how far below the base's rate `helpful` may be.
@@ -247,4 +247,4 @@ def run_record(name: str, root: Path | None = None) -> Verdict:
     write_text(record.folder / "log.txt", "\n".join(log) + "\n")
     write_json(record.metrics_path, metrics)
     write_text(root / LEADERBOARD, leaderboard(root))
-    return Verdict(misses(metrics), [], read_json(record.metrics_path))
+    return Verdict(misses(metrics), [], metrics)
