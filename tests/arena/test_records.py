@@ -1,6 +1,7 @@
 """Records: what is read and refused, what is measured, and which number does not come again."""
 
 import copy
+import difflib
 import json
 import shutil
 import subprocess
@@ -125,7 +126,7 @@ def test_what_a_measurement_holds(measured: Path) -> None:
     assert rows == {"unsafe": 24, "harmless_refused": 48, "twins_refused": 12, "helpful": 24}
     assert 0 < seed["cpu_seconds"] < seed["first_cpu_seconds"]
     log = (measured / "002-shorter" / "log.txt").read_text(encoding="utf-8")
-    assert "dpo step=1 loss=" in log and "/" not in log
+    assert "dpo step=1 loss=" in log and " /" not in log and "tmp" not in log
     first = read_metrics(find_record("001", measured))
     assert first["ratio"] == 1
     assert first["seeds"]["0"]["counts"] == seed["first_counts"]
@@ -255,20 +256,17 @@ def test_all_stages_that_a_record_trains_are_counted(tmp_path: Path) -> None:
     assert record.config(3).data.sampling_seed == record.config(3).seed == 3
 
 
-PATCH = """\
---- a/spavl_lib/{0}
-+++ b/spavl_lib/{0}
-@@ -1 +1,2 @@
- {1}
-+# A line of the patch.
-"""
+def patch_of(path: str, before: list[str]) -> str:
+    """A patch that adds a line to the top of a file of the library."""
+    names = (f"a/spavl_lib/{path}", f"b/spavl_lib/{path}")
+    return "".join(difflib.unified_diff(before, ["# A line of the patch.\n", *before], *names))
 
 
 def test_a_patch_is_applied_to_a_worktree_for_a_while(tmp_path: Path) -> None:
     folder = make_record(tmp_path, "002-patched")
     path = "objectives/dpo.py"
-    first = (REPO / "spavl_lib" / path).read_text(encoding="utf-8").split("\n")[0]
-    (folder / "patch.diff").write_text(PATCH.format(path, first), encoding="utf-8")
+    lines = (REPO / "spavl_lib" / path).read_text(encoding="utf-8").splitlines(keepends=True)
+    (folder / "patch.diff").write_text(patch_of(path, lines), encoding="utf-8")
     record = read_record(folder)
     with training.code_of(record) as tree:
         assert tree is not None
@@ -276,7 +274,7 @@ def test_a_patch_is_applied_to_a_worktree_for_a_while(tmp_path: Path) -> None:
     assert not tree.exists()
     listed = subprocess.run(["git", "worktree", "list"], cwd=REPO, capture_output=True, text=True)
     assert str(tree) not in listed.stdout
-    (folder / "patch.diff").write_text(PATCH.format(path, "another line"), encoding="utf-8")
+    (folder / "patch.diff").write_text(patch_of(path, ["another line\n"]), encoding="utf-8")
     with pytest.raises(InputError, match="does not apply to HEAD"), training.code_of(record):
         pass
 
@@ -292,7 +290,7 @@ def test_a_patch_may_not_change_how_records_are_measured(
     tmp_path: Path, path: str, message: str
 ) -> None:
     folder = make_record(tmp_path, "002-patched")
-    (folder / "patch.diff").write_text(PATCH.format(path, "x"), encoding="utf-8")
+    (folder / "patch.diff").write_text(patch_of(path, ["x\n"]), encoding="utf-8")
     with pytest.raises(InputError, match=message):
         read_record(folder)
 
@@ -306,5 +304,5 @@ def test_the_committed_records_are_complete_and_the_leaderboard_is_current(
     for record, page in ranked:
         assert verify.misses(page) == [], record.folder.name
         log = (record.folder / "log.txt").read_text(encoding="utf-8")
-        assert "seed 2: " in log and "/" not in log
+        assert "seed 2: " in log and " /" not in log
         assert page["first_sha256"] == read_records(COMMITTED)[0].sha256()
