@@ -92,6 +92,7 @@ def _fitted(
     """The best curve of a form by weighted least squares; None if there are too few sizes."""
     from scipy.optimize import curve_fit  # takes a second to import
 
+    guesses: list[tuple[float, ...]]
     if form == "power law":
         guesses = [(max(rates[0], 1e-3) * pairs[0] ** b, b) for b in (0.1, 0.5, 1.0)]
         bounds = ([0.0, 0.0], [np.inf, 20.0])

@@ -39,7 +39,7 @@ class Verdict:
     """Numbers that do not come again, and thresholds that are not met."""
     notes: list[str]
     """Differences between this machine and that of `metrics.json`."""
-    metrics: dict[str, Any]
+    metrics: Mapping[str, Any]
     """What was measured now, in the form of `metrics.json`."""
 
 
