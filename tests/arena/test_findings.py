@@ -98,5 +98,5 @@ def test_only_sure_differences_mend() -> None:
 def test_all_methods_have_one_axis_of_kl() -> None:
     found = findings.divergences(table())
     assert found["base"] == 0.0 and found["dpo"] == 2.5
-    assert found["best_of_n"] == pytest.approx(math.log(8) - 7 / 8)
+    assert found["best_of_n"] == pytest.approx(math.log(4) - 3 / 4)
     assert "safety_prompt" not in found
