@@ -62,7 +62,7 @@ class Subject:
     cost: dict[str, float]
     """Seconds and peak memory of the training."""
 
-    def answers(self, rows: Sequence[Row], name: str, samples: int) -> list[list[Row]]:
+    def answers(self, rows: list[Row], name: str, samples: int) -> list[list[Row]]:
         """Answer rows.
 
         Args:
@@ -93,7 +93,7 @@ class Subject:
             seed=self.seed + 1000 * number, desc=name,
         )  # fmt: skip
 
-    def _best(self, rows: Sequence[Row], name: str, number: int) -> list[Row]:
+    def _best(self, rows: list[Row], name: str, number: int) -> list[Row]:
         assert self.reward is not None
         rounds = [
             self._generate(rows, f"{name}.{i}", True, number * SAMPLES + i) for i in range(SAMPLES)
@@ -132,7 +132,7 @@ def subject_of(
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
     if method.uses_reward:
-        _make("reward", reward_config(seed, profile))
+        _make("reward", reward_config(method, seed, profile))
     cost, trained = {}, None
     if method.stage:
         trained = _make(method.stage, config)
@@ -142,7 +142,7 @@ def subject_of(
     processor = load_processor(config.model)
     reward = None
     if method.answers == "best_of_n":
-        model = load_reward_model(config.model, reward_folder(seed, profile))
+        model = load_reward_model(config.model, reward_folder(method, seed, profile))
         reward = RewardFunction(
             Scorer(model), processor, batch_size=config.generation.batch_size,
             missing_eos_penalty=0.0,
@@ -255,12 +255,19 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
 
 
 def rests_on(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Any]:
-    """What a cell's numbers depend on, and by what it is decided whether a cell is still valid."""
+    """What a cell's numbers depend on, and by what it is decided whether a cell is still valid.
+
+    Args:
+        subject: The method's model.
+        attack: The attack; None without one.
+        rows: As for `attacked_sets`.
+    """
     method = subject.method
     return {
         "profile": subject.config.profile, "rows": rows if attack else 0,
         "method": method.settings | ({method.setting: subject.value} if method.setting else {}),
         "answers": method.answers, "attacked_rows": method.attacked_rows,
+        **({"reward": method.reward_settings} if method.reward_settings else {}),
         "budget": dict(attack.budget) if attack else {},
         "model": model_hashes(subject.config.model),
         "versions": provenance.versions(),
@@ -299,7 +306,14 @@ def kl_to_base(subject: Subject, sets: dict[str, dict]) -> dict[str, float]:
 
 
 def path_of(output: Path, method: str, attack: str, seed: int) -> Path:
-    """The file of a cell."""
+    """The file of a cell.
+
+    Args:
+        output: Folder of the cells.
+        method: Name of the method.
+        attack: Name of the attack, or `none`.
+        seed: Seed of the method's training.
+    """
     return output / method / f"{attack}.{seed}.json"
 
 

@@ -13,7 +13,13 @@ SEED = 0  # a trial's training is that of the method's seed 0
 
 
 def trial_path(output: Path, method: str, number: int) -> Path:
-    """The file of a trial: a cell that was measured on development rows, with its cost."""
+    """The file of a trial: a cell that was measured on development rows, with its cost.
+
+    Args:
+        output: Folder of the cells.
+        method: Name of the method.
+        number: Index of the value in `method.trials`.
+    """
     return output / method / f"trial-{number}.json"
 
 

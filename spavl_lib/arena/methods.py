@@ -31,6 +31,8 @@ class Method:
     """Stage that trains it; empty if the base model answers."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted name -> value of the settings that differ from the profile's."""
+    reward_settings: dict[str, Any] = field(default_factory=dict)
+    """As `settings`, for the reward model; empty if it uses the one that methods share."""
     answers: str = "plain"
     """plain: greedy decoding; safety_prompt: a sentence about safety stands before the question;
     best_of_n: of several samples, the one with the best score of the reward model."""
@@ -97,7 +99,7 @@ def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
         settings[method.setting] = value
         name += f"-{value:g}"
     if method.uses_reward and method.stage:
-        settings[f"{method.stage}.reward_model"] = str(reward_folder(seed, profile))
+        settings[f"{method.stage}.reward_model"] = str(reward_folder(method, seed, profile))
     if method.attacked_rows:
         rows = attacked_folder(load_config(profile).data)
         settings |= {"data.source": "hub_layout", "data.path": str(rows)}
@@ -109,11 +111,27 @@ def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
         ) from error
 
 
-def reward_config(seed: int, profile: str) -> Config:
-    """The config of the run that trains the reward model of a seed."""
-    return load_config(profile, seed=seed, run_name=f"arena-reward-{seed}")
+def reward_config(method: Method, seed: int, profile: str) -> Config:
+    """The config of the run that trains a method's reward model.
+
+    All methods without `reward_settings` share the run of a seed.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
+    own = f"{method.name}-" if method.reward_settings else ""
+    name = f"arena-reward-{own}{seed}"
+    return load_config(profile, method.reward_settings, seed=seed, run_name=name)
 
 
-def reward_folder(seed: int, profile: str) -> Path:
-    """The folder of the reward model that all methods of a seed use."""
-    return Run(reward_config(seed, profile)).stage("reward").path / "model"
+def reward_folder(method: Method, seed: int, profile: str) -> Path:
+    """The folder of a method's reward model.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
+    return Run(reward_config(method, seed, profile)).stage("reward").path / "model"

@@ -84,6 +84,37 @@ def choose(
         typer.echo(f"{name:14} {value}")
 
 
+@app.command()
+def page(
+    table: Annotated[
+        Path | None,
+        typer.Option(help="The table.", show_default="benchmarks/results/laboratory.json"),
+    ] = None,
+    cells: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the cells.", show_default="laboratory/ beside the table"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="laboratory.html beside the table")
+    ] = None,
+) -> None:
+    """Write a page on which a reader sorts and filters the table and opens answers.
+
+    \b
+    Examples:
+      spavl arena page
+      spavl arena page --table mine/laboratory.json --cells mine --output mine/page.html
+    """
+    from spavl_lib.arena.run import CELLS, TABLE
+    from spavl_lib.arena.table import read_cells, read_table
+    from spavl_lib.report.laboratory import FILE, write_laboratory
+    from spavl_lib.runs.paths import repo_root
+
+    table = table or repo_root() / Path(CELLS).parent / TABLE
+    found = read_cells(cells or table.parent / Path(CELLS).name)
+    typer.echo(f"wrote {write_laboratory(read_table(table), found, output or table.parent / FILE)}")
+
+
 @app.command(name="list")
 def list_all() -> None:
     """List the methods and the attacks."""

@@ -34,19 +34,14 @@ from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.trainers.embedded_base import random_scene
-from spavl_lib.trainers.laptop_tower import (
-    TOWER_BATCH,
-    TOWER_DECAY,
-    TOWER_RATE,
-    Captioner,
-    share,
-    train,
-)
+from spavl_lib.trainers.laptop_tower import TOWER_BATCH, TOWER_RATE, Captioner, share
+from spavl_lib.trainers.pretrain import pretrain
 
 FACTS = ("name", "kind", "use", "colour")
 IMAGES, REPLIES = 8, 2  # in a step of the second stage; each image gets one question of each kind
 LORA = ModelConfig(name="laptop", adapter="lora", lora_rank=8, lora_alpha=16)
 LORA_RATE, PROJECTOR_RATE = 1e-3, 5e-4
+SAVE_STEPS = 20
 REPLY = GenerationConfig(batch_size=20, max_new_tokens=48)
 ANSWER = GenerationConfig(batch_size=20, max_new_tokens=20)
 # Plain requests. SmolLM2's replies to them are made once, and mixed into the second stage.
@@ -311,9 +306,12 @@ def build(
     captioner = Captioner(model, processor).train()
     for part in (vision, projector):
         part.requires_grad_(True)
-    groups = [{"params": list(captioner.parameters()), "lr": TOWER_RATE,
-               "weight_decay": TOWER_DECAY}]  # fmt: skip
-    tower_log = train("tower", captioner, groups, captioner.loss, tower_steps, work, seed)
+    made_with = {"base": smollm2.PINNED.weights, "threads": torch.get_num_threads()}
+    common: dict[str, Any] = {"save_steps": SAVE_STEPS, "settings": made_with}
+    tower_log = pretrain(
+        "tower", captioner, captioner.draw, captioner.loss, tower_steps, work, seed,
+        rate=TOWER_RATE, muon=True, **common,
+    )  # fmt: skip
     model.requires_grad_(False).eval()
     if cold_start:
         projector.load_state_dict(initial)
@@ -322,18 +320,12 @@ def build(
     torch.manual_seed(seed)  # the adapters start alike, whether the first stage was resumed or not
     tuned = add_lora(model, LORA)
     apply_sharing(tuned, "auto")
-    adapters = [p for n, p in tuned.named_parameters() if p.requires_grad and "lora_" in n]
-    rest = [p for n, p in tuned.named_parameters() if p.requires_grad and "lora_" not in n]
-    groups = [
-        {"params": adapters, "lr": LORA_RATE, "weight_decay": 0.0},
-        {"params": rest, "lr": PROJECTOR_RATE, "weight_decay": 0.0},
-    ]
-
-    def loss_of(rng: random.Random) -> tuple[Tensor, dict]:
-        return answer_loss(tuned, batch_of(processor, training_examples(rng, replies)))
-
     name = "language_cold" if cold_start else "language"
-    language_log = train(name, tuned, groups, loss_of, language_steps, work, seed)
+    language_log = pretrain(
+        name, tuned, lambda rng: batch_of(processor, training_examples(rng, replies)),
+        lambda _, batch: answer_loss(tuned, batch), language_steps, work, seed, rate=LORA_RATE,
+        slower={"multi_modal_projector": PROJECTOR_RATE}, **common,
+    )  # fmt: skip
 
     path = output / laptop.PART
     facts = {"base": smollm2.PINNED.weights, "lora_scale": str(LORA.lora_alpha / LORA.lora_rank)}

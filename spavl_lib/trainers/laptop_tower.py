@@ -1,102 +1,17 @@
-"""The first stage of the model `laptop`: images as the embeddings of a caption's words.
+"""The first stage of the model `laptop`: images as the embeddings of a caption's words."""
 
-The training loop of both stages is here too.
-"""
-
-import math
 import random
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from spavl_lib.data.embedded import scenes
 from spavl_lib.data.embedded.world import load_world
-from spavl_lib.errors import InputError
-from spavl_lib.modelling import laptop, smollm2
-from spavl_lib.trainers import checkpoint as ckpt
+from spavl_lib.modelling import laptop
 from spavl_lib.trainers.embedded_base import random_scene
 
-TOWER_BATCH, TOWER_RATE, TOWER_DECAY = 128, 1e-3, 0.05
-SAVE_STEPS = 20
-
-
-# --- one training loop for both stages ------------------------------------------------------------
-
-
-def train(
-    name: str,
-    module: nn.Module,
-    groups: list[dict[str, Any]],
-    loss_of: Callable[[random.Random], tuple[Tensor, dict]],
-    steps: int,
-    work: Path,
-    seed: int,
-) -> list[dict]:
-    """Train with AdamW, warm-up and cosine decay. Resume from the last checkpoint, if there is one.
-
-    A checkpoint is written every `SAVE_STEPS` steps.
-
-    Args:
-        name: Name of the stage, and of its folder of checkpoints in `work`.
-        module: Module to train; changed in place.
-        groups: The optimizer's groups of parameters, with peak learning rate and weight decay.
-        loss_of: Draws a batch with a random generator, and returns the batch's loss and figures to
-            log. The generator is seeded with the run's seed and the step.
-        steps: Number of optimizer steps.
-        work: Folder for the checkpoints of all stages.
-        seed: Seed of the run.
-
-    Returns:
-        The logged figures of every step, including steps before an interruption.
-
-    Raises:
-        InputError: The checkpoint in `work` was made with other settings.
-        DiskError: There is no space or no permission.
-    """
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-    peaks = [group["lr"] for group in groups]
-    warmup = max(1, round(0.08 * steps))
-    made_with = {"seed": seed, "steps": steps, "rates": peaks, "base": smollm2.PINNED.weights}
-    done, history = 0, []
-    newest = ckpt.newest_checkpoint(work / name)
-    if newest:
-        state = ckpt.load_state(newest)
-        if state["made_with"] != made_with:
-            raise InputError(
-                f"{newest} was made with {state['made_with']}, but this training has {made_with}; "
-                f"choose another --work folder, or delete {work / name}"
-            )
-        ckpt.load_trainable(module, ckpt.load_tensors(newest, "model"), newest)
-        ckpt.load_optimizer(optimizer, ckpt.load_tensors(newest, "optimizer"), state["optimizer"])
-        done, history = state["step"], state["history"]
-    trained = [p for p in module.parameters() if p.requires_grad]
-    bar = tqdm(range(done, steps), initial=done, total=steps, desc=name)
-    for step in bar:
-        part = (step + 1 - warmup) / max(1, steps - warmup)
-        share = (step + 1) / warmup if step < warmup else 0.5 * (1 + math.cos(math.pi * part))
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * max(share, 0.01)
-        loss, figures = loss_of(random.Random(f"{seed}/{name}/{step}"))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        history.append(figures | {"step": step, "loss": round(loss.item(), 4)})
-        bar.set_postfix(history[-1])
-        if (step + 1) % SAVE_STEPS == 0 or step + 1 == steps:
-            tensors, plain = ckpt.optimizer_tensors(optimizer)
-            state = {"step": step + 1, "made_with": made_with, "optimizer": plain}
-            ckpt.save_checkpoint(
-                work / name, step + 1,
-                {"model": ckpt.trainable_tensors(module), "optimizer": tensors},
-                state | {"history": history}, keep=1,
-            )  # fmt: skip
-    return history
+TOWER_BATCH, TOWER_RATE = 128, 1e-3
 
 
 # --- first stage: images as the embeddings of words -----------------------------------------------
@@ -149,15 +64,14 @@ class Captioner(nn.Module):
         )
         self.words = model.get_input_embeddings().weight.detach()[vocabulary]
 
-    def loss(self, rng: random.Random) -> tuple[Tensor, dict]:
-        """The loss of a batch of random scenes, and the shares that are right.
-
-        The loss of the image tokens is a cross-entropy over the words of all captions, whose logits
-        are negative squared distances to the words' embeddings, plus the squared distance to the
-        right embedding relative to the words' variance.
+    def draw(self, rng: random.Random) -> tuple[Tensor, Tensor, Tensor]:
+        """Random scenes.
 
         Args:
             rng: Source of all choices.
+
+        Returns:
+            Pixels (batch, 3, 64, 64), and the numbers of concepts and colours (batch,).
         """
         things = [rng.randrange(len(self.concepts)) for _ in range(TOWER_BATCH)]
         compositions = [rng.choice(scenes.compositions("pretrain")) for _ in range(TOWER_BATCH)]
@@ -166,8 +80,20 @@ class Captioner(nn.Module):
             for i, c in zip(things, compositions, strict=True)
         ]
         pixels = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        concepts = torch.tensor(things)
         colours = torch.tensor([self.colours.index(c.colour) for c in compositions])
+        return pixels, torch.tensor(things), colours
+
+    def loss(self, _step: int, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, dict]:
+        """The loss of a batch, and the shares that are right.
+
+        The loss of the image tokens is a cross-entropy over the words of all captions, whose logits
+        are negative squared distances to the words' embeddings, plus the squared distance to the
+        right embedding relative to the words' variance.
+
+        Args:
+            batch: What `draw` returns.
+        """
+        pixels, concepts, colours = batch
         patches = self.tower(pixels).last_hidden_state[:, 1:]
         named, coloured = self.concept_head(patches.mean(1)), self.colour_head(patches.mean(1))
         projected = self.projector(patches)

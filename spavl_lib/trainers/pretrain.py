@@ -1,8 +1,8 @@
-"""The training loop of the embedded base: Muon and AdamW, resumable, batches drawn ahead."""
+"""The training loop of the models made here: Muon and AdamW, resumable, batches drawn ahead."""
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,31 @@ MUON_RATE, DECAY = 0.02, 0.05  # peak learning rate of Muon; weight decay
 LOWEST_RATE = 0.02  # of the peak, at the end
 
 
-def _optimizers(module: nn.Module, rate: float, *, muon: bool) -> list[torch.optim.Optimizer]:
-    """With `muon`, Muon for the matrices of hidden layers; AdamW for everything else."""
+def _optimizers(
+    module: nn.Module, rate: float, *, muon: bool, slower: Mapping[str, float]
+) -> list[torch.optim.Optimizer]:
+    """With `muon`, Muon for the matrices of hidden layers; AdamW for everything else.
+
+    Args:
+        module: Module to train.
+        rate: Peak learning rate of AdamW.
+        muon: See above.
+        slower: Other learning rates of AdamW, by a part of the parameters' names.
+    """
     trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     hidden = [p for name, p in trained if muon and p.ndim == 2 and ".layers." in name]
     chosen = {id(p) for p in hidden}
-    rest = [p for _, p in trained if id(p) not in chosen]
-    groups = [
-        {"params": [p for p in rest if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in rest if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for part, own_rate in {"": rate, **slower}.items():
+        of_part = [
+            p for name, p in trained
+            if id(p) not in chosen
+            and (part in name if part else not any(other in name for other in slower))
+        ]  # fmt: skip
+        groups += [
+            {"params": [p for p in of_part if p.ndim > 1], "weight_decay": DECAY, "lr": own_rate},
+            {"params": [p for p in of_part if p.ndim <= 1], "weight_decay": 0.0, "lr": own_rate},
+        ]
     others = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     return (
         [torch.optim.Muon(hidden, lr=MUON_RATE, weight_decay=DECAY), others] if hidden else [others]
@@ -45,11 +60,11 @@ def pretrain(
     *,
     rate: float,
     muon: bool = False,
+    slower: Mapping[str, float] | None = None,
+    save_steps: int = 100,
     settings: dict[str, Any] | None = None,
 ) -> list[dict]:
     """Train with warm-up and cosine decay. Resume from the last checkpoint, if there is one.
-
-    A checkpoint is written every 100 steps.
 
     Args:
         name: Name of the stage, and of its folder of checkpoints in `work`.
@@ -63,6 +78,8 @@ def pretrain(
         rate: Peak learning rate of AdamW.
         muon: Whether matrices of hidden layers are trained with Muon (Jordan et al. 2024, *Muon:
             An optimizer for hidden layers in neural networks*) instead of AdamW.
+        slower: Part of a parameter's name -> peak learning rate of AdamW for such parameters.
+        save_steps: A checkpoint is written every so many steps.
         settings: Further settings, in JSON types, with which a training must be resumed.
 
     Raises:
@@ -71,7 +88,7 @@ def pretrain(
     Returns:
         The logged figures of every step, including steps before an interruption.
     """
-    optimizers = _optimizers(module, rate, muon=muon)
+    optimizers = _optimizers(module, rate, muon=muon, slower=slower or {})
     warmup = min(100, steps // 10)
 
     def part_of_peak(step: int) -> float:
@@ -112,7 +129,7 @@ def pretrain(
             one.step()
         history.append(figures | {"step": step, "loss": round(loss.item(), 4)})
         bar.set_postfix(history[-1])
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % save_steps == 0 or step + 1 == steps:
             parts = [ckpt.optimizer_tensors(one) for one in optimizers]
             state = {"step": step + 1, "optimizers": [plain for _, plain in parts]}
             state["made_with"] = made_with
