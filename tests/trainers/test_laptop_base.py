@@ -103,8 +103,9 @@ def test_what_moves_in_each_stage(base: Path, tmp_path: Path) -> None:
     captioner = laptop_base.Captioner(model, processor)
     captioner.requires_grad_(True)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    groups = [{"params": list(captioner.parameters()), "lr": 1e-3, "weight_decay": 0.0}]
-    log = laptop_base.train("tower", captioner, groups, captioner.loss, 2, tmp_path, 0)
+    log = laptop_base.pretrain(
+        "tower", captioner, captioner.draw, captioner.loss, 2, tmp_path, 0, rate=1e-3, muon=True
+    )
     moved = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert moved and all(map(laptop.is_trained, moved))
     assert any("vision_tower" in k for k in moved) and any("projector" in k for k in moved)
