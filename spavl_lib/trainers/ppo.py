@@ -24,6 +24,7 @@ from transformers import get_scheduler
 
 from spavl_lib import machine
 from spavl_lib.config import Config
+from spavl_lib.data.schema import image_cells
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import InputError
@@ -337,7 +338,7 @@ class PPOTrainer(RolloutMaker):
         prompt_rows = self.prompts_of(self.step)
         records = [self.rows[prompt_rows[i]] for i in rows]
         answers = [
-            completion_ids(self.processor, r["prompt"], r["chosen"], image=r["image"] is not None)
+            completion_ids(self.processor, r["prompt"], r["chosen"], image=len(image_cells(r)))
             for r in records
         ]
         chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])

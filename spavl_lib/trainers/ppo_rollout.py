@@ -258,5 +258,7 @@ class RolloutMaker:
 
 
 def _images(prompts: list[Prompt], rows: list[int]) -> list[str]:
-    """Return the image digests of those rows that have an image."""
-    return [prompts[i].image_digest for i in rows if prompts[i].image_digest]
+    """Return a key for each image of some rows. Without keys the tower cache lets a batch pass."""
+    if any(prompts[i].image_digest and not prompts[i].image_keys for i in rows):
+        return []
+    return [key for i in rows for key in prompts[i].image_keys]

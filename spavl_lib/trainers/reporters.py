@@ -87,9 +87,10 @@ class Reporter:
         self.model = model
         self.state = TrainerState(global_step=step, max_steps=total)
         self.control, self.callbacks = TrainerControl(), []
-        if not config.report_to or not machine.is_main():
+        if not config.report_to:
             return
         trainer = config.section(section)
+        # In every process, because under DeepSpeed they set up accelerate's state together.
         self.arguments = TrainingArguments(
             **reporter_arguments(config, stage),
             output_dir=str(stage.path / "checkpoints"),
@@ -104,6 +105,8 @@ class Reporter:
             seed=config.seed,
             save_steps=trainer.save_steps,
         )
+        if not machine.is_main():
+            return
         classes = get_reporting_integration_callbacks(list(config.report_to))
         self.callbacks = [cls() for cls in classes]
         set_folder(self.callbacks, stage)
