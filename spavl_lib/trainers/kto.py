@@ -179,7 +179,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
-    finish_trainer(trainer, config, stage)
+    finish_trainer(trainer, config, stage, processor)
     return trainer
 
 

@@ -21,8 +21,9 @@ from spavl_lib.config import Config
 from spavl_lib.data.templates import end_ids
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.blank_image import run_tower_always
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
-from spavl_lib.modelling.roles import Roles, load_roles
+from spavl_lib.modelling.roles import ROLES, Roles, load_roles
 from spavl_lib.modelling.speed.side_by_side import SideBySide
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.ppo import KLController
@@ -74,6 +75,9 @@ class RolloutMaker:
             model = dataclasses.replace(model, share_prefix="off")
         forbidden = forbidden_token_ids(self.processor)
         self.model: Roles = load_roles(model, folder, forbidden, masters=engine == "ddp")
+        if engine == "zero3":
+            for vlm in {id(v): v for v in map(self.model.vlm_of, ROLES)}.values():
+                run_tower_always(vlm, self.processor)
         self.end_ids = end_ids(self.processor, self.model.vlm_of("policy"))
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):

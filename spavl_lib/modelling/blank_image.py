@@ -1,0 +1,84 @@
+"""Let every process run the vision tower in every batch, as ZeRO-3 needs.
+
+ZeRO-3 gathers a layer's parameters in all processes together. If one process has a batch without
+images, it would skip the tower, and the others would wait for it. A blank image therefore goes
+through tower and projector there. Its features are multiplied by 0 and added to the embeddings, so
+they change neither the result nor a gradient.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers import ProcessorMixin
+
+from spavl_lib.data.templates import encode_prompts
+from spavl_lib.modelling.speed.shared_prefix import backbone_of
+
+SIDE = 64  # pixels of the blank image
+
+
+class BlankImage:
+    """Hooks of a backbone and of its embeddings.
+
+    The blank image runs directly after the embeddings, where a backbone encodes the images of a
+    batch, because ZeRO-3 must gather the layers in the same order in all processes.
+
+    Args:
+        backbone: A backbone, with its image features and embeddings.
+        processor: The model's processor.
+    """
+
+    def __init__(self, backbone: nn.Module, processor: ProcessorMixin):
+        self.backbone = backbone
+        self.forward_names = tuple(inspect.signature(type(backbone).forward).parameters)[1:]
+        features = inspect.signature(type(backbone).get_image_features).parameters
+        vision = encode_prompts(processor, ["a"], [Image.new("RGB", (SIDE, SIDE), "grey")]).vision
+        self.vision = {name: value for name, value in vision.items() if name in features}
+        self.pending: dict[str, Tensor] | None = None
+        self.runs = 0
+        # Policy and reference get the same token ids. They then also get the same blank tensor, as
+        # other processes give both the same pixels, whose tower outputs `vision_once` keeps.
+        self.of_batch: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        backbone.register_forward_pre_hook(self._before, with_kwargs=True)
+        backbone.get_input_embeddings().register_forward_hook(self._after_embeddings)
+
+    def _before(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Note whether this batch needs the blank image."""
+        given = kwargs | dict(zip(self.forward_names, args, strict=False))
+        ids, self.pending = given.get("input_ids"), None
+        if ids is None or given.get("pixel_values") is not None or not self._partitioned():
+            return
+        if ids not in self.of_batch:
+            self.of_batch[ids] = {k: v.to(ids.device, copy=True) for k, v in self.vision.items()}
+        self.pending = self.of_batch[ids]
+
+    def _partitioned(self) -> bool:
+        """Whether the parameters, or the gradients of this pass, are divided among processes."""
+        statuses = [p.ds_status.name for p in self.backbone.parameters() if hasattr(p, "ds_id")]
+        return bool(statuses) and (torch.is_grad_enabled() or {*statuses} != {"AVAILABLE"})
+
+    def _after_embeddings(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """Add 0 times the blank image's features to the embeddings."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return None
+        self.runs += 1
+        features: Any = self.backbone.get_image_features(**pending, return_dict=True).pooler_output
+        parts = [features] if isinstance(features, Tensor) else features
+        return output + 0.0 * sum(part.sum() for part in parts).to(output)
+
+
+def run_tower_always(model: nn.Module, processor: ProcessorMixin) -> None:
+    """Install `BlankImage` in a model that ZeRO-3 partitions. Call it once for each model.
+
+    Args:
+        model: An image-text-to-text model, a PEFT model over one, or a `ScalarHeadModel`.
+        processor: The model's processor.
+    """
+    backbone = backbone_of(model)
+    if hasattr(backbone, "get_image_features"):
+        backbone._blank_image = BlankImage(backbone, processor)
