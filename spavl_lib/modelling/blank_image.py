@@ -16,19 +16,22 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import ProcessorMixin
 
 from spavl_lib.data.templates import encode_prompts
-from spavl_lib.modelling.speed.shared_prefix import backbone_of
+from spavl_lib.errors import InputError
+from spavl_lib.modelling.speed.shared_prefix import backbone_of, text_model_of
 
 SIDE = 64  # pixels of the blank image
 
 
 class BlankImage:
-    """Hooks of a backbone and of its embeddings.
+    """Hooks of a backbone and of its text model.
 
-    The blank image runs directly after the embeddings, where a backbone encodes the images of a
-    batch, because ZeRO-3 must gather the layers in the same order in all processes.
+    The blank image runs after the embeddings and before the text model, where a backbone encodes
+    the images of a batch, because ZeRO-3 must gather the layers in the same order in all processes.
+    For the same reason its features are added to the text model's input, and not to the output of
+    the embeddings: a frozen embedding whose output has a gradient would be gathered again.
 
     Args:
-        backbone: A backbone, with its image features and embeddings.
+        backbone: A backbone, with image features and a text model.
         processor: The model's processor.
     """
 
@@ -39,12 +42,11 @@ class BlankImage:
         vision = encode_prompts(processor, ["a"], [Image.new("RGB", (SIDE, SIDE), "grey")]).vision
         self.vision = {name: value for name, value in vision.items() if name in features}
         self.pending: dict[str, Tensor] | None = None
-        self.runs = 0
         # Policy and reference get the same token ids. They then also get the same blank tensor, as
         # other processes give both the same pixels, whose tower outputs `vision_once` keeps.
         self.of_batch: WeakIdKeyDictionary = WeakIdKeyDictionary()
         backbone.register_forward_pre_hook(self._before, with_kwargs=True)
-        backbone.get_input_embeddings().register_forward_hook(self._after_embeddings)
+        text_model_of(backbone).register_forward_pre_hook(self._before_text, with_kwargs=True)
 
     def _before(self, backbone: nn.Module, args: tuple, kwargs: dict) -> None:
         """Note whether this batch needs the blank image."""
@@ -61,15 +63,21 @@ class BlankImage:
         statuses = [p.ds_status.name for p in self.backbone.parameters() if hasattr(p, "ds_id")]
         return bool(statuses) and (torch.is_grad_enabled() or {*statuses} != {"AVAILABLE"})
 
-    def _after_embeddings(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-        """Add 0 times the blank image's features to the embeddings."""
+    def _before_text(self, text: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        """Add 0 times the blank image's features to the text model's input."""
         pending, self.pending = self.pending, None
         if pending is None:
             return None
-        self.runs += 1
+        if kwargs.get("inputs_embeds") is None:
+            raise InputError(
+                f"{type(self.backbone).__name__} does not take rows without images under zero3; "
+                "leave these rows out, or set launch.engine to zero2"
+            )
         features: Any = self.backbone.get_image_features(**pending, return_dict=True).pooler_output
         parts = [features] if isinstance(features, Tensor) else features
-        return output + 0.0 * sum(part.sum() for part in parts).to(output)
+        embeddings = kwargs["inputs_embeds"]
+        nothing = 0.0 * sum(part.sum() for part in parts).to(embeddings)
+        return args, kwargs | {"inputs_embeds": embeddings + nothing}
 
 
 def run_tower_always(model: nn.Module, processor: ProcessorMixin) -> None:
@@ -80,5 +88,5 @@ def run_tower_always(model: nn.Module, processor: ProcessorMixin) -> None:
         processor: The model's processor.
     """
     backbone = backbone_of(model)
-    if hasattr(backbone, "get_image_features"):
+    if hasattr(backbone, "get_image_features") and text_model_of(backbone) is not None:
         backbone._blank_image = BlankImage(backbone, processor)
