@@ -9,6 +9,7 @@ they change neither the result nor a gradient.
 import inspect
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
@@ -58,9 +59,9 @@ class BlankImage:
         self.pending = self.of_batch[ids]
 
     def _partitioned(self) -> bool:
-        """Whether DeepSpeed's hooks gather the parameters, which every module has while they do."""
-        embeddings = self.backbone.get_input_embeddings()
-        return hasattr(embeddings.weight, "ds_id") and bool(embeddings._forward_pre_hooks)
+        """Whether the parameters, or the gradients of this pass, are divided among processes."""
+        statuses = [p.ds_status.name for p in self.backbone.parameters() if hasattr(p, "ds_id")]
+        return bool(statuses) and (torch.is_grad_enabled() or {*statuses} != {"AVAILABLE"})
 
     def _before_text(self, text: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Add 0 times the blank image's features to the text model's input."""
