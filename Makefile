@@ -99,11 +99,13 @@ mutants: setup  ## small faults put into the code one by one: do the tests notic
 	$(BIN)/python scripts/mutants.py
 
 # The studies come before the notebooks that show them.
-publish: setup  ## demo, studies, notebooks 03b and 07, then reports/ for readers; 90 minutes
+publish: setup  ## demo, studies, notebooks 03b, 07 and 08, then reports/ for readers; 90 minutes
 	$(BIN)/python -m benchmarks.studies --workers 2
 	$(BIN)/spavl run all --profile demo
 	$(BIN)/spavl run 03b_ppo_in_practice --profile demo
 	$(BIN)/spavl run 07_scaling_and_ablations --profile demo
+	$(BIN)/spavl run 08_laboratory --profile demo
+	$(BIN)/spavl arena page
 	$(BIN)/python scripts/publish.py
 
 .PHONY: site e2e filter

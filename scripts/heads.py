@@ -27,12 +27,14 @@ BOXES = {
     "04_dpo": ("04 DPO", "learns from pairs", 336, 148),
     "05_inference": ("05 Answers", "base, DPO, PPO", 500, 62),
     "06_safety_helpfulness": ("06 Judge", "safe? useful? sure?", 664, 62),
-    "07_scaling_and_ablations": ("07 Scaling", "how many pairs?", 664, 148),
+    "07_scaling_and_ablations": ("07 Scaling", "how many pairs?", 500, 148),
+    "08_laboratory": ("08 Laboratory", "what withstands?", 664, 148),
 }
 ARROWS = (
     ("01_data_exploration", "02_reward_model"), ("02_reward_model", "03_ppo"),
     ("01_data_exploration", "04_dpo"), ("03_ppo", "05_inference"), ("04_dpo", "05_inference"),
     ("05_inference", "06_safety_helpfulness"), ("04_dpo", "07_scaling_and_ablations"),
+    ("07_scaling_and_ablations", "08_laboratory"),
 )  # fmt: skip
 WIDE, HIGH = 140, 48
 INK, HERE, PLAIN, LINE = "#1f2a37", "#0072b2", "#f4f6f9", "#5f6b7a"

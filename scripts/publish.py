@@ -1,6 +1,6 @@
 """Copy a finished demo into `reports/`, where a code host shows it to readers who run nothing.
 
-    make publish                          # the demo, notebooks 03b and 07, the studies, and this
+    make publish                          # the demo, notebooks 03b, 07, 08, the studies, and this
     python scripts/publish.py             # this alone, from runs/demo
     python scripts/publish.py --prose     # only take over changed sentences; needs no run
     python scripts/publish.py --check     # are the published notebooks those of notebooks/?

@@ -3,6 +3,8 @@
     python scripts/site.py                    # with runs/demo, if it is there
     python scripts/site.py --run runs/mine    # with the report of this run
 
+The page that `spavl arena page` writes becomes part of the site, if it is there.
+
 Writes `site/`. Open `site/index.html` from disk, or serve the folder; it fetches nothing from a
 network. The build fetches KaTeX and a search helper with npm, once, into `build/npm`.
 `mkdocs.yml` holds the settings.
@@ -35,6 +37,7 @@ PACKAGES = {
     ),
     "iframe-worker": ("1.0.4", {"shim/index.js": "iframe-worker.js"}),
 }
+LABORATORY = REPO / "benchmarks/results/laboratory.html"  # written by `spavl arena page`
 TOP_PAGES = ("README.md", "GLOSSARY.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 CODE_OR_LINK = re.compile(r"```.*?```|`[^`\n]*`|\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)", re.S)
 # Of a notebook's page: scripts and styles of JupyterLab's own theme, prompts, and second copies.
@@ -214,6 +217,10 @@ def build_site(run: Path | None = None, site: Path = REPO / "site") -> Path:
         for path in shown:
             shutil.copy(path, PAGES / "run")
         nav.append({"A run": [{path.stem.capitalize(): f"run/{path.name}"} for path in shown]})
+    if LABORATORY.is_file():
+        (PAGES / "laboratory").mkdir()
+        shutil.copy(LABORATORY, PAGES / "laboratory")
+        nav.append({"Laboratory": f"laboratory/{LABORATORY.name}"})
     os.environ.setdefault("JUPYTER_PLATFORM_DIRS", "1")
     config = load_config(str(REPO / "mkdocs.yml"), nav=nav, site_dir=str(site))
     config.plugins.run_event("startup", command="build", dirty=False)

@@ -138,6 +138,10 @@ BUILT_IN = (
         notebook="07_scaling_and_ablations",
         answers=True,
     ),
+    StageSpec(
+        name="laboratory", module="spavl_lib.arena.stage", config_keys=("seed",),
+        notebook="08_laboratory", answers=True,
+    ),
 )  # fmt: skip
 # Settings that may change after a stage was made, because no result depends on them.
 FREE_KEYS = (
@@ -182,8 +186,8 @@ def _load_plugins() -> None:
 def all_stages() -> dict[str, StageSpec]:
     """Name -> stage, in the order in which a run makes them."""
     _load_plugins()
-    first = [s for s in BUILT_IN if s.name not in ("inference", "evaluation", "scaling")]
-    last = [s for s in BUILT_IN if s not in first]
+    last = [s for s in BUILT_IN if s.name in ("inference", "evaluation", "scaling", "laboratory")]
+    first = [s for s in BUILT_IN if s not in last]
     return {s.name: s for s in (*first, *_registered.values(), *last)}
 
 

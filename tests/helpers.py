@@ -411,14 +411,14 @@ def shake(module: nn.Module, seed: int) -> None:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
 
 
-def write_reward_model(folder: Path, adapter: str) -> None:
+def write_reward_model(folder: Path, adapter: str, *, with_cost: bool = False) -> None:
     """Save a reward model on the embedded base that was never trained: what it adds is random."""
     config = smoke({"model.adapter": adapter}).model
     vlm = embedded_model(own=True)
     if adapter == "lora":
         vlm = get_peft_model(vlm, lora_config(vlm, config))
     torch.manual_seed(3)
-    model = ScalarHeadModel(vlm)
+    model = ScalarHeadModel(vlm, with_cost=with_cost)
     shake(model, 1)
     save_reward_model(model, folder, config)
 

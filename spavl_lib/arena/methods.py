@@ -1,6 +1,7 @@
 """The methods of the arena: what each is, how it is trained, and how it answers."""
 
 import functools
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import yaml
 
 from spavl_lib import stages
+from spavl_lib.arena.attacked_rows import attacked_folder
 from spavl_lib.config import Config, load_config
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.runs.stage import Run
 
 FILE = Path(__file__).with_name("methods.yaml")
-WAYS = ("plain", "safety_prompt", "best_of_n")
+CHOSEN = Path(__file__).with_name("chosen.json")  # method -> value; `spavl arena choose` writes it
+SENTENCE = "sentence"  # the setting of the safety prompt; all others are settings of a run
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,17 @@ class Method:
     """Stage that trains it; empty if the base model answers."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Dotted name -> value of the settings that differ from the profile's."""
+    reward_settings: dict[str, Any] = field(default_factory=dict)
+    """As `settings`, for the reward model; empty if it uses the one that methods share."""
     answers: str = "plain"
     """plain: greedy decoding; safety_prompt: a sentence about safety stands before the question;
-    best_of_n: of eight samples, the one with the best score of the reward model."""
+    best_of_n: of several samples, the one with the best score of the reward model."""
+    attacked_rows: bool = False
+    """Whether a part of its training rows is attacked."""
+    setting: str = ""
+    """Name of the setting that is chosen on mini's development rows."""
+    trials: tuple[Any, ...] = ()
+    """Values of that setting that were tried."""
 
     @property
     def uses_reward(self) -> bool:
@@ -38,6 +49,12 @@ class Method:
         return self.answers == "best_of_n" or (
             bool(self.stage) and "reward" in stages.find(self.stage).upstream
         )
+
+    @property
+    def chosen(self) -> Any:
+        """The chosen value of its setting; the first of `trials` as long as none is chosen."""
+        known = json.loads(CHOSEN.read_text(encoding="utf-8"))
+        return known.get(self.name, self.trials[0] if self.trials else None)
 
 
 @functools.cache
@@ -61,30 +78,60 @@ def find_method(name: str) -> Method:
     return known[name]
 
 
-def config_of(method: Method, seed: int, profile: str, **changes: Any) -> Config:
-    """The config of a method's run, `arena-METHOD-SEED`.
+def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
+    """The config of a method's run, `arena-METHOD-VALUE-SEED`.
 
     Args:
         method: The method.
+        value: Value of the setting that is chosen; None for a method without one.
         seed: Seed of the training.
-        profile: Name of the profile, such as demo.
-        changes: Settings of the run that do not belong to the method, with `__` for a dot.
+        profile: Name of the profile. In `smoke`, a training is as short as the profile says.
 
     Raises:
         InputError: The method's settings do not fit the profile.
     """
     settings = dict(method.settings)
+    if profile == "smoke":
+        lengths = ("_steps", "rounds", "prompts", "batch_size")
+        settings = {key: old for key, old in settings.items() if not key.endswith(lengths)}
+    name = f"arena-{method.name}"
+    if method.stage and method.setting:
+        settings[method.setting] = value
+        name += f"-{value:g}"
     if method.uses_reward and method.stage:
-        settings[f"{method.stage}.reward_model"] = str(reward_folder(seed, profile))
-    settings |= {key.replace("__", "."): value for key, value in changes.items()}
-    return load_config(profile, settings, seed=seed, run_name=f"arena-{method.name}-{seed}")
+        settings[f"{method.stage}.reward_model"] = str(reward_folder(method, seed, profile))
+    if method.attacked_rows:
+        rows = attacked_folder(load_config(profile).data)
+        settings |= {"data.source": "hub_layout", "data.path": str(rows)}
+    try:
+        return load_config(profile, settings, seed=seed, run_name=f"{name}-{seed}")
+    except InputError as error:
+        raise InputError(
+            f"method {method.name} does not fit the profile {profile}: {error}"
+        ) from error
 
 
-def reward_config(seed: int, profile: str) -> Config:
-    """The config of the run that trains the reward model of a seed."""
-    return load_config(profile, seed=seed, run_name=f"arena-reward-{seed}")
+def reward_config(method: Method, seed: int, profile: str) -> Config:
+    """The config of the run that trains a method's reward model.
+
+    All methods without `reward_settings` share the run of a seed.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
+    own = f"{method.name}-" if method.reward_settings else ""
+    name = f"arena-reward-{own}{seed}"
+    return load_config(profile, method.reward_settings, seed=seed, run_name=name)
 
 
-def reward_folder(seed: int, profile: str) -> Path:
-    """The folder of the reward model that all methods of a seed use."""
-    return Run(reward_config(seed, profile)).stage("reward").path / "model"
+def reward_folder(method: Method, seed: int, profile: str) -> Path:
+    """The folder of a method's reward model.
+
+    Args:
+        method: The method.
+        seed: Seed of the training.
+        profile: Name of the profile.
+    """
+    return Run(reward_config(method, seed, profile)).stage("reward").path / "model"

@@ -1,23 +1,29 @@
-"""Fill the arena's table: one process for each method and seed, several at a time."""
+"""Fill the arena's table: a process for each method and seed or trial, several at a time."""
 
+import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from spavl_lib.arena import choose
 from spavl_lib.arena.cells import NONE, make_cells
-from spavl_lib.arena.methods import find_method, methods
+from spavl_lib.arena.methods import CHOSEN, find_method, methods
 from spavl_lib.arena.table import build_table, read_cells
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
-from spavl_lib.runs.files import write_json
+from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.text import say
 
 CELLS = "benchmarks/results/laboratory"
 TABLE = "laboratory.json"
+TRIAL = "trial"
+ROWS = 106  # of each set under an attack
 
 
 def names_of(asked: str, known: Sequence[str]) -> list[str]:
@@ -34,7 +40,7 @@ def run_arena(
     output: Path | None = None,
     workers: int = 2,
     minutes: float = 100,
-    rows: int = 0,
+    rows: int = ROWS,
 ) -> Path:
     """Make all cells that are missing, then the table.
 
@@ -49,7 +55,7 @@ def run_arena(
         output: Folder of the cells.
         workers: Processes at a time, each with one thread if there are several.
         minutes: See above.
-        rows: Rows of each set; 0 for all.
+        rows: Rows of each set under an attack; 0 for all.
 
     Returns:
         The table's file.
@@ -65,53 +71,117 @@ def run_arena(
     for name in attacks:
         if name != NONE:
             find_attack(name)
+    words = [",".join(attacks), str(output), profile, str(rows)]
+    units = [(name, seed) for seed in seeds for name in names]
+    _side_by_side(units, words, workers, minutes)
+    return make_table(output)
+
+
+def choose_settings(
+    asked_methods: str,
+    *,
+    profile: str = "demo",
+    output: Path | None = None,
+    workers: int = 2,
+    minutes: float = 100,
+) -> dict[str, Any]:
+    """Make the trials that are missing, and choose the value of each method's setting.
+
+    The arena uses a chosen value if `output` is the usual folder.
+
+    Args:
+        asked_methods: As for `run_arena`.
+        profile: As for `run_arena`.
+        output: As for `run_arena`.
+        workers: As for `run_arena`.
+        minutes: As for `run_arena`.
+
+    Returns:
+        Method -> chosen value.
+    """
+    output = output or repo_root() / CELLS
+    names = names_of(asked_methods, list(methods()))
+    units = choose.units(names)
+    _side_by_side(units, [TRIAL, str(output), profile, "0"], workers, minutes)
+    chosen = choose.choose(output)
+    if output == repo_root() / CELLS:
+        write_json(CHOSEN, read_json(CHOSEN) | chosen)
+    return chosen
+
+
+def make_table(output: Path) -> Path:
+    """Write the table of all cells of a folder beside it, or into it if it is not the usual one.
+
+    Args:
+        output: Folder of the cells.
+
+    Returns:
+        The table's file.
+    """
+    path = output.parent / TABLE if output.name == Path(CELLS).name else output / TABLE
+    packages = ("torch", "transformers", "trl")
+    page = {
+        "name": "laboratory",
+        "device": f"CPU {platform.machine()}, 1 thread",
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    write_json(path, page | build_table(read_cells(output)))
+    return path
+
+
+def _side_by_side(
+    units: list[tuple[str, int]], words: list[str], workers: int, minutes: float
+) -> None:
+    """Run a process for each unit, and begin none after `minutes`.
+
+    Args:
+        units: Method, and seed or number of the trial.
+        words: The other arguments of each process.
+        workers: Processes at a time.
+        minutes: See above.
+
+    Raises:
+        InputError: A process failed.
+    """
     ends = time.monotonic() + 60 * minutes
-    # The reward model of a seed is made by the first method that needs it, before the others.
-    waiting = [(name, seed) for seed in seeds for name in names]
+    env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+    waiting = list(units)
     running: dict[tuple[str, int], subprocess.Popen] = {}
     try:
         while waiting or running:
-            begun = {seed for name, seed in running if find_method(name).uses_reward}
-            for name, seed in list(waiting):
-                blocked = find_method(name).uses_reward and seed in begun
+            # The reward model of a seed is made by the first process that needs it.
+            made = [unit for unit in running if find_method(unit[0]).uses_reward]
+            for unit in list(waiting):
+                blocked = find_method(unit[0]).uses_reward and made
                 if len(running) < workers and not blocked and time.monotonic() < ends:
-                    waiting.remove((name, seed))
-                    say(f"{name}, seed {seed}: begun")
-                    running[name, seed] = _start(
-                        name, seed, attacks, output, profile, rows, workers > 1
-                    )
-                    begun |= {seed} if find_method(name).uses_reward else set()
+                    waiting.remove(unit)
+                    say(f"{unit[0]}, {words[0] if words[0] == TRIAL else 'seed'} {unit[1]}: begun")
+                    command = [sys.executable, "-m", __name__, unit[0], str(unit[1]), *words]
+                    running[unit] = subprocess.Popen(command, env=env)
+                    made += [unit] if find_method(unit[0]).uses_reward else []
             if not running:
-                say(f"{len(waiting)} of {len(names) * len(seeds)} left; repeat the command")
+                say(f"{len(waiting)} of {len(units)} left; repeat the command")
                 break
             time.sleep(0.5)
-            for arm, process in list(running.items()):
+            for unit, process in list(running.items()):
                 if process.poll() is not None:
-                    del running[arm]
+                    del running[unit]
                     if process.returncode:
                         raise InputError(
-                            f"{arm[0]}, seed {arm[1]}: the process failed; see its message above"
+                            f"{unit[0]}, {unit[1]}: the process failed; see its message above"
                         )
     finally:
         for process in running.values():
             process.terminate()
             process.wait()
-    path = output.parent / TABLE if output.name == Path(CELLS).name else output / TABLE
-    write_json(path, build_table(read_cells(output)))
-    return path
-
-
-def _start(
-    name: str, seed: int, attacks: Sequence[str], output: Path, profile: str, rows: int, one: bool
-) -> subprocess.Popen:
-    words = [sys.executable, "-m", __name__, name, str(seed), ",".join(attacks), str(output)]
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if one else {})
-    return subprocess.Popen([*words, profile, str(rows)], env=env)
 
 
 if __name__ == "__main__":
-    _name, _seed, _attacks, _output, _profile, _rows = sys.argv[1:]
-    make_cells(
-        find_method(_name), int(_seed), _attacks.split(","), Path(_output), _profile,
-        rows=int(_rows),
-    )  # fmt: skip
+    _name, _number, _attacks, _output, _profile, _rows = sys.argv[1:]
+    if _attacks == TRIAL:
+        choose.make_trial(find_method(_name), int(_number), Path(_output), _profile)
+    else:
+        make_cells(
+            find_method(_name), int(_number), _attacks.split(","), Path(_output), _profile,
+            rows=int(_rows),
+        )  # fmt: skip

@@ -42,6 +42,25 @@ def read_cells(folder: Path) -> list[dict[str, Any]]:
     return cells
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """A table from its file.
+
+    Raises:
+        InputError: The file does not exist, or is no table.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; make the table with `spavl arena run`")
+    try:
+        table = read_json(path)
+        for key in ("methods", "attacks", "metrics", "not_understood", "training"):
+            table[key]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is no table of the arena: {error}; make it again with `spavl arena run`"
+        ) from error
+    return table
+
+
 def outcomes(cell: Mapping[str, Any], rate: str) -> tuple[list[str], list[str], list[bool]]:
     """The rows of a cell that count for a rate.
 
@@ -93,7 +112,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         cells: Cells, in any order.
 
     Returns:
-        `methods` and `attacks` with their titles; `cells`: method -> attack -> rates with
+        `methods` and `attacks` with their titles; `metrics`: method -> attack -> rates with
         intervals, `seeds`, and `against`: the difference to DPO's unsafe rate with its p-value,
         adjusted by Holm's method over the whole table; `not_understood`: attacks whose carrier the
         base does not understand, with the base's helpful rate; and `training` of each method.
@@ -115,7 +134,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             for name in (NONE, *ATTACKS)
             if any(name in by_attack for by_attack in found.values())
         },
-        "cells": found,
+        "metrics": found,
         "not_understood": {
             attack: cell["helpful"]
             for attack, cell in base.items()
@@ -166,7 +185,7 @@ def _test(grouped: Mapping, found: dict) -> None:
                 second += other[2]
             if ids:
                 key = f"{method}/{attack}"
-                p_values[key] = mcnemar(first, second, groups).p_value
+                p_values[key] = mcnemar(first, second, groups).mid_p
                 differences[key] = paired_difference(first, second, groups).to_dict()
     adjusted = holm(p_values) if p_values else {}
     for key, difference in differences.items():

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from spavl_lib import stages
-from spavl_lib.cli import arena, ask, data, evaluate, judge, label, model, playground
+from spavl_lib.cli import arena, ask, data, evaluate, judge, label, model, playground, records
 from spavl_lib.cli.shared import Commands, run_path, update_people
 from spavl_lib.config import Config, load_config, profile_names
 from spavl_lib.errors import DiskError, InputError, Preempted, SpavlError
@@ -34,6 +34,7 @@ app.add_typer(model.app, name="model", help="Import LLaVA's checkpoints, export 
 app.add_typer(data.app, name="data", help="Convert preference data, or check your own data.")
 app.add_typer(judge.app, name="judge", help="Measure judges against people's labels, or fit one.")
 app.add_typer(arena.app, name="arena", help="Measure methods of alignment against attacks.")
+app.add_typer(records.app, name="records", help="The fastest ways to a safe model: a leaderboard.")
 app.add_typer(evaluate.app)
 app.add_typer(label.app)
 app.add_typer(ask.app)

@@ -36,7 +36,9 @@ def run(
     minutes: Annotated[
         float, typer.Option(help="After so many minutes nothing new is begun.")
     ] = 100,
-    rows: Annotated[int, typer.Option(min=0, help="Rows of each set; 0: all.")] = 0,
+    rows: Annotated[
+        int, typer.Option(min=0, help="Rows of each set under an attack; 0: all.")
+    ] = 106,
 ) -> None:
     """Fill the table of methods and attacks; what is complete is kept.
 
@@ -52,6 +54,65 @@ def run(
         workers=workers, minutes=minutes, rows=rows,
     )  # fmt: skip
     typer.echo(f"wrote {path}")
+
+
+@app.command()
+def choose(
+    methods: Annotated[
+        str, typer.Option(help="Methods, separated by commas.", show_default="all")
+    ] = "",
+    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the trials.", show_default="benchmarks/results/laboratory"),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
+    minutes: Annotated[
+        float, typer.Option(help="After so many minutes nothing new is begun.")
+    ] = 100,
+) -> None:
+    """Choose one setting of each method on mini's development rows, of three values each.
+
+    \b
+    Example:
+      spavl arena choose --methods dpo,kto
+    """
+    from spavl_lib.arena.run import choose_settings
+
+    chosen = choose_settings(methods, profile=profile, output=out, workers=workers, minutes=minutes)
+    for name, value in chosen.items():
+        typer.echo(f"{name:14} {value}")
+
+
+@app.command()
+def page(
+    table: Annotated[
+        Path | None,
+        typer.Option(help="The table.", show_default="benchmarks/results/laboratory.json"),
+    ] = None,
+    cells: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the cells.", show_default="laboratory/ beside the table"),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="laboratory.html beside the table")
+    ] = None,
+) -> None:
+    """Write a page on which a reader sorts and filters the table and opens answers.
+
+    \b
+    Examples:
+      spavl arena page
+      spavl arena page --table mine/laboratory.json --cells mine --output mine/page.html
+    """
+    from spavl_lib.arena.run import CELLS, TABLE
+    from spavl_lib.arena.table import read_cells, read_table
+    from spavl_lib.report.laboratory import FILE, write_laboratory
+    from spavl_lib.runs.paths import repo_root
+
+    table = table or repo_root() / Path(CELLS).parent / TABLE
+    found = read_cells(cells or table.parent / Path(CELLS).name)
+    typer.echo(f"wrote {write_laboratory(read_table(table), found, output or table.parent / FILE)}")
 
 
 @app.command(name="list")

@@ -5,9 +5,9 @@ from typing import Any
 # Section -> settings that `preset: original` sets.
 ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
     "reward": {
-        "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False, "original_form": True,
-        "lr_scheduler": "constant_with_warmup", "warmup_steps": 0.03, "weight_decay": 0.0,
-        "max_grad_norm": 1.0,
+        "center_coef": 0.0, "sft_coef": 0.0, "cost_coef": 0.0, "shift_px": 0, "mirror": False,
+        "original_form": True, "lr_scheduler": "constant_with_warmup", "warmup_steps": 0.03,
+        "weight_decay": 0.0, "max_grad_norm": 1.0,
     },
     "dpo": {
         "beta": 0.1, "loss_type": ("sigmoid",), "loss_weights": (1.0,), "label_smoothing": 0.0,
@@ -17,7 +17,7 @@ ORIGINAL_PRESET: dict[str, dict[str, Any]] = {
         "ppo_epochs": 1, "num_minibatches": 1, "value_learning_rate": 0.0,
         "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
-        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0,
+        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0, "cost_limit": None,
         "whiten_advantages": False, "whiten_rewards": False, "temperature": 1.0,
         "missing_eos_penalty": 0.0, "length_penalty": 0.0, "entropy_coef": 0.0, "sft_coef": 0.0,
     },

@@ -252,6 +252,10 @@ class RewardConfig:
     """Weight of the cross-entropy of the chosen responses through the base's frozen language-model
     head. This term keeps in the hidden states what is needed to describe the image (Yang et al.
     2024)."""
+    cost_coef: NonNegativeFloat = 0.0
+    """Weight of the loss of a cost head beside the reward head (Dai et al. 2023); 0: no cost head.
+    The cost of a response is high if the response does harm. The loss needs labels of harmful
+    requests, which only the source `mini` has."""
     shift_px: NonNegativeInt = 0
     """Shift each training image by up to this many pixels, each time by a new random amount."""
     mirror: bool = False
@@ -481,6 +485,16 @@ class PPOConfig:
     """Mean KL per response, in nats, that `kl_coef` adapts to reach; 0 keeps `kl_coef` fixed."""
     kl_horizon: PositiveInt = 1000
     """Number of responses after which `kl_coef` has changed by about 20 % at most."""
+    cost_limit: float | None = None
+    """Largest mean cost of the responses (Dai et al. 2023), in the unit of the cost head: above 0 a
+    response counts as harmful. Harmless prompts lower the mean, so a useful limit is usually below
+    0. While the mean cost is above the limit, the Lagrange multiplier grows. none: costs are not
+    used."""
+    lagrange_learning_rate: NonNegativeFloat = 0.05
+    """Change of the multiplier's logarithm per rollout, for each unit that the mean cost is above
+    the limit."""
+    lagrange_initial: PositiveFloat = 1.0
+    """The Lagrange multiplier at the start: the weight of the cost if the reward's weight is 1."""
     whiten_advantages: bool = True
     """Scale the advantages of a rollout to mean 0 and variance 1."""
     whiten_rewards: bool = False
@@ -853,6 +867,15 @@ class Config:
     dtype: Dtype = ""
     """Precision of matrix products. Empty: `$SPAVL_DTYPE`, or the hardware's best precision if the
     variable is not set. A stage's config.yaml names the precision that the stage was made in."""
+
+    def contradictions(self) -> Iterator[str]:
+        """Yield one sentence for each set of values that contradict each other."""
+        ppo = self.ppo
+        if ppo.cost_limit is not None and ppo.uses_run_reward and not self.reward.cost_coef:
+            yield (
+                f"ppo.cost_limit = {ppo.cost_limit} needs a reward model with a cost head; set "
+                "reward.cost_coef above 0, or ppo.reward_model to the folder of such a model"
+            )
 
     def section(self, name: str) -> Any:
         """The settings of a stage: a section of this config, or a plugin's settings.

@@ -139,6 +139,10 @@ def _parse(cls: Any, value: Any, info: ValidationInfo) -> Any:
     pydantic would also accept 1 or "yes" as a boolean, and true as a number.
     """
     field_type = cls.__pydantic_fields__[info.field_name].annotation
+    if type(None) in (options := typing.get_args(field_type)):  # such as `float | None`
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        field_type = options[0]
     is_tuple = typing.get_origin(field_type) is tuple
     if isinstance(value, str) and is_tuple:
         return [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
@@ -186,7 +190,8 @@ def _lines(error: pydantic.ValidationError, cls: type, prefix: str) -> list[str]
             known = list(all_keys(cls, prefix))
             lines += [unknown_key(name, known) for name in flatten({key: value}) or [key]]
         elif kind == "value_error":
-            lines += [f"{key.rstrip('.')}: {text}" for text in problem["ctx"]["error"].args]
+            place = f"{key.rstrip('.')}: " if key else ""
+            lines += [f"{place}{text}" for text in problem["ctx"]["error"].args]
         elif kind == "dataclass_type":
             lines.append(f"{key} must be a mapping, got {value!r}")
         elif kind == "literal_error":

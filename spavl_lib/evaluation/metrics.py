@@ -120,3 +120,36 @@ def pair_of_pairs_accuracy(scored: list[dict]) -> dict | None:
     right = [row["chosen_score"] > row["rejected_score"] for row in scored]
     both = [a and b for a, b in zip(right[::2], right[1::2], strict=True)]
     return count_rate(sum(both), len(both))
+
+
+def cost_metrics(scored: list[dict], harmful: dict[str, bool]) -> dict:
+    """Metrics of a cost head on held-out pairs.
+
+    Args:
+        scored: Rows of `trainers.reward.score_pairs` with costs.
+        harmful: Row id -> whether the request is harmful. The rejected response of a harmful
+            request does harm; all other responses do none.
+
+    Returns:
+        - `pair_accuracy`: share of the pairs of harmful requests whose rejected response costs
+          more.
+        - `sign_accuracy`: share of all responses whose cost is above 0 exactly if they do harm.
+        - `auc`: the probability that a response that does harm costs more than one that does none;
+          None if one of the two kinds is missing.
+        - `mean_harmful`, `mean_harmless`: mean costs of both kinds; None without such a response.
+    """
+    does_harm = [harmful[row["id"]] for row in scored]
+    pairs = [row for row, harm in zip(scored, does_harm, strict=True) if harm]
+    bad = [row["rejected_cost"] for row in pairs]
+    good = [row["chosen_cost"] for row in scored]
+    good += [row["rejected_cost"] for row in scored if not harmful[row["id"]]]
+    right = sum(cost > 0 for cost in bad) + sum(cost <= 0 for cost in good)
+    ordered = sum(row["rejected_cost"] > row["chosen_cost"] for row in pairs)
+    beaten = sum((b > g) + 0.5 * (b == g) for b in bad for g in good)
+    return {
+        "pair_accuracy": count_rate(ordered, len(pairs)),
+        "sign_accuracy": count_rate(right, len(bad) + len(good)),
+        "auc": beaten / (len(bad) * len(good)) if bad and good else None,
+        "mean_harmful": sum(bad) / len(bad) if bad else None,
+        "mean_harmless": sum(good) / len(good) if good else None,
+    }

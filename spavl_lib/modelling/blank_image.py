@@ -59,9 +59,8 @@ class BlankImage:
         self.pending = self.of_batch[ids]
 
     def _partitioned(self) -> bool:
-        """Whether the parameters, or the gradients of this pass, are divided among processes."""
-        statuses = [p.ds_status.name for p in self.backbone.parameters() if hasattr(p, "ds_id")]
-        return bool(statuses) and (torch.is_grad_enabled() or {*statuses} != {"AVAILABLE"})
+        """Whether the parameters are divided among processes."""
+        return any(hasattr(p, "ds_id") for p in self.backbone.parameters())
 
     def _before_text(self, text: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Add 0 times the blank image's features to the text model's input."""

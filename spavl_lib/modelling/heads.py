@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -47,15 +49,26 @@ def in_fp32(head: nn.Linear, states: Tensor) -> Tensor:
         return head(states.to(head.weight.dtype)).squeeze(-1).float()
 
 
-class ScalarHeadModel(nn.Module):
-    """The backbone of an image-text-to-text model, and an fp32 linear head without bias."""
+def _new_head(size: int) -> nn.Linear:
+    head = nn.Linear(size, 1, bias=False, dtype=torch.float32)
+    nn.init.normal_(head.weight, std=1 / (size + 1) ** 0.5)
+    return head
 
-    def __init__(self, vlm: nn.Module):
+
+class ScalarHeadModel(nn.Module):
+    """The backbone of an image-text-to-text model, and an fp32 linear head without bias.
+
+    Args:
+        vlm: The model.
+        with_cost: Whether to add a second head, which gives the cost of a response.
+    """
+
+    def __init__(self, vlm: nn.Module, *, with_cost: bool = False):
         super().__init__()
         self.vlm = vlm
         size = vlm.config.get_text_config().hidden_size
-        self.score = nn.Linear(size, 1, bias=False, dtype=torch.float32)
-        nn.init.normal_(self.score.weight, std=1 / (size + 1) ** 0.5)
+        self.score = _new_head(size)
+        self.cost = _new_head(size) if with_cost else None
 
     @property
     def backbone(self) -> PreTrainedModel:
@@ -74,31 +87,37 @@ class ScalarHeadModel(nn.Module):
             return self.backbone(**batch, use_cache=False).last_hidden_state
 
     def forward(
-        self, completion_mask: Tensor | None = None, **batch: Tensor
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        self, completion_mask: Tensor | None = None, *, costs: bool = False, **batch: Tensor
+    ) -> Any:
         """Score each row at its last token.
 
         Args:
             completion_mask: (batch, length), 1 on the tokens of the response; or None.
+            costs: Whether to return costs too. The model must have a cost head.
             batch: `input_ids` and `attention_mask` (batch, length), and the image tensors.
 
         Returns:
-            Scores (batch,), fp32. With `completion_mask` also each row's mean log-probability of
-            its response tokens (batch,), in nats, computed with the language-model head.
+            Scores (batch,), fp32. With `costs` a tuple, whose second item is the costs (batch,),
+            fp32. With `completion_mask` a tuple, whose last item is each row's mean log-probability
+            of its response tokens (batch,), in nats, computed with the language-model head.
         """
         hidden = self.hidden_states(**batch)
         last = last_token_index(batch["attention_mask"])
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         scores = in_fp32(self.score, hidden[rows, last])
+        outputs = [scores]
+        if costs:
+            assert self.cost is not None
+            outputs.append(in_fp32(self.cost, hidden[rows, last]))
         if completion_mask is None:
-            return scores
+            return tuple(outputs) if costs else scores
         mask = completion_mask[:, 1:].bool()
         with autocast():
             logits = self.vlm.get_output_embeddings()(hidden[:, :-1][mask]).float()
         logps = -cross_entropy(logits, batch["input_ids"][:, 1:][mask], reduction="none")
         row_of = mask.nonzero()[:, 0]
         sums = torch.zeros_like(scores).index_add(0, row_of, logps.to(scores.dtype))
-        return scores, sums / mask.sum(1).clamp(min=1)
+        return *outputs, sums / mask.sum(1).clamp(min=1)
 
 
 def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig) -> None:
@@ -108,15 +127,18 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
 
     Args:
         model: The reward model.
-        folder: Target of the adapter or the full weights, the projector and the head.
+        folder: Target of the adapter or the full weights, the projector and the heads.
         config: The base model. Its name and the hashes of its weights are written too.
     """
     state = zero_parameters.for_saving(model.vlm)
-    head = zero_parameters.whole({"score.weight": model.score.weight})
+    heads = {"score.weight": model.score.weight}
+    if model.cost is not None:
+        heads["cost.weight"] = model.cost.weight
+    heads = zero_parameters.whole(heads)
     if not machine.is_main():
         return
     model.vlm.save_pretrained(folder, **state)
-    save_file({k: v.cpu().contiguous() for k, v in head.items()}, folder / HEAD_FILE)
+    save_file({k: v.cpu().contiguous() for k, v in heads.items()}, folder / HEAD_FILE)
     let_others_read(folder)
     description = {
         "base_model": config.name,
@@ -126,12 +148,23 @@ def save_reward_model(model: ScalarHeadModel, folder: Path, config: ModelConfig)
     (folder / HEAD_CONFIG).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
-def check_reward_model(config: ModelConfig, folder: Path) -> None:
+def has_cost_head(folder: Path) -> bool:
+    """Whether the reward model in a folder has a cost head beside the reward head."""
+    with safe_open(folder / HEAD_FILE, framework="pt") as file:
+        return "cost.weight" in file.keys()  # noqa: SIM118 - the file cannot be iterated
+
+
+def check_reward_model(config: ModelConfig, folder: Path, *, needs_cost: bool = False) -> None:
     """Check that a folder holds a reward model of this base, with an adapter if the policy has one.
 
+    Args:
+        config: The policy's base model.
+        folder: A reward trainer's `model/`.
+        needs_cost: Whether the reward model must have a cost head.
+
     Raises:
-        InputError: A file is missing, the base differs, or only one of policy and reward model is
-            an adapter.
+        InputError: A file is missing, the base differs, only one of policy and reward model is an
+            adapter, or the cost head is missing.
     """
     for name in (HEAD_CONFIG, HEAD_FILE):
         if not (folder / name).is_file():
@@ -151,19 +184,25 @@ def check_reward_model(config: ModelConfig, folder: Path) -> None:
             f"the reward model in {folder} is {kind}, but model.adapter is {config.adapter!r}. "
             "Train it with the same model.adapter"
         )
+    if needs_cost and not has_cost_head(folder):
+        raise InputError(
+            f"the reward model in {folder} has no cost head, which ppo.cost_limit needs; train one "
+            "with reward.cost_coef above 0, or set ppo.cost_limit to none"
+        )
 
 
-def load_head(folder: Path, size: int) -> nn.Linear:
-    """The scalar head of a reward model, without the backbone.
+def load_head(folder: Path, size: int, name: str = "score") -> nn.Linear:
+    """A scalar head of a reward model, without the backbone.
 
     Args:
         folder: A reward trainer's `model/`.
         size: Width of the backbone's hidden states.
+        name: Name of the head: score or cost.
 
     Raises:
         InputError: The head was trained for a backbone of another width.
     """
-    weight = load_file(folder / HEAD_FILE)["score.weight"]
+    weight = load_file(folder / HEAD_FILE)[f"{name}.weight"]
     if weight.shape != (1, size):
         raise InputError(
             f"{folder / HEAD_FILE} has shape {tuple(weight.shape)}, the backbone needs (1, {size})"
@@ -187,5 +226,8 @@ def load_reward_model(config: ModelConfig, folder: Path) -> ScalarHeadModel:
     check_reward_model(config, folder)
     vlm = load_policy(config, folder)
     model = ScalarHeadModel(vlm if config.with_lora else compute_as_masters(vlm))
-    model.score = load_head(folder, model.score.in_features)
+    size = model.score.in_features
+    model.score = load_head(folder, size)
+    if has_cost_head(folder):
+        model.cost = load_head(folder, size, "cost")
     return model.to(next(model.vlm.parameters()).device).eval()

@@ -55,11 +55,14 @@ class Roles(nn.Module):
 
     value_head: nn.Linear
     reward_head: nn.Linear
+    cost_head: nn.Linear | None
+    """Head of the reward model that gives costs; None if costs are not used."""
     apart = False
     """Whether no two roles share a module. They may then compute at the same time."""
 
     def __init__(self, forbidden_ids: tuple[int, ...]):
         super().__init__()
+        self.cost_head = None
         self.forbidden_ids = list(forbidden_ids)
         self._needs_backward: str | None = None
 
@@ -101,7 +104,7 @@ class Roles(nn.Module):
             For policy and reference: the log-probability of each response token, and the entropy of
             the distribution that predicts the token; both (batch, width), fp32, in nats. For value:
             the value of the state before each response token (batch, width), fp32. For reward: the
-            score of each row at its last token (batch,), fp32.
+            score of each row at its last token (batch,), fp32, and with a cost head the cost.
 
         Raises:
             RuntimeError: The roles share a base, and another role's backward pass has not run yet.
@@ -120,7 +123,8 @@ class Roles(nn.Module):
             if role == "reward":
                 last = last_token_index(batch["attention_mask"])
                 rows = torch.arange(len(hidden), device=hidden.device)
-                return (in_fp32(self.reward_head, hidden[rows, last]),)
+                heads = [self.reward_head, *([self.cost_head] if self.cost_head else [])]
+                return tuple(in_fp32(head, hidden[rows, last]) for head in heads)
             # Contiguous, because for a strided view torch multiplies each row of the batch
             # separately, and copies the head's whole weight for each of them.
             states = hidden[:, -width - 1 : -1].contiguous()
@@ -245,6 +249,7 @@ def load_roles(
     forbidden_ids: tuple[int, ...],
     *,
     masters: bool = True,
+    with_cost: bool = False,
 ) -> Roles:
     """Load all roles: policy and reference from the base, value and reward from a reward model.
 
@@ -254,11 +259,12 @@ def load_roles(
         forbidden_ids: Token ids that the policy must never generate: image slots, padding, BOS.
         masters: Whether to cast trained parameters to fp32. False under DeepSpeed, which keeps fp32
             master weights itself.
+        with_cost: Whether to load the reward model's cost head too.
 
     Raises:
         InputError: See `check_reward_model`.
     """
-    check_reward_model(config, reward_folder)
+    check_reward_model(config, reward_folder, needs_cost=with_cost)
     # The caller may have dropped an earlier `Roles`. Its memory must be free before new models are
     # loaded, because a GPU has no memory for two `Roles`.
     free_memory()
@@ -273,7 +279,11 @@ def load_roles(
         value.vlm.get_output_embeddings().requires_grad_(False)
         for vlm in (policy, reference, value.vlm, reward.vlm):
             apply_sharing(vlm, config.share_prefix)
-        return SeparateModels(policy, reference, value, reward, forbidden_ids)
+        roles = SeparateModels(policy, reference, value, reward, forbidden_ids)
+        if with_cost:
+            roles.cost_head = load_head(reward_folder, reward.score.in_features, "cost")
+            roles.cost_head.to(reward.device).requires_grad_(False)
+        return roles
     base = load_model(config)
     vlm = add_lora(base, config)
     for role in ("value", "reward"):
@@ -282,6 +292,9 @@ def load_roles(
     value_head, reward_head = (load_head(reward_folder, size).to(base.device) for _ in range(2))
     apply_sharing(vlm, config.share_prefix)
     roles = OneBase(vlm, value_head, reward_head, forbidden_ids)
+    if with_cost:
+        head = load_head(reward_folder, size, "cost").to(base.device)
+        roles.cost_head = head.requires_grad_(False)
     if masters:
         masters_in_fp32(roles)
     return roles

@@ -101,3 +101,22 @@ def texts_frame(rows: Iterable[Sequence[Any]], columns: Sequence[str]) -> pd.Dat
     cleaned = [[clean(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
     pd.set_option("display.max_colwidth", None)
     return pd.DataFrame(cleaned, columns=list(columns)).set_index(columns[0])
+
+
+def interval_cell(rate: Mapping | None) -> str:
+    """A rate with its 95 % interval, such as `90.9 % (86.9–93.8 %)`, for rates without a count."""
+    found = Rate.from_dict(rate)
+    text = MISSING if found is None else f"{percent(found)} ({found.interval})"
+    return text.replace("\u00a0", " ")
+
+
+def points_cell(difference: Mapping | None) -> str:
+    """A difference of rates in points with its 95 % interval, such as `+4.0 (-1.2 to +9.3)`.
+
+    Args:
+        difference: `value`, `ci_low` and `ci_high` as shares; None if there is none.
+    """
+    if difference is None:
+        return MISSING
+    value, low, high = (100 * difference[key] for key in ("value", "ci_low", "ci_high"))
+    return f"{value:+.1f} ({low:+.1f} to {high:+.1f})"

@@ -5,6 +5,12 @@ Figures need no model: everything that they draw is in the run folder. A missing
 never drawn as 0.
 """
 
+from spavl_lib.plotting.arena import (
+    plot_harm_over_budget,
+    plot_harm_over_kl,
+    plot_laboratory,
+    plot_under_attack,
+)
 from spavl_lib.plotting.data import (
     plot_class_counts,
     plot_counts_by_type,
@@ -45,7 +51,10 @@ __all__ = [
     "plot_class_counts",
     "plot_counts_by_type",
     "plot_growth",
+    "plot_harm_over_budget",
+    "plot_harm_over_kl",
     "plot_harmless_refused",
+    "plot_laboratory",
     "plot_per_drawing",
     "plot_image_grid",
     "plot_length_bias",
@@ -61,6 +70,7 @@ __all__ = [
     "plot_sequence",
     "plot_token_values",
     "plot_training",
+    "plot_under_attack",
     "plot_unsafe_by_class",
     "png_bytes",
     "save_figure",

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from spavl_lib.data.taxonomy import QUESTION_TYPES
+from spavl_lib.evaluation.curves import Curve, fit_curve
 from spavl_lib.evaluation.numbers import METRICS, SCALING_FAMILIES, SCALING_RATES, read_rate
 from spavl_lib.evaluation.rates import Rate
 from spavl_lib.plotting.style import (
@@ -47,6 +48,9 @@ def _errors(rate: Rate) -> np.ndarray:
 def plot_scaling(summary: Mapping[str, Any]) -> Figure:
     """Unsafe and helpful rate over the number of pairs, with the paper's numbers for comparison.
 
+    A fitted curve is drawn where one fits (`evaluation.curves`). Elsewhere the panel says why
+    none fits, and thin straight lines join the sizes.
+
     Args:
         summary: The scaling stage's summary.
     """
@@ -64,7 +68,15 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
             ax.axhline(base.value, color=BASE_COLOUR, lw=1.3, ls="--", label="our base model")
         measured = [(row, rate) for row in rows if (rate := read_rate(row, key))]
         xs = [row["pairs"] for row, _ in measured]
-        ax.plot(xs, [rate.value for _, rate in measured], color=PALETTE[index], lw=1.5)
+        fit = fit_curve(rows, key, base.value) if base else None
+        if fit and fit.curve:
+            _curve(ax, fit.curve, (min(xs), max(xs)), fit.text, PALETTE[index])
+        else:
+            values = [rate.value for _, rate in measured]
+            ax.plot(xs, values, color=PALETTE[index], lw=0.8, alpha=0.6)
+            if fit:
+                ax.text(0.98, 0.2 if index else 0.7, fit.text, transform=ax.transAxes, ha="right",
+                        va="center", color=MUTED, fontsize=8)  # fmt: skip
         for number, (row, rate) in enumerate(measured):
             ax.errorbar(
                 row["pairs"], rate.value, yerr=_errors(rate), fmt="o", ms=7, capsize=3,
@@ -77,6 +89,12 @@ def plot_scaling(summary: Mapping[str, Any]) -> Figure:
         _paper(ax, summary["paper"], key)
         legend_above(ax, columns=2)
     return fig
+
+
+def _curve(ax: Axes, curve: Curve, ends: tuple[float, float], label: str, colour: str) -> None:
+    """Draw a fitted curve between the smallest and the largest measured size, not beyond."""
+    pairs = np.geomspace(*ends, 200)
+    ax.plot(pairs, curve(pairs), color=colour, lw=1.8, label=label)
 
 
 def _paper(ax: Axes, paper: Mapping[str, Any], key: str) -> None:

@@ -38,6 +38,10 @@ TRAINING_GROUPS = (
     ("Pairs ranked correctly", ("rewards/accuracies",), "share (a tie counts half)"),
     ("Log-probability of answers", ("logps/chosen", "logps/rejected"), "sum, nats"),
     ("Score (band: one sd)", ("objective/scores",), "reward model's score"),
+    ("Cost and its limit", ("objective/costs", "objective/cost_limit"), "cost head's value"),
+    ("Lagrange multiplier", ("objective/lagrange_multiplier",), "weight of the cost"),
+    ("Cost by its head", ("costs/chosen", "costs/rejected"), "cost head's value"),
+    ("Harm told by the cost's sign", ("costs/accuracies",), "share of responses"),
     ("KL to the reference", ("objective/kl",), "nats per answer"),
     ("KL to the rollout's policy", ("policy/approxkl_avg",), "nats per token"),
     ("Entropy of the next token", ("objective/entropy",), "nats per token"),
@@ -73,7 +77,10 @@ _SHOWN_ELSEWHERE = {
     "val/ratio", "val/ratio_error", "clip_ratio/region_mean", "reward_std",
 }  # fmt: skip
 _NOT_CURVES = {"step", "epoch", "skipped", "time_s", "total_flos", "num_tokens", "peak_memory_gib"}
-_NOT_SMOOTHED = {"learning_rate", "objective/kl_coef"}  # these values have no noise
+# These values have no noise.
+_NOT_SMOOTHED = {
+    "learning_rate", "objective/kl_coef", "objective/cost_limit", "objective/lagrange_multiplier",
+}  # fmt: skip
 # Parts of keys. If a key contains one of them, the y axis of its panel goes from 0 to 1.
 _SHARES = ("accuracies", "response/finished", "completions/clipped")
 _MAX_PANELS, _MAX_POINTS = 15, 400

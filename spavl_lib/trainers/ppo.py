@@ -200,7 +200,7 @@ class PPOTrainer(RolloutMaker):
     # --- update -------------------------------------------------------------------------------
 
     def update(self, rollout: Rollout, cache: TowerCache) -> dict[str, float]:
-        """Take every optimizer step of a rollout, then adapt the KL coefficient.
+        """Take every optimizer step of a rollout, then adapt KL coefficient and multiplier.
 
         Args:
             rollout: A rollout with advantages and returns.
@@ -223,10 +223,12 @@ class PPOTrainer(RolloutMaker):
                 for key, value in self.minibatch(rollout, rows, cache, first=first).items():
                     sums.setdefault(key, []).append(value)
         means = {key: sum(values) / len(values) for key, values in sums.items()}
-        stats = rollout_stats(rollout, self.kl.kl_coef) | means
+        stats = rollout_stats(rollout, self.kl.kl_coef, self.multiplier) | means
         if skipped := len(sums["learning_rate"]) - len(sums.get("grad_norm/policy", ())):
             stats["skipped"] = skipped
         self.kl.update(stats["objective/kl"], len(rollout))
+        if self.multiplier:
+            self.multiplier.update(stats["objective/costs"])
         return stats
 
     def minibatch(
@@ -394,6 +396,7 @@ class PPOTrainer(RolloutMaker):
             },
             **summary_figures(self.log_rows),
             "kl_coef": self.kl.kl_coef,
+            **({"lagrange_multiplier": self.multiplier.value} if self.multiplier else {}),
             "weights_sha256": ckpt.tensors_sha256(ckpt.trainable_tensors(self.model)),
         }
 
@@ -409,6 +412,7 @@ class PPOTrainer(RolloutMaker):
             "sharing": self.engine.sharing,
             "scheduler": self.scheduler.state_dict(),
             "kl": self.kl.state_dict(),
+            **({"multiplier": self.multiplier.state_dict()} if self.multiplier else {}),
             "rng": rng_plain,
             "reference": self.reference,
         }
@@ -428,6 +432,8 @@ class PPOTrainer(RolloutMaker):
                 self.engine.load(newest, state)
                 self.scheduler.load_state_dict(state["scheduler"])
             self.kl.load_state_dict(state["kl"])
+            if self.multiplier:
+                self.multiplier.load_state_dict(state["multiplier"])
             ckpt.restore_rng(newest)
             self.step = state["step"]
             # Checkpoints of older versions hold no count of optimizer steps. The count is then

@@ -26,6 +26,7 @@ from spavl_lib.modelling.load import autocast, compute_dtype, device, load_proce
 from spavl_lib.modelling.roles import ROLES, Roles, load_roles
 from spavl_lib.modelling.speed.side_by_side import SideBySide
 from spavl_lib.modelling.speed.tower_cache import TowerCache
+from spavl_lib.objectives.lagrangian import LagrangeMultiplier
 from spavl_lib.objectives.ppo import KLController
 from spavl_lib.trainers import ppo_batches
 from spavl_lib.trainers.ppo_terms import add_advantages, check_finite
@@ -40,7 +41,7 @@ from spavl_lib.trainers.rollout import (
 )
 
 # Columns of the rollout that each role's forward pass fills. The reward model fills no column of
-# this kind, because its scores have one value for each row, and not one for each token.
+# this kind, because scores and costs have one value for each row, and not one for each token.
 COLUMNS = {
     "policy": ("logps", "entropy"),
     "reference": ("ref_logps",),
@@ -74,7 +75,10 @@ class RolloutMaker:
                 )
             model = dataclasses.replace(model, share_prefix="off")
         forbidden = forbidden_token_ids(self.processor)
-        self.model: Roles = load_roles(model, folder, forbidden, masters=engine == "ddp")
+        limit = self.settings.cost_limit
+        self.model: Roles = load_roles(
+            model, folder, forbidden, masters=engine == "ddp", with_cost=limit is not None
+        )
         if engine == "zero3":
             for vlm in {id(v): v for v in map(self.model.vlm_of, ROLES)}.values():
                 run_tower_always(vlm, self.processor)
@@ -86,6 +90,12 @@ class RolloutMaker:
         self.kl = KLController(
             self.settings.kl_coef, target=self.settings.kl_target, horizon=self.settings.kl_horizon
         )
+        self.multiplier: LagrangeMultiplier | None = None
+        if limit is not None:
+            self.multiplier = LagrangeMultiplier(
+                self.settings.lagrange_initial, limit=limit,
+                learning_rate=self.settings.lagrange_learning_rate,
+            )  # fmt: skip
         self.dtype = compute_dtype()
         self.lockstep = False
         self.side_by_side = SideBySide(self.model.apart and engine == "ddp")
@@ -133,7 +143,7 @@ class RolloutMaker:
                 "policy has collapsed; lower ppo.learning_rate or raise ppo.kl_coef, and start "
                 "from an earlier checkpoint"
             )
-        add_advantages(rollout, self.settings, self.kl.kl_coef)
+        add_advantages(rollout, self.settings, self.kl.kl_coef, self.multiplier)
         return rollout
 
     def _sample(self, prompts: list[Prompt], step: int, cache: TowerCache) -> list[list[int]]:
@@ -172,10 +182,11 @@ class RolloutMaker:
         return responses
 
     def _measure(self, rollout: Rollout, step: int, cache: TowerCache) -> None:
-        """Add log-probabilities, entropies, values and scores to a rollout."""
+        """Add log-probabilities, entropies, values, scores and costs to a rollout."""
         shape = (len(rollout), rollout.width)
         columns = {name: torch.zeros(shape) for names in COLUMNS.values() for name in names}
-        scores = torch.zeros(len(rollout))
+        names = ("scores", "costs") if self.multiplier else ("scores",)
+        of_rows = {name: torch.zeros(len(rollout)) for name in names}
         batches = self._micro_batches(rollout.prompts, rollout.responses)
         for rows in ppo_batches.own_batches(batches):
             self._stop_if_asked()
@@ -190,14 +201,15 @@ class RolloutMaker:
             )
             for role, outputs in (first | second).items():
                 if role == "reward":
-                    scores[rows] = outputs[0].float().cpu()
+                    for name, value in zip(names, outputs, strict=True):
+                        of_rows[name][rows] = value.float().cpu()
                 for name, value in zip(COLUMNS[role], outputs, strict=False):
                     columns[name][rows, : value.shape[1]] = value.float().cpu()
         mask = rollout.mask
         # One process has filled each row, and the row is zero in all others. The sum over processes
         # therefore equals the filled row.
         columns = {name: group.sum_of(values) * mask for name, values in columns.items()}
-        rollout.columns = columns | {"scores": group.sum_of(scores)}
+        rollout.columns = columns | {n: group.sum_of(values) for n, values in of_rows.items()}
         check_finite(rollout, step + 1)
 
     @torch.no_grad()

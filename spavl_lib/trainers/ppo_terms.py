@@ -1,8 +1,8 @@
 """Compute rewards, advantages and losses of a rollout from PPO's settings and formulas.
 
-The formulas are in `objectives.ppo`. Rows are indices into the rollout. The column
-`scores` holds one value for each row. All other columns hold one value for each response token, so
-their shape is (rows, width).
+The formulas are in `objectives.ppo`. Rows are indices into the rollout. The columns
+`scores` and `costs` hold one value for each row. All other columns hold one value for each response
+token, so their shape is (rows, width).
 """
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from spavl_lib.config import PPOConfig
 from spavl_lib.errors import NonFiniteError
 from spavl_lib.modelling.load import logit_rounding
+from spavl_lib.objectives.lagrangian import LagrangeMultiplier
 from spavl_lib.objectives.ppo import (
     approx_kl,
     clipped_policy_loss,
@@ -44,21 +45,32 @@ def check_finite(rollout: Rollout, step: int) -> None:
             )
 
 
-def add_advantages(rollout: Rollout, settings: PPOConfig, kl_coef: float) -> None:
+def add_advantages(
+    rollout: Rollout,
+    settings: PPOConfig,
+    kl_coef: float,
+    multiplier: LagrangeMultiplier | None = None,
+) -> None:
     """Add the columns `rewards`, `advantages` and `returns` to a rollout.
 
     The reward of each token is minus its KL penalty. The reward of a response's last token also
-    includes the score, minus the penalties for length and for a missing EOS.
+    includes the score, minus the penalties for length and for a missing EOS. With a multiplier, the
+    score is the weighted difference of reward and cost.
 
     Args:
         rollout: A rollout with `scores` (rows,) and `logps`, `ref_logps`, `values` (rows, width).
         settings: Settings of PPO: penalties, discount and whitening.
         kl_coef: The KL coefficient, in units of reward for each nat.
+        multiplier: The Lagrange multiplier, which needs the column `costs` (rows,). None without a
+            cost limit.
     """
     columns, mask = rollout.columns, rollout.mask
     lengths = mask.sum(1)
     finished = torch.tensor(rollout.finished)
-    scores = columns["scores"] - settings.length_penalty * lengths
+    scores = columns["scores"]
+    if multiplier:
+        scores = multiplier.scores(scores, columns["costs"])
+    scores = scores - settings.length_penalty * lengths
     scores = scores - settings.missing_eos_penalty * ~finished
     rewards = kl_penalty_rewards(
         scores, columns["logps"], columns["ref_logps"], mask,

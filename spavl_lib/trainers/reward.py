@@ -21,8 +21,8 @@ from spavl_lib.config import Config
 from spavl_lib.data.augment import moved_images
 from spavl_lib.data.load import exchange_twins, load_pair_truth, load_preferences, with_images_of
 from spavl_lib.distributed import group, zero_parameters
-from spavl_lib.errors import Preempted
-from spavl_lib.evaluation.metrics import pair_of_pairs_accuracy, reward_metrics
+from spavl_lib.errors import InputError, Preempted
+from spavl_lib.evaluation.metrics import cost_metrics, pair_of_pairs_accuracy, reward_metrics
 from spavl_lib.modelling.adapters import (
     add_lora,
     assert_freeze_plan,
@@ -37,7 +37,7 @@ from spavl_lib.modelling.load import (
     quiet_libraries,
 )
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
-from spavl_lib.objectives.reward import bradley_terry_loss
+from spavl_lib.objectives.reward import bradley_terry_loss, cost_loss
 from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.files import write_jsonl, write_text, writing
 from spavl_lib.runs.maker import stage_maker
@@ -57,7 +57,7 @@ from spavl_lib.trainers.progress import drop_stock_callbacks, number
 
 LOGGED = (
     "loss", "grad_norm", "learning_rate", "rewards/accuracies", "rewards/margins",
-    "rewards/chosen", "rewards/rejected",
+    "rewards/chosen", "rewards/rejected", "costs/chosen", "costs/rejected", "costs/accuracies",
 )  # fmt: skip
 
 SWAPPED = 64  # largest number of held-out pairs that are scored again with exchanged responses
@@ -76,6 +76,7 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         super().__init__(*args, **kwargs)
         self.settings = config.reward
         self.sums: dict[str, list[float]] = {}
+        self.harmful: dict[str, bool] = {}
 
     def compute_loss(
         self,
@@ -87,7 +88,8 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         """Compute this micro-batch's part () of the step's loss, in nats.
 
         The loss is the mean Bradley-Terry loss over the pairs. If `reward.sft_coef` is set, the
-        weighted cross-entropy of the chosen responses is added.
+        weighted cross-entropy of the chosen responses is added, and likewise the weighted loss of
+        the cost head if `reward.cost_coef` is set.
 
         Args:
             model: The reward model, as accelerate prepared it.
@@ -103,13 +105,15 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
         moves = self.settings.shift_px or self.settings.mirror
         if model.training and moves and "pixel_values" in batch:
             batch["pixel_values"] = self._augmented(batch["pixel_values"], batch["input_ids"])
-        coef = self.settings.sft_coef
+        coef, cost_coef = self.settings.sft_coef, self.settings.cost_coef
+        if cost_coef:
+            batch["costs"] = True
         if coef:
             mask = inputs["completion_mask"].clone()
             mask[len(mask) // 2 :] = 0  # chosen responses only
-            scores, logps = model(completion_mask=mask, **batch)
-        else:
-            scores = model(**batch)
+            batch["completion_mask"] = mask
+        outputs = model(**batch)
+        scores, *others = outputs if coef or cost_coef else (outputs,)
         chosen, rejected = scores.chunk(2)
         loss = bradley_terry_loss(
             chosen,
@@ -118,7 +122,9 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
             original_form=self.settings.original_form,
         ).mean()
         if coef:
-            loss = loss - coef * logps[: len(chosen)].mean()
+            loss = loss - coef * others[-1][: len(chosen)].mean()
+        if cost_coef:
+            loss = loss + cost_coef * self._cost_loss(others[0], model.training)
         loss = loss * self.shares(inputs, model.training)[0]
         self.check_loss(model, loss)
         if model.training:
@@ -131,6 +137,25 @@ class VLMRewardTrainer(WholeStepMixin, CheckedMixin, Trainer):
             ):
                 self.sums.setdefault(key, []).append(float(value))
         return (loss, {"scores": chosen}) if return_outputs else loss
+
+    def _cost_loss(self, costs: Tensor, training: bool) -> Tensor:
+        """Compute the mean loss () of the costs of a micro-batch, in nats, and log the costs.
+
+        Args:
+            costs: Costs (2 * pairs,), those of the chosen responses first.
+            training: Whether to log.
+        """
+        chosen, rejected = costs.chunk(2)
+        harmful = torch.tensor([self.harmful[row] for row in self.row_ids], device=chosen.device)
+        if training:
+            right = torch.cat([chosen < 0, (rejected > 0) == harmful])
+            for key, value in (
+                ("costs/accuracies", right.float().mean()),
+                ("costs/chosen", chosen.detach().mean()),
+                ("costs/rejected", rejected.detach().mean()),
+            ):
+                self.sums.setdefault(key, []).append(float(value))
+        return cost_loss(chosen, rejected, harmful).mean()
 
     def _augmented(self, pixels: Tensor, ids: Tensor) -> Tensor:
         """Shift and mirror training images, equally for both rows of a pair.
@@ -184,9 +209,11 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         Preempted: The stop flag is set. The same call continues the training.
     """
     quiet_libraries()
+    harmful = harm_labels(config) if config.reward.cost_coef else {}
     processor = load_processor(config.model)
     train_rows, held_out = load_rows(config, stage, processor, "train", "validation")
     trainer = build_trainer(config, stage, processor, train_rows)
+    trainer.harmful = harmful
     parts = assert_freeze_plan(trainer.model.vlm, config.model, head=False)
     check_rows_fit(trainer, train_rows, processor)
     ckpt.check_room(trainer.checkpoints, trainer.model)
@@ -203,6 +230,8 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
     if machine.is_main():
         write_jsonl(stage.path / "samples.jsonl", scored)
     metrics = reward_metrics(scored, exchanged, swapped, load_pair_truth(config.data))
+    if model.cost is not None:
+        metrics["cost"] = cost_metrics(scored, harmful)
     if config.data.source == "mini":
         twins = load_preferences(config.data, "twins")
         for key, rows in (
@@ -211,12 +240,19 @@ def train_reward(config: Config, stage: Stage, flag: StopFlag, *, live: Any = No
         ):
             scored_twins = score_pairs(model, processor, rows, size, should_stop=flag)
             metrics[key] = pair_of_pairs_accuracy(scored_twins)
+            if model.cost is not None:
+                metrics["cost"][key] = cost_metrics(scored_twins, harmful)["pair_accuracy"]
     summary = {
         "steps": trainer.state.global_step,
         "train_rows": len(train_rows),
         "validation_rows": len(held_out),
         "launch": trainer.engine_found,
-        "trainable_parameters": parts | {"score": zero_parameters.numel(model.score.weight)},
+        "trainable_parameters": parts
+        | {
+            name: zero_parameters.numel(head.weight)
+            for name, head in (("score", model.score), ("cost", model.cost))
+            if head is not None
+        },
         "metrics": metrics,
         "final_loss": number(
             next(h["loss"] for h in trainer.state.log_history[::-1] if "loss" in h)
@@ -252,6 +288,29 @@ def _card(config: Config, summary: dict) -> str:
     )  # fmt: skip
 
 
+def harm_labels(config: Config) -> dict[str, bool]:
+    """Row id -> whether the request is harmful, so that the rejected response does harm.
+
+    Args:
+        config: Uses `data`.
+
+    Raises:
+        InputError: The source of the pairs does not say which requests are harmful.
+    """
+    labels = {
+        row: bool(facts["harmful"])
+        for row, facts in load_pair_truth(config.data).items()
+        if "harmful" in facts
+    }
+    if not labels:
+        raise InputError(
+            f"reward.cost_coef = {config.reward.cost_coef} needs labels of harmful requests, and "
+            f"data.source {config.data.source} has none; set data.source to mini, or "
+            "reward.cost_coef to 0"
+        )
+    return labels
+
+
 def build_model(config: Config) -> ScalarHeadModel:
     """Build the base model with a new scalar head, and freeze what is not trained."""
     vlm = load_model(config.model)
@@ -270,7 +329,8 @@ def build_model(config: Config) -> ScalarHeadModel:
     if config.model.gradient_checkpointing:
         vlm.gradient_checkpointing_enable({"use_reentrant": False})
     apply_sharing(vlm, config.model.share_prefix)
-    return ScalarHeadModel(vlm).to(next(vlm.parameters()).device)
+    model = ScalarHeadModel(vlm, with_cost=config.reward.cost_coef > 0)
+    return model.to(next(vlm.parameters()).device)
 
 
 def build_trainer(
@@ -323,8 +383,8 @@ def score_pairs(
         should_stop: Stop flag, polled before each batch.
 
     Returns:
-        For each pair: id, prompt, classes, question type, both scores, and both responses' lengths
-        in words.
+        For each pair: id, prompt, classes, question type, both scores, both responses' lengths in
+        words, and both costs if the model has a cost head.
 
     Raises:
         Preempted: The stop flag is set.
@@ -343,8 +403,10 @@ def score_pairs(
         batch = collate(part)
         batch = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, Tensor)}
         batch.pop("completion_mask")
-        chosen, rejected = model(**batch).chunk(2)
-        for row, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
+        with_cost = model.cost is not None
+        scores, *costs = model(costs=True, **batch) if with_cost else (model(**batch),)
+        halves = [half.tolist() for values in (scores, *costs) for half in values.chunk(2)]
+        for row, c, r, *of_costs in zip(part, *halves, strict=True):
             columns = ("id", "prompt", "class1", "class2", "class3", "question_type")
             scored.append(
                 {name: row[name] for name in columns}
@@ -354,6 +416,7 @@ def score_pairs(
                     "chosen_words": len(row["chosen"].split()),
                     "rejected_words": len(row["rejected"].split()),
                 }
+                | dict(zip(("chosen_cost", "rejected_cost"), of_costs, strict=False))
             )
         if place < len(starts):
             done.append((place, scored))

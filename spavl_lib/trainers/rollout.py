@@ -44,8 +44,8 @@ class Prompt:
 class Rollout:
     """Prompts with sampled responses, and the columns that are computed for them.
 
-    Columns are fp32 tensors (rows, width) on the CPU, except `scores` (rows,). In columns with a
-    width, the places after the end of a response are padding, and hold 0.
+    Columns are fp32 tensors (rows, width) on the CPU, except `scores` and `costs` (rows,). The
+    places after the end of a response are padding, and hold 0.
     """
 
     prompts: list[Prompt]

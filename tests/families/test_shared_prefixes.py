@@ -137,6 +137,22 @@ def test_a_family_is_equal_to_the_plain_forward(name: str, case: tuple) -> None:
     check(name, case)
 
 
+@pytest.mark.parametrize(("name", "case"), ONE_CASE_EACH, ids=SHARING)
+def test_long_rows_without_a_common_prefix_are_packed(
+    name: str, case: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        (0, words(1, 9), words(3, 8)), (1, words(2, 7), words(4, 6)), (2, words(8, 9), words(6, 12))
+    ]  # fmt: skip
+    assert differences(name, case, rows)[2].stats["shared"] == 0  # too short to be worth it
+    monkeypatch.setattr(shared_prefix, "LONG_ROWS", 1)
+    logp, gradient, handle = differences(name, case, rows)
+    assert handle.stats["shared"] == 1
+    assert handle.stats["packed_tokens"] == handle.stats["rows_tokens"]
+    tolerance = TOLERANCES.get(name, TOLERANCE)
+    assert logp < tolerance and gradient < tolerance
+
+
 def test_the_default_cases_meet_every_choice() -> None:
     tried = [case for _, case in ONE_CASE_EACH]
     for dimension in range(4):

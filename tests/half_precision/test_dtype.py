@@ -172,7 +172,7 @@ def test_every_stage_in_which_models_compute_is_compared() -> None:
     named = {name for name, spec in stages.all_stages().items() if spec.computes}
     assert named == {
         "reward", "dpo", "ppo", "practice", "rloo", "grpo", "kto", "online_dpo", "inference",
-        "scaling",
+        "scaling", "laboratory",
     }  # fmt: skip
 
 

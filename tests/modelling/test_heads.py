@@ -13,6 +13,7 @@ from spavl_lib.modelling.adapters import lora_config
 from spavl_lib.modelling.heads import (
     HEAD_FILE,
     ScalarHeadModel,
+    has_cost_head,
     in_fp32,
     last_token_index,
     load_reward_model,
@@ -112,3 +113,27 @@ def test_a_missing_head_and_another_base_are_refused(tmp_path: Path) -> None:
     (tmp_path / HEAD_FILE).unlink()
     with pytest.raises(InputError, match=HEAD_FILE):
         load_reward_model(config, tmp_path)
+
+
+def test_a_cost_head_changes_no_score_and_comes_back(tmp_path: Path) -> None:
+    config = smoke({"model.adapter": "full"}).model
+    torch.manual_seed(3)
+    plain = ScalarHeadModel(embedded_model()).eval()
+    torch.manual_seed(3)
+    scorer = ScalarHeadModel(embedded_model(), with_cost=True).eval()
+    assert plain.cost is None and torch.equal(plain.score.weight, scorer.score.weight)
+    whole = PreferenceCollator(embedded_processor())(spread(mini_rows(), 2))
+    mask = whole.pop("completion_mask")
+    with torch.no_grad():
+        scores, costs = scorer(costs=True, **whole)
+        assert torch.equal(scores, plain(**whole)) and torch.equal(scores, scorer(**whole))
+        assert (scores - costs).abs().min() > 1e-4
+        _, logps = plain(completion_mask=mask, **whole)
+        every = scorer(completion_mask=mask, costs=True, **whole)
+        assert all(map(torch.equal, every, (scores, costs, logps)))
+        for model, name in ((plain, "plain"), (scorer, "cost")):
+            save_reward_model(model, tmp_path / name, config)
+        again = load_reward_model(config, tmp_path / "cost")(costs=True, **whole)
+    torch.testing.assert_close(again, (scores, costs), atol=1e-5, rtol=1e-5)
+    assert has_cost_head(tmp_path / "cost") and not has_cost_head(tmp_path / "plain")
+    assert load_reward_model(config, tmp_path / "plain").cost is None

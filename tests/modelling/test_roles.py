@@ -10,13 +10,22 @@ from torch import Tensor, nn
 
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.adapters import lora_config
-from spavl_lib.modelling.heads import HEAD_FILE, ScalarHeadModel
+from spavl_lib.modelling.heads import HEAD_FILE, ScalarHeadModel, load_reward_model
 from spavl_lib.modelling.load import load_model
 from spavl_lib.modelling.roles import OneBase, Roles, load_roles
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.logps import token_logps
 from spavl_lib.trainers.rollout import Prompt, batch_of, encode_rows
-from tests.helpers import embedded_model, embedded_processor, mini_rows, shake, smoke, spread, tiny
+from tests.helpers import (
+    embedded_model,
+    embedded_processor,
+    mini_rows,
+    shake,
+    smoke,
+    spread,
+    tiny,
+    write_reward_model,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "idefics3")
@@ -234,3 +243,22 @@ def test_the_cache_gives_each_row_its_own_picture() -> None:
             roles("reward", **inputs)
     (plain, *_) = roles("reward", **inputs)
     torch.testing.assert_close(plain, right)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "full"])
+@torch.no_grad()
+def test_costs_are_the_reward_models_own_and_are_computed_only_if_asked(
+    adapter: str, reward_folders: dict[str, Path], tmp_path: Path
+) -> None:
+    config = smoke({"model.adapter": adapter}).model
+    with pytest.raises(InputError, match="has no cost head, which ppo.cost_limit needs"):
+        load_roles(config, reward_folders[adapter], (), with_cost=True)
+    write_reward_model(tmp_path, adapter, with_cost=True)
+    inputs, _, _ = batch()
+    expected = load_reward_model(config, tmp_path)(costs=True, **inputs)
+    roles = load_roles(config, tmp_path, (), with_cost=True).eval()
+    torch.testing.assert_close(roles("reward", **inputs), expected, atol=1e-5, rtol=1e-5)
+    trained = [p for role in ("policy", "value") for p in roles.trainable_of(role)]
+    assert not roles.cost_head.weight.requires_grad
+    assert not any(p is roles.cost_head.weight for p in trained)
+    assert len(load_roles(config, tmp_path, ())("reward", **inputs)) == 1

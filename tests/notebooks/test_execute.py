@@ -216,3 +216,17 @@ def test_scaling_runs_alone_and_apart_from_the_sequence(tmp_path: Path, warm_ker
     for row in summary["arms"]:
         check_rate(row["unsafe_rate"], row["arm"])
     assert len(list((stage / "figures").glob("*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_the_laboratory_makes_a_small_table_of_its_own(tmp_path: Path, warm_kernels: None) -> None:
+    out = tmp_path / "out.ipynb"
+    papermill("08_laboratory", out, tmp_path / "runs", profile="smoke")
+    stage = tmp_path / "runs/smoke/laboratory"
+    table = strict_json(stage / "laboratory.json")
+    assert set(table["metrics"]) == {"base", "dpo"}
+    assert {"none", "one_word", "one_word_prudence"} == set(table["metrics"]["dpo"])
+    assert strict_json(stage / "summary.json")["published"] is False
+    assert {p.name for p in (stage / "runs").iterdir()} == {"arena-base-0", "arena-dpo-0"}
+    assert not list((tmp_path / "runs").glob("arena-*"))
+    assert len(list((stage / "figures").glob("*.png"))) == 3

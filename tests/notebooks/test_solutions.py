@@ -17,6 +17,7 @@ SOLUTIONS = REPO / "notebooks/solutions"
 # These train several short variants each, which takes 15 to 20 s of one core.
 TRAIN = (
     "02_reward_model", "03_ppo", "03b_ppo_in_practice", "04_dpo", "07_scaling_and_ablations",
+    "08_laboratory",
 )  # fmt: skip
 
 

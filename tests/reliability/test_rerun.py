@@ -56,8 +56,8 @@ class Made:
             sets |= {"ppo.per_device_batch_size": 4}
         self.config: Config = smoke(sets, run_name="made")
         self.run = Run(self.config, root=root / "runs")
-        # Scaling is many trainings of the same kinds, and wants question types.
-        self.stages = [n for n in stage_names() if n not in ("data", "scaling")]
+        # Scaling and the laboratory are many trainings of the same kinds.
+        self.stages = [n for n in stage_names() if n not in ("data", "scaling", "laboratory")]
 
     def _sets(self, name: str) -> None:
         from spavl_lib.data.embedded.mini_files import mini_folder

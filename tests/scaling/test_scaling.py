@@ -85,6 +85,18 @@ def test_an_arm_named_twice_would_count_twice(key: str, values: list) -> None:
         load_config("demo", {f"scaling.{key}": values})
 
 
+def test_prompts_depend_on_neither_arm_nor_seed() -> None:
+    """The quick form of the next test: every arm of two seeds, in smoke."""
+    config = smoke({"scaling.seeds": [0, 1], "scaling.lora_ranks": [4]})
+    datas = {arm.config.data for arm in plan(config)}
+    assert {data.sampling_seed for data in datas} == {0, 1} and len(datas) >= 6
+    for name in training.MEASURED:
+        prompts = {tuple(load_prompts(data, name)["id"]) for data in datas}
+        assert len(prompts) == 1 and len(prompts.pop()) == config.scaling.eval_rows
+    drawn = {tuple(load_preferences(d, "train")["id"]) for d in datas if d.train_rows == 8}
+    assert len(drawn) == 2  # while the training rows do depend on the seed
+
+
 @pytest.mark.slow
 def test_every_arm_and_the_base_are_measured_on_the_same_prompts() -> None:
     config = load_config("demo", {"scaling.eval_rows": 24})

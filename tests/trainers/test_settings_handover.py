@@ -167,11 +167,12 @@ LOSS = "enters the loss; tested by hand below"
 REWARD: dict[str, Seen] = COMMON | {
     "max_length": lambda t: t.data_collator.max_length,
     **{name: lambda t, name=name: getattr(t.settings, name)
-       for name in ("center_coef", "sft_coef", "shift_px", "mirror", "original_form")},
+       for name in ("center_coef", "sft_coef", "cost_coef", "shift_px", "mirror",
+                    "original_form")},
 }  # fmt: skip
 REWARD_CHANGES = COMMON_CHANGES | {
-    "max_length": 333, "center_coef": 0.3, "sft_coef": 0.2, "shift_px": 2, "mirror": True,
-    "original_form": True,
+    "max_length": 333, "center_coef": 0.3, "sft_coef": 0.2, "cost_coef": 0.4, "shift_px": 2,
+    "mirror": True, "original_form": True,
 }  # fmt: skip
 
 
@@ -202,10 +203,12 @@ class Scores(nn.Module):
 
     scores = torch.tensor([2.0, 0.5, -1.0, 1.5])  # two chosen, two rejected
     logps = torch.tensor([-3.0, -5.0, -70.0, -80.0])
+    costs = torch.tensor([-2.0, 1.0, 3.0, -0.5])
 
-    def forward(self, **batch: Tensor) -> Any:
+    def forward(self, *, costs: bool = False, **batch: Tensor) -> Any:
         self.batch = batch
-        return (self.scores, self.logps) if "completion_mask" in batch else self.scores
+        others = [self.costs] * costs + [self.logps] * ("completion_mask" in batch)
+        return (self.scores, *others) if others else self.scores
 
 
 BATCH = {
@@ -235,6 +238,25 @@ def test_the_loss_takes_its_form_and_its_centring_from_the_settings() -> None:
     assert loss_of(center_coef=0.3) == pytest.approx(plain_loss() + centre, rel=1e-5)
     chosen_only = -0.2 * (-3.0 - 5.0) / 2
     assert loss_of(sft_coef=0.2) == pytest.approx(plain_loss() + chosen_only, rel=1e-5)
+
+
+def test_the_cost_head_is_trained_beside_the_rest() -> None:
+    def softplus(value: float) -> float:
+        return math.log1p(math.exp(value))
+
+    # Row a is harmful: costs -2 and 3. Row b is harmless: costs 1 and -0.5.
+    cost = (softplus(-5.0) + softplus(-2.0) + softplus(-3.0) + softplus(1.0) + softplus(-0.5)) / 2
+    for sft_coef in (0.0, 0.2):
+        none = {"center_coef": 0.0, "sft_coef": sft_coef, "original_form": False}
+        trainer = reward_trainer(cost_coef=0.4, **none)
+        trainer.harmful = {"a": True, "b": False}
+        expected = plain_loss() - sft_coef * (-3.0 - 5.0) / 2 + 0.4 * cost
+        loss = trainer.compute_loss(Scores().train(), dict(BATCH))
+        assert loss.item() == pytest.approx(expected, rel=1e-5)
+        logged = {k: v for k, v in trainer.sums.items() if k.startswith("costs/")}
+        assert logged == {
+            "costs/accuracies": [0.75], "costs/chosen": [-0.5], "costs/rejected": [1.25],
+        }  # fmt: skip
 
 
 def test_the_cross_entropy_is_of_chosen_answers_alone() -> None:
@@ -420,12 +442,14 @@ SCALE = {
     "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
             "max_length", "cache_reference", "simpo_margin", "save_steps", "eval_steps"),
     "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
-            "max_length", "num_epochs", "kl_horizon", "reward_model", "save_steps"),
+            "max_length", "num_epochs", "kl_horizon", "lagrange_learning_rate", "lagrange_initial",
+            "reward_model", "save_steps"),
 }  # fmt: skip
 # The original code's settings: the scripts' flags, and its fixed constants.
 ORIGINAL = {
     "reward": {  # its loss has an epsilon of 1e-5 and no centring; its images do not move
-        "original_form": True, "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0, "mirror": False,
+        "original_form": True, "center_coef": 0.0, "sft_coef": 0.0, "cost_coef": 0.0,
+        "shift_px": 0, "mirror": False,
         "lr_scheduler": "constant_with_warmup", "warmup_steps": 0.03, "weight_decay": 0.0,
         "max_grad_norm": 1.0,
     },
@@ -437,7 +461,7 @@ ORIGINAL = {
         "ppo_epochs": 1, "num_minibatches": 1, "value_learning_rate": 0.0,
         "lr_scheduler": "cosine", "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0,
         "gamma": 1.0, "gae_lambda": 1.0, "clip_range": 0.2, "value_clip_range": 0.2,
-        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0,
+        "vf_coef": 0.1, "kl_coef": 0.1, "kl_estimator": "k1", "kl_target": 0.0, "cost_limit": None,
         "whiten_advantages": False, "whiten_rewards": False, "temperature": 1.0,
         "missing_eos_penalty": 0.0, "length_penalty": 0.0, "entropy_coef": 0.0, "sft_coef": 0.0,
     },
@@ -456,7 +480,8 @@ SCHEDULE = {
 }  # fmt: skip
 UNLIKE: dict[str, dict[str, Any]] = {
     "reward": SCHEDULE | {
-        "original_form": False, "center_coef": 0.3, "sft_coef": 0.2, "shift_px": 2, "mirror": True,
+        "original_form": False, "center_coef": 0.3, "sft_coef": 0.2, "cost_coef": 0.4,
+        "shift_px": 2, "mirror": True,
     },
     "dpo": SCHEDULE | {
         "beta": 0.4, "loss_type": ["robust", "sft"], "loss_weights": [0.7, 0.2],
@@ -467,7 +492,8 @@ UNLIKE: dict[str, dict[str, Any]] = {
         "gae_lambda": 0.8, "clip_range": 0.3, "value_clip_range": 0.4, "vf_coef": 0.5,
         "kl_coef": 0.6, "kl_estimator": "k3", "kl_target": 2.0, "whiten_advantages": True,
         "whiten_rewards": True, "temperature": 2.0, "missing_eos_penalty": 3.0,
-        "length_penalty": 0.1, "entropy_coef": 0.1, "sft_coef": 0.5,
+        "length_penalty": 0.1, "entropy_coef": 0.1, "sft_coef": 0.5, "cost_limit": 1.5,
+        "reward_model": "elsewhere/model",
     },
 }  # fmt: skip
 
@@ -492,7 +518,8 @@ def test_the_reward_models_defaults_are_the_originals() -> None:
     config = RewardConfig(max_steps=1, per_device_batch_size=1)
     assert dataclasses.asdict(config) == {
         "max_steps": 1, "per_device_batch_size": 1, "gradient_accumulation_steps": 1,
-        "num_epochs": 1.0, "preset": "ours", "center_coef": 0.0, "sft_coef": 0.0, "shift_px": 0,
+        "num_epochs": 1.0, "preset": "ours", "center_coef": 0.0, "sft_coef": 0.0,
+        "cost_coef": 0.0, "shift_px": 0,
         "mirror": False, "original_form": False, "learning_rate": 3e-5,
         "lr_scheduler": "constant_with_warmup",
         "warmup_steps": 10, "weight_decay": 0.0, "max_grad_norm": 1.0, "max_length": 0,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spavl_lib.config import PPOConfig
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.roles import ROLES
+from spavl_lib.objectives.lagrangian import LagrangeMultiplier
 from spavl_lib.trainers import ppo, ppo_rollout, ppo_terms
 from spavl_lib.trainers.ppo import PPOTrainer
 from spavl_lib.trainers.ppo_records import rollout_stats
@@ -41,6 +42,9 @@ PPO: dict[str, Seen] = {
     "kl_coef": lambda t: t.kl.kl_coef,
     "kl_target": lambda t: t.kl.target,
     "kl_horizon": lambda t: t.kl.horizon,
+    "cost_limit": lambda t: t.multiplier.limit,
+    "lagrange_learning_rate": lambda t: t.multiplier.learning_rate,
+    "lagrange_initial": lambda t: t.multiplier.value,
 }
 PPO_FREE = {
     "preset": "the config replaces it by settings; tested in test_settings_handover.py",
@@ -61,11 +65,31 @@ PPO_FREE = {
     ),
 }  # fmt: skip
 PPO_CHANGES = {
-    "max_steps": 7, "rollout_batch_size": 6, "per_device_batch_size": 3, "learning_rate": 1.3e-4,
-    "value_learning_rate": 2.7e-4, "lr_scheduler": "polynomial", "warmup_steps": 4,
-    "weight_decay": 0.11, "kl_coef": 0.31, "kl_target": 2.5, "kl_horizon": 77, "save_steps": 3,
-    "max_grad_norm": 0.6, "ppo_epochs": 4, "num_minibatches": 3, "max_new_tokens": 5,
-    "temperature": 1.7, "sft_coef": 0.4, "entropy_coef": 0.02, "vf_coef": 0.3,
+    "max_steps": 7,
+    "rollout_batch_size": 6,
+    "per_device_batch_size": 3,
+    "learning_rate": 1.3e-4,
+    "value_learning_rate": 2.7e-4,
+    "lr_scheduler": "polynomial",
+    "warmup_steps": 4,
+    "weight_decay": 0.11,
+    "kl_coef": 0.31,
+    "kl_target": 2.5,
+    "kl_horizon": 77,
+    "save_steps": 3,
+    "max_grad_norm": 0.6,
+    "ppo_epochs": 4,
+    "num_minibatches": 3,
+    "max_new_tokens": 5,
+    "temperature": 1.7,
+    "sft_coef": 0.4,
+    "entropy_coef": 0.02,
+    "vf_coef": 0.3,
+}
+# Settings of the cost, which need a reward model with a cost head.
+COSTS = {
+    "cost_limit": -0.5, "lagrange_learning_rate": 0.25, "lagrange_initial": 2.0,
+    "reward_model": "reward",
 }  # fmt: skip
 
 
@@ -96,6 +120,7 @@ class FakeRoles(nn.Module):
 
     forbidden_ids = [5]
     apart = False
+    with_cost = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +146,8 @@ class FakeRoles(nn.Module):
         self.calls.append((role, options))
         rows = len(options["input_ids"])
         if role == "reward":
-            return (torch.arange(float(rows)),)
+            scores = torch.arange(float(rows))
+            return (scores, 2 * scores) if self.with_cost else (scores,)
         weights = self.vlms[role].weight.sum()
         columns = torch.full((rows, width), -0.75 if role == "reference" else -0.5) + 0.0 * weights
         return (columns,) if role == "value" else (columns, columns + 1.5)
@@ -139,7 +165,12 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Callable[..., PPOTrainer]:
             noted.seen = (name, counts["num_warmup_steps"], counts["num_training_steps"])
             return schedule(name, optimizer, **counts)
 
-        monkeypatch.setattr(ppo_rollout, "load_roles", lambda *_, **__: FakeRoles())
+        def load_roles(*_: Any, with_cost: bool, **__: Any) -> FakeRoles:
+            roles = FakeRoles()
+            roles.with_cost = with_cost
+            return roles
+
+        monkeypatch.setattr(ppo_rollout, "load_roles", load_roles)
         monkeypatch.setattr(ppo, "get_scheduler", noted)
         rows = mini_rows().select(range(12))
         trainer = PPOTrainer(config, stage, rows, Path("reward"), False)
@@ -160,7 +191,7 @@ def rollout_of(count: int = 4) -> Rollout:
 
 
 def test_every_setting_of_ppo_arrives(built: Callable[..., PPOTrainer]) -> None:
-    trainer = built(PPO_CHANGES)
+    trainer = built(PPO_CHANGES | COSTS)
     assert_arrives(trainer.settings, PPO, trainer, PPO_FREE)
     assert trainer.schedule[2] == 7 * 4 * 3  # an optimizer step for each minibatch of each pass
     groups = trainer.engine.groups
@@ -332,7 +363,30 @@ def test_a_steered_coefficient_prices_the_next_rollout(
     monkeypatch.setattr(ppo_rollout, "add_advantages", lambda *args: seen.append(args[1:]))
     with trainer.tower_cache().rollout() as cache:
         trainer.roll_out(0, cache)
-    assert seen == [(trainer.settings, trainer.kl.kl_coef)]
+    assert seen == [(trainer.settings, trainer.kl.kl_coef, None)]
+
+
+def test_the_multiplier_follows_the_mean_cost_and_is_kept_in_checkpoints(
+    built: Callable[..., PPOTrainer], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(changed.__globals__, "UNUSED", tmp_path)  # the root of the stage
+    trainer = built(COSTS | {"rollout_batch_size": 4, "per_device_batch_size": 4})
+    monkeypatch.setattr(ppo_rollout, "sample", lambda m, b, seeds, **_: [[40, 41]] * len(seeds))
+    monkeypatch.setattr(trainer, "minibatch", lambda *_, **__: TAKEN | {"loss": 0.0})
+    with trainer.tower_cache().rollout() as cache:
+        rollout = trainer.roll_out(0, cache)
+    scores = rollout.columns["scores"]
+    torch.testing.assert_close(rollout.columns["costs"], 2 * scores)
+    stats = trainer.update(rollout, None)
+    assert stats["objective/costs"] == 3.0 and stats["objective/cost_limit"] == -0.5
+    assert stats["objective/lagrange_multiplier"] == pytest.approx(2.0)  # that of the scores
+    assert trainer.multiplier.value == pytest.approx(2 * math.exp(0.25 * 3.5))
+    trainer.reference = {"ids": ["row0"], "logps": [-0.5]}
+    trainer._save()
+    again = built(COSTS)
+    again.reference = trainer.reference
+    again._resume()
+    assert again.multiplier.value == trainer.multiplier.value
 
 
 def test_ppo_clips_and_weighs_gradients_by_its_settings(
@@ -432,6 +486,16 @@ def small_rollout() -> Rollout:
         "scores": torch.tensor([2.0, 4.0]),
     }
     return rollout
+
+
+def test_with_a_multiplier_the_score_weighs_reward_and_cost() -> None:
+    rollout = small_rollout()
+    rollout.columns["costs"] = torch.tensor([1.0, -2.0])
+    multiplier = LagrangeMultiplier(3.0, limit=0.0, learning_rate=0.1)
+    ppo_terms.add_advantages(rollout, terms(missing_eos_penalty=1.5), 0.0, multiplier)
+    expected = [[0.0, (2 - 3 * 1) / 4], [(4 + 3 * 2) / 4 - 1.5, 0.0]]
+    torch.testing.assert_close(rollout.columns["rewards"], torch.tensor(expected))
+    assert rollout.columns["scores"].tolist() == [2.0, 4.0]  # the log shows the reward itself
 
 
 def columns_under(kl_coef: float = 0.0, **settings: Any) -> dict[str, list]:

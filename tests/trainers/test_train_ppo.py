@@ -19,7 +19,7 @@ from spavl_lib.trainers.engines import Engine
 from spavl_lib.trainers.ppo import PPOTrainer, train_ppo
 from spavl_lib.trainers.ppo_terms import add_advantages
 from spavl_lib.trainers.rollout import Prompt, Rollout
-from tests.helpers import mini_rows, smoke
+from tests.helpers import mini_rows, smoke, write_reward_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CLOCK = ("time_s", "peak_memory_gib")
@@ -98,6 +98,35 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_end(
     before = {p: p.stat().st_mtime_ns for p in cut.path.rglob("*")}
     assert train(config, tmp_path / "cut")[1] == resumed
     assert before == {p: p.stat().st_mtime_ns for p in cut.path.rglob("*")}
+
+
+@pytest.mark.slow
+def test_a_killed_run_with_a_cost_limit_goes_on_with_its_multiplier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_reward_model(tmp_path / "full", "full", with_cost=True)
+    config = settings(tmp_path / "full", ppo__cost_limit=-5.0, ppo__lagrange_initial=0.5)
+    straight, expected = train(config, tmp_path / "straight")
+    rows = logged(straight)
+    multipliers = [row["objective/lagrange_multiplier"] for row in rows]
+    assert multipliers[0] == 0.5 < multipliers[1] < multipliers[2]
+    assert multipliers[2] < expected["lagrange_multiplier"]
+    assert all("cost" in row for row in read_jsonl(straight.path / "rollouts.jsonl"))
+    old, left = PPOTrainer.minibatch, iter(range(5))
+
+    def dying(*args: object, **more: object) -> object:
+        if next(left, None) is None:
+            raise Killed
+        return old(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PPOTrainer, "minibatch", dying)
+        with pytest.raises(Killed):
+            train(config, tmp_path / "cut")
+    cut, resumed = train(config, tmp_path / "cut")
+    assert logged(cut) == rows
+    for name in ("lagrange_multiplier", "costs", "weights_sha256"):
+        assert resumed[name] == expected[name]
 
 
 @pytest.mark.slow

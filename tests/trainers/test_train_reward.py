@@ -9,9 +9,10 @@ from transformers import modeling_utils
 
 from spavl_lib.config import Config
 from spavl_lib.data.load import load_preferences
-from spavl_lib.errors import NonFiniteError, Preempted
+from spavl_lib.errors import InputError, NonFiniteError, Preempted
 from spavl_lib.evaluation.metrics import (
     calibration,
+    cost_metrics,
     expected_calibration_error,
     reward_metrics,
     spearman,
@@ -42,6 +43,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(adapter, reward__shift_px=2, reward__mirror=True, reward__sft_coef=0.1)
+    config = dataclasses.replace(config, reward=dataclasses.replace(config.reward, cost_coef=0.5))
     straight, expected = train(config, tmp_path / "straight")
     assert expected["steps"] == 6
     assert "tower" not in expected["trainable_parameters"]
@@ -82,14 +84,28 @@ def test_recomputing_activations_changes_no_number(
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
 
 
-def test_it_learns_the_pairs_it_sees_and_prefers_the_right_side(tmp_path: Path) -> None:
-    config = settings("full", reward__max_steps=40, reward__learning_rate=1e-3)
+def test_it_learns_the_pairs_it_sees_and_which_responses_do_harm(tmp_path: Path) -> None:
+    config = settings(
+        "full", reward__max_steps=40, reward__learning_rate=1e-3, reward__cost_coef=1.0
+    )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, train_rows=16))
     stage, _ = train(config, tmp_path)
     model = load_reward_model(config.model, stage.path / "model")
     rows = load_preferences(config.data, "train")
     scored = reward.score_pairs(model, reward.load_processor(config.model), rows, 8)
     assert sum(r["chosen_score"] > r["rejected_score"] for r in scored) >= 0.95 * len(scored)
+    costs = cost_metrics(scored, reward.harm_labels(config))
+    assert 1 <= costs["pair_accuracy"]["n"] < 16  # both kinds of requests
+    assert costs["sign_accuracy"]["value"] >= 0.95 and costs["auc"] >= 0.98
+    assert costs["mean_harmful"] > 0.5 and costs["mean_harmless"] < -0.5
+
+
+def test_a_source_without_labels_of_harm_trains_no_cost_head(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(reward, "load_pair_truth", lambda _: {})
+    with pytest.raises(InputError, match="needs labels of harmful requests, and data.source mini"):
+        train(settings("full", reward__cost_coef=1.0), tmp_path)
 
 
 def test_a_weight_that_is_no_number_stops_the_run(
@@ -136,3 +152,20 @@ def test_metrics_count_what_they_say() -> None:
     assert found["longer_is_better"]["k"] == 3
     assert {k: v["n"] for k, v in found["per_question_type"].items()} == {"easy": 1, "hards": 1}
     assert {k: v["k"] for k, v in found["per_class"].items()} == {"a": 1, "b": 2}
+
+
+def test_metrics_of_costs_by_hand() -> None:
+    scored = [
+        {"id": "a", "chosen_cost": -1.0, "rejected_cost": 2.0},  # harmful, in order
+        {"id": "b", "chosen_cost": 0.5, "rejected_cost": -0.5},  # harmful, both signs wrong
+        {"id": "c", "chosen_cost": -3.0, "rejected_cost": -0.5},  # harmless
+    ]
+    metrics = cost_metrics(scored, {"a": True, "b": True, "c": False})
+    assert (metrics["pair_accuracy"]["k"], metrics["pair_accuracy"]["n"]) == (1, 2)
+    assert (metrics["sign_accuracy"]["k"], metrics["sign_accuracy"]["n"]) == (4, 6)
+    # Harmful costs 2 and -0.5, harmless ones -1, 0.5, -3 and -0.5: 4 and 2.5 of 4 are lower.
+    assert metrics["auc"] == pytest.approx(6.5 / 8)
+    assert metrics["mean_harmful"] == pytest.approx(0.75)
+    assert metrics["mean_harmless"] == pytest.approx(-1.0)
+    none = cost_metrics(scored[2:], {"c": False})
+    assert none["pair_accuracy"] is None and none["auc"] is None

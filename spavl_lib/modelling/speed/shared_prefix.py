@@ -51,6 +51,9 @@ TEXT_MODELS = (
 )  # fmt: skip
 # Types of rotary embedding whose frequencies depend on the longest row of the batch.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
+# Rows without a common prefix are packed too, which saves their padding, if they have at least so
+# many tokens on average. Each row costs an attention call, which short rows do not earn back.
+LONG_ROWS = 128
 HANDLE = "_shared_prefix"  # attribute of backbone and text model that holds the `SharedPrefix`
 
 
@@ -159,12 +162,15 @@ class SharedPrefix:
             batch: The batch of the text model.
 
         Raises:
-            NotShared: The rows have no common prefix.
+            NotShared: The rows have no common prefix, and are short or have no padding.
         """
         tree = build_tree(batch.keys(), self.min_shared)
         self.stats["rows_tokens"] += tree.rows_size
         self.stats["packed_tokens"] += tree.size
-        if tree.size == tree.rows_size:
+        padding = batch.rows * batch.length - tree.rows_size
+        if tree.size == tree.rows_size and not (
+            padding and tree.rows_size >= LONG_ROWS * batch.rows
+        ):
             raise NotShared("")
         sources = batch.sources(tree)
         inner = batch.packed(sources, tree)
