@@ -9,7 +9,6 @@ they change neither the result nor a gradient.
 import inspect
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
