@@ -145,7 +145,7 @@ BUILT_IN = (
 )  # fmt: skip
 # Settings that may change after a stage was made, because no result depends on them.
 FREE_KEYS = (
-    "profile", "run_name", "launch.num_processes",
+    "profile", "run_name", "report_to", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "grpo.save_steps",
     "dpo.save_steps", "kto.save_steps",
     "scaling.workers", "generation.cache",

@@ -102,7 +102,7 @@ class Subject:
         scores = []
         for records in rounds:
             ids = [
-                completion_ids(self.processor, row["prompt"], r["response"], image=True)
+                completion_ids(self.processor, row["prompt"], r["response"])
                 for row, r in zip(rows, records, strict=True)
             ]
             scores.append(

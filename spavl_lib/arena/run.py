@@ -12,12 +12,13 @@ from typing import Any
 
 from spavl_lib.arena import choose
 from spavl_lib.arena.cells import NONE, make_cells
-from spavl_lib.arena.methods import CHOSEN, find_method, methods
+from spavl_lib.arena.methods import CHOSEN, find_method, methods, reward_config
 from spavl_lib.arena.table import build_table, read_cells
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
+from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
 
 CELLS = "benchmarks/results/laboratory"
@@ -149,16 +150,15 @@ def _side_by_side(
     running: dict[tuple[str, int], subprocess.Popen] = {}
     try:
         while waiting or running:
-            # The reward model of a seed is made by the first process that needs it.
-            made = [unit for unit in running if find_method(unit[0]).uses_reward]
             for unit in list(waiting):
-                blocked = find_method(unit[0]).uses_reward and made
+                # The first process that needs a reward model makes it, and the others wait for it.
+                missing = _missing_reward(unit, words)
+                blocked = missing and any(missing == _missing_reward(u, words) for u in running)
                 if len(running) < workers and not blocked and time.monotonic() < ends:
                     waiting.remove(unit)
                     say(f"{unit[0]}, {words[0] if words[0] == TRIAL else 'seed'} {unit[1]}: begun")
                     command = [sys.executable, "-m", __name__, unit[0], str(unit[1]), *words]
                     running[unit] = subprocess.Popen(command, env=env)
-                    made += [unit] if find_method(unit[0]).uses_reward else []
             if not running:
                 say(f"{len(waiting)} of {len(units)} left; repeat the command")
                 break
@@ -174,6 +174,21 @@ def _side_by_side(
         for process in running.values():
             process.terminate()
             process.wait()
+
+
+def _missing_reward(unit: tuple[str, int], words: list[str]) -> Path | None:
+    """The reward model's folder that a unit needs and that is not complete.
+
+    Args:
+        unit: As for `_side_by_side`.
+        words: As for `_side_by_side`.
+    """
+    method, profile = find_method(unit[0]), words[2]
+    if not method.uses_reward:
+        return None
+    seed = choose.SEED if words[0] == TRIAL else unit[1]
+    stage = Run(reward_config(method, seed, profile)).stage("reward")
+    return None if stage.done else stage.path
 
 
 if __name__ == "__main__":

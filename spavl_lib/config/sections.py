@@ -38,6 +38,11 @@ LINEARS: tuple[Linear, ...] = typing.get_args(Linear)
 Scheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
 ]  # fmt: skip
+# Experiment trackers that transformers has a callback for, and can tell whether they are installed.
+Tracker = Literal[
+    "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive", "kubeflow", "mlflow",
+    "neptune", "swanlab", "tensorboard", "trackio", "wandb",
+]  # fmt: skip
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
 
@@ -858,6 +863,10 @@ class Config:
     launch: LaunchConfig = dataclasses.field(default_factory=LaunchConfig)
     plugins: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, hash=False)
     """Stage name -> settings of a trainer or other stage that another package registers."""
+    report_to: tuple[Tracker, ...] = ()
+    """Experiment trackers that every trainer reports its logged values to, besides metrics.jsonl;
+    empty: none. tensorboard writes files into the stage's folder; other trackers, such as wandb,
+    mlflow or trackio, are set up by their own environment variables."""
     seed: NonNegativeInt = 0
     """Random seed of weights, data order and sampling."""
     run_name: str = ""

@@ -73,8 +73,8 @@ class PreferenceCollator:
 
         Returns:
             `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64, and
-            the image tensors of 2 * rows images. `completion_mask` is 1 on the tokens of the
-            response and on its EOS.
+            the image tensors of all rows in order, twice. `completion_mask` is 1 on the tokens of
+            the response and on its EOS.
 
         Raises:
             InputError: As in `batch_of`.
@@ -102,7 +102,7 @@ class PreferenceCollator:
             for row, head, image in zip(rows, prompts.ids, images, strict=True):
                 try:
                     tail = completion_ids(
-                        self.processor, row["prompt"], row[side], image=image is not None
+                        self.processor, row["prompt"], row[side], image=len(image)
                     )
                 except InputError as error:
                     raise InputError(f"row {row.get('id')} {side}: {error}") from error

@@ -7,6 +7,7 @@ questions have the same words if case and punctuation are ignored.
 
 import hashlib
 import io
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -18,7 +19,7 @@ from datasets import Dataset
 from PIL import Image
 
 from spavl_lib.data.images import FORMATS, ImageError, decode
-from spavl_lib.data.schema import batches
+from spavl_lib.data.schema import batches, more_images
 
 NEAR = 3  # how many of a dHash's 64 bits may differ between nearly equal images
 
@@ -30,16 +31,20 @@ def content_of(cell: Any) -> bytes:
     return cell["bytes"] or Path(cell["path"]).read_bytes()
 
 
-def cells(rows: Dataset) -> Iterator[Any]:
-    """The rows' image cells, read in batches."""
-    for table in batches(rows.select_columns(["image"])):
-        yield from table.column("image").to_pylist()
+def cells(rows: Dataset) -> Iterator[list]:
+    """The image cells of each row, read in batches; an empty list for a text-only row."""
+    tables = batches(rows.select_columns(["image"]))
+    firsts = (cell for table in tables for cell in table.column("image").to_pylist())
+    for first, more in zip(firsts, more_images(rows), strict=True):
+        yield [] if first is None else [first, *more]
 
 
 def image_hashes(rows: Dataset) -> list[str]:
-    """sha256 of each row's image file; empty for a text-only row."""
-    contents = map(content_of, cells(rows))
-    return [hashlib.sha256(c).hexdigest() if c else "" for c in contents]
+    """sha256 of each row's image file; several are joined by `+`. Empty for a text-only row."""
+    return [
+        "+".join(hashlib.sha256(content_of(cell)).hexdigest() for cell in of_row)
+        for of_row in cells(rows)
+    ]
 
 
 def dhash(content: bytes) -> int:
@@ -69,7 +74,7 @@ def looks(rows: Dataset) -> dict[str, tuple[int, tuple[int, int]]]:
         rows: Rows in the schema.
     """
     by_hash: dict[str, tuple[int, tuple[int, int]]] = {}
-    for content in map(content_of, cells(rows)):
+    for content in map(content_of, itertools.chain.from_iterable(cells(rows))):
         key = hashlib.sha256(content).hexdigest()
         if content and key not in by_hash:
             try:

@@ -18,7 +18,7 @@ from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.lengths import joined_answers, pair_lengths
 from spavl_lib.data.load import eval_sets, load_prompts, prompt_origin, read_preferences
 from spavl_lib.data.problems import Loaded
-from spavl_lib.data.schema import column
+from spavl_lib.data.schema import column, image_columns
 from spavl_lib.data.sources.join import unmatched, unmatched_rows
 from spavl_lib.data.taxonomy import classes
 from spavl_lib.runs.maker import stage_maker
@@ -30,7 +30,8 @@ LISTED = 1_000  # largest number of problems that a report lists; the counts inc
 def data_sha256(rows: Dataset) -> str:
     """Hash of every row's text and image bytes, in order."""
     digest = hashlib.sha256()
-    for row, image in zip(rows.remove_columns("image"), image_hashes(rows), strict=True):
+    texts = rows.remove_columns(image_columns(rows))
+    for row, image in zip(texts, image_hashes(rows), strict=True):
         digest.update("\x1f".join([*(str(row[k]) for k in sorted(row)), image]).encode())
     return digest.hexdigest()
 
@@ -59,7 +60,7 @@ def describe(loaded: Loaded, processor: ProcessorMixin | None = None, longest: i
     marked = [i for i, p in enumerate(prompts) if "<image>" in p]
     report = {
         "rows": len(rows),
-        "images": len(set(hashes) - {""}),
+        "images": len({image for key in hashes for image in key.split("+")} - {""}),
         "text_only": hashes.count(""),
         **unmatched(rows),
         "unmatched": {k: v[:LISTED] for k, v in unmatched_rows(rows).items()},
@@ -221,7 +222,8 @@ def set_keys(rows: Dataset) -> SetKeys:
     hashes, words = image_hashes(rows), list(map(plain_words, column(rows, "prompt")))
     ids = column(rows, "id")
     pairs = zip(hashes, words, strict=True)
-    return SetKeys(set(hashes) - {""}, set(words), dict(zip(ids, pairs, strict=True)))
+    images = {image for key in hashes for image in key.split("+")} - {""}
+    return SetKeys(images, set(words), dict(zip(ids, pairs, strict=True)))
 
 
 def copies(keys: Mapping[str, SetKeys]) -> dict[str, list[str]]:

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
+from spavl_lib.data.duplicates import cells, content_of
 from spavl_lib.data.load import prompt_source
+from spavl_lib.data.schema import MORE
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.errors import InputError
@@ -57,13 +58,13 @@ def row_digests(rows: Dataset) -> dict[str, str | int]:
         rows; `order`: a hash of all rows in order. Row ids are not hashed.
     """
     texts, images = [], []
-    plain = rows.remove_columns([c for c in ("image", "id") if c in rows.column_names])
+    plain = rows.remove_columns([c for c in ("image", MORE, "id") if c in rows.column_names])
     for row in plain:
         content = json.dumps({k: row[k] for k in sorted(row)})
         texts.append(hashlib.sha256(content.encode()).hexdigest())
-    for cell in rows["image"]:
-        image = b"" if cell is None else cell["bytes"] or Path(cell["path"]).read_bytes()
-        images.append(hashlib.sha256(image).hexdigest())
+    for of_row in cells(rows):
+        hashes = [hashlib.sha256(content_of(cell)).hexdigest() for cell in of_row or [None]]
+        images.append("+".join(hashes))
     return {
         "rows": len(rows),
         "texts": _combined(sorted(texts)),

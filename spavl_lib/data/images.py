@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from spavl_lib.data.schema import image_cells
 from spavl_lib.errors import InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -315,8 +316,8 @@ def decode(cell: Any) -> Image.Image:
     return open_image(Path(cell))
 
 
-def decode_images(rows: list[dict]) -> list[Image.Image | None]:
-    """The images of some rows, None for a text-only row.
+def decode_images(rows: list[dict]) -> list[list[Image.Image]]:
+    """The images of each row, in order. The list of a text-only row is empty.
 
     Raises:
         InputError: An image cannot be used. The message names each such row.
@@ -324,12 +325,31 @@ def decode_images(rows: list[dict]) -> list[Image.Image | None]:
     images, problems = [], []
     for row in rows:
         try:
-            images.append(None if row.get("image") is None else decode(row["image"]))
+            images.append([decode(cell) for cell in image_cells(row)])
         except ImageError as error:
             problems.append(f"row {row.get('id')} ({row.get('image_name')}): {error}")
     if problems:
         raise InputError("; ".join(problems))
     return images
+
+
+def picture_of(row: dict) -> Image.Image | None:
+    """One picture that shows a row's images to a person, side by side; None for a text-only row.
+
+    Raises:
+        InputError: An image cannot be used.
+    """
+    [images] = decode_images([row])
+    if len(images) < 2:
+        return images[0] if images else None
+    height = min(image.height for image in images)
+    scaled = [
+        image.resize((max(1, image.width * height // image.height), height)) for image in images
+    ]
+    joined = Image.new("RGB", (sum(image.width for image in scaled), height), "white")
+    for number, image in enumerate(scaled):
+        joined.paste(image, (sum(before.width for before in scaled[:number]), 0))
+    return joined
 
 
 def png_bytes(image: Image.Image) -> bytes:

@@ -12,7 +12,7 @@ from transformers import ProcessorMixin
 
 from spavl_lib.data.images import ImageError, size_of
 from spavl_lib.data.problems import keep_or_refuse
-from spavl_lib.data.schema import TURN, batches, decoded
+from spavl_lib.data.schema import MORE, TURN, batches, decoded, image_columns
 from spavl_lib.data.templates import (
     completion_ids,
     control_ids,
@@ -55,8 +55,23 @@ class ImageTokens:
             )
         return self.counts[size]
 
+    def of_table(self, table: pa.Table) -> list[tuple[int, int]]:
+        """Number of images of each row, and number of their tokens; (0, 0) for a text-only row.
+
+        Raises:
+            InputError: An image cannot be read.
+        """
+        firsts = table.column("image")
+        tokens, counts = self.of_cells(firsts), pc.is_valid(firsts).to_pylist()
+        if MORE in table.column_names:
+            for row, more in enumerate(table.column(MORE)):
+                if more.is_valid and len(more.values):
+                    counts[row] += len(more.values)
+                    tokens[row] += sum(self.of_cells(pa.chunked_array([more.values])))
+        return [(int(count), size) for count, size in zip(counts, tokens, strict=True)]
+
     def of_cells(self, cells: pa.ChunkedArray) -> list[int]:
-        """Number of image tokens of each row; 0 for a text-only row.
+        """Number of tokens of each image; 0 for a missing one.
 
         Raises:
             InputError: An image cannot be read.
@@ -105,17 +120,18 @@ def pair_lengths(
     tokenizer, control = processor.tokenizer, control_ids(processor)
     images = images or ImageTokens(processor)
     frame = len(render(processor, "", "")) + 16
-    for table in batches(rows.select_columns(["id", "prompt", *sides, "image"])):
-        extra = images.of_cells(table.column("image"))
+    drawn = image_columns(rows)
+    for table in batches(rows.select_columns(["id", "prompt", *sides, *drawn])):
+        extra = images.of_table(table)
         texts, encoded_rows = [], []
-        for (row, _), slots in zip(decoded(table.drop_columns(["image"])), extra, strict=True):
+        for (row, _), (count, slots) in zip(decoded(table.drop_columns(drawn)), extra, strict=True):
             prompt, *answers = (str(row[n] or "") for n in ("prompt", *sides))
             longest = len(prompt) + max(map(len, answers), default=0) + frame + slots
             plain = all(map(str.isascii, (prompt, *answers))) and TURN not in prompt
             if longest <= skip_below and plain:
                 continue
             encoded_rows.append((row["id"], slots))
-            texts += [conversation(processor, prompt, a, image=slots > 0)[1] for a in answers]
+            texts += [conversation(processor, prompt, a, image=count)[1] for a in answers]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
         # As in `completion_ids`, one end token follows the last word, whatever the template writes.
         sizes = [
@@ -237,15 +253,16 @@ def prompt_lengths(
         images: Counts the tokens of the images. None uses a new counter.
     """
     tokenizer, images = processor.tokenizer, images or ImageTokens(processor)
-    for table in batches(rows.select_columns(["id", "prompt", "image"])):
-        extra = images.of_cells(table.column("image"))
-        prompts = [row for row, _ in decoded(table.drop_columns(["image"]))]
+    drawn = image_columns(rows)
+    for table in batches(rows.select_columns(["id", "prompt", *drawn])):
+        extra = images.of_table(table)
+        prompts = [row for row, _ in decoded(table.drop_columns(drawn))]
         texts = [
-            render(processor, row["prompt"], image=slots > 0).rstrip(" ")
-            for row, slots in zip(prompts, extra, strict=True)
+            render(processor, row["prompt"], image=count).rstrip(" ")
+            for row, (count, _) in zip(prompts, extra, strict=True)
         ]
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        for row, ids, slots in zip(prompts, encoded, extra, strict=True):
+        for row, ids, (_, slots) in zip(prompts, encoded, extra, strict=True):
             yield row["id"], _length(tokenizer, ids) + slots
 
 

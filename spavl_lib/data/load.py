@@ -13,6 +13,7 @@ from spavl_lib.data.sampling import of_sources, of_types, subset
 from spavl_lib.data.schema import (
     QUESTION_TYPES,
     features,
+    image_columns,
 )
 from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.sources import hub, original, own  # noqa: F401 - they register themselves
@@ -223,9 +224,11 @@ def whole_pairs(rows: Dataset, count: int) -> Dataset:
 
 
 def with_images_of(rows: Dataset, others: list[int]) -> Dataset:
-    """Rows with exchanged images: row i gets the image of row `others[i]`."""
-    cells = list(rows["image"])
-    exchanged = rows.remove_columns("image").add_column("image", [cells[i] for i in others])
+    """Rows with exchanged images: row i gets the images of row `others[i]`."""
+    exchanged = rows
+    for name in image_columns(rows):
+        cells = list(rows[name])
+        exchanged = exchanged.remove_columns(name).add_column(name, [cells[i] for i in others])
     return exchanged.cast(features(exchanged.column_names))
 
 

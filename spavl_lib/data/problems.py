@@ -16,7 +16,15 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from spavl_lib.data.images import ImageError, check_header, decode
-from spavl_lib.data.schema import MAX_CHARACTERS, QUESTION_TYPES, TURN, batches, decoded
+from spavl_lib.data.schema import (
+    MAX_CHARACTERS,
+    QUESTION_TYPES,
+    TURN,
+    batches,
+    decoded,
+    image_columns,
+    more_images,
+)
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError, raise_all
 
@@ -102,7 +110,7 @@ def find_problems(
     """
     problems: Problems = defaultdict(list)
     row_of_id: dict[str, int] = {}
-    columns = [c for c in rows.column_names if c != "image"]
+    columns = [c for c in rows.column_names if c not in image_columns(rows)]
     start = 0
     for table in batches(rows.select_columns(columns)):
         for index, (row, unreadable) in enumerate(decoded(table), start):
@@ -122,7 +130,25 @@ def find_problems(
         find = _bad_images if images else _bad_headers
         for index, reason in find(rows, set(unopened)):
             problems[index].append(f"{place_of(index)} image: {reason}")
+        for index, reason in _bad_further_images(rows, decode if images else _check_header_of):
+            problems[index].append(f"{place_of(index)} image: {reason}")
     return problems
+
+
+def _bad_further_images(
+    rows: Dataset, check_image: Callable[[dict], object]
+) -> Iterator[tuple[int, str]]:
+    """(row number, reason) for each image after a row's first that cannot be used."""
+    for index, more in enumerate(more_images(rows)):
+        for number, cell in enumerate(more, 2):
+            try:
+                check_image(cell)
+            except ImageError as error:
+                yield index, f"image {number} of the row: {error}"
+
+
+def _check_header_of(cell: dict) -> None:
+    check_header(cell["bytes"] or Path(cell["path"]))
 
 
 def _bad_images(rows: Dataset, unopened: set[int]) -> Iterator[tuple[int, str]]:

@@ -5,15 +5,19 @@ question_type`. A prompt row lacks `chosen` and `rejected`. `image` is `{"bytes"
 decoded when a batch is made; in a text-only row it is None. Unknown classes and question types are
 empty text. A prompt may have several turns, separated by `TURN`. The first turn is the user's. An
 attacked prompt row may also have `prefill`: words that begin its response.
+
+If any row of a set has several images, the set also has the column `more_images`: for each row a
+list of the cells after `image`.
 """
 
 from collections.abc import Iterable, Iterator
 
 import pyarrow as pa
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, Features, Image, List, Value
 
 TEXT = ("id", "prompt", "chosen", "rejected", "image_name", "class1", "class2", "class3")
 PREFERENCE_COLUMNS = (*TEXT, "question_type", "image")
+MORE = "more_images"  # column of the images after the first
 PROMPT_COLUMNS = tuple(c for c in PREFERENCE_COLUMNS if c not in ("chosen", "rejected"))
 # Column name on the Hub -> name in this schema.
 HUB_RENAMES = {"question": "prompt"}
@@ -34,7 +38,28 @@ BATCH = 1_000  # rows held in memory at once
 
 def features(columns: Iterable[str]) -> Features:
     """Arrow types of columns. Images stay encoded; all other columns are text."""
-    return Features({c: Image(decode=False) if c == "image" else Value("string") for c in columns})
+    image = Image(decode=False)
+    kinds = {"image": image, MORE: List(image)}
+    return Features({c: kinds.get(c, Value("string")) for c in columns})
+
+
+def image_columns(rows: Dataset) -> list[str]:
+    """The columns of a set that hold images."""
+    return [name for name in ("image", MORE) if name in rows.column_names]
+
+
+def image_cells(row: dict) -> list:
+    """The cells of a row's images, in order; empty for a text-only row."""
+    return [] if row.get("image") is None else [row["image"], *(row.get(MORE) or ())]
+
+
+def more_images(rows: Dataset) -> Iterator[list]:
+    """For each row the cells of its images after the first."""
+    if MORE not in rows.column_names:
+        yield from ([] for _ in range(len(rows)))
+        return
+    for table in batches(rows.select_columns([MORE])):
+        yield from (cells or [] for cells in table.column(MORE).to_pylist())
 
 
 def text_columns(columns: dict[str, list[str]]) -> Dataset:

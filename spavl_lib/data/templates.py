@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import for_square
-from spavl_lib.data.schema import TURN
+from spavl_lib.data.schema import TURN, image_cells
 from spavl_lib.errors import InputError
 
 VICUNA_SYSTEM = (
@@ -132,7 +132,7 @@ def _control_tokens(processor: Any) -> list[str]:
 
 
 def render(
-    processor: ProcessorMixin, prompt: str, completion: str | None = None, *, image: bool = True
+    processor: ProcessorMixin, prompt: str, completion: str | None = None, *, image: int = True
 ) -> str:
     """The conversation as the chat template writes it.
 
@@ -140,11 +140,11 @@ def render(
         processor: The model's processor.
         prompt: The question, or several turns separated by `TURN`.
         completion: The response. None ends the text at the beginning of the response.
-        image: Whether the first turn has an image.
+        image: Number of images, which all stand before the text of the first turn; True is one.
     """
     messages: list[dict] = []
     for number, turn in enumerate(prompt.split(TURN)):
-        content: list[dict] = [{"type": "image"}] if image and not number else []
+        content: list[dict] = [{"type": "image"} for _ in range(0 if number else image)]
         content.append({"type": "text", "text": neutralise(turn, processor)})
         messages.append({"role": ("user", "assistant")[number % 2], "content": content})
     if completion is not None:
@@ -156,7 +156,7 @@ def render(
 
 
 def completion_ids(
-    processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
+    processor: ProcessorMixin, prompt: str, completion: str, *, image: int = True
 ) -> list[int]:
     """Token ids of a response as it follows its prompt, with one end token.
 
@@ -167,7 +167,7 @@ def completion_ids(
         processor: The model's processor.
         prompt: The question, or several turns separated by `TURN`.
         completion: The response.
-        image: Whether the prompt has an image.
+        image: Number of images of the prompt; True is one.
 
     Raises:
         InputError: The prompt is written or tokenised differently if a response follows.
@@ -200,12 +200,12 @@ def prefill_ids(processor: ProcessorMixin, row: dict) -> list[int]:
     """
     if not row.get("prefill"):
         return []
-    image = row.get("image") is not None
+    image = len(image_cells(row))
     return completion_ids(processor, row["prompt"], row["prefill"], image=image)[:-1]
 
 
 def conversation(
-    processor: ProcessorMixin, prompt: str, completion: str, *, image: bool = True
+    processor: ProcessorMixin, prompt: str, completion: str, *, image: int = True
 ) -> tuple[str, str]:
     """The text of a prompt alone, and of the prompt with its response.
 
@@ -213,7 +213,7 @@ def conversation(
         processor: The model's processor.
         prompt: The question, or several turns separated by `TURN`.
         completion: The response. White space before it is left out.
-        image: Whether the prompt has an image.
+        image: Number of images of the prompt; True is one.
 
     Raises:
         InputError: The chat template writes the prompt differently if a response follows.
@@ -271,22 +271,33 @@ def encode_prompts(
     Args:
         processor: The model's processor.
         prompts: The questions.
-        images: For each question a decoded image, or None.
+        images: For each question its decoded images in order: a list, one image, or None.
+
+    Raises:
+        InputError: A question has several images, and the chat template or the model's processor
+            takes only one.
     """
     tokenizer = processor.tokenizer
-    texts = [
-        render(processor, p, image=i is not None).rstrip(" ")
-        for p, i in zip(prompts, images, strict=True)
-    ]
-    images = [None if i is None else before_padding(processor, i) for i in images]
     # Some processors refuse a flat list, since a text may have several images.
-    nested = [[] if i is None else [i] for i in images]
+    nested = [
+        [before_padding(processor, i) for i in (of_row if isinstance(of_row, list) else [of_row])]
+        if of_row is not None else []
+        for of_row in images
+    ]  # fmt: skip
+    texts = [
+        render(processor, p, image=len(of_row)).rstrip(" ")
+        for p, of_row in zip(prompts, nested, strict=True)
+    ]
+    if several := max(map(len, nested), default=0) > 1:
+        _check_slots(processor, texts, nested)
     encoded = processor(
         images=nested if any(nested) else None, text=texts, add_special_tokens=False, padding=True,
         return_tensors="pt",
     )  # fmt: skip
-    # LLaVA-OneVision's model assumes one image per row if it does not get this number.
-    encoded.pop("batch_num_images", None)
+    # LLaVA-OneVision's model assumes one image per row if it does not get this number, which trl's
+    # trainers do not pass on.
+    if encoded.pop("batch_num_images", None) is not None and several:
+        raise InputError(f"{ONE_IMAGE}, because it prepares several images in another way")
     mask = encoded.pop("attention_mask").bool()
 
     def rows(name: str) -> list[list[int]]:
@@ -304,6 +315,31 @@ def encode_prompts(
             for marks in types.values():
                 marks[i] = [0, *marks[i]]
     return EncodedPrompts(ids, types, dict(encoded))
+
+
+ONE_IMAGE = "a row with several images does not work with this model family"
+
+
+def _check_slots(processor: ProcessorMixin, texts: list[str], nested: list[list]) -> None:
+    """Raise unless the chat template has written a slot for every image of every prompt.
+
+    Args:
+        processor: The model's processor.
+        texts: The prompts as the template writes them.
+        nested: The images of each prompt.
+
+    Raises:
+        InputError: A slot is missing, so a picture would be dropped.
+    """
+    one, none = render(processor, "a"), render(processor, "a", image=False)
+    slots = [t for t in special_tokens(processor) if one.count(t) > none.count(t)]
+    for text, images in zip(texts, nested, strict=True):
+        if images and not any(text.count(t) == len(images) for t in slots):
+            found = max((text.count(t) for t in slots), default=0)
+            raise InputError(
+                f"{ONE_IMAGE}: its chat template writes {found} image slots for {len(images)} "
+                "images; leave one image in each row, or take another model"
+            )
 
 
 def before_padding(processor: ProcessorMixin, image: Any) -> Any:
@@ -327,13 +363,13 @@ def _for_model(processor: ProcessorMixin, name: str) -> bool:
     return name != "token_type_ids" or listed.count(name) > by_tokenizer.count(name)
 
 
-def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: bool = True) -> list[int]:
-    """Token ids of a prompt with one BOS and one image token, which vLLM expands.
+def prompt_ids(processor: ProcessorMixin, prompt: str, *, image: int = True) -> list[int]:
+    """Token ids of a prompt with one BOS and one token for each image, which vLLM expands.
 
     Args:
         processor: The model's processor.
         prompt: The question.
-        image: Whether the prompt has an image.
+        image: Number of images of the prompt; True is one.
     """
     tokenizer = processor.tokenizer
     text = render(processor, prompt, image=image).rstrip(" ")

@@ -7,7 +7,7 @@ from pathlib import Path
 from spavl_lib.config import Config, to_plain
 from spavl_lib.data.collate import PromptCollator
 from spavl_lib.data.embedded.drawings import styles
-from spavl_lib.data.images import decode, png_bytes
+from spavl_lib.data.images import picture_of, png_bytes
 from spavl_lib.data.load import (
     eval_sets,
     load_prompts,
@@ -16,6 +16,7 @@ from spavl_lib.data.load import (
     whole_pairs,
 )
 from spavl_lib.data.sampling import spread
+from spavl_lib.data.schema import MORE
 from spavl_lib.data.set_names import set_parts
 from spavl_lib.data.taxonomy import PARENTS
 from spavl_lib.errors import InputError
@@ -74,7 +75,7 @@ def make_evaluation_stage(config: Config, stage: Stage) -> dict:
         for path in sorted((inference.path / model).glob("*.jsonl")):
             records = read_jsonl(path)
             if getattr(judge, "needs_images", False):
-                records = with_images(load_prompts(config.data, path.stem), records)
+                records = for_judge(load_prompts(config.data, path.stem), records)
             rows = judge_all(judge, records)
             for row in rows:
                 row.pop("generation", None)
@@ -125,9 +126,25 @@ def model_metrics(verdicts: dict[str, list[dict]]) -> dict:
 
 
 def with_images(prompts: Iterable[dict], records: list[dict]) -> list[dict]:
-    """The records with the images of their prompts, for a judge that takes images."""
-    cells = {row["id"]: row["image"] for row in prompts}
-    return [record | {"image": cells.get(record["id"])} for record in records]
+    """The records with the images of their prompts, as notebooks show them."""
+    cells = {row["id"]: {k: row.get(k) for k in ("image", MORE)} for row in prompts}
+    none = {"image": None, MORE: None}
+    return [record | cells.get(record["id"], none) for record in records]
+
+
+def for_judge(prompts: Iterable[dict], records: list[dict]) -> list[dict]:
+    """The records with the image of their prompt, for a judge that takes images.
+
+    Raises:
+        InputError: A prompt has several images, and a judge is shown one.
+    """
+    judged = with_images(prompts, records)
+    if several := [record["id"] for record in judged if record.pop(MORE)]:
+        raise InputError(
+            f"rows {', '.join(several[:20])} have several images, and a judge is shown one; set "
+            "evaluation.judge_images to false, or leave these rows out"
+        )
+    return judged
 
 
 def _verdict_rate(rows: list[dict], key: str) -> dict | None:
@@ -308,8 +325,7 @@ def _write_images(config: Config, stage: Stage) -> None:
     for name in SHOWN:
         if (inference / f"{name}.jsonl").is_file():
             for row in load_prompts(config.data, name):
-                if row["image"] is not None:
-                    image = decode(row["image"])
+                if (image := picture_of(row)) is not None:
                     image.thumbnail((256, 256))
                     (folder / picture_name(name, row["id"])).write_bytes(png_bytes(image))
 

@@ -113,10 +113,11 @@ class VLLMModel:
         prompts = []
         given = [prefill_ids(processor, row) for row in rows]
         for row, image, first in zip(rows, decode_images(rows), given, strict=True):
-            ids = [*prompt_ids(processor, row["prompt"], image=image is not None), *first]
+            ids = [*prompt_ids(processor, row["prompt"], image=len(image)), *first]
             prompt: dict[str, Any] = {"prompt_token_ids": ids}
-            if image is not None:
-                prompt["multi_modal_data"] = {"image": prepared_image(processor, image)}
+            if image:
+                prepared = [prepared_image(processor, part) for part in image]
+                prompt["multi_modal_data"] = {"image": prepared if prepared[1:] else prepared[0]}
             prompts.append(prompt)
         ends = end_ids(processor)  # vLLM adds the end tokens of the model's generation config
         sampling = [

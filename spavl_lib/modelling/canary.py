@@ -43,7 +43,7 @@ def prompts(config: DataConfig) -> list[dict]:
     rows = spread(load_preferences(config, "train"), PROMPTS)
     images = decode_images(rows)
     return [
-        {"id": row["id"], "prompt": row["prompt"], "image": image and png_bytes(image)}
+        {"id": row["id"], "prompt": row["prompt"], "image": png_bytes(image[0]) if image else None}
         for row, image in zip(rows, images, strict=True)
     ]
 

@@ -55,12 +55,12 @@ class Family:
 
     @classmethod
     def tower_inputs(cls, config: Any, batch: dict[str, Tensor], rows: int) -> list[int]:
-        """The number of tower inputs for each row: one image, or all tiles of one image.
+        """The number of tower inputs for each image: one, or all tiles of the image.
 
         Args:
             config: The model's config.
             batch: Image tensors of the batch.
-            rows: Rows that have an image.
+            rows: Number of images.
         """
         return [1] * rows
 
@@ -176,12 +176,12 @@ class LlavaNext(Family):
 
     @classmethod
     def tower_inputs(cls, config: Any, batch: dict[str, Tensor], rows: int) -> list[int]:
-        """The number of tiles of each row's image.
+        """The number of tiles of each image.
 
         Args:
             config: The model's config.
             batch: The collated batch, with `image_sizes`.
-            rows: Number of rows.
+            rows: Number of images.
         """
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 

@@ -14,6 +14,7 @@ from PIL import Image
 from spavl_lib.data.images import png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts
 from spavl_lib.data.sampling import spread
+from spavl_lib.data.schema import image_cells
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.numbers import model_title
 from spavl_lib.evaluation.text import short
@@ -77,12 +78,12 @@ class AskPanel:
         return RunModels(self.run_path)
 
     def _examples(self) -> list[dict]:
-        """A few prompts of each test set of the run's data."""
+        """A few prompts of each test set of the run's data, with one image each."""
         data = config_of_run(self.run_path).data
         rows: list[dict] = []
         for name in eval_sets(data, held_out_drawings=False):
             rows += [row | {"set": name} for row in spread(load_prompts(data, name), EXAMPLES)]
-        return [row for row in rows if row["image"] is not None]
+        return [row for row in rows if len(image_cells(row)) == 1]
 
     def _try(self, action: Any) -> None:
         """Call `action`, and show its error in the panel: widgets would hide a callback's error."""

@@ -15,7 +15,7 @@ import nbformat
 from PIL import Image
 
 from spavl_lib.config.loading import from_dict
-from spavl_lib.data.images import ImageError, decode, png_bytes
+from spavl_lib.data.images import ImageError, decode, picture_of, png_bytes
 from spavl_lib.data.load import load_prompts
 from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.people.answers import Key, labels_folder
@@ -246,10 +246,9 @@ def run_image(run_path: Path, key: Key) -> tuple[Image.Image | None, str]:
     try:
         rows, places = _prompts(run_path, key.set_name)
         if key.row in places:
-            cell = rows[places[key.row]]["image"]
-            if cell is None:
+            image = picture_of(rows[places[key.row]])
+            if image is None:
                 return None, "This question has no image."
-            image = decode(cell)
             image.thumbnail((WIDEST, WIDEST))
             return image, ""
         why = f"the data have no row {key.row}"

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import ProcessorMixin
 
+from spavl_lib.data.images import picture_of
 from spavl_lib.notebook.session import caption, safe_image
 from spavl_lib.plotting import plot_image_grid
 
@@ -33,7 +34,7 @@ def plot_rows(
     captions = [caption(row, tuple(fields), reveal=reveal) for row in shown]
     if titles:
         captions = [f"{title}\n{text}" for title, text in zip(titles, captions, strict=True)]
-    images = [safe_image(row["image"], reveal=reveal) for row in shown]
+    images = [safe_image(picture_of(row), reveal=reveal) for row in shown]
     return plot_image_grid(images, captions, columns=columns)
 
 

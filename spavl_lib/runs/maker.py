@@ -103,11 +103,17 @@ def leave_other_launchers(launch: LaunchConfig) -> None:
     processes of that launcher.
 
     Raises:
-        InputError: The launcher started several processes, and each would do the whole work.
+        InputError: The launcher started several processes, and each would do the whole work; or it
+            asks for FSDP.
     """
     names, started = launcher_variables()
     if not names:
         return
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes", "on", "t", "y"):
+        raise InputError(
+            "ACCELERATE_USE_FSDP asks for FSDP, which no trainer here supports; unset it, and set "
+            "launch.engine to zero2 or zero3, which divide the same state among the processes"
+        )
     listed = ", ".join(names)
     if started > 1 and launch.num_processes == 1:
         raise InputError(

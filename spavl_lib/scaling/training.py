@@ -7,7 +7,7 @@ from spavl_lib.config import Config
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth
 from spavl_lib.distributed import launcher
 from spavl_lib.evaluation.judges import judge_all, make_judge
-from spavl_lib.evaluation.suite import prompts_rate, with_images
+from spavl_lib.evaluation.suite import for_judge, prompts_rate
 from spavl_lib.generation.generate import generate
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.stage import Stage
@@ -84,6 +84,6 @@ def measure(
             should_stop=should_stop,
         )  # fmt: skip
         if getattr(judge, "needs_images", False):
-            records = with_images(prompts, records)
+            records = for_judge(prompts, records)
         rates |= prompts_rate(judge_all(judge, records), column)
     return rates

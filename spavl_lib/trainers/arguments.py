@@ -8,6 +8,7 @@ from spavl_lib.config import Config
 from spavl_lib.distributed import settings
 from spavl_lib.modelling.load import compute_dtype
 from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers.reporters import reporter_arguments
 
 
 def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, Any]:
@@ -22,8 +23,11 @@ def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, An
         stage: Stage that is trained. Checkpoints are written into its folder.
 
     Returns:
-        Keyword arguments. They disable transformers' own reporters, because `StageCallback` writes
-        the log.
+        Keyword arguments.
+
+    Raises:
+        InputError: A tracker of `report_to` is not installed, or the number of processes does not
+            divide the section's `gradient_accumulation_steps`.
     """
     trainer, dtype = config.section(section), compute_dtype()
     return {
@@ -47,6 +51,6 @@ def common_arguments(section: str, config: Config, stage: Stage) -> dict[str, An
         "remove_unused_columns": False,
         "dataloader_num_workers": config.data.num_workers,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "report_to": [],
+        **reporter_arguments(config, stage),
         "disable_tqdm": True,
     }

@@ -30,6 +30,7 @@ from spavl_lib.modelling.adapters import (
     lora_config,
     train_in_fp32,
 )
+from spavl_lib.modelling.blank_image import run_tower_always
 from spavl_lib.modelling.load import (
     BASE_FILE,
     compute_dtype,
@@ -355,7 +356,7 @@ def build_trainer(
     trainer.simpo_margin = dpo.simpo_margin
     trainer.with_reference = dpo.with_reference
     trainer.group_by_image = config.data.group_by_image
-    finish_trainer(trainer, config, stage)
+    finish_trainer(trainer, config, stage, processor)
     return trainer
 
 
@@ -376,18 +377,21 @@ def policy_and_reference(config: Config) -> tuple[PreTrainedModel, PreTrainedMod
     return policy, reference
 
 
-def finish_trainer(trainer: Any, config: Config, stage: Stage) -> None:
+def finish_trainer(trainer: Any, config: Config, stage: Stage, processor: ProcessorMixin) -> None:
     """Share prefixes, score responses only, set the precision of what trains, and the folders.
 
     Args:
         trainer: A trainer of trl with `CheckedMixin` that has built its models.
         config: Config of the run.
         stage: Stage to write into.
+        processor: Processor of the model.
     """
     lora = config.model.with_lora
     for model in filter(None, (trainer.model, trainer.ref_model)):
         if apply_sharing(model, config.model.share_prefix):
             score_completions_only(model.get_base_model() if lora else model)
+        if config.launch.engine == "zero3":
+            run_tower_always(model, processor)
     if lora and (config.model.adapter == "qlora" or config.launch.engine == "ddp"):
         train_in_fp32(trainer.model)
     trainer.checkpoints, trainer.launch_config = stage.path / "checkpoints", config.launch

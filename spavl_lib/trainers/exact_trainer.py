@@ -39,6 +39,7 @@ from spavl_lib.trainers.guards import (
 from spavl_lib.trainers.probe import check_reference_unmoved
 from spavl_lib.trainers.progress import StageCallback, stopped
 from spavl_lib.trainers.reference_cache import NAMES
+from spavl_lib.trainers.reporters import set_folder
 from spavl_lib.trainers.zero_state import load_optimizer_share, optimizer_share
 
 
@@ -103,6 +104,7 @@ class CheckedMixin:
         """
         self.reporter = StageCallback(stage, flag, self.model, trainer=self, **options)
         self.add_callback(self.reporter)
+        set_folder(self.callback_handler.callbacks, stage)
 
     def train_from(self: Trainer, newest: Path | None) -> None:
         """Train from the beginning, or resume from a checkpoint.

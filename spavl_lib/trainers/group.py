@@ -27,6 +27,7 @@ from trl.trainer.utils import RepeatSampler
 from spavl_lib.config import Config, GroupConfig
 from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
+from spavl_lib.data.schema import more_images
 from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.adapters import (
@@ -360,6 +361,13 @@ def build_trainer(
             f"none: {', '.join(without[:20])}; leave these rows out, or use `spavl train ppo`, "
             "which also takes prompts without an image"
         )
+    several = [i for i, more in zip(rows["id"], more_images(rows), strict=True) if more]
+    if several:
+        raise InputError(
+            f"trl's {name.upper()} needs one image with every prompt, and {len(several)} rows have "
+            f"several: {', '.join(several[:20])}; leave these rows out, or use `spavl train ppo`, "
+            "which also takes prompts with several images"
+        )
     policy = load_model(config.model)
     ends = end_ids(processor, policy)
     policy.generation_config.eos_token_id = list(ends)  # trl stops responses at these ids
@@ -411,7 +419,7 @@ def _for_trl(processor: ProcessorMixin, batch: dict[str, list]) -> dict[str, lis
         "id": batch["id"],
         "question": batch["prompt"],
         "prompt": chats,
-        "image": decode_images(rows),
+        "image": [image for [image] in decode_images(rows)],
     }
 
 

@@ -17,6 +17,7 @@ from trl import KTOTrainer
 
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.schema import image_columns
 from spavl_lib.modelling.adapters import assert_freeze_plan, lora_config
 from spavl_lib.modelling.load import load_processor, quiet_libraries
 from spavl_lib.runs.maker import stage_maker
@@ -103,7 +104,7 @@ def unpaired(rows: Dataset) -> Dataset:
     """
     parts = []
     for side, label in (("chosen", True), ("rejected", False)):
-        part = rows.select_columns(["id", "prompt", "image", side]).rename_column(
+        part = rows.select_columns(["id", "prompt", *image_columns(rows), side]).rename_column(
             side, "completion"
         )
         parts.append(part.add_column("label", [label] * len(rows)))
@@ -178,7 +179,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=lora_config(policy, config.model) if lora else None,
     )
-    finish_trainer(trainer, config, stage)
+    finish_trainer(trainer, config, stage, processor)
     return trainer
 
 

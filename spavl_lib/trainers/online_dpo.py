@@ -153,7 +153,7 @@ class Rounds(TrainerCallback):
         images = [image for image in decode_images(rows) for _ in range(times)]
         asked = [row for row in rows for _ in range(times)]
         ids = [
-            completion_ids(self.processor, r["prompt"], a["response"], image=image is not None)
+            completion_ids(self.processor, r["prompt"], a["response"], image=len(image))
             for r, a, image in zip(asked, answers, images, strict=True)
         ]
         questions = [row["prompt"] for row in asked]

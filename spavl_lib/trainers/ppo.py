@@ -11,9 +11,10 @@ a PPO trainer for images. `ppo_batches` divides rows into batches, `ppo_terms` a
 to the formulas, and `ppo_records` builds the log rows and the summary.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import get_scheduler
 
 from spavl_lib import machine
 from spavl_lib.config import Config
+from spavl_lib.data.schema import image_cells
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import InputError
@@ -46,6 +48,7 @@ from spavl_lib.trainers.ppo_rollout import RolloutMaker
 from spavl_lib.trainers.ppo_terms import check_first_ratio, policy_loss, value_loss
 from spavl_lib.trainers.probe import check_reference_unmoved, reference_probe
 from spavl_lib.trainers.progress import number
+from spavl_lib.trainers.reporters import Reporter, reporter_arguments
 from spavl_lib.trainers.rollout import Rollout, seed_from
 
 
@@ -66,6 +69,7 @@ def train_ppo(config: Config, stage: Stage, flag: StopFlag, *, live: Any = None)
         SpavlError: For the reasons that `train_reward` lists.
         InputError: The reward model is missing or has another base.
     """
+    reporter_arguments(config, stage)  # raises before anything is loaded
     folder = reward_folder(config.ppo.reward_model, stage)
     quiet_libraries()
     [rows] = load_rows(config, stage, load_processor(config.model), "train")
@@ -164,7 +168,7 @@ class PPOTrainer(RolloutMaker):
         movement = None if begun else Movement(self.model)
         bar = Bar(total=self.total_steps, initial=self.step, desc=self.stage.title, unit="step")
         started = time.perf_counter() - (self.log_rows[-1]["time_s"] if self.log_rows else 0.0)
-        with bar:
+        with bar, self._reporting() as report:
             while self.step < self.total_steps:
                 self._stop_if_asked()
                 with self.tower_cache().rollout() as cache:
@@ -173,6 +177,7 @@ class PPOTrainer(RolloutMaker):
                     stats = self.update(rollout, cache)
                 self.step += 1
                 self._log(rollout, stats, started)
+                report.log(self.log_rows[-1])
                 if live:
                     live.update(self.log_rows)
                 bar.update(1)
@@ -335,7 +340,7 @@ class PPOTrainer(RolloutMaker):
         prompt_rows = self.prompts_of(self.step)
         records = [self.rows[prompt_rows[i]] for i in rows]
         answers = [
-            completion_ids(self.processor, r["prompt"], r["chosen"], image=r["image"] is not None)
+            completion_ids(self.processor, r["prompt"], r["chosen"], image=len(image_cells(r)))
             for r in records
         ]
         chosen = Rollout([rollout.prompts[i] for i in rows], answers, [], [])
@@ -350,6 +355,17 @@ class PPOTrainer(RolloutMaker):
             self.model.after_backward()
             mean += loss.item()
         return mean
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[Reporter]:
+        """Open a context in which the trackers of `report_to` are open."""
+        reporter = Reporter(
+            self.config, self.stage, "ppo", self.model, step=self.step, total=self.total_steps
+        )
+        try:
+            yield reporter
+        finally:
+            reporter.close()
 
     # --- log and summary ----------------------------------------------------------------------
 

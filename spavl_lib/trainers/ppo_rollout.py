@@ -21,8 +21,9 @@ from spavl_lib.config import Config
 from spavl_lib.data.templates import end_ids
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
+from spavl_lib.modelling.blank_image import run_tower_always
 from spavl_lib.modelling.load import autocast, compute_dtype, device, load_processor
-from spavl_lib.modelling.roles import Roles, load_roles
+from spavl_lib.modelling.roles import ROLES, Roles, load_roles
 from spavl_lib.modelling.speed.side_by_side import SideBySide
 from spavl_lib.modelling.speed.tower_cache import TowerCache
 from spavl_lib.objectives.lagrangian import LagrangeMultiplier
@@ -78,6 +79,9 @@ class RolloutMaker:
         self.model: Roles = load_roles(
             model, folder, forbidden, masters=engine == "ddp", with_cost=limit is not None
         )
+        if engine == "zero3":
+            for vlm in {id(v): v for v in map(self.model.vlm_of, ROLES)}.values():
+                run_tower_always(vlm, self.processor)
         self.end_ids = end_ids(self.processor, self.model.vlm_of("policy"))
         if config.model.gradient_checkpointing:
             for role in ("policy", "value"):
@@ -270,5 +274,7 @@ class RolloutMaker:
 
 
 def _images(prompts: list[Prompt], rows: list[int]) -> list[str]:
-    """Return the image digests of those rows that have an image."""
-    return [prompts[i].image_digest for i in rows if prompts[i].image_digest]
+    """Return a key for each image of some rows. Without keys the tower cache lets a batch pass."""
+    if any(prompts[i].image_digest and not prompts[i].image_keys for i in rows):
+        return []
+    return [key for i in rows for key in prompts[i].image_keys]

@@ -29,6 +29,7 @@ from spavl_lib.modelling.adapters import (
     freeze_for_full,
     masters_in_fp32,
 )
+from spavl_lib.modelling.blank_image import run_tower_always
 from spavl_lib.modelling.heads import ScalarHeadModel, save_reward_model
 from spavl_lib.modelling.load import (
     load_model,
@@ -345,6 +346,8 @@ def build_trainer(
     """
     arguments = TrainingArguments(**common_arguments("reward", config, stage))
     model = build_model(config)
+    if config.launch.engine == "zero3":
+        run_tower_always(model, processor)
     trainer = VLMRewardTrainer(
         model=model,
         args=arguments,

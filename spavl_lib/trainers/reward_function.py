@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 from trl.trainer.utils import use_adapter
 
 from spavl_lib.config import Config
+from spavl_lib.data.schema import MORE
 from spavl_lib.data.templates import end_ids
 from spavl_lib.modelling.heads import (
     ScalarHeadModel,
@@ -89,7 +90,7 @@ class RewardFunction:
         Args:
             ids: Row id of each response.
             questions: Prompt text of each response.
-            images: Image of each response.
+            images: Image of each response, or list of its images.
             answers: Token ids of each response.
 
         Returns:
@@ -98,7 +99,9 @@ class RewardFunction:
         encoded: dict[str, Prompt] = {}
         for row_id, question, image in zip(ids, questions, images, strict=True):
             if row_id not in encoded:
-                row = {"id": row_id, "prompt": question, "image": image}
+                cells = image if isinstance(image, list) else [image]
+                first = cells[0] if cells else None
+                row = {"id": row_id, "prompt": question, "image": first, MORE: cells[1:]}
                 [encoded[row_id]] = encode_rows(self.processor, [row])
         lengths = [len(encoded[i].ids) + len(a) for i, a in zip(ids, answers, strict=True)]
         order = sorted(range(len(ids)), key=lambda n: (-lengths[n], n))

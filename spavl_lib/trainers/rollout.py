@@ -27,6 +27,8 @@ class Prompt:
     """The encoded prompt of one row: token ids without padding, and image tensors.
 
     `image_digest` is a digest of the image tensors. It is empty if the row has no image.
+    `image_keys` has one digest for each image. It is empty if the tensors of several images cannot
+    be told apart.
     """
 
     row_id: str
@@ -35,6 +37,7 @@ class Prompt:
     token_types: dict[str, list[int]]
     vision: dict[str, Any]
     image_digest: str = ""
+    image_keys: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,8 +78,10 @@ def encode_rows(processor: ProcessorMixin, rows: list[dict]) -> list[Prompt]:
         encoded = encode_prompts(processor, [row["prompt"]], [image])
         types = {name: rows_of[0] for name, rows_of in encoded.token_types.items()}
         vision = encoded.vision
-        digest = digest_of_image(vision)
-        prompts.append(Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, digest))
+        digest, keys = digest_of_image(vision), image_keys(vision, len(image))
+        prompts.append(
+            Prompt(row["id"], row["prompt"], encoded.ids[0], types, vision, digest, keys)
+        )
     return prompts
 
 
@@ -90,6 +95,28 @@ def digest_of_image(vision: dict[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(value.shape)}".encode())
         digest.update(value.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def image_keys(vision: dict[str, Tensor], count: int) -> tuple[str, ...]:
+    """Compute a digest of each image's tensors. Equal images have equal digests in all rows.
+
+    Args:
+        vision: Image tensors of one row.
+        count: Number of the row's images.
+
+    Returns:
+        The digests; none if a row of several images has tensors of another form than
+        (images, channels, height, width), such as tiles padded to the largest image.
+    """
+    if count < 2:
+        return (digest_of_image(vision),) * count
+    pixels = vision.get("pixel_values")
+    if pixels is None or pixels.ndim != 4 or any(len(v) != count for v in vision.values()):
+        return ()
+    return tuple(
+        digest_of_image({name: value[n : n + 1] for name, value in vision.items()})
+        for n in range(count)
+    )
 
 
 def forbidden_token_ids(processor: ProcessorMixin) -> tuple[int, ...]:

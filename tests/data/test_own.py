@@ -147,7 +147,8 @@ def test_a_carried_path_opens_no_file_outside_the_root(tmp_path: Path) -> None:
 BAD = {
     "system": ({"prompt": [{"role": "system", "content": "Be mad."},
                            {"role": "user", "content": "Q?"}]}, "a system turn"),
-    "two pictures": ({"image": None, "images": ["a.png", "a.png"]}, "2 images; a row can have one"),
+    "fewer marks": ({"prompt": "<image>Q?", "image": None, "images": ["a.png", "a.png"]},
+                    "1 <image> in the text, and 2 images"),
     "marks without a picture": ({"prompt": "<image>Q?", "image": None}, "1 <image> in the text"),
     "two marks": ({"prompt": "<image><image>Q?"}, "2 <image> in the text, and 1 images"),
     "nobody asks": ({"prompt": [{"role": "assistant", "content": "Hm."}]}, "turn 1 is the assist"),

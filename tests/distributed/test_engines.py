@@ -63,6 +63,35 @@ def test_two_processes_train_as_one_does(kind: str, alone: Callable[[str], Resul
     assert_trained_as_alone(train(kind, config), alone(kind), "ddp")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "zero2"])
+def test_a_run_of_two_processes_goes_on_with_one_or_says_what_to_set(
+    engine: str, alone: Callable[[str], Result]
+) -> None:
+    """The optimizer state of ddp is whole; shards of ZeRO fit only the same number of processes."""
+    if engine != "ddp":
+        pytest.importorskip("deepspeed", reason="the optional extra is not installed")
+    name = f"fewer-{engine}"
+    config = config_of("dpo", name, launch__num_processes=2, launch__engine=engine)
+    stage = Run(config).stage("dpo")
+    killer = when(
+        (stage.path / "checkpoints/step-2/MANIFEST.json").is_file,
+        lambda: os.kill(process_of(stage, 1), signal.SIGKILL),
+    )
+    with pytest.raises(RankError, match="last checkpoint is kept"):
+        pipeline.train("dpo", config, stage)
+    killer.join()
+    fewer = config_of("dpo", name, launch__num_processes=1, launch__engine=engine)
+    if engine == "ddp":
+        result = train("dpo", fewer)
+        assert result.summary["launch"] == {"engine": "none", "world_size": 1}
+        assert_equal_losses(result, alone("dpo"), TOLERANCE["ddp"])
+        return
+    says = "by zero2 in 2 processes, but this run holds it by zero2 in 1 processes; use the launch"
+    with pytest.raises(InputError, match=says):
+        train("dpo", fewer)
+
+
 def assert_trained_as_alone(result: Result, expected: Result, engine: str) -> None:
     """The same losses and weights; saved as one process saves, loadable without several."""
     assert result.summary["launch"] == {"engine": engine, "world_size": 2}

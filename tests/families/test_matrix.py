@@ -128,13 +128,13 @@ def same_as_the_processor(tried: Tried, rows: list[dict]) -> None:
     for number, ids in enumerate(batch["input_ids"]):
         row, side = rows[number % len(rows)], ("chosen", "rejected")[number // len(rows)]
         image = images[number % len(rows)]
-        text = render(processor, row["prompt"], image=image is not None).rstrip(" ")
-        answer = completion_ids(processor, row["prompt"], row[side], image=image is not None)
+        text = render(processor, row["prompt"], image=len(image)).rstrip(" ")
+        answer = completion_ids(processor, row["prompt"], row[side], image=len(image))
         text += tokenizer.decode(answer)
         if tokenizer.bos_token and not text.startswith(tokenizer.bos_token):
             text = tokenizer.bos_token + text
         inputs = processor(
-            images=None if image is None else [image], text=[text], return_tensors="pt",
+            images=image or None, text=[text], return_tensors="pt",
             add_special_tokens=False,
         )  # fmt: skip
         if "token_type_ids" not in batch:

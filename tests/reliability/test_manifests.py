@@ -95,7 +95,8 @@ ROWS: dict[str, tuple[list[bytes], list[str]]] = {
     "both answers bad": ([line(chosen="", rejected=" ")], ["2 chosen: empty", "2 rejected: empty"]),
     # pictures
     "missing file": ([line(image="gone.png")], ["2 image: "]),
-    "two pictures": ([line(image=["b.png", "b.png"])], ["2 image: 2 images"]),
+    "two pictures": ([line(image=["b.png", "b.png"])], []),
+    "the second missing": ([line(image=["b.png", "gone.png"])], ["2 image: "]),
     "a mark without a picture": (
         [line(image=None, prompt="<image>What?")], ["2 image: 1 <image> in the text"],
     ),

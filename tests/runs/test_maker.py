@@ -15,7 +15,7 @@ from spavl_lib.runs.stage import Run, Stage
 from tests.helpers import smoke
 
 FOREIGN = {
-    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2",
+    "ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_USE_FSDP": "false", "FSDP_VERSION": "2",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "RANK": "0", "LOCAL_RANK": "0",
     "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500",
     "TORCHELASTIC_RUN_ID": "7", "PMI_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0",
@@ -90,6 +90,23 @@ def test_every_door_looks(door: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(launcher, "train_in_processes", opened)
     with pytest.raises(Opened):
         launcher.make("dpo", config, stage)
+
+
+def test_fsdp_is_refused_and_the_engine_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setattr(Stage, "work", lambda *_, **__: pytest.fail("the work began"))
+    config, stage = stage_of("dpo", tmp_path)
+    with pytest.raises(
+        InputError, match="FSDP.* unset it, and set launch.engine to zero2"
+    ) as error:
+        launcher.make("dpo", config, stage)
+    assert "\n" not in str(error.value)
+    with pytest.raises(
+        InputError, match="launch.engine must be 'ddp', 'zero2' or 'zero3', got 'fs"
+    ):
+        smoke({"launch.engine": "fsdp"})
 
 
 def test_our_own_processes_keep_theirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

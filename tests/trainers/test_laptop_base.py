@@ -180,14 +180,14 @@ def test_a_cold_start_changes_the_second_stage_alone(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work, starts = tmp_path / "work", []
-    original = laptop_base.train
+    original = laptop_base.pretrain
 
-    def train(name: str, module: torch.nn.Module, *rest: object) -> list[dict]:
+    def train(name: str, module: torch.nn.Module, *rest: object, **options: object) -> list[dict]:
         weights = [v for k, v in module.state_dict().items() if "linear_1.weight" in k]
         starts.append((name, weights[-1].clone()))
-        return original(name, module, *rest)  # type: ignore[arg-type]
+        return original(name, module, *rest, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(laptop_base, "train", train)
+    monkeypatch.setattr(laptop_base, "pretrain", train)
     laptop_base.build(work, tmp_path / "warm", **STEPS)
     laptop_base.build(work, tmp_path / "cold", **STEPS, cold_start=True)
     (_, initial), (_, warm), (_, again), (name, cold) = starts

@@ -21,6 +21,7 @@ from spavl_lib.data.problems import (
 )
 from spavl_lib.data.schema import (
     DECODE_ALL_UP_TO,
+    MORE,
     PREFERENCE_COLUMNS,
     PROMPT_COLUMNS,
     batches,
@@ -124,18 +125,43 @@ def assemble(
     made, cells, places = [], [], [place for place, _ in found]
     problems: Problems = {}
     for index, (place, record) in enumerate(found):
-        row, cell, lines = _row(record, place, root, f"{name}/{index}", config.columns, preference)
+        row, of_row, lines = _row(
+            record, place, root, f"{name}/{index}", config.columns, preference
+        )
         made.append(row)
-        cells.append(cell)
+        cells.append(of_row)
         if lines:
             problems[index] = lines
     columns = PREFERENCE_COLUMNS if preference else PROMPT_COLUMNS
     table = {c: [row[c] for row in made] for c in columns if c != "image"}
-    images = _images(cells, opened.tables, root, places, problems)
-    rows = concatenate_datasets(
-        [Dataset.from_dict(table, features=features(table)), images], axis=1
-    )
+    most = max(1, *map(len, cells))
+    images = [
+        _images(
+            [of_row[n] if n < len(of_row) else None for of_row in cells], opened.tables, root,
+            places, problems,
+        )
+        for n in range(most)
+    ]  # fmt: skip
+    parts = [Dataset.from_dict(table, features=features(table)), images[0]]
+    if most > 1:
+        parts.append(_gathered(images[1:]))
+        columns = (*columns, MORE)
+    rows = concatenate_datasets(parts, axis=1)
     return Assembled(rows.select_columns(list(columns)), places, problems, notes, opened.files)
+
+
+def _gathered(images: list[Dataset]) -> Dataset:
+    """The column of images after the first, from a data set for each place in a row's list."""
+    names = [str(n) for n in range(len(images))]
+    apart = [rows.rename_column("image", n) for rows, n in zip(images, names, strict=True)]
+
+    def gather(batch: dict[str, list]) -> dict[str, list]:
+        rows = zip(*(batch[n] for n in names), strict=True)
+        return {MORE: [[cell for cell in row if cell is not None] for row in rows]}
+
+    return concatenate_datasets(apart, axis=1).map(
+        gather, batched=True, remove_columns=names, features=features([MORE])
+    )
 
 
 def _check_columns(known: Iterable[str], config: DataConfig) -> tuple[str, ...]:
@@ -159,14 +185,14 @@ def _check_columns(known: Iterable[str], config: DataConfig) -> tuple[str, ...]:
 
 def _row(
     record: Any, place: str, root: Path, name: str, columns: ColumnsConfig, preference: bool
-) -> tuple[dict, Any, list[str]]:
-    """A record as a row, its image as a cell or a `Carried`, and the record's problems."""
+) -> tuple[dict, list, list[str]]:
+    """A record as a row, its images as cells or `Carried`, and the record's problems."""
     row: dict[str, Any] = dict.fromkeys(PREFERENCE_COLUMNS, "") | {"id": name}
     if isinstance(record, RecordError):
-        return row, None, [f"{place} {record}"]
+        return row, [], [f"{place} {record}"]
     if not isinstance(record, dict):
         kind = type(record).__name__
-        return row, None, [f"{place} record: expected an object, got {kind}"]
+        return row, [], [f"{place} record: expected an object, got {kind}"]
     for field in ("id", "image_name", "class3", "question_type"):
         value = record.get(getattr(columns, field) or field)
         if value is not None and value != "":
@@ -180,28 +206,30 @@ def _row(
     # A field that cannot be read gets its name as text, so that it is not reported as empty too.
     for field in ("prompt", "chosen", "rejected"):
         row[field] = read.fields.get(field, field if problems else "")
-    cell = None
+    cells: list = []
     try:
-        cell = _image(record, read, root, columns)
+        cells = _image(record, read, root, columns)
     except ImageError as error:
         problems.append(f"{place} image: {error}")
-    if isinstance(cell, dict) and cell["path"] and not row["image_name"]:
-        row["image_name"] = Path(cell["path"]).name
-    return row, cell, [*problems, *blank_unstorable(row, place)]
+    if cells and isinstance(cells[0], dict) and cells[0]["path"] and not row["image_name"]:
+        row["image_name"] = Path(cells[0]["path"]).name
+    return row, cells, [*problems, *blank_unstorable(row, place)]
 
 
-def _image(record: dict, read: records.Read, root: Path, columns: ColumnsConfig) -> Any:
-    """The record's image: a cell, a `Carried` that stands for an image in the data, or None.
+def _image(record: dict, read: records.Read, root: Path, columns: ColumnsConfig) -> list:
+    """The record's images in order: each is a cell, or a `Carried` for an image in the data.
 
     Raises:
-        ImageError: There are several images, the text marks several images or marks an image that
-            the record lacks, an image is in a column that is not read, or an image cannot be found.
+        ImageError: Several turns have images, the text marks another number of images than the
+            record has, an image is in a column that is not read, two columns have different images,
+            or an image cannot be found.
     """
     named = [columns.image] if columns.image else IMAGES
     images: list[Any] = []
     for value in [*(record.get(name) for name in named), read.images]:
-        parts = value if isinstance(value, list | tuple) else [value]
-        images += [p for p in parts if p is not None and p != "" and p not in images]
+        parts = _listed(value)
+        # Column and message may name the same image; within one list every image counts.
+        images += [p for p in parts if p is not None and p != "" and p not in tuple(images)]
     texts = {*TEXTS, columns.prompt, columns.chosen, columns.rejected}
     rest = {n: v for n, v in record.items() if n not in named and n not in texts}
     if not images and (name := next((n for n, v in rest.items() if _shows(v, names_image)), "")):
@@ -211,18 +239,26 @@ def _image(record: dict, read: records.Read, root: Path, columns: ColumnsConfig)
         if others:
             where = ", ".join([*(n for n in named if record.get(n)), *others])
             raise ImageError(f"several, in columns {where}; choose one with data.columns.image")
-    if len(images) > 1:
-        raise ImageError(f"{len(images)} images; a row can have one")
-    if read.marks > 1 or (read.marks and not images):
+    both = [record.get(name) for name in named if record.get(name)]
+    if len(both) > 1 and both[0] not in (both[1], *_listed(both[1])):
+        raise ImageError(
+            f"several, in columns {', '.join(named)}; choose one with data.columns.image"
+        )
+    if len(images) > 1 and read.turns > 1:
+        raise ImageError(
+            f"{len(images)} images in {read.turns} turns; put all of them into the first turn"
+        )
+    if read.marks and read.marks != len(images):
         raise ImageError(f"{read.marks} <image> in the text, and {len(images)} images")
-    if not images or isinstance(images[0], Carried):
-        return images[0] if images else None
-    return image_cell(images[0], root)
+    return [i if isinstance(i, Carried) else image_cell(i, root) for i in images]
+
+
+def _listed(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _shows(value: Any, test: Any) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return any(isinstance(v, Carried) or test(v) for v in values)
+    return any(isinstance(v, Carried) or test(v) for v in _listed(value))
 
 
 def _images(

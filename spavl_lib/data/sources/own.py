@@ -17,7 +17,7 @@ from datasets import Dataset
 from spavl_lib.config import DataConfig
 from spavl_lib.data.duplicates import image_hashes
 from spavl_lib.data.problems import Loaded
-from spavl_lib.data.schema import batches, column
+from spavl_lib.data.schema import batches, column, more_images
 from spavl_lib.data.sources import splits
 from spavl_lib.data.sources.assemble import Assembled, assemble, joined
 from spavl_lib.data.sources.base import Source, register_source
@@ -158,7 +158,10 @@ class _Splits:
         All rows of the split's files count, even if the split has only a part of these rows.
         """
         for name in self._names(split):
-            for table in batches(self._base(name).rows.select_columns(["image"])):
+            rows = self._base(name).rows
+            for more in more_images(rows):
+                yield from (p for cell in more if not cell["bytes"] for p in [Path(cell["path"])])
+            for table in batches(rows.select_columns(["image"])):
                 cells = table.column("image").combine_chunks()
                 is_path = pc.and_(cells.is_valid(), pc.struct_field(cells, "bytes").is_null())
                 paths = pc.struct_field(cells.filter(is_path), "path").to_pylist()
@@ -198,9 +201,13 @@ class _Splits:
 
     @staticmethod
     def _groups(rows: Dataset) -> list[str]:
-        """The image of each row, or the prompt of a text-only row."""
+        """The image of each row, or the prompt of a text-only row.
+
+        Rows with several images are in one group with all rows that show one of these images.
+        """
         pairs = zip(image_hashes(rows), column(rows, "prompt"), strict=True)
-        return [image or f"prompt {prompt}" for image, prompt in pairs]
+        keys = [image or f"prompt {prompt}" for image, prompt in pairs]
+        return splits.connected([key.split("+") if "+" in key else [key] for key in keys])
 
     def _take(self, rows: splits.Rows) -> Assembled:
         names = list(dict.fromkeys(name for name, _ in rows))

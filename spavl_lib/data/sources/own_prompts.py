@@ -14,6 +14,7 @@ from typing import Any
 from datasets import Dataset
 
 from spavl_lib.config import DataConfig
+from spavl_lib.data.duplicates import cells
 from spavl_lib.data.sources import files
 from spavl_lib.data.sources.assemble import Assembled, assemble, joined
 from spavl_lib.data.sources.base import EVAL_SETS, Source
@@ -59,8 +60,8 @@ class OwnPrompts(Source):
 
     def files(self, split: str) -> list[Path]:
         """All files of prompts, and every image file that they name."""
-        cells = [cell for rows in self._sets.values() for cell in rows["image"]]
-        named = {Path(c["path"]) for c in cells if c is not None and not c["bytes"]}
+        found = [cell for rows in self._sets.values() for of_row in cells(rows) for cell in of_row]
+        named = {Path(cell["path"]) for cell in found if not cell["bytes"]}
         return [*self._files, *sorted(named)]
 
     @functools.cached_property

@@ -7,9 +7,9 @@
 | LLaMA-Factory, Alpaca form | `instruction`, `input`, `history` | text |
 | the SPA-VL authors' code | `question`: text or `[{"from", "value"}]` | text |
 
-The image is in `image` or `images` (at most one), or in a part of a message
-(`{"type": "image_url"}` and others). `<image>` in the text of a prompt marks the place of the
-image. The mark is removed, and the collator puts one image slot before the first question.
+The images are in `image` or `images`, or in parts of messages (`{"type": "image_url"}` and others).
+`<image>` in the text of a prompt marks the place of an image. The marks are removed, and the
+collator puts one slot for each image, in order, before the first question.
 """
 
 from collections.abc import Iterable, Mapping
@@ -74,6 +74,8 @@ class Read:
     """Images that message parts hold."""
     marks: int = 0
     """How many images the text marks."""
+    turns: int = 0
+    """Number of turns of the prompt that hold or mark an image."""
 
     def look(self, turns: Iterable[Turn]) -> None:
         """Add the images and marks of some turns.
@@ -82,6 +84,7 @@ class Read:
         of the two numbers is added to `marks`.
         """
         turns = list(turns)
+        self.turns += sum(bool(t.images or t.places or MARK in t.text) for t in turns)
         self.images += [image for turn in turns for image in turn.images]
         places = sum(turn.places + len(turn.images) for turn in turns)
         self.marks += max(places, sum(turn.text.count(MARK) for turn in turns))
@@ -127,7 +130,8 @@ def read_pair(record: dict, columns: ColumnsConfig) -> Read:
         seen.look([turn])
         sides.append(seen)
     result.marks += max((seen.marks for seen in sides), default=0)
-    result.images += [image for seen in sides for image in seen.images]
+    for seen in sides:  # both responses may hold the same image
+        result.images += [i for i in seen.images if seen is sides[0] or i not in sides[0].images]
     return result
 
 

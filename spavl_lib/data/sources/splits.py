@@ -47,6 +47,28 @@ def rows_of(instruction: str, sizes: Mapping[str, int], field: str) -> Rows:
     return rows
 
 
+def connected(keys: Sequence[Sequence[str]]) -> list[str]:
+    """One group for all rows that are linked by common keys.
+
+    Args:
+        keys: The keys of each row, such as the hashes of its images; at least one.
+
+    Returns:
+        For each row a key that all rows of its group have; without shared rows its only key.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = key = parent[parent[key]]
+        return key
+
+    for first, *others in keys:
+        for other in others:
+            parent[root(other)] = root(first)
+    return [root(of_row[0]) for of_row in keys]
+
+
 def hold_out(keys: Sequence[str], seed: int) -> set[int]:
     """Choose the rows to hold out: about a tenth of the rows, at least one, and never all.
 

@@ -82,8 +82,9 @@ class TowerCache:
         """A context that says which images its forward passes get.
 
         Args:
-            images: A key for each row that has an image. Equal keys mean equal pixels.
-            batch: The image tensors of these rows.
+            images: A key for each image. Equal keys mean equal pixels. Without keys nothing is
+                cached.
+            batch: The image tensors of these images.
         """
         self._rows.images = images
         self._rows.inputs = self.family.tower_inputs(self.config, batch, len(images))
