@@ -154,8 +154,7 @@ def subject_of(
 
 def _make(name: str, config: Config) -> Path:
     stage = Run(config).stage(name)
-    if not stage.done:
-        launcher.make(name, config, stage)
+    launcher.make(name, config, stage)  # keeps a complete stage, if it has the same settings
     return stage.path
 
 

@@ -79,7 +79,7 @@ def find_method(name: str) -> Method:
 
 
 def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
-    """The config of a method's run, `arena-METHOD-VALUE-SEED`.
+    """The config of a method's run, `arena-METHOD-VALUE-SEED` in the profile demo.
 
     Args:
         method: The method.
@@ -94,7 +94,7 @@ def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
     if profile == "smoke":
         lengths = ("_steps", "rounds", "prompts", "batch_size")
         settings = {key: old for key, old in settings.items() if not key.endswith(lengths)}
-    name = f"arena-{method.name}"
+    name = f"{_prefix(profile)}-{method.name}"
     if method.stage and method.setting:
         settings[method.setting] = value
         name += f"-{value:g}"
@@ -111,6 +111,11 @@ def config_of(method: Method, value: Any, seed: int, profile: str) -> Config:
         ) from error
 
 
+def _prefix(profile: str) -> str:
+    """What names of runs begin with, so that profiles do not share runs."""
+    return "arena" if profile == "demo" else f"arena-{profile}"
+
+
 def reward_config(method: Method, seed: int, profile: str) -> Config:
     """The config of the run that trains a method's reward model.
 
@@ -122,7 +127,7 @@ def reward_config(method: Method, seed: int, profile: str) -> Config:
         profile: Name of the profile.
     """
     own = f"{method.name}-" if method.reward_settings else ""
-    name = f"arena-reward-{own}{seed}"
+    name = f"{_prefix(profile)}-reward-{own}{seed}"
     return load_config(profile, method.reward_settings, seed=seed, run_name=name)
 
 
