@@ -22,7 +22,7 @@ from spavl_lib.runs.stage import Run
 from spavl_lib.runs.text import say
 
 CELLS = "benchmarks/results/laboratory"
-TABLE = "laboratory.json"
+TABLE, METHODS = "laboratory.json", "methods.json"
 TRIAL = "trial"
 ROWS = 106  # of each set under an attack
 
@@ -113,6 +113,8 @@ def choose_settings(
 def make_table(output: Path) -> Path:
     """Write the table of all cells of a folder beside it, or into it if it is not the usual one.
 
+    A second file, `methods.json`, has the column without an attack: what each method reaches.
+
     Args:
         output: Folder of the cells.
 
@@ -126,7 +128,16 @@ def make_table(output: Path) -> Path:
         "device": f"CPU {platform.machine()}, 1 thread",
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
-    write_json(path, page | build_table(read_cells(output)))
+    table = build_table(read_cells(output))
+    write_json(path, page | table)
+    plain = {
+        name: {"setting": {find_method(name).setting: find_method(name).chosen}}
+        | by_attack[NONE]
+        | table["training"][name]
+        for name, by_attack in table["metrics"].items()
+        if NONE in by_attack
+    }
+    write_json(path.with_name(METHODS), page | {"name": "methods", "metrics": plain})
     return path
 
 
