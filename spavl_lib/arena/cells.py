@@ -6,7 +6,7 @@ intervals over groups of rows, and paired tests can be computed from the files a
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,11 +237,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
     # Answers of an interrupted cell are taken up only by a cell that rests on the same things.
     place = f"{subject.data.measure_on}/{name}-{_digest([rest, subject.weights])[:12]}"
     started = time.process_time()
-    sets, examples, digest = {}, [], hashlib.sha256()
-    for part, attacked in attacked_sets(subject, attack, rows).items():
-        for row in attacked.rows:
-            digest.update(f"{row['id']}\n{row['prompt']}\n{row.get('prefill', '')}\n".encode())
-            digest.update(row["image"]["bytes"])
+    sets, examples, asked = {}, [], attacked_sets(subject, attack, rows)
+    for part, attacked in asked.items():
         judge = ExactJudge(attacked.truth)
         rounds = [
             judge_all(judge, records)
@@ -265,9 +262,23 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         "examples": examples, "calls": calls, "training": subject.cost,
         "cpu_seconds": round(time.process_time() - started, 1),
         "kl": kl_to_base(subject, sets, place) if has_kl else None,
-        "rows_sha256": digest.hexdigest(), "weights": subject.weights,
+        "rows_sha256": rows_sha256(asked), "weights": subject.weights,
         "device": str(subject.model.device), "rests_on": rest,
     }  # fmt: skip
+
+
+def rows_sha256(sets: Mapping[str, Attacked]) -> str:
+    """Hash of what a model is asked: prompts, images, and given first words of answers.
+
+    Args:
+        sets: What `attacked_sets` returns.
+    """
+    digest = hashlib.sha256()
+    for attacked in sets.values():
+        for row in attacked.rows:
+            digest.update(f"{row['id']}\n{row['prompt']}\n{row.get('prefill', '')}\n".encode())
+            digest.update(row["image"]["bytes"])
+    return digest.hexdigest()
 
 
 def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
