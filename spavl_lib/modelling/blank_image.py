@@ -77,7 +77,7 @@ class BlankImage:
         features: Any = self.backbone.get_image_features(**pending, return_dict=True).pooler_output
         parts = [features] if isinstance(features, Tensor) else features
         embeddings = kwargs["inputs_embeds"]
-        nothing = 0.0 * sum(part.sum() for part in parts).to(embeddings)
+        nothing = sum((part * 0).sum() for part in parts).to(embeddings)  # no overflow in fp16
         return args, kwargs | {"inputs_embeds": embeddings + nothing}
 
 
