@@ -31,6 +31,7 @@ from spavl_lib.evaluation.judges import ExactJudge, judge_all
 from spavl_lib.generation.generate import generate
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json
@@ -195,9 +196,19 @@ def attacked_sets(subject: Subject, attack: Attack | None, rows: int) -> dict[st
         kept = [row for row in picked if attack.keeps_truth(truth[row["id"]])]
         if name == "twins" and len(kept) < len(picked):
             continue  # a pair without one of its rows says nothing
-        if kept:
-            weights = {"model": subject.model, "processor": subject.processor} if white else {}
-            found[name] = attack(kept, truth, seed=subject.seed, **weights)
+        if not kept:
+            continue
+        if not white:
+            found[name] = attack(kept, truth, seed=subject.seed)
+            continue
+        shared = share_prefix(subject.model)  # the search is more than twice as fast with it
+        try:
+            found[name] = attack(
+                kept, truth, seed=subject.seed, model=subject.model, processor=subject.processor
+            )
+        finally:
+            if shared:
+                shared.restore()
     return found
 
 
