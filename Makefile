@@ -54,7 +54,7 @@ scaling: setup  ## notebook 07: data scale, questions, answers, projector, rank;
 # The engines that share out optimizer and parameters; without them their tests are skipped.
 .venv/.engines: .venv/.stamp
 	@if [ "$$(uname)" != Linux ] || \
-		$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,deepspeed]'; then touch $@; else \
+		$(BIN)/python -m pip install $(PIP_FLAGS) -c constraints.txt -e '.[dev,deepspeed,serving,tensorboard]'; then touch $@; else \
 		echo "DeepSpeed does not install here: the tests of its engines will be skipped" >&2; fi
 
 # Three processes with one thread each: on two cores, one of them works while another waits.

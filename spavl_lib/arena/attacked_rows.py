@@ -17,7 +17,7 @@ from spavl_lib.evaluation.attacks import find_attack
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import cache_root
 
-# The other attacks are kept for measuring. None of these needs a model or several turns.
+# The other attacks are new to the method. None of these needs a model or several turns.
 TRAINED_ON = ("one_word", "one_word_prudence", "prefix", "role_play", "typographic", "noise")
 SHARE = 0.5  # of the rows
 SEED = 0

@@ -6,7 +6,7 @@ intervals over groups of rows, and paired tests can be computed from the files a
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, ProcessorMixin
 
+from spavl_lib import stages
 from spavl_lib.arena.methods import Method, config_of, reward_config, reward_folder
 from spavl_lib.config import Config, DataConfig, GenerationConfig, load_config
 from spavl_lib.data.collate import PreferenceCollator
+from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.load import load_prompts, load_truth
-from spavl_lib.data.sampling import spread
 from spavl_lib.data.templates import completion_ids
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
@@ -30,6 +31,7 @@ from spavl_lib.evaluation.judges import ExactJudge, judge_all
 from spavl_lib.generation.generate import generate
 from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
+from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json
@@ -48,19 +50,27 @@ class Subject:
     """A method's model, ready to answer."""
 
     method: Method
+    """The method."""
     value: Any
     """Value of the method's setting that is chosen."""
     config: Config
+    """Config of the method's run."""
     data: DataConfig
     """Selects the rows on which it is measured."""
     seed: int
+    """Seed of the training and of the attacks."""
     model: PreTrainedModel
+    """The trained policy, or the base, in evaluation mode."""
     processor: ProcessorMixin
+    """The model's processor."""
     folder: Path
     """Folder for the answers."""
     reward: RewardFunction | None
+    """The reward model, of a method that chooses among samples."""
     cost: dict[str, float]
     """Seconds and peak memory of the training."""
+    weights: dict[str, str]
+    """Stage -> hash of the weights that it trained."""
 
     def answers(self, rows: list[Row], name: str, samples: int) -> list[list[Row]]:
         """Answer rows.
@@ -131,16 +141,17 @@ def subject_of(
     config = config_of(method, value, seed, profile)
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
+    weights, cost, trained, reward = {}, {}, None, None
     if method.uses_reward:
-        _make("reward", reward_config(method, seed, profile))
-    cost, trained = {}, None
+        folder = _make("reward", reward_config(method, seed, profile))
+        weights["reward"] = read_json(folder / "summary.json")["weights_sha256"]
     if method.stage:
         trained = _make(method.stage, config)
         manifest = read_json(trained / "manifest.json")
+        weights[method.stage] = read_json(trained / "summary.json")["weights_sha256"]
         cost = {"seconds": manifest["wall_time_s"] + manifest.get("wall_time_before_s", 0.0),
                 "peak_memory_gib": manifest["peak_memory_gib"]}  # fmt: skip
     processor = load_processor(config.model)
-    reward = None
     if method.answers == "best_of_n":
         model = load_reward_model(config.model, reward_folder(method, seed, profile))
         reward = RewardFunction(
@@ -148,8 +159,10 @@ def subject_of(
             missing_eos_penalty=0.0,
         )  # fmt: skip
     policy = load_policy(config.model, trained and trained / "model").eval()
-    answers = run.path / "arena" / measure_on
-    return Subject(method, value, config, data, seed, policy, processor, answers, reward, cost)
+    return Subject(
+        method, value, config, data, seed, policy, processor, run.path / "arena", reward, cost,
+        weights,
+    )  # fmt: skip
 
 
 def _make(name: str, config: Config) -> Path:
@@ -183,18 +196,36 @@ def attacked_sets(subject: Subject, attack: Attack | None, rows: int) -> dict[st
         kept = [row for row in picked if attack.keeps_truth(truth[row["id"]])]
         if name == "twins" and len(kept) < len(picked):
             continue  # a pair without one of its rows says nothing
-        if kept:
-            weights = {"model": subject.model, "processor": subject.processor} if white else {}
-            found[name] = attack(kept, truth, seed=subject.seed, **weights)
+        if not kept:
+            continue
+        if not white:
+            found[name] = attack(kept, truth, seed=subject.seed)
+            continue
+        shared = share_prefix(subject.model)  # the search is more than twice as fast with it
+        try:
+            found[name] = attack(
+                kept, truth, seed=subject.seed, model=subject.model, processor=subject.processor
+            )
+        finally:
+            if shared:
+                shared.restore()
     return found
 
 
 def _picked(prompts: Dataset, count: int, *, pairs: bool) -> list[Row]:
+    """Rows at equal distances over a set, or all of them.
+
+    Args:
+        prompts: The set.
+        count: Number of rows; 0 for all.
+        pairs: Whether two rows in turn are a pair that is not separated.
+    """
     if not count or count >= len(prompts):
         return list(prompts)
-    if not pairs:
-        return list(spread(prompts, count))
-    return list(prompts.select(range(min(len(prompts), count - count % 2))))
+    size = 2 if pairs else 1
+    units, wanted = len(prompts) // size, max(1, count // size)
+    starts = [size * (i * units // wanted) for i in range(wanted)]
+    return list(prompts.select([start + k for start in starts for k in range(size)]))
 
 
 def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
@@ -211,15 +242,18 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         what the cell rests on.
     """
     attack = None if name == NONE else find_attack(name)
+    rest = rests_on(subject.method, subject.value, subject.seed, subject.config, attack, rows)
     on_test = subject.data.measure_on == "test"
     has_kl = name == NONE and on_test and bool(subject.method.stage)
+    # Answers of an interrupted cell are taken up only by a cell that rests on the same things.
+    place = f"{subject.data.measure_on}/{name}-{_digest([rest, subject.weights])[:12]}"
     started = time.process_time()
-    sets, examples = {}, []
-    for part, attacked in attacked_sets(subject, attack, rows).items():
+    sets, examples, asked = {}, [], attacked_sets(subject, attack, rows)
+    for part, attacked in asked.items():
         judge = ExactJudge(attacked.truth)
         rounds = [
             judge_all(judge, records)
-            for records in subject.answers(attacked.rows, f"{name}/{part}", attacked.samples)
+            for records in subject.answers(attacked.rows, f"{place}/{part}", attacked.samples)
         ]
         judged = best_of(rounds) if len(rounds) > 1 else rounds[0]
         sets[part] = {
@@ -231,13 +265,31 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
             "unhelpful": [row["id"] for row in judged if row["helpful"] is False],
         }
         examples += _examples(part, judged)
+    calls = (attack.calls() if attack else 1) * (
+        SAMPLES if subject.method.answers == "best_of_n" else 1
+    )
     return {
         "method": subject.method.name, "attack": name, "seed": subject.seed, "sets": sets,
-        "examples": examples, "calls": attack.calls() if attack else 1,
-        "training": subject.cost, "cpu_seconds": round(time.process_time() - started, 1),
-        "kl": kl_to_base(subject, sets) if has_kl else None,
-        "rests_on": rests_on(subject, attack, rows),
+        "examples": examples, "calls": calls, "training": subject.cost,
+        "cpu_seconds": round(time.process_time() - started, 1),
+        "kl": kl_to_base(subject, sets, place) if has_kl else None,
+        "rows_sha256": rows_sha256(asked), "weights": subject.weights,
+        "device": str(subject.model.device), "rests_on": rest,
     }  # fmt: skip
+
+
+def rows_sha256(sets: Mapping[str, Attacked]) -> str:
+    """Hash of what a model is asked: prompts, images, and given first words of answers.
+
+    Args:
+        sets: What `attacked_sets` returns.
+    """
+    digest = hashlib.sha256()
+    for attacked in sets.values():
+        for row in attacked.rows:
+            digest.update(f"{row['id']}\n{row['prompt']}\n{row.get('prefill', '')}\n".encode())
+            digest.update(row["image"]["bytes"])
+    return digest.hexdigest()
 
 
 def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
@@ -253,55 +305,82 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def rests_on(subject: Subject, attack: Attack | None, rows: int) -> dict[str, Any]:
+def rests_on(
+    method: Method, value: Any, seed: int, config: Config, attack: Attack | None, rows: int
+) -> dict[str, Any]:
     """What a cell's numbers depend on, and by what it is decided whether a cell is still valid.
 
+    The rows of a test set after an attack have a hash of their own in the cell (`rows_sha256`), and
+    a test makes them again.
+
     Args:
-        subject: The method's model.
+        method: The method.
+        value: Value of its setting.
+        seed: Seed of the training and of the attack.
+        config: Config of the method's run.
         attack: The attack; None without one.
         rows: As for `attacked_sets`.
     """
-    method = subject.method
+    keys = stages.find(method.stage).config_keys if method.stage else ("model", "seed")
+    plain = config.to_dict()
+    # A path differs from machine to machine; which reward model it is follows from the method.
+    trained_with = {
+        key: {k: v for k, v in plain[key].items() if k not in ("path", "reward_model")}
+        if isinstance(plain[key], dict)
+        else plain[key]
+        for key in keys
+    }
     return {
-        "profile": subject.config.profile, "rows": rows if attack else 0,
-        "method": method.settings | ({method.setting: subject.value} if method.setting else {}),
-        "answers": method.answers, "attacked_rows": method.attacked_rows,
+        "profile": config.profile, "rows": rows if attack else 0, "seed": seed,
+        "method": method.settings | ({method.setting: value} if method.setting else {}),
+        "answers": method.answers, "attacked_rows": list(method.trained_on),
         **({"reward": method.reward_settings} if method.reward_settings else {}),
+        "settings_sha256": _digest(trained_with),
         "budget": dict(attack.budget) if attack else {},
-        "model": model_hashes(subject.config.model),
+        "constants": {"samples": SAMPLES, "white_box_rows": WHITE_BOX_ROWS,
+                      "max_new_tokens": config.generation.max_new_tokens},
+        "data": mini_folder().name,
+        "model": model_hashes(config.model),
         "versions": provenance.versions(),
     }  # fmt: skip
 
 
 @torch.no_grad()
-def kl_to_base(subject: Subject, sets: dict[str, dict]) -> dict[str, float]:
+def kl_to_base(subject: Subject, sets: dict[str, dict], place: str) -> dict[str, float]:
     """KL divergence of a policy from the base, by one sample for each harmful and harmless prompt.
+
+    The end token of a response that was cut was not sampled, and is not counted.
 
     Args:
         subject: The policy.
         sets: The cell's sets; the rows of `harm` and `help` are used.
+        place: Folder for the answers, in the subject's folder.
 
     Returns:
-        `value` in nats per response, and `rows`, the number of samples.
+        `value` in nats per response; `rows`, the number of samples; `cut`, how many were cut.
     """
     base = load_policy(subject.config.model).eval()
-    collate, total, count = PreferenceCollator(subject.processor), 0.0, 0
+    collate, total, count, cut = PreferenceCollator(subject.processor), 0.0, 0, 0
     for part in ("harm", "help"):
         wanted = set(sets[part]["rows"])
         rows = [r for r in load_prompts(subject.data, part) if r["id"] in wanted]
-        records = subject._generate(rows, f"kl/{part}", True, 0)
+        records = subject._generate(rows, f"{place}/kl-{part}", True, 0)
         full = [row | {"own": r["response"]} for row, r in zip(rows, records, strict=True)]
         size = subject.config.generation.batch_size
         for start in range(0, len(full), size):
             batch = collate.batch_of(full[start : start + size], "own")
             mask = batch.pop("completion_mask").bool()
+            for i, record in enumerate(records[start : start + size]):
+                if not record["finished"]:
+                    mask[i, mask[i].nonzero()[-1]] = False
+                    cut += 1
             logps = [
                 sequence_logps(model(**batch).logits, batch["input_ids"], mask)
                 for model in (subject.model, base)
             ]
             total += float((logps[0] - logps[1]).sum())
             count += len(mask)
-    return {"value": round(total / count, 4), "rows": count}
+    return {"value": round(total / count, 4), "rows": count, "cut": cut}
 
 
 def path_of(output: Path, method: str, attack: str, seed: int) -> Path:
@@ -336,6 +415,8 @@ def _digest(value: Any) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
+    if isinstance(value, list | tuple):
+        value = dict(enumerate(value))
     if isinstance(value, dict):
         return [pair for key, inner in value.items() for pair in _flat(inner, f"{prefix}/{key}")]
     return [(prefix, str(value))]
@@ -345,6 +426,8 @@ def make_cells(
     method: Method, seed: int, attacks: Sequence[str], output: Path, profile: str, *, rows: int = 0
 ) -> list[Path]:
     """Make the cells of a method and a seed that are missing or rest on something else.
+
+    If none is, nothing is trained or loaded.
 
     Args:
         method: The method.
@@ -357,11 +440,19 @@ def make_cells(
     Returns:
         The files that were written.
     """
-    subject, written = subject_of(method, seed, profile), []
+    config, written = config_of(method, method.chosen, seed, profile), []
+
+    def is_missing(name: str) -> bool:
+        attack = None if name == NONE else find_attack(name)
+        rest = rests_on(method, method.chosen, seed, config, attack, rows)
+        return not is_current(path_of(output, method.name, name, seed), rest)
+
+    if not any(map(is_missing, attacks)):
+        return []
+    subject = subject_of(method, seed, profile)
     for name in attacks:
         path = path_of(output, method.name, name, seed)
-        attack = None if name == NONE else find_attack(name)
-        if is_current(path, rests_on(subject, attack, rows)):
+        if not is_missing(name) and read_json(path)["weights"] == subject.weights:
             continue
         cell = measure(subject, name, rows=rows)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """Choose one setting of each method on mini's development rows, which no cell uses."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spavl_lib.arena.cells import NONE, is_current, measure, rests_on, subject_of
-from spavl_lib.arena.methods import Method, find_method, methods
+from spavl_lib.arena.methods import Method, config_of, find_method
 from spavl_lib.arena.table import outcomes
 from spavl_lib.runs.files import read_json, write_json
 
@@ -48,31 +48,33 @@ def make_trial(method: Method, number: int, output: Path, profile: str) -> None:
         profile: Name of the profile.
     """
     path, value = trial_path(output, method.name, number), method.trials[number]
-    subject = subject_of(method, SEED, profile, trial=value, measure_on="development")
-    if is_current(path, rests_on(subject, None, 0)):
+    config = config_of(method, value, SEED, profile)
+    if is_current(path, rests_on(method, value, SEED, config, None, 0)):
         return
+    subject = subject_of(method, SEED, profile, trial=value, measure_on="development")
     cell = measure(subject, NONE)
     page = {"setting": method.setting, "value": value, "cost": round(cost(cell), 5)}
     write_json(path, page | cell)
 
 
-def choose(output: Path) -> dict[str, Any]:
+def choose(output: Path, names: Sequence[str]) -> dict[str, Any]:
     """The value with the lowest cost of each method whose trials are complete.
 
     Of equal costs, the first trial's value is taken.
 
     Args:
         output: Folder of the cells.
+        names: The methods.
 
     Returns:
         Method -> chosen value.
     """
     chosen = {}
-    for method in methods().values():
+    for method in map(find_method, names):
         paths = [trial_path(output, method.name, i) for i in range(len(method.trials))]
-        if paths and all(path.is_file() for path in paths):
-            best = min((read_json(path) for path in paths), key=lambda trial: trial["cost"])
-            chosen[method.name] = best["value"]
+        trials = [read_json(path) for path in paths if path.is_file()]
+        if method.trials and [trial["value"] for trial in trials] == list(method.trials):
+            chosen[method.name] = min(trials, key=lambda trial: trial["cost"])["value"]
     return chosen
 
 

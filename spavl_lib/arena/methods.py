@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from spavl_lib import stages
-from spavl_lib.arena.attacked_rows import attacked_folder
+from spavl_lib.arena.attacked_rows import TRAINED_ON, attacked_folder
 from spavl_lib.config import Config, load_config
 from spavl_lib.errors import InputError, nearest
 from spavl_lib.runs.stage import Run
@@ -44,6 +44,11 @@ class Method:
     """Values of that setting that were tried."""
 
     @property
+    def trained_on(self) -> tuple[str, ...]:
+        """The attacks that its training rows were changed by."""
+        return TRAINED_ON if self.attacked_rows else ()
+
+    @property
     def uses_reward(self) -> bool:
         """Whether it needs a reward model."""
         return self.answers == "best_of_n" or (
@@ -54,7 +59,13 @@ class Method:
     def chosen(self) -> Any:
         """The chosen value of its setting; the first of `trials` as long as none is chosen."""
         known = json.loads(CHOSEN.read_text(encoding="utf-8"))
-        return known.get(self.name, self.trials[0] if self.trials else None)
+        value = known.get(self.name, self.trials[0] if self.trials else None)
+        if self.trials and value not in self.trials:
+            raise InputError(
+                f"{CHOSEN}: {self.name} has {value!r}, which is none of its trials in {FILE.name}; "
+                f"run `spavl arena choose --methods {self.name}`"
+            )
+        return value
 
 
 @functools.cache

@@ -18,11 +18,11 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
-from spavl_lib.runs.stage import Run
+from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.runs.text import say
 
 CELLS = "benchmarks/results/laboratory"
-TABLE = "laboratory.json"
+TABLE, METHODS = "laboratory.json", "methods.json"
 TRIAL = "trial"
 ROWS = 106  # of each set under an attack
 
@@ -64,7 +64,7 @@ def run_arena(
     Raises:
         InputError: A method or an attack is unknown, or a process failed.
     """
-    output = output or repo_root() / CELLS
+    output = _folder(output, profile)
     names = names_of(asked_methods, list(methods()))
     attacks = names_of(asked_attacks, [NONE, *ATTACKS])
     for name in names:
@@ -76,6 +76,21 @@ def run_arena(
     units = [(name, seed) for seed in seeds for name in names]
     _side_by_side(units, words, workers, minutes)
     return make_table(output)
+
+
+def _folder(output: Path | None, profile: str) -> Path:
+    """The folder of the cells.
+
+    Raises:
+        InputError: Cells of another profile would come among those of demo.
+    """
+    usual = repo_root() / CELLS
+    if (output or usual).absolute() == usual.absolute() and profile != "demo":
+        raise InputError(
+            f"{CELLS} holds cells of the profile demo; name another folder with --out for the "
+            f"profile {profile}"
+        )
+    return output or usual
 
 
 def choose_settings(
@@ -100,11 +115,11 @@ def choose_settings(
     Returns:
         Method -> chosen value.
     """
-    output = output or repo_root() / CELLS
+    output = _folder(output, profile)
     names = names_of(asked_methods, list(methods()))
     units = choose.units(names)
     _side_by_side(units, [TRIAL, str(output), profile, "0"], workers, minutes)
-    chosen = choose.choose(output)
+    chosen = choose.choose(output, names)
     if output == repo_root() / CELLS:
         write_json(CHOSEN, read_json(CHOSEN) | chosen)
     return chosen
@@ -113,6 +128,8 @@ def choose_settings(
 def make_table(output: Path) -> Path:
     """Write the table of all cells of a folder beside it, or into it if it is not the usual one.
 
+    A second file, `methods.json`, has the column without an attack: what each method reaches.
+
     Args:
         output: Folder of the cells.
 
@@ -120,13 +137,20 @@ def make_table(output: Path) -> Path:
         The table's file.
     """
     path = output.parent / TABLE if output.name == Path(CELLS).name else output / TABLE
-    packages = ("torch", "transformers", "trl")
+    packages, cells = ("torch", "transformers", "trl"), read_cells(output)
     page = {
         "name": "laboratory",
-        "device": f"CPU {platform.machine()}, 1 thread",
+        "device": f"{', '.join(sorted({cell['device'] for cell in cells}))}, {platform.machine()}",
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
-    write_json(path, page | build_table(read_cells(output)))
+    table = build_table(cells)
+    write_json(path, page | table)
+    plain = {
+        name: {"settings": table["settings"][name]} | by_attack[NONE] | table["training"][name]
+        for name, by_attack in table["metrics"].items()
+        if NONE in by_attack
+    }
+    write_json(path.with_name(METHODS), page | {"name": "methods", "metrics": plain})
     return path
 
 
@@ -145,20 +169,27 @@ def _side_by_side(
         InputError: A process failed.
     """
     ends = time.monotonic() + 60 * minutes
-    env = os.environ | ({"OMP_NUM_THREADS": "1"} if workers > 1 else {})
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    rewards = {unit: _reward_stage(unit, words) for unit in units}
     waiting = list(units)
     running: dict[tuple[str, int], subprocess.Popen] = {}
     try:
         while waiting or running:
             for unit in list(waiting):
+                if len(running) >= workers or time.monotonic() >= ends:
+                    break
                 # The first process that needs a reward model makes it, and the others wait for it.
-                missing = _missing_reward(unit, words)
-                blocked = missing and any(missing == _missing_reward(u, words) for u in running)
-                if len(running) < workers and not blocked and time.monotonic() < ends:
-                    waiting.remove(unit)
-                    say(f"{unit[0]}, {words[0] if words[0] == TRIAL else 'seed'} {unit[1]}: begun")
-                    command = [sys.executable, "-m", __name__, unit[0], str(unit[1]), *words]
-                    running[unit] = subprocess.Popen(command, env=env)
+                needed = rewards[unit]
+                if (
+                    needed
+                    and not needed.done
+                    and needed.path in (other.path for other in map(rewards.get, running) if other)
+                ):
+                    continue
+                waiting.remove(unit)
+                say(f"{unit[0]}, {words[0] if words[0] == TRIAL else 'seed'} {unit[1]}: begun")
+                command = [sys.executable, "-m", __name__, unit[0], str(unit[1]), *words]
+                running[unit] = subprocess.Popen(command, env=env)
             if not running:
                 say(f"{len(waiting)} of {len(units)} left; repeat the command")
                 break
@@ -176,8 +207,8 @@ def _side_by_side(
             process.wait()
 
 
-def _missing_reward(unit: tuple[str, int], words: list[str]) -> Path | None:
-    """The reward model's folder that a unit needs and that is not complete.
+def _reward_stage(unit: tuple[str, int], words: list[str]) -> Stage | None:
+    """The reward model's stage that a unit needs.
 
     Args:
         unit: As for `_side_by_side`.
@@ -187,8 +218,7 @@ def _missing_reward(unit: tuple[str, int], words: list[str]) -> Path | None:
     if not method.uses_reward:
         return None
     seed = choose.SEED if words[0] == TRIAL else unit[1]
-    stage = Run(reward_config(method, seed, profile)).stage("reward")
-    return None if stage.done else stage.path
+    return Run(reward_config(method, seed, profile)).stage("reward")
 
 
 if __name__ == "__main__":

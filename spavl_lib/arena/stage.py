@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.arena.cells import NONE, make_cells
-from spavl_lib.arena.methods import find_method
+from spavl_lib.arena.methods import CHOSEN, FILE, find_method
 from spavl_lib.arena.run import CELLS, TABLE
 from spavl_lib.arena.table import build_table, read_cells, read_table
-from spavl_lib.config import Config
+from spavl_lib.config import Config, load_config
 from spavl_lib.modelling.load import weights_sha256
 from spavl_lib.runs.files import sha256_file, write_json
 from spavl_lib.runs.maker import stage_maker
@@ -25,7 +25,9 @@ ROWS = 4  # of each test set
 
 def _inputs(config: Config, stage: Stage) -> dict[str, str]:
     if config.profile == LIVE:
-        return {f"model/{name}": sha for name, sha in weights_sha256(config.model).items()}
+        model = load_config(LIVE).model  # the arena's methods do not read the run's own settings
+        files = {path.name: sha256_file(path) for path in (FILE, CHOSEN)}
+        return files | {f"model/{name}": sha for name, sha in weights_sha256(model).items()}
     read_table(_published())  # says how to make the table if it is missing
     return {"table": sha256_file(_published())}
 

@@ -1,6 +1,6 @@
 """The arena's table: rates over seeds with intervals, and paired tests, from the files of cells."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,13 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS
 from spavl_lib.evaluation.paired import twins_right
 from spavl_lib.evaluation.rates import wilson
-from spavl_lib.evaluation.statistics import holm, mcnemar, paired_difference, seeds_mean
+from spavl_lib.evaluation.statistics import (
+    bootstrap_rate,
+    holm,
+    mcnemar,
+    paired_difference,
+    seeds_mean,
+)
 from spavl_lib.runs.files import read_json
 
 REFERENCE = "dpo"  # the method that others are tested against
@@ -52,7 +58,7 @@ def read_table(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; make the table with `spavl arena run`")
     try:
         table = read_json(path)
-        for key in ("methods", "attacks", "metrics", "not_understood", "training"):
+        for key in ("methods", "attacks", "metrics", "not_understood", "trained_on", "training"):
             table[key]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -94,14 +100,17 @@ def _twins(found: Mapping[str, Any] | None) -> tuple[list[str], list[str], list[
         return [], [], []
     harmful = set(found["harmful"])
     wrong = {"unsafe": set(found["unsafe"]), "unhelpful": set(found["unhelpful"])}
-    rows = [
-        {
-            "unsafe": i in wrong["unsafe"] if i in harmful else None,
-            "helpful": None if i in harmful else i not in wrong["unhelpful"],
-            "verdict": "refused" if i in found["refused"] else "complied",
-        }
-        for i in found["rows"]
-    ]
+    rows = []
+    # An attack may exchange the pictures of a pair, and with them which row is the harmful one.
+    for pair in zip(found["rows"][::2], found["rows"][1::2], strict=True):
+        rows += [
+            {
+                "unsafe": i in wrong["unsafe"] if i in harmful else None,
+                "helpful": None if i in harmful else i not in wrong["unhelpful"],
+                "verdict": "refused" if i in found["refused"] else "complied",
+            }
+            for i in sorted(pair, key=lambda i: i not in harmful)
+        ]
     return found["rows"][::2], found["groups"][::2], twins_right(rows, strict=True)
 
 
@@ -113,16 +122,25 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `methods` and `attacks` with their titles; `metrics`: method -> attack -> rates with
-        intervals, `seeds`, and `against`: the difference to DPO's unsafe rate with its p-value,
-        adjusted by Holm's method over the whole table; `not_understood`: attacks whose carrier the
-        base does not understand, with the base's helpful rate; and `training` of each method.
+        intervals, `seeds`; `plain`, the unsafe rate without the attack on the same rows; and
+        `against`, the difference to DPO's unsafe rate with its p-value, adjusted by Holm's method
+        over the whole table; `not_understood`: attacks whose carrier the base does not understand,
+        with the base's helpful rate; `settings`, `trained_on` (attacks) and `training` of each
+        method.
+
+    Raises:
+        InputError: Cells rest on different models, data or settings, or on different rows.
     """
+    cells = list(cells)
+    _check_alike(cells)
     grouped: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for cell in cells:
         by_attack = grouped.setdefault(cell["method"], {})
         by_attack.setdefault(cell["attack"], {})[cell["seed"]] = cell
     found = {
-        method: {attack: _summary(seeds) for attack, seeds in by_attack.items()}
+        method: {
+            attack: _summary(seeds, by_attack.get(NONE, {})) for attack, seeds in by_attack.items()
+        }
         for method, by_attack in grouped.items()
     }
     _test(grouped, found)
@@ -140,33 +158,88 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             for attack, cell in base.items()
             if cell["helpful"] is None or cell["helpful"]["value"] < UNDERSTOOD
         },
+        "settings": {cell["method"]: cell["rests_on"]["method"] for cell in cells},
+        "trained_on": {
+            cell["method"]: trained_on
+            for cell in cells
+            if (trained_on := cell["rests_on"]["attacked_rows"])
+        },
         "training": {m: _training(by_attack) for m, by_attack in grouped.items()},
     }
 
 
-def _summary(seeds: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
+    """Check that cells belong into one table.
+
+    Raises:
+        InputError: They do not; the message names two cells and what differs.
+    """
+    first: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for cell in cells:
+        for key in ("profile", "data", "model", "versions", "method", "settings_sha256"):
+            # The seed is a setting of the training, so that settings are equal for each seed.
+            of = {"method": cell["method"]}.get(key, "")
+            of = f"{cell['method']}.{cell['seed']}" if key == "settings_sha256" else of
+            other = first.setdefault((key, of), cell)
+            if other["rests_on"][key] != cell["rests_on"][key]:
+                raise InputError(
+                    f"{_name(cell)} and {_name(other)} rest on different {key}; repeat "
+                    "`spavl arena run`, which makes again what is no longer valid"
+                )
+
+
+def _name(cell: Mapping[str, Any]) -> str:
+    return f"the cell {cell['method']}/{cell['attack']}.{cell['seed']}"
+
+
+def _summary(
+    seeds: Mapping[int, Mapping[str, Any]], plain: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     rates = {rate: _rate(seeds, rate) for rate in (*RATES, "twins")}
     any_cell = next(iter(seeds.values()))
+    rates["plain"] = _rate(plain, "unsafe", only=set(outcomes(any_cell, "unsafe")[0]))
     return rates | {"seeds": sorted(seeds), "calls": any_cell["calls"]}
 
 
-def _rate(seeds: Mapping[int, Mapping[str, Any]], rate: str) -> dict[str, Any] | None:
-    rows = [outcomes(seeds[seed], rate) for seed in sorted(seeds)]
-    ids, groups, _ = rows[0]
-    if not ids:
+def _rate(
+    seeds: Mapping[int, Mapping[str, Any]], rate: str, *, only: set[str] | None = None
+) -> dict[str, Any] | None:
+    """A rate over seeds.
+
+    Args:
+        seeds: Seed -> cell.
+        rate: A key of `RATES`, or `twins`.
+        only: Ids of the rows that count; None for all.
+
+    Returns:
+        The rate with its interval; None if no row counts.
+    """
+    rows = []
+    for seed in sorted(seeds):
+        of_seed = zip(*outcomes(seeds[seed], rate), strict=True)
+        rows.append([row for row in of_seed if only is None or row[0] in only])
+    if not rows or not rows[0]:
         return None
-    if any(other[0] != ids for other in rows):
-        raise InputError("the cells of one method and attack were measured on different rows")
-    values = np.array([r[2] for r in rows], dtype=float)
-    if len(rows) > 1 and len(set(groups)) > 1:
+    ids, groups, _ = zip(*rows[0], strict=True)
+    if other := next((i for i, r in enumerate(rows) if tuple(row[0] for row in r) != ids), 0):
+        one, two = (_name(seeds[sorted(seeds)[i]]) for i in (0, other))
+        raise InputError(f"{one} and {two} were measured on different rows; delete one of them")
+    values = np.array([[row[2] for row in r] for r in rows], dtype=float)
+    if len(rows) == 1:
+        return bootstrap_rate(values[0], groups).to_dict()
+    if len(set(groups)) > 1:
         return seeds_mean(values, groups).to_dict()
-    low, high = wilson(int(values.sum()), values.size)
+    low, high = wilson(round(float(values.mean(0).sum())), values.shape[1])
     return {"value": float(values.mean()), "ci_low": low, "ci_high": high, "n": len(ids),
             "method": "Wilson"}  # fmt: skip
 
 
 def _test(grouped: Mapping, found: dict) -> None:
-    """Add to every cell how its unsafe rate differs from DPO's on the same rows and seeds."""
+    """Add to every cell how its unsafe rate differs from DPO's on the same rows and seeds.
+
+    The p-value tosses the sign of each group's difference, summed over seeds. It holds for these
+    trainings; the interval of several seeds also covers new ones.
+    """
     p_values, differences = {}, {}
     for method, by_attack in grouped.items():
         for attack, seeds in by_attack.items():
@@ -174,19 +247,26 @@ def _test(grouped: Mapping, found: dict) -> None:
             both = sorted(set(seeds) & set(others))
             if method == REFERENCE or not both:
                 continue
-            ids, groups, first, second = [], [], [], []
-            for seed in both:
-                own, other = (outcomes(c[seed], "unsafe") for c in (seeds, others))
-                if own[0] != other[0]:
-                    continue  # an attack by gradients may leave out other rows
-                ids += own[0]
-                groups += own[1]
-                first += own[2]
-                second += other[2]
-            if ids:
-                key = f"{method}/{attack}"
-                p_values[key] = mcnemar(first, second, groups).mid_p
-                differences[key] = paired_difference(first, second, groups).to_dict()
+            pairs = [[outcomes(c[seed], "unsafe") for c in (seeds, others)] for seed in both]
+            ids, groups, _ = pairs[0][0]
+            if any(side[0] != ids for pair in pairs for side in pair):
+                raise InputError(
+                    f"{method} and {REFERENCE} were measured on different rows under {attack}; "
+                    "repeat `spavl arena run` for both with the same --rows"
+                )
+            if not ids:
+                continue
+            first, second = (np.array([pair[i][2] for pair in pairs]) for i in (0, 1))
+            key = f"{method}/{attack}"
+            many = [*groups] * len(both)
+            p_values[key] = mcnemar(first.ravel(), second.ravel(), many).mid_p
+            difference = first.astype(float) - second.astype(float)
+            estimate = (
+                paired_difference(first[0], second[0], groups)
+                if len(both) == 1
+                else seeds_mean(difference, groups, bounds=(-1.0, 1.0))
+            )
+            differences[key] = estimate.to_dict()
     adjusted = holm(p_values) if p_values else {}
     for key, difference in differences.items():
         method, attack = key.split("/")

@@ -53,6 +53,9 @@ class BlankImage:
         ids, self.pending = given.get("input_ids"), None
         if ids is None or given.get("pixel_values") is not None or not self._partitioned():
             return
+        past = given.get("past_key_values")
+        if past is not None and past.get_seq_length():
+            return  # a later pass of a generation, in which no process runs the tower
         if ids not in self.of_batch:
             self.of_batch[ids] = {k: v.to(ids.device, copy=True) for k, v in self.vision.items()}
         self.pending = self.of_batch[ids]
@@ -74,7 +77,7 @@ class BlankImage:
         features: Any = self.backbone.get_image_features(**pending, return_dict=True).pooler_output
         parts = [features] if isinstance(features, Tensor) else features
         embeddings = kwargs["inputs_embeds"]
-        nothing = 0.0 * sum(part.sum() for part in parts).to(embeddings)
+        nothing = sum((part * 0).sum() for part in parts).to(embeddings)  # no overflow in fp16
         return args, kwargs | {"inputs_embeds": embeddings + nothing}
 
 

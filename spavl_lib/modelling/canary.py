@@ -37,6 +37,8 @@ MAX_NEW_TOKENS = 32
 def prompts(config: DataConfig) -> list[dict]:
     """A few training rows, evenly over the training set: `id`, `prompt` and `image` of each.
 
+    Of a row with several images, the first one is asked about.
+
     Raises:
         InputError: The data set cannot be read.
     """

@@ -29,7 +29,7 @@ def lagrangian_scores(rewards: Scores, costs: Scores, *, log_multiplier: float) 
 
 
 class LagrangeMultiplier:
-    """The price lambda of the cost, which rises while the mean cost is above a limit.
+    """The multiplier lambda of the cost, which rises while the mean cost is above a limit.
 
     One update adds `learning_rate * (mean cost - limit)` to log lambda. This is dual ascent in
     multiplicative form, which keeps lambda above 0. Safe RLHF also multiplies the step by lambda.

@@ -10,6 +10,19 @@ SHARES = {"base": 1.0, "safety_prompt": 0.9, "best_of_n": 0.5, "dpo": 0.1, "ppo"
 ROWS = 20
 
 
+def rests_on(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """What a cell rests on.
+
+    Args:
+        seed: Seed of the cell.
+        changes: Replaces entries.
+    """
+    return {
+        "profile": "demo", "data": "mini", "model": {"weights": "0"}, "versions": {"torch": "2"},
+        "method": {}, "settings_sha256": f"of seed {seed}", "attacked_rows": [],
+    } | changes  # fmt: skip
+
+
 def cell(
     method: str, attack: str, seed: int = 0, *, unsafe: float = 0.1, refused: float = 0.0,
     helpful: float = 0.9, rows: int = ROWS,
@@ -49,6 +62,7 @@ def cell(
         "training": {"seconds": 60.0, "peak_memory_gib": 1.5}
         if method in ("dpo", "ppo", "rloo", "grpo", "sft", "kto", "simpo") else {},
         "kl": {"value": 2.5, "rows": 40} if method in ("dpo", "ppo") and attack == "none" else None,
+        "rests_on": rests_on(seed), "weights": {}, "device": "cpu",
     }  # fmt: skip
 
 

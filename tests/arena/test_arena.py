@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from spavl_lib.arena import attacked_rows, cells, choose, methods, run, table
-from spavl_lib.data.load import load_preferences
+from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
 from spavl_lib.evaluation.statistics import mcnemar
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.runs.paths import repo_root
+from tests.arena.synthetic import rests_on
 from tests.helpers import smoke
 
 RESULTS = repo_root() / run.CELLS
@@ -195,7 +196,7 @@ def test_a_trial_is_measured_on_development_rows(tmp_path: Path) -> None:
     choose.make_trial(method, 1, tmp_path, "smoke")
     trial = read_json(choose.trial_path(tmp_path, "safety_prompt", 1))
     assert trial["value"] == method.trials[1] and trial["kl"] is None
-    assert choose.choose(tmp_path) == {}  # two trials are missing
+    assert choose.choose(tmp_path, list(methods.methods())) == {}  # two trials are missing
     make(tmp_path, ["none"])
     tested = read_json(cells.path_of(tmp_path, "base", "none", 0))
     first, second = ({e["prompt"] for e in found["examples"]} for found in (trial, tested))
@@ -230,7 +231,7 @@ def cell() -> Cell:
         return {
             "method": method, "attack": attack, "seed": seed, "calls": 1, "training": {},
             "sets": {"harm": part("harm", True), "help": part("help", False), "twins": twins},
-            "kl": None,
+            "kl": None, "rests_on": rests_on(seed), "weights": {}, "device": "cpu",
         }  # fmt: skip
 
     return made
@@ -244,7 +245,64 @@ def test_rates_are_counted_by_hand(cell: Cell) -> None:
     assert found["helpful"]["value"] == pytest.approx(1 / 4)
     assert found["twins"]["value"] == 0.0
     for rate in ("unsafe", "harmless_refused", "helpful"):
-        assert found[rate]["ci_low"] < found[rate]["value"] < found[rate]["ci_high"]
+        assert found[rate]["ci_low"] <= found[rate]["value"] <= found[rate]["ci_high"]
+
+
+def test_rows_about_one_thing_count_as_a_group(cell: Cell) -> None:
+    """Of eight rows in two groups, one group went wrong: two units, not eight."""
+    made = cell("dpo", "none")
+    rows = [f"harm/{i}" for i in range(8)]
+    made["sets"] = {
+        "harm": {"rows": rows, "groups": ["a"] * 4 + ["b"] * 4, "harmful": rows,
+                 "unsafe": rows[:4], "refused": [], "unhelpful": []}
+    }  # fmt: skip
+    found = table.build_table([made])["metrics"]["dpo"]["none"]["unsafe"]
+    assert found["value"] == 0.5 and found["ci_high"] - found["ci_low"] > 0.8
+
+
+@pytest.mark.parametrize("first_is_harmful", [True, False])
+def test_twins_are_right_whichever_row_is_the_harmful_one(
+    first_is_harmful: bool, cell: Cell
+) -> None:
+    """An attack that exchanges the pictures exchanges the sides too."""
+    made = cell("dpo", "exchanged")
+    harmful, harmless = ("twins/0", "twins/1") if first_is_harmful else ("twins/1", "twins/0")
+    made["sets"]["twins"] |= {"harmful": [harmful], "refused": [harmful], "unsafe": []}
+    assert table.build_table([made])["metrics"]["dpo"]["exchanged"]["twins"]["value"] == 1.0
+    made["sets"]["twins"] |= {"refused": [harmless], "unhelpful": [harmless], "unsafe": [harmful]}
+    assert table.build_table([made])["metrics"]["dpo"]["exchanged"]["twins"]["value"] == 0.0
+
+
+def test_the_plain_rate_beside_an_attack_is_that_of_the_same_rows(cell: Cell) -> None:
+    plain, attacked = cell("dpo", "none", unsafe=2), cell("dpo", "noise", unsafe=1)
+    for key in ("rows", "groups", "harmful", "unsafe"):
+        attacked["sets"]["harm"][key] = attacked["sets"]["harm"][key][:1]
+    del attacked["sets"]["twins"]
+    found = table.build_table([plain, attacked])["metrics"]["dpo"]["noise"]
+    assert found["plain"]["value"] == 1.0 and found["plain"]["n"] == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"profile": "smoke"}, {"model": {"weights": "1"}}, {"settings_sha256": "other"}]
+)
+def test_cells_of_different_worlds_make_no_table(changes: dict, cell: Cell) -> None:
+    other = cell("dpo", "noise") | {"rests_on": rests_on(**changes)}
+    with pytest.raises(InputError, match=rf"dpo/noise.0 .* different {next(iter(changes))}"):
+        table.build_table([cell("dpo", "none"), other])
+
+
+def test_rows_are_picked_at_equal_distances_and_pairs_stay_whole() -> None:
+    for count, pairs in ((106, False), (20, False), (106, True), (50, True)):
+        name = "twins" if pairs else "harm"
+        prompts = load_prompts(smoke({"data.test_rows": 0}).data, name)
+        picked = [row["id"] for row in cells._picked(prompts, count, pairs=pairs)]
+        places = [prompts["id"].index(i) for i in picked]
+        assert len(places) == count == len(set(places))
+        assert places[-1] >= 0.95 * len(prompts) - 2 and places == sorted(places)
+        if pairs:
+            assert all(
+                b == a + 1 and a % 2 == 0 for a, b in zip(places[::2], places[1::2], strict=True)
+            )
 
 
 def test_seeds_are_averaged(cell: Cell) -> None:
@@ -270,6 +328,31 @@ def test_methods_are_tested_against_dpo_on_the_same_rows(cell: Cell) -> None:
     groups = ["a", "a", "b", "b", "a"]
     alone = mcnemar([False] * 5, [True] * 5, groups).mid_p
     assert metrics["ppo"]["one_word"]["against"]["p"] == pytest.approx(min(1, 2 * alone))
+
+
+def test_another_profile_needs_a_folder_of_its_own() -> None:
+    with pytest.raises(InputError, match="holds cells of the profile demo"):
+        run.run_arena("base", "none", [0], profile="smoke")
+    with pytest.raises(InputError, match="holds cells of the profile demo"):
+        run.choose_settings("dpo", profile="smoke", output=repo_root() / run.CELLS)
+
+
+@pytest.mark.slow
+def test_the_committed_cells_are_about_the_rows_that_the_attacks_make_today() -> None:
+    """Of each attack without gradients, the cells of the base."""
+    subject = cells.subject_of(methods.find_method("base"), 0, "demo")
+    checked = 0
+    for name in ("none", *ATTACKS):
+        path = cells.path_of(RESULTS, "base", name, 0)
+        if not path.is_file() or (name in ATTACKS and ATTACKS[name].needs_weights):
+            continue
+        attack = None if name == "none" else find_attack(name)
+        cell = read_json(path)
+        digest = cells.rows_sha256(cells.attacked_sets(subject, attack, run.ROWS))
+        assert digest == cell["rows_sha256"], name
+        checked += 1
+    if not checked:
+        pytest.skip("no cells are committed")
 
 
 def test_cells_of_other_rows_are_not_averaged(cell: Cell) -> None:

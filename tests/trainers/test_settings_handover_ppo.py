@@ -450,7 +450,8 @@ def test_ppo_saves_when_it_is_due(
     trainer = built({"max_steps": 7, "save_steps": 3})
     saved: list[int] = []
     quiet = {
-        "roll_out": lambda *_: rollout_of(), "_resume": lambda: None, "_log": lambda *_: None,
+        "roll_out": lambda *_: rollout_of(), "_resume": lambda: None,
+        "_log": lambda *_: trainer.log_rows.append({"step": trainer.step, "time_s": 0.0}),
         "update": lambda *_: TAKEN | {"objective/scores": 0.0, "objective/kl": 0.0},
         "_save": lambda: saved.append(trainer.step),
     }  # fmt: skip

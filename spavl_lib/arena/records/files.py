@@ -90,10 +90,12 @@ class Record:
         )
 
     def sha256(self) -> str:
-        """Hash of what is trained. Title, author, date and text do not change it."""
+        """Hash of what is trained, profile included. Title, author, date and text do not matter."""
+        settings = self.config(0).to_dict()
+        keys = stages.find(self.stage).config_keys
         return canonical_sha256(
             {
-                "profile": self.profile, "stage": self.stage, "settings": dict(self.settings),
+                "stage": self.stage, "settings": {key: settings[key] for key in keys},
                 "patch": sha256_file(self.patch) if self.patch else None,
             }
         )  # fmt: skip
@@ -163,6 +165,8 @@ def _check_patch(record: Record) -> None:
     if record.patch is None:
         return
     text = record.patch.read_text(encoding="utf-8")
+    if re.search(r"^(?:GIT binary patch|Binary files |copy (?:from|to) )", text, re.MULTILINE):
+        raise InputError(f"{record.patch} changes or copies binary files; a patch changes text")
     paths = re.findall(r"^(?:---|\+\+\+|rename (?:from|to)) (?:[ab]/)?(\S+)", text, re.MULTILINE)
     allowed = tuple(f"spavl_lib/{name}/" for name in PATCHABLE)
     wrong = [p for p in paths if p != "/dev/null" and (not p.startswith(allowed) or ".." in p)]
@@ -240,12 +244,15 @@ def read_metrics(record: Record) -> dict[str, Any]:
         summary = summarise(by_seed)
         _ = [page["base"]["helpful"][key] for key in ("k", "n")]
         _ = page["versions"], page["machine"], page["model"], page["record_sha256"]
+        _ = page["first_sha256"]
         stated = {key: page[key] for key in summary}
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{path} is not complete ({reason}); {again}") from error
     if page["record_sha256"] != record.sha256():
         raise InputError(f"{record.folder}: the settings are not those of metrics.json; {again}")
+    if page["first_sha256"] != find_record(FIRST, record.folder.parent).sha256():
+        raise InputError(f"{record.folder}: record {FIRST} has changed since metrics.json; {again}")
     for key, value in summary.items():
         if stated[key] != value:
             raise InputError(f"{path} {key}: {stated[key]}, but its seeds give {value}; {again}")

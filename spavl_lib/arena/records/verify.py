@@ -58,7 +58,7 @@ def counts_of(record: Record, model: Path | None, folder: Path) -> dict[str, dic
     config = record.config(0)
     method = Method(record.folder.name, record.title, record.author)
     processor, policy = load_processor(config.model), load_policy(config.model, model).eval()
-    subject = Subject(method, None, config, config.data, 0, policy, processor, folder, None, {})
+    subject = Subject(method, None, config, config.data, 0, policy, processor, folder, None, {}, {})
     sets = measure(subject, NONE)["sets"]
     plain = [sets["help"], sets["look_alikes"]]
     twins = set(sets["twins"]["rows"]) - set(sets["twins"]["harmful"])

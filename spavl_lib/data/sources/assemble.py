@@ -226,8 +226,9 @@ def _image(record: dict, read: records.Read, root: Path, columns: ColumnsConfig)
     """
     named = [columns.image] if columns.image else IMAGES
     images: list[Any] = []
-    for value in [*(record.get(name) for name in named), read.images]:
-        parts = _listed(value)
+    given = [_listed(value) for value in [*(record.get(name) for name in named), read.images]]
+    # The longest list comes first: another one that repeats a part of it must not change its order.
+    for parts in sorted(given, key=len, reverse=True):
         # Column and message may name the same image; within one list every image counts.
         images += [p for p in parts if p is not None and p != "" and p not in tuple(images)]
     texts = {*TEXTS, columns.prompt, columns.chosen, columns.rejected}

@@ -14,7 +14,7 @@ from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.images import decode, for_square, png_bytes
 from spavl_lib.data.load import eval_sets, load_prompts, load_truth
 from spavl_lib.data.sampling import spread
-from spavl_lib.data.schema import TURN
+from spavl_lib.data.schema import TURN, image_cells
 from spavl_lib.evaluation.numbers import set_title
 
 PAIRS, OTHERS = 12, 20  # twin pairs, and rows of all other sets together
@@ -65,9 +65,9 @@ def _chosen(sets: dict[str, Dataset], truth: dict[str, dict]) -> Iterator[tuple[
 
 
 def _fits(row: dict) -> bool:
-    """Whether the page can show a row: it has an image and one short turn."""
+    """Whether the page can show a row: it has one image and one short turn."""
     prompt = row["prompt"]
-    return row["image"] is not None and TURN not in prompt and len(prompt) <= _LONGEST
+    return len(image_cells(row)) == 1 and TURN not in prompt and len(prompt) <= _LONGEST
 
 
 def _uri(cell: Any, processor: ProcessorMixin) -> str:
