@@ -278,11 +278,12 @@ def _training(by_attack: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[
     costs = [cell["training"] for cell in cells.values()]
     divergences = [cell["kl"]["value"] for cell in cells.values() if cell.get("kl")]
 
-    def mean(values: list[float]) -> float | None:
-        return round(sum(values) / len(values), 3) if values else None
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(sum(known) / len(known), 3) if known else None
 
     return {
-        "seconds": mean([cost["seconds"] for cost in costs if cost]),
+        "cpu_seconds": mean([cost["cpu_seconds"] for cost in costs if cost]),
         "peak_memory_gib": mean([cost["peak_memory_gib"] for cost in costs if cost]),
         "kl": mean(divergences),
     }
