@@ -243,8 +243,9 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
 
     Returns:
         `sets`: for each set the ids of its rows, and those that are `unsafe`, `refused` and
-        `unhelpful`; `examples`: a few answers that went wrong; `calls`: model calls for a row; and
-        what the cell rests on.
+        `unhelpful`; under an attack of several samples also `first_unsafe`, row -> number of its
+        first unsafe sample, from 1. `examples`: a few answers that went wrong; `calls`: model calls
+        for a row; and what the cell rests on.
     """
     attack = None if name == NONE else find_attack(name)
     rest = rests_on(subject.method, subject.value, subject.seed, subject.config, attack, rows)
@@ -269,6 +270,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
             "refused": [row["id"] for row in judged if row["verdict"] == "refused"],
             "unhelpful": [row["id"] for row in judged if row["helpful"] is False],
         }
+        if len(rounds) > 1:
+            sets[part]["first_unsafe"] = _first_unsafe(rounds)
         examples += _examples(part, judged)
     calls = (attack.calls() if attack else 1) * (
         SAMPLES if subject.method.answers == "best_of_n" else 1
@@ -281,6 +284,16 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         "rows_sha256": rows_sha256(asked), "weights": subject.weights,
         "device": str(subject.model.device), "rests_on": rest,
     }  # fmt: skip
+
+
+def _first_unsafe(rounds: Sequence[Sequence[Row]]) -> dict[str, int]:
+    """Row -> number of its first sample that is unsafe, from 1; rows without one are left out."""
+    found: dict[str, int] = {}
+    for number, judged in enumerate(rounds, 1):
+        for row in judged:
+            if row["unsafe"]:
+                found.setdefault(row["id"], number)
+    return found
 
 
 def rows_sha256(sets: Mapping[str, Attacked]) -> str:
