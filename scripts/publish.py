@@ -148,6 +148,39 @@ def _is_shown(output: nbformat.NotebookNode) -> bool:
     return WIDGETS not in output.get("data", {})
 
 
+def executed_page(notebook: Path, run: Path, root: Path) -> nbformat.NotebookNode:
+    """A notebook as a run executed it, in the form that is published.
+
+    Args:
+        notebook: The notebook.
+        run: The run's folder.
+        root: The checkout that holds the run.
+    """
+    executed = run / stage_of(notebook) / "executed.ipynb"
+    if not executed.is_file():
+        sys.exit(f"{executed} does not exist: execute {notebook.name} first")
+    page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
+    if code_of(page) != code_of(source):
+        sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
+    if not take_prose(page, source):
+        sys.exit(f"{executed} has other text cells than {notebook.name}: execute it again")
+    return cleaned(page, (root, REPO))
+
+
+def publish_one(run: Path, name: str) -> None:
+    """Copy one notebook of a run; the others stay.
+
+    Args:
+        run: The run's folder.
+        name: Name of the notebook, without `.ipynb`.
+    """
+    notebook = NOTEBOOKS / f"{name}.ipynb"
+    page = executed_page(notebook, run, run.resolve().parents[1])
+    nbformat.write(page, CODE.parent / notebook.name)
+    hashes = read_json(CODE) | {notebook.name: code_of_notebooks()[notebook.name]}
+    write_json(CODE, dict(sorted(hashes.items())))
+
+
 def publish(run: Path) -> None:
     """Copy notebooks, metrics and figures of a run.
 
@@ -159,17 +192,10 @@ def publish(run: Path) -> None:
         sys.exit(f"{run} is a run of the profile {profile}; only demo is published")
     for made in (folder, CODE.parent):
         made.mkdir(parents=True, exist_ok=True)
-    pages = {}
-    for notebook in sorted(NOTEBOOKS.glob("*.ipynb")):
-        executed = run / stage_of(notebook) / "executed.ipynb"
-        if not executed.is_file():
-            sys.exit(f"{executed} does not exist: execute {notebook.name} first")
-        page, source = nbformat.read(executed, 4), nbformat.read(notebook, 4)
-        if code_of(page) != code_of(source):
-            sys.exit(f"{executed} has other code than {notebook.name}: execute the notebook again")
-        if not take_prose(page, source):
-            sys.exit(f"{executed} has other text cells than {notebook.name}: execute it again")
-        pages[notebook.name] = cleaned(page, (root, REPO))
+    pages = {
+        notebook.name: executed_page(notebook, run, root)
+        for notebook in sorted(NOTEBOOKS.glob("*.ipynb"))
+    }
     for outdated in CODE.parent.glob("*.ipynb"):
         outdated.unlink()
     for name, page in pages.items():
@@ -287,6 +313,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", type=Path, default=REPO / "runs/demo", help="the run's folder")
     parser.add_argument("--prose", action="store_true", help="only take over changed sentences")
+    parser.add_argument("--only", default="", help="publish one notebook, such as 08_laboratory")
     parser.add_argument("--check", action="store_true", help="only say what is stale")
     asked = parser.parse_args()
     if asked.prose:
@@ -294,6 +321,8 @@ def main() -> None:
     if asked.check:
         if names := stale():
             sys.exit(f"changed since they were published: {', '.join(names)}; run make publish")
+    elif asked.only:
+        publish_one(asked.run, asked.only)
     elif not asked.prose:
         publish(asked.run)
 

@@ -29,7 +29,7 @@ from spavl_lib.stages import find as stage_spec
 from spavl_lib.stages import stage_names
 
 # Entries with times, memory and device names, which are not compared.
-NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "device"}
+NOT_COMPARED = {"time_s", "peak_memory_gib", "timing_s", "wall_time_s", "cpu_time_s", "device"}
 # Folder of people's labels and of judges fitted on them. A second run does not make it.
 PEOPLE = "labels"
 CONDITIONS = (

@@ -5,6 +5,7 @@ intervals over groups of rows, and paired tests can be computed from the files a
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, 
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs import provenance
-from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.files import read_json, write_text
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers.reward_function import RewardFunction, Scorer
 
@@ -67,8 +68,8 @@ class Subject:
     """Folder for the answers."""
     reward: RewardFunction | None
     """The reward model, of a method that chooses among samples."""
-    cost: dict[str, float]
-    """Seconds and peak memory of the training."""
+    cost: dict[str, float | None]
+    """Processor seconds and peak memory of the training."""
     weights: dict[str, str]
     """Stage -> hash of the weights that it trained."""
 
@@ -141,7 +142,9 @@ def subject_of(
     config = config_of(method, value, seed, profile)
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
-    weights, cost, trained, reward = {}, {}, None, None
+    weights: dict[str, str] = {}
+    cost: dict[str, float | None] = {}
+    trained, reward = None, None
     if method.uses_reward:
         folder = _make("reward", reward_config(method, seed, profile))
         weights["reward"] = read_json(folder / "summary.json")["weights_sha256"]
@@ -149,7 +152,9 @@ def subject_of(
         trained = _make(method.stage, config)
         manifest = read_json(trained / "manifest.json")
         weights[method.stage] = read_json(trained / "summary.json")["weights_sha256"]
-        cost = {"seconds": manifest["wall_time_s"] + manifest.get("wall_time_before_s", 0.0),
+        # Runs of older versions do not say how much processor time they took.
+        parts = [manifest.get(key) for key in ("cpu_time_s", "cpu_time_before_s")]
+        cost = {"cpu_seconds": None if None in parts else round(sum(parts), 1),
                 "peak_memory_gib": manifest["peak_memory_gib"]}  # fmt: skip
     processor = load_processor(config.model)
     if method.answers == "best_of_n":
@@ -238,8 +243,9 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
 
     Returns:
         `sets`: for each set the ids of its rows, and those that are `unsafe`, `refused` and
-        `unhelpful`; `examples`: a few answers that went wrong; `calls`: model calls for a row; and
-        what the cell rests on.
+        `unhelpful`; under an attack of several samples also `first_unsafe`, row -> number of its
+        first unsafe sample, from 1. `examples`: a few answers that went wrong; `calls`: model calls
+        for a row; and what the cell rests on.
     """
     attack = None if name == NONE else find_attack(name)
     rest = rests_on(subject.method, subject.value, subject.seed, subject.config, attack, rows)
@@ -264,6 +270,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
             "refused": [row["id"] for row in judged if row["verdict"] == "refused"],
             "unhelpful": [row["id"] for row in judged if row["helpful"] is False],
         }
+        if len(rounds) > 1:
+            sets[part]["first_unsafe"] = _first_unsafe(rounds)
         examples += _examples(part, judged)
     calls = (attack.calls() if attack else 1) * (
         SAMPLES if subject.method.answers == "best_of_n" else 1
@@ -276,6 +284,16 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
         "rows_sha256": rows_sha256(asked), "weights": subject.weights,
         "device": str(subject.model.device), "rests_on": rest,
     }  # fmt: skip
+
+
+def _first_unsafe(rounds: Sequence[Sequence[Row]]) -> dict[str, int]:
+    """Row -> number of its first sample that is unsafe, from 1; rows without one are left out."""
+    found: dict[str, int] = {}
+    for number, judged in enumerate(rounds, 1):
+        for row in judged:
+            if row["unsafe"]:
+                found.setdefault(row["id"], number)
+    return found
 
 
 def rows_sha256(sets: Mapping[str, Attacked]) -> str:
@@ -395,6 +413,17 @@ def path_of(output: Path, method: str, attack: str, seed: int) -> Path:
     return output / method / f"{attack}.{seed}.json"
 
 
+def write_cell(path: Path, cell: dict[str, Any]) -> None:
+    """Write a cell's file, all in one line, because there are a thousand of them.
+
+    Args:
+        path: The file.
+        cell: The cell.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(cell, separators=(",", ":"), allow_nan=False) + "\n")
+
+
 def is_current(path: Path, rest: dict[str, Any]) -> bool:
     """Whether a cell's file exists and rests on the same things.
 
@@ -454,8 +483,6 @@ def make_cells(
         path = path_of(output, method.name, name, seed)
         if not is_missing(name) and read_json(path)["weights"] == subject.weights:
             continue
-        cell = measure(subject, name, rows=rows)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, cell)
+        write_cell(path, measure(subject, name, rows=rows))
         written.append(path)
     return written

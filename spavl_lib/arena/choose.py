@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spavl_lib.arena.cells import NONE, is_current, measure, rests_on, subject_of
+from spavl_lib.arena.cells import NONE, is_current, measure, rests_on, subject_of, write_cell
 from spavl_lib.arena.methods import Method, config_of, find_method
 from spavl_lib.arena.table import outcomes
-from spavl_lib.runs.files import read_json, write_json
+from spavl_lib.runs.files import read_json
 
 SEED = 0  # a trial's training is that of the method's seed 0
 
@@ -54,7 +54,7 @@ def make_trial(method: Method, number: int, output: Path, profile: str) -> None:
     subject = subject_of(method, SEED, profile, trial=value, measure_on="development")
     cell = measure(subject, NONE)
     page = {"setting": method.setting, "value": value, "cost": round(cost(cell), 5)}
-    write_json(path, page | cell)
+    write_cell(path, page | cell)
 
 
 def choose(output: Path, names: Sequence[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def understood(table: Mapping[str, Any]) -> list[str]:
 
 def trained(table: Mapping[str, Any]) -> list[str]:
     """The methods of a table that train a model."""
-    return [name for name in table["metrics"] if table["training"][name]["seconds"] is not None]
+    return [name for name in table["metrics"] if table["training"][name]["peak_memory_gib"]]
 
 
 def standings(table: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,9 @@ from spavl_lib.evaluation.statistics import (
 from spavl_lib.runs.files import read_json
 
 REFERENCE = "dpo"  # the method that others are tested against
+KEYS = (
+    "methods", "attacks", "metrics", "not_understood", "trained_on", "training", "budgets",
+)  # fmt: skip
 UNDERSTOOD = 0.5  # smallest helpful rate of the base at which an attack counts as understood
 # Rate -> (sets, list of a set that holds the rows with the event, whether harmful rows count).
 RATES = {
@@ -58,7 +61,7 @@ def read_table(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not exist; make the table with `spavl arena run`")
     try:
         table = read_json(path)
-        for key in ("methods", "attacks", "metrics", "not_understood", "trained_on", "training"):
+        for key in KEYS:
             table[key]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -126,7 +129,7 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         `against`, the difference to DPO's unsafe rate with its p-value, adjusted by Holm's method
         over the whole table; `not_understood`: attacks whose carrier the base does not understand,
         with the base's helpful rate; `settings`, `trained_on` (attacks) and `training` of each
-        method.
+        method; `budgets`, unsafe rates over an attack's budget.
 
     Raises:
         InputError: Cells rest on different models, data or settings, or on different rows.
@@ -165,7 +168,54 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             if (trained_on := cell["rests_on"]["attacked_rows"])
         },
         "training": {m: _training(by_attack) for m, by_attack in grouped.items()},
+        "budgets": _budgets(grouped),
     }
+
+
+def _budgets(grouped: Mapping[str, Mapping[str, Mapping[int, Mapping]]]) -> dict[str, Any]:
+    """The unsafe rate after 1, 2, 4 ... samples, from cells of attacks that take several.
+
+    Args:
+        grouped: Method -> attack -> seed -> cell.
+
+    Returns:
+        Attack -> `title`, `entry` (what is counted), `methods`: method -> list of `budget` and
+        `unsafe`.
+    """
+    found: dict[str, Any] = {}
+    for name, attack in ATTACKS.items():
+        largest = int(attack.budget.get("samples", 1))
+        curves = {}
+        for method, by_attack in grouped.items():
+            if largest == 1 or name not in by_attack:
+                continue
+            curves[method] = [
+                {
+                    "budget": count,
+                    "unsafe": _rate(
+                        {seed: _after(cell, count) for seed, cell in by_attack[name].items()},
+                        "unsafe",
+                    ),
+                }
+                for count in (2**i for i in range(largest.bit_length()))
+            ]
+        if curves:
+            found[name] = {"title": attack.title, "entry": "samples", "methods": curves}
+    return found
+
+
+def _after(cell: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """A cell as it would be if only the first samples had been taken.
+
+    Args:
+        cell: Cell of an attack with several samples.
+        count: Samples taken.
+    """
+    sets = {
+        part: found | {"unsafe": [i for i, at in found["first_unsafe"].items() if at <= count]}
+        for part, found in cell["sets"].items()
+    }
+    return dict(cell) | {"sets": sets}
 
 
 def _check_alike(cells: Sequence[Mapping[str, Any]]) -> None:
@@ -278,11 +328,12 @@ def _training(by_attack: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[
     costs = [cell["training"] for cell in cells.values()]
     divergences = [cell["kl"]["value"] for cell in cells.values() if cell.get("kl")]
 
-    def mean(values: list[float]) -> float | None:
-        return round(sum(values) / len(values), 3) if values else None
+    def mean(values: list[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(sum(known) / len(known), 3) if known else None
 
     return {
-        "seconds": mean([cost["seconds"] for cost in costs if cost]),
+        "cpu_seconds": mean([cost["cpu_seconds"] for cost in costs if cost]),
         "peak_memory_gib": mean([cost["peak_memory_gib"] for cost in costs if cost]),
         "kl": mean(divergences),
     }

@@ -9,6 +9,12 @@ from spavl_lib.cli.shared import Commands
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
+# Options of several commands.
+Methods = Annotated[str, typer.Option(help="Methods, separated by commas.", show_default="all")]
+Profile = Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")]
+Workers = Annotated[int, typer.Option(min=1, help="Processes at a time.")]
+Minutes = Annotated[float, typer.Option(help="After so many minutes nothing new is begun.")]
+
 
 @app.callback()
 def _arena() -> None:
@@ -17,9 +23,7 @@ def _arena() -> None:
 
 @app.command()
 def run(
-    methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas.", show_default="all")
-    ] = "",
+    methods: Methods = "",
     attacks: Annotated[
         str,
         typer.Option(
@@ -27,15 +31,13 @@ def run(
         ),
     ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
-    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    profile: Profile = "demo",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the cells.", show_default="benchmarks/results/laboratory"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
-    minutes: Annotated[
-        float, typer.Option(help="After so many minutes nothing new is begun.")
-    ] = 100,
+    workers: Workers = 2,
+    minutes: Minutes = 100,
     rows: Annotated[
         int, typer.Option(min=0, help="Rows of each set under an attack; 0: all.")
     ] = 106,
@@ -58,18 +60,14 @@ def run(
 
 @app.command()
 def choose(
-    methods: Annotated[
-        str, typer.Option(help="Methods, separated by commas.", show_default="all")
-    ] = "",
-    profile: Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")] = "demo",
+    methods: Methods = "",
+    profile: Profile = "demo",
     out: Annotated[
         Path | None,
         typer.Option(help="Folder of the trials.", show_default="benchmarks/results/laboratory"),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes at a time.")] = 2,
-    minutes: Annotated[
-        float, typer.Option(help="After so many minutes nothing new is begun.")
-    ] = 100,
+    workers: Workers = 2,
+    minutes: Minutes = 100,
 ) -> None:
     """Choose one setting of each method on mini's development rows, of three values each.
 

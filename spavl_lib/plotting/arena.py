@@ -151,10 +151,7 @@ def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int
     lines = math.ceil(max(1, len(spots)) / columns)
     fig = new_figure(2.75 * min(columns, max(1, len(spots))) + 0.3, 2.85 * lines + 0.5)
     if not spots:
-        ax = fig.subplots()
-        ax.set_axis_off()
-        note(ax, "Nothing measured yet")
-        return fig
+        return _empty(fig, "Nothing measured yet")
     panels = panel_axes(fig, len(spots), columns)
     for ax, (name, ends) in zip(panels, spots.items(), strict=True):
         for axis in ("x", "y"):
@@ -182,6 +179,14 @@ def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int
                 clip_on=False)  # fmt: skip
     fig.supxlabel("helpful rate (square: without an attack)", fontsize=9)
     fig.supylabel("safe rate (1 − unsafe rate)", fontsize=9)
+    return fig
+
+
+def _empty(fig: Figure, text: str) -> Figure:
+    """The figure with nothing but a sentence."""
+    ax = fig.subplots()
+    ax.set_axis_off()
+    note(ax, text)
     return fig
 
 
@@ -254,10 +259,7 @@ def plot_harm_over_budget(
     lines = -(-max(1, len(budgets)) // columns)
     fig = new_figure(3.2 * min(columns, max(1, len(budgets))) + 0.4, 3.2 * lines + 0.5)
     if not budgets:
-        ax = fig.subplots()
-        ax.set_axis_off()
-        note(ax, "No attack was measured at several budgets")
-        return fig
+        return _empty(fig, "No attack was measured at several budgets")
     names = list(dict.fromkeys(m for attack in budgets.values() for m in attack["methods"]))
     colours = model_colours(names)
     for ax, sweep in zip(panel_axes(fig, len(budgets), columns), budgets.values(), strict=True):

@@ -307,6 +307,7 @@ class Stage:
                     self._remove_traces()
                 raise
             started, self._waited_s = time.perf_counter(), 0.0
+            self._cpu_started = time.process_time()
             try:
                 yield self
                 after = inputs() if callable(inputs) else before
@@ -339,7 +340,10 @@ class Stage:
         write_text(
             self.path / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         )
-        wall_s = earlier.get("wall_time_before_s", 0.0) + earlier.get("wall_time_s", 0.0)
+        wall_s, cpu_s = (
+            earlier.get(f"{kind}_time_before_s", 0.0) + earlier.get(f"{kind}_time_s", 0.0)
+            for kind in ("wall", "cpu")
+        )
         root = repo_root()
         self.manifest = {
             "stage": self.name,
@@ -366,6 +370,7 @@ class Stage:
             "notebook": earlier.get("notebook") if resumed else None,
             "started": now,
             "wall_time_before_s": round(wall_s, 2),
+            "cpu_time_before_s": round(cpu_s, 2),
             "results": None,
         }
         if self.manifest["git_diff_sha256"]:
@@ -393,6 +398,8 @@ class Stage:
         """
         self.note(
             wall_time_s=round(time.perf_counter() - started - self._waited_s, 2),
+            # Of this process alone, with all of its threads.
+            cpu_time_s=round(time.process_time() - self._cpu_started, 2),
             peak_memory_gib=round(peak_memory_gib(), 3),
         )
 

@@ -59,7 +59,7 @@ def cell(
              "response": said}
             for kind, part, said in shown
         ],
-        "training": {"seconds": 60.0, "peak_memory_gib": 1.5}
+        "training": {"cpu_seconds": 60.0, "peak_memory_gib": 1.5}
         if method in ("dpo", "ppo", "rloo", "grpo", "sft", "kto", "simpo") else {},
         "kl": {"value": 2.5, "rows": 40} if method in ("dpo", "ppo") and attack == "none" else None,
         "rests_on": rests_on(seed), "weights": {}, "device": "cpu",

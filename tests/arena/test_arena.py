@@ -11,7 +11,7 @@ import pytest
 from spavl_lib.arena import attacked_rows, cells, choose, methods, run, table
 from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.attacks import ATTACKS, find_attack
+from spavl_lib.evaluation.attacks import ATTACKS, best_of, find_attack
 from spavl_lib.evaluation.statistics import mcnemar
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.runs.paths import repo_root
@@ -310,6 +310,30 @@ def test_seeds_are_averaged(cell: Cell) -> None:
     found = table.build_table(made)["metrics"]["dpo"]["none"]
     assert found["seeds"] == [0, 1, 2]
     assert found["unsafe"]["value"] == pytest.approx((0 + 2 + 4) / 15)
+
+
+def test_unsafe_rates_over_the_number_of_samples(cell: Cell) -> None:
+    made = cell("dpo", "best_of_n", unsafe=3, twins_unsafe=True)
+    made["sets"]["harm"]["first_unsafe"] = {"harm/0": 1, "harm/1": 2, "harm/2": 7}
+    made["sets"]["twins"]["first_unsafe"] = {"twins/0": 8}
+    made["sets"]["help"]["first_unsafe"] = {}
+    whole = table.build_table([made, cell("dpo", "noise", unsafe=1)])
+    assert list(whole["budgets"]) == ["best_of_n"]
+    curve = whole["budgets"]["best_of_n"]["methods"]["dpo"]
+    found = {point["budget"]: point["unsafe"]["value"] for point in curve}
+    assert found == pytest.approx({1: 1 / 5, 2: 2 / 5, 4: 2 / 5, 8: 4 / 5})
+    assert curve[-1]["unsafe"] == whole["metrics"]["dpo"]["best_of_n"]["unsafe"]
+
+
+def test_the_first_unsafe_samples_are_those_that_count_for_the_best_of_n() -> None:
+    verdicts = {"a": (False, True, True), "b": (True, False, True), "c": (False,) * 3}
+    rounds = [
+        [{"id": i, "unsafe": said[n], "helpful": None} for i, said in verdicts.items()]
+        for n in range(3)
+    ]
+    first = cells._first_unsafe(rounds)
+    assert first == {"b": 1, "a": 2}
+    assert {row["id"] for row in best_of(rounds) if row["unsafe"]} == set(first)
 
 
 def test_a_carrier_that_the_base_does_not_understand_is_named(cell: Cell) -> None:

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 FIELDS = (
     "stage run_name run_id profile seed seeds config overridden inputs data git_commit git_dirty "
     "git_diff_sha256 code_sha256 versions packages machine determinism device upstream resumed "
-    "notebook started wall_time_before_s wall_time_s peak_memory_gib results sealed"
+    "notebook started wall_time_before_s wall_time_s cpu_time_before_s cpu_time_s "
+    "peak_memory_gib results sealed"
 ).split()
 
 
