@@ -1,6 +1,6 @@
 """Rows as images with captions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,29 +12,40 @@ from spavl_lib.data.images import picture_of
 from spavl_lib.notebook.session import caption, safe_image
 from spavl_lib.plotting import plot_image_grid
 
+HIDDEN = "a pair of data.extra_path, not shown"
+
 
 def plot_rows(
     rows: Iterable[Mapping[str, Any]],
     fields: Sequence[str],
     *,
     reveal: bool,
+    hidden: Collection[str] = (),
     columns: int = 4,
     titles: Sequence[str] = (),
 ) -> Figure:
     """The images of rows, each with some of its row's fields below it.
 
     Args:
-        rows: Rows of a data set, with `image`.
+        rows: Rows of a data set, with `image`. A text-only row gets an empty tile.
         fields: Names of the fields to show; a field without a value is left out.
         reveal: Whether to show images unblurred and texts whole.
+        hidden: Ids of rows of which nothing is shown; see `session.hidden_ids`.
         columns: Number of images in a line.
         titles: First line below each image; empty for none.
     """
     shown = [dict(row) for row in rows]
-    captions = [caption(row, tuple(fields), reveal=reveal) for row in shown]
+    withheld = [row.get("id") in hidden for row in shown]
+    captions = [
+        HIDDEN if hide else caption(row, tuple(fields), reveal=reveal)
+        for row, hide in zip(shown, withheld, strict=True)
+    ]
     if titles:
         captions = [f"{title}\n{text}" for title, text in zip(titles, captions, strict=True)]
-    images = [safe_image(picture_of(row), reveal=reveal) for row in shown]
+    pictures = [
+        None if hide else picture_of(row) for row, hide in zip(shown, withheld, strict=True)
+    ]
+    images = [None if p is None else safe_image(p, reveal=reveal) for p in pictures]
     return plot_image_grid(images, captions, columns=columns)
 
 

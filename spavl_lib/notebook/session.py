@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image, ImageFilter
 
-from spavl_lib.config import Config, load_config
+from spavl_lib.config import Config, DataConfig, load_config
 from spavl_lib.data.images import decode
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.data.taxonomy import display, field_name
 from spavl_lib.errors import InputError, nearest, raise_all
 from spavl_lib.machine import DTYPE, device_name, use_threads
@@ -147,6 +148,25 @@ def lab_theme() -> str:
     # The file is JSON with comments.
     named = re.search(r'^(?!\s*//).*"theme"\s*:\s*"([^"]*)"', text, re.MULTILINE)
     return "dark" if named and "dark" in named[1].lower() else "light"
+
+
+def may_reveal(data: DataConfig) -> bool:
+    """Whether previews may show images unblurred and texts whole.
+
+    They may if all rows are SPA-VL mini's, which name harmful things but give no instructions.
+    """
+    return data.source == "mini" and not data.extra_path
+
+
+def hidden_ids(data: DataConfig) -> frozenset[str]:
+    """Ids of the rows that previews leave out: those of `data.extra_path`.
+
+    Such a file may hold harmful replies of a real language model.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    return ExtraPairs(data).ids if data.extra_path else frozenset()
 
 
 def safe_image(cell: Any, *, reveal: bool = False) -> Image.Image:

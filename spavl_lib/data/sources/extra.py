@@ -99,6 +99,15 @@ class ExtraPairs:
         }
         return {split: rows.select(indices) for split, indices in chosen.items() if indices}
 
+    @property
+    def ids(self) -> frozenset[str]:
+        """The ids of all rows.
+
+        Raises:
+            InputError: The file cannot be read, or a row names another split.
+        """
+        return frozenset(i for part in self._parts.values() for i in column(part.rows, "id"))
+
     def load(self, split: str) -> Loaded | None:
         """The good rows of `train` or `validation`; None if the file has none.
 
