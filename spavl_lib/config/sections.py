@@ -141,9 +141,9 @@ class DataConfig:
     extra_path: str = ""
     """File of further pairs, which are added to the rows of any source. Rows are as in a file of
     source datasets, text-only or with an image. They count as training pairs; a row with the field
-    split = validation counts as a held-out pair. `train_rows`, `validation_rows` and the filters
-    below do not apply to them, and notebook 07 leaves them out. laptop: the pairs that `spavl fetch
-    laptop` made."""
+    split = validation counts as a held-out pair, and one with split = development only if
+    `measure_on` is development. `train_rows`, `validation_rows` and the filters below do not apply
+    to them, and notebook 07 leaves them out. laptop: the pairs that `spavl fetch laptop` made."""
     measure_on: Literal["test", "development"] = "test"
     """Held-out rows to measure on. test: the pairs and prompts that are reported; development:
     other rows of the same kind and number, for choosing settings. Only mini has these rows."""

@@ -66,23 +66,31 @@ def making(target: Path, sources: dict[str, str], needed: int) -> Iterator[Path]
             lock.release()
 
 
-def fault_of(target: Path, sources: dict[str, str] | None, *, hashes: bool = False) -> str:
+def sources_of(target: Path) -> dict[str, str]:
+    """What a folder of the cache was made from; empty if the folder or its manifest is damaged."""
+    try:
+        return dict(read_json(target / MANIFEST)["sources"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def fault_of(target: Path, sources: dict[str, str], *, hashes: bool = False) -> str:
     """Say why a folder of the cache cannot be used; empty if it can.
 
     Args:
         target: The folder.
-        sources: What it must have been made from; None: anything.
+        sources: What it must have been made from. Sources that are not named here may be anything.
         hashes: Whether to compare the hash of every file. Otherwise only sizes are compared.
     """
     if not target.is_dir():
         return f"{target} does not exist"
     try:
         manifest = read_json(target / MANIFEST)
-        made_from, files = manifest["sources"], manifest["files"]
+        made_from, files = dict(manifest["sources"]), manifest["files"]
         seals = {name: (seal["size"], seal["sha256"]) for name, seal in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{target / MANIFEST} is missing or damaged"
-    if sources is not None and made_from != sources:
+    if made_from | sources != made_from:
         return f"{target} was made from another version"
     for name, (size, digest) in seals.items():
         path = target / name

@@ -9,6 +9,7 @@ from spavl_lib.config import Config, GroupConfig, PPOConfig
 from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.data.sources.base import open_source
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
@@ -29,9 +30,16 @@ def training_inputs(config: Config, stage: Stage) -> dict[str, str]:
 
     Returns:
         Name of each input -> its hash, such as the sha256 of a file.
+
+    Raises:
+        InputError: There are no data; or the pairs of the profile `laptop` hold the replies of
+            another version of the model `laptop`, if that is the model.
     """
+    hashes = model_hashes(config.model)
+    if config.data.extra_path == laptop_pairs.NAME and config.model.name == "laptop":
+        laptop_pairs.check_model(hashes)
     return {
-        **{f"model/{name}": digest for name, digest in model_hashes(config.model).items()},
+        **{f"model/{name}": digest for name, digest in hashes.items()},
         **source_hashes(config.data, ("train", "validation")),
     }
 

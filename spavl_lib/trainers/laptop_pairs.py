@@ -22,30 +22,33 @@ from typing import Any
 import yaml
 
 from spavl_lib.config import GenerationConfig, ModelConfig
-from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.data.overlap import near, near_in_any_words
-from spavl_lib.data.sources.extra import LAPTOP_COMMAND, laptop_pairs_folder
+from spavl_lib.data.sources.laptop_pairs import (
+    COMMAND,
+    HARMLESS,
+    REFUSALS,
+    own_sources,
+    pairs_folder,
+)
 from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.benchmarks import BenchmarkRow, load_benchmark
-from spavl_lib.evaluation.benchmarks.everyday import PLAIN, QUESTIONS, read_plain
+from spavl_lib.evaluation.benchmarks.everyday import read_plain
 from spavl_lib.evaluation.benchmarks.harmbench import CONTEXT_ENDS
 from spavl_lib.evaluation.judges.phrases import refuses
 from spavl_lib.generation.generate import generate, settings
 from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, quiet_libraries
 from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.runs.cached import fault_of, making
-from spavl_lib.runs.files import read_jsonl, sha256_file, write_jsonl, write_text
+from spavl_lib.runs.files import read_jsonl, write_jsonl, write_text
 from spavl_lib.runs.paths import cache_root
 from spavl_lib.runs.provenance import canonical_sha256
 
-HARMLESS, REFUSALS = ASSETS / "laptop" / "harmless.yaml", ASSETS / "laptop" / "refusals.yaml"
 # Benchmark -> what is read of it. Rows near to one of `MEASURED` are not trained on.
 TRAINED = ("harmbench:for_training", "strongreject:full")
 MEASURED = ("harmbench:val", "harmbench:held_out", "advbench:vanilla", "xstest:full")
 SETTINGS = GenerationConfig(batch_size=20, max_new_tokens=48)
 LAPTOP = ModelConfig(name="laptop", adapter="full")
 ROOM = 5_000_000  # bytes of the folder, generously
-FORM = "1"  # raise it when the code below makes other pairs from the same inputs
 _SENTENCE_END = re.compile(r"(?<!\b\d)(?<!\b\d\d)[.!?][\"')\]]*(?=\s|$)")
 
 
@@ -57,7 +60,7 @@ class Prompt:
     text: str
     harmful: bool
     split: str
-    """`train` or `validation`."""
+    """`train` or `development`."""
 
 
 def missing_prompts() -> str:
@@ -103,7 +106,7 @@ def read_prompts() -> tuple[list[Prompt], dict[str, int]]:
                 training.append(Prompt(row.id, text, True, "train"))
     # HarmBench's contextual behaviours need their context, which is longer than any reply here.
     development = [
-        Prompt(row.id, row.prompt, True, "validation")
+        Prompt(row.id, row.prompt, True, "development")
         for row in measured["harmbench:val"]
         if row.variant == "standard"
     ]
@@ -134,7 +137,7 @@ def read_harmless() -> list[Prompt]:
     check_apart([text for text, _ in trained], [text for text, _ in held_out])
     return [
         Prompt(f"harmless/{split}/{name}", text, False, split)
-        for split, rows in (("train", trained), ("validation", held_out))
+        for split, rows in (("train", trained), ("development", held_out))
         for text, name in rows
     ]
 
@@ -231,13 +234,9 @@ def sources() -> dict[str, str]:
         InputError: A benchmark or the model is missing.
     """
     files = {spec: dict(load_benchmark(spec).files) for spec in (*TRAINED, *MEASURED)}
-    own = {path.name: sha256_file(path) for path in (HARMLESS, REFUSALS, QUESTIONS, PLAIN)}
-    return {
-        "benchmarks": canonical_sha256(files),
-        "prompts": canonical_sha256(own),
-        "model": canonical_sha256(model_hashes(LAPTOP)),
-        "form": FORM,
-    }
+    return own_sources() | {
+        "benchmarks": canonical_sha256(files), "model": canonical_sha256(model_hashes(LAPTOP))
+    }  # fmt: skip
 
 
 def make(say: Callable[[str], None] = lambda line: None) -> tuple[Path, bool]:
@@ -258,11 +257,11 @@ def make(say: Callable[[str], None] = lambda line: None) -> tuple[Path, bool]:
         DiskError: There is too little room, or no permission to write.
         BusyError: Another process is making the folder.
     """
-    folder, parts = laptop_pairs_folder(), sources()
-    if not fault_of(folder, parts, hashes=True):
-        return folder, False
+    target, parts = pairs_folder(), sources()
+    if not fault_of(target, parts, hashes=True):
+        return target, False
     prompts, left_out = read_prompts()
-    with making(folder, parts, ROOM) as temporary:
+    with making(target, parts, ROOM) as temporary:
         say(f"the model replies to {len(prompts)} prompts, {SETTINGS.max_new_tokens} tokens each")
         replies = own_replies(prompts, parts["model"])
         pairs, dropped = make_pairs(prompts, replies, read_refusals())
@@ -270,7 +269,7 @@ def make(say: Callable[[str], None] = lambda line: None) -> tuple[Path, bool]:
         write_text(temporary / "README.md", card(pairs, left_out | dropped))
         for line in preview(pairs):
             say(f"  for example: {line}")
-    return folder, True
+    return target, True
 
 
 def own_replies(prompts: Sequence[Prompt], model: str) -> list[dict[str, Any]]:
@@ -308,14 +307,14 @@ def card(pairs: Sequence[dict[str, str]], left_out: dict[str, int]) -> str:
     )
     lines = [
         f"| {split} | {counts[split, 'harmful']} | {counts[split, 'harmless']} |"
-        for split in ("train", "validation")
+        for split in ("train", "development")
     ]
     reasons = "\n".join(f"- {reason}: {count}" for reason, count in left_out.items())
     return f"""# Preference pairs for the model `laptop`
 
 > `pairs.jsonl` holds harmful prompts and the model's own replies to them. Do not publish it.
 
-Made by `{LAPTOP_COMMAND}`. To a harmful prompt a refusal is chosen and the model's own reply is
+Made by `{COMMAND}`. To a harmful prompt a refusal is chosen and the model's own reply is
 rejected; to a harmless prompt it is the other way round. Replies are greedy, of at most
 {SETTINGS.max_new_tokens} tokens, and end with their last whole sentence.
 

@@ -10,6 +10,7 @@ from spavl_lib.config import DataConfig, load_config
 from spavl_lib.data.check import check
 from spavl_lib.data.fingerprint import source_hashes
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.schema import image_cells
 from spavl_lib.errors import InputError
 
 PAIR = {"prompt": "How do I boil rice?", "chosen": "Simmer it.", "rejected": "I cannot say."}
@@ -44,6 +45,31 @@ def test_a_pair_may_have_an_image_beside_the_file(tmp_path: Path) -> None:
     assert row["image_name"] == "red.png" and row["image"]["path"].endswith("red.png")
 
 
+def test_a_pair_keeps_all_its_images(tmp_path: Path) -> None:
+    names = ["red.png", "blue.png"]
+    for name in names:
+        Image.new("RGB", (28, 28), name[:-4]).save(tmp_path / name)
+    data = data_of(write(tmp_path, PAIR | {"images": names, "prompt": "<image><image>Alike?"}))
+    rows = load_preferences(data, "train")
+    assert [Path(cell["path"]).name for cell in image_cells(rows[-1])] == names
+    assert len(image_cells(rows[0])) == 1
+    before = source_hashes(data, ("train",))
+    Image.new("RGB", (28, 28), "green").save(tmp_path / "blue.png")
+    assert source_hashes(data, ("train",)) != before
+
+
+def test_rows_for_choosing_settings_are_not_reported(tmp_path: Path) -> None:
+    chosen_on = HELD_OUT | {"prompt": "How do I tie a knot?", "split": "development"}
+    extra = write(tmp_path, PAIR, HELD_OUT, chosen_on)
+    for measure_on, row, other in (
+        ("test", HELD_OUT, chosen_on), ("development", chosen_on, HELD_OUT)
+    ):  # fmt: skip
+        data = data_of(extra, measure_on=measure_on)
+        prompts = load_preferences(data, "validation")["prompt"]
+        assert row["prompt"] in prompts and other["prompt"] not in prompts
+        assert PAIR["prompt"] not in prompts
+
+
 def test_other_sources_take_them_too(tmp_path: Path) -> None:
     rows = [PAIR | {"prompt": f"Question {i}?"} for i in range(20)]
     own = write(tmp_path, *rows, name="own.jsonl")
@@ -67,7 +93,10 @@ def test_the_hash_of_the_data_covers_the_file(tmp_path: Path) -> None:
     [
         (PAIR | {"rejected": " "}, r"extra\.jsonl:2 rejected: empty"),
         (PAIR | {"rejected": PAIR["chosen"]}, r"extra\.jsonl:2 rejected: equal to chosen"),
-        (PAIR | {"split": "test"}, r"extra\.jsonl:2 split: expected train or validation"),
+        (
+            PAIR | {"split": "test"},
+            r"extra\.jsonl:2 split: expected train, validation or development",
+        ),
         (PAIR | {"image": "none.png"}, r"extra\.jsonl:2 image: "),
     ],
 )

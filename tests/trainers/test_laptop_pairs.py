@@ -1,6 +1,7 @@
 """The pairs of the profile `laptop`: prompts kept apart, replies trimmed, a folder in the cache."""
 
 import csv
+import dataclasses
 import functools
 import itertools
 import json
@@ -14,11 +15,14 @@ from spavl_lib.config import ModelConfig, load_config
 from spavl_lib.data.embedded.language import verdict
 from spavl_lib.data.load import load_preferences
 from spavl_lib.data.overlap import near, near_in_any_words, overlap
-from spavl_lib.data.sources.extra import laptop_pairs_folder
+from spavl_lib.data.sources import laptop_pairs as extra_laptop
+from spavl_lib.data.sources.laptop_pairs import pairs_folder
 from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.benchmarks import load_benchmark
 from spavl_lib.evaluation.judges.phrases import refuses
-from spavl_lib.trainers import laptop_base, laptop_pairs
+from spavl_lib.modelling.load import model_hashes
+from spavl_lib.runs.stage import Run
+from spavl_lib.trainers import inputs, laptop_base, laptop_pairs
 from tests.evaluation.benchmark_files import needs_real_files
 
 # Invented rows in the columns of the published files; nothing in them is harmful.
@@ -100,7 +104,7 @@ def test_prompts_are_kept_apart_from_measured_rows(benchmarks: Path) -> None:
     assert "Juggle nine oranges backwards" in harmful
     assert not any("seaweed" in text or "Whistle" in text for text in harmful)
     assert left_out["taken from AdvBench"] == 1 and left_out["near to a measured row"] >= 1
-    assert sum(p.harmful and p.split == "validation" for p in prompts) == 3
+    assert sum(p.harmful and p.split == "development" for p in prompts) == 3
 
 
 def test_a_prompt_in_two_parts_is_refused() -> None:
@@ -113,7 +117,7 @@ def test_the_folder_is_made_once_and_read_by_the_profile(
 ) -> None:
     lines: list[str] = []
     folder, made = laptop_pairs.make(lines.append)
-    assert made and folder == laptop_pairs_folder()
+    assert made and folder == pairs_folder()
     assert laptop_pairs.make() == (folder, False) and len(replies) == 1
     pairs = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == replies[0] - 2  # one refused already, one holds no whole sentence
@@ -129,11 +133,39 @@ def test_the_folder_is_made_once_and_read_by_the_profile(
     rows = load_preferences(data, "train")
     assert len(rows) == 8 + sum(p["split"] == "train" for p in pairs)
 
+    # The development set is not reported.
+    texts = [p["prompt"] for p in pairs if p["split"] == "development"]
+    reported = load_preferences(data, "validation")["prompt"]
+    chosen_on = dataclasses.replace(data, measure_on="development")
+    assert texts and not set(texts) & set(reported)
+    assert set(texts) <= set(load_preferences(chosen_on, "validation")["prompt"])
+
     # Other refusals make other pairs, but the model is not asked again.
-    monkeypatch.setattr(laptop_pairs, "FORM", "other")
+    monkeypatch.setattr(extra_laptop, "FORM", "other")
+    with pytest.raises(InputError, match="another version.*run `spavl fetch laptop --pairs`"):
+        load_preferences(data, "train")
     assert laptop_pairs.make() == (folder, True) and len(replies) == 1
-    (folder / "pairs.jsonl").write_text("{}\n")
+    whole = (folder / "pairs.jsonl").read_bytes()
+    (folder / "pairs.jsonl").write_bytes(whole[:-2] + b" \n")  # of the same size
+    with pytest.raises(InputError, match="does not match its hash"):
+        load_preferences(data, "train")
     assert laptop_pairs.make() == (folder, True)
+
+
+def test_a_training_of_the_model_needs_the_models_own_replies(
+    benchmarks: Path, replies: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laptop_pairs.make()
+    config = load_config("laptop")
+    stage = Run(config, root=tmp_path).stage("dpo")
+    own = model_hashes(laptop_pairs.LAPTOP)
+    monkeypatch.setattr(inputs, "model_hashes", lambda config: own)
+    assert inputs.training_inputs(config, stage)
+    monkeypatch.setattr(inputs, "model_hashes", lambda config: {"model.safetensors": "0"})
+    with pytest.raises(InputError, match="replies are those of another version of the model"):
+        inputs.training_inputs(config, stage)
+    hub = load_config("laptop-hub")  # replies of another model are what this profile takes
+    assert inputs.training_inputs(hub, stage)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +204,7 @@ def test_every_refusal_is_one_and_names_no_topic() -> None:
 def test_harmless_prompts_are_many_and_apart_from_what_is_measured() -> None:
     prompts = laptop_pairs.read_harmless()
     trained = [p.text for p in prompts if p.split == "train"]
-    plain = [p.text for p in prompts if p.split == "validation"]
+    plain = [p.text for p in prompts if p.split == "development"]
     assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts) >= 320
     assert len(plain) == 60
     kinds = yaml.safe_load(laptop_pairs.HARMLESS.read_text(encoding="utf-8"))
@@ -191,7 +223,7 @@ def test_the_published_prompts() -> None:
         pytest.skip(missing)
     prompts, left_out = laptop_pairs.read_prompts()
     assert sum(p.harmful and p.split == "train" for p in prompts) == 329
-    assert sum(p.harmful and p.split == "validation" for p in prompts) == 41
+    assert sum(p.harmful and p.split == "development" for p in prompts) == 41
     assert left_out == {"taken from AdvBench": 25, "near to a measured row": 38}
 
 
@@ -212,4 +244,4 @@ def test_the_command_says_which_prompts_are_missing(
 def test_the_command_makes_the_pairs(spavl: Callable, benchmarks: Path, replies: list[int]) -> None:
     code, out, err = spavl("fetch", "laptop", "--pairs")
     assert code == 0, err
-    assert f"made: {laptop_pairs_folder()}" in out and "done: --profile laptop" in out
+    assert f"made: {pairs_folder()}" in out and "done: --profile laptop" in out

@@ -1,8 +1,9 @@
 """Further preference pairs from a file (`data.extra_path`), added to the rows of any source.
 
 The file is of any kind that the source `datasets` reads, and its columns are recognised by their
-names. A row whose field `split` is `validation` is added to the held-out pairs, every other row to
-the training pairs. Rows may be text-only, or name or contain an image.
+names. The field `split` says where a row is added: `validation`, to the held-out pairs that are
+reported; `development`, to those on which settings are chosen (`data.measure_on`); everything else
+is a training pair. Rows may be text-only, or name or contain an image.
 """
 
 import dataclasses
@@ -14,34 +15,26 @@ from datasets import Dataset, concatenate_datasets
 
 from spavl_lib.config import ColumnsConfig, DataConfig
 from spavl_lib.data.problems import Loaded
-from spavl_lib.data.schema import PREFERENCE_COLUMNS, column
-from spavl_lib.data.sources import files
+from spavl_lib.data.schema import MORE, PREFERENCE_COLUMNS, column, features, more_images
+from spavl_lib.data.sources import files, laptop_pairs
 from spavl_lib.data.sources.assemble import Assembled, assemble
 from spavl_lib.data.sources.opening import open_files
 from spavl_lib.errors import InputError, raise_all
-from spavl_lib.runs.cached import fault_of
 from spavl_lib.runs.files import sha256_file
-from spavl_lib.runs.paths import cache_root
 
-SPLITS = ("train", "validation")
-LAPTOP = "laptop"  # the value of `data.extra_path` that stands for the file below
-LAPTOP_COMMAND = "spavl fetch laptop --pairs"
-
-
-def laptop_pairs_folder() -> Path:
-    """The folder in the cache that holds the pairs of the profile `laptop`."""
-    return cache_root() / "laptop-pairs"
+SPLITS = ("train", "validation", "development")
 
 
 class ExtraPairs:
     """The pairs of `data.extra_path`.
 
     Args:
-        config: Its `extra_path` and `on_bad_rows` are used.
+        config: Its `extra_path`, `measure_on` and `on_bad_rows` are used.
     """
 
     def __init__(self, config: DataConfig):
         self.path = config.extra_path
+        self.held_out = "development" if config.measure_on == "development" else "validation"
         self.config = dataclasses.replace(
             config, source="datasets", path=self.path, columns=ColumnsConfig(), extra_path="",
             keywords=(), measure_on="test", uncertain_share=0.0,
@@ -53,16 +46,10 @@ class ExtraPairs:
 
         Raises:
             InputError: There is no such file, it is of an unknown kind, or the pairs of the profile
-                `laptop` were not made.
+                `laptop` were not made by this version.
         """
-        if self.path == LAPTOP:
-            folder = laptop_pairs_folder()
-            if fault := fault_of(folder, None):
-                raise InputError(
-                    f"data.extra_path = {LAPTOP!r}: the pairs are not ready ({fault}); run "
-                    f"`{LAPTOP_COMMAND}`"
-                )
-            return folder / "pairs.jsonl"
+        if self.path == laptop_pairs.NAME:
+            return laptop_pairs.pairs_file()
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise InputError(f"data.extra_path {self.path!r}: there is no such file")
@@ -80,7 +67,7 @@ class ExtraPairs:
         records = list(opened.records)
         named = [r.get("split") or SPLITS[0] if isinstance(r, dict) else "" for _, r in records]
         problems = [
-            f"{place} split: expected {' or '.join(SPLITS)}, got {name!r}"
+            f"{place} split: expected {', '.join(SPLITS[:-1])} or {SPLITS[-1]}, got {name!r}"
             for (place, record), name in zip(records, named, strict=True)
             if isinstance(record, dict) and name not in SPLITS
         ]
@@ -111,11 +98,16 @@ class ExtraPairs:
     def load(self, split: str) -> Loaded | None:
         """The good rows of `train` or `validation`; None if the file has none.
 
+        With `data.measure_on` = development the split `validation` has the rows named so instead.
+
         Raises:
             InputError: The file cannot be read, or rows are bad. The message lists all bad rows.
         """
-        part = self._parts.get(split)
+        part = self._part(split)
         return part.checked(self.config) if part else None
+
+    def _part(self, split: str) -> Assembled | None:
+        return self._parts.get(self.held_out if split == "validation" else split)
 
     def added(self, loaded: Loaded, split: str) -> Loaded:
         """The rows of a source, followed by the rows of the file.
@@ -127,7 +119,7 @@ class ExtraPairs:
         Raises:
             InputError: As for `load`; or a row has the id of a row of the source.
         """
-        part = self._parts.get(split)
+        part = self._part(split)
         extra = self.load(split)
         if part is None or extra is None:
             return loaded
@@ -141,13 +133,10 @@ class ExtraPairs:
             ],
             self.path,
         )
-        columns = list(PREFERENCE_COLUMNS)
-        tables: list[Dataset] = [
-            rows.select_columns(columns).cast(extra.rows.select_columns(columns).features)
-            for rows in (loaded.rows, extra.rows)
-        ]
+        both = (loaded.rows, extra.rows)
+        more = any(MORE in rows.column_names for rows in both)
         return Loaded(
-            concatenate_datasets(tables),
+            concatenate_datasets([_in_schema(rows, more) for rows in both]),
             (*loaded.skipped, *extra.skipped),
             (*loaded.notes, *extra.notes),
         )
@@ -159,12 +148,21 @@ class ExtraPairs:
         Args:
             split: `train` or `validation`.
         """
-        part = self._parts.get(split)
+        part = self._part(split)
         if part is None:
             return ""
-        cells = [cell for cell in part.rows["image"] if cell is not None and not cell["bytes"]]
-        images = sorted({Path(cell["path"]) for cell in cells if Path(cell["path"]).is_file()})
+        cells = [*part.rows["image"], *(c for more in more_images(part.rows) for c in more)]
+        paths = {Path(cell["path"]) for cell in cells if cell is not None and not cell["bytes"]}
+        images = sorted(path for path in paths if path.is_file())
         digest = hashlib.sha256()
         for path in (self.file, *images):
             digest.update(f"{path.name} {sha256_file(path)}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+
+def _in_schema(rows: Dataset, more: bool) -> Dataset:
+    """The columns of the schema, with or without the column of further images."""
+    columns = [*PREFERENCE_COLUMNS, *([MORE] if more else [])]
+    if more and MORE not in rows.column_names:
+        rows = rows.add_column(MORE, [None] * len(rows))
+    return rows.select_columns(columns).cast(features(columns))

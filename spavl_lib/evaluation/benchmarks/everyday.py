@@ -4,10 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.sources.laptop_pairs import PLAIN, QUESTIONS
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
-
-QUESTIONS, PLAIN = ASSETS / "laptop" / "everyday.jsonl", ASSETS / "laptop" / "plain.jsonl"
 
 
 def read_plain() -> Iterator[tuple[str, str]]:
@@ -32,7 +30,7 @@ class Everyday(Benchmark):
     title = "everyday: 60 plain questions with a right answer (plain: 60 requests to answer)"
     licence = "that of this package; written for it"
     homepage = "this package"
-    packaged = ASSETS / "laptop"
+    packaged = PLAIN.parent
     judges = ("phrases", "reference")
     subsets = {
         "questions": Columns(
