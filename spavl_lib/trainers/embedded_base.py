@@ -40,7 +40,7 @@ from spavl_lib.trainers.embedded_tower import (
     random_scene,
     train_tower,
 )
-from spavl_lib.trainers.pretrain import pretrain
+from spavl_lib.trainers.pretrain import pretrain, tail_mean
 
 MODEL_DIR = ASSETS / "model"
 VOCAB_SIZE = 1800
@@ -253,19 +253,13 @@ def build(
         "language_steps": language_steps,
         "minutes": round(minutes, 1),
         "million_parameters": round(size, 2),
-        "concepts_right": _tail_mean(tower_log, "concepts"),
-        "colours_right": _tail_mean(tower_log, "colours"),
-        "language_loss": _tail_mean(language_log, "loss"),
+        "concepts_right": tail_mean(tower_log, "concepts"),
+        "colours_right": tail_mean(tower_log, "colours"),
+        "language_loss": tail_mean(language_log, "loss"),
     }
     (work / "build.json").write_text(json.dumps(facts, indent=1))
     (output / "README.md").write_text(model_card(facts), encoding="utf-8")
     return model
-
-
-def _tail_mean(log: list[dict], key: str) -> float:
-    """Mean of a logged figure over the last 20 steps."""
-    last = [row[key] for row in log[-20:]]
-    return round(sum(last) / len(last), 4)
 
 
 def model_card(facts: dict) -> str:

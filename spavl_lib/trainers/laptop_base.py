@@ -11,6 +11,7 @@ them. After an interruption, the same command continues from the last checkpoint
 
 import argparse
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +22,21 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from spavl_lib.config import GenerationConfig, ModelConfig
-from spavl_lib.data.collate import pad_rows
+from spavl_lib.data.collate import PromptCollator, pad_rows
 from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.templates import completion_ids, encode_prompts
-from spavl_lib.errors import SpavlError
-from spavl_lib.generation.generate import generate_batch
+from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.generation.generate import generate_batch, settings
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
 from spavl_lib.modelling.load import quiet_libraries
 from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
-from spavl_lib.runs.files import read_json, write_json, write_text
+from spavl_lib.runs.files import read_json, sha256_file, write_json, write_text, writing
 from spavl_lib.trainers.embedded_base import random_scene
 from spavl_lib.trainers.laptop_tower import TOWER_BATCH, TOWER_RATE, Captioner, share
-from spavl_lib.trainers.pretrain import pretrain
+from spavl_lib.trainers.pretrain import pretrain, tail_mean
 
 FACTS = ("name", "kind", "use", "colour")
 IMAGES, REPLIES = 8, 2  # in a step of the second stage; each image gets one question of each kind
@@ -205,32 +206,45 @@ def own_replies(
         model: The model before its language model is trained.
         processor: The model's processor.
         path: The file.
+
+    Raises:
+        InputError: The file holds replies to other requests, or was made with other settings.
     """
+    asked = {"requests": list(REQUESTS), "settings": settings(REPLY, 0)}
     if not path.is_file():
         rows = [Example(request, "") for request in REQUESTS]
-        write_json(path, _replies(model, processor, rows, REPLY))
+        write_json(path, asked | {"replies": _replies(model, processor, rows, REPLY)})
+    kept = read_json(path)
+    if isinstance(kept, list):  # an older version wrote the replies alone
+        kept = asked | {"replies": kept}
+    if {key: kept.get(key) for key in asked} != asked or len(kept["replies"]) != len(REQUESTS):
+        raise InputError(
+            f"{path} holds replies to other requests, or replies that were made with other "
+            "settings; choose another --work folder, or delete the file"
+        )
     return [
         Example(request, reply["response"], finished=reply["finished"])
-        for request, reply in zip(REQUESTS, read_json(path), strict=True)
+        for request, reply in zip(REQUESTS, kept["replies"], strict=True)
     ]
+
+
+def _replies_hash(path: Path) -> dict[str, str]:
+    """What the second stage is resumed with. Replies of an older version's file do not count."""
+    return {} if isinstance(read_json(path), list) else {"replies": sha256_file(path)}
 
 
 def _replies(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     examples: list[Example],
-    settings: GenerationConfig,
+    config: GenerationConfig,
 ) -> list[dict]:
     """Greedy replies in the order of the examples, as `generate_batch` returns them."""
-    replies: list[dict] = []
-    for start in range(0, len(examples), settings.batch_size):
-        part = examples[start : start + settings.batch_size]
-        prompts = encode_prompts(processor, [e.prompt for e in part], [e.image for e in part])
-        batch = {
-            "input_ids": pad_rows(prompts.ids, processor.tokenizer.pad_token_id, "left"),
-            "attention_mask": pad_rows([[1] * len(ids) for ids in prompts.ids], 0, "left"),
-        } | prompts.vision
-        replies += generate_batch(model, processor, batch, settings)
+    collate, replies = PromptCollator(processor), list[dict]()
+    rows = [{"prompt": example.prompt, "image": example.image} for example in examples]
+    for start in range(0, len(rows), config.batch_size):
+        batch = collate(rows[start : start + config.batch_size])
+        replies += generate_batch(model, processor, batch, config)
     return replies
 
 
@@ -306,11 +320,10 @@ def build(
     captioner = Captioner(model, processor).train()
     for part in (vision, projector):
         part.requires_grad_(True)
-    made_with = {"base": smollm2.PINNED.weights, "threads": torch.get_num_threads()}
-    common: dict[str, Any] = {"save_steps": SAVE_STEPS, "settings": made_with}
+    made_with: dict[str, Any] = {"base": smollm2.PINNED.weights, "threads": torch.get_num_threads()}
     tower_log = pretrain(
         "tower", captioner, captioner.draw, captioner.loss, tower_steps, work, seed,
-        rate=TOWER_RATE, muon=True, **common,
+        rate=TOWER_RATE, muon=True, save_steps=SAVE_STEPS, settings=made_with,
     )  # fmt: skip
     model.requires_grad_(False).eval()
     if cold_start:
@@ -324,19 +337,26 @@ def build(
     language_log = pretrain(
         name, tuned, lambda rng: batch_of(processor, training_examples(rng, replies)),
         lambda _, batch: answer_loss(tuned, batch), language_steps, work, seed, rate=LORA_RATE,
-        slower={"multi_modal_projector": PROJECTOR_RATE}, **common,
+        slower={"multi_modal_projector": PROJECTOR_RATE}, save_steps=SAVE_STEPS,
+        settings=made_with | _replies_hash(work / "replies.json"),
     )  # fmt: skip
 
-    path = output / laptop.PART
+    # The part and its card replace older ones only when both are written.
+    made = work / "made"
+    path = made / laptop.PART
     facts = {"base": smollm2.PINNED.weights, "lora_scale": str(LORA.lora_alpha / LORA.lora_rank)}
     laptop.write_part(path, trained_tensors(tuned), facts)
     right = right_answers(*laptop.load(base, path), questions)
     card = {
         "seed": seed, "tower_steps": tower_steps, "language_steps": language_steps,
         "questions": questions, "right": right, "megabytes": path.stat().st_size / 1e6,
-        "tokens": _tail_mean(tower_log, "tokens"), "loss": _tail_mean(language_log, "loss"),
+        "tokens": tail_mean(tower_log, "tokens"), "loss": tail_mean(language_log, "loss"),
     }  # fmt: skip
-    write_text(output / "README.md", model_card(card))
+    write_text(made / laptop.CARD, model_card(card))
+    with writing(output, path.stat().st_size):
+        output.mkdir(parents=True, exist_ok=True)
+        for name in (laptop.PART, laptop.CARD):
+            shutil.move(made / name, output / name)
     return right
 
 
@@ -355,12 +375,6 @@ def trained_tensors(tuned: nn.Module) -> dict[str, Tensor]:
         elif laptop.is_trained(name) and ".original_module" not in name:
             tensors[name] = value
     return tensors
-
-
-def _tail_mean(log: list[dict], key: str) -> float:
-    """Mean of a logged figure over the last 20 steps."""
-    last = [row[key] for row in log[-20:]]
-    return round(sum(last) / len(last), 4)
 
 
 def model_card(facts: dict[str, Any]) -> str:

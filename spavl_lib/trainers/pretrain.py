@@ -139,3 +139,14 @@ def pretrain(
                 work / name, step + 1, tensors, state | {"history": history}, keep=1
             )
     return history
+
+
+def tail_mean(log: list[dict], key: str) -> float:
+    """Mean of a logged figure over the last 20 steps.
+
+    Args:
+        log: The result of `pretrain`.
+        key: Name of the figure.
+    """
+    last = [row[key] for row in log[-20:]]
+    return round(sum(last) / len(last), 4)

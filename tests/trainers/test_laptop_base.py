@@ -1,5 +1,6 @@
 """The training of the model `laptop`, over a tiny SmolLM2."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
-from spavl_lib.runs.files import read_json, sha256_file
+from spavl_lib.runs.files import read_json, sha256_file, write_json
 from spavl_lib.trainers import laptop_base, laptop_tower
 from tests.laptop_files import pin_tiny
 
@@ -176,6 +177,63 @@ def test_other_settings_do_not_continue_a_checkpoint(base: Path, tmp_path: Path)
             laptop_base.build(work, tmp_path / "out", **STEPS | change)
 
 
+def test_replies_to_other_requests_or_with_other_settings_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, path = tmp_path / "work", tmp_path / "work" / "replies.json"
+    laptop_base.build(work, tmp_path / "out", **STEPS)
+    kept = read_json(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Four?"))
+        with pytest.raises(InputError, match="replies to other requests.*--work"):
+            laptop_base.build(work, tmp_path / "out", **STEPS)
+    other = dataclasses.replace(laptop_base.REPLY, max_new_tokens=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(laptop_base, "REPLY", other)
+        with pytest.raises(InputError, match="other settings"):
+            laptop_base.build(work, tmp_path / "out", **STEPS)
+    # Other replies do not continue a checkpoint.
+    changed = kept | {"replies": [kept["replies"][0] | {"response": "x"}, *kept["replies"][1:]]}
+    write_json(path, changed)
+    with pytest.raises(InputError, match="was made with"):
+        laptop_base.build(work, tmp_path / "out", **STEPS)
+
+
+def test_a_training_of_an_older_version_is_continued(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file holds the replies alone, and its checkpoints name no replies."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(laptop_base, "_replies_hash", lambda path: {})
+        laptop_base.build(work, out, **STEPS)
+    write_json(work / "replies.json", read_json(work / "replies.json")["replies"])
+    first = sha256_file(out / laptop.PART)
+    laptop_base.build(work, out, **STEPS)
+    assert sha256_file(out / laptop.PART) == first
+
+
+def test_part_and_card_are_replaced_together(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    out.mkdir()
+    for name in (laptop.PART, laptop.CARD):
+        (out / name).write_text("older", encoding="utf-8")
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(laptop_base, "right_answers", killed)
+        with pytest.raises(Killed):
+            laptop_base.build(work, out, **STEPS)
+    assert {p.read_text(encoding="utf-8") for p in out.iterdir()} == {"older"}
+    laptop_base.build(work, out, **STEPS)
+    assert sorted(p.name for p in out.iterdir()) == sorted([laptop.PART, laptop.CARD])
+    assert laptop.read_part(out / laptop.PART)
+
+
 def test_a_cold_start_changes_the_second_stage_alone(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +251,7 @@ def test_a_cold_start_changes_the_second_stage_alone(
     (_, initial), (_, warm), (_, again), (name, cold) = starts
     assert name == "language_cold" and torch.equal(initial, again)
     assert torch.equal(cold, initial) and not torch.equal(warm, initial)
-    assert len(read_json(work / "replies.json")) == 3
+    assert len(read_json(work / "replies.json")["replies"]) == 3
 
 
 def test_the_control_does_not_replace_the_shipped_part(
