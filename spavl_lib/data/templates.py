@@ -23,17 +23,30 @@ VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+
+
+def content_with_images(image: str) -> str:
+    """Template code that writes a user message: images first, each with a line break, then texts.
+
+    Args:
+        image: The token that stands for an image.
+    """
+    return (
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '"
+        + image
+        + "\n' }}"
+        "{% endif %}{% endfor %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}{% endif %}"
+    )
+
+
 # `vicuna_v1` of LLaVA's code, with which LLaVA-1.5 and the embedded base model were trained.
 VICUNA_V1 = (
     "{{ bos_token }}" + VICUNA_SYSTEM + "{% for message in messages %}"
     "{% if message['role'] == 'user' %}"
-    "{{ 'USER: ' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>\n' }}"
-    "{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}"
-    "{% else %}"
+    "{{ 'USER: ' }}" + content_with_images("<image>") + "{% else %}"
     "{{ ' ASSISTANT: ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
     "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"

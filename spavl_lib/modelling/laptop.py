@@ -26,14 +26,16 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.templates import content_with_images
 from spavl_lib.errors import InputError
 from spavl_lib.modelling import smollm2
 from spavl_lib.runs.cached import fault_of, making
 from spavl_lib.runs.files import let_others_read, sha256_file, writing
 from spavl_lib.runs.paths import cache_root
+from spavl_lib.runs.provenance import canonical_sha256
 
 TRAINED = ASSETS / "laptop"  # the trained part and its card
-PART = "trained.safetensors"
+PART, CARD = "trained.safetensors", "README.md"
 TRAIN_COMMAND = "python -m spavl_lib.trainers.laptop_base"
 IMAGE_SIZE, PATCH_SIZE = 64, 16  # pixels
 IMAGE_TOKENS = (IMAGE_SIZE // PATCH_SIZE) ** 2
@@ -41,13 +43,9 @@ LORA_A, LORA_B, SCALE = ".lora_A", ".lora_B", ".scale"
 FACTS = "facts"  # key of the file's metadata
 # SmolLM2's template adds up strings. This macro makes a string of a message with an image.
 CONTENT = (
-    "{% macro content(message) %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
-    "{{ '" + smollm2.IMAGE_TOKEN + "\n' }}{% endif %}{% endfor %}"
-    "{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}{% endif %}{% endmacro %}"
+    "{% macro content(message) %}" + content_with_images(smollm2.IMAGE_TOKEN) + "{% endmacro %}"
 )
+FORM = "1"  # raise it when the code below assembles another folder from the same parts
 
 
 def laptop_folder() -> Path:
@@ -66,14 +64,17 @@ def sources() -> dict[str, str]:
     """What the assembled folder is made from.
 
     Raises:
-        InputError: This checkout has no trained part.
+        InputError: This checkout has no trained part, or the part has no card.
     """
-    part = TRAINED / PART
-    if not part.is_file():
-        raise InputError(
-            f"model 'laptop' has no trained part in {TRAINED}; make it with `{TRAIN_COMMAND}`"
-        )
-    return smollm2.sources() | {"part": sha256_file(part)}
+    for name, path in (("trained part", TRAINED / PART), ("card", TRAINED / CARD)):
+        if not path.is_file():
+            raise InputError(
+                f"model 'laptop' has no {name} in {TRAINED}; make it with `{TRAIN_COMMAND}`"
+            )
+    form = canonical_sha256([FORM, CONTENT, IMAGE_SIZE, PATCH_SIZE])
+    return smollm2.sources() | {
+        "part": sha256_file(TRAINED / PART), "card": sha256_file(TRAINED / CARD), "form": form
+    }  # fmt: skip
 
 
 def assemble() -> tuple[Path, bool]:
@@ -96,7 +97,7 @@ def assemble() -> tuple[Path, bool]:
         model, processor = load(base, TRAINED / PART)
         model.to(torch.float16).save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        shutil.copy(TRAINED / "README.md", temporary)
+        shutil.copy(TRAINED / CARD, temporary)
         let_others_read(temporary)
     return folder, True
 

