@@ -295,8 +295,15 @@ def harm_labels(config: Config) -> dict[str, bool]:
         config: Uses `data`.
 
     Raises:
-        InputError: The source of the pairs does not say which requests are harmful.
+        InputError: The source of the pairs does not say which requests are harmful, or pairs of
+            `data.extra_path` are added, which have no labels.
     """
+    if config.data.extra_path:
+        raise InputError(
+            f"reward.cost_coef = {config.reward.cost_coef} needs labels of harmful requests, and "
+            f"the pairs of data.extra_path {config.data.extra_path!r} have none; set "
+            "reward.cost_coef to 0, or data.extra_path to an empty text"
+        )
     labels = {
         row: bool(facts["harmful"])
         for row, facts in load_pair_truth(config.data).items()

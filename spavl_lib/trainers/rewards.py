@@ -22,7 +22,14 @@ from spavl_lib.config import Config
 from spavl_lib.config.sections import REWARDS
 from spavl_lib.data.load import load_pair_truth
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.judges import Judge, axes_of, check_judge, judge_records, make_judge
+from spavl_lib.evaluation.judges import (
+    JUDGES,
+    Judge,
+    axes_of,
+    check_judge,
+    judge_records,
+    make_judge,
+)
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.modelling.heads import check_reward_model
 from spavl_lib.runs.stage import Stage
@@ -223,6 +230,12 @@ def check_rewards(config: Config, stage: Stage) -> None:
 def _judge(config: Config) -> Judge:
     truth, settings = load_pair_truth(config.data), config.evaluation
     check_judge(settings, truth)
+    if config.data.extra_path and JUDGES[settings.judge].needs_truth:
+        raise InputError(
+            f"rewards: judge needs labels for the judge {settings.judge}, and the pairs of "
+            f"data.extra_path {config.data.extra_path!r} have none; set evaluation.judge to guard, "
+            "endpoint or head, or data.extra_path to an empty text"
+        )
     judge = make_judge(settings.judge, truth, settings)
     if "harmful" not in axes_of(judge):
         raise InputError(

@@ -338,6 +338,11 @@ def test_settings_of_rewards(tmp_path: Path, rules: Path) -> None:
     phrases = settings("lora", "", rewards=["judge"], more={"evaluation.judge": "phrases"})
     with pytest.raises(InputError, match="phrases does not; set evaluation.judge to exact"):
         check_rewards(phrases, Run(phrases, root=tmp_path).stage("rloo"))
+    # The exact judge would meet a row without labels only in the middle of the training.
+    more = {"data.extra_path": "extra.jsonl"}
+    exact = settings("lora", "", rewards=["judge"], more=more)
+    with pytest.raises(InputError, match=r"the pairs of data\.extra_path .* have none"):
+        check_rewards(exact, Run(exact, root=tmp_path).stage("rloo"))
 
 
 def test_empty_responses_stop_the_run(reward_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -108,6 +108,12 @@ def test_a_source_without_labels_of_harm_trains_no_cost_head(
         train(settings("full", reward__cost_coef=1.0), tmp_path)
 
 
+def test_pairs_of_an_extra_file_train_no_cost_head(tmp_path: Path) -> None:
+    config = settings("full", reward__cost_coef=1.0, data__extra_path="extra.jsonl")
+    with pytest.raises(InputError, match=r"the pairs of data\.extra_path 'extra\.jsonl' have none"):
+        reward.harm_labels(config)
+
+
 def test_a_weight_that_is_no_number_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
