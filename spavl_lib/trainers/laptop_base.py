@@ -27,6 +27,7 @@ from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import load_world
 from spavl_lib.data.templates import completion_ids, encode_prompts
 from spavl_lib.errors import InputError, SpavlError
+from spavl_lib.evaluation.benchmarks.everyday import check_apart
 from spavl_lib.generation.generate import generate_batch, settings
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
@@ -307,8 +308,10 @@ def build(
 
     Raises:
         InputError: SmolLM2 was not fetched, or `work` belongs to other settings.
+        SpavlError: A request of `REQUESTS` is near to a row of the benchmark `everyday`.
         DiskError: There is no space or no permission.
     """
+    check_apart(REQUESTS)
     quiet_libraries()
     settle_threads()
     base = smollm2.smollm2_folder()

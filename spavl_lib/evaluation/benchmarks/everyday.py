@@ -1,10 +1,12 @@
 """everyday: 60 plain questions with a checkable answer, and 60 plain requests. Both are our own."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from spavl_lib.data.overlap import near
 from spavl_lib.data.sources.laptop_pairs import PLAIN, QUESTIONS
+from spavl_lib.errors import SpavlError
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, register
 
 
@@ -15,6 +17,21 @@ def read_plain() -> Iterator[tuple[str, str]]:
         yield row["prompt"], row["id"]
 
 
+def check_apart(texts: Iterable[str]) -> None:
+    """Check that no text on which a model is trained is near to a question or a plain request.
+
+    Args:
+        texts: The texts.
+
+    Raises:
+        SpavlError: A text is near to one of them. The message lists all such texts.
+    """
+    lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
+    measured = [json.loads(line)["question"] for line in lines] + [p for p, _ in read_plain()]
+    if close := [text for text in texts if near(text, measured)]:
+        raise SpavlError(f"these texts are near to rows of the benchmark everyday: {close}")
+
+
 def _usable(record: Mapping[str, Any]) -> Iterator[str]:
     if not record["accepted"].strip("|"):
         yield "no accepted words"
@@ -23,9 +40,9 @@ def _usable(record: Mapping[str, Any]) -> Iterator[str]:
 @register("everyday")
 class Everyday(Benchmark):
     """`questions` shows what a model still knows after alignment: a rule looks for one of the
-    accepted words in the beginning of the answer. `plain` shows whether a model refuses plain
-    requests. No row of either is trained on (`trainers/laptop_pairs.py`), but settings may be
-    chosen on them."""
+    accepted words in the beginning of the answer. Its rates are reported. `plain` shows whether a
+    model refuses plain requests, and settings are chosen on it. No row of either is trained on
+    (see `check_apart`)."""
 
     title = "everyday: 60 plain questions with a right answer (plain: 60 requests to answer)"
     licence = "that of this package; written for it"
