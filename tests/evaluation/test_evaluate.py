@@ -418,6 +418,18 @@ def test_a_busy_folder_and_bad_names(root: Path, tmp_path: Path) -> None:
         run(["embedded"], ["figstep"], [], tmp_path / "out")
 
 
+def test_rows_that_the_model_was_trained_on_are_noted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = "spavl_lib.evaluation.benchmark_runs.evaluate"
+    monkeypatch.setattr(f"{module}.trained_on", lambda subject, rows: ["it has seen them"])
+    lines: list[str] = []
+    run(["always-refuse"], ["xstest"], ["phrases"], tmp_path / "out", report=lines.append)
+    assert "  note: xstest: it has seen them" in lines
+    page = json.loads((tmp_path / "out/always-refuse/xstest/results.json").read_text())
+    assert "it has seen them" in page["notes"]
+
+
 def test_a_judge_that_is_the_model_is_named(root: Path) -> None:
     from spavl_lib.evaluation.benchmark_runs.evaluate import _Run
 

@@ -7,7 +7,8 @@ import pytest
 
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.benchmark_runs.subject import find_subject
+from spavl_lib.evaluation.benchmark_runs.subject import find_subject, trained_on
+from spavl_lib.evaluation.benchmarks import load_benchmark
 from tests.helpers import smoke
 
 
@@ -81,3 +82,26 @@ def test_a_stage_that_a_run_lacks_is_no_model_on_the_hub(runs: Path) -> None:
     (runs / "mine/dpo/model").mkdir(parents=True)
     with pytest.raises(InputError, match=r"did you mean mine/dpo|trained models of runs: mine/dpo"):
         find_subject("mine/dpoo")
+
+
+def test_rows_that_a_run_was_trained_on_are_counted(runs: Path, tmp_path: Path) -> None:
+    rows = load_benchmark("everyday:plain").rows
+    extra = tmp_path / "extra.jsonl"
+    pair = {"prompt": rows[0].prompt, "chosen": "Yes.", "rejected": "No."}
+    extra.write_text(json.dumps(pair) + "\n", encoding="utf-8")
+    notes = {}
+    for name, changes in (("plain", {}), ("extra", {"data.extra_path": str(extra)})):
+        stage = runs / name / "dpo"
+        adapter(stage / "model", str(ASSETS / "model"))
+        manifest = {"config": smoke(changes).to_dict()}
+        (stage / "manifest.json").write_text(json.dumps(manifest))
+        notes[name] = trained_on(find_subject(f"{name}/dpo"), rows)
+    assert notes["plain"] == []
+    [note] = notes["extra"]
+    assert "extra-dpo was trained on 1 of these 60 rows" in note
+    subject = find_subject("extra/dpo")
+    assert trained_on(subject, rows[1:]) == []
+    extra.unlink()
+    [note] = trained_on(subject, rows)
+    assert "is not known" in note and "no such file" in note
+    assert trained_on(find_subject("embedded"), rows) == []

@@ -21,7 +21,7 @@ from spavl_lib.evaluation.benchmark_runs.asking import Asker
 from spavl_lib.evaluation.benchmark_runs.endpoint_asking import EndpointAsker
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
-from spavl_lib.evaluation.benchmark_runs.subject import Subject
+from spavl_lib.evaluation.benchmark_runs.subject import Subject, trained_on
 from spavl_lib.evaluation.benchmarks import BenchmarkRow, Reading, load_benchmark, open_benchmark
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
 from spavl_lib.evaluation.verdicts import Verdict
@@ -304,6 +304,8 @@ class _Run:
             self._check_protocol(spec)
             journals[spec] = Journal(self.folder(spec) / "answers.jsonl")
             asking.check_asked(rows, journals[spec], with_image=self.subject.is_asked)
+            for note in trained_on(self.subject, rows):
+                report(f"  note: {spec}: {note}")
         if self.subject.answers:
             whole = {spec: reading.rows for spec, reading in readings.items()}
             for spec, records in asking.take_answers(self.subject.answers, whole).items():
@@ -427,7 +429,9 @@ class _Run:
                 | ({"grades": results.grades(rows, found)} if "scale" in about else {})
                 for file, (about, found) in by_judge.items()
             },
-            "notes": [*reading.notes, *results.notes_on(rows)],
+            "notes": [
+                *reading.notes, *results.notes_on(rows), *trained_on(self.subject, rows)
+            ],
             "protocol": protocol | {"benchmark": _benchmark_card(reading, rows)},
         }  # fmt: skip
 

@@ -4,6 +4,7 @@ an endpoint, a file of answers, or a control that gives the same answer to every
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from typing import Any
 from spavl_lib.config import ModelConfig
 from spavl_lib.data.embedded.language import PLACEHOLDER
 from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.schema import column
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.errors import InputError, nearest
+from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.modelling.load import BASE_FILE, context_length, model_hashes
 from spavl_lib.runs.files import read_json, sha256_file
 from spavl_lib.runs.paths import runs_root
@@ -86,6 +90,35 @@ class Subject:
             trained = dataclasses.replace(self.model, name=str(self.trained), revision="")
             facts["trained_files"] = model_hashes(trained)
         return facts
+
+
+def trained_on(subject: Subject, rows: Sequence[BenchmarkRow]) -> list[str]:
+    """A note if a run's model was trained on prompts of a benchmark, through `data.extra_path`.
+
+    Args:
+        subject: The subject.
+        rows: Rows of the benchmark.
+
+    Returns:
+        At most one sentence.
+    """
+    if subject.kind != "run" or subject.trained is None:
+        return []
+    data = recorded_config(subject.trained.parent).data
+    if not data.extra_path:
+        return []
+    try:
+        pairs = ExtraPairs(data).load("train")
+    except InputError as error:
+        return [f"which of these rows {subject.name} was trained on is not known: {error}"]
+    prompts = set(column(pairs.rows, "prompt")) if pairs else set()
+    count = sum(row.prompt in prompts for row in rows)
+    if not count:
+        return []
+    return [
+        f"{subject.name} was trained on {count} of these {len(rows)} rows (data.extra_path), so "
+        "its rates on them are no measure; of HarmBench, use harmbench:held_out"
+    ]
 
 
 def find_subject(text: str, changes: dict[str, str] | None = None) -> Subject:
