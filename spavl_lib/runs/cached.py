@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from spavl_lib.errors import BusyError, DiskError
+from spavl_lib.errors import BusyError, DiskError, InputError
 from spavl_lib.runs.files import existing_parent, read_json, sha256_file, write_json, writing
 
 MANIFEST = "manifest.json"
@@ -35,6 +35,7 @@ def making(target: Path, sources: dict[str, str], needed: int) -> Iterator[Path]
     Raises:
         BusyError: Another process is making the same folder.
         DiskError: There is too little room, or no permission to write.
+        InputError: The block has no permission to open a file outside of the folder.
     """
     with writing(target, needed):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -53,17 +54,45 @@ def making(target: Path, sources: dict[str, str], needed: int) -> Iterator[Path]
                     "make room, or set SPAVL_CACHE to a larger disk"
                 )
             temporary.mkdir()
-            yield temporary
+            with _naming_other_files(temporary):
+                yield temporary
             files = {
                 p.name: {"size": p.stat().st_size, "sha256": sha256_file(p)}
                 for p in sorted(temporary.iterdir())
             }
             write_json(temporary / MANIFEST, {"sources": sources, "files": files})
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.replace(target)
+            _replace(temporary, target)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             lock.release()
+
+
+@contextlib.contextmanager
+def _naming_other_files(folder: Path) -> Iterator[None]:
+    """Tell a missing permission for a file outside of the folder as one, not as a full disk."""
+    try:
+        yield
+    except PermissionError as error:
+        named = Path(str(error.filename or folder))
+        if folder in (named, *named.parents):
+            raise
+        raise InputError(f"cannot open {named}: {error.strerror}") from error
+
+
+def _replace(new: Path, target: Path) -> None:
+    """Put a folder in the place of another one, which stays if an error occurs."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():  # left by a process that was killed
+        shutil.rmtree(old)
+    if target.exists():
+        target.replace(old)
+    try:
+        new.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sources_of(target: Path) -> dict[str, str]:

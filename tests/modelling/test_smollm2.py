@@ -166,7 +166,9 @@ def test_what_pip_is_asked_for(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def run(command: list[str], **options: dict) -> subprocess.CompletedProcess:
         calls.append(command)
-        shutil.copy(wheel, command[command.index("--dest") + 1])
+        into = Path(command[command.index("--dest") + 1])
+        shutil.copy(wheel, into)
+        (into / "pip-unpack").mkdir()  # pip may leave temporary files
         return subprocess.CompletedProcess(command, 0, stderr="")
 
     monkeypatch.setattr(subprocess, "run", run)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from spavl_lib.errors import BusyError, DiskError
+from spavl_lib.errors import BusyError, DiskError, InputError
 from spavl_lib.runs import cached
 from spavl_lib.runs.cached import fault_of, making
 
@@ -70,6 +70,46 @@ def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="cannot write"), making(target, SOURCES, 10):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert left_of(target) == []
+
+
+def test_a_file_that_may_not_be_read_is_no_full_disk(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    denied = PermissionError(errno.EACCES, "Permission denied", "/elsewhere/a.whl")
+    with (
+        pytest.raises(InputError, match="cannot open /elsewhere/a.whl: Permission denied"),
+        making(target, SOURCES, 10),
+    ):
+        raise denied
+    for own in (None, str(tmp_path / ".folder.tmp" / "a.txt")):
+        denied = PermissionError(errno.EACCES, "Permission denied", own)
+        with pytest.raises(DiskError, match="cannot write"), making(target, SOURCES, 10):
+            raise denied
+    assert left_of(target) == []
+
+
+@pytest.mark.parametrize("failing", [".folder.tmp", "folder"])
+def test_a_folder_that_cannot_be_replaced_stays(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "folder"
+    make(target)
+    real = Path.replace
+
+    def replace(path: Path, to: Path) -> Path:
+        if path.name == failing:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", replace)
+        with pytest.raises(DiskError, match="cannot write"):
+            make(target, "again")
+    assert (target / "a.txt").read_text(encoding="utf-8") == "whole"
+    assert fault_of(target, SOURCES, hashes=True) == "" and left_of(target) == ["folder"]
+    (tmp_path / ".folder.old").mkdir()  # left by a process that was killed
+    (tmp_path / ".folder.old" / "a.txt").write_text("old", encoding="utf-8")
+    make(target, "again")
+    assert left_of(target) == ["folder"]
 
 
 def test_two_processes_do_not_make_one_folder(tmp_path: Path) -> None:
