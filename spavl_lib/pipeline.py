@@ -28,7 +28,7 @@ from spavl_lib.runs.stage import Run, Stage
 from spavl_lib.runs.text import say, short_path
 
 # With these profiles a notebook first makes the earlier stages that it needs.
-SMALL_PROFILES = ("smoke", "demo")
+SMALL_PROFILES = ("smoke", "demo", "laptop")
 
 
 def train(name: str, config: Config, stage: Stage) -> dict:

@@ -154,6 +154,12 @@ def test_make_makes_its_own_stage_in_any_profile_but_not_what_comes_before(
     assert [stage.name for stage in pipeline.ensure_before("inference", config)] == ["dpo"]
 
 
+def test_the_laptop_makes_what_comes_before(runs: Path, makers: list[str]) -> None:
+    config = load_config("laptop", {"data.extra_path": ""})
+    assert pipeline.ensure("ppo", config).done
+    assert makers == ["reward", "ppo"]
+
+
 def test_inference_takes_whichever_model_is_trained(runs: Path, makers: list[str]) -> None:
     config = load_config("colab")
     pipeline.make("reward", config)
