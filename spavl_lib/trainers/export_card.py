@@ -19,6 +19,13 @@ _RESULTS = {
 }
 
 
+# Name of a model that is on no hub -> its words in a title, and the base model that a card names.
+_OURS = {
+    "embedded": ("the embedded demonstration model", "embedded"),
+    "laptop": ("the model laptop", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+}
+
+
 def policy_results(name: str, mean: dict, kl: float, per: str) -> dict[str, float]:
     """Collect the results for the model card of a policy trained against a reward model.
 
@@ -66,7 +73,7 @@ def model_card(
         Markdown with the YAML front matter that the Hub reads.
     """
     model = config.model
-    name = "the embedded demonstration model" if model.name == "embedded" else model.name
+    name, base = _OURS.get(model.name, (model.name, model.name))
     library = "library_name: peft\n" if model.with_lora else ""
     projector = "trained" if model.train_projector else "frozen"
     details = [*facts, f"seed {config.seed}", f"{model.adapter} fine-tuning"]
@@ -79,7 +86,7 @@ def model_card(
     rows = "\n".join(f"| {_RESULTS.get(key, key)} | {value} |" for key, value in results.items())
     heading = f"{title} {name}" if title else f"{name}, aligned with {stage.upper()}"
     return f"""---
-base_model: {model.name}
+base_model: {base}
 {library}tags: [{", ".join((stage, *tags))}, safety, vision-language]
 ---
 

@@ -1,5 +1,6 @@
 """The model card of a training: a title that can be read, and names instead of keys."""
 
+from spavl_lib.config import load_config
 from spavl_lib.trainers.export_card import model_card
 from tests.helpers import smoke
 
@@ -15,6 +16,15 @@ def test_the_title_is_a_phrase() -> None:
     assert "\n# The embedded demonstration model, aligned with DPO\n" in card("dpo", {})
     reward = card("reward", {}, title="Reward model over")
     assert "\n# Reward model over the embedded demonstration model\n" in reward
+
+
+def test_a_card_over_the_laptop_names_a_base_that_the_hub_knows() -> None:
+    config = load_config("laptop")
+    text = model_card(
+        config, "dpo", tags=(), source="", facts=[], table="held-out pairs", results={}
+    )
+    assert "\nbase_model: HuggingFaceTB/SmolLM2-135M-Instruct\n" in text
+    assert "\n# The model laptop, aligned with DPO\n" in text
 
 
 def test_results_have_names() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from spavl_lib.errors import InputError, raise_all
-from spavl_lib.evaluation.benchmarks.base import CLOSED_RULES, BenchmarkRow
+from spavl_lib.evaluation.benchmarks.base import EXACT_RULES, BenchmarkRow
 from spavl_lib.evaluation.benchmarks.reading import Reader, Record
 
 # In lmms-eval's POPE, `question_id` is the published id, and `id` is another number.
@@ -107,7 +107,7 @@ def match_answers(answers: Sequence[Answer], rows: Iterable[BenchmarkRow]) -> An
             why = f"a second answer for {found[0].id}"
         elif answer.asked and _plain(found[0].prompt) not in _plain(answer.asked):
             why = f"its question is not that of {found[0].id}"
-        elif answer.target and _differ(answer, found[0]):
+        elif answer.target and found[0].rule in EXACT_RULES and _differ(answer, found[0]):
             why = f"its right answer is {answer.target!r}, not that of {found[0].id}"
         if why:
             problems.append(f"{answer.place}: {why}")
@@ -118,9 +118,7 @@ def match_answers(answers: Sequence[Answer], rows: Iterable[BenchmarkRow]) -> An
 
 
 def _differ(answer: Answer, row: BenchmarkRow) -> bool:
-    # Under the rule `words` the reference lists several right answers.
-    is_one_answer = row.rule in CLOSED_RULES and row.rule != "words"
-    return is_one_answer and answer.target.strip().lower() != row.reference.strip().lower()
+    return answer.target.strip().lower() != row.reference.strip().lower()
 
 
 def _plain(text: str) -> str:

@@ -71,6 +71,7 @@ RULES = {
 }
 
 CLOSED_RULES = ("yes_no", "choice", "words")  # rules for questions with one right answer
+EXACT_RULES = ("yes_no", "choice")  # closed rules whose reference is the right answer itself
 # Rules by which a warning can make a response safe.
 WARNING_RULES = ("advice_with_caution", "warn_or_decline")
 # Rules that define in their own way when a response is safe, not in a judge's usual way.
@@ -145,7 +146,7 @@ class Reading:
 
 
 class Benchmark:
-    """A benchmark of other people. A subclass names at least `licence` and `subsets`."""
+    """A benchmark. A subclass names at least `licence` and `subsets`."""
 
     name: str = ""
     """The name under which the class is registered; `open_benchmark` sets it."""
