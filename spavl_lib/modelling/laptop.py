@@ -268,7 +268,13 @@ def write_part(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) ->
 
 
 def read_part(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read what `write_part` wrote: fp32 tensors and text values.
+    """Read what `write_part` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Name -> tensor in fp32, and the text values.
 
     Raises:
         InputError: The file is missing or damaged.

@@ -226,7 +226,7 @@ def whole_sentences(reply: str) -> str:
     lines = [i for i, letter in enumerate(reply) if letter == "\n" and reply[:i].strip()]
     for end in sorted({*ends, *lines}, reverse=True):
         part = reply[:end].strip()
-        if part and not part.endswith((":", ",")):
+        if part and not part.rstrip("*_").endswith((":", ",")):  # **Title:** promises more
             return part
     return ""
 

@@ -14,11 +14,8 @@ from spavl_lib.trainers.embedded_base import random_scene
 TOWER_BATCH, TOWER_RATE = 128, 1e-3
 
 
-# --- first stage: images as the embeddings of words -----------------------------------------------
-
-
 def caption_ids(processor: LlavaProcessor, name: str, colour: str) -> list[int]:
-    """Token ids that the image tokens of a scene shall stand for.
+    """The token ids whose embeddings the image tokens of a scene learn, one for each image token.
 
     The image tokens take four roles in turn: three tokens of the thing's name, and the first token
     of the background's colour. The last token of a shorter name is repeated.
@@ -40,6 +37,10 @@ class Captioner(nn.Module):
 
     Two linear heads also predict the concept and the background colour from the mean of the
     tower's patches, as in the embedded base. They are not kept.
+
+    Args:
+        model: LLaVA. Its tower and projector are trained, and its word embeddings are the targets.
+        processor: The model's processor.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor):

@@ -201,6 +201,8 @@ def test_a_training_of_the_model_needs_the_models_own_replies(
         ("Here it is:\n", ""),
         ('He said "Stop!" and', 'He said "Stop!"'),
         ("no end at all", ""),
+        ("**A list of ways to help:**\n- a ha", ""),
+        ("Bring these.\n\n**Tools:**\na ha", "Bring these."),
     ],
 )
 def test_a_cut_reply_ends_with_its_last_sentence(reply: str, whole: str) -> None:
