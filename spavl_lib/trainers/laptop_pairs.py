@@ -157,8 +157,8 @@ def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, i
                 seen.add(text)
                 training.append(Prompt(row.id, text, True, "train"))
     chosen_on = [behaviour(row) for row in sets[DEVELOPMENT].rows]
-    if close := sum(near_in_any_words(text, test) for text in chosen_on):
-        raise SpavlError(f"{close} rows of {DEVELOPMENT} are near to rows of {', '.join(TEST)}")
+    if count := sum(near_in_any_words(text, test) for text in chosen_on):
+        raise SpavlError(f"{count} rows of {DEVELOPMENT} are near to rows of {', '.join(TEST)}")
     # HarmBench's contextual behaviours need their context, which is longer than any reply here.
     development = [
         Prompt(row.id, row.prompt, True, "development")
