@@ -257,7 +257,9 @@ def plot_harm_over_budget(
         columns: Largest number of panels in a row.
     """
     lines = -(-max(1, len(budgets)) // columns)
-    fig = new_figure(3.2 * min(columns, max(1, len(budgets))) + 0.4, 3.2 * lines + 0.5)
+    # One panel alone is wider: beside a legend of all methods it would be a narrow strip.
+    width = 3.2 * min(columns, len(budgets)) + 0.4 if len(budgets) > 1 else 6.4
+    fig = new_figure(width, 3.2 * lines + 0.5)
     if not budgets:
         return _empty(fig, "No attack was measured at several budgets")
     names = list(dict.fromkeys(m for attack in budgets.values() for m in attack["methods"]))
