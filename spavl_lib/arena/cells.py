@@ -4,6 +4,8 @@ A cell is a JSON file, `METHOD/ATTACK.SEED.json`. It names the rows that went wr
 intervals over groups of rows, and paired tests can be computed from the files alone.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -35,7 +37,7 @@ from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, 
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs import provenance
-from spavl_lib.runs.files import read_json, write_text
+from spavl_lib.runs.files import read_json, sha256_file, write_text
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers.reward_function import RewardFunction, Scorer
 
@@ -323,6 +325,33 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
+def _changed(section: Any, plain: Any) -> Any:
+    """The settings of a section that differ from their defaults.
+
+    A setting that is added later, with the old behaviour as its default, leaves cells valid.
+
+    Args:
+        section: The section, or a plain value such as the seed.
+        plain: The same as JSON values.
+    """
+    if not dataclasses.is_dataclass(section):
+        return plain
+    # A path differs from machine to machine; which reward model it is follows from the method.
+    return {
+        field.name: plain[field.name]
+        for field in dataclasses.fields(section)
+        if getattr(section, field.name) != field.default
+        and field.name not in ("path", "reward_model")
+    }
+
+
+@functools.cache
+def _data_sha256(folder: Path) -> str:
+    """Hash of a dataset's rows, images and labels. Its README is no part of them."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".json"))
+    return _digest([[str(path.relative_to(folder)), sha256_file(path)] for path in paths])
+
+
 def rests_on(
     method: Method, value: Any, seed: int, config: Config, attack: Attack | None, rows: int
 ) -> dict[str, Any]:
@@ -341,13 +370,7 @@ def rests_on(
     """
     keys = stages.find(method.stage).config_keys if method.stage else ("model", "seed")
     plain = config.to_dict()
-    # A path differs from machine to machine; which reward model it is follows from the method.
-    trained_with = {
-        key: {k: v for k, v in plain[key].items() if k not in ("path", "reward_model")}
-        if isinstance(plain[key], dict)
-        else plain[key]
-        for key in keys
-    }
+    trained_with = {key: _changed(getattr(config, key), plain[key]) for key in keys}
     return {
         "profile": config.profile, "rows": rows if attack else 0, "seed": seed,
         "method": method.settings | ({method.setting: value} if method.setting else {}),
@@ -357,7 +380,7 @@ def rests_on(
         "budget": dict(attack.budget) if attack else {},
         "constants": {"samples": SAMPLES, "white_box_rows": WHITE_BOX_ROWS,
                       "max_new_tokens": config.generation.max_new_tokens},
-        "data": mini_folder().name,
+        "data": _data_sha256(mini_folder()),
         "model": model_hashes(config.model),
         "versions": provenance.versions(),
     }  # fmt: skip

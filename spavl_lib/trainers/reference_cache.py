@@ -50,8 +50,8 @@ def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
         Name -> value, as JSON values.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    model = config.model
-    return {
+    model, turns = config.model, config.dpo.assistant_turns
+    return ({} if turns == "last" else {"assistant_turns": turns}) | {
         "model": {"name": model.name, "revision": model.revision, "files": model_hashes(model)},
         "adapter": "4-bit base" if model.adapter == "qlora" else "base",
         "dtype": machine.dtype_name(),
