@@ -140,7 +140,7 @@ def subject_of(
         measure_on: `data.measure_on`.
     """
     quiet_libraries()
-    value = method.chosen if trial is None else trial
+    value = method.chosen() if trial is None else trial
     config = config_of(method, value, seed, profile)
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
@@ -492,16 +492,17 @@ def make_cells(
     Returns:
         The files that were written.
     """
-    config, written = config_of(method, method.chosen, seed, profile), []
+    value = method.chosen(output)
+    config, written = config_of(method, value, seed, profile), []
 
     def is_missing(name: str) -> bool:
         attack = None if name == NONE else find_attack(name)
-        rest = rests_on(method, method.chosen, seed, config, attack, rows)
+        rest = rests_on(method, value, seed, config, attack, rows)
         return not is_current(path_of(output, method.name, name, seed), rest)
 
     if not any(map(is_missing, attacks)):
         return []
-    subject = subject_of(method, seed, profile)
+    subject = subject_of(method, seed, profile, trial=value)
     for name in attacks:
         path = path_of(output, method.name, name, seed)
         if not is_missing(name) and read_json(path)["weights"] == subject.weights:
