@@ -4,7 +4,6 @@ A cell is a JSON file, `METHOD/ATTACK.SEED.json`. It names the rows that went wr
 intervals over groups of rows, and paired tests can be computed from the files alone.
 """
 
-import dataclasses
 import functools
 import hashlib
 import json
@@ -325,26 +324,6 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _changed(section: Any, plain: Any) -> Any:
-    """The settings of a section that differ from their defaults.
-
-    A setting that is added later, with the old behaviour as its default, leaves cells valid.
-
-    Args:
-        section: The section, or a plain value such as the seed.
-        plain: The same as JSON values.
-    """
-    if not dataclasses.is_dataclass(section):
-        return plain
-    # A path differs from machine to machine; which reward model it is follows from the method.
-    return {
-        field.name: plain[field.name]
-        for field in dataclasses.fields(section)
-        if getattr(section, field.name) != field.default
-        and field.name not in ("path", "reward_model")
-    }
-
-
 @functools.cache
 def _data_sha256(folder: Path) -> str:
     """Hash of a dataset's rows, images and labels. Its README is no part of them."""
@@ -369,8 +348,11 @@ def rests_on(
         rows: As for `attacked_sets`.
     """
     keys = stages.find(method.stage).config_keys if method.stage else ("model", "seed")
-    plain = config.to_dict()
-    trained_with = {key: _changed(getattr(config, key), plain[key]) for key in keys}
+    trained_with = config.changed(keys)
+    for part in trained_with.values():
+        # A path differs from machine to machine; which reward model it is follows from the method.
+        for name in ("path", "reward_model") if isinstance(part, dict) else ():
+            part.pop(name, None)
     return {
         "profile": config.profile, "rows": rows if attack else 0, "seed": seed,
         "method": method.settings | ({method.setting: value} if method.setting else {}),

@@ -8,7 +8,7 @@ Method constants (beta, loss, learning rate) default to the best values that we 
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -910,6 +910,30 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
         return to_plain(self)
+
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain values.
+
+        They name a training for good: a setting that a later version adds, with the old behaviour
+        as its default, is not among them.
+
+        Args:
+            names: Names of sections, or of single values such as `seed`.
+
+        Returns:
+            Name -> the section's changed settings, or the value.
+        """
+        plain, found = self.to_dict(), {}
+        for name in names:
+            part = getattr(self, name)
+            found[name] = plain[name]
+            if dataclasses.is_dataclass(part):
+                found[name] = {
+                    field.name: plain[name][field.name]
+                    for field in dataclasses.fields(part)
+                    if getattr(part, field.name) != field.default
+                }
+        return found
 
 
 @functools.cache
