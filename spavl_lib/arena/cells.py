@@ -255,7 +255,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
     # Answers of an interrupted cell are taken up only by a cell that rests on the same things.
     place = f"{subject.data.measure_on}/{name}-{_digest([rest, subject.weights])[:12]}"
     started = time.process_time()
-    sets, examples, asked = {}, [], attacked_sets(subject, attack, rows)
+    sets: dict[str, dict[str, Any]] = {}
+    examples, asked = [], attacked_sets(subject, attack, rows)
     for part, attacked in asked.items():
         judge = ExactJudge(attacked.truth)
         rounds = [

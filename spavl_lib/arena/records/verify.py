@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from spavl_lib.arena.cells import NONE, Subject, measure
 from spavl_lib.arena.methods import Method
@@ -45,7 +45,11 @@ class Verdict:
 
 
 def counts_of(
-    record: Record, model: Path | None, folder: Path, *, measure_on: str = "test"
+    record: Record,
+    model: Path | None,
+    folder: Path,
+    *,
+    measure_on: Literal["test", "development"] = "test",
 ) -> dict[str, dict[str, int]]:
     """Ask a model the prompts, and count the answers that matter.
 
