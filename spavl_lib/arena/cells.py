@@ -127,19 +127,18 @@ class Subject:
 
 
 def subject_of(
-    method: Method, seed: int, profile: str, *, trial: Any = None, measure_on: str = "test"
+    method: Method, value: Any, seed: int, profile: str, *, measure_on: str = "test"
 ) -> Subject:
     """Train a method, unless its run is complete, and load its model.
 
     Args:
         method: The method.
+        value: Value of the method's setting; None for a method without one.
         seed: Seed of the training.
         profile: Name of the profile.
-        trial: Value of the method's setting; None for the chosen one.
         measure_on: `data.measure_on`.
     """
     quiet_libraries()
-    value = method.chosen() if trial is None else trial
     config = config_of(method, value, seed, profile)
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
@@ -483,12 +482,13 @@ def make_cells(
         rest = rests_on(method, value, seed, config, attack, rows)
         return not is_current(path_of(output, method.name, name, seed), rest)
 
-    if not any(map(is_missing, attacks)):
+    missing = set(filter(is_missing, attacks))
+    if not missing:
         return []
-    subject = subject_of(method, seed, profile, trial=value)
+    subject = subject_of(method, value, seed, profile)
     for name in attacks:
         path = path_of(output, method.name, name, seed)
-        if not is_missing(name) and read_json(path)["weights"] == subject.weights:
+        if name not in missing and read_json(path)["weights"] == subject.weights:
             continue
         write_cell(path, measure(subject, name, rows=rows))
         written.append(path)

@@ -1,7 +1,6 @@
 """The methods of the arena: what each is, how it is trained, and how it answers."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from spavl_lib import stages
 from spavl_lib.arena.attacked_rows import TRAINED_ON, attacked_folder
 from spavl_lib.config import Config, load_config
 from spavl_lib.errors import InputError, nearest
+from spavl_lib.runs.files import read_json
 from spavl_lib.runs.stage import Run
 
 FILE = Path(__file__).with_name("methods.yaml")
@@ -80,7 +80,7 @@ def chosen_values(folder: Path | None = None) -> dict[str, Any]:
     files = [CHOSEN, *([folder / CHOSEN.name] if folder else [])]
     known: dict[str, Any] = {}
     for path in filter(Path.is_file, files):
-        known |= json.loads(path.read_text(encoding="utf-8"))
+        known |= read_json(path)
     return known
 
 

@@ -12,13 +12,7 @@ from typing import Any
 
 from spavl_lib.arena import choose
 from spavl_lib.arena.cells import NONE, make_cells
-from spavl_lib.arena.methods import (
-    CHOSEN,
-    chosen_values,
-    find_method,
-    methods,
-    reward_config,
-)
+from spavl_lib.arena.methods import CHOSEN, chosen_values, find_method, methods, reward_config
 from spavl_lib.arena.table import build_table, read_cells
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
@@ -81,8 +75,9 @@ def run_arena(
         if name != NONE:
             find_attack(name)
     _check_versions(output, names, attacks, seeds)
+    chosen = chosen_values(output)
     for method in map(find_method, names):
-        if method.trials and method.name not in chosen_values(output):
+        if method.trials and method.name not in chosen:
             say(
                 f"{method.name}: no value of {method.setting} is chosen, so {method.trials[0]} is "
                 f"used; choose one with `spavl arena choose --methods {method.name}`"

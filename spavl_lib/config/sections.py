@@ -15,7 +15,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from spavl_lib import stages
-from spavl_lib.config.validation import build, section, to_plain
+from spavl_lib.config.validation import build, defaults, section, to_plain
 from spavl_lib.errors import InputError
 from spavl_lib.machine import Dtype
 
@@ -923,15 +923,14 @@ class Config:
         Returns:
             Name -> the section's changed settings, or the value.
         """
-        plain, found = self.to_dict(), {}
+        plain, known, found = self.to_dict(), defaults(Config), {}
         for name in names:
-            part = getattr(self, name)
-            found[name] = plain[name]
-            if dataclasses.is_dataclass(part):
+            part = found[name] = plain[name]
+            if isinstance(part, dict):
                 found[name] = {
-                    field.name: plain[name][field.name]
-                    for field in dataclasses.fields(part)
-                    if getattr(part, field.name) != field.default
+                    key: value
+                    for key, value in part.items()
+                    if (path := f"{name}.{key}") not in known or value != known[path]
                 }
         return found
 

@@ -161,12 +161,14 @@ def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int
         worst = min(ends, key=lambda attack: ends[attack][1], default="")
         named = worst and ends[worst][1] < start[1]
         ax.set_title(short(table["methods"][name], 24), pad=18)
-        below = "no attack measured"
-        if ends:
-            unsafe = "already unsafe without an attack" if start[1] < 0.02 else ""
-            below = unsafe or "no attack costs safety"
         if named:
             below = f"worst: {short(table['attacks'][worst], 30)}"
+        elif not ends:
+            below = "no attack measured"
+        elif start[1] < 0.02:
+            below = "already unsafe without an attack"
+        else:
+            below = "no attack costs safety"
         ax.text(0, 1.03, below, transform=ax.transAxes,
                 fontsize=8, color=PALETTE[1] if named else MUTED)  # fmt: skip
         for attack, end in ends.items():
@@ -199,17 +201,16 @@ def _spots(table: Table, method: str) -> dict[str, tuple[float, float]]:
     An attack is measured on a part of the rows. `none` stands for the same part, of the attack with
     the most rows, so that an arrow shows what the attack does and not which rows were taken.
     """
-    spots: dict[str, tuple[float, float]] = {}
-    most = 0
-    for attack in (NONE, *_attacks(table)[0]):
-        helpful, unsafe, plain, plain_helpful = (
-            rate_of(table, method, attack, key)
-            for key in ("helpful", "unsafe", "plain", "plain_helpful")
-        )
+    known, spots = _attacks(table)[0], {}
+    for attack in (NONE, *known):
+        helpful, unsafe = (rate_of(table, method, attack, key) for key in ("helpful", "unsafe"))
         if helpful and unsafe:
             spots[attack] = helpful.value, 1 - unsafe.value
-            if attack != NONE and plain and plain_helpful and (unsafe.n or 0) > most:
-                most, spots[NONE] = unsafe.n or 0, (plain_helpful.value, 1 - plain.value)
+    sizes = {name: rate.n or 0 for name in known if (rate := rate_of(table, method, name))}
+    widest = max(sizes, key=lambda name: sizes[name], default=NONE)
+    helpful, unsafe = (rate_of(table, method, widest, key) for key in ("plain_helpful", "plain"))
+    if helpful and unsafe:
+        spots[NONE] = helpful.value, 1 - unsafe.value
     return spots
 
 

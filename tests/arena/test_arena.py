@@ -170,7 +170,7 @@ def test_a_damaged_cell_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_safety_prompt_stands_before_the_question(tmp_path: Path) -> None:
     method = methods.find_method("safety_prompt")
-    subject = cells.subject_of(method, 0, "smoke", trial="Please be careful.")
+    subject = cells.subject_of(method, "Please be careful.", 0, "smoke")
     rows = cells.attacked_sets(subject, None, 0)["harm"].rows[:1]
     [[record]] = subject.answers(rows, "try", 1)
     assert record["prompt"] == f"Please be careful. {rows[0]['prompt']}"
@@ -391,7 +391,7 @@ def test_another_profile_needs_a_folder_of_its_own() -> None:
 @pytest.mark.slow
 def test_the_committed_cells_are_about_the_rows_that_the_attacks_make_today() -> None:
     """Of each attack without gradients, the cells of the base."""
-    subject = cells.subject_of(methods.find_method("base"), 0, "demo")
+    subject = cells.subject_of(methods.find_method("base"), None, 0, "demo")
     checked = 0
     for name in ("none", *ATTACKS):
         path = cells.path_of(RESULTS, "base", name, 0)
