@@ -4,6 +4,7 @@ A cell is a JSON file, `METHOD/ATTACK.SEED.json`. It names the rows that went wr
 intervals over groups of rows, and paired tests can be computed from the files alone.
 """
 
+import functools
 import hashlib
 import json
 import time
@@ -35,7 +36,7 @@ from spavl_lib.modelling.load import load_policy, load_processor, model_hashes, 
 from spavl_lib.modelling.speed.shared_prefix import share_prefix
 from spavl_lib.objectives.logps import sequence_logps
 from spavl_lib.runs import provenance
-from spavl_lib.runs.files import read_json, write_text
+from spavl_lib.runs.files import read_json, sha256_file, write_text
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers.reward_function import RewardFunction, Scorer
 
@@ -126,19 +127,18 @@ class Subject:
 
 
 def subject_of(
-    method: Method, seed: int, profile: str, *, trial: Any = None, measure_on: str = "test"
+    method: Method, value: Any, seed: int, profile: str, *, measure_on: str = "test"
 ) -> Subject:
     """Train a method, unless its run is complete, and load its model.
 
     Args:
         method: The method.
+        value: Value of the method's setting; None for a method without one.
         seed: Seed of the training.
         profile: Name of the profile.
-        trial: Value of the method's setting; None for the chosen one.
         measure_on: `data.measure_on`.
     """
     quiet_libraries()
-    value = method.chosen if trial is None else trial
     config = config_of(method, value, seed, profile)
     data = load_config(profile, {"data.measure_on": measure_on}).data
     run = Run(config)
@@ -254,7 +254,8 @@ def measure(subject: Subject, name: str, *, rows: int = 0) -> dict[str, Any]:
     # Answers of an interrupted cell are taken up only by a cell that rests on the same things.
     place = f"{subject.data.measure_on}/{name}-{_digest([rest, subject.weights])[:12]}"
     started = time.process_time()
-    sets, examples, asked = {}, [], attacked_sets(subject, attack, rows)
+    sets: dict[str, dict[str, Any]] = {}
+    examples, asked = [], attacked_sets(subject, attack, rows)
     for part, attacked in asked.items():
         judge = ExactJudge(attacked.truth)
         rounds = [
@@ -323,6 +324,13 @@ def _examples(part: str, judged: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
+@functools.cache
+def _data_sha256(folder: Path) -> str:
+    """Hash of a dataset's rows, images and labels. Its README is no part of them."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".parquet", ".json"))
+    return _digest([[str(path.relative_to(folder)), sha256_file(path)] for path in paths])
+
+
 def rests_on(
     method: Method, value: Any, seed: int, config: Config, attack: Attack | None, rows: int
 ) -> dict[str, Any]:
@@ -340,14 +348,11 @@ def rests_on(
         rows: As for `attacked_sets`.
     """
     keys = stages.find(method.stage).config_keys if method.stage else ("model", "seed")
-    plain = config.to_dict()
-    # A path differs from machine to machine; which reward model it is follows from the method.
-    trained_with = {
-        key: {k: v for k, v in plain[key].items() if k not in ("path", "reward_model")}
-        if isinstance(plain[key], dict)
-        else plain[key]
-        for key in keys
-    }
+    trained_with = config.changed(keys)
+    for part in trained_with.values():
+        # A path differs from machine to machine; which reward model it is follows from the method.
+        for name in ("path", "reward_model") if isinstance(part, dict) else ():
+            part.pop(name, None)
     return {
         "profile": config.profile, "rows": rows if attack else 0, "seed": seed,
         "method": method.settings | ({method.setting: value} if method.setting else {}),
@@ -357,7 +362,7 @@ def rests_on(
         "budget": dict(attack.budget) if attack else {},
         "constants": {"samples": SAMPLES, "white_box_rows": WHITE_BOX_ROWS,
                       "max_new_tokens": config.generation.max_new_tokens},
-        "data": mini_folder().name,
+        "data": _data_sha256(mini_folder()),
         "model": model_hashes(config.model),
         "versions": provenance.versions(),
     }  # fmt: skip
@@ -469,19 +474,21 @@ def make_cells(
     Returns:
         The files that were written.
     """
-    config, written = config_of(method, method.chosen, seed, profile), []
+    value = method.chosen(output)
+    config, written = config_of(method, value, seed, profile), []
 
     def is_missing(name: str) -> bool:
         attack = None if name == NONE else find_attack(name)
-        rest = rests_on(method, method.chosen, seed, config, attack, rows)
+        rest = rests_on(method, value, seed, config, attack, rows)
         return not is_current(path_of(output, method.name, name, seed), rest)
 
-    if not any(map(is_missing, attacks)):
+    missing = set(filter(is_missing, attacks))
+    if not missing:
         return []
-    subject = subject_of(method, seed, profile)
+    subject = subject_of(method, value, seed, profile)
     for name in attacks:
         path = path_of(output, method.name, name, seed)
-        if not is_missing(name) and read_json(path)["weights"] == subject.weights:
+        if name not in missing and read_json(path)["weights"] == subject.weights:
             continue
         write_cell(path, measure(subject, name, rows=rows))
         written.append(path)

@@ -51,7 +51,7 @@ def make_trial(method: Method, number: int, output: Path, profile: str) -> None:
     config = config_of(method, value, SEED, profile)
     if is_current(path, rests_on(method, value, SEED, config, None, 0)):
         return
-    subject = subject_of(method, SEED, profile, trial=value, measure_on="development")
+    subject = subject_of(method, value, SEED, profile, measure_on="development")
     cell = measure(subject, NONE)
     page = {"setting": method.setting, "value": value, "cost": round(cost(cell), 5)}
     write_cell(path, page | cell)

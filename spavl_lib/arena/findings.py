@@ -42,6 +42,12 @@ def understood(table: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def new_to_all(table: Mapping[str, Any]) -> list[str]:
+    """The understood attacks that no method of a table was trained on, to compare all methods."""
+    known = {attack for attacks in table["trained_on"].values() for attack in attacks}
+    return [attack for attack in understood(table) if attack not in known]
+
+
 def trained(table: Mapping[str, Any]) -> list[str]:
     """The methods of a table that train a model."""
     return [name for name in table["metrics"] if table["training"][name]["peak_memory_gib"]]
@@ -50,26 +56,30 @@ def trained(table: Mapping[str, Any]) -> list[str]:
 def standings(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The methods, the one with the lowest worst case first.
 
+    All methods are compared on the same attacks, those of `new_to_all`.
+
     Args:
         table: The table.
 
     Returns:
         For each method its name, `worst` and `plain` (rates of unsafe answers under the attack that
-        breaks it most, and without it on the same rows), that attack's name, the mean over attacks,
-        and `complete`: whether all attacks were measured. The others stand last, and have no rank.
-        Attacks that a method was trained on do not count for it.
+        breaks it most, and without it on the same rows), that attack's name, the same of the attack
+        that breaks it most but one (`second`, `second_attack`; None if there is only one), the mean
+        over attacks, and `complete`: whether all attacks were measured. Incomplete methods stand
+        last, and have no rank.
     """
-    attacks, rows = understood(table), []
+    attacks, rows = new_to_all(table), []
     for name, cells in table["metrics"].items():
-        new = [a for a in attacks if a not in table["trained_on"].get(name, ())]
-        rates = {a: cells[a]["unsafe"] for a in new if a in cells and cells[a]["unsafe"]}
+        rates = {a: cells[a]["unsafe"] for a in attacks if a in cells and cells[a]["unsafe"]}
         if not rates:
             continue
-        worst = max(rates, key=lambda attack: rates[attack]["value"])
+        order = sorted(rates, key=lambda attack: -rates[attack]["value"])
+        worst, second = order[0], order[1] if len(order) > 1 else None
         rows.append({
             "method": name, "plain": cells[worst].get("plain"), "worst": rates[worst],
-            "attack": worst, "mean": sum(rate["value"] for rate in rates.values()) / len(rates),
-            "complete": len(rates) == len(new),
+            "attack": worst, "second": second and rates[second], "second_attack": second,
+            "mean": sum(rate["value"] for rate in rates.values()) / len(rates),
+            "complete": len(rates) == len(attacks),
         })  # fmt: skip
     return sorted(rows, key=lambda row: (not row["complete"], row["worst"]["value"], row["mean"]))
 
@@ -203,7 +213,8 @@ def mends(table: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         For each attack its name, DPO's unsafe rate, and `safer`: the methods whose unsafe rate is
-        lower with p at most `SURE` and an interval below 0, the lowest first.
+        lower with p at most `SURE` and an interval below 0, the lowest first. A method that was
+        trained on the attack is left out.
     """
     rows = []
     for attack in understood(table):
@@ -216,6 +227,7 @@ def mends(table: Mapping[str, Any]) -> list[dict[str, Any]]:
             if (against := cells.get(attack, {}).get("against"))
             and against["ci_high"] < 0
             and against["p"] <= SURE
+            and attack not in table["trained_on"].get(name, ())
         }
         rows.append({
             "attack": attack, "reference": own["unsafe"],

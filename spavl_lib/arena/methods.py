@@ -1,7 +1,6 @@
 """The methods of the arena: what each is, how it is trained, and how it answers."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from spavl_lib import stages
 from spavl_lib.arena.attacked_rows import TRAINED_ON, attacked_folder
 from spavl_lib.config import Config, load_config
 from spavl_lib.errors import InputError, nearest
+from spavl_lib.runs.files import read_json
 from spavl_lib.runs.stage import Run
 
 FILE = Path(__file__).with_name("methods.yaml")
-CHOSEN = Path(__file__).with_name("chosen.json")  # method -> value; `spavl arena choose` writes it
+CHOSEN = Path(__file__).with_name("chosen.json")  # method -> value, of the published table
 SENTENCE = "sentence"  # the setting of the safety prompt; all others are settings of a run
 
 
@@ -55,17 +55,33 @@ class Method:
             bool(self.stage) and "reward" in stages.find(self.stage).upstream
         )
 
-    @property
-    def chosen(self) -> Any:
-        """The chosen value of its setting; the first of `trials` as long as none is chosen."""
-        known = json.loads(CHOSEN.read_text(encoding="utf-8"))
+    def chosen(self, folder: Path | None = None) -> Any:
+        """The chosen value of its setting; the first of `trials` as long as none is chosen.
+
+        Args:
+            folder: Folder of cells. The values that were chosen there go before those of the
+                published table. None for the latter alone.
+
+        Raises:
+            InputError: The chosen value is none of `trials`.
+        """
+        known = chosen_values(folder)
         value = known.get(self.name, self.trials[0] if self.trials else None)
         if self.trials and value not in self.trials:
             raise InputError(
-                f"{CHOSEN}: {self.name} has {value!r}, which is none of its trials in {FILE.name}; "
-                f"run `spavl arena choose --methods {self.name}`"
+                f"{CHOSEN.name}: {self.name} has {value!r}, which is none of its trials in "
+                f"{FILE.name}; run `spavl arena choose --methods {self.name}`"
             )
         return value
+
+
+def chosen_values(folder: Path | None = None) -> dict[str, Any]:
+    """Method -> chosen value; see `Method.chosen`."""
+    files = [CHOSEN, *([folder / CHOSEN.name] if folder else [])]
+    known: dict[str, Any] = {}
+    for path in filter(Path.is_file, files):
+        known |= read_json(path)
+    return known
 
 
 @functools.cache

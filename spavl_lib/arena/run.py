@@ -12,10 +12,11 @@ from typing import Any
 
 from spavl_lib.arena import choose
 from spavl_lib.arena.cells import NONE, make_cells
-from spavl_lib.arena.methods import CHOSEN, find_method, methods, reward_config
+from spavl_lib.arena.methods import CHOSEN, chosen_values, find_method, methods, reward_config
 from spavl_lib.arena.table import build_table, read_cells
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
+from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.paths import repo_root
 from spavl_lib.runs.stage import Run, Stage
@@ -62,7 +63,8 @@ def run_arena(
         The table's file.
 
     Raises:
-        InputError: A method or an attack is unknown, or a process failed.
+        InputError: A method or an attack is unknown, other cells of the folder were made with other
+            packages, or a process failed.
     """
     output = _folder(output, profile)
     names = names_of(asked_methods, list(methods()))
@@ -72,6 +74,14 @@ def run_arena(
     for name in attacks:
         if name != NONE:
             find_attack(name)
+    _check_versions(output, names, attacks, seeds)
+    chosen = chosen_values(output)
+    for method in map(find_method, names):
+        if method.trials and method.name not in chosen:
+            say(
+                f"{method.name}: no value of {method.setting} is chosen, so {method.trials[0]} is "
+                f"used; choose one with `spavl arena choose --methods {method.name}`"
+            )
     words = [",".join(attacks), str(output), profile, str(rows)]
     units = [(name, seed) for seed in seeds for name in names]
     _side_by_side(units, words, workers, minutes)
@@ -93,6 +103,36 @@ def _folder(output: Path | None, profile: str) -> Path:
     return output or usual
 
 
+def _check_versions(
+    output: Path, names: Sequence[str], attacks: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Before hours of training, check that the folder's other cells can stand in one table.
+
+    Args:
+        output: Folder of the cells.
+        names: The methods that are made.
+        attacks: The attacks, with `none`, that are made.
+        seeds: The seeds that are made.
+
+    Raises:
+        InputError: Cells that are not made again were made with other versions of packages.
+    """
+    here = provenance.versions()
+    for cell in read_cells(output):
+        made = cell["method"] in names and cell["attack"] in attacks and cell["seed"] in seeds
+        theirs = cell["rests_on"]["versions"]
+        if theirs != here and not made:
+            differing = ", ".join(
+                f"{name} {theirs.get(name)} (here {here.get(name)})"
+                for name in sorted({*theirs, *here})
+                if theirs.get(name) != here.get(name)
+            )
+            raise InputError(
+                f"{output}: its cells were made with {differing}, and cells of different packages "
+                "do not stand in one table; name a folder of your own with --out, or install these"
+            )
+
+
 def choose_settings(
     asked_methods: str,
     *,
@@ -103,7 +143,7 @@ def choose_settings(
 ) -> dict[str, Any]:
     """Make the trials that are missing, and choose the value of each method's setting.
 
-    The arena uses a chosen value if `output` is the usual folder.
+    `run_arena` uses the values that were chosen in its folder of cells.
 
     Args:
         asked_methods: As for `run_arena`.
@@ -120,8 +160,8 @@ def choose_settings(
     units = choose.units(names)
     _side_by_side(units, [TRIAL, str(output), profile, "0"], workers, minutes)
     chosen = choose.choose(output, names)
-    if output == repo_root() / CELLS:
-        write_json(CHOSEN, read_json(CHOSEN) | chosen)
+    path = CHOSEN if output == repo_root() / CELLS else output / CHOSEN.name
+    write_json(path, (read_json(path) if path.is_file() else {}) | chosen)
     return chosen
 
 

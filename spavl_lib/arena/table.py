@@ -125,11 +125,12 @@ def build_table(cells: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
         `methods` and `attacks` with their titles; `metrics`: method -> attack -> rates with
-        intervals, `seeds`; `plain`, the unsafe rate without the attack on the same rows; and
-        `against`, the difference to DPO's unsafe rate with its p-value, adjusted by Holm's method
-        over the whole table; `not_understood`: attacks whose carrier the base does not understand,
-        with the base's helpful rate; `settings`, `trained_on` (attacks) and `training` of each
-        method; `budgets`, unsafe rates over an attack's budget.
+        intervals, `seeds`; `plain` and `plain_helpful`, the unsafe and the helpful rate without
+        the attack on the same rows; and `against`, the difference to DPO's unsafe rate with its
+        p-value, adjusted by Holm's method over the whole table; `not_understood`: attacks whose
+        carrier the base does not understand, with the base's helpful rate; `settings`,
+        `trained_on` (attacks) and `training` of each method; `budgets`, unsafe rates over an
+        attack's budget.
 
     Raises:
         InputError: Cells rest on different models, data or settings, or on different rows.
@@ -247,7 +248,8 @@ def _summary(
 ) -> dict[str, Any]:
     rates = {rate: _rate(seeds, rate) for rate in (*RATES, "twins")}
     any_cell = next(iter(seeds.values()))
-    rates["plain"] = _rate(plain, "unsafe", only=set(outcomes(any_cell, "unsafe")[0]))
+    for key, rate in (("plain", "unsafe"), ("plain_helpful", "helpful")):
+        rates[key] = _rate(plain, rate, only=set(outcomes(any_cell, rate)[0]))
     return rates | {"seeds": sorted(seeds), "calls": any_cell["calls"]}
 
 

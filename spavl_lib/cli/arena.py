@@ -13,7 +13,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 Methods = Annotated[str, typer.Option(help="Methods, separated by commas.", show_default="all")]
 Profile = Annotated[str, typer.Option("--profile", "-p", help="demo or smoke.")]
 Workers = Annotated[int, typer.Option(min=1, help="Processes at a time.")]
-Minutes = Annotated[float, typer.Option(help="After so many minutes nothing new is begun.")]
+Minutes = Annotated[float, typer.Option(help="Start no new training after this many minutes.")]
 
 
 @app.callback()
@@ -27,7 +27,7 @@ def run(
     attacks: Annotated[
         str,
         typer.Option(
-            help="Attacks, separated by commas; none for the rows as they are.", show_default="all"
+            help="Attacks, separated by commas; `none` measures without one.", show_default="all"
         ),
     ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0",
@@ -46,7 +46,7 @@ def run(
 
     \b
     Examples:
-      spavl arena run --methods base,dpo --attacks none,one_word
+      spavl arena run --methods base,dpo --attacks none,one_word --out mine
       spavl arena run --seeds 0,1,2
     """
     from spavl_lib.arena.run import run_arena
@@ -64,7 +64,10 @@ def choose(
     profile: Profile = "demo",
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the trials.", show_default="benchmarks/results/laboratory"),
+        typer.Option(
+            help="Folder of the trials and of the cells.",
+            show_default="benchmarks/results/laboratory",
+        ),
     ] = None,
     workers: Workers = 2,
     minutes: Minutes = 100,
@@ -73,7 +76,7 @@ def choose(
 
     \b
     Example:
-      spavl arena choose --methods dpo,kto
+      spavl arena choose --methods dpo,kto --out mine
     """
     from spavl_lib.arena.run import choose_settings
 

@@ -30,6 +30,24 @@ def list_all(folder: Folder = None) -> None:
     typer.echo(leaderboard(folder or records_root()))
 
 
+@app.command(name="try")
+def try_out(
+    name: Name,
+    folder: Folder = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
+) -> None:
+    """Train a record once and measure it on the development rows, to choose its settings.
+
+    Nothing is written. The limits are means of three seeds on the test rows, so leave some room.
+    """
+    from spavl_lib.arena.records.verify import try_record
+
+    counts, seconds = try_record(name, folder, seed=seed)
+    for kind, count in counts.items():
+        typer.echo(f"{kind:16} {count['k']:4} of {count['n']:4}  {count['k'] / count['n']:.1%}")
+    typer.echo(f"{seconds} CPU-seconds")
+
+
 @app.command()
 def verify(
     name: Name,

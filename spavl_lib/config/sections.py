@@ -8,14 +8,14 @@ Method constants (beta, loss, learning rate) default to the best values that we 
 import dataclasses
 import functools
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from spavl_lib import stages
-from spavl_lib.config.validation import build, section, to_plain
+from spavl_lib.config.validation import build, defaults, section, to_plain
 from spavl_lib.errors import InputError
 from spavl_lib.machine import Dtype
 
@@ -30,6 +30,8 @@ RANKED = {"aot", "aot_unpaired"}
 NEEDS_SMOOTHING = {"cdpo", "exo_pair", "robust"}
 SIMPO_MARGIN = 0.5
 REWARDS = ("model", "judge", "length")  # rewards of RLOO and GRPO that are not functions of a user
+# Losses that depend on the difference of the responses' log-ratios alone.
+OF_DIFFERENCES = ("sigmoid", "hinge", "robust", "cdpo", "exo_pair", "discopop")
 REFERENCE_FREE = {"simpo", "orpo", "sft"}  # losses that do not read the reference
 SMOOTHED = RANKED | NEEDS_SMOOTHING  # losses that use label smoothing
 # The linear layers of a decoder layer in every supported model family.
@@ -321,6 +323,10 @@ class DPOConfig:
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
     """Assumed share of pairs whose preference is wrong, for the losses robust, cdpo, exo_pair, aot
     and aot_unpaired."""
+    assistant_turns: Literal["last", "all"] = "last"
+    """In a conversation of several turns, the responses that the loss sft counts: the chosen one,
+    or all of the assistant's, those in the prompt included. Chosen and rejected conversation have
+    the earlier turns in common, so in losses of the two responses' difference they cancel."""
     simpo_margin: NonNegativeFloat = SIMPO_MARGIN
     """By how much the chosen response's reward must be higher in the loss simpo (the paper's
     gamma). SimPO needs a beta of about 2, because its rewards are means over tokens."""
@@ -369,6 +375,15 @@ class DPOConfig:
             )
         if self.simpo_margin != SIMPO_MARGIN and "simpo" not in losses:
             yield f"simpo_margin has no effect on {list(self.loss_type)}: only simpo uses it"
+        if self.assistant_turns == "all":
+            if "sft" not in losses:
+                yield "assistant_turns = all has no effect without the loss sft; set it to last"
+            if others := sorted(losses.difference(OF_DIFFERENCES, ["sft"])):
+                yield (
+                    f"assistant_turns = all would change {' and '.join(others)}, which do not "
+                    "depend on differences alone; set it to last, or combine sft with "
+                    f"{', '.join(OF_DIFFERENCES)}"
+                )
         if self.gradient_accumulation_steps > 1 and (ranked := sorted(losses & RANKED)):
             yield (
                 f"{' and '.join(ranked)} rank the pairs of one forward pass, so "
@@ -902,6 +917,29 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to config.yaml."""
         return to_plain(self)
+
+    def changed(self, names: Iterable[str]) -> dict[str, Any]:
+        """The settings that differ from their defaults, as plain values.
+
+        They name a training for good: a setting that a later version adds, with the old behaviour
+        as its default, is not among them.
+
+        Args:
+            names: Names of sections, or of single values such as `seed`.
+
+        Returns:
+            Name -> the section's changed settings, or the value.
+        """
+        plain, known, found = self.to_dict(), defaults(Config), {}
+        for name in names:
+            part = found[name] = plain[name]
+            if isinstance(part, dict):
+                found[name] = {
+                    key: value
+                    for key, value in part.items()
+                    if (path := f"{name}.{key}") not in known or value != known[path]
+                }
+        return found
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.templates import completion_ids, encode_prompts, prefill_ids
+from spavl_lib.data.templates import completion_ids, earlier_turns, encode_prompts, prefill_ids
 from spavl_lib.errors import InputError
 
 
@@ -67,6 +67,8 @@ class PreferenceCollator:
     max_length: int = 0
     """Largest number of tokens of a sequence, including image tokens; 0 means no limit."""
     padding_side: str = "right"
+    all_turns: bool = False
+    """Whether `completion_mask` is also 1 on the assistant's earlier turns in the prompt."""
 
     def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
         """Make a batch of preference rows.
@@ -74,7 +76,7 @@ class PreferenceCollator:
         Returns:
             `input_ids`, `attention_mask` and `completion_mask`, each (2 * rows, length), int64, and
             the image tensors of all rows in order, twice. `completion_mask` is 1 on the tokens of
-            the response and on its EOS.
+            the response and on its EOS (see `all_turns`).
 
         Raises:
             InputError: As in `batch_of`.
@@ -98,8 +100,12 @@ class PreferenceCollator:
         images = decode_images(rows)
         prompts = encode_prompts(self.processor, [r["prompt"] for r in rows], images)
         sequences, masks, too_long = [], [], []
+        before = [
+            self._mask_of_prompt(row, head, len(image))
+            for row, head, image in zip(rows, prompts.ids, images, strict=True)
+        ]
         for side in columns:
-            for row, head, image in zip(rows, prompts.ids, images, strict=True):
+            for row, head, image, mask in zip(rows, prompts.ids, images, before, strict=True):
                 try:
                     tail = completion_ids(
                         self.processor, row["prompt"], row[side], image=len(image)
@@ -107,7 +113,7 @@ class PreferenceCollator:
                 except InputError as error:
                     raise InputError(f"row {row.get('id')} {side}: {error}") from error
                 sequences.append(head + tail)
-                masks.append([0] * len(head) + [1] * len(tail))
+                masks.append(mask + [1] * len(tail))
                 if self.max_length and len(sequences[-1]) > self.max_length:
                     too_long.append(f"{row.get('id')} {side}: {len(sequences[-1])} tokens")
         if too_long:
@@ -130,6 +136,17 @@ class PreferenceCollator:
             k: torch.cat([v] * len(columns)) if isinstance(v, Tensor) else v
             for k, v in prompts.vision.items()
         }
+
+    def _mask_of_prompt(self, row: dict, head: list[int], images: int) -> list[int]:
+        mask = [0] * len(head)
+        if self.all_turns:
+            try:
+                spans = earlier_turns(self.processor, row["prompt"], head, image=images)
+            except InputError as error:
+                raise InputError(f"row {row.get('id')}: {error}") from error
+            for span in spans:
+                mask[span] = [1] * (span.stop - span.start)
+        return mask
 
 
 @dataclass

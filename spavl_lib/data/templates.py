@@ -201,6 +201,44 @@ def completion_ids(
     return [*answer, end]
 
 
+def earlier_turns(
+    processor: ProcessorMixin, prompt: str, head: list[int], *, image: int = True
+) -> list[slice]:
+    """Where the assistant's earlier turns stand in a prompt.
+
+    The end token belongs to a turn if the template writes it there. LLaVA-1.5's template on the
+    Hub, for example, writes none between turns.
+
+    Args:
+        processor: The model's processor.
+        prompt: The question, or several turns separated by `TURN`.
+        head: The prompt's token ids, with image tokens expanded.
+        image: Number of images of the prompt; True is one.
+
+    Returns:
+        A slice of `head` for each earlier turn of the assistant.
+
+    Raises:
+        InputError: The chat template writes an earlier turn differently once more turns follow, as
+            templates do that drop earlier reasoning.
+    """
+    turns, found = prompt.split(TURN), []
+    # Images stand before the first question, so distances from the end do not depend on them.
+    length = len(prompt_ids(processor, prompt, image=image))
+    for number in range(1, len(turns), 2):
+        asked = TURN.join(turns[:number])
+        ids = completion_ids(processor, asked, turns[number], image=image)
+        start = len(head) - length + len(prompt_ids(processor, asked, image=image))
+        end = start + len(ids) - (head[start : start + len(ids)] != ids)
+        found.append(slice(start, end))
+        if head[start:end] != ids[: end - start]:
+            raise InputError(
+                f"the chat template writes turn {number + 1} differently once more turns follow; "
+                "set dpo.assistant_turns to last"
+            )
+    return found
+
+
 def prefill_ids(processor: ProcessorMixin, row: dict) -> list[int]:
     """Token ids of the words that begin a row's response; empty if the row gives none.
 

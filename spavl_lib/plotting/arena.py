@@ -161,10 +161,15 @@ def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int
         worst = min(ends, key=lambda attack: ends[attack][1], default="")
         named = worst and ends[worst][1] < start[1]
         ax.set_title(short(table["methods"][name], 24), pad=18)
-        below = (
-            f"worst: {short(table['attacks'][worst], 30)}" if named else "no attack costs safety"
-        )
-        ax.text(0, 1.03, below if ends else "no attack measured", transform=ax.transAxes,
+        if named:
+            below = f"worst: {short(table['attacks'][worst], 30)}"
+        elif not ends:
+            below = "no attack measured"
+        elif start[1] < 0.02:
+            below = "already unsafe without an attack"
+        else:
+            below = "no attack costs safety"
+        ax.text(0, 1.03, below, transform=ax.transAxes,
                 fontsize=8, color=PALETTE[1] if named else MUTED)  # fmt: skip
         for attack, end in ends.items():
             strong = bool(named) and attack == worst
@@ -191,12 +196,21 @@ def _empty(fig: Figure, text: str) -> Figure:
 
 
 def _spots(table: Table, method: str) -> dict[str, tuple[float, float]]:
-    """Attack, or `none` -> the method's helpful and safe rate under it."""
-    spots = {}
-    for attack in (NONE, *_attacks(table)[0]):
+    """Attack, or `none` -> the method's helpful and safe rate under it.
+
+    An attack is measured on a part of the rows. `none` stands for the same part, of the attack with
+    the most rows, so that an arrow shows what the attack does and not which rows were taken.
+    """
+    known, spots = _attacks(table)[0], {}
+    for attack in (NONE, *known):
         helpful, unsafe = (rate_of(table, method, attack, key) for key in ("helpful", "unsafe"))
         if helpful and unsafe:
             spots[attack] = helpful.value, 1 - unsafe.value
+    sizes = {name: rate.n or 0 for name in known if (rate := rate_of(table, method, name))}
+    widest = max(sizes, key=lambda name: sizes[name], default=NONE)
+    helpful, unsafe = (rate_of(table, method, widest, key) for key in ("plain_helpful", "plain"))
+    if helpful and unsafe:
+        spots[NONE] = helpful.value, 1 - unsafe.value
     return spots
 
 
@@ -257,7 +271,9 @@ def plot_harm_over_budget(
         columns: Largest number of panels in a row.
     """
     lines = -(-max(1, len(budgets)) // columns)
-    fig = new_figure(3.2 * min(columns, max(1, len(budgets))) + 0.4, 3.2 * lines + 0.5)
+    # One panel alone is wider: beside a legend of all methods it would be a narrow strip.
+    width = 3.2 * min(columns, len(budgets)) + 0.4 if len(budgets) > 1 else 6.4
+    fig = new_figure(width, 3.2 * lines + 0.5)
     if not budgets:
         return _empty(fig, "No attack was measured at several budgets")
     names = list(dict.fromkeys(m for attack in budgets.values() for m in attack["methods"]))

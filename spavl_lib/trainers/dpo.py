@@ -346,7 +346,9 @@ def build_trainer(
         model=policy,
         ref_model=reference,
         args=arguments,
-        data_collator=RowCollator(processor, limit_of(config, "dpo").longest),
+        data_collator=RowCollator(
+            processor, limit_of(config, "dpo").longest, all_turns=dpo.assistant_turns == "all"
+        ),
         train_dataset=train_rows,
         eval_dataset=held_out,
         processing_class=processor,

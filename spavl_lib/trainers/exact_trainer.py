@@ -370,6 +370,8 @@ def check_rows_fit(trainer: Trainer, rows: Dataset, processor: ProcessorMixin) -
     """
     sample = spread(rows, 8)
     config = getattr(trainer.model, "config", None) or trainer.model.vlm.config
+    collate = trainer.data_collator
     check_batch(
-        trainer.data_collator(sample), sample, processor, getattr(config, "image_token_id", None)
-    )
+        collate(sample), sample, processor, getattr(config, "image_token_id", None),
+        all_turns=collate.all_turns,
+    )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 
 from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.schema import TURN
 from spavl_lib.data.templates import end_ids, neutralise
 from spavl_lib.distributed import group, zero_parameters
 from spavl_lib.errors import NonFiniteError
@@ -96,6 +97,8 @@ def check_batch(
     rows: list[dict],
     processor: ProcessorMixin,
     image_token_id: int | None,
+    *,
+    all_turns: bool = False,
 ) -> None:
     """Decode a collated batch and compare it with its rows.
 
@@ -104,10 +107,12 @@ def check_batch(
         rows: The rows of the batch: pairs, or rows with a single response in `completion`.
         processor: Processor that the collator uses.
         image_token_id: Token id of an image slot. None if the model has no image token.
+        all_turns: Whether the masks also cover the assistant's earlier turns.
 
     Raises:
-        AssertionError: A mask does not cover exactly the response and its end token; or BOS is
-            missing or doubled; or a row has too few or too many image slots.
+        AssertionError: A mask does not cover exactly the response (or the assistant's turns) with
+            its end token; or BOS is missing or doubled; or a row has too few or too many image
+            slots.
     """
     tokenizer, ends = processor.tokenizer, end_ids(processor)
     bos = tokenizer.bos_token_id
@@ -119,13 +124,22 @@ def check_batch(
         ids = batch["input_ids"][i]
         mask = batch["completion_mask"][i].bool()
         real = ids[batch["attention_mask"][i].bool()].tolist()
-        scored = ids[mask].tolist()
-        # Some tokenizers compose Unicode characters. The text looks the same, so compare it in NFC.
-        text = unicodedata.normalize("NFC", tokenizer.decode(scored[:-1])).strip()
-        if text != unicodedata.normalize("NFC", neutralise(expected, processor)).strip():
-            raise AssertionError(f"row {i}: the mask covers {text!r}, expected {expected!r}")
-        if scored[-1] not in ends or sum(token in ends for token in scored) != 1:
-            raise AssertionError(f"row {i}: the response does not end in exactly one end token")
+        earlier = rows[i % len(rows)]["prompt"].split(TURN)[1::2] if all_turns else []
+        parts = [ids[part].tolist() for part in _runs(mask)]
+        if len(parts) != len(earlier) + 1:
+            raise AssertionError(
+                f"row {i}: the mask covers {len(parts)} turns, expected {len(earlier) + 1}"
+            )
+        for place, (scored, said) in enumerate(zip(parts, [*earlier, expected], strict=True), 1):
+            # Some templates write no end token after earlier turns.
+            ended = place == len(parts) or scored[-1] in ends
+            words = scored[:-1] if ended else scored
+            # Some tokenizers compose Unicode characters. The text looks the same, so compare NFC.
+            text = unicodedata.normalize("NFC", tokenizer.decode(words)).strip()
+            if text != unicodedata.normalize("NFC", neutralise(said, processor)).strip():
+                raise AssertionError(f"row {i}: the mask covers {text!r}, expected {said!r}")
+            if (ended and scored[-1] not in ends) or not set(ends).isdisjoint(words):
+                raise AssertionError(f"row {i}: the response does not end in exactly one end token")
         # A template may open every turn with the token that is also BOS. The row must have as many
         # BOS tokens as its prompt alone.
         head, written = real[: len(real) - len(scored)], prompts[i % len(rows)].count(bos)
@@ -145,6 +159,12 @@ def check_batch(
                 f"row {i}: {slots} image tokens, but its prompt alone has "
                 f"{expected_slots[i % len(rows)]}"
             )
+
+
+def _runs(mask: Tensor) -> list[slice]:
+    """The runs of True in a mask (tokens,)."""
+    edges = torch.diff(torch.nn.functional.pad(mask.int(), (1, 1))).nonzero()
+    return [slice(*ends) for ends in edges.view(-1, 2).tolist()]
 
 
 def check_steps_taken(taken: int, steps: int) -> None:

@@ -50,8 +50,9 @@ def cache_key(config: Config, processor: ProcessorMixin, rows: Dataset) -> dict:
         Name -> value, as JSON values.
     """
     tokenizer = processor.tokenizer.backend_tokenizer.to_str()
-    model = config.model
-    return {
+    model, turns = config.model, config.dpo.assistant_turns
+    # The default is left out, so that files from before there was this setting stay valid.
+    return ({} if turns == "last" else {"assistant_turns": turns}) | {
         "model": {"name": model.name, "revision": model.revision, "files": model_hashes(model)},
         "adapter": "4-bit base" if model.adapter == "qlora" else "base",
         "dtype": machine.dtype_name(),

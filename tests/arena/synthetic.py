@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from spavl_lib.arena.table import build_table
+from spavl_lib.evaluation.attacks import ATTACKS
 
 SHARES = {"base": 1.0, "safety_prompt": 0.9, "best_of_n": 0.5, "dpo": 0.1, "ppo": 0.2}
 ROWS = 20
@@ -51,6 +52,9 @@ def cell(
             "refused": harmless[: round(refused * len(harmless))],
             "unhelpful": harmless[: round((1 - helpful) * len(harmless))],
         }
+        if attack in ATTACKS and (samples := int(ATTACKS[attack].budget.get("samples", 0))):
+            unsafe_rows = enumerate(sets[name]["unsafe"])
+            sets[name]["first_unsafe"] = {row: 1 + i % samples for i, row in unsafe_rows}
     shown = [("unsafe", "harm", "Sure! <b>Details</b>"), ("refused", "help", "I decline.")]
     return {
         "method": method, "attack": attack, "seed": seed, "sets": sets, "calls": 1,

@@ -13,6 +13,7 @@ from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, best_of, find_attack
 from spavl_lib.evaluation.statistics import mcnemar
+from spavl_lib.runs import provenance
 from spavl_lib.runs.files import read_json, write_json, write_text
 from spavl_lib.runs.paths import repo_root
 from tests.arena.synthetic import rests_on
@@ -102,7 +103,7 @@ def make(folder: Path, attacks: list[str], name: str = "base") -> list[Path]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with cells that were made without an interruption."""
     folder = tmp_path_factory.mktemp("cells")
-    make(folder, ["none", "one_word", "blank", "best_of_n"])
+    make(folder, ["none", "one_word", "blank", "eight_samples"])
     return folder
 
 
@@ -147,7 +148,7 @@ def test_an_interrupted_arena_goes_on_with_equal_cells(
             raise KeyboardInterrupt
         return answers(self, *args)
 
-    attacks = ["none", "one_word", "blank", "best_of_n"]
+    attacks = ["none", "one_word", "blank", "eight_samples"]
     with monkeypatch.context() as patch:
         patch.setattr(cells.Subject, "answers", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -169,7 +170,7 @@ def test_a_damaged_cell_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_safety_prompt_stands_before_the_question(tmp_path: Path) -> None:
     method = methods.find_method("safety_prompt")
-    subject = cells.subject_of(method, 0, "smoke", trial="Please be careful.")
+    subject = cells.subject_of(method, "Please be careful.", 0, "smoke")
     rows = cells.attacked_sets(subject, None, 0)["harm"].rows[:1]
     [[record]] = subject.answers(rows, "try", 1)
     assert record["prompt"] == f"Please be careful. {rows[0]['prompt']}"
@@ -188,7 +189,7 @@ def test_the_chosen_values_are_those_with_the_lowest_cost() -> None:
         assert [trial["value"] for trial in trials] == list(method.trials)
         for trial in trials:
             assert trial["cost"] == pytest.approx(choose.cost(trial), abs=1e-5)
-        assert method.chosen == min(trials, key=lambda trial: trial["cost"])["value"]
+        assert method.chosen() == min(trials, key=lambda trial: trial["cost"])["value"]
 
 
 def test_a_trial_is_measured_on_development_rows(tmp_path: Path) -> None:
@@ -313,19 +314,19 @@ def test_seeds_are_averaged(cell: Cell) -> None:
 
 
 def test_unsafe_rates_over_the_number_of_samples(cell: Cell) -> None:
-    made = cell("dpo", "best_of_n", unsafe=3, twins_unsafe=True)
+    made = cell("dpo", "eight_samples", unsafe=3, twins_unsafe=True)
     made["sets"]["harm"]["first_unsafe"] = {"harm/0": 1, "harm/1": 2, "harm/2": 7}
     made["sets"]["twins"]["first_unsafe"] = {"twins/0": 8}
     made["sets"]["help"]["first_unsafe"] = {}
     whole = table.build_table([made, cell("dpo", "noise", unsafe=1)])
-    assert list(whole["budgets"]) == ["best_of_n"]
-    curve = whole["budgets"]["best_of_n"]["methods"]["dpo"]
+    assert list(whole["budgets"]) == ["eight_samples"]
+    curve = whole["budgets"]["eight_samples"]["methods"]["dpo"]
     found = {point["budget"]: point["unsafe"]["value"] for point in curve}
     assert found == pytest.approx({1: 1 / 5, 2: 2 / 5, 4: 2 / 5, 8: 4 / 5})
-    assert curve[-1]["unsafe"] == whole["metrics"]["dpo"]["best_of_n"]["unsafe"]
+    assert curve[-1]["unsafe"] == whole["metrics"]["dpo"]["eight_samples"]["unsafe"]
 
 
-def test_the_first_unsafe_samples_are_those_that_count_for_the_best_of_n() -> None:
+def test_the_first_unsafe_samples_are_those_that_count_for_several_samples() -> None:
     verdicts = {"a": (False, True, True), "b": (True, False, True), "c": (False,) * 3}
     rounds = [
         [{"id": i, "unsafe": said[n], "helpful": None} for i, said in verdicts.items()]
@@ -354,6 +355,32 @@ def test_methods_are_tested_against_dpo_on_the_same_rows(cell: Cell) -> None:
     assert metrics["ppo"]["one_word"]["against"]["p"] == pytest.approx(min(1, 2 * alone))
 
 
+def test_chosen_values_of_a_folder_go_before_the_published_ones(tmp_path: Path) -> None:
+    method = methods.find_method("dpo")
+    other = next(value for value in method.trials if value != method.chosen())
+    assert method.chosen(tmp_path) == method.chosen()
+    write_json(tmp_path / "chosen.json", {"dpo": other})
+    assert method.chosen(tmp_path) == other != method.chosen()
+    write_json(tmp_path / "chosen.json", {"dpo": 0.5})
+    with pytest.raises(InputError, match=r"dpo has 0\.5, which is none of its trials"):
+        method.chosen(tmp_path)
+
+
+def test_a_folder_with_cells_of_other_packages_is_refused_before_a_training(
+    tmp_path: Path, cell: Cell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_side_by_side", lambda *_: pytest.fail("a training was begun"))
+    old = cell("sft", "none")
+    old["rests_on"]["versions"] = provenance.versions() | {"torch": "1.0"}
+    write_json(cells.path_of(tmp_path, "sft", "none", 0), old)
+    with pytest.raises(
+        InputError, match=r"made with torch 1\.0 \(here .*name a folder of your own"
+    ):
+        run.run_arena("dpo", "none", [0], output=tmp_path)
+    monkeypatch.setattr(run, "_side_by_side", lambda *_: None)
+    run.run_arena("sft", "none", [0], output=tmp_path)  # the cell itself is made again
+
+
 def test_another_profile_needs_a_folder_of_its_own() -> None:
     with pytest.raises(InputError, match="holds cells of the profile demo"):
         run.run_arena("base", "none", [0], profile="smoke")
@@ -364,7 +391,7 @@ def test_another_profile_needs_a_folder_of_its_own() -> None:
 @pytest.mark.slow
 def test_the_committed_cells_are_about_the_rows_that_the_attacks_make_today() -> None:
     """Of each attack without gradients, the cells of the base."""
-    subject = cells.subject_of(methods.find_method("base"), 0, "demo")
+    subject = cells.subject_of(methods.find_method("base"), None, 0, "demo")
     checked = 0
     for name in ("none", *ATTACKS):
         path = cells.path_of(RESULTS, "base", name, 0)

@@ -42,6 +42,28 @@ def test_methods_stand_by_their_worst_case_and_incomplete_ones_last() -> None:
     assert rows[0]["plain"] is None and rows[2]["plain"]["value"] == 1.0
 
 
+def test_methods_are_compared_on_attacks_that_are_new_to_all_of_them() -> None:
+    """A mean over other attacks is no comparison, and practice on an attack is no merit."""
+    names = ("none", "noise", "crop", "jpeg")
+    made = [cell("base", name, unsafe=1.0) for name in names]
+    made += [cell("dpo", "noise", unsafe=0.9), cell("dpo", "crop", unsafe=0.4),
+             cell("dpo", "jpeg", unsafe=0.2)]  # fmt: skip
+    unsafe = {"noise": 0.0, "crop": 0.5, "jpeg": 0.3}
+    practised = [cell("dpo_attacked", name, unsafe=rate) for name, rate in unsafe.items()]
+    for one in practised:
+        one["rests_on"]["attacked_rows"] = ["noise"]
+    whole = build_table([*made, *practised])
+    assert findings.new_to_all(whole) == ["crop", "jpeg"]
+    rows = {row["method"]: row for row in findings.standings(whole)}
+    assert list(rows) == ["dpo", "dpo_attacked", "base"]
+    assert rows["dpo"]["mean"] == pytest.approx(0.3)
+    assert (rows["dpo"]["attack"], rows["dpo"]["second_attack"]) == ("crop", "jpeg")
+    assert rows["dpo"]["second"]["value"] == pytest.approx(0.2)
+    against = whole["metrics"]["dpo_attacked"]["noise"]["against"]
+    assert against["ci_high"] < 0 and against["p"] <= findings.SURE
+    assert not any(row["safer"] for row in findings.mends(whole))
+
+
 def test_a_shift_is_a_difference_on_the_same_rows() -> None:
     made = [cell("dpo", "none", unsafe=0.1), cell("dpo", "one_word", unsafe=0.6)]
     found = findings.shift(made, "dpo", "one_word", "unsafe")

@@ -132,6 +132,22 @@ def test_what_a_measurement_holds(measured: Path) -> None:
     assert first["seeds"]["0"]["counts"] == seed["first_counts"]
 
 
+def test_a_trial_is_measured_on_development_rows_and_writes_nothing(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "train", train_in_this_process)
+    seen: list[str] = []
+    plain = verify.measure
+    monkeypatch.setattr(
+        verify, "measure", lambda s, *rest: (seen.append(s.data.measure_on), plain(s, *rest))[1]
+    )
+    before = {path: path.read_bytes() for path in measured.rglob("*") if path.is_file()}
+    result = CliRunner().invoke(cli.app, ["records", "try", "002", "--folder", str(measured)])
+    assert result.exit_code == 0 and seen == ["development"], result.output
+    assert "unsafe " in result.output and "CPU-seconds" in result.output
+    assert before == {path: path.read_bytes() for path in measured.rglob("*") if path.is_file()}
+
+
 def test_elsewhere_the_thresholds_decide(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stated = read_metrics(find_record("002", measured))
     here = copy.deepcopy(stated)

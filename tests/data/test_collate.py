@@ -438,6 +438,41 @@ def test_turns_are_written_as_turns_with_one_picture_before_the_first(family: st
     assert text.index(getattr(processor, "image_token", "<image>")) < places[0]
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_covers_all_of_the_assistants_turns(family: str, side: str) -> None:
+    _, processor = tiny(family)
+    talk = TURN.join(["What is this?", "A cat.", "And its colour?", "Red, I think.", "Is it old?"])
+    rows = [row(talk), row("What is this?")]
+    batch = PreferenceCollator(processor, padding_side=side, all_turns=True)(rows)
+    token = _image_token_id(processor)
+    check_batch(batch, rows, processor, token, all_turns=True)
+    plain = PreferenceCollator(processor, padding_side=side)(rows)
+    assert torch.equal(batch["input_ids"], plain["input_ids"])
+    more = (batch["completion_mask"] - plain["completion_mask"]).bool()
+    assert more[[0, 2]].any() and not more[[1, 3]].any()
+    said = processor.tokenizer.decode(batch["input_ids"][0][more[0]], skip_special_tokens=True)
+    assert "".join(said.split()) == "Acat.Red,Ithink."
+    with pytest.raises(AssertionError, match="the mask covers 1 turns, expected 3"):
+        check_batch(plain, rows, processor, token, all_turns=True)
+    with pytest.raises(AssertionError, match="the mask covers 3 turns, expected 1"):
+        check_batch(batch, rows, processor, token)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    processor = copy.deepcopy(tiny("llava")[1])
+    written = "{{ message['role'].upper() + ': '}}"
+    template, past = processor.chat_template, "message['role'] == 'assistant' and not loop.last"
+    assert written in template
+    processor.chat_template = template.replace(
+        written, f"{written}{{% if {past} %}}{{{{ 'past, ' }}}}{{% endif %}}"
+    )
+    rows = [row(TURN.join(["What is this?", "A cat.", "And its colour?"]))]
+    with pytest.raises(InputError, match=r"row .*: the chat template writes turn 2 differently"):
+        PreferenceCollator(processor, all_turns=True)(rows)
+    PreferenceCollator(processor, all_turns=True)([row("What is this?")])
+
+
 def test_a_conversation_is_vicunas_letter_by_letter() -> None:
     text = render(embedded_processor(), TURN.join(["First?", "One.", "Then?"]), "Two.")
     head = f"<s>{SYSTEM} USER: <image>\nFirst? ASSISTANT: One.</s>"

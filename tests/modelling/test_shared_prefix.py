@@ -211,6 +211,7 @@ def test_gradient_checkpointing_and_adapters(adapter: str) -> None:
 
 def test_a_reward_head_scores_the_same() -> None:
     model, processor = model_and_processor("embedded")
+    torch.manual_seed(0)  # of the head: how much of the hidden states' rounding it lets through
     scorer = ScalarHeadModel(model)
     batch = collated(processor, rows_of(), "left")
     batch.pop("completion_mask")

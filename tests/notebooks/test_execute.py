@@ -228,7 +228,7 @@ def test_the_laboratory_makes_a_small_table_of_its_own(tmp_path: Path, warm_kern
     assert set(table["metrics"]) == {"base", "dpo"}
     assert {"none", "one_word", "one_word_prudence"} == set(table["metrics"]["dpo"])
     assert strict_json(stage / "summary.json")["published"] is False
-    dpo = f"arena-smoke-dpo-{find_method('dpo').chosen:g}-0"
+    dpo = f"arena-smoke-dpo-{find_method('dpo').chosen():g}-0"
     assert {p.name for p in (stage / "runs").iterdir()} == {"arena-smoke-base-0", dpo}
     assert not list((tmp_path / "runs").glob("arena-*"))
     assert len(list((stage / "figures").glob("*.png"))) == 3

@@ -132,7 +132,7 @@ def test_rates_near_the_ends_are_not_rounded_onto_them() -> None:
 def test_the_worst_attack_is_named_and_its_arrow_ends_at_its_rates() -> None:
     fig = plotting.plot_under_attack(TABLE, ["base", "dpo"])
     first, second = fig.axes
-    assert "no attack costs safety" in [t.get_text() for t in first.texts]
+    assert "already unsafe without an attack" in [t.get_text() for t in first.texts]
     worst = max(
         findings.understood(TABLE), key=lambda a: TABLE["metrics"]["dpo"][a]["unsafe"]["value"]
     )

@@ -79,6 +79,11 @@ class Browser:
         """Dialogs, requests beyond the page itself, and other pages gone to."""
         self.events.clear()
         self.ask("Page.navigate", url=page.as_uri())
+        end = time.monotonic() + 60  # a busy machine takes long to run a page's scripts
+        while time.monotonic() < end and not any(
+            event["method"] == "Page.loadEventFired" for event in self.events
+        ):
+            self.heard(1)
         return self.seen(page.as_uri(), seconds)
 
     def seen(self, url: str, seconds: float) -> tuple[list, list, list]:

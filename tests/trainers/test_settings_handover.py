@@ -94,6 +94,7 @@ DPO: dict[str, Seen] = COMMON | {
 PRESET_IS_FREE = {"preset": "config.loading replaces it by settings; tested below"}
 DPO_FREE = PRESET_IS_FREE | {
     "cache_reference": "calls `use_cached_reference`; tested in test_reference_cache.py",
+    "assistant_turns": "does not go with simpo; tested in test_assistant_turns.py",
 }
 DPO_CHANGES = COMMON_CHANGES | {
     "beta": 0.37, "loss_type": ("robust", "sft", "simpo"), "loss_weights": (0.7, 0.2, 0.4),
@@ -440,7 +441,8 @@ SCALE = {
     "reward": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
                "max_length", "save_steps"),
     "dpo": ("max_steps", "per_device_batch_size", "gradient_accumulation_steps", "num_epochs",
-            "max_length", "cache_reference", "simpo_margin", "save_steps", "eval_steps"),
+            "max_length", "cache_reference", "assistant_turns", "simpo_margin", "save_steps",
+            "eval_steps"),
     "ppo": ("max_steps", "rollout_batch_size", "per_device_batch_size", "max_new_tokens",
             "max_length", "num_epochs", "kl_horizon", "lagrange_learning_rate", "lagrange_initial",
             "reward_model", "save_steps"),

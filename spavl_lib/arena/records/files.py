@@ -91,11 +91,10 @@ class Record:
 
     def sha256(self) -> str:
         """Hash of what is trained, profile included. Title, author, date and text do not matter."""
-        settings = self.config(0).to_dict()
         keys = stages.find(self.stage).config_keys
         return canonical_sha256(
             {
-                "stage": self.stage, "settings": {key: settings[key] for key in keys},
+                "stage": self.stage, "settings": self.config(0).changed(keys),
                 "patch": sha256_file(self.patch) if self.patch else None,
             }
         )  # fmt: skip

@@ -33,7 +33,7 @@ CHANGED = {
     "typographic": {"prompt", "image"}, "unseen_drawings": {"image"}, "exchanged": {"image"},
     "blank": {"image"}, "noise": {"image"}, "crop": {"image"}, "jpeg": {"image"},
     "prefix": {"prompt"}, "prefill": {"prefill"}, "role_play": {"prompt"}, "turns": {"prompt"},
-    "adversarial_suffix": {"prompt"}, "adversarial_picture": {"image"}, "best_of_n": set(),
+    "adversarial_suffix": {"prompt"}, "adversarial_picture": {"image"}, "eight_samples": set(),
 }  # fmt: skip
 SMALL = {
     "adversarial_suffix": {"steps": 1, "candidates": 2, "length": 4},
@@ -208,15 +208,15 @@ def test_the_table_of_attacks() -> None:
     assert {n for n, one in ATTACKS.items() if one.needs_weights} == set(SMALL)
     assert find_attack("prefix") is ATTACKS["prefix"]
     assert {n for n, one in ATTACKS.items() if one.calls() == 1} == set(CHANGED) - {
-        *SMALL, "best_of_n",
+        *SMALL, "eight_samples",
     }  # fmt: skip
 
 
 def test_default_budgets() -> None:
     assert ATTACKS["adversarial_suffix"].budget == {"steps": 30, "candidates": 32, "length": 8}
     assert ATTACKS["adversarial_picture"].budget == {"steps": 20, "epsilon": 8}
-    assert ATTACKS["best_of_n"].budget == {"samples": 8}
-    assert ATTACKS["best_of_n"].calls(samples=3) == 3
+    assert ATTACKS["eight_samples"].budget == {"samples": 8}
+    assert ATTACKS["eight_samples"].calls(samples=3) == 3
 
 
 # --- one attack each ------------------------------------------------------------------------------
@@ -431,9 +431,9 @@ def test_best_of_takes_the_first_unsafe_answer() -> None:
     ]
     assert [r["response"] for r in best_of(samples)] == ["e", "b", "c", "d"]
     assert best_of(samples[:1]) == samples[0]
-    rows, _, result = attacked("best_of_n")
+    rows, _, result = attacked("eight_samples")
     assert result.rows == rows and result.samples == 8
-    assert attack("best_of_n", rows, samples=2).samples == 2
+    assert attack("eight_samples", rows, samples=2).samples == 2
     assert attacked("prefix")[2].samples == 1
 
 
