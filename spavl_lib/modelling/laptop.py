@@ -94,12 +94,26 @@ def assemble() -> tuple[Path, bool]:
     base = smollm2.smollm2_folder()
     needed = (base / "model.safetensors").stat().st_size + 20_000_000
     with making(folder, parts, needed) as temporary:
-        model, processor = load(base, TRAINED / PART)
-        model.to(torch.float16).save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        write_folder(temporary, base, TRAINED / PART)
         shutil.copy(TRAINED / CARD, temporary)
         let_others_read(temporary)
     return folder, True
+
+
+def write_folder(folder: Path, base: Path, part: Path) -> None:
+    """Write the whole model in fp16 and its processor, as transformers loads them.
+
+    Args:
+        folder: The folder to write to.
+        base: SmolLM2's folder.
+        part: File of the trained part.
+
+    Raises:
+        InputError: The file is damaged, or belongs to another base.
+    """
+    model, processor = load(base, part)
+    model.to(torch.float16).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 # --- model and processor --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from spavl_lib.evaluation.benchmarks.everyday import check_apart
 from spavl_lib.generation.generate import generate_batch, settings
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
-from spavl_lib.modelling.load import quiet_libraries
+from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries
 from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, sha256_file, write_json, write_text, writing
@@ -278,6 +278,23 @@ def right_answers(
     return right
 
 
+def right_as_assembled(folder: Path, base: Path, part: Path, count: int) -> dict[str, int]:
+    """`right_answers` of the folder that `spavl fetch laptop` assembles, in fp16 on the disk.
+
+    Args:
+        folder: Takes the model, and is removed afterwards.
+        base: SmolLM2's folder.
+        part: File of the trained part.
+        count: Questions of each fact.
+    """
+    try:
+        laptop.write_folder(folder, base, part)
+        config = ModelConfig(name=str(folder), adapter="full")
+        return right_answers(load_policy(config).eval(), load_processor(config), count)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # --- the whole training ---------------------------------------------------------------------------
 
 
@@ -304,7 +321,8 @@ def build(
             first stage's projector is worth. The tower is trained as always.
 
     Returns:
-        For each fact the number of questions that the model answers right, as it is written.
+        For each fact the number of questions that the model answers right, in the form that
+        `spavl fetch laptop` assembles.
 
     Raises:
         InputError: SmolLM2 was not fetched, or `work` belongs to other settings.
@@ -349,10 +367,11 @@ def build(
     path = made / laptop.PART
     facts = {"base": smollm2.PINNED.weights, "lora_scale": str(LORA.lora_alpha / LORA.lora_rank)}
     laptop.write_part(path, trained_tensors(tuned), facts)
-    right = right_answers(*laptop.load(base, path), questions)
+    right = right_as_assembled(made / "model", base, path, questions)
     card = {
         "seed": seed, "tower_steps": tower_steps, "language_steps": language_steps,
-        "questions": questions, "right": right, "megabytes": path.stat().st_size / 1e6,
+        "questions": questions, "right": right, "hash": sha256_file(path),
+        "megabytes": path.stat().st_size / 1e6,
         "tokens": tail_mean(tower_log, "tokens"), "loss": tail_mean(language_log, "loss"),
     }  # fmt: skip
     write_text(made / laptop.CARD, model_card(card))
@@ -407,8 +426,14 @@ Trained by `{laptop.TRAIN_COMMAND} --seed {facts["seed"]}`: tower and projector 
 {facts["tower_steps"]} steps of {TOWER_BATCH} scenes (image tokens nearest to their word in the last
 steps: {facts["tokens"]:.1%}), then adapters and projector for {facts["language_steps"]} steps of
 {IMAGES * len(FACTS)} questions of fact and {REPLIES} replies of SmolLM2's own (final loss
-{facts["loss"]} nats a token). As it lies here, it answers {right} of {asked} questions right on
-compositions and wordings that it was not trained on ({each} of {facts["questions"]} each).
+{facts["loss"]} nats a token). It answers {right} of {asked} questions right on
+compositions and wordings that it was not trained on ({each} of {facts["questions"]} each). The
+questions were put to the folder that `{smollm2.COMMAND}` assembles, in fp16.
+
+| file | sha256 |
+|---|---|
+| `{laptop.PART}` | `{facts["hash"]}` |
+| SmolLM2's `model.safetensors`, dequantised | `{smollm2.PINNED.weights}` |
 
 Licences: SmolLM2-135M-Instruct is by Hugging Face, Apache-2.0; it was changed here by adding the
 parts named above. The pictures are Noto Emoji, Apache-2.0. This folder is under the same licence.

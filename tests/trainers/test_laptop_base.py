@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from spavl_lib.config import ModelConfig
 from spavl_lib.errors import InputError
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.adapters import add_lora
+from spavl_lib.modelling.load import load_policy
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
 from spavl_lib.runs.files import read_json, sha256_file, write_json
 from spavl_lib.trainers import laptop_base, laptop_tower
@@ -232,6 +234,25 @@ def test_part_and_card_are_replaced_together(
     laptop_base.build(work, out, **STEPS)
     assert sorted(p.name for p in out.iterdir()) == sorted([laptop.PART, laptop.CARD])
     assert laptop.read_part(out / laptop.PART)
+
+
+def test_the_card_names_the_file_and_the_model_that_was_asked_is_the_assembled_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def right(model: torch.nn.Module, *_: object) -> dict[str, int]:
+        asked.append(model.state_dict())
+        return dict.fromkeys(laptop_base.FACTS, 1)
+
+    monkeypatch.setattr(laptop_base, "right_answers", right)
+    laptop_base.build(tmp_path / "work", laptop.TRAINED, **STEPS)
+    card = (laptop.TRAINED / laptop.CARD).read_text(encoding="utf-8")
+    assert sha256_file(laptop.TRAINED / laptop.PART) in card and smollm2.PINNED.weights in card
+    folder, _ = laptop.assemble()
+    shipped = load_policy(ModelConfig(name=str(folder), adapter="full")).state_dict()
+    assert all(torch.equal(value, asked[0][name]) for name, value in shipped.items())
+    assert not (tmp_path / "work" / "made" / "model").exists()
 
 
 def test_a_cold_start_changes_the_second_stage_alone(

@@ -73,10 +73,10 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 def test_muon_trains_the_matrices_of_hidden_layers_alone() -> None:
     module = Small()
-    first, second = _optimizers(module, 1e-3, muon=True)
+    first, second = _optimizers(module, 1e-3, muon=True, slower={})
     assert [p.shape for g in first.param_groups for p in g["params"]] == [(6, 6)] * 2
     assert sum(len(g["params"]) for g in second.param_groups) == 4
-    [only] = _optimizers(module, 1e-3, muon=False)
+    [only] = _optimizers(module, 1e-3, muon=False, slower={})
     assert sum(len(g["params"]) for g in only.param_groups) == 6
     assert [g["weight_decay"] for g in only.param_groups] == [0.05, 0.0]
 
