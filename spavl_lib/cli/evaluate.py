@@ -22,8 +22,10 @@ def evaluate(
             help="One or more of: embedded; OWNER/MODEL[@REVISION] on the Hub; the folder of a "
             "model or of an adapter; RUN/STAGE, such as demo/dpo; a file of answers made elsewhere "
             "(.json, .jsonl, .tsv, .csv); endpoint:MODEL@URL, behind an OpenAI-compatible address; "
-            "always-refuse or always-comply, controls that say the "
-            "same to everything. NAME=SUBJECT shows the subject as NAME in tables.",
+            "always-refuse or always-comply, controls that say the same to everything. "
+            "safety-prompt:MODEL puts a sentence about safety before each request; "
+            "best-of-4:MODEL@RUN/reward gives the best of 4 samples by a run's reward model. "
+            "NAME=SUBJECT shows the subject as NAME in tables.",
         ),
     ],
     benchmarks: Annotated[
@@ -59,7 +61,7 @@ def evaluate(
         typer.Option(help="Folder of the results.", show_default="runs/evaluations"),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=0, help="Number of rows of each benchmark, from the first; 0: all.")
+        int, typer.Option(min=0, help="Number of rows of each benchmark, evenly spread; 0: all.")
     ] = 0,
     allow_changed: Annotated[
         bool,
@@ -126,7 +128,7 @@ def evaluate(
     from spavl_lib.cli import parse_sets
     from spavl_lib.config import EvaluationConfig, GenerationConfig
     from spavl_lib.config.validation import build
-    from spavl_lib.evaluation.benchmark_runs.evaluate import Options
+    from spavl_lib.evaluation.benchmark_runs.evaluate import Options, usual_judges
     from spavl_lib.evaluation.benchmark_runs.evaluate import evaluate as evaluate_subjects
     from spavl_lib.evaluation.benchmark_runs.subject import find_subject
     from spavl_lib.report.benchmarks import write_benchmark_report
@@ -158,7 +160,7 @@ def evaluate(
         evaluated = evaluate_subjects(
             [find_subject(text, sections["model"]) for text in subjects],
             _names(benchmarks),
-            _names(judge) or _usual_judges(_names(benchmarks)),
+            _names(judge) or usual_judges(_names(benchmarks)),
             folder,
             options,
             should_stop=flag,
@@ -217,11 +219,3 @@ def _sections(sets: dict[str, str]) -> dict[str, dict[str, str]]:
             f"--set {', '.join(wrong)}: expected settings of generation, model or evaluation"
         )
     return sections
-
-
-def _usual_judges(benchmarks: list[str]) -> list[str]:
-    """The judges that the benchmarks name, each once."""
-    from spavl_lib.evaluation.benchmarks import open_benchmark
-
-    named = [open_benchmark(spec.partition(":")[0]).judges for spec in benchmarks]
-    return list(dict.fromkeys(judge for judges in named for judge in judges))

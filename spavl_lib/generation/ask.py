@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import nn
+from transformers import ProcessorMixin
 
 from spavl_lib.config import Config
 from spavl_lib.data.collate import PromptCollator
@@ -127,26 +128,40 @@ class RunModels:
         scores: list[float | None] = [None] * len(answers)
         if self.reward_folder:
             texts = [answer["response"] for answer in answers.values()]
-            scores = [*self._scores(decoded, question, texts)]
+            scores = [
+                *response_scores(self.load("reward"), self.processor, decoded, question, texts)
+            ]
         return [
             Reply(name, answer["response"], answer["finished"], score)
             for (name, answer), score in zip(answers.items(), scores, strict=True)
         ]
 
-    @torch.no_grad()
-    def _scores(
-        self, image: Image.Image | None, question: str, responses: list[str]
-    ) -> Iterator[float]:
-        """The reward model's score of each response."""
-        reward = self.load("reward")
-        prompt = encode_prompts(self.processor, [question], [image])
-        for response in responses:
-            answer = completion_ids(self.processor, question, response, image=image is not None)
-            ids = torch.tensor([prompt.ids[0] + answer])
-            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.vision}
-            for name, [types] in prompt.token_types.items():
-                batch[name] = torch.tensor([types + [0] * len(answer)])
-            yield reward(**{key: value.to(reward.device) for key, value in batch.items()}).item()
+
+@torch.no_grad()
+def response_scores(
+    reward: nn.Module,
+    processor: ProcessorMixin,
+    image: Image.Image | None,
+    question: str,
+    responses: list[str],
+) -> Iterator[float]:
+    """The reward model's score of each response to a question.
+
+    Args:
+        reward: The reward model.
+        processor: Its processor.
+        image: The question's image, or None.
+        question: The question.
+        responses: The responses. Each is scored as one that ended by itself.
+    """
+    prompt = encode_prompts(processor, [question], [image])
+    for response in responses:
+        answer = completion_ids(processor, question, response, image=image is not None)
+        ids = torch.tensor([prompt.ids[0] + answer])
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **prompt.vision}
+        for name, [types] in prompt.token_types.items():
+            batch[name] = torch.tensor([types + [0] * len(answer)])
+        yield reward(**{key: value.to(reward.device) for key, value in batch.items()}).item()
 
 
 def config_of_run(run_path: Path) -> Config:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from PIL import Image
 from spavl_lib.config import EvaluationConfig, GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs import asking, judging
-from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
-from spavl_lib.evaluation.benchmark_runs.subject import CONTROLS, find_subject
+from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _chosen, _locked, evaluate
+from spavl_lib.evaluation.benchmark_runs.subject import CONTROLS, SAFETY_PROMPT, find_subject
 from spavl_lib.evaluation.benchmarks import RULES, load_benchmark
 from spavl_lib.evaluation.judges import JUDGES, register_judge, rubric
 from spavl_lib.evaluation.judges.endpoint import Client
 from spavl_lib.evaluation.verdicts import EMPTY, Verdict
+from spavl_lib.runs.files import read_jsonl
 from tests.evaluation.benchmark_files import needs_real_files, write_fixture
 
 OPTIONS: dict[str, Any] = {
@@ -513,3 +515,60 @@ def test_controls_are_judged_like_any_subject(root: Path, harm_judge: list, tmp_
     assert len(harm_judge) == count
     [answer] = {line["response"] for line in lines_of(out / "yes/figstep/answers.jsonl")}
     assert answer == CONTROLS["always-comply"]
+
+
+def test_a_safety_prompt_stands_before_each_request_and_in_no_record(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts: list[str] = []
+    real = asking.PromptCollator.__call__
+
+    def watched(self: Any, rows: list[dict]) -> Any:
+        prompts.extend(row["prompt"] for row in rows)
+        return real(self, rows)
+
+    monkeypatch.setattr(asking.PromptCollator, "__call__", watched)
+    out = tmp_path / "out"
+    run(["safety-prompt:embedded"], ["figstep"], ["phrases"], out)
+    kept = read_jsonl(out / "embedded-safety-prompt/figstep/answers.jsonl")
+    asked = {row.prompt for row in load_benchmark("figstep", allow_changed=True).rows}
+    assert {record["prompt"] for record in kept} == asked
+    assert set(prompts) == {f"{SAFETY_PROMPT} {prompt}" for prompt in asked}
+
+
+def test_of_several_samples_the_best_is_given(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = tmp_path / "reward"
+    (stage / "model").mkdir(parents=True)
+    (stage / "manifest.json").write_text("{}")
+    sampled: list[list[str]] = []
+    real = asking.generate_batch
+
+    def watched(*args: Any, **options: Any) -> Any:
+        answers = real(*args, **options)
+        sampled.append([answer["response"] for answer in answers])
+        return answers
+
+    monkeypatch.setattr(asking, "generate_batch", watched)
+    monkeypatch.setattr(asking, "load_reward_model", lambda *_: None)
+    longest = lambda _, __, ___, ____, texts: map(len, texts)  # noqa: E731
+    monkeypatch.setattr(asking, "response_scores", longest)
+    out = tmp_path / "out"
+    run([f"best=best-of-3:embedded@{stage}"], ["figstep"], ["phrases"], out)
+    kept = [record["response"] for record in read_jsonl(out / "best/figstep/answers.jsonl")]
+    rounds = [sampled[i : i + 3] for i in range(0, len(sampled), 3)]
+    of_rows = [texts for part in rounds for texts in zip(*part, strict=True)]
+    assert kept == [max(texts, key=len) for texts in of_rows]
+    assert any(len(set(texts)) > 1 for texts in of_rows)
+    decoding = json.loads((out / "best/figstep/protocol.json").read_text())["decoding"]
+    assert decoding["do_sample"]
+
+
+def test_a_limit_takes_rows_of_every_kind() -> None:
+    rows = [SimpleNamespace(id=str(number)) for number in range(12)]
+    reading: Any = SimpleNamespace(rows=rows, without_image=frozenset())
+    picked = [row.id for row in _chosen(reading, 4, False)]
+    assert picked == [reading.rows[i].id for i in (0, 3, 6, 9)]
+    assert {*picked} < {row.id for row in _chosen(reading, 8, False)}
+    assert _chosen(reading, 0, False) == _chosen(reading, 99, False) == rows

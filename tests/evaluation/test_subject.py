@@ -105,3 +105,30 @@ def test_rows_that_a_run_was_trained_on_are_counted(runs: Path, tmp_path: Path) 
     [note] = trained_on(subject, rows)
     assert "is not known" in note and "no such file" in note
     assert trained_on(find_subject("embedded"), rows) == []
+
+
+def test_ways_to_answer_without_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPAVL_RUNS", str(tmp_path))
+    prompted = find_subject("safety-prompt:embedded")
+    assert prompted.name == "embedded-safety-prompt" and prompted.sentence
+    plain = find_subject("embedded").identity()
+    assert prompted.identity() == plain | {"safety_prompt": prompted.sentence}
+    stage = tmp_path / "mine" / "reward"
+    (stage / "model").mkdir(parents=True)
+    (stage / "model" / "a.safetensors").write_bytes(b"weights")
+    for text in ("best-of-4:embedded@mine/reward", f"best-of-4:embedded@{stage}"):
+        with pytest.raises(InputError, match="no reward stage of a run"):
+            find_subject(text)
+    (stage / "manifest.json").write_text("{}")
+    best = find_subject("best=best-of-4:embedded@mine/reward")
+    assert (best.name, best.samples, best.reward) == ("best", 4, stage / "model")
+    facts = best.identity()
+    assert facts["best_of"] == 4 and facts["reward_files"] and plain.items() <= facts.items()
+    for text, message in (
+        ("best-of-1:embedded@mine/reward", "at least two"),
+        ("best-of-4:embedded", "best-of-N:MODEL@RUN/reward"),
+        ("safety-prompt:always-refuse", "no plain model"),
+        ("safety-prompt:best-of-4:embedded@mine/reward", "no plain model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_subject(text)

@@ -1,26 +1,31 @@
 """Ask a model the prompts of a benchmark, and write each batch of answers to the disk at once."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from spavl_lib import machine
 from spavl_lib.config import GenerationConfig
 from spavl_lib.data.collate import PromptCollator
+from spavl_lib.data.images import decode
 from spavl_lib.data.templates import render
 from spavl_lib.errors import InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.subject import Subject
 from spavl_lib.evaluation.benchmarks import BenchmarkRow
 from spavl_lib.evaluation.benchmarks.answers import match_answers, read_answers
+from spavl_lib.generation.ask import response_scores
 from spavl_lib.generation.generate import ahead, generate_batch, settings
 from spavl_lib.generation.vllm import VLLMModel, derived_seed
 from spavl_lib.machine import free_memory
+from spavl_lib.modelling.heads import load_reward_model
 from spavl_lib.modelling.load import (
     context_length,
     load_policy,
@@ -56,10 +61,15 @@ def decoding(subject: Subject, config: GenerationConfig, seed: int) -> dict[str,
         return {"made": "by an endpoint", "settings": f"temperature 0, {limit}"}
     return {
         "made": "here",
-        **settings(config, seed),
+        **settings(sampled(config) if subject.reward else config, seed),
         "backend": config.backend,
         "precision": machine.dtype_name(),
     }
+
+
+def sampled(config: GenerationConfig) -> GenerationConfig:
+    """The settings with which a subject that chooses among samples makes them."""
+    return dataclasses.replace(config, do_sample=True)
 
 
 def prompting(processor: ProcessorMixin) -> dict[str, Any]:
@@ -91,6 +101,7 @@ class Asker:
     config: GenerationConfig
     seed: int = 0
     _loaded: tuple[PreTrainedModel | VLLMModel, ProcessorMixin] | None = None
+    _reward: nn.Module | None = None
 
     def processor(self) -> ProcessorMixin:
         """The model's processor. A model that was trained here uses its base model's processor."""
@@ -118,7 +129,7 @@ class Asker:
         """Drop the model, so that a judge can use its memory."""
         if self._loaded and isinstance(self._loaded[0], VLLMModel):
             self._loaded[0].close()
-        self._loaded = None
+        self._loaded = self._reward = None
         free_memory()
 
     def ask(self, rows: Sequence[BenchmarkRow], journal: Journal, should_stop: object) -> None:
@@ -151,7 +162,7 @@ class Asker:
                 f"generation.max_new_tokens = {self.config.max_new_tokens} leaves no room for a "
                 f"prompt in the context of {context} tokens of {self.subject.name}"
             )
-        prepare = _Preparing(processor, room, isinstance(model, VLLMModel))
+        prepare = _Preparing(processor, room, isinstance(model, VLLMModel), self.subject.sentence)
         done = len(rows) - sum(map(len, todo))
         bar = tqdm(total=len(rows), initial=done, desc=self.subject.name, unit="row", leave=False)
         with bar:
@@ -180,9 +191,33 @@ class Asker:
         if not rows:
             return []
         seed = derived_seed(self.seed, rows[0].id)
+        if self.subject.reward:
+            return self._best(model, processor, batch, rows)
         if isinstance(model, VLLMModel):
             return model.answer(processor, batch, self.config, seed=seed)
         return generate_batch(model, processor, batch, self.config, seed=seed)
+
+    def _best(
+        self, model: Any, processor: ProcessorMixin, batch: Any, rows: Sequence[BenchmarkRow]
+    ) -> list[dict[str, Any]]:
+        """Of several sampled answers to each row, the one with the best score."""
+        if self._reward is None:
+            assert self.subject.model is not None and self.subject.reward is not None
+            self._reward = load_reward_model(self.subject.model, self.subject.reward)
+        config, rounds = sampled(self.config), []
+        for number in range(self.subject.samples):
+            seed = derived_seed(self.seed + number, rows[0].id)
+            if isinstance(model, VLLMModel):
+                rounds.append(model.answer(processor, batch, config, seed=seed))
+            else:
+                rounds.append(generate_batch(model, processor, batch, config, seed=seed))
+        best = []
+        for row, *answers in zip(rows, *rounds, strict=True):
+            image = decode(str(row.image)) if row.image else None
+            texts = [answer["response"] for answer in answers]
+            scores = [*response_scores(self._reward, processor, image, row.prompt, texts)]
+            best.append(answers[scores.index(max(scores))])
+        return best
 
 
 class _Preparing:
@@ -192,16 +227,17 @@ class _Preparing:
         processor: The model's processor.
         room: Largest number of tokens of a prompt; 0: no limit.
         raw: Whether the batch is a list of prompt rows, as vLLM takes them, instead of tensors.
+        sentence: Stands before every request; empty for none.
     """
 
-    def __init__(self, processor: ProcessorMixin, room: int, raw: bool):
-        self.processor, self.room, self.raw = processor, room, raw
+    def __init__(self, processor: ProcessorMixin, room: int, raw: bool, sentence: str):
+        self.processor, self.room, self.raw, self.sentence = processor, room, raw, sentence
         self.collate = PromptCollator(processor)
 
     def __call__(self, rows: list[BenchmarkRow]) -> tuple[Any, dict[str, str]]:
         """The batch, and the error of each row that is not in it."""
         errors: dict[str, str] = {}
-        cells = {row.id: prompt_row(row) for row in rows}
+        cells = {row.id: prompt_row(row, self.sentence) for row in rows}
         try:
             batch = self.collate(list(cells.values()))
         except InputError:  # An image cannot be read. Find its row; the other rows can be asked.
@@ -230,11 +266,12 @@ class _Preparing:
         return batch, errors
 
 
-def prompt_row(row: BenchmarkRow) -> dict[str, Any]:
-    """A row in the schema of prompt rows (`data.schema`)."""
+def prompt_row(row: BenchmarkRow, sentence: str = "") -> dict[str, Any]:
+    """A row in the schema of prompt rows (`data.schema`), with a sentence before its request."""
     cell = {"bytes": None, "path": str(row.image)} if row.image else None
     name = row.image.name if row.image else ""
-    return {"id": row.id, "prompt": row.prompt, "image": cell, "image_name": name}
+    prompt = f"{sentence} {row.prompt}" if sentence else row.prompt
+    return {"id": row.id, "prompt": prompt, "image": cell, "image_name": name}
 
 
 def in_batches(rows: Sequence[BenchmarkRow], size: int) -> Iterator[list[BenchmarkRow]]:

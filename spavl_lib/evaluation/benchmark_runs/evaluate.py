@@ -32,6 +32,16 @@ from spavl_lib.runs.text import say
 Say = Callable[[str], None]
 
 
+def usual_judges(benchmarks: Sequence[str]) -> list[str]:
+    """The judges that benchmarks name, each once.
+
+    Args:
+        benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
+    """
+    named = [open_benchmark(spec.partition(":")[0]).judges for spec in benchmarks]
+    return list(dict.fromkeys(judge for judges in named for judge in judges))
+
+
 @dataclass(frozen=True)
 class Options:
     """How an evaluation is done. The defaults are those of `spavl evaluate`."""
@@ -43,7 +53,7 @@ class Options:
     missing_images: Literal["refuse", "skip"] = "refuse"
     """What to do if images that a model needs are missing: raise, or leave out their rows."""
     limit: int = 0
-    """Use only this many first rows of each benchmark; 0: all rows."""
+    """Use only this many rows of each benchmark, evenly spread; 0: all rows."""
     generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(batch_size=8))
     set_tokens: bool = False
     """Whether the user set `generation.max_new_tokens`. If not, it is 512, or half of a smaller
@@ -251,12 +261,16 @@ def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
 
 
 def _chosen(reading: Reading, limit: int, with_image: bool) -> list[BenchmarkRow]:
-    """The first `limit` rows. With `with_image`, rows whose image is missing are left out."""
+    """`limit` rows, evenly spread, because files are sorted by kind. A multiple of a limit has the
+    rows of that limit too. With `with_image`, rows whose image is missing are left out.
+    """
     left_out = reading.without_image if with_image else frozenset()
     rows = [row for row in reading.rows if row.id not in left_out]
     if not rows:
         raise InputError(f"{reading.benchmark}: no row has its image in {reading.folder}")
-    return rows[:limit] if limit else rows
+    if not limit or limit >= len(rows):
+        return rows
+    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 @contextlib.contextmanager
