@@ -24,7 +24,7 @@ from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate, usual_judges
+from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, find_subject
 from spavl_lib.evaluation.rates import wilson
 from spavl_lib.evaluation.suite import quick_rates
@@ -122,7 +122,7 @@ def measure(
         subject = find_subject(f"{name}-x{scale:g}={scaled(subject.trained, scale)}")
     options = Options(limit=rows, generation=config.generation, set_tokens=True, seed=seed)
     out = Run(config).path.parent / "evaluations" / f"laptop-{seed}{tag(changes)}"
-    pages = evaluate([subject], benchmarks, usual_judges(benchmarks), out, options)["results"]
+    pages = evaluate([subject], benchmarks, (), out, options)["results"]
     found: dict[str, Any] = {
         "arm": name,
         "seed": seed,
