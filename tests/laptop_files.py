@@ -102,4 +102,5 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(smollm2, "PINNED", pin)
     monkeypatch.setattr(laptop, "TRAINED", folder / "trained")
     monkeypatch.setenv("SPAVL_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no test downloads the prompts of the pairs
     return wheel
