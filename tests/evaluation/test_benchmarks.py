@@ -241,6 +241,7 @@ def test_the_list_shows_what_is_at_hand(
     code, out, _ = spavl("benchmarks", "--benchmarks-dir", str(tmp_path))
     assert code == 0 and "strongreject" in out and "category is 'Gardening'" in out
     monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
+    monkeypatch.setenv("SPAVL_CACHE", str(tmp_path / "cache"))  # nothing was fetched
     at_hand = [state.name for state in list_benchmarks() if state.pins != "not at hand"]
     assert at_hand == ["everyday"]  # our own; its files are in the package
     code, out, _ = spavl("benchmarks")

@@ -63,3 +63,15 @@ def test_the_command_reports_both_rates(
     assert (found["refused"]["k"], found["refused"]["n"]) == (60, 60)
     assert 0 < found["right"]["ci_high"] < 0.1
     assert "right" in out and "0/60" in out
+
+
+def test_plain_requests_need_no_reference(
+    spavl: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
+    code, _, err = spavl(
+        "evaluate", "always-refuse", "--benchmarks", "everyday:plain", "--out", str(tmp_path)
+    )
+    assert code == 0, err
+    page = json.loads((tmp_path / "always-refuse/everyday.plain/results.json").read_text())
+    assert [judge["axes"] for judge in page["judges"].values()] == [["refused"]]

@@ -1,12 +1,11 @@
 """The profile `laptop`: its notebooks, with text-only rows beside rows with images.
 
 Here they run on a tiny random model `laptop`, in this process. Every harmful prompt of its pairs,
-and the reply to it, holds a marker that nothing may show. A slow test runs the notebooks on the
-real model, if it was fetched.
+and the reply to it, holds a marker that nothing may show. `test_laptop_real.py` runs them on the
+real model.
 """
 
 import ast
-import json
 import logging
 import math
 from collections.abc import Iterator
@@ -22,15 +21,14 @@ from spavl_lib import pipeline
 from spavl_lib.config import Config, load_config
 from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.sources.laptop_pairs import pairs_file
-from spavl_lib.errors import InputError
 from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.load import model_hashes
 from spavl_lib.notebook.pictures import HIDDEN
 from spavl_lib.plotting import style
 from spavl_lib.report import write_report
 from spavl_lib.runs.files import read_jsonl
-from tests.laptop_files import LAPTOP, MARKER, pin_tiny, write_pairs, write_random_part
-from tests.notebooks.conftest import REPO, execute
+from tests.laptop_files import LAPTOP, MARKER, SMALL, pin_tiny, write_pairs, write_random_part
+from tests.notebooks.conftest import REPO
 
 pytestmark = [pytest.mark.notebooks, pytest.mark.filterwarnings("ignore")]
 
@@ -38,14 +36,7 @@ FAST = (
     "01_data_exploration", "02_reward_model", "03_ppo", "05_inference", "06_safety_helpfulness"
 )  # fmt: skip
 SLOW = ("03b_ppo_in_practice", "04_dpo")
-FEW = {
-    "data.train_rows": 8, "data.validation_rows": 4, "data.test_rows": 2, "reward.max_steps": 2,
-    "reward.per_device_batch_size": 4, "dpo.max_steps": 2, "dpo.per_device_batch_size": 4,
-    "ppo.max_steps": 1, "ppo.max_new_tokens": 6, "rloo.max_steps": 1,
-    "rloo.per_device_batch_size": 8, "rloo.max_new_tokens": 6, "generation.max_new_tokens": 6,
-    "evaluation.benchmarks": ["everyday"], "evaluation.benchmark_rows": 2,
-}  # fmt: skip
-TINY = FEW | {"launch.num_threads": 1, "model.share_prefix": "require"}
+TINY = SMALL | {"launch.num_threads": 1, "model.share_prefix": "require"}
 # Lines of notebooks that do not hold for the model `laptop`: its template begins every turn with
 # the token that its tokenizer calls BOS.
 WRONG = {"01_data_exploration": "assert ids.count(tokenizer.bos_token_id) == 1"}
@@ -164,31 +155,3 @@ def test_no_file_of_a_run_shows_anything_harmful(
     }
     # The record of PPO's responses names their prompts. `source.diff` is git's, of this checkout.
     assert holding - {"source.diff"} == {"rollouts.jsonl"}
-
-
-# --- the real model -------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_notebooks_run_on_the_real_model(tmp_path: Path, warm_kernels: None) -> None:
-    try:
-        laptop.laptop_folder()
-        pairs = [json.loads(x) for x in pairs_file().read_text(encoding="utf-8").splitlines()]
-    except InputError as error:
-        pytest.skip(f"run `spavl fetch laptop` first: {error}")
-    chosen = [
-        word for key, value in FEW.items()
-        for word in ("--set", f"{key}={value[0] if isinstance(value, list) else value}")
-    ]  # fmt: skip
-    printed = ""
-    for name in ("all", "03b_ppo_in_practice"):
-        words = ("run", name, "--profile", "laptop", "--run-name", "small", *chosen)
-        done = execute("spavl_lib.cli", *words, runs=tmp_path)
-        assert done.returncode == 0, done.stderr[-4000:]
-        printed += done.stdout + done.stderr
-    run = tmp_path / "small"
-    pages = [*run.glob("*/executed.ipynb"), run / "report.html"]
-    printed += "".join(page.read_text(encoding="utf-8") for page in pages)
-    assert len(pages) == len(FAST + SLOW) + 1
-    harmful = [pair for pair in pairs if "harmless" not in pair["id"]]
-    assert harmful and not [p["id"] for p in harmful if p["prompt"][:40] in printed]

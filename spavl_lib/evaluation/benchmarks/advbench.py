@@ -1,10 +1,17 @@
 """AdvBench: 520 harmful goals, as text. With a file of your own, each goal gets a suffix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from spavl_lib.evaluation.benchmarks.base import Benchmark, Columns, Reader, Record, register
 
 GOALS, SUFFIXES = "harmful_behaviors.csv", "suffix.json"
+GOALS_ALONE = "goals.csv"  # the same goals without targets, as `packages.py` writes them
+
+
+def _without_suffixes(reader: Reader) -> Iterable[Record]:
+    if reader.find(GOALS) is None and reader.find(GOALS_ALONE):
+        return reader.table(GOALS_ALONE, ("goal",))
+    return reader.table(GOALS, ("goal", "target"))
 
 
 def _with_suffixes(reader: Reader) -> Iterator[Record]:
@@ -35,7 +42,9 @@ class AdvBench(Benchmark):
     licence = "MIT"
     homepage = "llm-attacks/llm-attacks"
     subsets = {
-        "vanilla": Columns(GOALS, prompt="{goal}", columns=("target",), group="{goal}"),
+        "vanilla": Columns(
+            f"{GOALS}|{GOALS_ALONE}", load=_without_suffixes, prompt="{goal}", group="{goal}"
+        ),
         "suffix": Columns(
             GOALS, load=_with_suffixes, also=(SUFFIXES,), prompt="{goal}{_suffix}", group="{goal}"
         ),

@@ -1,6 +1,7 @@
 """The common row, the interface of a benchmark, and the table of all benchmarks.
 
 A benchmark is read from the folder `$SPAVL_BENCHMARKS/NAME`, laid out as its authors publish it.
+If there is none, the prompts of some benchmarks come from the cache (`packages.py`).
 This package contains no sentences, images or answers of other people's benchmarks. It contains
 only hashes of the published files, which show whether a folder holds the published version. The
 benchmark `everyday` is our own, and its files lie in this package.
@@ -29,6 +30,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from spavl_lib.config.registry import Registry
 from spavl_lib.errors import InputError, nearest, raise_all
+from spavl_lib.evaluation.benchmarks import packages
 from spavl_lib.evaluation.benchmarks.columns import Columns
 from spavl_lib.evaluation.benchmarks.reading import Reader, Record
 
@@ -316,6 +318,39 @@ def benchmarks_root(root: str | Path | None = None) -> Path:
     return path
 
 
+def own_folder(benchmark: Benchmark, root: str | Path | None = None) -> Path | None:
+    """The folder of one benchmark in the user's folder of benchmarks; None if there is none.
+
+    Args:
+        benchmark: The benchmark.
+        root: As for `benchmarks_root`.
+
+    Raises:
+        InputError: The folder of benchmarks does not exist.
+    """
+    if not (root or os.environ.get(FOLDER_VARIABLE)):
+        return None
+    above = benchmarks_root(root)
+    paths = [above / name for name in (benchmark.name, *benchmark.folders)]
+    return next((path for path in paths if path.is_dir()), None)
+
+
+def at_hand(benchmark: Benchmark, root: str | Path | None = None) -> Path | None:
+    """The folder of one benchmark: the packaged one, the user's, or the one in the cache that
+    `spavl fetch laptop` made. None if there is none.
+
+    Args:
+        benchmark: The benchmark.
+        root: As for `benchmarks_root`.
+
+    Raises:
+        InputError: The folder of benchmarks does not exist.
+    """
+    return (
+        benchmark.packaged or own_folder(benchmark, root) or packages.fetched_folder(benchmark.name)
+    )
+
+
 def benchmark_folder(benchmark: Benchmark, root: str | Path | None = None) -> Path:
     """The folder of one benchmark.
 
@@ -329,17 +364,17 @@ def benchmark_folder(benchmark: Benchmark, root: str | Path | None = None) -> Pa
     Raises:
         InputError: There is no such folder, or the data set cannot be fetched.
     """
-    if benchmark.packaged:
-        return benchmark.packaged
-    if benchmark.hub and not (root or os.environ.get(FOLDER_VARIABLE)):
-        return _fetched(*benchmark.hub)
-    above = benchmarks_root(root)
-    for name in (benchmark.name, *benchmark.folders):
-        if (above / name).is_dir():
-            return above / name
+    if folder := at_hand(benchmark, root):
+        return folder
     if benchmark.hub:
         return _fetched(*benchmark.hub)
-    raise InputError(f"{above / benchmark.name} does not exist; get it from {benchmark.homepage}")
+    try:
+        missing = benchmarks_root(root) / benchmark.name
+        problem = f"{missing} does not exist; get it from {benchmark.homepage}"
+    except InputError as error:
+        problem = str(error)
+    fetchable = benchmark.name in packages.PACKAGES
+    raise InputError(problem + (f", or run `{packages.COMMAND}`" if fetchable else ""))
 
 
 def _fetched(repo: str, revision: str, patterns: tuple[str, ...]) -> Path:
@@ -430,19 +465,17 @@ def list_benchmarks(root: str | Path | None = None) -> list[BenchmarkState]:
     """The state of every benchmark, in the order of their names. Nothing is fetched.
 
     Args:
-        root: As for `benchmarks_root`. If neither it nor $SPAVL_BENCHMARKS is given, nothing is at
-            hand.
+        root: As for `benchmarks_root`. If neither it nor $SPAVL_BENCHMARKS is given, only packaged
+            and fetched benchmarks are at hand.
 
     Raises:
         InputError: The folder does not exist.
     """
-    above = benchmarks_root(root) if root or os.environ.get(FOLDER_VARIABLE) else None
-    return [_state(open_benchmark(name), above) for name in BENCHMARKS.names()]
+    return [_state(open_benchmark(name), root) for name in BENCHMARKS.names()]
 
 
-def _state(benchmark: Benchmark, above: Path | None) -> BenchmarkState:
-    known = [above / name for name in (benchmark.name, *benchmark.folders)] if above else []
-    folder = benchmark.packaged or next((path for path in known if path.is_dir()), None)
+def _state(benchmark: Benchmark, root: str | Path | None) -> BenchmarkState:
+    folder = at_hand(benchmark, root)
     facts = (benchmark.name, benchmark.title, benchmark.licence, benchmark.homepage)
     if folder is None:
         return BenchmarkState(*facts, "")
@@ -459,6 +492,7 @@ def _state(benchmark: Benchmark, above: Path | None) -> BenchmarkState:
 
 __all__ = [
     "BENCHMARKS", "RULES", "Benchmark", "BenchmarkRow", "BenchmarkState", "Columns",
-    "Reading", "Record", "Reader", "benchmark_folder", "benchmarks_root", "list_benchmarks",
-    "load_benchmark", "open_benchmark", "published_hashes", "register",
+    "Reading", "Record", "Reader", "at_hand", "benchmark_folder", "benchmarks_root",
+    "list_benchmarks", "load_benchmark", "open_benchmark", "own_folder", "published_hashes",
+    "register",
 ]  # fmt: skip
