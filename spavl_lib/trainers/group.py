@@ -24,11 +24,9 @@ from torch import Tensor, nn
 from transformers import BatchFeature, ProcessorMixin, Trainer
 from trl.trainer.utils import RepeatSampler
 
-from spavl_lib.config import Config, DataConfig, GroupConfig
+from spavl_lib.config import Config, GroupConfig
 from spavl_lib.data.collate import pad_rows
 from spavl_lib.data.images import decode_images
-from spavl_lib.data.schema import more_images
-from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.data.templates import EncodedPrompts, encode_prompts, end_ids, neutralise
 from spavl_lib.errors import InputError, NonFiniteError
 from spavl_lib.modelling.adapters import (
@@ -54,7 +52,7 @@ from spavl_lib.trainers.dpo import save_trained
 from spavl_lib.trainers.exact_trainer import CheckedMixin
 from spavl_lib.trainers.export_card import model_card, policy_results
 from spavl_lib.trainers.guards import REMEDY
-from spavl_lib.trainers.inputs import load_rows, reward_folder
+from spavl_lib.trainers.inputs import check_images, load_rows, reward_folder
 from spavl_lib.trainers.progress import drop_stock_callbacks, first_and_last_tenth, keep_steps
 from spavl_lib.trainers.reward_function import RewardFunction, build_scorer
 from spavl_lib.trainers.rewards import Reward, build_rewards, check_rewards
@@ -326,36 +324,6 @@ def check_vllm(name: str, section: GroupConfig) -> None:
     if not importlib.util.find_spec("vllm"):
         raise InputError(
             f"{name}.use_vllm needs the vllm package (docs/vllm.md); install it, or set it to false"
-        )
-
-
-def check_images(name: str, data: DataConfig, rows: Dataset) -> None:
-    """Raise if a row has no image or several, which trl does not take here.
-
-    Args:
-        name: Name of the method's section.
-        data: Where the rows come from.
-        rows: Training rows.
-
-    Raises:
-        InputError: A row has no image, or several. The message names the rows.
-    """
-    without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
-    if without:
-        leave = "leave these rows out"
-        if data.extra_path and not {*without} - ExtraPairs(data).ids:
-            leave = "set data.extra_path to an empty text, because they all come from its file"
-        raise InputError(
-            f"trl's {name.upper()} needs an image with every prompt, and {len(without)} rows have "
-            f"none: {', '.join(without[:20])}; {leave}, or use `spavl train ppo`, "
-            "which also takes prompts without an image"
-        )
-    several = [i for i, more in zip(rows["id"], more_images(rows), strict=True) if more]
-    if several:
-        raise InputError(
-            f"trl's {name.upper()} needs one image with every prompt, and {len(several)} rows have "
-            f"several: {', '.join(several[:20])}; leave these rows out, or use `spavl train ppo`, "
-            "which also takes prompts with several images"
         )
 
 

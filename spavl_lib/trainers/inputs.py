@@ -5,12 +5,14 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import ProcessorMixin
 
-from spavl_lib.config import Config, GroupConfig, PPOConfig
+from spavl_lib.config import Config, DataConfig, GroupConfig, PPOConfig
 from spavl_lib.data.fingerprint import row_digests, source_hashes
 from spavl_lib.data.lengths import Limit, without_unfit_rows
 from spavl_lib.data.load import load_preferences
+from spavl_lib.data.schema import more_images
 from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.data.sources.base import open_source
+from spavl_lib.data.sources.extra import ExtraPairs
 from spavl_lib.distributed import group
 from spavl_lib.errors import InputError
 from spavl_lib.modelling.load import context_length, model_hashes
@@ -148,3 +150,33 @@ def load_rows(
         processor=describe(processor),
     )
     return list(rows.values())
+
+
+def check_images(name: str, data: DataConfig, rows: Dataset) -> None:
+    """Raise if a row has no image or several, which trl does not take here.
+
+    Args:
+        name: Name of the method's section.
+        data: Where the rows come from.
+        rows: Training rows.
+
+    Raises:
+        InputError: A row has no image, or several. The message names the rows.
+    """
+    without = [i for i, cell in zip(rows["id"], rows["image"], strict=True) if cell is None]
+    if without:
+        leave = "leave these rows out"
+        if data.extra_path and not {*without} - ExtraPairs(data).ids:
+            leave = "set data.extra_path to an empty text, because they all come from its file"
+        raise InputError(
+            f"trl's {name.upper()} needs an image with every prompt, and {len(without)} rows have "
+            f"none: {', '.join(without[:20])}; {leave}, or use `spavl train ppo`, "
+            "which also takes prompts without an image"
+        )
+    several = [i for i, more in zip(rows["id"], more_images(rows), strict=True) if more]
+    if several:
+        raise InputError(
+            f"trl's {name.upper()} needs one image with every prompt, and {len(several)} rows have "
+            f"several: {', '.join(several[:20])}; leave these rows out, or use `spavl train ppo`, "
+            "which also takes prompts with several images"
+        )

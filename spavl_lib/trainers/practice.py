@@ -8,8 +8,7 @@ from spavl_lib.config.presets import original_preset
 from spavl_lib.data.load import load_preferences
 from spavl_lib.runs.maker import stage_maker
 from spavl_lib.runs.stage import Stage
-from spavl_lib.trainers.group import check_images
-from spavl_lib.trainers.inputs import reward_inputs, training_inputs
+from spavl_lib.trainers.inputs import check_images, reward_inputs, training_inputs
 from spavl_lib.trainers.variants import train_variant
 
 STEPS = {"ppo": 6, "rloo": 8}

@@ -14,7 +14,7 @@ from spavl_lib.data.load import load_preferences
 from spavl_lib.errors import InputError
 from spavl_lib.runs.stage import Run
 from spavl_lib.trainers import practice
-from spavl_lib.trainers.group import check_images
+from spavl_lib.trainers.inputs import check_images
 from spavl_lib.trainers.practice import original_settings, variants_of
 
 
