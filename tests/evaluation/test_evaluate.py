@@ -13,7 +13,8 @@ from PIL import Image
 from spavl_lib.config import EvaluationConfig, GenerationConfig
 from spavl_lib.errors import BusyError, InputError, Preempted
 from spavl_lib.evaluation.benchmark_runs import asking, judging
-from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _chosen, _locked, evaluate
+from spavl_lib.evaluation.benchmark_runs.evaluate import Options, _locked, evaluate
+from spavl_lib.evaluation.benchmark_runs.rows import choose
 from spavl_lib.evaluation.benchmark_runs.subject import CONTROLS, SAFETY_PROMPT, find_subject
 from spavl_lib.evaluation.benchmarks import RULES, load_benchmark
 from spavl_lib.evaluation.judges import JUDGES, register_judge, rubric
@@ -568,7 +569,7 @@ def test_of_several_samples_the_best_is_given(
 def test_a_limit_takes_rows_of_every_kind() -> None:
     rows = [SimpleNamespace(id=str(number)) for number in range(12)]
     reading: Any = SimpleNamespace(rows=rows, without_image=frozenset())
-    picked = [row.id for row in _chosen(reading, 4, False)]
+    picked = [row.id for row in choose(reading, 4, False)]
     assert picked == [reading.rows[i].id for i in (0, 3, 6, 9)]
-    assert {*picked} < {row.id for row in _chosen(reading, 8, False)}
-    assert _chosen(reading, 0, False) == _chosen(reading, 99, False) == rows
+    assert {*picked} < {row.id for row in choose(reading, 8, False)}
+    assert choose(reading, 0, False) == choose(reading, 99, False) == rows

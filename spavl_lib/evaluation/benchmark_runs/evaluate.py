@@ -6,27 +6,25 @@ The rates are also printed as tables.
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from spavl_lib import machine
-from spavl_lib.config import EvaluationConfig, GenerationConfig, flatten
+from spavl_lib.config import flatten
 from spavl_lib.errors import BusyError, InputError
 from spavl_lib.evaluation.benchmark_runs import asking, comparing, judging, pairs, results
 from spavl_lib.evaluation.benchmark_runs.asking import Asker
 from spavl_lib.evaluation.benchmark_runs.endpoint_asking import EndpointAsker
 from spavl_lib.evaluation.benchmark_runs.journal import Journal
 from spavl_lib.evaluation.benchmark_runs.judging import BenchmarkJudge
+from spavl_lib.evaluation.benchmark_runs.rows import Options, Say, read_rows, usual_judges
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, trained_on
 from spavl_lib.evaluation.benchmarks import (
-    CLOSED_RULES,
     BenchmarkRow,
     Reading,
-    load_benchmark,
     open_benchmark,
 )
 from spavl_lib.evaluation.judges.comparisons import EndpointPairJudge
@@ -34,31 +32,6 @@ from spavl_lib.evaluation.verdicts import Verdict
 from spavl_lib.runs.files import read_json, write_json
 from spavl_lib.runs.provenance import versions
 from spavl_lib.runs.text import say
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an evaluation is done. The defaults are those of `spavl evaluate`."""
-
-    benchmarks_dir: str = ""
-    """The folder of benchmarks; empty: $SPAVL_BENCHMARKS."""
-    allow_changed: bool = False
-    """Whether to go on with benchmark files that differ from the published ones."""
-    missing_images: Literal["refuse", "skip"] = "refuse"
-    """What to do if images that a model needs are missing: raise, or leave out their rows."""
-    limit: int = 0
-    """Use only this many rows of each benchmark, evenly spread; 0: all rows."""
-    generation: GenerationConfig = field(default_factory=lambda: GenerationConfig(batch_size=8))
-    set_tokens: bool = False
-    """Whether the user set `generation.max_new_tokens`. If not, it is 512, or half of a smaller
-    context."""
-    judges: EvaluationConfig = field(default_factory=EvaluationConfig)
-    pairs: str = ""
-    """`endpoint:MODEL`: the judge that says which of two subjects answers better. Empty: no
-    comparison."""
-    seed: int = 0
 
 
 def evaluate(
@@ -102,8 +75,8 @@ def evaluate(
     asks = any(subject.is_asked for subject in subjects)
     for spec in judges:
         judging.check_spec(spec, options.judges)
-    readings, rows_of = _read_all(benchmarks, asks, options, report)
-    judges = judges or _usual_judges(rows_of)
+    readings, rows_of = read_rows(benchmarks, asks, options, report)
+    judges = judges or usual_judges(rows_of)
     found: dict[str, dict[str, Any]] = {}
     with _locked(out):
         runs = [_Run(subject, out, options, should_stop) for subject in subjects]
@@ -212,72 +185,6 @@ def _check_names(
         if twice := sorted({name for name in given if list(given).count(name) > 1}):
             hint = "; write NAME=... before one of them" if what == "subject" else ""
             raise InputError(f"two {what}s are called {', '.join(twice)}{hint}")
-
-
-def _usual_judges(rows_of: Mapping[str, Sequence[BenchmarkRow]]) -> list[str]:
-    """The judges that the benchmarks name, without those whose question no row asks."""
-    found = []
-    for spec, rows in rows_of.items():
-        closed = any(row.rule in CLOSED_RULES for row in rows)
-        named = open_benchmark(spec.partition(":")[0]).judges
-        found += [judge for judge in named if closed or judge != "reference"]
-    return list(dict.fromkeys(found))
-
-
-def _read_all(
-    benchmarks: Sequence[str], asks: bool, options: Options, report: Say
-) -> tuple[dict[str, Reading], dict[str, list[BenchmarkRow]]]:
-    """Read every benchmark, and choose the rows to judge.
-
-    Raises:
-        InputError: Benchmarks cannot be read, or two of them hold the same row. The message lists
-            what is wrong with each benchmark.
-    """
-    readings, rows_of, problems = {}, {}, []
-    for spec in benchmarks:
-        try:
-            readings[spec] = _read(spec, asks, options, report)
-            rows_of[spec] = _chosen(readings[spec], options.limit, asks)
-        except InputError as error:
-            problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    counts = Counter(row.id for rows in rows_of.values() for row in rows)
-    if twice := [row_id for row_id, number in counts.items() if number > 1]:
-        raise InputError(
-            f"{len(twice)} rows, such as {twice[0]}, stand in two of {', '.join(benchmarks)}; name "
-            "each subset once"
-        )
-    return readings, rows_of
-
-
-def _read(spec: str, asks: bool, options: Options, report: Say) -> Reading:
-    """Read a benchmark. Its images are needed only if a model is asked."""
-    reading = load_benchmark(
-        spec,
-        options.benchmarks_dir or None,
-        allow_changed=options.allow_changed,
-        keep_missing=options.missing_images == "skip" or not asks,
-    )
-    report(f"{spec}: {len(reading.rows)} rows; licence: {reading.licence}")
-    for note in (*reading.changed, *reading.notes):
-        report(f"  note: {note}")
-    if asks and reading.missing_images:
-        report(f"  {len(reading.without_image)} rows are left out, because their image is missing")
-    return reading
-
-
-def _chosen(reading: Reading, limit: int, with_image: bool) -> list[BenchmarkRow]:
-    """`limit` rows, evenly spread, because files are sorted by kind. A multiple of a limit has the
-    rows of that limit too. With `with_image`, rows whose image is missing are left out.
-    """
-    left_out = reading.without_image if with_image else frozenset()
-    rows = [row for row in reading.rows if row.id not in left_out]
-    if not rows:
-        raise InputError(f"{reading.benchmark}: no row has its image in {reading.folder}")
-    if not limit or limit >= len(rows):
-        return rows
-    return [rows[i * len(rows) // limit] for i in range(limit)]
 
 
 @contextlib.contextmanager
