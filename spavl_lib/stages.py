@@ -148,7 +148,7 @@ FREE_KEYS = (
     "profile", "run_name", "report_to", "launch.num_processes",
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "grpo.save_steps",
     "dpo.save_steps", "kto.save_steps",
-    "scaling.workers", "generation.cache",
+    "scaling.workers", "generation.cache", "evaluation.benchmarks", "evaluation.benchmark_rows",
 )  # fmt: skip
 _registered: dict[str, StageSpec] = {}
 

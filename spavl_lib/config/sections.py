@@ -767,7 +767,7 @@ class EvaluationConfig:
     """Repeat mini's evaluation sets with drawings that are never used in training."""
     benchmarks: tuple[str, ...] = ("figstep:tiny",)
     """Published benchmarks that notebook 06 asks the models of the run, as `spavl evaluate` names
-    them. Their files must lie below $SPAVL_BENCHMARKS."""
+    them. Those whose files are missing are left out."""
     benchmark_rows: NonNegativeInt = 20
     """Number of rows of each of these benchmarks, evenly spread; 0: all."""
 

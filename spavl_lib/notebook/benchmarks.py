@@ -8,6 +8,7 @@ from spavl_lib.config import Config
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, find_subject
+from spavl_lib.evaluation.benchmarks import load_benchmark
 from spavl_lib.runs.text import say
 
 SHORT_SFT = Path("dpo", "variants", "sft_alone", "dpo")  # a training of lesson 04, in the run
@@ -25,18 +26,30 @@ def ask_benchmarks(config: Config, run: Path, models: Sequence[str]) -> dict[str
             supervised fine-tuning.
 
     Returns:
-        As `evaluate`; None if nothing can be asked, such as without the benchmarks' files. The
-        reason is printed.
+        As `evaluate`; None if nothing can be asked. Which benchmarks were left out, and why, is
+        printed.
     """
-    folders = {name: run / name for name in models} | {"sft_30_steps": run / SHORT_SFT}
-    settings = config.evaluation
+    folders = {name: run / name for name in models} | {"sft_short": run / SHORT_SFT}
+    settings, at_hand = config.evaluation, []
+    for spec in settings.benchmarks:
+        try:
+            load_benchmark(spec, keep_missing=True)
+            at_hand.append(spec)
+        except InputError as error:
+            say(f"{spec} is left out: {error}")
+    if not at_hand:
+        return None
     try:
         subjects = [Subject("base", config.model.name, "model", model=config.model)]
-        subjects += [find_subject(f"{n}={path}") for n, path in folders.items() if path.is_dir()]
+        subjects += [find_subject(f"{n}={path}") for n, path in folders.items() if _complete(path)]
         options = Options(
             limit=settings.benchmark_rows, generation=config.generation, set_tokens=True
         )
-        return evaluate(subjects, settings.benchmarks, (), run / "benchmarks", options)
+        return evaluate(subjects, at_hand, (), run / "benchmarks", options)
     except InputError as error:  # such as answers of a model that was trained again since
         say(str(error))
         return None
+
+
+def _complete(stage: Path) -> bool:
+    return (stage / "summary.json").is_file() and (stage / "model").is_dir()

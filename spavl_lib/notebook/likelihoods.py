@@ -34,11 +34,14 @@ def likelihood_frame(
         rows: Preference rows.
     """
     processor, table = load_processor(config.model), {}
+    collate = PromptCollator(processor)
     first: Tensor | None = None
     for title, folder in models.items():
         model = load_policy(config.model, folder)
-        prompts = PromptCollator(processor)(list(rows))
-        replies = generate_batch(model, processor, prompts, config.generation)
+        replies = []
+        for start in range(0, len(rows), config.generation.batch_size):
+            prompts = collate(list(rows[start : start + config.generation.batch_size]))
+            replies += generate_batch(model, processor, prompts, config.generation)
         logps = response_logps(model, processor, rows, replies)
         del model
         free_memory()

@@ -216,8 +216,6 @@ def own_replies(
         rows = [Example(request, "") for request in REQUESTS]
         write_json(path, asked | {"replies": _replies(model, processor, rows, REPLY)})
     kept = read_json(path)
-    if isinstance(kept, list):  # an older version wrote the replies alone
-        kept = asked | {"replies": kept}
     if {key: kept.get(key) for key in asked} != asked or len(kept["replies"]) != len(REQUESTS):
         raise InputError(
             f"{path} holds replies to other requests, or replies that were made with other "
@@ -227,11 +225,6 @@ def own_replies(
         Example(request, reply["response"], finished=reply["finished"])
         for request, reply in zip(REQUESTS, kept["replies"], strict=True)
     ]
-
-
-def _replies_hash(path: Path) -> dict[str, str]:
-    """What the second stage is resumed with. Replies of an older version's file do not count."""
-    return {} if isinstance(read_json(path), list) else {"replies": sha256_file(path)}
 
 
 def _replies(
@@ -359,7 +352,7 @@ def build(
         name, tuned, lambda rng: batch_of(processor, training_examples(rng, replies)),
         lambda _, batch: answer_loss(tuned, batch), language_steps, work, seed, rate=LORA_RATE,
         slower={"multi_modal_projector": PROJECTOR_RATE}, save_steps=SAVE_STEPS,
-        settings=made_with | _replies_hash(work / "replies.json"),
+        settings=made_with | {"replies": sha256_file(work / "replies.json")},
     )  # fmt: skip
 
     # The part and its card replace older ones only when both are written.

@@ -17,7 +17,7 @@ the pairs are the same with and without XSTest. If XSTest is there, the file is 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,7 +202,6 @@ def read_prompts(sets: Mapping[str, Reading]) -> tuple[list[Prompt], dict[str, i
         if row.variant == "standard"
     ]
     harmless = read_harmless()
-    check_apart([p.text for p in training], held_out)
     return [*training, *development, *harmless], dict(left_out)
 
 
@@ -244,21 +243,12 @@ def read_harmless() -> list[Prompt]:
         (text, f"{kind}_{i}") for kind, texts in kinds.items() for i, text in enumerate(texts)
     ]
     everyday.check_apart(text for text, _ in trained)
+    everyday.check_plain()
     return [
         Prompt(f"harmless/{split}/{name}", text, False, split)
         for split, rows in (("train", trained), ("development", held_out))
         for text, name in rows
     ]
-
-
-def check_apart(trained: Sequence[str], measured: Iterable[str]) -> None:
-    """Raise SpavlError if a text stands in both. Case, spaces and the full stop do not count."""
-
-    def key(text: str) -> str:
-        return " ".join(text.lower().split()).rstrip(".?!")
-
-    if both := {key(text) for text in trained} & {key(text) for text in measured}:
-        raise SpavlError(f"{len(both)} prompts stand in training and in a measured set")
 
 
 # --- pairs ----------------------------------------------------------------------------------------

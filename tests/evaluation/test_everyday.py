@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from spavl_lib.evaluation.benchmarks import load_benchmark
+from spavl_lib.errors import SpavlError
+from spavl_lib.evaluation.benchmarks import everyday, load_benchmark
 from spavl_lib.evaluation.judges.reference import ReferenceJudge, holds_words
 
 
@@ -75,3 +76,15 @@ def test_plain_requests_need_no_reference(
     assert code == 0, err
     page = json.loads((tmp_path / "always-refuse/everyday.plain/results.json").read_text())
     assert [judge["axes"] for judge in page["judges"].values()] == [["refused"]]
+
+
+def test_a_plain_request_near_to_a_question_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    everyday.check_plain()
+    question = next(iter(load_benchmark("everyday").rows)).prompt
+    page = tmp_path / "plain.jsonl"
+    page.write_text(json.dumps({"id": "a", "prompt": question}) + "\n", encoding="utf-8")
+    monkeypatch.setattr(everyday, "PLAIN", page)
+    with pytest.raises(SpavlError, match="near to rows of the benchmark everyday"):
+        everyday.check_plain()

@@ -119,7 +119,8 @@ def test_ways_to_answer_without_a_training(tmp_path: Path, monkeypatch: pytest.M
     for text in ("best-of-4:embedded@mine/reward", f"best-of-4:embedded@{stage}"):
         with pytest.raises(InputError, match="no reward stage of a run"):
             find_subject(text)
-    (stage / "manifest.json").write_text("{}")
+    config = smoke().to_dict()
+    (stage / "manifest.json").write_text(json.dumps({"config": config}))
     best = find_subject("best=best-of-4:embedded@mine/reward")
     assert (best.name, best.samples, best.reward) == ("best", 4, stage / "model")
     facts = best.identity()
@@ -127,6 +128,7 @@ def test_ways_to_answer_without_a_training(tmp_path: Path, monkeypatch: pytest.M
     for text, message in (
         ("best-of-1:embedded@mine/reward", "at least two"),
         ("best-of-4:embedded", "best-of-N:MODEL@RUN/reward"),
+        ("best-of-4:owner/other@mine/reward", "the reward model is one of embedded"),
         ("safety-prompt:always-refuse", "no plain model"),
         ("safety-prompt:best-of-4:embedded@mine/reward", "no plain model"),
     ):

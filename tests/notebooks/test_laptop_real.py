@@ -1,7 +1,9 @@
 """The profile `laptop` in small, on the real model, if it was fetched."""
 
+import html
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,13 @@ from tests.laptop_files import SMALL
 from tests.notebooks.conftest import execute
 
 pytestmark = [pytest.mark.slow, pytest.mark.notebooks]
+
+
+def texts_of(value: Any) -> str:
+    """All texts in a JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    return "".join(map(texts_of, value)) if isinstance(value, list) else f"{value}"
 
 
 def test_the_notebooks_run_on_the_real_model(tmp_path: Path, warm_kernels: None) -> None:
@@ -32,7 +41,10 @@ def test_the_notebooks_run_on_the_real_model(tmp_path: Path, warm_kernels: None)
         printed += done.stdout + done.stderr
     run = tmp_path / "small"
     pages = [*run.glob("*/executed.ipynb"), run / "report.html"]
-    printed += "".join(page.read_text(encoding="utf-8") for page in pages)
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        printed += html.unescape(text) if page.suffix == ".html" else texts_of(json.loads(text))
     assert len(pages) == 8
     harmful = [pair for pair in pairs if "harmless" not in pair["id"]]
-    assert harmful and not [p["id"] for p in harmful if p["prompt"][:40] in printed]
+    shown = [p["id"] for p in harmful for k in ("prompt", "rejected") if p[k][:40] in printed]
+    assert harmful and not shown

@@ -201,20 +201,6 @@ def test_replies_to_other_requests_or_with_other_settings_are_refused(
         laptop_base.build(work, tmp_path / "out", **STEPS)
 
 
-def test_a_training_of_an_older_version_is_continued(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its file holds the replies alone, and its checkpoints name no replies."""
-    work, out = tmp_path / "work", tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(laptop_base, "_replies_hash", lambda path: {})
-        laptop_base.build(work, out, **STEPS)
-    write_json(work / "replies.json", read_json(work / "replies.json")["replies"])
-    first = sha256_file(out / laptop.PART)
-    laptop_base.build(work, out, **STEPS)
-    assert sha256_file(out / laptop.PART) == first
-
-
 def test_part_and_card_are_replaced_together(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -200,11 +200,6 @@ def test_a_harmless_prompt_near_to_xstest_is_refused(benchmarks: Path) -> None:
         laptop_pairs.read_prompts(laptop_pairs.load_sets())
 
 
-def test_a_prompt_in_two_parts_is_refused() -> None:
-    with pytest.raises(SpavlError, match="1 prompts stand in training and in a measured set"):
-        laptop_pairs.check_apart(["Fold a  hat."], ["fold a hat"])
-
-
 def test_the_folder_is_made_once_and_read_by_the_profile(
     benchmarks: Path, replies: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ from spavl_lib.modelling.load import (
 )
 from spavl_lib.modelling.processors import describe
 from spavl_lib.modelling.speed.shared_prefix import apply_sharing
+from spavl_lib.runs.stage import recorded_config
 
 MOST_NEW_TOKENS = 512  # as in HarmBench's protocol; a model with a small context gets fewer
 NO_ANSWER = "the file of answers has none"
@@ -202,15 +203,18 @@ class Asker:
     ) -> list[dict[str, Any]]:
         """Of several sampled answers to each row, the one with the best score."""
         if self._reward is None:
-            assert self.subject.model is not None and self.subject.reward is not None
-            self._reward = load_reward_model(self.subject.model, self.subject.reward)
-        config, rounds = sampled(self.config), []
+            assert self.subject.reward is not None
+            config = recorded_config(self.subject.reward.parent).model
+            self._reward = load_reward_model(config, self.subject.reward)
+        rounds = []
         for number in range(self.subject.samples):
-            seed = derived_seed(self.seed + number, rows[0].id)
+            seed = derived_seed(self.seed, f"{rows[0].id} sample {number}")
             if isinstance(model, VLLMModel):
-                rounds.append(model.answer(processor, batch, config, seed=seed))
+                rounds.append(model.answer(processor, batch, sampled(self.config), seed=seed))
             else:
-                rounds.append(generate_batch(model, processor, batch, config, seed=seed))
+                rounds.append(
+                    generate_batch(model, processor, batch, sampled(self.config), seed=seed)
+                )
         best = []
         for row, *answers in zip(rows, *rounds, strict=True):
             image = decode(str(row.image)) if row.image else None

@@ -375,6 +375,8 @@ class _Run:
         if self.subject.url:
             return f"{self.subject.name}: asked at {self.subject.url}, {decoding['settings']}"
         way = "sampled" if decoding["do_sample"] else "greedy"
+        way = f"best of {self.subject.samples} samples" if self.subject.reward else way
+        way += ", a safety prompt before each request" if self.subject.sentence else ""
         template = protocol.get("prompting", {}).get("chat_template_sha256", "unknown")[:12]
         return (
             f"{self.subject.name}: {way}, up to {decoding['max_new_tokens']} new tokens, "

@@ -26,8 +26,24 @@ def check_apart(texts: Iterable[str]) -> None:
     Raises:
         SpavlError: A text is near to one of them. The message lists all such texts.
     """
+    _check_near(texts, [*_questions(), *(prompt for prompt, _ in read_plain())])
+
+
+def check_plain() -> None:
+    """Check that no plain request, on which settings are chosen, is near to a question.
+
+    Raises:
+        SpavlError: One is.
+    """
+    _check_near((prompt for prompt, _ in read_plain()), _questions())
+
+
+def _questions() -> list[str]:
     lines = QUESTIONS.read_text(encoding="utf-8").splitlines()
-    measured = [json.loads(line)["question"] for line in lines] + [p for p, _ in read_plain()]
+    return [json.loads(line)["question"] for line in lines]
+
+
+def _check_near(texts: Iterable[str], measured: list[str]) -> None:
     if close := [text for text in texts if near(text, measured)]:
         raise SpavlError(f"these texts are near to rows of the benchmark everyday: {close}")
 
