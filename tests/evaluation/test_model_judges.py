@@ -119,6 +119,8 @@ def test_every_setting_of_evaluation_arrives(monkeypatch: pytest.MonkeyPatch) ->
         "judge_yes": "agreement to the endpoint's host; tested below",
         "judge_revision": "pins a guard's parts; tested with a guard below",
         "judge_batch_size": "batches of a guard; tested with a guard below",
+        "benchmarks": "no judge's; see tests/notebook/test_benchmarks.py",
+        "benchmark_rows": "no judge's; see tests/notebook/test_benchmarks.py",
     }
     assert changes.keys() | free.keys() == {f.name for f in dataclasses.fields(EvaluationConfig)}
     settings = EvaluationConfig(**changes)

@@ -87,6 +87,9 @@ def offences(tree: ast.AST) -> Iterator[str]:
 
 # Where markup is made on purpose, from escaped parts.
 MADE_HERE = {"spavl_lib/plotting/training.py"}
+# Where one named file is read from an archive whose hash is pinned. Nothing is extracted by a name
+# that the archive gives.
+ARCHIVES = {"spavl_lib/runs/wheels.py": "imports zipfile"}
 
 
 def test_no_source_runs_what_a_file_says(record: Callable) -> None:
@@ -94,7 +97,7 @@ def test_no_source_runs_what_a_file_says(record: Callable) -> None:
         f"{name}: {what}"
         for name, tree in sources()
         for what in offences(tree)
-        if not (name in MADE_HERE and "HTML" in what)
+        if not (name in MADE_HERE and "HTML" in what) and ARCHIVES.get(name) != what
     ]
     assert found == []
     for bad in (

