@@ -121,7 +121,9 @@ def pin_tiny(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(smollm2, "PINNED", pin)
     monkeypatch.setattr(laptop, "TRAINED", folder / "trained")
     monkeypatch.setenv("SPAVL_CACHE", str(folder / "cache"))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")  # no test downloads the prompts of the pairs
+    # No test reads or downloads the real prompts of the pairs.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
     return wheel
 
 
