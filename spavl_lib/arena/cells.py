@@ -196,7 +196,7 @@ def attacked_sets(subject: Subject, attack: Attack | None, rows: int) -> dict[st
         if attack is None:
             found[name] = Attacked(list(prompts), {row["id"]: truth[row["id"]] for row in prompts})
             continue
-        count = min(WHITE_BOX_ROWS, rows or WHITE_BOX_ROWS) if white else rows
+        count = min(WHITE_BOX_ROWS, rows or WHITE_BOX_ROWS) if white else _at_most(attack, rows)
         picked = _picked(prompts, count, pairs=name == "twins")
         kept = [row for row in picked if attack.keeps_truth(truth[row["id"]])]
         if name == "twins" and len(kept) < len(picked):
@@ -215,6 +215,11 @@ def attacked_sets(subject: Subject, attack: Attack | None, rows: int) -> dict[st
             if shared:
                 shared.restore()
     return found
+
+
+def _at_most(attack: Attack, rows: int) -> int:
+    """The number of rows of each set, within the attack's own limit; 0 for all."""
+    return min(filter(None, (rows, attack.most_rows)), default=0)
 
 
 def _picked(prompts: Dataset, count: int, *, pairs: bool) -> list[Row]:
@@ -354,7 +359,7 @@ def rests_on(
         for name in ("path", "reward_model") if isinstance(part, dict) else ():
             part.pop(name, None)
     return {
-        "profile": config.profile, "rows": rows if attack else 0, "seed": seed,
+        "profile": config.profile, "rows": _at_most(attack, rows) if attack else 0, "seed": seed,
         "method": method.settings | ({method.setting: value} if method.setting else {}),
         "answers": method.answers, "attacked_rows": list(method.trained_on),
         **({"reward": method.reward_settings} if method.reward_settings else {}),

@@ -4,11 +4,13 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from spavl_lib.arena import attacked_rows, cells, choose, methods, run, table
+from spavl_lib.config import load_config
 from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, best_of, find_attack
@@ -76,6 +78,24 @@ def test_a_half_of_the_attacked_rows_is_attacked() -> None:
         assert images.setdefault(row["image_name"], row["image"]["bytes"]) == row["image"]["bytes"]
     for name in attacked_rows.TRAINED_ON:
         assert not find_attack(name).needs_weights
+
+
+def test_an_attack_may_have_a_limit_of_rows_of_its_own() -> None:
+    subject: Any = SimpleNamespace(data=load_config("demo").data, seed=0)
+    eight = find_attack("eight_samples")
+    sizes = {k: len(v.rows) for k, v in cells.attacked_sets(subject, eight, 106).items()}
+    assert sizes == {"harm": 40, "help": 40, "look_alikes": 40, "twins": 40}
+    fewer = cells.attacked_sets(subject, eight, 10)
+    assert {len(attacked.rows) for attacked in fewer.values()} == {10}
+    assert {
+        len(a.rows) for a in cells.attacked_sets(subject, find_attack("noise"), 106).values()
+    } == {106}
+    config = smoke()
+    rests = [
+        cells.rests_on(methods.find_method("base"), None, 0, config, attack, rows)["rows"]
+        for attack, rows in ((eight, 106), (eight, 0), (eight, 10), (None, 106))
+    ]
+    assert rests == [40, 40, 10, 0]
 
 
 # --- cells ----------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Attack:
     """Arguments of the change that decide its strength, with their defaults."""
     needs_weights: bool = False
     """Whether the attack uses gradients of the model that it attacks."""
+    most_rows: int = 0
+    """Largest number of rows of each set in the arena; 0: no limit of its own."""
     cost: Callable[..., float] = lambda **_: 1
     """Takes the budget and returns the model calls for one row: each sequence that the model reads,
     and each sampled response, is one call."""
