@@ -24,10 +24,10 @@ from spavl_lib.plotting.style import (
     MUTED,
     PALETTE,
     PAPER,
-    marker,
     model_colours,
     new_figure,
     note,
+    own_markers,
     panel_axes,
     styled,
 )
@@ -135,7 +135,7 @@ def plot_laboratory(table: Table, rate: str = "unsafe") -> Figure:
 
 
 @styled
-def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int = 4) -> Figure:
+def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int = 0) -> Figure:
     """Safety (y) against helpfulness (x): from each method without an attack to it under attack.
 
     One panel for each method. An arrow leads from the plain rows to every attack that the base
@@ -144,10 +144,11 @@ def plot_under_attack(table: Table, methods: Sequence[str] = (), *, columns: int
     Args:
         table: The table.
         methods: Names of the methods; empty for all.
-        columns: Largest number of panels in a row.
+        columns: Largest number of panels in a row; 0: 4, or 3 if only this fills the last row.
     """
     spots = {name: _spots(table, name) for name in methods or table["methods"]}
     spots = {name: ends for name, ends in spots.items() if NONE in ends}
+    columns = columns or (3 if len(spots) % 4 and not len(spots) % 3 else 4)
     lines = math.ceil(max(1, len(spots)) / columns)
     fig = new_figure(2.75 * min(columns, max(1, len(spots))) + 0.3, 2.85 * lines + 0.5)
     if not spots:
@@ -229,6 +230,8 @@ def plot_harm_over_kl(table: Table, divergences: Mapping[str, float]) -> Figure:
     fig = new_figure(9.6, 4.4)
     axes = fig.subplots(1, 2, sharey=True)
     most = max(divergences.values(), default=0.0)
+    colours = model_colours(divergences)
+    markers = own_markers(colours)
     for ax, title in zip(axes, ("Without an attack", "Under the strongest attack"), strict=True):
         points: list[tuple[float, Rate, str]] = []
         for name, kl in divergences.items():
@@ -245,10 +248,8 @@ def plot_harm_over_kl(table: Table, divergences: Mapping[str, float]) -> Figure:
         ax.set_xlim(-0.04 * min(most, 20) - 0.02, 1.25 * most + 0.1)
         if not points:
             note(ax, "Nothing measured yet")
-        colours = model_colours(divergences)
         for kl, rate, name in points:
-            index = list(divergences).index(name)
-            ax.errorbar(kl, rate.value, yerr=np.array(rate.errors)[:, None], fmt=marker(index),
+            ax.errorbar(kl, rate.value, yerr=np.array(rate.errors)[:, None], fmt=markers[name],
                         ms=6, color=colours[name], capsize=2, elinewidth=1, markeredgecolor=PAPER,
                         zorder=3, clip_on=False,
                         label=short(table["methods"][name], 20))  # fmt: skip
@@ -278,6 +279,7 @@ def plot_harm_over_budget(
         return _empty(fig, "No attack was measured at several budgets")
     names = list(dict.fromkeys(m for attack in budgets.values() for m in attack["methods"]))
     colours = model_colours(names)
+    markers = own_markers(colours)
     for ax, sweep in zip(panel_axes(fig, len(budgets), columns), budgets.values(), strict=True):
         percent_axis(ax, "y")
         ax.set(title=short(sweep["title"], 26), xlabel=short(sweep["entry"], 30))
@@ -287,7 +289,7 @@ def plot_harm_over_budget(
             ax.errorbar(
                 [x for x, _ in measured], [rate.value for _, rate in measured],
                 yerr=np.array([rate.errors for _, rate in measured]).T if measured else None,
-                fmt=f"{marker(names.index(name))}-", ms=5, lw=1.4, capsize=2, clip_on=False,
+                fmt=f"{markers[name]}-", ms=5, lw=1.4, capsize=2, clip_on=False,
                 color=colours[name], label=short(titles.get(name, name), 20),
             )  # fmt: skip
         xs = _budgets(sweep["methods"].values())

@@ -26,6 +26,7 @@ from spavl_lib.runs.files import read_jsonl
 from spavl_lib.runs.text import FIGURES
 
 INK, MUTED, GRID, PAPER = "#1f2a37", "#5f6b7a", "#e4e8ee", "#ffffff"
+MARKERS = "osD^vPX"
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 BASE_COLOUR = "#6b7686"
 STYLE = {
@@ -273,4 +274,18 @@ def model_colours(models: Iterable[str]) -> dict[str, str]:
 
 def marker(index: int) -> str:
     """The marker of the model or series with this index."""
-    return "osD^vPX"[index % 7]
+    return MARKERS[index % len(MARKERS)]
+
+
+def own_markers(colours: Mapping[str, str]) -> dict[str, str]:
+    """Model name -> marker, so that no two models have the same colour and the same marker.
+
+    Args:
+        colours: Model name -> colour. At most seven models share a colour.
+    """
+    markers: dict[str, str] = {}
+    for index, (name, colour) in enumerate(colours.items()):
+        taken = {markers[other] for other in markers if colours[other] == colour}
+        tried = [marker(index + step) for step in range(len(MARKERS))]
+        markers[name] = next((m for m in tried if m not in taken), tried[0])
+    return markers

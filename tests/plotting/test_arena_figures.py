@@ -15,6 +15,7 @@ from spavl_lib import plotting
 from spavl_lib.arena import findings
 from spavl_lib.arena.methods import methods
 from spavl_lib.evaluation.attacks import ATTACKS
+from spavl_lib.plotting.style import marker, model_colours, own_markers
 from tests.arena.synthetic import table
 
 TABLE = table()
@@ -162,3 +163,23 @@ def test_budgets_are_in_order_and_missing_rates_left_out() -> None:
     assert [x for x, _ in lines["DPO"]] == [1, 4, 16] and len(lines["PPO"]) == 1
     assert first.get_xscale() == "log" and second.get_xscale() == "linear"
     assert (first.get_xlabel(), second.get_title(loc="left")) == ("samples", "Prefilled answer")
+
+
+@pytest.mark.parametrize("count", [3, 17, 24])
+def test_no_two_methods_look_alike(count: int) -> None:
+    names = ["base", "dpo", "ppo", *(f"method {i}" for i in range(count))]
+    colours = model_colours(names)
+    markers = own_markers(colours)
+    assert len({(colours[name], markers[name]) for name in names}) == len(names)
+    assert [markers[name] for name in names[:7]] == [marker(i) for i in range(7)][: len(names)]
+
+
+@pytest.mark.parametrize(("panels", "columns"), [(18, 3), (16, 4), (7, 4), (3, 3)])
+def test_panels_fill_the_last_row_where_they_can(panels: int, columns: int) -> None:
+    methods = {f"m{i}": f"Method {i}" for i in range(panels)}
+    rate = {"k": 1, "n": 4, "value": 0.25, "ci_low": 0.0, "ci_high": 0.6}
+    found = {name: {"none": {"unsafe": rate, "helpful": rate}} for name in methods}
+    page = {"methods": methods, "attacks": {}, "not_understood": [], "metrics": found}
+    figure = plotting.plot_under_attack(page)
+    tops = {round(ax.get_subplotspec().get_position(figure).y1, 3) for ax in figure.axes}
+    assert len(tops) == -(-panels // columns)
