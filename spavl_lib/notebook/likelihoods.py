@@ -25,8 +25,9 @@ def likelihood_frame(
 ) -> pd.DataFrame:
     """Mean log-probabilities, in nats, of chosen and rejected responses and of own greedy replies.
 
-    The margin of a pair compares a model with the first one. If a reply was cut at
-    `generation.max_new_tokens`, its log-probability is that of what it says so far.
+    The margin of a pair is how many nats more its chosen response has gained on the first model
+    than its rejected one. If a reply was cut at `generation.max_new_tokens`, its log-probability is
+    that of what it says so far.
 
     Args:
         config: The run's config.
@@ -48,11 +49,11 @@ def likelihood_frame(
         first = logps if first is None else first
         moved = logps - first
         table[title] = [
-            f"{int((moved[0] > moved[1]).sum())} of {len(rows)}",
+            "–" if first is logps else f"{(moved[0] - moved[1]).mean():.1f}",
             *(f"{value:.1f}" for value in logps.mean(1).tolist()),
             f"{sum(refuses(reply['response']) for reply in replies)} of {len(rows)}",
         ]
-    columns = ["margin above 0", "chosen", "rejected", "own reply", "own replies that refuse"]
+    columns = ["mean margin", "chosen", "rejected", "own reply", "own replies that refuse"]
     return pd.DataFrame.from_dict(table, orient="index", columns=columns)
 
 
