@@ -10,7 +10,8 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
-from spavl_lib.config import DataConfig
+from spavl_lib.config import DataConfig, flatten
+from spavl_lib.config.validation import defaults, to_plain
 from spavl_lib.data.embedded.mini_files import mini_folder
 from spavl_lib.data.load import load_pair_truth, load_preferences
 from spavl_lib.evaluation.attacks import find_attack
@@ -32,7 +33,10 @@ def attacked_folder(data: DataConfig) -> Path:
     Args:
         data: Selects the training rows of SPA-VL mini.
     """
-    key = hashlib.sha256(f"{mini_folder().name} {data} {TRAINED_ON} {SHARE} {SEED}".encode())
+    # A new setting with the old behaviour as its default leaves the name as it is.
+    known = defaults(DataConfig)
+    changed = {k: v for k, v in flatten(to_plain(data)).items() if k not in known or v != known[k]}
+    key = hashlib.sha256(f"{mini_folder().name} {changed} {TRAINED_ON} {SHARE} {SEED}".encode())
     target = cache_root() / f"{mini_folder().name}-attacked-{key.hexdigest()[:12]}"
     if not target.is_dir():
         unfinished = target.with_name(f".{target.name}.{os.getpid()}")

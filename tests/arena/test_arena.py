@@ -11,6 +11,7 @@ import pytest
 
 from spavl_lib.arena import attacked_rows, cells, choose, methods, run, table
 from spavl_lib.config import load_config
+from spavl_lib.config.validation import to_plain
 from spavl_lib.data.load import load_preferences, load_prompts
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, best_of, find_attack
@@ -73,6 +74,12 @@ def test_a_half_of_the_attacked_rows_is_attacked() -> None:
     ]
     assert sum(changed) == 12 and old["chosen"] == new["chosen"]
     assert old["rejected"] == new["rejected"] and old["class3"] == new["class3"]
+    # A setting that a later version adds, with the old behaviour as its default, changes no name.
+    with pytest.MonkeyPatch.context() as patch:
+        known = attacked_rows.defaults(type(plain))
+        patch.setattr(attacked_rows, "defaults", lambda cls: known | {"new": 1})
+        patch.setattr(attacked_rows, "to_plain", lambda data: to_plain(data) | {"new": 1})
+        assert attacked_rows.attacked_folder(plain) == folder
     images: dict[str, bytes] = {}
     for row in new:  # a name stands for one image
         assert images.setdefault(row["image_name"], row["image"]["bytes"]) == row["image"]["bytes"]
