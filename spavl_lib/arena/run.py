@@ -14,6 +14,7 @@ from spavl_lib.arena import choose
 from spavl_lib.arena.cells import NONE, make_cells
 from spavl_lib.arena.methods import CHOSEN, chosen_values, find_method, methods, reward_config
 from spavl_lib.arena.table import build_table, read_cells
+from spavl_lib.config import load_config
 from spavl_lib.errors import InputError
 from spavl_lib.evaluation.attacks import ATTACKS, find_attack
 from spavl_lib.runs import provenance
@@ -92,8 +93,14 @@ def _folder(output: Path | None, profile: str) -> Path:
     """The folder of the cells.
 
     Raises:
-        InputError: Cells of another profile would come among those of demo.
+        InputError: Cells of another profile would come among those of demo. Or the profile's rows
+            are not those of mini, whose truth is known.
     """
+    if (source := load_config(profile).data.source) != "mini":
+        raise InputError(
+            f"the arena needs the rows of mini, whose truth is known; the profile {profile} reads "
+            f"{source!r}"
+        )
     usual = repo_root() / CELLS
     if (output or usual).absolute() == usual.absolute() and profile != "demo":
         raise InputError(

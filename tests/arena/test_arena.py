@@ -55,6 +55,14 @@ def test_unknown_names_are_refused_with_the_nearest_one(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_profile_whose_truth_is_not_known_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="needs the rows of mini.*colab reads 'hub_layout'"):
+        run.run_arena("base", "none", [0], profile="colab", output=tmp_path)
+    with pytest.raises(InputError, match="needs the rows of mini"):
+        run.choose_settings("sft", profile="colab", output=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_method_that_does_not_fit_the_profile_is_refused() -> None:
     method = dataclasses.replace(methods.find_method("kto"), settings={"kto.bta": 1.0})
     with pytest.raises(InputError, match="method kto does not fit the profile smoke.*kto.bta"):
