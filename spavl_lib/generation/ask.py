@@ -24,7 +24,7 @@ from spavl_lib.modelling.load import (
     load_processor,
     quiet_libraries,
 )
-from spavl_lib.runs.stage import recorded_config
+from spavl_lib.runs.stage import has_model, recorded_config
 from spavl_lib.runs.text import short_path
 from spavl_lib.stages import policies
 
@@ -70,7 +70,7 @@ class RunModels:
         trained = {n: f for n, f in trained.items() if not only or n in only}
         self.folders: dict[str, Path | None] = {"base": None, **trained}
         reward = run_path / "reward"
-        self.reward_folder = reward if _complete(reward) else None
+        self.reward_folder = reward if has_model(reward) else None
         quiet_libraries()
         self.processor = load_processor(self.config.model)
         self._kept: dict[str, nn.Module] = {}
@@ -183,17 +183,13 @@ def config_of_run(run_path: Path) -> Config:
 
 def _trained(run_path: Path) -> dict[str, Path]:
     """Name -> folder of each complete stage that trained a policy; at least one."""
-    trained = {name: run_path / name for name in policies() if _complete(run_path / name)}
+    trained = {name: run_path / name for name in policies() if has_model(run_path / name)}
     if not trained:
         named = ", ".join(f"`spavl train {name}`" for name in policies())
         raise InputError(
             f"{run_path} has no trained model yet. Train one with the run's name: {named}"
         )
     return trained
-
-
-def _complete(stage: Path) -> bool:
-    return (stage / "summary.json").is_file() and (stage / "model").is_dir()
 
 
 def decoded_image(image: Any) -> Image.Image:

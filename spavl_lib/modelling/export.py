@@ -26,6 +26,7 @@ from spavl_lib.modelling.for_vllm import max_lora_rank, rename_for_vllm
 from spavl_lib.modelling.heads import HEAD_FILE
 from spavl_lib.modelling.load import load_policy, load_processor
 from spavl_lib.runs.files import let_others_read, read_json, write_json, write_text, writing
+from spavl_lib.runs.stage import has_model
 
 FORMS = ("merged", "vllm")
 
@@ -53,7 +54,7 @@ def export(
     """
     if form not in FORMS:
         raise InputError(f"unknown form {form!r} (known: {', '.join(FORMS)})")
-    if not (stage / "summary.json").is_file() or not (stage / "model").is_dir():
+    if not has_model(stage):
         raise InputError(f"{stage} is no complete training: it needs summary.json and model/")
     if (stage / "model" / HEAD_FILE).is_file():
         raise InputError(

@@ -23,12 +23,12 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from spavl_lib.data.embedded.world import ASSETS
 from spavl_lib.data.templates import content_with_images
 from spavl_lib.errors import InputError
 from spavl_lib.modelling import smollm2
+from spavl_lib.modelling.processors import square_llava_processor
 from spavl_lib.runs.cached import fault_of, making
 from spavl_lib.runs.files import let_others_read, sha256_file, writing
 from spavl_lib.runs.paths import cache_root
@@ -137,18 +137,7 @@ def build_processor(base: Path) -> LlavaProcessor:
     tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
     template = chat_template(tokenizer.chat_template)
     tokenizer.chat_template = template
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = LlavaImageProcessorPil(
-        do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
+    return square_llava_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE, template)
 
 
 def build_model(base: Path, processor: LlavaProcessor) -> LlavaForConditionalGeneration:

@@ -21,10 +21,13 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
+    LlavaProcessor,
     PreTrainedConfig,
+    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.utils import is_torchvision_available
 from transformers.utils.hub import cached_file
 
@@ -234,3 +237,28 @@ def describe(processor: ProcessorMixin) -> dict[str, str]:
         "image_processor": type(processor.image_processor).__name__,
         "chat_template_sha256": hashlib.sha256(template).hexdigest(),
     }
+
+
+def square_llava_processor(
+    tokenizer: PreTrainedTokenizerBase, size: int, patch: int, template: str
+) -> LlavaProcessor:
+    """LLaVA-1.5's processor. It pads images to a square with the mean colour, without a crop.
+
+    Args:
+        tokenizer: The tokenizer. It knows the image token.
+        size: Side of an image for the tower, in pixels.
+        patch: Side of a patch, in pixels.
+        template: The chat template.
+    """
+    side = {"height": size, "width": size}
+    images = LlavaImageProcessorPil(
+        do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=template,
+    )

@@ -9,6 +9,7 @@ from spavl_lib.errors import InputError
 from spavl_lib.evaluation.benchmark_runs.evaluate import Options, evaluate
 from spavl_lib.evaluation.benchmark_runs.subject import Subject, find_subject
 from spavl_lib.evaluation.benchmarks import load_benchmark
+from spavl_lib.runs.stage import has_model
 from spavl_lib.runs.text import say
 
 SHORT_SFT = Path("dpo", "variants", "sft_alone", "dpo")  # a training of lesson 04, in the run
@@ -41,7 +42,7 @@ def ask_benchmarks(config: Config, run: Path, models: Sequence[str]) -> dict[str
         return None
     try:
         subjects = [Subject("base", config.model.name, "model", model=config.model)]
-        subjects += [find_subject(f"{n}={path}") for n, path in folders.items() if _complete(path)]
+        subjects += [find_subject(f"{n}={path}") for n, path in folders.items() if has_model(path)]
         options = Options(
             limit=settings.benchmark_rows, generation=config.generation, set_tokens=True
         )
@@ -49,7 +50,3 @@ def ask_benchmarks(config: Config, run: Path, models: Sequence[str]) -> dict[str
     except InputError as error:  # such as answers of a model that was trained again since
         say(str(error))
         return None
-
-
-def _complete(stage: Path) -> bool:
-    return (stage / "summary.json").is_file() and (stage / "model").is_dir()

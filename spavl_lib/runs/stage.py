@@ -66,6 +66,15 @@ def recorded_config(stage_path: Path) -> Config:
         raise InputError(f"{manifest} cannot be read: {error}") from error
 
 
+def has_model(stage_path: Path) -> bool:
+    """Whether a stage's folder is complete and holds a trained model.
+
+    Args:
+        stage_path: The folder.
+    """
+    return (stage_path / "summary.json").is_file() and (stage_path / "model").is_dir()
+
+
 # Environment variable of a notebook that started early: stages that others were making then.
 AWAITED = "SPAVL_AWAITED"
 # Subfolder of a stage for short extra trainings with other settings, and its name in older runs.

@@ -26,12 +26,12 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from spavl_lib.data.embedded import drawings, language, scenes
 from spavl_lib.data.embedded.world import ASSETS, load_world
 from spavl_lib.data.set_names import CHOSEN_ON
 from spavl_lib.data.templates import VICUNA_SYSTEM, VICUNA_V1
+from spavl_lib.modelling.processors import square_llava_processor
 from spavl_lib.trainers.embedded_tower import (
     IMAGE_SIZE,
     PATCH_SIZE,
@@ -85,18 +85,7 @@ def build_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     """Build LLaVA-1.5's processor. It pads images to a square with the mean colour and no crop."""
-    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    images = LlavaImageProcessorPil(
-        do_pad=True, size=side, crop_size=side, do_center_crop=False, default_to_square=True
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=tokenizer,
-        patch_size=PATCH_SIZE,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=VICUNA_V1,
-    )
+    return square_llava_processor(tokenizer, IMAGE_SIZE, PATCH_SIZE, VICUNA_V1)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
