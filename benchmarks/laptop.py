@@ -146,8 +146,10 @@ def measure(name: str, seed: int, how: dict[str, Any], scale: float) -> dict[str
         "weights": [m["weights_sha256"] for m in map(summary, made)],
     }
     # A sentence and samples change how a model is asked, and the rest asks it as it is.
-    if how["benchmarks"] == list(REPORTED) and subject == asked and "{model}" == ARMS[name].subject:
-        found["mini"] = quick_rates(config, trained, rows=MINI_ROWS)
+    if subject == asked and "{model}" == ARMS[name].subject:
+        on = "development" if how["benchmarks"] == list(DEVELOPMENT) else "test"
+        shown = load_config("laptop", how["changes"] | {"data.measure_on": on}, seed=seed)
+        found["mini"] = quick_rates(shown, trained, rows=MINI_ROWS)
         model, processor = load_policy(config.model, trained), load_processor(config.model)
         found["facts"] = right_answers(model, processor, QUESTIONS)
         found["nats_per_token"] = drift(model, processor)

@@ -296,12 +296,10 @@ def test_harmless_prompts_are_many_and_apart_from_what_is_measured() -> None:
     prompts = laptop_pairs.read_harmless()
     trained = [p.text for p in prompts if p.split == "train"]
     plain = [p.text for p in prompts if p.split == "development"]
-    assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts) >= 320
-    assert len(plain) == 60
+    assert len({p.text for p in prompts}) == len({p.id for p in prompts}) == len(prompts) >= 470
+    assert len(plain) == 90
     kinds = yaml.safe_load(laptop_pairs.HARMLESS.read_text(encoding="utf-8"))
-    assert (
-        len(kinds["alarming"]) + sum("alarming" in p.id for p in prompts if p.text in plain) == 60
-    )
+    assert len(kinds["alarming"]) == 169 and sum("alarming" in p.id for p in prompts) == 210
     measured = [row.prompt for row in load_benchmark("everyday:questions+plain").rows]
     for text in (*trained, *laptop_base.REQUESTS):
         assert not near(text, measured), text

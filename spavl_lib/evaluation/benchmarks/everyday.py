@@ -1,4 +1,4 @@
-"""everyday: 60 plain questions with a checkable answer, and 60 plain requests. Both are our own."""
+"""everyday: 60 plain questions with a checkable answer, and 90 harmless requests, all our own."""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
@@ -60,7 +60,7 @@ class Everyday(Benchmark):
     model refuses plain requests, and settings are chosen on it. No row of either is trained on
     (see `check_apart`)."""
 
-    title = "everyday: 60 plain questions with a right answer (plain: 60 requests to answer)"
+    title = "everyday: 60 plain questions with a right answer (plain: 90 requests to answer)"
     licence = "that of this package; written for it"
     homepage = "this package"
     packaged = PLAIN.parent
