@@ -117,7 +117,7 @@ def test_missing_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError, match=r"data\.extra_path .*none\.jsonl.* no such file"):
         load_preferences(data_of(tmp_path / "none.jsonl"), "train")
     monkeypatch.setenv("SPAVL_CACHE", str(tmp_path))
-    with pytest.raises(InputError, match="pairs are not ready .* run `spavl fetch laptop --pairs`"):
+    with pytest.raises(InputError, match="pairs are not ready .* run `spavl fetch laptop`"):
         load_preferences(data_of("laptop"), "train")
 
 

@@ -231,7 +231,7 @@ def test_the_folder_is_made_once_and_read_by_the_profile(
 
     # Other refusals make other pairs, but the model is not asked again.
     monkeypatch.setattr(extra_laptop, "FORM", "other")
-    with pytest.raises(InputError, match="another version.*run `spavl fetch laptop --pairs`"):
+    with pytest.raises(InputError, match="another version.*run `spavl fetch laptop`"):
         load_preferences(data, "train")
     assert laptop_pairs.make(sets) == (folder, True) and len(replies) == 1
     whole = (folder / "pairs.jsonl").read_bytes()
@@ -362,7 +362,7 @@ def test_the_command_says_which_prompts_it_cannot_have(
     next((benchmarks / "harmbench").glob("*_test.csv")).unlink()
     code, _, err = spavl("fetch", "laptop", "--pairs")
     assert code == InputError.exit_code and err.count("\n") == 1
-    assert "then run `spavl fetch laptop --pairs`" in err and "strongreject" not in err
+    assert "then run `spavl fetch laptop`" in err and "strongreject" not in err
     assert err.count("harmbench (from centerforaisafety/HarmBench)") == 1
     code, _, err = spavl("fetch", "laptop", "--pairs", "--benchmarks-dir", str(benchmarks / "no"))
     assert code == InputError.exit_code and err.endswith("no does not exist\n")

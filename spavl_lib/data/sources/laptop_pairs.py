@@ -13,7 +13,7 @@ from spavl_lib.runs.paths import cache_root
 from spavl_lib.runs.provenance import canonical_sha256
 
 NAME = "laptop"
-COMMAND = "spavl fetch laptop --pairs"
+COMMAND = "spavl fetch laptop"
 FORM = "2"  # raise it when other pairs are made from the same inputs
 HARMLESS, REFUSALS, QUESTIONS, PLAIN = (
     ASSETS / "laptop" / name
@@ -51,8 +51,10 @@ def check_model(hashes: dict[str, str]) -> None:
             them.
 
     Raises:
-        InputError: The replies are those of another version of the model.
+        InputError: The pairs are missing, or the replies are those of another version of the model.
     """
+    if fault := fault_of(pairs_folder(), own_sources()):
+        raise _not_ready(fault)
     if sources_of(pairs_folder()).get("model") != canonical_sha256(hashes):
         raise _not_ready("their replies are those of another version of the model")
 
