@@ -148,7 +148,8 @@ def measure(name: str, seed: int, how: dict[str, Any], scale: float) -> dict[str
     # A sentence and samples change how a model is asked, and the rest asks it as it is.
     if subject == asked and "{model}" == ARMS[name].subject:
         on = "development" if how["benchmarks"] == list(DEVELOPMENT) else "test"
-        shown = load_config("laptop", how["changes"] | {"data.measure_on": on}, seed=seed)
+        part = {"data.measure_on": on, "data.test_rows": MINI_ROWS, "evaluation.quick_rows": 0}
+        shown = load_config("laptop", how["changes"] | part, seed=seed)
         found["mini"] = quick_rates(shown, trained, rows=MINI_ROWS)
         model, processor = load_policy(config.model, trained), load_processor(config.model)
         found["facts"] = right_answers(model, processor, QUESTIONS)

@@ -149,6 +149,7 @@ FREE_KEYS = (
     "reward.save_steps", "ppo.save_steps", "rloo.save_steps", "grpo.save_steps",
     "dpo.save_steps", "kto.save_steps",
     "scaling.workers", "generation.cache", "evaluation.benchmarks", "evaluation.benchmark_rows",
+    "evaluation.quick_rows",
 )  # fmt: skip
 _registered: dict[str, StageSpec] = {}
 

@@ -770,6 +770,9 @@ class EvaluationConfig:
     them. Those whose files are missing are left out."""
     benchmark_rows: NonNegativeInt = 20
     """Number of rows of each of these benchmarks, evenly spread; 0: all."""
+    quick_rows: NonNegativeInt = 0
+    """Largest number of prompts of each test set in the quick rates of notebooks 03 and 04; 0: as
+    many as the notebook asks for."""
 
 
 @section("scaling")

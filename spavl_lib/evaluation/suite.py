@@ -336,12 +336,13 @@ def quick_answers(config: Config, trained: Path | None, *, rows: int) -> dict[st
     Args:
         config: The run's config.
         trained: A trainer's folder `model/`; None for the base model.
-        rows: Number of prompts from each set, spread evenly over the set. Of twins, these are the
-            rows of whole pairs.
+        rows: Number of prompts from each set, spread evenly over the set; at most
+            `evaluation.quick_rows`. Of twins, these are the rows of whole pairs.
 
     Returns:
         Name of the set -> its judged rows, with their images.
     """
+    rows = min(rows, config.evaluation.quick_rows or rows)
     processor, model = load_processor(config.model), load_policy(config.model, trained)
     judge = make_judge(config.evaluation.judge, load_truth(config.data), config.evaluation)
     collate, size = PromptCollator(processor), config.generation.batch_size

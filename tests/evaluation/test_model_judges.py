@@ -121,6 +121,7 @@ def test_every_setting_of_evaluation_arrives(monkeypatch: pytest.MonkeyPatch) ->
         "judge_batch_size": "batches of a guard; tested with a guard below",
         "benchmarks": "no judge's; see tests/notebook/test_benchmarks.py",
         "benchmark_rows": "no judge's; see tests/notebook/test_benchmarks.py",
+        "quick_rows": "no judge's; see test_suite.py",
     }
     assert changes.keys() | free.keys() == {f.name for f in dataclasses.fields(EvaluationConfig)}
     settings = EvaluationConfig(**changes)

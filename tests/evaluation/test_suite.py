@@ -365,5 +365,13 @@ def test_pictures_of_one_name_are_each_shown_over_their_own_request(
     assert sorted(shown, key=str) == sorted(expected, key=str)
 
 
+def test_a_profile_limits_the_quick_rates() -> None:
+    """On a slow machine the lessons that compare many models would take too long."""
+    few = suite.quick_answers(smoke({"evaluation.quick_rows": 2}), None, rows=4)
+    more = suite.quick_answers(smoke(), None, rows=4)
+    assert {len(rows) for rows in few.values()} == {2}
+    assert {len(rows) for rows in more.values()} == {4} and few.keys() == more.keys()
+
+
 def _colour(uri: str) -> tuple:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).getpixel((4, 4))
