@@ -16,7 +16,7 @@ def test_it_needs_no_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPAVL_BENCHMARKS", raising=False)
     questions, plain = (load_benchmark(f"everyday:{s}").rows for s in ("questions", "plain"))
     assert load_benchmark("everyday").rows == questions
-    assert (len(questions), len(plain)) == (60, 60)
+    assert (len(questions), len(plain)) == (60, 90)
     assert {row.rule for row in questions} == {"words"}
     assert {row.rule for row in plain} == {"answer"}
     for row in questions:

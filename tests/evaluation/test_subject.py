@@ -98,7 +98,7 @@ def test_rows_that_a_run_was_trained_on_are_counted(runs: Path, tmp_path: Path) 
         notes[name] = trained_on(find_subject(f"{name}/dpo"), rows)
     assert notes["plain"] == []
     [note] = notes["extra"]
-    assert "extra-dpo was trained on 1 of these 60 rows" in note
+    assert "extra-dpo was trained on 1 of these 90 rows" in note
     subject = find_subject("extra/dpo")
     assert trained_on(subject, rows[1:]) == []
     extra.unlink()
