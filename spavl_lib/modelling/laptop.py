@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from spavl_lib.data.embedded.world import ASSETS
+from spavl_lib.data.sources.laptop_pairs import COMMAND
 from spavl_lib.data.templates import content_with_images
 from spavl_lib.errors import InputError
 from spavl_lib.modelling import smollm2
@@ -56,7 +57,7 @@ def laptop_folder() -> Path:
     """
     folder = cache_root() / "laptop"
     if fault := fault_of(folder, sources()):
-        raise InputError(f"model 'laptop' is not ready ({fault}); run `{smollm2.COMMAND}`")
+        raise InputError(f"model 'laptop' is not ready ({fault}); run `{COMMAND}`")
     return folder
 
 

